@@ -1,0 +1,105 @@
+"""Writing so that a kill at any moment leaves the old or the new, never half.
+
+Everything is written to a temporary sibling, flushed to the disk, and renamed into place.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakit.errors import InputError, LorakitError
+
+
+def write_file(path: str | Path, content: bytes | str) -> None:
+    """Replaces the file at `path` with `content` in one step. Text is written as UTF-8."""
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there takes `path`'s place.
+
+    Raises:
+        LorakitError: if the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    with _named_failures(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            temporary.chmod(0o666 & ~_umask())
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; when the block succeeds it becomes `path`.
+
+    Raises:
+        InputError: if `path` exists and is not an empty folder.
+        LorakitError: if the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    require_free(path)
+    with _named_failures(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(path: str | Path) -> None:
+    """Raises InputError unless `path` does not exist yet or is an empty folder."""
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} already exists: give another output folder, or remove it first")
+
+
+@contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into one line that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise LorakitError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        # safetensors reports a full disk as its own error type, with the system's text inside.
+        if "os error" in str(error).lower():
+            raise LorakitError(f"cannot write {path}: {error}") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,37 @@
+"""The errors that a person can act on.
+
+Every failure that lorakit foresees is raised as one of these, with one clear line that names
+what is wrong, where, and what to do. The command line prints that line and nothing else.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LorakitError(Exception):
+    """Something failed while running (a full disk, a merge that does not verify)."""
+
+    exit_code = 1
+
+
+class InputError(LorakitError, ValueError):
+    """What the user gave cannot be used (a recipe, a data file, an adapter, a flag).
+
+    It is a `ValueError` too, which is what callers of PEFT's functions expect to catch.
+    """
+
+    exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'r'?)` with the nearest of `known`, or the empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def listed(names: Iterable[str], limit: int = 12) -> str:
+    """`a, b, c` with at most `limit` names, and the number of those left out."""
+    all_names = list(names)
+    shown = ", ".join(all_names[:limit])
+    rest = len(all_names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown
