@@ -1,0 +1,37 @@
+"""LoRA for language models: train, evaluate, merge and serve low-rank adapters.
+
+The names below are loaded when they are first used, so that `import lorakit` stays fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.lora import LoraConfig as LoraConfig
+    from lorakit.lora import LoraLinear as LoraLinear
+    from lorakit.lora import LoraModel as LoraModel
+    from lorakit.lora import LoraModel as PeftModel
+    from lorakit.lora import get_peft_model as get_peft_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoraConfig": ("lorakit.lora", "LoraConfig"),
+    "LoraLinear": ("lorakit.lora", "LoraLinear"),
+    "LoraModel": ("lorakit.lora", "LoraModel"),
+    "PeftModel": ("lorakit.lora", "LoraModel"),
+    "get_peft_model": ("lorakit.lora", "get_peft_model"),
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

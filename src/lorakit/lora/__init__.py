@@ -1,0 +1,14 @@
+"""The method: low-rank adapters beside the frozen layers of any `nn.Module`, in pure PyTorch."""
+
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraLinear
+from lorakit.lora.model import LoraModel, get_peft_model
+
+__all__ = [
+    "LoraConfig",
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "LoraModel",
+    "get_peft_model",
+]

@@ -1,0 +1,149 @@
+"""One adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
+
+Here are the key names, reading with every check, and atomic writing. Only safetensors is read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from lorakit import atomic
+from lorakit.errors import InputError, listed
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.layers import LoraLayer
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[str, nn.Parameter]:
+    """The parameters of adapter `name`, under the keys that PEFT's files have.
+
+    Args:
+        model: the wrapped model itself (`LoraModel.get_base_model()`).
+        bias: `LoraConfig.bias`; trained biases belong to the adapter too.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, module in wrapped_modules(model):
+        if isinstance(module, LoraLayer):
+            if name in module.r:
+                for ending, parameter in module.adapter_tensors(name).items():
+                    found[f"{PREFIX}{path}.{ending}"] = parameter
+                base_bias = getattr(module.base_layer, "bias", None)
+                if bias == "lora_only" and base_bias is not None:
+                    found[f"{PREFIX}{path}.base_layer.bias"] = base_bias
+        else:
+            for ending, parameter in module.adapter_tensors(name).items():
+                found[f"{PREFIX}{path}.{ending}"] = parameter
+    if bias == "all":
+        for key, parameter in model.named_parameters():
+            if key.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{key}":
+                found[f"{PREFIX}{key}"] = parameter
+    return found
+
+
+def write_adapter(
+    folder: str | Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes an adapter's two files, each in one step, into `folder` (made if missing).
+
+    The saved configuration has `inference_mode` set, as PEFT saves it.
+    """
+    folder = Path(folder)
+    contents = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    # The weights first: a folder counts as an adapter only once it has a configuration.
+    atomic.write_file(folder / WEIGHTS_NAME, save(contents, metadata={"format": "pt"}))
+    values = config.to_dict() | {"inference_mode": True}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    atomic.write_file(folder / CONFIG_NAME, text)
+
+
+def read_config(folder: str | Path) -> LoraConfig:
+    """The configuration of the adapter in `folder`.
+
+    Raises:
+        InputError: it is not an adapter's folder, or its configuration cannot be used.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give an adapter's folder (with {CONFIG_NAME})")
+    if not path.is_file():
+        raise InputError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it")
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold one JSON object")
+    return LoraConfig.from_dict(values, where=str(path))
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The configuration and the tensors of the adapter in `folder`, under PEFT's keys.
+
+    Raises:
+        InputError: a file is missing, damaged, or a pickle.
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin")
+        why = " (adapter_model.bin is a pickle, which is never loaded)" if pickled.exists() else ""
+        raise InputError(f"{folder} holds no {WEIGHTS_NAME}{why}")
+    try:
+        return config, load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is damaged or cut off ({error}): save or copy the adapter again"
+        ) from error
+
+
+def load_tensors(
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    folder: str | Path,
+) -> None:
+    """Copies an adapter's `tensors` into `parameters`; every key on both sides must be used.
+
+    Nothing is copied before everything is known to fit.
+
+    Raises:
+        InputError: a key or a shape does not fit, so the adapter is for another base model.
+    """
+    tensors = {k: t for k, t in tensors.items() if not _is_base_embedding(k, parameters)}
+    for key, parameter in parameters.items():
+        if key in tensors and tensors[key].shape != parameter.shape:
+            raise InputError(
+                f"{folder} is an adapter for another base model: {key} has shape "
+                f"{tuple(tensors[key].shape)}, and this model needs {tuple(parameter.shape)}"
+            )
+    for what, missing in (
+        ("lacks", parameters.keys() - tensors.keys()),
+        ("has, and this model does not,", tensors.keys() - parameters.keys()),
+    ):
+        if missing:
+            raise InputError(
+                f"{folder} is an adapter for another base model: it {what} "
+                f"{listed(sorted(missing), 3)}"
+            )
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: {key} holds values that are not finite")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+
+
+def _is_base_embedding(key: str, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether PEFT stored a copy of the frozen embedding beside the adapter's own tensors."""
+    ending = ".base_layer.weight"
+    return key.endswith(ending) and f"{key.removesuffix(ending)}.lora_embedding_A" in parameters

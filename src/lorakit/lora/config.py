@@ -1,0 +1,174 @@
+"""The configuration of one adapter, with PEFT's field names, defaults and JSON form.
+
+It says which modules are adapted and how; it knows nothing of a particular model. Resolving
+`target_modules` against a model is `targets.py`'s work, reading and writing folders
+`checkpoint.py`'s.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from lorakit.errors import InputError, did_you_mean
+
+# Fields of PEFT's file that describe its own process and change nothing in the model.
+_INFORMATION_ONLY = frozenset(
+    {"auto_mapping", "peft_version", "megatron_config", "megatron_core", "qalora_group_size"}
+)
+
+# PEFT's fields that lorakit does not carry out, with the value at which they do nothing.
+_NOT_SUPPORTED: dict[str, Any] = {
+    "use_dora": False,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "layer_replication": None,
+    "ensure_weight_tying": False,
+}
+
+_INITIALIZATIONS = (True, False, "gaussian")
+
+
+@dataclass
+class LoraConfig:
+    """How one adapter is built: `W' = W + scaling * B A` (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        r: the rank, the number of rows of `A` and columns of `B`.
+        target_modules: names (suffixes of module paths), one regular expression over the whole
+            path, or a preset: `attention-minimal` (query and value), `attention` (query, key,
+            value and output) or `all-linear`. None means `attention-minimal`.
+        exclude_modules: names or a regular expression that are left out again.
+        lora_alpha: the numerator of the scaling, `lora_alpha / r`.
+        lora_dropout: the share of the adapter's input that is dropped while training.
+        fan_in_fan_out: the base weight is stored (in, out). GPT-2's layers are recognised.
+        bias: which biases of the base are trained: `none`, `all`, or `lora_only`.
+        use_rslora: scale by `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732).
+        modules_to_save: modules that are trained whole and saved with the adapter.
+        init_lora_weights: True (`A` Kaiming uniform, `B` zero), `gaussian`, or False (both
+            random, so that the adapter is not the identity: for tests).
+        layers_to_transform: indices of the layers that are adapted; None means all.
+        layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
+        rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or
+            regular expression.
+        other_fields: fields of PEFT's file that lorakit only carries along.
+
+    Raises:
+        InputError: a value is out of range, or asks for what lorakit does not do.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    ensure_weight_tying: bool = False
+    other_fields: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple, frozenset)):  # PEFT accepts and keeps sets
+                setattr(self, name, sorted(value))
+        if self.task_type is not None:
+            self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
+        _check_ranks(self.r, self.rank_pattern)
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+                raise InputError(f"lora_alpha must be a number above 0, not {alpha!r}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise InputError(f"bias must be none, all or lora_only, not {self.bias!r}")
+        if self.init_lora_weights not in _INITIALIZATIONS:
+            raise InputError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported: "
+                "use true, gaussian or false"
+            )
+        if self.target_modules is not None and not self.target_modules:
+            raise InputError("target_modules is empty: name modules, or use 'all-linear'")
+        for name, inert in _NOT_SUPPORTED.items():
+            if getattr(self, name) not in (inert, None, [], {}):
+                raise InputError(f"{name}={getattr(self, name)!r} is not supported by lorakit yet")
+
+    def rank_for(self, module_name: str) -> int:
+        """The rank of the module at this path: `rank_pattern`'s first match, or `r`."""
+        return self.rank_pattern.get(_first_match(self.rank_pattern, module_name), self.r)
+
+    def alpha_for(self, module_name: str) -> float:
+        """The alpha of the module at this path: `alpha_pattern`'s first match, or `lora_alpha`."""
+        return self.alpha_pattern.get(
+            _first_match(self.alpha_pattern, module_name), self.lora_alpha
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as PEFT writes them to `adapter_config.json`, those carried along included."""
+        values = dataclasses.asdict(self)
+        other = values.pop("other_fields")
+        return dict(sorted({**other, **values, "peft_type": "LORA"}.items()))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "adapter_config.json") -> Self:
+        """Builds a configuration from PEFT's JSON form, of any PEFT version.
+
+        Raises:
+            InputError: it is not LoRA, or an active field is unknown here (ignoring it would
+                silently give another model).
+        """
+        peft_type = str(values.get("peft_type", "LORA")).upper()
+        if peft_type != "LORA":
+            raise InputError(f"{where}: peft_type is {peft_type}, and lorakit reads LORA only")
+        known = {f.name for f in dataclasses.fields(cls)} - {"other_fields"}
+        other = {k: v for k, v in values.items() if k not in known and k != "peft_type"}
+        for name, value in other.items():
+            if value and name not in _INFORMATION_ONLY:
+                raise InputError(
+                    f"{where}: {name}={value!r} is not supported by lorakit"
+                    f"{did_you_mean(name, known)}"
+                )
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known}, other_fields=other)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"{where}: a field has the wrong type: {error}") from error
+
+    def to_json(self) -> str:
+        """`to_dict` as the text of `adapter_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _first_match(patterns: dict[str, Any], module_name: str) -> str:
+    from lorakit.lora.targets import matches_pattern
+
+    return next((p for p in patterns if matches_pattern(p, module_name)), "")
+
+
+def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
+    for rank in (r, *rank_pattern.values()):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise InputError(f"r must be a whole number of at least 1, not {rank!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,68 @@
+"""The fused product of a frozen linear layer and one low-rank adapter.
+
+Written as one autograd function because PyTorch's graph of the same formula keeps and moves
+more than is needed: here the low-rank product is accumulated into the base's output, and only
+`x` and `x A^T` are kept for the backward pass.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """`y = x W^T + b + scaling * (x A^T) B^T`, with gradients for `x`, `A` and `B` alone.
+
+    Shapes: x (..., d_in), W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r).
+    The products run in x's dtype; the gradients of `A` and `B` have the dtype of `A` and `B`.
+    With G = dL/dy: dB = s G^T (x A^T), dA = s (G B)^T x, dx = G W + s (G B) A.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, W, b)
+        xA = rows @ A.to(x.dtype).T
+        y.addmm_(xA, B.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, xA, W, A, B)
+        ctx.scaling = scaling
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, xA, W, A, B = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        G = grad.reshape(-1, grad.shape[-1])
+        GB = (G @ B.to(G.dtype)).mul_(ctx.scaling)  # (N, r)
+        dA = (GB.T @ rows).to(A.dtype) if ctx.needs_input_grad[3] else None
+        dB = (G.T @ xA).mul_(ctx.scaling).to(B.dtype) if ctx.needs_input_grad[4] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (G @ W).addmm_(GB, A.to(G.dtype)).view(x.shape)
+        return dx, None, None, dA, dB, None
+
+
+def lora_linear(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`x W^T + b + scaling * (x A^T) B^T` for a frozen `W` and `b`.
+
+    Shapes as in `LoraLinearFunction`. Returns (..., d_out) in x's dtype.
+    """
+    return LoraLinearFunction.apply(x, W, b, A, B, scaling)

@@ -1,0 +1,216 @@
+"""From `target_modules` to the modules of the model at hand.
+
+Names and regular expressions match as in PEFT. The presets `attention-minimal`, `attention` and
+`all-linear` are found by what modules are called and where they stand, so that fused and renamed
+projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too. What matches nothing is an
+error.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers import LoraLayer, layer_class
+from lorakit.lora.layers.saved import ModulesToSaveWrapper
+
+PRESETS = ("attention-minimal", "attention", "all-linear")
+
+# What the projections of attention are called, by the families of transformers.
+_FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj"})
+_QUERY = frozenset({"q_proj", "query", "q_lin", "query_proj", "q", "q_attn", "to_q", "wq"})
+_KEY = frozenset({"k_proj", "key", "k_lin", "key_proj", "k", "to_k", "wk"})
+_VALUE = frozenset({"v_proj", "value", "v_lin", "value_proj", "v", "to_v", "wv"})
+_OUTPUT = frozenset({"o_proj", "out_proj", "out_lin", "dense", "c_proj", "o", "to_out", "Wo", "wo"})
+# DeepSeek's latent attention projects in two steps.
+_LATENT_QUERY = frozenset({"q_a_proj", "q_b_proj"})
+_LATENT_KEY_VALUE = frozenset({"kv_a_proj_with_mqa", "kv_b_proj"})
+
+_MINIMAL = _QUERY | _VALUE | _FUSED | _LATENT_QUERY | _LATENT_KEY_VALUE
+_ATTENTION = _MINIMAL | _KEY | _OUTPUT
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` as it was before anything was wrapped.
+
+    A wrapped layer is yielded in place of what it wraps, and what is inside it is not.
+    """
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            inside = f"{name}."
+        yield name, module
+
+
+def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The paths of the modules that `config` adapts, in the model's order.
+
+    Raises:
+        InputError: a target matches nothing, or a module to which LoRA does not apply.
+    """
+    modules = {name: m for name, m in base_modules(model) if name}
+    saved = set(resolve_modules_to_save(model, config))
+    candidates = {
+        name: m for name, m in modules.items() if name not in saved and not _inside(name, saved)
+    }
+    targets = config.target_modules or "attention-minimal"
+    if isinstance(targets, str) and targets in PRESETS:
+        found = _preset(targets, candidates, _output_head(model))
+        if not found:
+            raise InputError(
+                f"target_modules='{targets}' finds nothing in this model: name modules instead "
+                f"(there are {listed(leaf_names(candidates))})"
+            )
+    elif isinstance(targets, str):
+        found = [name for name in candidates if _fullmatch(targets, name)]
+        if not found:
+            raise _no_match(f"the expression {targets!r}", targets, candidates)
+    else:
+        found = [n for n in candidates if any(_is_suffix(t, n) for t in targets)]
+        for target in targets:
+            if not any(_is_suffix(target, name) for name in found):
+                raise _no_match(f"'{target}'", target, candidates)
+    found = [name for name in found if not _excluded(config.exclude_modules, name)]
+    found = [name for name in found if _in_layers(config, name)]
+    if not found:
+        raise InputError(
+            "target_modules matches only what exclude_modules and layers_to_transform leave out"
+        )
+    for name in found:
+        if not _adaptable(candidates[name]):
+            kind = type(candidates[name]).__name__
+            raise InputError(
+                f"target_modules matches {name}, a {kind}: LoRA applies to linear and embedding "
+                f"layers here (such as {listed(leaf_names(candidates), 8)})"
+            )
+    return found
+
+
+def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The paths of the modules that `config` trains whole.
+
+    Raises:
+        InputError: a name matches nothing.
+    """
+    names = [name for name, _ in base_modules(model) if name]
+    found = []
+    for wanted in config.modules_to_save or []:
+        matches = [name for name in names if _is_suffix(wanted, name)]
+        if not matches:
+            leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            raise InputError(
+                f"modules_to_save: '{wanted}' matches no module of this model"
+                f"{did_you_mean(wanted, leaves)}"
+            )
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def suffixes_for(found: list[str], model: nn.Module) -> list[str]:
+    """The shortest module-path endings that match `found` and nothing else LoRA could adapt.
+
+    This is how a preset is written to `adapter_config.json`, for readers that know no presets.
+    """
+    others = [n for n, m in base_modules(model) if n not in set(found) and n]
+    endings: dict[str, None] = {}
+    for name in found:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if not any(_is_suffix(ending, other) for other in others):
+                break
+        endings[ending] = None
+    return list(endings)
+
+
+def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
+    """The last parts of the paths of all modules that LoRA applies to, each once."""
+    return list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _adaptable(m)))
+
+
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` means the module at `name`, as in PEFT."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _preset(preset: str, candidates: dict[str, nn.Module], head: nn.Module | None) -> list[str]:
+    linear = [
+        name
+        for name, m in candidates.items()
+        if _adaptable(m) and not _is_embedding(m) and m is not head
+    ]
+    if preset == "all-linear":
+        return linear
+    wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
+    return [name for name in linear if name.rpartition(".")[2] in wanted and _in_attention(name)]
+
+
+def _in_attention(name: str) -> bool:
+    """Whether a module stands in an attention block: `dense` or `c_proj` do outside it too."""
+    above = name.lower().split(".")[:-1]
+    return any("attn" in part or "attention" in part for part in above)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) or layer_class(module) is not None
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    return isinstance(base, nn.Embedding)
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name.startswith(f"{parent}.") for parent in parents)
+
+
+def _excluded(exclude: list[str] | str | None, name: str) -> bool:
+    if not exclude:
+        return False
+    if isinstance(exclude, str):
+        return _fullmatch(exclude, name)
+    return any(_is_suffix(e, name) for e in exclude)
+
+
+def _in_layers(config: LoraConfig, name: str) -> bool:
+    """Whether the module stands in one of `layers_to_transform`, counted as PEFT counts."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name):
+            return int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _no_match(what: str, target: str, candidates: dict[str, nn.Module]) -> InputError:
+    names = leaf_names(candidates)
+    return InputError(
+        f"target_modules: {what} matches no module of this model{did_you_mean(target, names)}. "
+        f"There are {listed(names)}, and the presets {', '.join(PRESETS)}"
+    )
