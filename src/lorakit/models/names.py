@@ -1,0 +1,79 @@
+"""From the name of a base model to where it lies.
+
+A name is an alias, a folder, a `.gguf` file, or an id of the Hugging Face hub. A hub id is taken
+from the local cache; only when it is missing there is the hub asked.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.errors import InputError, did_you_mean
+from lorakit.models import bundled
+
+ALIASES = {bundled.ALIAS: bundled.bundled_model}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model lies: a folder, or a GGUF file."""
+
+    name: str
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is one GGUF file."""
+        return self.path.is_file()
+
+
+def resolve(name: str) -> ModelSource:
+    """Finds the model that `name` means.
+
+    Raises:
+        InputError: there is no such alias, folder, file, or hub id.
+    """
+    if name in ALIASES:
+        return ModelSource(name, ALIASES[name]())
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model: there is no file {name}")
+        return ModelSource(name, path)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise InputError(f"model: {name} is an adapter; give the base model it was trained on")
+        if not (path / "config.json").is_file():
+            raise InputError(f"model: {name} holds no model: there is no config.json in it")
+        return ModelSource(name, path)
+    if path.exists():
+        raise InputError(f"model: {name} is neither a model folder nor a .gguf file")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return ModelSource(name, _from_hub(name))
+    raise InputError(
+        f"model: there is no alias or folder '{name}'{did_you_mean(name, ALIASES)}. Give an alias "
+        f"({', '.join(ALIASES)}), a folder, a .gguf file, or a hub id (owner/name)"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise InputError(f"model: '{name}' is neither a folder nor a hub id") from error
+    except LocalEntryNotFoundError:
+        pass
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise InputError(f"model: '{name}' is not in the local cache, and HF_HUB_OFFLINE is set")
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # every kind of network and hub failure means the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model: '{name}' is no folder here, not in the local cache, and could not be "
+            f"fetched from the hub ({reason[:150]})"
+        ) from error
