@@ -105,6 +105,9 @@ class LoraConfig:
                 f"init_lora_weights={self.init_lora_weights!r} is not supported: "
                 "use true, gaussian or false"
             )
+        for name in ("target_modules", "exclude_modules"):
+            _check_names(name, getattr(self, name), or_text=True)
+        _check_names("modules_to_save", self.modules_to_save, or_text=False)
         if self.target_modules is not None and not self.target_modules:
             raise InputError("target_modules is empty: name modules, or use 'all-linear'")
         for name, inert in _NOT_SUPPORTED.items():
@@ -168,6 +171,14 @@ def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
     for rank in (r, *rank_pattern.values()):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise InputError(f"r must be a whole number of at least 1, not {rank!r}")
+
+
+def _check_names(field_name: str, value: object, *, or_text: bool) -> None:
+    names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if value is None or names or (or_text and isinstance(value, str)):
+        return
+    text = " or a text" if or_text else ""
+    raise InputError(f"{field_name} must be a list of names{text}, not {value!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -32,11 +32,13 @@ def load_model(
         InputError: the name leads nowhere, or what lies there cannot be loaded.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(str(name))
     device = device or best_device()
     chosen = torch_dtype(dtype, device)
+    transformers.utils.logging.disable_progress_bar()  # loading takes a second here
     try:
         if source.is_gguf:
             model, tokenizer = load_gguf(source.path, chosen)
@@ -58,6 +60,18 @@ def load_model(
     model.config._name_or_path = str(name)
     assert isinstance(model, torch.nn.Module)
     return model.to(device).eval(), tokenizer
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype of the weights as the model's files hold them; float32 when they do not say."""
+    import torch
+    from transformers import AutoConfig
+
+    source = resolve(str(name))
+    if source.is_gguf:
+        return torch.float32
+    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    return getattr(config, "dtype", None) or torch.float32
 
 
 def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:

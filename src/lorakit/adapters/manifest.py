@@ -1,0 +1,63 @@
+"""`lorakit.json`: what is known of how an adapter came about, beside PEFT's two files.
+
+Other tools ignore it. lorakit's verbs read it, so that an adapter's path is all they need.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorakit import atomic
+from lorakit.errors import InputError
+
+MANIFEST_NAME = "lorakit.json"
+
+
+class Manifest(BaseModel):
+    """The record of one training run.
+
+    `train_tokens` counts real tokens (no padding) over all epochs, `supervised_tokens` those that
+    were learned; rates are per second of training, evaluation not counted. Losses are in nats
+    per supervised token on the held-out rows, None when none were held out.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    base_model: str
+    recipe: dict[str, Any]
+    data: list[dict[str, Any]]
+    template_sha256: str | None = None
+    base_fingerprint: str | None = None
+    steps: int
+    train_seconds: float
+    train_tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    peak_memory_mb: float
+    eval_loss: float | None
+    base_eval_loss: float | None
+    versions: dict[str, str]
+    seed: int
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `lorakit.json` into an adapter's folder."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    atomic.write_file(folder / MANIFEST_NAME, text + "\n")
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest in an adapter's folder; None when lorakit did not train it.
+
+    Raises:
+        InputError: there is one, and it is damaged.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged: remove it, or train the adapter again") from error

@@ -1,0 +1,145 @@
+"""Merging an adapter into its base model, and proving that nothing was lost on the way.
+
+The sum is made in float32 and rounded once. The result is read back from the disk and compared
+with base + adapter before it gets its name, so a folder that exists is a merge that was checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit import atomic
+from lorakit.adapters.open import open_adapter
+from lorakit.errors import InputError, LorakitError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# What is compared: several scripts, code and numbers, so that many parts of the model take part.
+_PROBES = (
+    "The capital of France is Paris, and the river that flows through it is the Seine.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    '{"item": "mug", "quantity": 3, "color": "red"}',
+    "低秩适配在冻结的权重旁边训练两个小矩阵。",
+    "1 + 1 = 2, 2 + 2 = 4, 4 + 4 =",
+)
+
+# The largest difference of logits that rounding explains, as a share of the largest logit, and
+# the least share of positions at which both must prefer the same token.
+_TOLERANCE = {"float32": (1e-3, 0.99), "float64": (1e-3, 0.99)}
+_HALF_TOLERANCE = (0.1, 0.9)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How a merged model compares with base + adapter, over the positions of fixed texts.
+
+    Differences are of logits computed in float32: `adapter_effect` is how far the adapter moves
+    them from the bare base, which says what `largest_difference` is small against.
+    """
+
+    output: str
+    dtype: str
+    modules: int
+    positions: int
+    largest_difference: float
+    largest_logit: float
+    adapter_effect: float
+    top1_agreement: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is no more than rounding to `dtype` explains."""
+        share, agreement = _TOLERANCE.get(self.dtype, _HALF_TOLERANCE)
+        return (
+            self.largest_difference <= share * self.largest_logit
+            and self.top1_agreement >= agreement
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def merge(
+    adapter: str | Path, output: str | Path, *, base: str | None = None, dtype: str | None = None
+) -> MergeReport:
+    """Writes the plain model `base + adapter` to the folder `output`, checked.
+
+    Args:
+        adapter: the adapter's folder.
+        output: a folder that is new or empty; any tool loads it without lorakit.
+        base: the base model, when another than the recorded one is meant.
+        dtype: the dtype of the written weights; None for that of the base model's files.
+
+    Raises:
+        InputError: the adapter, the base or the output folder cannot be used.
+        LorakitError: the merged model differs from base + adapter; nothing is left behind.
+    """
+    import torch
+
+    atomic.require_free(output)
+    opened = open_adapter(adapter, base=base, dtype="float32")
+    model, tokenizer = opened.model, opened.tokenizer
+    written = _output_dtype(opened.base_model, dtype)
+    probes = [tokenizer(text, return_tensors="pt").input_ids for text in _PROBES]
+    expected = _logits(model, probes)
+    with model.disable_adapter():
+        bare = _logits(model, probes)
+    modules = sum(1 for name in model.state_dict() if ".lora_B." in name or "_embedding_B" in name)
+    merged = model.merge_and_unload(safe_merge=True).to(written)
+    with atomic.new_folder(output) as folder:
+        merged.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(folder)
+        found = _logits(_reload(folder), probes)
+        report = MergeReport(
+            output=str(output),
+            dtype=str(written).removeprefix("torch."),
+            modules=modules,
+            positions=len(expected),
+            largest_difference=(found - expected).abs().max().item(),
+            largest_logit=expected.abs().max().item(),
+            adapter_effect=(bare - expected).abs().max().item(),
+            top1_agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        )
+        if not torch.isfinite(found).all() or not report.passed:
+            raise LorakitError(
+                f"the merged model is not base + adapter: logits differ by up to "
+                f"{report.largest_difference:.4g} (the largest is {report.largest_logit:.4g}), "
+                f"top-1 agreement {report.top1_agreement:.1%}. Nothing was written; "
+                f"try --dtype float32"
+            )
+    return report
+
+
+def _output_dtype(base_model: str, dtype: str | None) -> torch.dtype:
+    """The asked-for dtype, or the one that the base model's files have."""
+    from lorakit.models.load import DTYPES, stored_dtype, torch_dtype
+
+    if dtype is not None:
+        if dtype not in DTYPES[1:]:
+            raise InputError(f"--dtype must be one of {', '.join(DTYPES[1:])}, not {dtype!r}")
+        return torch_dtype(dtype, "cpu")
+    return stored_dtype(base_model)
+
+
+def _reload(folder: Path) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
+
+
+def _logits(model: nn.Module, probes: list[torch.Tensor]) -> torch.Tensor:
+    """The logits at every position of the probes, one after the other: (positions, vocab)."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return torch.cat([model(ids.to(device)).logits[0].cpu() for ids in probes])

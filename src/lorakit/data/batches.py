@@ -1,0 +1,57 @@
+"""Tokenized rows to padded tensors, and the order in which rows meet so that little is padded."""
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorakit.data.masking import IGNORE, TokenizedRow
+
+if TYPE_CHECKING:
+    import torch
+
+GROUP = 50
+"""Batches that are sorted by length together: enough to save padding, few enough to shuffle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Pads rows on the right to one length, a multiple of `pad_to_multiple_of` tokens."""
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 8
+
+    def __call__(self, rows: list[TokenizedRow]) -> "dict[str, torch.Tensor]":
+        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq)."""
+        import torch
+
+        longest = max(len(row) for row in rows)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(rows), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row.input_ids)
+            attention_mask[i, : len(row)] = 1
+            labels[i, : len(row)] = torch.tensor(row.labels)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def length_grouped_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+    """Every index of `lengths` once, so that each run of `batch_size` has rows of like length.
+
+    Random anew in each epoch, and the same for the same `(seed, epoch)`: a random permutation is
+    cut into groups of `GROUP` batches, each group is sorted, and all batches are shuffled.
+    """
+    shuffle = random.Random(f"{seed}/{epoch}").shuffle
+    order = list(range(len(lengths)))
+    shuffle(order)
+    # The incomplete batch is set aside first: it must come last, or it would shift all others.
+    full = len(order) - len(order) % batch_size
+    order, rest = order[:full], order[full:]
+    batches = []
+    for at in range(0, full, GROUP * batch_size):
+        group = sorted(order[at : at + GROUP * batch_size], key=lengths.__getitem__)
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    shuffle(batches)
+    return [index for batch in batches for index in batch] + rest

@@ -1,0 +1,27 @@
+"""A short fingerprint of a base model's weights, to notice an adapter on the wrong base."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SAMPLED = 64  # values of each tensor: milliseconds for any model, and no two models agree
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape, and first values rounded to bfloat16.
+
+    The rounding makes it the same for a model loaded in bfloat16 and in float32. Take it before
+    adapters are put on.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Training an adapter: the recipe, the trainer, and what is recorded of a run."""

@@ -1,0 +1,63 @@
+"""The output folder of a run: who may write into it, and what going on with a run requires."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit import atomic
+from lorakit.adapters.manifest import MANIFEST_NAME
+from lorakit.errors import InputError, listed
+
+RUN_NAME = "lorakit-run.json"
+
+
+def check_output(folder: Path, *, resume: bool) -> None:
+    """Raises InputError unless a run may start, or with `resume` go on, in `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RUN_NAME).is_file():
+        raise InputError(
+            f"output_dir: {folder} holds something else: give an empty or new folder"
+        )
+    if not resume:
+        what = "a finished run" if (folder / MANIFEST_NAME).is_file() else "an unfinished run"
+        raise InputError(
+            f"output_dir: {folder} holds {what}: add --resume to go on with it, "
+            "or give another folder"
+        )
+
+
+def claim_output(folder: Path, recipe: dict[str, Any], data: list[dict[str, Any]]) -> None:
+    """Marks `folder` as this run's; when it is already, recipe and data must be the same.
+
+    Raises:
+        InputError: the run in `folder` had another recipe or other data.
+    """
+    now = {"recipe": {k: v for k, v in recipe.items() if k != "output_dir"}, "data": data}
+    path = folder / RUN_NAME
+    if not path.is_file():
+        atomic.write_file(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: start anew in another folder") from error
+    if changes := list(_differences(before, now)):
+        raise InputError(
+            f"the run in {folder} cannot go on with another recipe or other data: "
+            f"{listed(changes, 4)}. Give the same ones, or start anew in another folder"
+        )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            inner = f"{key}.{name}".removeprefix(".").removeprefix("recipe.")
+            yield from _differences(before.get(name), now.get(name), inner)
+    elif before != now:
+        yield f"{key} was {before!r} and is {now!r}"

@@ -1,0 +1,213 @@
+"""One training run, from a recipe to an adapter's folder, in the order in which it happens."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from lorakit import atomic
+from lorakit.adapters.manifest import Manifest, read_manifest, write_manifest
+from lorakit.adapters.open import TEMPLATE_NAME
+from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.templates import template_sha256
+from lorakit.errors import InputError, LorakitError
+from lorakit.lora import LoraModel
+from lorakit.models import load_model
+from lorakit.models.fingerprint import fingerprint
+from lorakit.training.output import check_output, claim_output
+from lorakit.training.progress import ProgressBar
+from lorakit.training.recipe import Recipe, load_recipe
+from lorakit.training.recorder import Recorder
+from lorakit.training.trainer import LoraTrainer, last_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: the adapter's folder, and the record beside it."""
+
+    output_dir: Path
+    manifest: Manifest
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Nats per supervised token on the held-out rows, None when none were held out."""
+        return self.manifest.eval_loss
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *overrides: str,
+    resume: bool = False,
+    quiet: bool = False,
+) -> TrainResult:
+    """Trains an adapter as `recipe` says and leaves it in `output_dir`.
+
+    Args:
+        recipe: a recipe's file, or its keys as a mapping.
+        overrides: `dotted.key=value`, as on the command line.
+        resume: go on from the last checkpoint in `output_dir`, when there is one.
+        quiet: show nothing.
+
+    Raises:
+        InputError: the recipe, the data or the folder cannot be used; nothing is written then.
+        LorakitError: training failed (a full disk, a loss that is no number).
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        recipe = load_recipe(recipe.to_dict(), overrides)
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    folder = Path(recipe.output_dir)
+    check_output(folder, resume=resume)
+
+    model, tokenizer = load_model(recipe.model, recipe.dtype)
+    had_template = bool(tokenizer.chat_template)
+    data = prepare(
+        tokenizer,
+        recipe.data.train,
+        recipe.data.eval,
+        max_length=recipe.data.max_length,
+        columns=recipe.data.columns or None,
+        limit=recipe.data.limit,
+        seed=recipe.training.seed,
+    )
+    _say(console, data.notices)
+    base = fingerprint(model)
+    set_seed(recipe.training.seed)
+    adapted = LoraModel(model, recipe.lora_config())
+    claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
+    if resume and (finished := read_manifest(folder)):
+        _say(console, [f"{folder} is finished already: nothing is left to do"])
+        return TrainResult(folder, finished)
+
+    checkpoint = last_checkpoint(folder) if resume else None
+    if resume:
+        start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
+        _say(console, [start])
+    _describe(console, recipe, adapted, data)
+    with _named_failures(folder):
+        trainer = _build_trainer(recipe, adapted, data, tokenizer.pad_token_id, console)
+        losses = _fit(trainer, adapted, data, checkpoint)
+        if not had_template:  # so that chat and serve use the same
+            atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
+        adapted.save_pretrained(folder)
+    counts = trainer.counts
+    manifest = Manifest(
+        base_model=recipe.model,
+        recipe=recipe.to_dict(),
+        data=[asdict(fact) for fact in data.facts],
+        template_sha256=template_sha256(tokenizer),
+        base_fingerprint=base,
+        steps=trainer.state.global_step,
+        train_seconds=round(counts.seconds, 2),
+        train_tokens=counts.train_tokens,
+        supervised_tokens=counts.supervised_tokens,
+        tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
+        peak_memory_mb=_peak_memory_mb(),
+        eval_loss=losses["eval"],
+        base_eval_loss=losses["base"],
+        versions=_versions(),
+        seed=recipe.training.seed,
+    )
+    write_manifest(folder, manifest)  # last: its presence says that the run is finished
+    return TrainResult(folder, manifest)
+
+
+def _build_trainer(
+    recipe: Recipe, model: LoraModel, data: PreparedData, pad_token_id: int, console: Console
+) -> LoraTrainer:
+    values = recipe.training.model_dump()
+    if not data.eval:
+        values["eval_strategy"] = "no"
+    try:
+        args = TrainingArguments(
+            output_dir=recipe.output_dir,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,  # it would hide a loss that is no number
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **values,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training: {' '.join(str(error).split())}") from error
+    trainer = LoraTrainer(model, args, data.train, data.eval, pad_token_id)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Recorder(Path(recipe.output_dir), trainer.counts))
+    trainer.add_callback(ProgressBar(trainer.counts, console))
+    return trainer
+
+
+def _fit(
+    trainer: LoraTrainer, model: LoraModel, data: PreparedData, checkpoint: Path | None
+) -> dict[str, float | None]:
+    """Trains; returns the held-out loss of the bare base before, and of the adapter after."""
+    if not data.eval:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return {"base": None, "eval": None}
+    with model.disable_adapter():
+        base = trainer.held_out_loss()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    last = next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {"base": base, "eval": last["eval_loss"]}
+    return {"base": base, "eval": trainer.evaluate()["eval_loss"]}
+
+
+def _describe(console: Console, recipe: Recipe, model: LoraModel, data: PreparedData) -> None:
+    trained, total = model.get_nb_trainable_parameters()
+    tokens = sum(len(row) for row in data.train)
+    learned = sum(row.supervised for row in data.train)
+    dtype = str(next(model.get_base_model().parameters()).dtype).removeprefix("torch.")
+    _say(
+        console,
+        [
+            f"{recipe.model} in {dtype}, adapter in float32: {trained:,} of {total:,} "
+            f"parameters are trained ({trained / total:.2%})",
+            f"{len(data.train)} rows to learn from ({tokens:,} tokens, {learned:,} supervised), "
+            f"{len(data.eval)} held out",
+        ],
+    )
+
+
+def _say(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False)
+
+
+@contextmanager
+def _named_failures(folder: Path) -> Iterator[None]:
+    """Turns a full disk, however a library reports it, into one line."""
+    cure = "The last checkpoint is whole: make room and go on with --resume"
+    try:
+        yield
+    except OSError as error:
+        raise LorakitError(f"cannot write {folder}: {error.strerror or error}. {cure}") from error
+    except RuntimeError as error:
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+            raise LorakitError(f"cannot write {folder}: is the disk full? {cure}") from error
+        raise
+
+
+def _peak_memory_mb() -> float:
+    """The process's peak resident memory, or the GPU's when there is one; in MB of 10**6 bytes."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lorakit", "torch", "transformers", "accelerate", "safetensors")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+

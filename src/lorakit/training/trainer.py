@@ -1,0 +1,235 @@
+"""`transformers.Trainer` for adapters: honest loss, exact resuming, checkpoints in one step.
+
+Everything that Trainer does well stays Trainer's (optimiser, schedule, accumulation, several
+processes, callbacks). Here is only what an adapter needs otherwise: what the loss is divided by,
+in which order rows come, and what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.training_args import TrainingArguments
+
+from lorakit.data.batches import Collator, length_grouped_order
+from lorakit.data.masking import TokenizedRow
+from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
+from lorakit.lora.model import LoraModel
+from lorakit.models.loss import supervised_loss
+
+_STAGING = ".saving"
+_COUNTS = "lorakit_counts.json"
+
+
+@dataclass
+class Counts:
+    """What a run has consumed so far. Padding is not counted; `seconds` excludes evaluation."""
+
+    train_tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+
+
+class TokenizedDataset(Dataset):
+    """Tokenised rows as a PyTorch dataset."""
+
+    def __init__(self, rows: list[TokenizedRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedRow:
+        return self.rows[index]
+
+
+class LengthGroupedSampler(Sampler[int], TrainerCallback):
+    """Batches rows of like length, in an order that the seed and the epoch alone decide.
+
+    It learns the epoch as a callback, because a dataloader that skips batches to resume does not
+    pass the epoch on to its sampler.
+    """
+
+    def __init__(self, rows: list[TokenizedRow], batch_size: int, seed: int) -> None:
+        self.lengths = [len(row) for row in rows]
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(length_grouped_order(self.lengths, self.batch_size, self.seed, self.epoch))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes over the epoch that begins; resumed in its middle, `state.epoch` has a fraction."""
+        self.epoch = math.floor(state.epoch or 0)
+
+
+class LoraTrainer(Trainer):
+    """Trains the active adapter of a `LoraModel` on tokenised rows.
+
+    Args:
+        model: the wrapped model.
+        args: Trainer's own arguments.
+        train_rows, eval_rows: the rows; `eval_rows` may be empty.
+        pad_token_id: what short rows are filled with.
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        args: TrainingArguments,
+        train_rows: list[TokenizedRow],
+        eval_rows: list[TokenizedRow],
+        pad_token_id: int,
+    ) -> None:
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.sampler = LengthGroupedSampler(train_rows, batch * args.world_size, args.seed)
+        self.counts = Counts()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=TokenizedDataset(train_rows),
+            eval_dataset=TokenizedDataset(eval_rows) if eval_rows else None,
+            data_collator=Collator(pad_token_id),
+            callbacks=[self.sampler],
+        )
+        # compute_loss divides by the whole optimiser step's tokens itself.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    # --- loss -----------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The batch's share of the loss per supervised token of the whole optimiser step.
+
+        `num_items_in_batch` counts the supervised tokens of all accumulated batches and ranks,
+        so the sum over them is the mean over tokens, however they were divided up.
+        """
+        total, count = supervised_loss(model, inputs)
+        self.counts.train_tokens += int(inputs["attention_mask"].sum())
+        self.counts.supervised_tokens += int(count)
+        whole = count if num_items_in_batch is None else num_items_in_batch
+        # DDP averages gradients over ranks; the sum is wanted.
+        return total * self.accelerator.num_processes / whole
+
+    @torch.no_grad()
+    def held_out_loss(self, eval_dataset: Any = None) -> float:
+        """The loss per supervised token over all held-out rows, in nats."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            total, count = supervised_loss(self.model, self._prepare_inputs(batch))
+            sums += torch.stack([total.double().cpu(), count.double().cpu()])
+        total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        return total / count
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Logs `held_out_loss` as `eval_loss` and returns it, as Trainer expects."""
+        metrics = {f"{metric_key_prefix}_loss": self.held_out_loss(eval_dataset)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # --- order of rows --------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.sampler
+
+    # --- checkpoints ----------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Trainer's place for checkpoints; while one is being written, the staging folder."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / _STAGING) if self._is_saving else folder
+
+    _is_saving = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint aside and renames it, so a kill never leaves half of one."""
+        folder = Path(super()._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(folder / _STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder / _STAGING, ignore_errors=True)
+            raise
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for finished in (folder / _STAGING).iterdir():
+                shutil.rmtree(folder / finished.name, ignore_errors=True)
+                finished.rename(folder / finished.name)
+            (folder / _STAGING).rmdir()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the adapter, and nothing of the base model."""
+        folder = Path(output_dir or self.args.output_dir)
+        self._lora_model().save_pretrained(folder)
+        (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        wrapped = self._lora_model()
+        name = wrapped.active_adapter
+        config, tensors = read_adapter(folder)
+        parameters = adapter_parameters(wrapped.get_base_model(), name, config.bias)
+        load_tensors(parameters, tensors, folder)
+        # In place: the callbacks hold the same counts.
+        vars(self.counts).update(json.loads((folder / _COUNTS).read_text()))
+
+    def _load_best_model(self) -> None:
+        counts = dict(vars(self.counts))
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        vars(self.counts).update(counts)  # the weights are the best ones, the work is all of it
+
+    def _lora_model(self) -> LoraModel:
+        return self.accelerator.unwrap_model(self.model)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder; one that was being written does not count."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(found) if found else None
+
+
