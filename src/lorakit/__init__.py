@@ -7,11 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorakit.adapters.merge import merge as merge
     from lorakit.lora import LoraConfig as LoraConfig
     from lorakit.lora import LoraLinear as LoraLinear
     from lorakit.lora import LoraModel as LoraModel
-    from lorakit.lora import LoraModel as PeftModel
     from lorakit.lora import get_peft_model as get_peft_model
+    from lorakit.models import load_model as load_model
+    from lorakit.training.run import train as train
+
+    PeftModel = LoraModel
 
 __version__ = "0.1.0"
 
@@ -21,6 +25,9 @@ _HOMES = {
     "LoraModel": ("lorakit.lora", "LoraModel"),
     "PeftModel": ("lorakit.lora", "LoraModel"),
     "get_peft_model": ("lorakit.lora", "get_peft_model"),
+    "load_model": ("lorakit.models.load", "load_model"),
+    "merge": ("lorakit.adapters.merge", "merge"),
+    "train": ("lorakit.training.run", "train"),
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

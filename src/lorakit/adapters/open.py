@@ -64,6 +64,4 @@ def open_adapter(
     template = Path(folder) / TEMPLATE_NAME
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return OpenAdapter(
-        LoraModel.from_pretrained(model, folder).eval(), tokenizer, name, manifest
-    )
+    return OpenAdapter(LoraModel.from_pretrained(model, folder).eval(), tokenizer, name, manifest)

@@ -7,7 +7,6 @@ import os
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from lorakit import __version__
@@ -18,11 +17,14 @@ from lorakit.cli.merge import merge
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 
+# typer's errors of usage are click's, or those of its own copy of click in newer releases.
+UsageError: type = typer.BadParameter.__mro__[1]
+
 app = typer.Typer(
     name="lorakit",
     help="LoRA for language models: train, evaluate, chat with and merge low-rank adapters.",
     epilog="lorakit demo shows it all in a few minutes. --debug, anywhere, shows tracebacks.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -43,11 +45,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
     """LoRA for language models: train, evaluate, chat with and merge low-rank adapters."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 def main() -> None:
@@ -62,12 +68,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(standalone_mode=False) or 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        code = 2
-    except click.ClickException as error:
+    except UsageError as error:
         code = _fail(error.format_message(), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

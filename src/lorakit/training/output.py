@@ -21,9 +21,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / RUN_NAME).is_file():
-        raise InputError(
-            f"output_dir: {folder} holds something else: give an empty or new folder"
-        )
+        raise InputError(f"output_dir: {folder} holds something else: give an empty or new folder")
     if not resume:
         what = "a finished run" if (folder / MANIFEST_NAME).is_file() else "an unfinished run"
         raise InputError(

@@ -116,7 +116,7 @@ class Recipe(_Strict):
             if name not in known:
                 raise InputError(f"lora.{name} is not a recipe key{did_you_mean(name, known)}")
         try:
-            return LoraConfig(task_type="CAUSAL_LM", **{k: v for k, v in self.lora.items()})
+            return LoraConfig(task_type="CAUSAL_LM", **self.lora)
         except InputError as error:
             raise InputError(f"lora: {error}") from error
         except TypeError as error:
@@ -198,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -158,7 +158,9 @@ def _fit(
     with model.disable_adapter():
         base = trainer.held_out_loss()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    last = next((e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {})
+    last: dict[str, float] = next(
+        (e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {}
+    )
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return {"base": base, "eval": last["eval_loss"]}
     return {"base": base, "eval": trainer.evaluate()["eval_loss"]}
@@ -210,4 +212,3 @@ def _peak_memory_mb() -> float:
 def _versions() -> dict[str, str]:
     packages = ("lorakit", "torch", "transformers", "accelerate", "safetensors")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-

@@ -89,6 +89,9 @@ class LoraTrainer(Trainer):
         pad_token_id: what short rows are filled with.
     """
 
+    control: TrainerControl
+    _is_saving = False
+
     def __init__(
         self,
         model: LoraModel,
@@ -170,8 +173,6 @@ class LoraTrainer(Trainer):
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / _STAGING) if self._is_saving else folder
 
-    _is_saving = False
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside and renames it, so a kill never leaves half of one."""
         folder = Path(super()._get_output_dir(trial))
@@ -231,5 +232,3 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in a run's folder; one that was being written does not count."""
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return Path(found) if found else None
-
-

@@ -1,0 +1,1 @@
+"""The task of `lorakit demo`: a customer's free-text order into strict JSON."""

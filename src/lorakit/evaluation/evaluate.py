@@ -1,0 +1,127 @@
+"""An adapter and its bare base model side by side, on the same rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorakit.data.formats import Sample
+from lorakit.errors import InputError
+from lorakit.evaluation.answers import generate_answers
+from lorakit.evaluation.loss import mean_loss
+from lorakit.evaluation.metrics import METRICS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.lora import LoraModel
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt: what was asked, what was wanted, and the two answers."""
+
+    prompt: list[dict[str, Any]]
+    references: list[str]
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by metric, each of the bare base and of the tuned model.
+
+    `rows` counts samples, `prompts` different prompts: rows that repeat a prompt are further
+    references for it. `examples` is empty when only the loss was asked for.
+    """
+
+    rows: int
+    prompts: int
+    scores: dict[str, dict[str, float]]
+    examples: list[Example]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as plain JSON types."""
+        return asdict(self)
+
+
+def evaluate(
+    model: LoraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    metrics: Sequence[str] = ("exact_match", "bleu", "rouge", "loss"),
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores the active adapter and the bare base on `samples`.
+
+    Args:
+        metrics: names of `METRICS`, and `loss` (nats per supervised token).
+        on_progress: called with how much of how much is done, in answers and losses.
+
+    Raises:
+        InputError: there are no samples, or plain text is to be scored by answers.
+    """
+    if not samples:
+        raise InputError("there are no rows to evaluate")
+    wanted = [name for name in metrics if name in METRICS]
+    plain = next((s for s in samples if s.text is not None), None)
+    if wanted and plain is not None:
+        raise InputError(
+            f"{plain.where} is plain text and has no answer to compare: use --metrics loss"
+        )
+    began = time.perf_counter()
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt_key, []).append(sample)
+    prompts = [group[0].prompt for group in groups.values()] if wanted else []
+    references = [[s.reference for s in group] for group in groups.values()] if wanted else []
+    whole = 2 * (len(prompts) + ("loss" in metrics) * len(samples))
+    done = 0
+
+    def count(finished: int) -> None:
+        nonlocal done
+        done += finished
+        if on_progress:
+            on_progress(done, whole)
+
+    def run() -> tuple[list[str], dict[str, float]]:
+        answers = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=count,
+        )
+        scores = {name: METRICS[name](answers, references) for name in wanted}
+        if "loss" in metrics:
+            scores["loss"] = mean_loss(
+                model,
+                tokenizer,
+                samples,
+                max_length=max_length,
+                batch_size=batch_size,
+                on_batch=count,
+            )
+        return answers, scores
+
+    tuned_answers, tuned = run()
+    with model.disable_adapter():
+        base_answers, base = run()
+    return Evaluation(
+        rows=len(samples),
+        prompts=len(groups),
+        scores={name: {"base": base[name], "tuned": tuned[name]} for name in metrics},
+        examples=[
+            Example(*example)
+            for example in zip(prompts, references, base_answers, tuned_answers, strict=True)
+        ],
+        seconds=round(time.perf_counter() - began, 2),
+    )

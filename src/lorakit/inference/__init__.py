@@ -1,0 +1,1 @@
+"""Running adapters for people: the chat in a terminal."""
