@@ -68,7 +68,7 @@ DELIVERIES = (
     " for my flat in {city}", ", shipped to {city}", " (I live in {city})",
 )  # fmt: skip
 URGENT = (
-    ", by express", ", express delivery", ", as fast as you can", ", it is urgent",
+    ", by express", ", express please", ", as fast as you can", ", it is urgent",
     ", by Friday", ", before the weekend",
 )  # fmt: skip
 CALM = ("", "", "", ", no rush", ", whenever it suits you")

@@ -38,7 +38,13 @@ class DemoResult:
     rows: int
 
 
-def run_demo(folder: Path, say: Callable[[str], None]) -> DemoResult:
+def run_demo(
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    train_rows: int = TRAIN_ROWS,
+    held_out_rows: int = HELD_OUT_ROWS,
+) -> DemoResult:
     """Runs the demo in the new folder `folder`; `say` shows a line.
 
     Raises:
@@ -46,12 +52,12 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> DemoResult:
     """
     began = time.perf_counter()
     atomic.require_free(folder)
-    learned, held_out = train_and_held_out(TRAIN_ROWS, HELD_OUT_ROWS, SEED)
+    learned, held_out = train_and_held_out(train_rows, held_out_rows, SEED)
     _write_rows(folder / "train.jsonl", learned)
     _write_rows(folder / "held_out.jsonl", held_out)
     recipe = _recipe(folder)
     atomic.write_file(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    say(f"The task: a customer's order into JSON. {TRAIN_ROWS} rows to learn from, for instance:")
+    say(f"The task: a customer's order into JSON. {train_rows} rows to learn from, for instance:")
     say(f"  {_request(learned[0])}\n  -> {learned[0]['messages'][-1]['content']}\n")
 
     adapter = train(folder / "recipe.yaml").output_dir

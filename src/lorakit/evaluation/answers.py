@@ -1,16 +1,21 @@
-"""Greedy answers to many prompts, in batches."""
+"""Greedy answers to many prompts, in batches.
+
+What ends an answer is told in `lorakit.inference.sampling`; what it is worth, in `metrics`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.data.formats import Message
 from lorakit.data.templates import render
+from lorakit.inference.sampling import generation_settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate_answers(
@@ -25,63 +30,57 @@ def generate_answers(
     """The model's greedy answer to each conversation, in the order of `prompts`.
 
     Prompts of like length share a batch, padded on the left; the longest come first, so that a
-    batch too large for the memory fails at once.
+    batch too large for the memory fails at once. A batch runs until its longest answer ends.
 
     Args:
         max_new_tokens: at most so many tokens an answer.
-        on_batch: called with the number of answers that a batch brought.
+        batch_size: prompts at a time.
+        on_batch: called after each batch with the number of its answers.
+
+    Raises:
+        InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
     """
     import torch
 
-    ids = [
-        tokenizer(render(p, tokenizer, add_generation_prompt=True), add_special_tokens=False)
-        for p in prompts
-    ]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]["input_ids"]))
-    settings = greedy_settings(model, tokenizer, max_new_tokens)
-    answers = [""] * len(ids)
-    was_training, side = model.training, tokenizer.padding_side
+    settings = generation_settings(model, tokenizer, max_new_tokens=max_new_tokens)
+    rows = [_tokens(prompt, tokenizer) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    device = next(model.parameters()).device
+    answers = [""] * len(rows)
+    was_training = model.training
     model.eval()
-    tokenizer.padding_side = "left"
     try:
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            batch: Any = tokenizer.pad([ids[i] for i in chosen], return_tensors="pt")
-            batch = {k: batch[k].to(_device(model)) for k in ("input_ids", "attention_mask")}
+            input_ids, mask = _pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
             with torch.inference_mode():
-                output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
-            new = output[:, batch["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=input_ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=settings,
+                )
+            written = output[:, input_ids.shape[1] :]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
             if on_batch:
                 on_batch(len(chosen))
     finally:
         model.train(was_training)
-        tokenizer.padding_side = side
     return answers
 
 
-def greedy_settings(
-    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> GenerationConfig:
-    """Greedy decoding that ends at the model's or the tokenizer's end token.
-
-    A fresh configuration: the model's own may hold sampling settings.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config.eos_token_id
-    ends = [own] if isinstance(own, int) else list(own or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _tokens(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text = render(prompt, tokenizer, add_generation_prompt=True)
+    # The template has written the special tokens, a BOS among them.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _device(model: nn.Module) -> Any:
-    return next(model.parameters()).device
+def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each int64 of shape (len(rows), longest row)."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return input_ids, mask

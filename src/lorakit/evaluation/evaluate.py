@@ -1,4 +1,8 @@
-"""An adapter and its bare base model side by side, on the same rows."""
+"""An adapter and its bare base model side by side, on the same rows.
+
+The numbers come from `metrics` and `loss`, the answers from `answers`; here rows that repeat a
+prompt are joined, so that each prompt is answered once and scored against all its references.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.formats import Sample
+from lorakit.data.formats import Message, Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.loss import mean_loss
-from lorakit.evaluation.metrics import METRICS
+from lorakit.evaluation.metrics import METRICS, check_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 class Example:
     """One prompt: what was asked, what was wanted, and the two answers."""
 
-    prompt: list[dict[str, Any]]
+    prompt: list[Message]
     references: list[str]
     base: str
     tuned: str
@@ -34,7 +38,8 @@ class Evaluation:
     """Scores by metric, each of the bare base and of the tuned model.
 
     `rows` counts samples, `prompts` different prompts: rows that repeat a prompt are further
-    references for it. `examples` is empty when only the loss was asked for.
+    references for it. `examples` is empty when only the loss was asked for. `seconds` is wall
+    time.
     """
 
     rows: int
@@ -59,31 +64,29 @@ def evaluate(
     max_length: int = 1024,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Scores the active adapter and the bare base on `samples`.
+    """Scores the model with its active adapters, and without any, on `samples`.
 
     Args:
-        metrics: names of `METRICS`, and `loss` (nats per supervised token).
-        on_progress: called with how much of how much is done, in answers and losses.
+        metrics: names in `METRICS`, and `loss` (nats per supervised token).
+        max_new_tokens: at most so many tokens an answer.
+        batch_size: rows at a time.
+        max_length: tokens of a row that the loss is taken on.
+        on_progress: called with how much of how much is done, in answers and rows.
 
     Raises:
-        InputError: there are no samples, or plain text is to be scored by answers.
+        InputError: there are no samples, a metric is unknown, or plain text is to be answered.
     """
-    if not samples:
-        raise InputError("there are no rows to evaluate")
-    wanted = [name for name in metrics if name in METRICS]
-    plain = next((s for s in samples if s.text is not None), None)
-    if wanted and plain is not None:
-        raise InputError(
-            f"{plain.where} is plain text and has no answer to compare: use --metrics loss"
-        )
+    check_metrics(metrics)
+    by_answers = [name for name in metrics if name in METRICS]
+    _check_samples(samples, by_answers)
     began = time.perf_counter()
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt_key, []).append(sample)
-    prompts = [group[0].prompt for group in groups.values()] if wanted else []
-    references = [[s.reference for s in group] for group in groups.values()] if wanted else []
-    whole = 2 * (len(prompts) + ("loss" in metrics) * len(samples))
-    done = 0
+    prompts = [group[0].prompt for group in groups.values()] if by_answers else []
+    references = [[s.reference for s in group] for group in groups.values()] if by_answers else []
+
+    done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
 
     def count(finished: int) -> None:
         nonlocal done
@@ -91,7 +94,8 @@ def evaluate(
         if on_progress:
             on_progress(done, whole)
 
-    def run() -> tuple[list[str], dict[str, float]]:
+    def score() -> tuple[list[str], dict[str, float]]:
+        """Answers and scores of the model as it is now."""
         answers = generate_answers(
             model,
             tokenizer,
@@ -100,21 +104,16 @@ def evaluate(
             batch_size=batch_size,
             on_batch=count,
         )
-        scores = {name: METRICS[name](answers, references) for name in wanted}
+        scores = {name: METRICS[name](answers, references) for name in by_answers}
         if "loss" in metrics:
             scores["loss"] = mean_loss(
-                model,
-                tokenizer,
-                samples,
-                max_length=max_length,
-                batch_size=batch_size,
-                on_batch=count,
+                model, tokenizer, samples, max_length, batch_size, on_batch=count
             )
         return answers, scores
 
-    tuned_answers, tuned = run()
+    tuned_answers, tuned = score()
     with model.disable_adapter():
-        base_answers, base = run()
+        base_answers, base = score()
     return Evaluation(
         rows=len(samples),
         prompts=len(groups),
@@ -125,3 +124,14 @@ def evaluate(
         ],
         seconds=round(time.perf_counter() - began, 2),
     )
+
+
+def _check_samples(samples: Sequence[Sample], by_answers: Sequence[str]) -> None:
+    if not samples:
+        raise InputError("there are no rows to evaluate: give a file that has some")
+    plain = next((s for s in samples if s.text is not None), None)
+    if by_answers and plain is not None:
+        raise InputError(
+            f"{plain.where} is plain text, which {by_answers[0]} cannot score: "
+            "use --metrics loss, or rows with an answer"
+        )

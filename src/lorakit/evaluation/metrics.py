@@ -1,87 +1,103 @@
 """Scores of answers against references, by well-kept libraries.
 
-Every metric takes one answer and one or several references a prompt, and gives one number,
-larger is better. `loss` is not here: it needs the model, not its answers.
+Every metric takes one answer and one or several references a prompt, at least one prompt, and
+gives one number, larger is better. `loss` is not here: it needs the model, not its answers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from lorakit.errors import InputError, did_you_mean
 
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 
-_CJK = re.compile("[぀-ヿ㐀-䶿一-鿿가-힯]")
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_KANA = "\u3040-\u30ff"
+_HANGUL = "\uac00-\ud7a3"
+# Scripts without spaces give one word a character, all others the runs between punctuation.
+_WORDS = re.compile(f"[{_HAN}{_KANA}]|[^\\W_{_HAN}{_KANA}]+")
 
 
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """The share of answers equal to one of their references, white space at the ends aside."""
-    hits = [
-        any(a.strip() == r.strip() for r in rs) for a, rs in zip(answers, references, strict=True)
-    ]
-    return sum(hits) / len(hits)
+    return fmean(
+        answer.strip() in {reference.strip() for reference in own}
+        for answer, own in zip(answers, references, strict=True)
+    )
 
 
 def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU in 0 to 100 (sacrebleu), with every prompt's own number of references.
+    """Corpus BLEU from 0 to 100 (sacrebleu), each prompt with its own number of references.
 
-    Mostly Chinese, Japanese or Korean references are tokenised by character (`zh`).
+    Mostly Chinese references are tokenised with sacrebleu's `zh`, mostly Japanese or Korean ones
+    by character, since its tokenisers for these need a dictionary that is installed apart.
     """
     import sacrebleu
 
-    most = max(len(rs) for rs in references)
-    # sacrebleu wants one stream a reference position; None stands for "no such reference".
-    streams: list[Any] = [
-        [rs[i] if i < len(rs) else None for rs in references] for i in range(most)
-    ]
-    tokenize = "zh" if _mostly_cjk(references) else "13a"
-    return sacrebleu.corpus_bleu(list(answers), streams, tokenize=tokenize).score
+    most = max(len(own) for own in references)
+    # sacrebleu wants one list for each place among the references; None says that there is none.
+    places = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
+    tokenize = _bleu_tokenizer("".join(text for own in references for text in own))
+    return sacrebleu.corpus_bleu(list(answers), places, tokenize=tokenize).score
 
 
 def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The mean ROUGE-L F-measure in 0 to 1 (rouge-score), each answer's best reference."""
+    """The mean ROUGE-L F-measure from 0 to 1 (rouge-score), each answer by its best reference."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    scores = [
-        max(scorer.score(r, a)["rougeL"].fmeasure for r in rs)
-        for a, rs in zip(answers, references, strict=True)
-    ]
-    return sum(scores) / len(scores)
+    return fmean(
+        max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in own)
+        for answer, own in zip(answers, references, strict=True)
+    )
 
 
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
 
 
 def parse_metrics(text: str) -> list[str]:
-    """`"exact_match, loss"` to names, each once.
+    """The names in `"exact_match, loss"`, each once.
 
     Raises:
-        InputError: a name is not a metric.
+        InputError: a name is not a metric, or there is none.
     """
-    known = [*METRICS, "loss"]
-    names = list(dict.fromkeys(n for n in (part.strip() for part in text.split(",")) if n))
-    for name in names:
-        if name not in known:
-            raise InputError(
-                f"'{name}' is not a metric{did_you_mean(name, known)}: there are {', '.join(known)}"
-            )
-    if not names:
-        raise InputError(f"no metric is named: there are {', '.join(known)}")
+    names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    check_metrics(names)
     return names
 
 
+def check_metrics(names: Iterable[str]) -> None:
+    """Accepts names in `METRICS`, and `loss`.
+
+    Raises:
+        InputError: a name is not a metric, or there is none.
+    """
+    names = list(names)
+    known = [*METRICS, "loss"]
+    if not names:
+        raise InputError(f"no metric is named; there are {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"'{name}' is not a metric{did_you_mean(name, known)}; there are {', '.join(known)}"
+            )
+
+
 class _Words:
-    """rouge-score's own tokenizer drops all but ASCII; this keeps words of every script."""
+    """Words of every script; rouge-score's own tokenizer drops all that is not ASCII."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Lower-case words, and single characters of scripts that are written without spaces."""
-        return re.findall(r"[぀-ヿ㐀-䶿一-鿿가-힯]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯]+", text.lower())
+        """Lower-case words without punctuation."""
+        return _WORDS.findall(text.lower())
 
 
-def _mostly_cjk(references: Sequence[Sequence[str]]) -> bool:
-    text = "".join(r for rs in references for r in rs)
-    return 2 * len(_CJK.findall(text)) > len(re.sub(r"\s", "", text))
+def _bleu_tokenizer(text: str) -> str:
+    characters = len(re.sub(r"\s", "", text))
+    others = len(re.findall(f"[{_KANA}{_HANGUL}]", text))
+    han = len(re.findall(f"[{_HAN}]", text))
+    if 2 * (han + others) <= characters:
+        return "13a"
+    return "char" if others else "zh"

@@ -1,1 +1,1 @@
-"""Running adapters for people: the chat in a terminal."""
+"""Running a model with its adapters: how tokens are chosen, and the chat in a terminal."""
