@@ -1,7 +1,14 @@
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import save_tiny_model
+
+import lorakit
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -9,13 +16,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on `tiny_model` whose update is not zero."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model, _ = lorakit.load_model(tiny_model)
+    config = lorakit.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    lorakit.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """48 short sums, of different lengths."""
     path = tmp_path / "rows.jsonl"
-    lines = [
-        f'{{"prompt": "{"what is " * (n % 4)}{n} + {n}?", "completion": "{2 * n}"}}'
-        for n in range(48)
-    ]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(
+        "".join(f'{{"prompt": "{n} + {n}?", "completion": "{2 * n}"}}\n' for n in range(20))
+    )
     return path
+
+
+@pytest.fixture
+def lorakit_command(tmp_path: Path) -> Command:
+    """Runs the real command in `tmp_path`; its output is text."""
+
+    def run(*arguments: str | Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "lorakit", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, input=stdin, capture_output=True, text=True)
+
+    return run

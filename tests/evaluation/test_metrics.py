@@ -24,7 +24,9 @@ def test_bleu_is_the_geometric_mean_of_the_precisions_times_the_brevity_penalty(
 
 def test_bleu_of_a_short_answer_is_lowered_by_the_brevity_penalty() -> None:
     expected = 100 * math.exp(1 - 6 / 4)
-    assert bleu(["one two three four"], [["one two three four five six"]]) == pytest.approx(expected)
+    assert bleu(["one two three four"], [["one two three four five six"]]) == pytest.approx(
+        expected
+    )
 
 
 def test_bleu_takes_a_different_number_of_references_for_each_prompt() -> None:
@@ -36,7 +38,9 @@ def test_bleu_takes_a_different_number_of_references_for_each_prompt() -> None:
     assert bleu(answers[::-1], [[answers[1]], ["nothing", "x", answers[0]]]) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("text", ["今天天气很好我们去公园", "きょうはとてもいいてんきです", "오늘은날씨가정말좋습니다"])
+@pytest.mark.parametrize(
+    "text", ["今天天气很好我们去公园", "きょうはとてもいいてんきです", "오늘은날씨가정말좋습니다"]
+)
 def test_bleu_and_rouge_see_more_than_one_word_in_text_without_spaces(text: str) -> None:
     nearly = text[:-1] + "x"
     assert 50 < bleu([nearly], [[text]]) < 100
@@ -71,7 +75,9 @@ def test_metric_names_are_read_once_each_in_their_order() -> None:
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(InputError, match=r"'exact-match' is not .*did you mean 'exact_match'.*loss"):
+    with pytest.raises(
+        InputError, match=r"'exact-match' is not .*did you mean 'exact_match'.*loss"
+    ):
         parse_metrics("exact-match")
     with pytest.raises(InputError, match="no metric is named"):
         parse_metrics(" ,")

@@ -67,11 +67,13 @@ DELIVERIES = (
     ", delivered to {city}", ", delivery to {city}", " for our shop in {city}",
     " for my flat in {city}", ", shipped to {city}", " (I live in {city})",
 )  # fmt: skip
+# A true or false is one token of thirty, so its cues are plain words: subtler ones ("by Friday")
+# are not learned from a few hundred rows.
 URGENT = (
-    ", by express", ", express please", ", as fast as you can", ", it is urgent",
-    ", by Friday", ", before the weekend",
+    ", by express", ", express please", ", express delivery", ", sent by express",
+    ", it is urgent", ", this is urgent",
 )  # fmt: skip
-CALM = ("", "", "", ", no rush", ", whenever it suits you")
+CALM = ("", "", "", ", no rush")
 
 # {what} is quantity, size, color and item, {rest} where it goes and how soon.
 PHRASES = (
@@ -166,7 +168,7 @@ def _records(choose: random.Random) -> Iterator[Record]:
             "color": choose.choice((*COLORS, None, None)),
             "size": choose.choice((*SIZES, None)),
             "city": choose.choice((*CITIES, None, None)),
-            "express": choose.random() < 0.4,
+            "express": choose.random() < 0.5,
         }
 
 

@@ -25,7 +25,7 @@ from lorakit.evaluation.evaluate import Evaluation, evaluate
 from lorakit.models.bundled import ALIAS
 from lorakit.training.run import train
 
-TRAIN_ROWS, HELD_OUT_ROWS, SEED = 400, 100, 7
+TRAIN_ROWS, HELD_OUT_ROWS, SEED = 350, 100, 7
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.data.formats import Message
-from lorakit.data.templates import render
-from lorakit.inference.sampling import generation_settings
+from lorakit.inference.sampling import Sampling, generate, generation_settings, prompt_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +39,8 @@ def generate_answers(
     Raises:
         InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
     """
-    import torch
-
-    settings = generation_settings(model, tokenizer, max_new_tokens=max_new_tokens)
-    rows = [_tokens(prompt, tokenizer) for prompt in prompts]
+    settings = generation_settings(model, tokenizer, Sampling(max_new_tokens=max_new_tokens))
+    rows = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     device = next(model.parameters()).device
     answers = [""] * len(rows)
@@ -53,12 +50,12 @@ def generate_answers(
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             input_ids, mask = _pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
-            with torch.inference_mode():
-                output = model.generate(  # type: ignore[operator]
-                    input_ids=input_ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=settings,
-                )
+            output = generate(
+                model,
+                settings,
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+            )
             written = output[:, input_ids.shape[1] :]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
@@ -68,12 +65,6 @@ def generate_answers(
     finally:
         model.train(was_training)
     return answers
-
-
-def _tokens(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    text = render(prompt, tokenizer, add_generation_prompt=True)
-    # The template has written the special tokens, a BOS among them.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

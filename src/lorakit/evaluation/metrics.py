@@ -41,7 +41,12 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     # sacrebleu wants one list for each place among the references; None says that there is none.
     places = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
     tokenize = _bleu_tokenizer("".join(text for own in references for text in own))
-    return sacrebleu.corpus_bleu(list(answers), places, tokenize=tokenize).score
+    score = sacrebleu.corpus_bleu(
+        list(answers),
+        places,  # type: ignore[arg-type]
+        tokenize=tokenize,
+    )
+    return score.score
 
 
 def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:

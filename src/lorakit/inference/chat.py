@@ -1,214 +1,226 @@
-"""A conversation with an adapter: its history, its commands, and answers that stream.
+"""A conversation with a model and its adapters: history, commands, and what still fits.
 
-The terminal is left to `run`, which needs only lines to read and a function to write, so a pipe
-and a test serve as well as a keyboard.
+Nothing here knows a terminal: `run` needs lines to read and a function to write, so a pipe and a
+test serve as well as a keyboard. How an answer streams is `streaming.py`'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from pathlib import Path
-from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
-from lorakit.data.templates import render
-from lorakit.errors import InputError, LorakitError, did_you_mean, listed
+from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.inference.sampling import Sampling, generation_settings, prompt_tokens
+from lorakit.inference.streaming import stream_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELP = """\
 /reset          forget the conversation
-/adapter NAME   answer with another adapter: its name, or its folder
-/base           answer without any adapter; again, or /adapter, turns it back on
+/adapter NAME   answer with another adapter, by its name or folder; without one, show them
+/base           answer without the adapter, and again with it
 /help           show this
-/quit           leave"""
-_COMMANDS = ("/reset", "/adapter", "/base", "/help", "/quit")
+/quit           end the chat, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    seed: int | None = None
-
-
-@dataclass
 class ChatSession:
-    """A model, the conversation so far, and which adapter answers.
+    """A model, what was said so far, and which adapter answers.
+
+    Attributes:
+        history: the turns so far, user and assistant alternating, without the system message.
+        use_base: whether the adapter is left out.
+        notices: lines for the user about the latest answer.
 
     Args:
-        model: a `LoraModel`.
+        model: a `LoraModel`, or a plain transformers model; it is put in evaluation mode.
         system: a system message that opens every conversation.
     """
 
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    sampling: Sampling = field(default_factory=Sampling)
-    system: str | None = None
-    use_base: bool = False
-    messages: list[Message] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.sampling = sampling or Sampling()
+        self.use_base = False
+        self.history: list[Message] = []
+        self.notices: list[str] = []
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self._settings = generation_settings(model, tokenizer, self.sampling)
         self.reset()
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the model's adapters, none for a plain model."""
+        return list(getattr(self.model, "adapters", []))
+
+    def reset(self) -> None:
+        """Forgets the conversation, and starts the random numbers anew when there is a seed."""
+        self.history = []
         if self.sampling.seed is not None:
             import torch
 
-            torch.manual_seed(self.sampling.seed)
+            torch.manual_seed(self.sampling.seed)  # `generate` draws from the global generator
 
-    def reset(self) -> None:
-        """Forgets the conversation, but not the system message."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+    # --- answering ------------------------------------------------------------------------
 
-    def command(self, line: str) -> str | None:
-        """Carries out `/…` and returns what to say about it; None means leave."""
-        name, _, argument = line.strip().partition(" ")
-        argument = argument.strip()
-        if name == "/quit":
-            return None
-        if name == "/help":
-            return HELP
-        if name == "/reset":
-            self.reset()
-            return "(the conversation is forgotten)"
-        if name == "/base":
-            self.use_base = not self.use_base
-            return f"(answering {self._who()})"
-        if name == "/adapter":
-            return self._choose(argument)
-        return f"{name} is not a command{did_you_mean(name, _COMMANDS)}; /help shows them"
+    def answer(self, text: str) -> Generator[str]:
+        """The answer to `text` in pieces, as they are written; then both are in the history.
 
-    def answer(self, text: str) -> Iterator[str]:
-        """The answer to `text`, piece by piece; question and answer join the conversation.
-
-        Closing the iterator stops the model; what it said so far is kept.
+        Closing the iterator stops the model; what it said so far is kept, and an answer without
+        any text leaves no trace. `notices` tells whether old turns had to be dropped.
 
         Raises:
-            InputError: the conversation does not fit the model's context, or its template.
+            InputError: `text` alone is longer than the model reads, or the template refuses it.
             LorakitError: the model failed.
         """
-        question: Message = {"role": "user", "content": text}
-        inputs = self._fitted([*self.messages, question])
-        pieces: list[str] = []
-        try:
-            for piece in self._stream(inputs):
-                pieces.append(piece)
-                yield piece
-        finally:
-            if pieces:
-                self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        question = {"role": "user", "content": text}
+        self.notices = []
+        input_ids = self._fit(question)
+        settings = copy.copy(self._settings)
+        if limit := self._context_length():
+            settings.max_new_tokens = min(settings.max_new_tokens, limit - len(input_ids))
+        return self._stream(question, input_ids, settings)
 
-    def _choose(self, name: str) -> str:
-        names = self.model.adapters
-        if not name:
-            return f"adapters: {listed(names)}; answering {self._who()}"
+    def _stream(self, question: Message, input_ids: list[int], settings: Any) -> Generator[str]:
+        around = self.model.disable_adapter() if self.use_base else None
+        written: list[str] = []
+        pieces = stream_answer(self.model, self.tokenizer, input_ids, settings, around)
         try:
-            if name not in names and Path(name).is_dir():
-                folder, name = name, Path(name).resolve().name.replace(".", "-")
-                if name not in names:
-                    self.model.load_adapter(folder, name)
+            with closing(pieces):
+                for piece in pieces:
+                    written.append(piece)
+                    yield piece
+        finally:
+            if written:
+                self.history += [question, {"role": "assistant", "content": "".join(written)}]
+
+    def _fit(self, question: Message) -> list[int]:
+        """Token ids of the conversation with `question`, after dropping what leaves no room.
+
+        Room is `max_new_tokens`, or half of the context where that is less.
+        """
+        limit = self._context_length()
+        input_ids = self._tokens(question)
+        if not limit:
+            return input_ids
+        room = min(self.sampling.max_new_tokens, limit // 2)
+        dropped = 0
+        while self.history and len(input_ids) + room > limit:
+            del self.history[:2]
+            dropped += 1
+            input_ids = self._tokens(question)
+        if dropped:
+            turns = "the oldest turn" if dropped == 1 else f"the {dropped} oldest turns"
+            self.notices.append(f"dropped {turns}: the model reads at most {limit} tokens")
+        if len(input_ids) >= limit:
+            raise InputError(
+                f"this message makes {len(input_ids)} tokens and the model reads at most {limit}: "
+                "shorten it"
+            )
+        return input_ids
+
+    def _tokens(self, question: Message) -> list[int]:
+        return prompt_tokens([*self._opening, *self.history, question], self.tokenizer)
+
+    def _context_length(self) -> int | None:
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    # --- commands -------------------------------------------------------------------------
+
+    def command(self, line: str) -> str | None:
+        """Carries out a line that begins with `/`, and returns what to say; None means leave."""
+        name, _, argument = line.strip().partition(" ")
+        commands: dict[str, Callable[[str], str | None]] = {
+            "/reset": self._reset,
+            "/adapter": self._adapter,
+            "/base": self._base,
+            "/help": lambda _: HELP,
+            "/quit": lambda _: None,
+        }
+        if name not in commands:
+            return f"there is no command {name}{did_you_mean(name, commands)}; /help shows them"
+        return commands[name](argument.strip())
+
+    def _reset(self, _: str) -> str:
+        self.reset()
+        return "the conversation is forgotten"
+
+    def _base(self, _: str) -> str:
+        if not self.adapters:
+            return "this model has no adapter: the base answers already"
+        self.use_base = not self.use_base
+        return self._who_answers()
+
+    def _adapter(self, name: str) -> str:
+        if not self.adapters:
+            return "this model has no adapter: start the chat with an adapter's folder"
+        if not name:
+            return f"{self._who_answers()}; there are: {listed(self.adapters)}"
+        try:
+            if name not in self.adapters and Path(name).is_dir():
+                name = self._load(Path(name))
             self.model.set_adapter(name, inference_mode=True)
         except InputError as error:
-            return f"({error})"
+            return str(error)
         self.use_base = False
-        return f"(answering {self._who()})"
+        return self._who_answers()
 
-    def _who(self) -> str:
-        return "without an adapter" if self.use_base else f"with '{self.model.active_adapter}'"
+    def _load(self, folder: Path) -> str:
+        """Loads the adapter in `folder` under the folder's name, once."""
+        name = folder.resolve().name.replace(".", "-")  # a module's name may hold no dot
+        if name not in self.adapters:
+            self.model.load_adapter(folder, adapter_name=name)
+        return name
 
-    def _fitted(self, messages: list[Message]) -> Any:
-        """The tokens of the conversation; its oldest turns are dropped until it fits."""
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        room = context - self.sampling.max_new_tokens if context else None
-        first = 1 if self.system else 0
-        while True:
-            text = render(messages, self.tokenizer, add_generation_prompt=True)
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-            if room is None or inputs["input_ids"].shape[1] <= room:
-                self.messages = messages[:-1]
-                return inputs
-            if len(messages) <= first + 1:
-                raise InputError(f"this message alone is longer than the {room} tokens of room")
-            del messages[first : first + 2]
-
-    def _stream(self, inputs: Any) -> Iterator[str]:
-        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
-        stop = Event()
-
-        class Stopped(StoppingCriteria):
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> bool:
-                return stop.is_set()
-
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failure: list[BaseException] = []
-
-        def generate() -> None:
-            import torch
-
-            bare = self.model.disable_adapter() if self.use_base else nullcontext()
-            try:
-                with bare, torch.inference_mode():
-                    self.model.generate(
-                        **inputs.to(self.model.device),
-                        generation_config=self._settings(),
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([Stopped()]),
-                    )
-            except BaseException as error:  # it must reach the thread that reads
-                failure.append(error)
-                streamer.end()
-
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stop.set()
-            thread.join()
-        if failure:
-            raise LorakitError(f"the model failed: {failure[0]}") from failure[0]
-
-    def _settings(self) -> Any:
-        from lorakit.evaluation.answers import greedy_settings
-
-        settings = greedy_settings(self.model, self.tokenizer, self.sampling.max_new_tokens)
-        if self.sampling.temperature > 0:
-            settings.do_sample = True
-            settings.temperature = self.sampling.temperature
-            settings.top_p = self.sampling.top_p
-        return settings
+    def _who_answers(self) -> str:
+        if self.use_base:
+            return "the base answers now, without the adapter; /base brings it back"
+        return f"the adapter '{self.model.active_adapter}' answers now"
 
 
 def run(session: ChatSession, lines: Iterable[str], write: Callable[[str], None]) -> None:
-    """Answers `lines` until they end or one of them is `/quit`.
+    """Answers `lines` until they end, one is `/quit`, or Ctrl-C comes between two answers.
 
-    Ctrl-C while the model answers stops the answer, not the chat.
+    Ctrl-C during an answer stops that answer only. A message that cannot be answered (it is too
+    long, the template refuses it) is told so in a line, and the chat goes on.
+
+    Raises:
+        LorakitError: the model failed.
     """
-    for line in lines:
-        text = line.strip()
-        if text.startswith("/"):
-            reply = session.command(text)
-            if reply is None:
-                return
-            write(f"{reply}\n")
-        elif text:
-            _answer(session, text, write)
-
-
-def _answer(session: ChatSession, text: str, write: Callable[[str], None]) -> None:
-    pieces = session.answer(text)
     try:
-        for piece in pieces:
-            write(piece)
+        for line in lines:
+            text = line.strip()
+            if text.startswith("/"):
+                reply = session.command(text)
+                if reply is None:
+                    return
+                write(f"{reply}\n")
+            elif text:
+                _show_answer(session, text, write)
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
+        write("\n")
+
+
+def _show_answer(session: ChatSession, text: str, write: Callable[[str], None]) -> None:
+    try:
+        pieces = session.answer(text)
+        for notice in session.notices:
+            write(f"({notice})\n")
+        with closing(pieces):
+            for piece in pieces:
+                write(piece)
+    except KeyboardInterrupt:
         write(" (stopped)")
     except InputError as error:
         write(f"({error})")

@@ -1,65 +1,104 @@
-"""How the next token is chosen and where an answer ends, as transformers' `GenerationConfig`.
+"""What `model.generate` is given: the prompt's tokens, how the next token is chosen, where to end.
 
-Models bring a generation configuration of their own, whose fields fill whatever is left unset.
-Here every field that changes the answer is set, so the same call means the same on every model.
+Models bring a generation configuration of their own, whose fields fill whatever a caller leaves
+unset. Here it is put aside, so that the same call means the same on every model.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.formats import Sample
+from lorakit.data.formats import Message, Sample
 from lorakit.data.masking import IGNORE, tokenize
+from lorakit.data.templates import render
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
-def generation_settings(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-) -> GenerationConfig:
-    """Settings for `model.generate` that end an answer at any of `end_tokens`.
+def prompt_tokens(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The conversation as token ids, up to where the model's answer begins.
+
+    Raises:
+        InputError: the chat template refuses the conversation, or there is no template.
+    """
+    text = render(messages, tokenizer, add_generation_prompt=True)
+    # The template has written the special tokens, a BOS among them.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen, and how many at most.
 
     Args:
-        max_new_tokens: at most so many tokens an answer, at least 1.
         temperature: what logits are divided by; 0 always takes the likeliest token.
         top_p: sample from the likeliest tokens that together reach this probability, in (0, 1].
+        max_new_tokens: at most so many tokens an answer, at least 1.
+        seed: makes sampled answers repeatable.
 
     Raises:
         InputError: a value is out of its range.
     """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+
+
+def generation_settings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> GenerationConfig:
+    """`sampling` as settings for `model.generate`, which end an answer at any of `end_tokens`."""
     from transformers import GenerationConfig
 
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0:
-        raise InputError(f"temperature must be 0 (no sampling) or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
-    sampled = temperature > 0
     ends = end_tokens(model, tokenizer)
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=sampled,
-        # Without sampling these three must be transformers' defaults, or it warns.
-        temperature=float(temperature) if sampled else 1.0,
-        top_p=float(top_p) if sampled else 1.0,
-        top_k=0 if sampled else 50,
-        typical_p=1.0,
-        num_beams=1,
-        min_length=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+    own_pad = tokenizer.pad_token_id
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=pad_token(tokenizer, ends),
+        # Padding is masked, so any token will do.
+        pad_token_id=own_pad if isinstance(own_pad, int) else (ends or [0])[0],
     )
+    if sampling.temperature > 0:
+        settings.update(
+            do_sample=True,
+            temperature=float(sampling.temperature),
+            top_p=float(sampling.top_p),
+            top_k=0,
+        )
+    return settings
+
+
+def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Tensor:
+    """`model.generate` by `settings` and nothing else: (batch, prompt + answer) token ids.
+
+    The model's own generation configuration is out of the way meanwhile: a `max_length` there
+    would warn, and a `repetition_penalty` would change the answers.
+    """
+    import torch
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, settings
+    try:
+        with torch.inference_mode():
+            return model.generate(generation_config=settings, **inputs)
+    finally:
+        inner.generation_config = own
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -77,9 +116,3 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         learned = tokenize(Sample(turn, None, "the probe"), tokenizer, max_length=1 << 30).labels
         ends.append([label for label in learned if label != IGNORE][-1])
     return list(dict.fromkeys(ends))
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
-    """Any token may pad, since padding is masked; the tokenizer's own where it has one."""
-    own = tokenizer.pad_token_id
-    return own if isinstance(own, int) else (ends or [0])[0]

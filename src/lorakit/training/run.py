@@ -86,6 +86,7 @@ def train(
     base = fingerprint(model)
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, recipe.lora_config())
+    arguments = _training_arguments(recipe, data)
     claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
     if resume and (finished := read_manifest(folder)):
         _say(console, [f"{folder} is finished already: nothing is left to do"])
@@ -97,7 +98,10 @@ def train(
         _say(console, [start])
     _describe(console, recipe, adapted, data)
     with _named_failures(folder):
-        trainer = _build_trainer(recipe, adapted, data, tokenizer.pad_token_id, console)
+        trainer = LoraTrainer(adapted, arguments, data.train, data.eval, tokenizer.pad_token_id)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Recorder(folder, trainer.counts))
+        trainer.add_callback(ProgressBar(trainer.counts, console))
         losses = _fit(trainer, adapted, data, checkpoint)
         if not had_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
@@ -124,14 +128,12 @@ def train(
     return TrainResult(folder, manifest)
 
 
-def _build_trainer(
-    recipe: Recipe, model: LoraModel, data: PreparedData, pad_token_id: int, console: Console
-) -> LoraTrainer:
+def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments:
     values = recipe.training.model_dump()
     if not data.eval:
         values["eval_strategy"] = "no"
     try:
-        args = TrainingArguments(
+        return TrainingArguments(
             output_dir=recipe.output_dir,
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -141,11 +143,6 @@ def _build_trainer(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
-    trainer = LoraTrainer(model, args, data.train, data.eval, pad_token_id)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Recorder(Path(recipe.output_dir), trainer.counts))
-    trainer.add_callback(ProgressBar(trainer.counts, console))
-    return trainer
 
 
 def _fit(
