@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_model
 
 import lorakit
+from tiny import save_tiny_model
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

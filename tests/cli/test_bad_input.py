@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
+
 from tiny import save_tiny_model
 
 

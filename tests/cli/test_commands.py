@@ -56,7 +56,7 @@ def test_train_from_flags_alone_then_eval_chat_and_merge(
     assert len(scores["examples"]) == 20
 
     out = done(lorakit_command("chat", "run", "--max-new-tokens", "4", stdin="/base\nhello\n"))
-    assert "without an adapter" in out
+    assert "the base answers now" in out
 
     out = done(lorakit_command("merge", "run", "-o", "merged"))
     assert "largest logit difference" in out

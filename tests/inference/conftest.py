@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.lora import LoraConfig, LoraModel
+from tiny import save_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ QUANTITIES: dict[int, tuple[str, ...]] = {
 }
 COLORS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "grey", "pink")
 SIZES: dict[str, tuple[str, ...]] = {
-    "small": ("small", "little"),
+    "small": ("small",),
     "medium": ("medium", "medium-sized"),
     "large": ("large", "big"),
 }
@@ -67,12 +67,9 @@ DELIVERIES = (
     ", delivered to {city}", ", delivery to {city}", " for our shop in {city}",
     " for my flat in {city}", ", shipped to {city}", " (I live in {city})",
 )  # fmt: skip
-# A true or false is one token of thirty, so its cues are plain words: subtler ones ("by Friday")
-# are not learned from a few hundred rows.
-URGENT = (
-    ", by express", ", express please", ", express delivery", ", sent by express",
-    ", it is urgent", ", this is urgent",
-)  # fmt: skip
+# A true or false is one token of thirty, so its cue is a plain word: subtler ones ("by Friday",
+# "it is urgent") are not learned from a few hundred rows.
+URGENT = (", by express", ", express please", ", express delivery", ", sent by express")
 CALM = ("", "", "", ", no rush")
 
 # {what} is quantity, size, color and item, {rest} where it goes and how soon.
@@ -93,7 +90,7 @@ PHRASES = (
     "Same as last year: {what}{rest}.",
     "If you have {what} in stock, I'll take that{rest}.",
     "Let me have {what}{rest}.",
-    "Hey, {what}{rest} would be great.",
+    "Hey, I'd love {what}{rest}.",
     "New order. {what}{rest}.",
     "After some thought, I'll take {what}{rest}.",
     "For the birthday party: {what}{rest}.",

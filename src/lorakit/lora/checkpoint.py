@@ -119,7 +119,6 @@ def load_tensors(
     Raises:
         InputError: a key or a shape does not fit, so the adapter is for another base model.
     """
-    tensors = {k: t for k, t in tensors.items() if not _is_base_embedding(k, parameters)}
     for key, parameter in parameters.items():
         if key in tensors and tensors[key].shape != parameter.shape:
             raise InputError(
@@ -143,7 +142,23 @@ def load_tensors(
             parameter.copy_(tensors[key])
 
 
-def _is_base_embedding(key: str, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether PEFT stored a copy of the frozen embedding beside the adapter's own tensors."""
-    ending = ".base_layer.weight"
-    return key.endswith(ending) and f"{key.removesuffix(ending)}.lora_embedding_A" in parameters
+def without_base_copies(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path
+) -> dict[str, torch.Tensor]:
+    """`tensors` without the copies of frozen weights that PEFT adds for embeddings and heads.
+
+    Raises:
+        InputError: a copy differs from the base's own weight, so it was resized or trained.
+    """
+    kept = dict(tensors)
+    for path, module in wrapped_modules(model):
+        copied = kept.pop(f"{PREFIX}{path}.base_layer.weight", None)
+        if copied is None or not isinstance(module, LoraLayer):
+            continue
+        own = module.base_weight.detach()
+        if copied.shape != own.shape or not torch.equal(copied.to(own), own.to(copied).to(own)):
+            raise InputError(
+                f"{folder} brings its own {path} weight, of shape {tuple(copied.shape)}: "
+                "it was resized or trained, which lorakit does not load yet"
+            )
+    return kept

@@ -52,6 +52,16 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
             yield name, module
 
 
+def remove(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter out; a module that has no other one left is the original again."""
+    for name, module in list(wrapped_modules(model)):
+        module.delete_adapter(adapter_name)
+        if isinstance(module, LoraLayer) and not module.r:
+            _replace(model, name, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+            _replace(model, name, module.original_module)
+
+
 def eject(model: nn.Module, active: tuple[str, ...] = ()) -> nn.Module:
     """Puts the original modules back; with `active`, their `modules_to_save` copies stay instead.
 

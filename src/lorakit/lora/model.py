@@ -21,10 +21,11 @@ from lorakit.lora.checkpoint import (
     adapter_parameters,
     load_tensors,
     read_adapter,
+    without_base_copies,
     write_adapter,
 )
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import eject, inject, wrapped_modules
+from lorakit.lora.injection import eject, inject, remove, wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.routing import BASE, Route, Routing
 from lorakit.lora.targets import PRESETS, suffixes_for
@@ -117,8 +118,7 @@ class LoraModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; when it was active the others of the active ones stay."""
         self._require(adapter_name)
-        for _, module in wrapped_modules(self.get_base_model()):
-            module.delete_adapter(adapter_name)
+        remove(self.get_base_model(), adapter_name)
         del self.peft_config[adapter_name]
         self.set_adapter([name for name in self.active_adapters if name != adapter_name])
 
@@ -204,7 +204,9 @@ class LoraModel(nn.Module):
             self._require(name)
         for layer in self._layers():
             layer.merge(names, safe_merge=safe_merge, keep_backup=False)
-        return eject(self.get_base_model(), tuple(names))
+        model = eject(self.get_base_model(), tuple(names))
+        _tell_untied(model)
+        return model
 
     def unload(self) -> nn.Module:
         """The plain base model, as it was before any adapter."""
@@ -264,6 +266,7 @@ class LoraModel(nn.Module):
 
     def _fill(self, name: str, tensors: dict[str, Any], folder: str | Path) -> None:
         parameters = adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
+        tensors = without_base_copies(self.get_base_model(), tensors, folder)
         load_tensors(parameters, tensors, folder)
 
     # --- looking at it --------------------------------------------------------------------
@@ -312,6 +315,19 @@ class LoraModel(nn.Module):
             bias = self.peft_config[name].bias
             for parameter in adapter_parameters(model, name, bias).values():
                 parameter.requires_grad_(True)
+
+
+def _tell_untied(model: nn.Module) -> None:
+    """Records in the model's configuration that its embedding and head have come to differ.
+
+    Otherwise a saved model would have one in the place of the other when it is loaded.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and embedding.weight is not head.weight:
+        config.tie_word_embeddings = False
 
 
 def get_peft_model(

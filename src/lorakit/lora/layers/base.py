@@ -31,11 +31,11 @@ class LoraLayer(nn.Module, ABC):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._weight_before_merge: torch.Tensor | None = None
+        self._weight_before_merge: nn.Parameter | None = None
         self.base_weight.requires_grad_(False)
 
     @property
-    def base_weight(self) -> torch.Tensor:
+    def base_weight(self) -> nn.Parameter:
         """The frozen weight, as the base layer stores it."""
         return self.base_layer.weight  # type: ignore[return-value]
 
@@ -125,8 +125,9 @@ class LoraLayer(nn.Module, ABC):
     ) -> None:
         """Adds the update of `adapter_names` (None: the active ones) to the base weight.
 
-        The sum is made in the wider of the two dtypes and rounded once. The weight as it was is
-        kept for `unmerge`, unless `keep_backup` is false.
+        The sum is made in the wider of the two dtypes and rounded once. It becomes a new
+        parameter, so a weight that is tied to this one elsewhere stays as it is; the parameter
+        that was there is kept for `unmerge`, unless `keep_backup` is false.
 
         Raises:
             ValueError: with `safe_merge`, when the merged weight is not finite.
@@ -141,18 +142,17 @@ class LoraLayer(nn.Module, ABC):
         if safe_merge and not torch.isfinite(total).all():
             raise ValueError(f"merging {', '.join(names)} gives weights that are not finite")
         if keep_backup and self._weight_before_merge is None:
-            self._weight_before_merge = weight.detach().clone()
-        weight.copy_(total)
+            self._weight_before_merge = weight
+        self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
         self.merged_adapters += names
 
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Gives the base weight the very bytes back that it had before merging."""
+        """Gives the base layer the very weight back that it had before merging."""
         if not self.merged:
             return
         if self._weight_before_merge is None:
             raise RuntimeError("this layer was merged without a backup and cannot be unmerged")
-        self.base_weight.copy_(self._weight_before_merge)
+        self.base_layer.weight = self._weight_before_merge
         self._weight_before_merge = None
         self.merged_adapters = []
 
