@@ -78,7 +78,7 @@ def test_the_outputs_are_those_of_peft_plain_merged_and_disabled(
     merged = ours.merge_and_unload()
     assert close(output(merged, ids), expected)
     assert merged.state_dict().keys() == base.state_dict().keys()
-    if not merged.config.tie_word_embeddings == base.config.tie_word_embeddings:
+    if merged.config.tie_word_embeddings != base.config.tie_word_embeddings:
         return  # PEFT changes the head along with the embedding that it is tied to
     theirs_merged = dict(theirs.merge_and_unload().named_parameters())
     for name, parameter in merged.named_parameters():

@@ -5,7 +5,7 @@ A verb's own file imports nothing heavy until it runs, so that `lorakit --help` 
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
-UsageError: type = typer.BadParameter.__mro__[1]
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="lorakit",

@@ -322,7 +322,7 @@ def _tell_untied(model: nn.Module) -> None:
 
     Otherwise a saved model would have one in the place of the other when it is loaded.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
