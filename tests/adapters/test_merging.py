@@ -1,0 +1,124 @@
+"""A merged folder is base + adapter, proved after reading it back; a merge that is not leaves none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorakit
+from lorakit.adapters.open import open_adapter
+from lorakit.errors import InputError, LorakitError
+from tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    model, _ = lorakit.load_model(base, "float32")
+    torch.manual_seed(5)
+    config = lorakit.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_folder_loads_without_lorakit_and_is_base_plus_adapter(adapter: Path, tmp_path: Path):
+    report = lorakit.merge(adapter, tmp_path / "merged")
+    assert report.passed
+    assert report.dtype == "float32"
+    assert report.modules == 14
+    assert report.top1_agreement == 1
+    assert report.largest_difference < 1e-4 < report.adapter_effect
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ids = tokenizer("a text", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = open_adapter(adapter, dtype="float32").model(ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert "assistant" in tokenizer.chat_template
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_the_written_dtype_is_that_of_the_bases_files_or_the_one_asked_for(
+    adapter: Path, base: Path, tmp_path: Path
+):
+    half = tmp_path / "half"
+    model, tokenizer = lorakit.load_model(base, "bfloat16")
+    model.save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    assert lorakit.merge(adapter, tmp_path / "a", base=str(half)).dtype == "bfloat16"
+    assert (
+        lorakit.merge(adapter, tmp_path / "b", base=str(half), dtype="float32").dtype == "float32"
+    )
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(InputError, match="--dtype must be one of"):
+        lorakit.merge(adapter, tmp_path / "c", dtype="int8")
+
+
+def test_a_merge_that_the_dtype_cannot_hold_fails_and_leaves_nothing(
+    adapter: Path, base: Path, tmp_path: Path
+):
+    from safetensors.torch import load_file, save_file
+
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = next(k for k in tensors if "down_proj.lora_B" in k)
+    tensors[key] = tensors[key] * 1e7  # beyond float16's largest number
+    save_file(tensors, weights)
+    with pytest.raises(LorakitError, match="not base \\+ adapter") as error:
+        lorakit.merge(adapter, tmp_path / "merged", dtype="float16")
+    assert error.value.exit_code == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_chat_template_beside_an_adapter_is_the_one_that_is_used(adapter: Path):
+    assert "assistant" in str(open_adapter(adapter).tokenizer.chat_template)
+    (adapter / "chat_template.jinja").write_text("mine")
+    assert open_adapter(adapter).tokenizer.chat_template == "mine"
+
+
+def test_an_adapter_on_other_weights_than_it_was_trained_on_is_warned_of(
+    base: Path, tmp_path: Path
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    lorakit.train(
+        {
+            "model": str(base),
+            "data": {"train": str(rows), "eval": 0},
+            "training": {"max_steps": 1},
+            "output_dir": str(tmp_path / "run"),
+        },
+        quiet=True,
+    )
+    other = tmp_path / "other"
+    model, tokenizer = lorakit.load_model(base, "float32")
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.warns(UserWarning, match="trained on other weights"):
+        open_adapter(tmp_path / "run", base=str(other))
+
+
+def test_a_damaged_record_is_said(adapter: Path):
+    (adapter / "lorakit.json").write_text("{}")
+    with pytest.raises(InputError, match=r"lorakit\.json is damaged"):
+        open_adapter(adapter)
+
+
+def test_a_base_that_is_gone_is_said(adapter: Path, tmp_path: Path):
+    config = adapter / "adapter_config.json"
+    values = json.loads(config.read_text())
+    gone = shutil.copytree(adapter, tmp_path / "gone")
+    (gone / "adapter_config.json").write_text(
+        json.dumps(values | {"base_model_name_or_path": str(tmp_path / "nowhere")})
+    )
+    with pytest.raises(InputError, match="nowhere"):
+        open_adapter(gone)

@@ -1,0 +1,78 @@
+"""The loss over supervised positions is cross-entropy over the whole, position by position."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lorakit.models.loss import IGNORE, supervised_loss
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+class NoChoiceOfLogits(nn.Module):
+    """The same model behind a forward that cannot leave logits out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(1, 60, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, IGNORE)
+    labels[0, :4] = IGNORE
+    labels[2, 2:7] = IGNORE
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def build(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "softcapped":  # Gemma 2 bends its logits: the model's own forward must do it
+        config = Gemma2Config(**SMALL, head_dim=4, final_logit_softcapping=3.0)
+        return Gemma2ForCausalLM(config).double()
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).double()
+    return NoChoiceOfLogits(model) if kind == "without logits_to_keep" else model
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcapped", "without logits_to_keep"])
+def test_it_equals_cross_entropy_over_all_logits_and_so_do_its_gradients(kind: str, batch):
+    model = build(kind)
+    total, count = supervised_loss(model, batch)
+    total.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    expected.backward()
+    assert count == (targets != IGNORE).sum()
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_supervised_has_no_part_in_it(batch):
+    model = build("plain")
+    total, _ = supervised_loss(model, batch)
+    batch["input_ids"][1, 7] = 5  # padding
+    again, _ = supervised_loss(model, batch)
+    torch.testing.assert_close(total, again, rtol=1e-12, atol=1e-12)
