@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,16 @@ def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path):
 def test_a_block_that_fails_leaves_the_old_file_and_no_folder(tmp_path: Path):
     path = tmp_path / "file.txt"
     atomic.write_file(path, "old")
-    with pytest.raises(ZeroDivisionError), atomic.replacing_file(path) as temporary:
-        temporary.write_text("half")
-        _ = 1 / 0
-    with pytest.raises(ZeroDivisionError), atomic.new_folder(tmp_path / "new") as folder:
-        (folder / "x").write_text("half")
-        _ = 1 / 0
+
+    def fail_in(block: AbstractContextManager[Path], name: str) -> None:
+        with block as place:
+            (place / name if name else place).write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_in(atomic.replacing_file(path), "")
+    with pytest.raises(ZeroDivisionError):
+        fail_in(atomic.new_folder(tmp_path / "new"), "x")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
@@ -80,7 +85,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small file system")
     try:
-        with pytest.raises(LorakitError, match="cannot write .*No space left"):
+        with pytest.raises(LorakitError, match=r"cannot write .*No space left"):
             atomic.write_file(folder / "file", b"0" * 200_000)
         assert list(folder.iterdir()) == []
     finally:

@@ -1,4 +1,4 @@
-"""A merged folder is base + adapter, proved after reading it back; a merge that is not leaves none."""
+"""A merged folder is base + adapter, proved after reading it back; otherwise there is none."""
 
 import json
 import shutil

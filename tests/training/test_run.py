@@ -165,6 +165,29 @@ def test_a_run_killed_in_the_middle_resumes_to_the_bytes_of_an_undisturbed_one(
     assert losses[0] == losses[1]
 
 
+def test_the_best_checkpoint_is_kept_and_is_what_a_run_leaves_when_asked(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    # A learning rate at which the held-out loss rises again.
+    values = recipe(tiny_model, rows, tmp_path / "run", max_steps=60, learning_rate=0.1)
+    values["training"] |= {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_steps": 5,
+        "save_total_limit": 1,
+    }
+    result = lorakit.train(values)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 60, "the test needs a run that gets worse"
+    assert result.eval_loss == pytest.approx(losses[best])
+    kept = weights(tmp_path / "run" / f"checkpoint-{best}")
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, kept[name]), name
+
+
 def test_a_checkpoint_that_was_being_written_does_not_count(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):

@@ -101,8 +101,12 @@ def train(
         trainer = LoraTrainer(adapted, arguments, data.train, data.eval, tokenizer.pad_token_id)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(folder, trainer.counts))
-        trainer.add_callback(ProgressBar(trainer.counts, console))
-        losses = _fit(trainer, adapted, data, checkpoint)
+        bar = ProgressBar(trainer.counts, console)
+        trainer.add_callback(bar)
+        try:
+            losses = _fit(trainer, adapted, data, checkpoint)
+        finally:
+            bar.close()  # an interrupted bar would leave the terminal without its cursor
         if not had_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
         adapted.save_pretrained(folder)

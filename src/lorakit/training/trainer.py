@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
@@ -189,10 +190,7 @@ class LoraTrainer(Trainer):
             self._is_saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for finished in (folder / _STAGING).iterdir():
-                shutil.rmtree(folder / finished.name, ignore_errors=True)
-                finished.rename(folder / finished.name)
-            (folder / _STAGING).rmdir()
+            self._publish(folder)
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
@@ -200,6 +198,16 @@ class LoraTrainer(Trainer):
                 use_mtime=False,
             )
         self.accelerator.wait_for_everyone()
+
+    def _publish(self, folder: Path) -> None:
+        """Gives the checkpoint in the staging folder its name, and the best one its place."""
+        [finished] = (folder / _STAGING).iterdir()
+        if best := self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+            self.state.save_to_json(str(finished / TRAINER_STATE_NAME))
+        shutil.rmtree(folder / finished.name, ignore_errors=True)
+        finished.rename(folder / finished.name)
+        (folder / _STAGING).rmdir()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the adapter, and nothing of the base model."""
