@@ -18,5 +18,8 @@ def test_importing_lorakit_imports_nothing_heavy():
 def test_every_public_name_resolves():
     for name in lorakit.__all__:
         assert getattr(lorakit, name) is not None
-    assert set(dir(lorakit)) >= {"LoraConfig", "LoraModel", "PeftModel", "train", "merge"}
+    assert set(dir(lorakit)) >= {
+        "LoraConfig", "LoraModel", "get_peft_model", "PeftModel", "LoraLinear", "LoraMonitor",
+        "recommended_config", "train", "merge", "load_model",
+    }  # fmt: skip
     assert lorakit.PeftModel is lorakit.LoraModel

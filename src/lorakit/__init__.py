@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from lorakit.lora import LoraLinear as LoraLinear
     from lorakit.lora import LoraModel as LoraModel
     from lorakit.lora import get_peft_model as get_peft_model
+    from lorakit.lora import recommended_config as recommended_config
     from lorakit.models import load_model as load_model
+    from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
 
     PeftModel = LoraModel
@@ -23,10 +25,12 @@ _HOMES = {
     "LoraConfig": ("lorakit.lora", "LoraConfig"),
     "LoraLinear": ("lorakit.lora", "LoraLinear"),
     "LoraModel": ("lorakit.lora", "LoraModel"),
+    "LoraMonitor": ("lorakit.training.monitor", "LoraMonitor"),
     "PeftModel": ("lorakit.lora", "LoraModel"),
     "get_peft_model": ("lorakit.lora", "get_peft_model"),
     "load_model": ("lorakit.models.load", "load_model"),
     "merge": ("lorakit.adapters.merge", "merge"),
+    "recommended_config": ("lorakit.lora", "recommended_config"),
     "train": ("lorakit.training.run", "train"),
 }
 

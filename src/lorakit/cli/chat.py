@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +30,8 @@ def chat(
     session = ChatSession(opened.model, opened.tokenizer, sampling, system)
     typed = sys.stdin.isatty()
     if typed:
-        import readline  # noqa: F401 (gives the prompt editing and history)
-
+        with suppress(ImportError):  # some builds of Python lack it
+            import readline  # noqa: F401 (gives the prompt editing and history)
         typer.echo(f"{opened.base_model} with {adapter}. /help shows the commands.")
     run(session, _typed_lines() if typed else sys.stdin, _write)
 

@@ -3,6 +3,7 @@
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraLinear
 from lorakit.lora.model import LoraModel, get_peft_model
+from lorakit.lora.recommend import recommended_config
 
 __all__ = [
     "LoraConfig",
@@ -11,4 +12,5 @@ __all__ = [
     "LoraLinear",
     "LoraModel",
     "get_peft_model",
+    "recommended_config",
 ]

@@ -110,41 +110,42 @@ def train(
         if not had_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
         adapted.save_pretrained(folder)
-    counts = trainer.counts
-    manifest = Manifest(
-        base_model=recipe.model,
-        recipe=recipe.to_dict(),
-        data=[asdict(fact) for fact in data.facts],
-        template_sha256=template_sha256(tokenizer),
-        base_fingerprint=base,
-        steps=trainer.state.global_step,
-        train_seconds=round(counts.seconds, 2),
-        train_tokens=counts.train_tokens,
-        supervised_tokens=counts.supervised_tokens,
-        tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
-        peak_memory_mb=_peak_memory_mb(),
-        eval_loss=losses["eval"],
-        base_eval_loss=losses["base"],
-        versions=_versions(),
-        seed=recipe.training.seed,
-    )
-    write_manifest(folder, manifest)  # last: its presence says that the run is finished
+        counts = trainer.counts
+        manifest = Manifest(
+            base_model=recipe.model,
+            recipe=recipe.to_dict(),
+            data=[asdict(fact) for fact in data.facts],
+            template_sha256=template_sha256(tokenizer),
+            base_fingerprint=base,
+            steps=trainer.state.global_step,
+            train_seconds=round(counts.seconds, 2),
+            train_tokens=counts.train_tokens,
+            supervised_tokens=counts.supervised_tokens,
+            tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
+            peak_memory_mb=_peak_memory_mb(),
+            eval_loss=losses["eval"],
+            base_eval_loss=losses["base"],
+            versions=_versions(),
+            seed=recipe.training.seed,
+        )
+        write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
 
 
 def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments:
-    values = recipe.training.model_dump()
+    """Trainer's arguments: the recipe's, over what this trainer wants otherwise than Trainer."""
+    values = {
+        "output_dir": recipe.output_dir,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **recipe.training.model_dump(),
+    }
     if not data.eval:
         values["eval_strategy"] = "no"
     try:
-        return TrainingArguments(
-            output_dir=recipe.output_dir,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            logging_nan_inf_filter=False,  # it would hide a loss that is no number
-            dataloader_pin_memory=torch.cuda.is_available(),
-            **values,
-        )
+        return TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
 

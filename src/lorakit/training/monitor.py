@@ -1,0 +1,133 @@
+"""Watching an adapter learn: how strong its gradients are, and how far it has moved.
+
+`LoraMonitor` works with any training loop, and is a callback for any `transformers.Trainer`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from lorakit.errors import InputError
+from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.layers import LoraLayer
+from lorakit.lora.model import LoraModel
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """One module's adapter, or all of them together; every value is a Frobenius norm or a ratio.
+
+    Attributes:
+        gradient_norm: of the gradients of `A` and `B` together; 0 where there are none.
+        weight_change: how far `A` and `B` have moved since the start.
+        update_norm: of what was added to `scaling * B A` since the start.
+        weight_norm: of the frozen weight.
+    """
+
+    gradient_norm: float
+    weight_change: float
+    update_norm: float
+    weight_norm: float
+
+    @property
+    def relative_update(self) -> float:
+        """The update measured against the frozen weight, ‖ΔW‖ / ‖W‖."""
+        return self.update_norm / self.weight_norm if self.weight_norm else math.inf
+
+    @classmethod
+    def together(cls, states: list[Self]) -> Self:
+        """Several modules as one: the root of the sum of squares."""
+        return cls(*(math.hypot(*(getattr(s, f.name) for s in states)) for f in fields(cls)))
+
+
+class LoraMonitor(TrainerCallback):
+    """Measures the active adapter of a model against how it was at the start.
+
+    Alone: `monitor = LoraMonitor(model)`, then `monitor.measure()` between `backward()` and
+    `zero_grad()`. With Trainer: `Trainer(..., callbacks=[LoraMonitor()])`; it then measures
+    before every step that is logged, after clipping, and keeps `history`.
+
+    Attributes:
+        history: `(step, state by module path, state of all together)` of every measurement that
+            was made as a callback.
+    """
+
+    def __init__(self, model: LoraModel | None = None) -> None:
+        self.history: list[tuple[int, dict[str, AdapterState], AdapterState]] = []
+        self._layers: dict[str, LoraLayer] = {}
+        self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weight_norms: dict[str, float] = {}
+        self._adapter = ""
+        if model is not None:
+            self.start(model)
+
+    def start(self, model: nn.Module) -> None:
+        """Takes the model's active adapter as it is now for the start.
+
+        Raises:
+            InputError: `model` has no active adapter.
+        """
+        if not isinstance(model, LoraModel) or not model.active_adapter:
+            raise InputError("LoraMonitor watches a LoraModel with an active adapter")
+        self._adapter = model.active_adapter
+        self._layers = {
+            name: module
+            for name, module in wrapped_modules(model.get_base_model())
+            if isinstance(module, LoraLayer) and self._adapter in module.r
+        }
+        for name, layer in self._layers.items():
+            A, B = layer.factors(self._adapter)
+            self._start[name] = (A.detach().clone(), B.detach().clone())
+            self._weight_norms[name] = layer.base_weight.detach().float().norm().item()
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, AdapterState]:
+        """The state of every adapted module now, by its path in the base model."""
+        return {name: self._measure(name, layer) for name, layer in self._layers.items()}
+
+    def total(self, states: dict[str, AdapterState] | None = None) -> AdapterState:
+        """All modules together; `states` is a measurement, None takes a new one."""
+        return AdapterState.together(list((states or self.measure()).values()))
+
+    def _measure(self, name: str, layer: LoraLayer) -> AdapterState:
+        factors = layer.factors(self._adapter)
+        (A, B), (A0, B0) = factors, self._start[name]
+        gradients = [p.grad.float().norm().item() for p in factors if p.grad is not None]
+        return AdapterState(
+            gradient_norm=math.hypot(*gradients),
+            weight_change=math.hypot((A - A0).norm().item(), (B - B0).norm().item()),
+            update_norm=layer.scaling[self._adapter] * _product_change(A, B, A0, B0),
+            weight_norm=self._weight_norms[name],
+        )
+
+    # --- as a callback of Trainer -----------------------------------------------------------
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Starts, unless a model was given before."""
+        if not self._layers:
+            self.start(getattr(model, "module", model))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures while the gradients are there, on the steps that Trainer logs."""
+        step = state.global_step + 1
+        if step % max(1, state.logging_steps) == 0:
+            states = self.measure()
+            self.history.append((step, states, self.total(states)))
+
+
+def _product_change(A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor) -> float:
+    """‖B A - B0 A0‖ without forming a (d_out, d_in) matrix.
+
+    With L = [B, -B0] and R = [A; A0] the norm's square is the sum of (L^T L) * (R R^T).
+    """
+    L = torch.cat([B, -B0], dim=1).double()
+    R = torch.cat([A, A0], dim=0).double()
+    return ((L.T @ L) * (R @ R.T)).sum().clamp(min=0).sqrt().item()
