@@ -7,6 +7,7 @@ converted once to safetensors in the user's cache (`LORAKIT_HOME`) and read from
 import hashlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 from lorakit import atomic
@@ -66,6 +67,7 @@ def _gguf_file() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from lorakit.models.load import load_gguf
 
+    sys.stderr.write(f"converting the bundled model {ALIAS} once, into {folder} …\n")
     with atomic.new_folder(folder) as temporary:
         # bfloat16 is the dtype in which the model was published; a Q4_1 value keeps less.
         model, tokenizer = load_gguf(gguf, "bfloat16")

@@ -35,10 +35,10 @@ def load_model(
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()  # loading is a matter of a second
     source = resolve(str(name))
     device = device or best_device()
     chosen = torch_dtype(dtype, device)
-    transformers.utils.logging.disable_progress_bar()  # loading takes a second here
     try:
         if source.is_gguf:
             model, tokenizer = load_gguf(source.path, chosen)
