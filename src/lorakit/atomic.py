@@ -60,6 +60,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    file.chmod(0o666 & ~_umask())  # safetensors makes its files private
                     _sync(file)
             _sync(temporary)
             temporary.replace(path)
