@@ -35,6 +35,7 @@ def test_the_folder_loads_without_lorakit_and_is_base_plus_adapter(adapter: Path
     assert report.modules == 14
     assert report.top1_agreement == 1
     assert report.largest_difference < 1e-4 < report.adapter_effect
+    assert report.lost_share < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer("a text", return_tensors="pt").input_ids
@@ -75,6 +76,27 @@ def test_a_merge_that_the_dtype_cannot_hold_fails_and_leaves_nothing(
         lorakit.merge(adapter, tmp_path / "merged", dtype="float16")
     assert error.value.exit_code == 1
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_too_small_for_the_dtype_is_not_called_merged(adapter: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for key in tensors:
+        if "lora_B" in key:
+            tensors[key] *= 1e-4  # below half a step of bfloat16 for almost every weight
+    save_file(tensors, weights)
+    with pytest.raises(LorakitError, match=r"of what the adapter does is lost in bfloat16"):
+        lorakit.merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    assert not (tmp_path / "merged").exists()
+    assert lorakit.merge(adapter, tmp_path / "merged", dtype="float32").passed
+
+
+def test_an_adapter_that_does_nothing_yet_merges_into_the_base(base: Path, tmp_path: Path):
+    model, _ = lorakit.load_model(base, "float32")
+    lorakit.get_peft_model(model, lorakit.LoraConfig()).save_pretrained(tmp_path / "new")
+    assert lorakit.merge(tmp_path / "new", tmp_path / "merged").largest_difference == 0
 
 
 def test_the_chat_template_beside_an_adapter_is_the_one_that_is_used(adapter: Path):

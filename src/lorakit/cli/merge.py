@@ -24,6 +24,7 @@ def merge(
     typer.echo(
         f"read back and compared with base + adapter over {report.positions} positions: "
         f"largest logit difference {report.largest_difference:.3g} "
-        f"(the adapter itself moves logits by {report.adapter_effect:.3g}), "
+        f"(the adapter itself moves logits by {report.adapter_effect:.3g}; "
+        f"{report.lost_share:.1%} of that is lost to rounding), "
         f"top-1 agreement {report.top1_agreement:.1%}"
     )
