@@ -1,14 +1,11 @@
-import subprocess
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import lorakit
+from command import Command, run_lorakit
 from tiny import save_tiny_model
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +36,4 @@ def rows(tmp_path: Path) -> Path:
 def lorakit_command(tmp_path: Path) -> Command:
     """Runs the real command in `tmp_path`; its output is text."""
 
-    def run(*arguments: str | Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "lorakit", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, input=stdin, capture_output=True, text=True)
-
-    return run
+    return partial(run_lorakit, tmp_path)

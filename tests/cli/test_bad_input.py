@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Command
 
+from command import Command
 from tiny import save_tiny_model
 
 
@@ -54,6 +54,8 @@ def train(lorakit_command: Command, tiny_model: Path, rows: Path, tmp_path: Path
         (["lora.target_modules=[q_porj]"], ["'q_porj' matches no module", "'q_proj'", "down_proj"]),
         (["lora.target_modules=[q_proj, nope]"], ["'nope' matches no module"]),
         (["lora.target_modules=(unclosed"], ["not a regular expression"]),
+        (["lora.target_modules=q_proj"], ["for a name give a list: [q_proj]"]),
+        (["lora.target_modules=all_linear"], ["did you mean 'all-linear'?"]),
         (["lora.target_modules=[self_attn]"], ["self_attn", "LoRA applies to"]),
         (["training.lr_scheduler_type=cosinus"], ["training", "cosinus"]),
         (["two.yaml", "recipes.yaml"], ["give one recipe, not 2"]),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command
 from safetensors.torch import load_file
 
+from command import Command
 from lorakit.demo.run import run_demo
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import output, to_peft, wrap
 from safetensors.torch import load_file
 
+from families import output, to_peft, wrap
 from lorakit import LoraConfig, PeftModel, get_peft_model
 from lorakit.lora.checkpoint import adapter_parameters
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import output, wrap
 from torch import nn
 
+from families import output, wrap
 from lorakit import LoraConfig, LoraModel, PeftModel
 from lorakit.errors import InputError
 

@@ -131,7 +131,8 @@ def _fits_nothing(row: Row) -> str:
         example = f"{{prompt: {own[0]}, completion: {own[1]}}}"
     return (
         f"{row.where}: its columns ({listed(own) or 'none'}) fit no format; accepted are "
-        f"{_ACCEPTED}; name yours in the recipe, e.g. data.columns: {example}"
+        f"{_ACCEPTED}; name yours in the recipe, e.g. data.columns: {example} "
+        "(lorakit eval: --columns)"
     )
 
 

@@ -210,7 +210,13 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 def _no_match(what: str, target: str, candidates: dict[str, nn.Module]) -> InputError:
     names = leaf_names(candidates)
+    if target in names:
+        hint = (
+            f" (an expression is matched against whole paths; for a name give a list: [{target}])"
+        )
+    else:
+        hint = did_you_mean(target, [*names, *PRESETS])
     return InputError(
-        f"target_modules: {what} matches no module of this model{did_you_mean(target, names)}. "
+        f"target_modules: {what} matches no module of this model{hint}. "
         f"There are {listed(names)}, and the presets {', '.join(PRESETS)}"
     )

@@ -183,6 +183,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"the recipe {path} {kind}")
+    if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+        raise InputError(f"{path} is data and not a recipe: give it with --data, or as data.train")
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
