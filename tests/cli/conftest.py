@@ -5,12 +5,6 @@ import pytest
 
 import lorakit
 from command import Command, run_lorakit
-from tiny import save_tiny_model
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

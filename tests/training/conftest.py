@@ -2,13 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from tiny import save_tiny_model
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
