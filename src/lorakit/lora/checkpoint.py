@@ -24,14 +24,16 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[str, nn.Parameter]:
-    """The parameters of adapter `name`, under the keys that PEFT's files have.
+def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[str, torch.Tensor]:
+    """The tensors of adapter `name`, under the keys that PEFT's files have.
+
+    They are the model's own: parameters, and the buffers of `modules_to_save`.
 
     Args:
         model: the wrapped model itself (`LoraModel.get_base_model()`).
         bias: `LoraConfig.bias`; trained biases belong to the adapter too.
     """
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, torch.Tensor] = {}
     for path, module in wrapped_modules(model):
         if isinstance(module, LoraLayer):
             if name in module.r:
@@ -41,8 +43,8 @@ def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[
                 if bias == "lora_only" and base_bias is not None:
                     found[f"{PREFIX}{path}.base_layer.bias"] = base_bias
         else:
-            for ending, parameter in module.adapter_tensors(name).items():
-                found[f"{PREFIX}{path}.{ending}"] = parameter
+            for ending, tensor in module.adapter_tensors(name).items():
+                found[f"{PREFIX}{path}.{ending}"] = tensor
     if bias == "all":
         for key, parameter in model.named_parameters():
             if key.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{key}":
@@ -58,11 +60,18 @@ def write_adapter(
     The saved configuration has `inference_mode` set, as PEFT saves it.
     """
     folder = Path(folder)
-    contents = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    # The weights first: a folder counts as an adapter only once it has a configuration.
-    atomic.write_file(folder / WEIGHTS_NAME, save(contents, metadata={"format": "pt"}))
+    # Cloned, because tensors that are tied to each other are written under each of their names.
+    contents = {
+        k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()
+    }
     values = config.to_dict() | {"inference_mode": True}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    # A folder counts as an adapter only with a configuration. So another one goes first and the
+    # new one comes last: at no moment do weights stand beside a configuration not their own.
+    old = folder / CONFIG_NAME
+    if old.is_file() and old.read_bytes() != text.encode():
+        old.unlink()
+    atomic.write_file(folder / WEIGHTS_NAME, save(contents, metadata={"format": "pt"}))
     atomic.write_file(folder / CONFIG_NAME, text)
 
 
@@ -108,7 +117,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
 
 
 def load_tensors(
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
     folder: str | Path,
 ) -> None:

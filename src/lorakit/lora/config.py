@@ -8,6 +8,7 @@ It says which modules are adapted and how; it knows nothing of a particular mode
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -86,10 +87,16 @@ class LoraConfig:
     other_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+        ):
             value = getattr(self, name)
             if isinstance(value, (set, tuple, frozenset)):  # PEFT accepts and keeps sets
                 setattr(self, name, sorted(value))
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.task_type is not None:
             self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
         _check_ranks(self.r, self.rank_pattern)
@@ -108,6 +115,12 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules"):
             _check_names(name, getattr(self, name), or_text=True)
         _check_names("modules_to_save", self.modules_to_save, or_text=False)
+        _check_names("layers_pattern", self.layers_pattern, or_text=True)
+        _check_layers(self.layers_to_transform)
+        for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+            patterns = getattr(self, name) or []
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                _check_expression(name, pattern)
         if self.target_modules is not None and not self.target_modules:
             raise InputError("target_modules is empty: name modules, or use 'all-linear'")
         for name, inert in _NOT_SUPPORTED.items():
@@ -179,6 +192,22 @@ def _check_names(field_name: str, value: object, *, or_text: bool) -> None:
         return
     text = " or a text" if or_text else ""
     raise InputError(f"{field_name} must be a list of names{text}, not {value!r}")
+
+
+def _check_layers(value: object) -> None:
+    indices = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        return
+    raise InputError(f"layers_to_transform must be indices of layers, not {value!r}")
+
+
+def _check_expression(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"{field_name}: {pattern!r} is not a regular expression: {error}"
+        ) from error
 
 
 def _is_number(value: object) -> bool:

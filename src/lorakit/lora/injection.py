@@ -27,13 +27,16 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, routing: Rou
     check_adapter_name(adapter_name)
     targets = resolve_targets(model, config)
     saved = resolve_modules_to_save(model, config)
+    _require_apart(model, saved)
     for name in targets:
         module = model.get_submodule(name)
         if not isinstance(module, LoraLayer):
             kind = layer_class(module)
             assert kind is not None  # resolve_targets refuses the rest
             module = kind.from_base(module, config, routing)
-            module.train(module.base_layer.training)
+            module.training = module.base_layer.training
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                module.register_forward_pre_hook(_called)
             _replace(model, name, module)
         module.add_adapter(adapter_name, config, name)
     for name in saved:
@@ -68,13 +71,28 @@ def eject(model: nn.Module, active: tuple[str, ...] = ()) -> nn.Module:
     Returns: the model, or its replacement when the model itself was one wrapped module.
     """
     for name, module in list(wrapped_modules(model)):
-        if isinstance(module, LoraLayer):
-            original = module.base_layer
-        else:
-            own = [n for n in active if n in module.modules_to_save]
-            original = module.modules_to_save[own[0]] if own else module.original_module
+        original = module.base_layer if isinstance(module, LoraLayer) else module.chosen(active)
         _replace(model, name, original)
     return model
+
+
+def _require_apart(model: nn.Module, saved: list[str]) -> None:
+    """Raises InputError when a module to save would hold another wrapped module, or be in one."""
+    wrapped = [name for name, m in wrapped_modules(model) if name not in saved]
+    layers = [name for name, m in wrapped_modules(model) if isinstance(m, LoraLayer)]
+    for name in saved:
+        for other in {*saved, *wrapped} - {name}:
+            if other.startswith(f"{name}.") or name.startswith(f"{other}."):
+                raise InputError(f"modules_to_save: {name} and {other} cannot both be adapted")
+        if name in layers:
+            raise InputError(f"modules_to_save: {name} has the LoRA weights of another adapter")
+
+
+def _called(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing: with one, PyTorch's encoder layer calls its linear layers.
+
+    Without, its fast path reads their weights alone, and adapters would be left out in silence.
+    """
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -86,5 +104,5 @@ def check_adapter_name(name: str) -> None:
     """Raises InputError for a name that cannot be a key of the banks."""
     if not name or "." in name or "/" in name or name == BASE:
         raise InputError(f"{name!r} cannot be an adapter's name: use letters, digits, '-' and '_'")
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise InputError(f"{name!r} cannot be an adapter's name: PyTorch uses that word itself")

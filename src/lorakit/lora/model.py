@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.lora.base_model import BaseModel
+from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import (
     adapter_parameters,
     load_tensors,
@@ -27,28 +29,9 @@ from lorakit.lora.checkpoint import (
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import eject, inject, remove, wrapped_modules
 from lorakit.lora.layers import LoraLayer
-from lorakit.lora.routing import BASE, Route, Routing
+from lorakit.lora.merging import merge_and_eject, merge_layers
+from lorakit.lora.routing import BASE, Route, Routing, require_one_per_row
 from lorakit.lora.targets import PRESETS, suffixes_for
-
-
-class BaseModel(nn.Module):
-    """Holds the wrapped model as `.model`, which gives parameters the names PEFT's files have."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
 
 
 class LoraModel(nn.Module):
@@ -74,10 +57,15 @@ class LoraModel(nn.Module):
             )
         self.routing = Routing()
         self.peft_config: dict[str, LoraConfig] = {}
+        self.biases: TrainedBiases | None = None
         self.base_model = BaseModel(model)
-        model.requires_grad_(False)
         self.add_adapter(adapter_name, config)
         self.set_adapter(adapter_name)
+        for newer_first in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+            if hasattr(model, newer_first):
+                if getattr(model, newer_first):
+                    self.gradient_checkpointing_enable()  # again, with what routing needs
+                break
 
     # --- the bank of adapters -------------------------------------------------------------
 
@@ -104,6 +92,11 @@ class LoraModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise InputError(f"there is an adapter '{adapter_name}' already")
+        if self.biases or (self.adapters and config.bias != "none"):
+            raise InputError(
+                "an adapter with bias='all' or 'lora_only' trains the base itself and cannot "
+                "stand beside others: set bias='none' for all of them"
+            )
         model = self.get_base_model()
         config = copy.deepcopy(config)
         found = inject(model, config, adapter_name, self.routing)
@@ -113,14 +106,24 @@ class LoraModel(nn.Module):
             name = getattr(getattr(model, "config", None), "_name_or_path", None)
             config.base_model_name_or_path = name or None
         self.peft_config[adapter_name] = config
-        self._set_requires_grad(self.active_adapters)
+        own = adapter_parameters(model, adapter_name)
+        for tensor in own.values():
+            tensor.requires_grad_(False)  # until it is active
+        if config.bias != "none":
+            with_biases = adapter_parameters(model, adapter_name, config.bias)
+            self.biases = TrainedBiases(b for key, b in with_biases.items() if key not in own)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; when it was active the others of the active ones stay."""
         self._require(adapter_name)
+        if self.biases:
+            self.biases.use(False)
+            self._set_requires_grad([])
+            self.biases = None
         remove(self.get_base_model(), adapter_name)
         del self.peft_config[adapter_name]
-        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
+        left = [name for name in self.active_adapters if name != adapter_name]
+        self.routing.route = Route(shared=tuple(left))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, serve every row; several are added up.
@@ -128,9 +131,11 @@ class LoraModel(nn.Module):
         Args:
             inference_mode: leave their weights frozen; otherwise they alone are trainable.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         for name in names:
             self._require(name)
+        if self.biases:
+            self.biases.use(bool(names))
         if any(layer.merged for layer in self._layers()):
             self.unmerge_adapter()
         self.routing.route = Route(shared=tuple(names))
@@ -143,7 +148,7 @@ class LoraModel(nn.Module):
         for layer in merged:
             layer.unmerge()
         try:
-            with self.routing.using(Route()):
+            with self.routing.using(Route()), self._biases_in_force(False):
                 yield
         finally:
             for layer, names in merged.items():
@@ -153,18 +158,20 @@ class LoraModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` gives one adapter a row, or `"__base__"`."""
-        with self._routed(adapter_names):
+        with self._routed(adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """The base model's `generate`; `adapter_names` as in `forward`."""
-        with self._routed(adapter_names):
+        with self._routed(adapter_names, args, kwargs):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def _routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+    def _routed(
+        self, adapter_names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]
+    ) -> Iterator[None]:
         if adapter_names is None:
             yield
             return
@@ -172,8 +179,34 @@ class LoraModel(nn.Module):
             raise InputError("adapter_names is empty: give one name a row")
         for name in set(adapter_names) - {BASE}:
             self._require(name)
+        if self.biases and set(adapter_names) != {*self.active_adapters}:
+            raise InputError(
+                "this adapter trains biases of the base itself, so that all rows have it: "
+                "leave adapter_names out"
+            )
+        require_one_per_row(adapter_names, args, kwargs)
         with self.routing.using(Route(rows=tuple(adapter_names))):
             yield
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The base model's; what the backward pass computes again takes its forward's route.
+
+        Raises:
+            InputError: with `use_reentrant`, which knows no routes and, where the embedding is
+                frozen, gives no gradients.
+        """
+        kwargs = self.routing.checkpointing_options(gradient_checkpointing_kwargs or {})
+        model: Any = self.get_base_model()
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)(kwargs, **options)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     # --- merging --------------------------------------------------------------------------
 
@@ -187,8 +220,7 @@ class LoraModel(nn.Module):
         names = None if adapter_names is None else list(adapter_names)
         for name in names or []:
             self._require(name)
-        for layer in self._layers():
-            layer.merge(names, safe_merge=safe_merge)
+        merge_layers(self.get_base_model(), names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Takes everything that was merged out of the base weights again."""
@@ -202,15 +234,13 @@ class LoraModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
             self._require(name)
-        for layer in self._layers():
-            layer.merge(names, safe_merge=safe_merge, keep_backup=False)
-        model = eject(self.get_base_model(), tuple(names))
-        _tell_untied(model)
-        return model
+        return merge_and_eject(self.get_base_model(), names, safe_merge)
 
     def unload(self) -> nn.Module:
         """The plain base model, as it was before any adapter."""
         self.unmerge_adapter()
+        if self.biases:
+            self.biases.use(False)
         return eject(self.get_base_model())
 
     # --- files ----------------------------------------------------------------------------
@@ -225,8 +255,10 @@ class LoraModel(nn.Module):
         for name in selected_adapters or self.adapters:
             self._require(name)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            tensors = adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
-            write_adapter(folder, self.peft_config[name], tensors)
+            config = self.peft_config[name]
+            with self._biases_in_force(True):
+                tensors = adapter_parameters(self.get_base_model(), name, config.bias)
+                write_adapter(folder, config, tensors)
 
     @classmethod
     def from_pretrained(
@@ -245,8 +277,15 @@ class LoraModel(nn.Module):
             InputError: the folder holds no adapter, a damaged one, or one for another model.
         """
         config, tensors = read_adapter(model_id)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         wrapped = cls(model, config, adapter_name)
-        wrapped._fill(adapter_name, tensors, model_id)
+        try:
+            wrapped._fill(adapter_name, tensors, model_id)
+        except InputError:
+            wrapped.unload()
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
         return wrapped
 
@@ -261,8 +300,10 @@ class LoraModel(nn.Module):
         except InputError:
             self.delete_adapter(adapter_name)
             raise
+        if self.biases:
+            self.biases.use(bool(self.active_adapters))
         if is_trainable:
-            self._set_requires_grad([*self.active_adapters, adapter_name])
+            self._train(adapter_name)
 
     def _fill(self, name: str, tensors: dict[str, Any], folder: str | Path) -> None:
         parameters = adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
@@ -277,7 +318,12 @@ class LoraModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        backups = "._weight_before_merge"
+        sizes = [
+            (p.numel(), p.requires_grad)
+            for name, p in self.named_parameters()
+            if not name.endswith(backups)
+        ]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -307,27 +353,20 @@ class LoraModel(nn.Module):
                 f"there are: {listed(self.adapters) or 'none'}"
             )
 
+    def _biases_in_force(self, trained: bool) -> AbstractContextManager[None]:
+        return self.biases.using(trained) if self.biases else nullcontext()
+
     def _set_requires_grad(self, trained: list[str]) -> None:
         """Makes the parameters of the adapters `trained` trainable, and no others."""
-        model = self.get_base_model()
-        model.requires_grad_(False)
+        self.get_base_model().requires_grad_(False)
         for name in trained:
-            bias = self.peft_config[name].bias
-            for parameter in adapter_parameters(model, name, bias).values():
-                parameter.requires_grad_(True)
+            self._train(name)
 
-
-def _tell_untied(model: nn.Module) -> None:
-    """Records in the model's configuration that its embedding and head have come to differ.
-
-    Otherwise a saved model would have one in the place of the other when it is loaded.
-    """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and embedding.weight is not head.weight:
-        config.tie_word_embeddings = False
+    def _train(self, name: str) -> None:
+        own = adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
+        for tensor in own.values():
+            if isinstance(tensor, nn.Parameter):  # and not a saved module's buffer
+                tensor.requires_grad_(True)
 
 
 def get_peft_model(

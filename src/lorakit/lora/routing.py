@@ -5,12 +5,15 @@ out, adding several up, and giving every row its own are one assignment each. Th
 the route; nothing else decides what they compute.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
+
+from lorakit.errors import InputError
 
 BASE = "__base__"
 """The name that stands for "no adapter" in a list of names, one a row (PEFT's word)."""
@@ -43,10 +46,21 @@ class Route:
         """
         rows = self.rows or ()
         if batch % len(rows):
-            raise ValueError(f"adapter_names has {len(rows)} names for a batch of {batch} rows")
+            raise InputError(f"adapter_names has {len(rows)} names for a batch of {batch} rows")
         position = {name: i for i, name in enumerate(present)}
         index = torch.tensor([position.get(name, len(present)) for name in rows], device=device)
         return index.repeat_interleave(batch // len(rows))
+
+
+def require_one_per_row(
+    adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raises InputError unless the batch among a call's arguments has a row for each name."""
+    usual = ("input_ids", "inputs_embeds", "inputs", "x", "pixel_values", "input_values")
+    batches = [*args[:1], *(kwargs.get(name) for name in usual)]
+    rows = next((len(batch) for batch in batches if isinstance(batch, torch.Tensor)), None)
+    if rows not in (None, len(adapter_names)):
+        raise InputError(f"adapter_names has {len(adapter_names)} names for a batch of {rows} rows")
 
 
 @dataclass
@@ -54,6 +68,18 @@ class Routing:
     """The route in force, shared by all wrapped layers of one model."""
 
     route: Route = field(default_factory=Route)
+
+    def checkpointing_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments for `torch.utils.checkpoint`: what is computed again takes the same route.
+
+        That happens in the backward pass, when another route may be in force.
+        """
+        if options.get("use_reentrant"):
+            raise InputError("use_reentrant=True gives adapters no gradients: leave it out")
+        return {**options, "use_reentrant": False, "context_fn": self._recomputing}
+
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self.using(self.route)
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:

@@ -84,9 +84,10 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     for name in found:
         if not _adaptable(candidates[name]):
             kind = type(candidates[name]).__name__
+            there = listed(leaf_names(candidates), 8) or "none in this model"
             raise InputError(
                 f"target_modules matches {name}, a {kind}: LoRA applies to linear and embedding "
-                f"layers here (such as {listed(leaf_names(candidates), 8)})"
+                f"layers here ({there})"
             )
     return found
 
@@ -192,12 +193,13 @@ def _excluded(exclude: list[str] | str | None, name: str) -> bool:
 def _in_layers(config: LoraConfig, name: str) -> bool:
     """Whether the module stands in one of `layers_to_transform`, counted as PEFT counts."""
     wanted = config.layers_to_transform
-    if wanted is None:
+    if wanted is None or wanted == []:
         return True
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name):
-            return int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+        # The first index is the layer's; later ones count what is inside it, such as experts.
+        if match := re.match(rf"(?:.*?\.)?(?:{pattern})\.(?P<index>\d+)\.", name):
+            return int(match["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 
 

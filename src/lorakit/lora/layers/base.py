@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.routing import Route, Routing
+from lorakit.lora.routing import Routing
 
 
 class LoraLayer(nn.Module, ABC):
@@ -38,6 +39,16 @@ class LoraLayer(nn.Module, ABC):
     def base_weight(self) -> nn.Parameter:
         """The frozen weight, as the base layer stores it."""
         return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's: some models (T5) look at the dtype of their layers' weights."""
+        return self.base_weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias, None where it has none."""
+        return getattr(self.base_layer, "bias", None)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -67,14 +78,17 @@ class LoraLayer(nn.Module, ABC):
         self.r[name], self.lora_alpha[name] = r, alpha
         self.scaling[name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         p = config.lora_dropout
-        self.lora_dropout[name] = nn.Dropout(p) if p > 0 else nn.Identity()
+        dropout = nn.Dropout(p) if p > 0 else nn.Identity()
+        self.lora_dropout[name] = dropout.train(self.training)
         self._create(name, r, device=base.device, dtype=dtype)
         self._initialize(name, config.init_lora_weights)
 
     def delete_adapter(self, name: str) -> None:
         """Forgets adapter `name`, if this layer has it."""
         if name in self.merged_adapters:
+            others = [n for n in self.merged_adapters if n != name]
             self.unmerge()
+            self.merge(others)
         for part in (self.r, self.lora_alpha, self.scaling):
             part.pop(name, None)
         for bank in (self.lora_dropout, *self._banks()):
@@ -125,26 +139,29 @@ class LoraLayer(nn.Module, ABC):
     ) -> None:
         """Adds the update of `adapter_names` (None: the active ones) to the base weight.
 
-        The sum is made in the wider of the two dtypes and rounded once. It becomes a new
+        The sum is made in the wider of the two dtypes and rounded once, also when adapters are
+        merged one after the other. It becomes a new
         parameter, so a weight that is tied to this one elsewhere stays as it is; the parameter
         that was there is kept for `unmerge`, unless `keep_backup` is false.
 
         Raises:
-            ValueError: with `safe_merge`, when the merged weight is not finite.
+            InputError: with `safe_merge`, when the merged weight is not finite.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        names = [n for n in names if n in self.r and n not in self.merged_adapters]
-        if not names:
+        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        new = [n for n in wanted if n in self.r and n not in self.merged_adapters]
+        if not new:
             return
-        weight = self.base_weight
+        weight, names = self.base_weight, new
+        if self._weight_before_merge is not None:
+            weight, names = self._weight_before_merge, self.merged_adapters + new
         total = weight.to(torch.promote_types(weight.dtype, self.factors(names[0])[0].dtype))
         total = total + sum(self.get_delta_weight(name).to(total.dtype) for name in names)
         if safe_merge and not torch.isfinite(total).all():
-            raise ValueError(f"merging {', '.join(names)} gives weights that are not finite")
+            raise InputError(f"merging {', '.join(names)} gives weights that are not finite")
         if keep_backup and self._weight_before_merge is None:
             self._weight_before_merge = weight
         self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
-        self.merged_adapters += names
+        self.merged_adapters += new
 
     def unmerge(self) -> None:
         """Gives the base layer the very weight back that it had before merging."""
@@ -164,7 +181,13 @@ class LoraLayer(nn.Module, ABC):
         if route.rows is not None:
             if self.merged:
                 raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
-            return self._forward_rows(x, route, *args, **kwargs)
+            y = self.base_layer(x, *args, **kwargs)
+            names = [name for name in route.row_names if name in self.r]
+            if not names:
+                return y
+            index = route.row_index(x.shape[0], names, x.device)
+            update = self._row_update(x, names, index)
+            return y + update.view(y.shape).to(y.dtype)
         names = [] if self.merged else self.active_adapters
         return self._forward_shared(x, names, *args, **kwargs)
 
@@ -175,10 +198,11 @@ class LoraLayer(nn.Module, ABC):
         """The output when `names` serve every row; an empty list is the base alone."""
 
     @abstractmethod
-    def _forward_rows(
-        self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """The output when every row has the adapter that `route.rows` names."""
+    def _row_update(self, x: torch.Tensor, names: list[str], index: torch.Tensor) -> torch.Tensor:
+        """What the adapters add when row i has the adapter `names[index[i]]`.
+
+        An index of `len(names)` is no adapter. Returns: (batch, n, d_out).
+        """
 
     def _stacked(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of `names` in one tensor each, and one more of zeros for "no adapter".

@@ -9,12 +9,13 @@ from torch import nn
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.initialize import initialize_embedding
 from lorakit.lora.layers.base import LoraLayer
-from lorakit.lora.routing import Route, Routing
+from lorakit.lora.routing import Routing
 
 
 class LoraEmbedding(LoraLayer):
     """`y = W[x] + scaling * A^T[x] B^T` beside a frozen embedding.
 
+    Where the base multiplies what it looks up (Gemma's `embed_scale`), both terms are multiplied.
     As in PEFT the parameters are `lora_embedding_A[name]` (r, num_embeddings), zero at the
     start, and `lora_embedding_B[name]` (embedding_dim, r), normal.
     """
@@ -58,18 +59,16 @@ class LoraEmbedding(LoraLayer):
         for name in names:
             A, B = self.factors(name)
             update = F.linear(F.embedding(x, A.T), B) * self.scaling[name]
-            y = y + update.to(y.dtype)
+            y = y + self._scaled_as_base(update).to(y.dtype)
         return y
 
-    def _forward_rows(
-        self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        names = [name for name in route.row_names if name in self.r]
-        if not names:
-            return y
+    def _row_update(self, x: torch.Tensor, names: list[str], index: torch.Tensor) -> torch.Tensor:
         A, B = self._stacked(names)
-        index = route.row_index(x.shape[0], names, x.device)
         slot = index.view(-1, *[1] * (x.dim() - 1)).expand_as(x)
         xA = A.mT[slot, x].reshape(x.shape[0], -1, A.shape[1])
-        return y + torch.bmm(xA, B[index].mT).view(y.shape).to(y.dtype)
+        return self._scaled_as_base(torch.bmm(xA, B[index].mT))
+
+    def _scaled_as_base(self, update: torch.Tensor) -> torch.Tensor:
+        """`update` times the factor by which the base multiplies what it looks up, if any."""
+        scale = getattr(self.base_layer, "embed_scale", None)
+        return update if scale is None else update * torch.as_tensor(scale).to(update)

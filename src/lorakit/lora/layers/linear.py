@@ -62,8 +62,8 @@ class LoraLinear(LoraLayer):
     @classmethod
     def from_base(cls, base_layer: nn.Module, config: LoraConfig, routing: Routing) -> Self:
         """An empty bank around `base_layer`, on a model's shared routing."""
-        transposed = is_conv1d(base_layer) or config.fan_in_fan_out
-        return cls(base_layer, r=None, fan_in_fan_out=transposed, routing=routing)
+        # `config.fan_in_fan_out` is left to the layer: a head beside GPT-2's layers is not one.
+        return cls(base_layer, r=None, routing=routing)
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
@@ -101,19 +101,10 @@ class LoraLinear(LoraLayer):
             y = y + F.linear(xA, B.to(x.dtype)) * self.scaling[name]
         return y
 
-    def _forward_rows(
-        self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        names = [name for name in route.row_names if name in self.r]
-        if not names:
-            return y
-        A, B = self._stacked(names)
-        index = route.row_index(x.shape[0], names, x.device)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        dropped = self._row_dropout(rows, names, index)
-        xA = torch.bmm(dropped, A.to(x.dtype)[index].mT)
-        return y + torch.bmm(xA, B.to(x.dtype)[index].mT).view(y.shape)
+    def _row_update(self, x: torch.Tensor, names: list[str], index: torch.Tensor) -> torch.Tensor:
+        A, B = (factor.to(x.dtype)[index] for factor in self._stacked(names))
+        rows = self._row_dropout(x.reshape(x.shape[0], -1, x.shape[-1]), names, index)
+        return torch.bmm(torch.bmm(rows, A.mT), B.mT)
 
     def _row_dropout(
         self, rows: torch.Tensor, names: list[str], index: torch.Tensor
@@ -138,6 +129,7 @@ class LoraLinear(LoraLayer):
             and (bias is None or not bias.requires_grad)
             and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
             and not torch.is_autocast_enabled(x.device.type)
+            and "forward" not in vars(base)  # accelerate replaces it to move weights
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         )
 

@@ -4,10 +4,13 @@
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
+from lorakit.errors import InputError, listed
 from lorakit.lora.routing import Routing
 
 
@@ -17,6 +20,7 @@ class ModulesToSaveWrapper(nn.Module):
     def __init__(self, original_module: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.original_module = original_module.requires_grad_(False)
+        self.training = original_module.training
         self.modules_to_save = nn.ModuleDict()
         self.routing = routing
 
@@ -29,30 +33,33 @@ class ModulesToSaveWrapper(nn.Module):
         if name in self.modules_to_save:
             del self.modules_to_save[name]
 
-    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of adapter `name`'s copy, under their names in the original."""
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of adapter `name`'s copy, buffers too, under their names in the original."""
         if name not in self.modules_to_save:
             return {}
-        return dict(self.modules_to_save[name].named_parameters())
+        return self.modules_to_save[name].state_dict(keep_vars=True)
 
     @property
     def active_module(self) -> nn.Module:
         """The copy of the adapter on the route; the original when none of them has one.
 
         Raises:
-            RuntimeError: two copies cannot be added up, nor chosen row by row.
+            InputError: two copies cannot be added up, nor chosen row by row.
         """
         route = self.routing.route
-        names = route.shared if route.rows is None else route.row_names
-        present = [name for name in names if name in self.modules_to_save]
-        if not present:
-            return self.original_module
-        if len(present) > 1 or (route.rows is not None and len(set(route.rows)) > 1):
-            raise RuntimeError(
-                f"the adapters {', '.join(names)} have modules_to_save of their own: "
-                "run them one at a time"
+        if route.rows is None:
+            return self.chosen(route.shared)
+        return self.chosen(dict.fromkeys(route.rows), by_row=True)
+
+    def chosen(self, names: Iterable[str], by_row: bool = False) -> nn.Module:
+        """The module for adapters that are added up, or that serve rows of one batch."""
+        names = list(names)
+        own = [name for name in names if name in self.modules_to_save]
+        if len(own) > 1 or (own and by_row and len(names) > 1):
+            raise InputError(
+                f"{listed(own)} have modules_to_save of their own: run adapters one at a time"
             )
-        return self.modules_to_save[present[0]]
+        return self.modules_to_save[own[0]] if own else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active module returns."""

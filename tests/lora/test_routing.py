@@ -1,0 +1,140 @@
+"""Which adapter serves which row, also where rows are repeated, flattened, or computed again."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from families import SIZES, output, wrap
+from lorakit import LoraConfig
+from lorakit.errors import InputError
+from lorakit.lora.routing import Route, Routing
+
+
+def test_rows_are_numbered_by_adapter_and_repeated_in_place_as_beams_are():
+    route = Route(rows=("b", "__base__", "a"))
+    assert route.row_names == ("b", "a")
+    index = route.row_index(6, ["a", "b"], torch.device("cpu"))
+    assert index.tolist() == [1, 1, 2, 2, 0, 0]
+    with pytest.raises(ValueError, match="3 names for a batch of 4 rows"):
+        route.row_index(4, ["a", "b"], torch.device("cpu"))
+
+
+def test_a_route_holds_for_its_block_also_when_that_fails():
+    def fail(routing: Routing) -> None:
+        with routing.using(Route(shared=("b",))):
+            raise ZeroDivisionError
+
+    routing = Routing(Route(shared=("a",)))
+    with pytest.raises(ZeroDivisionError):
+        fail(routing)
+    assert routing.route.shared == ("a",)
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "__base__"], ["default"] * 8])
+def test_as_many_names_as_rows_are_needed_also_when_they_would_divide_evenly(build, names):
+    wrapped = wrap(build())
+    ids = torch.randint(0, 40, (4, 5))
+    words = f"adapter_names has {len(names)} names for a batch of 4 rows"
+    for call in (
+        lambda: wrapped(ids, adapter_names=names),
+        lambda: wrapped(input_ids=ids, adapter_names=names),
+        lambda: wrapped.generate(ids, adapter_names=names, max_new_tokens=1, pad_token_id=0),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_every_familys_rows_are_what_each_gives_alone_with_gradients(build, ids, family: str):
+    wrapped = wrap(build(family), target_modules="all-linear", r=2)
+    torch.manual_seed(5)
+    embedding = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}[family]
+    config = LoraConfig(r=5, use_rslora=True, target_modules=[embedding], init_lora_weights=False)
+    wrapped.add_adapter("other", config)
+    names = ["other", "__base__", "default"]
+    wrapped.set_adapter(["default", "other"])
+    mixed = output(wrapped, ids, adapter_names=names)
+    mixed.square().sum().backward()
+    found = {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
+    wrapped.zero_grad()
+    for i, name in enumerate(names):
+        alone = output(wrapped, ids[i : i + 1], adapter_names=[name])
+        torch.testing.assert_close(alone[0], mixed[i], rtol=0, atol=1e-10)
+        wrapped.set_adapter([] if name == "__base__" else name)
+        shared = output(wrapped, ids[i : i + 1])
+        torch.testing.assert_close(shared[0], mixed[i], rtol=0, atol=1e-10)
+        if name != "__base__":
+            shared.square().sum().backward()
+    expected = {n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradient - found[name]).abs().max() / (1 + gradient.abs().max()) < 1e-10, name
+
+
+@pytest.mark.parametrize("wrapped_first", [True, False])
+@pytest.mark.parametrize("way", ["rows", "switched before the backward pass"])
+def test_what_checkpointing_computes_again_takes_the_route_of_the_first_time(
+    build, ids, wrapped_first: bool, way: str
+):
+    base = build()
+    if not wrapped_first:
+        base.activation_checkpointing_enable()
+    model = wrap(base, target_modules=["q_proj"], r=3)
+    torch.manual_seed(5)
+    model.add_adapter("other", LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    plain = copy.deepcopy(model)
+    plain.base_model.model.activation_checkpointing_disable()
+    if wrapped_first:
+        model.gradient_checkpointing_enable()
+    gradients = []
+    for each in (plain, model):
+        each.set_adapter(["default", "other"])
+        each.train()
+        rows = ["other", "__base__", "default"] if way == "rows" else None
+        loss = output(each, ids, adapter_names=rows).square().sum()
+        each.routing.route = Route()
+        loss.backward()
+        gradients.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) > 10
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_checkpointing_that_would_give_no_gradients_is_refused(build):
+    with pytest.raises(InputError, match="use_reentrant=True"):
+        wrap(build()).gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_embeddings_that_are_scaled_are_scaled_with_their_adapter(ids):
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).double().eval()
+    wrapped = wrap(model, target_modules=["embed_tokens"])
+    expected = output(wrapped, ids)
+    rows = output(wrapped, ids, adapter_names=["default", "__base__", "default"])
+    torch.testing.assert_close(rows[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-10)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(output(wrapped, ids), expected, rtol=0, atol=1e-10)
+
+
+def test_rows_drop_at_their_own_adapters_rate():
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    wrapped = wrap(model, target_modules=["0"], lora_dropout=0.5)
+    wrapped.add_adapter("dry", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.ones(2, 500, 4, dtype=torch.float64)
+    y = wrapped.train()(x, adapter_names=["default", "dry"])
+    assert y[0].unique(dim=0).shape[0] > 1
+    assert y[1].unique(dim=0).shape[0] == 1
+
+
+def test_a_saved_module_serves_one_adapter_at_a_time(build, ids):
+    wrapped = wrap(build(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapped.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    alone = output(wrapped, ids)
+    assert torch.equal(output(wrapped, ids, adapter_names=["default"] * 3), alone)
+    with pytest.raises(InputError, match="modules_to_save of their own"):
+        output(wrapped, ids, adapter_names=["default", "__base__", "default"])
