@@ -82,3 +82,19 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     (gradient,) = torch.autograd.grad(y, A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("x_needs_grad", [True, False])
+def test_what_dropout_hides_in_the_forward_pass_is_hidden_in_the_backward_pass(x_needs_grad: bool):
+    W, A, B = factors(6, 5, 3)
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=x_needs_grad)
+
+    def fused(x, A, B):
+        torch.manual_seed(4)  # the same mask in every call
+        return lora_linear(x, W, None, A, B, 2.0, p=0.4)
+
+    assert torch.autograd.gradcheck(fused, (x, A, B))
+    torch.manual_seed(4)
+    dropped = F.dropout(x, 0.4, training=True)
+    expected = F.linear(x, W) + 2.0 * F.linear(F.linear(dropped, A), B)
+    torch.testing.assert_close(fused(x, A, B), expected, rtol=1e-12, atol=1e-12)

@@ -47,12 +47,31 @@ def test_as_many_names_as_rows_are_needed_also_when_they_would_divide_evenly(bui
             call()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_every_familys_rows_are_what_each_gives_alone_with_gradients(build, ids, family: str):
-    wrapped = wrap(build(family), target_modules="all-linear", r=2)
+TARGETS = {
+    "llama": ("all-linear", ["embed_tokens", "q_proj"]),
+    "gpt2": ("all-linear", ["wte", "c_attn"]),
+    "bert": ("all-linear", ["word_embeddings"]),
+    "attention": (["attention"], ["head", "attention"]),
+    "conv": (["one", "two", "head"], ["look_up", "three", "two", "head"]),
+}
+KINDS = {
+    "plain": ({}, {"use_rslora": True}),
+    "dora": ({}, {"use_dora": True}),
+    "both dora": ({"use_dora": True}, {"use_dora": True, "lora_alpha": 3}),
+    "lora bias": ({"lora_bias": True}, {"use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", TARGETS)
+def test_every_familys_rows_are_what_each_gives_alone_with_gradients(
+    build, ids, family: str, kind: str
+):
+    first, second = TARGETS[family]
+    fields, other_fields = KINDS[kind]
+    wrapped = wrap(build(family), target_modules=first, r=2, **fields)
     torch.manual_seed(5)
-    embedding = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}[family]
-    config = LoraConfig(r=5, use_rslora=True, target_modules=[embedding], init_lora_weights=False)
+    config = LoraConfig(r=5, target_modules=second, init_lora_weights=False, **other_fields)
     wrapped.add_adapter("other", config)
     names = ["other", "__base__", "default"]
     wrapped.set_adapter(["default", "other"])
@@ -131,10 +150,19 @@ def test_rows_drop_at_their_own_adapters_rate():
     assert y[1].unique(dim=0).shape[0] == 1
 
 
-def test_a_saved_module_serves_one_adapter_at_a_time(build, ids):
+def test_rows_go_through_the_saved_module_of_their_own_adapter(build, ids):
     wrapped = wrap(build(), target_modules=["q_proj"], modules_to_save=["lm_head"])
-    wrapped.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
-    alone = output(wrapped, ids)
-    assert torch.equal(output(wrapped, ids, adapter_names=["default"] * 3), alone)
-    with pytest.raises(InputError, match="modules_to_save of their own"):
-        output(wrapped, ids, adapter_names=["default", "__base__", "default"])
+    wrapped.add_adapter("other", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    wrapped.add_adapter("without", LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name in ("default", "other"):
+            wrapped.lm_head.modules_to_save[name].weight.normal_()
+    ids = torch.cat([ids, ids])
+    names = ["default", "other", "__base__", "other", "default", "without"]
+    mixed = output(wrapped, ids, adapter_names=names)
+    for i, name in enumerate(names):
+        wrapped.set_adapter([] if name == "__base__" else name)
+        torch.testing.assert_close(output(wrapped, ids)[i], mixed[i], rtol=0, atol=1e-10)
+    wrapped.set_adapter(["default", "other"])
+    with pytest.raises(InputError, match="one at a time"):
+        output(wrapped, ids)

@@ -55,7 +55,7 @@ def test_any_of_trainings_own_arguments_can_be_given():
         ("lora.lora_dropout=1", ["lora_dropout must be in [0, 1)"]),
         ("lora.target_modules=5", ["target_modules must be a list of names or a text"]),
         ("lora.target_modules=[]", ["target_modules is empty"]),
-        ("lora.use_dora=true", ["use_dora", "not supported"]),
+        ("lora.init_lora_weights=piza", ["init_lora_weights", "not supported"]),
         ("lora=5", ["lora:"]),
         ("data.eval=1.5", ["data.eval", "less than 1"]),
         ("data.limit=0", ["data.limit"]),

@@ -35,16 +35,12 @@ def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[
     """
     found: dict[str, torch.Tensor] = {}
     for path, module in wrapped_modules(model):
-        if isinstance(module, LoraLayer):
-            if name in module.r:
-                for ending, parameter in module.adapter_tensors(name).items():
-                    found[f"{PREFIX}{path}.{ending}"] = parameter
-                base_bias = getattr(module.base_layer, "bias", None)
-                if bias == "lora_only" and base_bias is not None:
-                    found[f"{PREFIX}{path}.base_layer.bias"] = base_bias
-        else:
-            for ending, tensor in module.adapter_tensors(name).items():
-                found[f"{PREFIX}{path}.{ending}"] = tensor
+        for ending, tensor in module.adapter_tensors(name).items():
+            found[f"{PREFIX}{path}.{ending}"] = tensor
+        if bias != "lora_only" or not isinstance(module, LoraLayer) or name not in module.r:
+            continue
+        if (base_bias := module.base_bias) is not None:
+            found[f"{PREFIX}{path}.base_layer.{module.bias_name}"] = base_bias
     if bias == "all":
         for key, parameter in model.named_parameters():
             if key.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{key}":

@@ -19,17 +19,7 @@ _INFORMATION_ONLY = frozenset(
     {"auto_mapping", "peft_version", "megatron_config", "megatron_core", "qalora_group_size"}
 )
 
-# PEFT's fields that lorakit does not carry out, with the value at which they do nothing.
-_NOT_SUPPORTED: dict[str, Any] = {
-    "use_dora": False,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "layer_replication": None,
-    "ensure_weight_tying": False,
-}
-
-_INITIALIZATIONS = (True, False, "gaussian")
+_INITIALIZATIONS = re.compile("gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq")
 
 
 @dataclass
@@ -44,16 +34,28 @@ class LoraConfig:
         exclude_modules: names or a regular expression that are left out again.
         lora_alpha: the numerator of the scaling, `lora_alpha / r`.
         lora_dropout: the share of the adapter's input that is dropped while training.
-        fan_in_fan_out: the base weight is stored (in, out). GPT-2's layers are recognised.
+        fan_in_fan_out: carried along; every layer knows itself how its weight is stored.
         bias: which biases of the base are trained: `none`, `all`, or `lora_only`.
         use_rslora: scale by `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732).
         modules_to_save: modules that are trained whole and saved with the adapter.
-        init_lora_weights: True (`A` Kaiming uniform, `B` zero), `gaussian`, or False (both
+        init_lora_weights: True (`A` Kaiming uniform, `B` zero), `gaussian`, `orthogonal`, `pissa`
+            or `pissa_niter_4` (the principal part of W), `olora`, `eva`, `loftq`, or False (both
             random, so that the adapter is not the identity: for tests).
         layers_to_transform: indices of the layers that are adapted; None means all.
         layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
         rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or
             regular expression.
+        use_dora: train the length of every output's weight apart (Liu et al. 2024,
+            arXiv:2402.09353).
+        lora_bias: give `B` a bias.
+        target_parameters: paths of parameters that are adapted themselves, such as the experts
+            of a mixture, (experts, d_in, d_out).
+        trainable_token_indices: numbers of tokens whose embeddings are trained, or these by the
+            embedding's name.
+        layer_replication: ranges [from, to) of layers that the model is built from anew, with
+            the weights shared and an adapter for each.
+        ensure_weight_tying: what is done to an embedding is done to the head tied to it too.
+        loftq_config, eva_config: settings of these initialisations, as in PEFT.
         other_fields: fields of PEFT's file that lorakit only carries along.
 
     Raises:
@@ -84,6 +86,8 @@ class LoraConfig:
     target_parameters: list[str] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     ensure_weight_tying: bool = False
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
     other_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,25 +111,40 @@ class LoraConfig:
             raise InputError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise InputError(f"bias must be none, all or lora_only, not {self.bias!r}")
-        if self.init_lora_weights not in _INITIALIZATIONS:
-            raise InputError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported: "
-                "use true, gaussian or false"
-            )
+        _check_initialization(self.init_lora_weights)
         for name in ("target_modules", "exclude_modules"):
             _check_names(name, getattr(self, name), or_text=True)
-        _check_names("modules_to_save", self.modules_to_save, or_text=False)
+        for name in ("modules_to_save", "target_parameters"):
+            _check_names(name, getattr(self, name), or_text=False)
         _check_names("layers_pattern", self.layers_pattern, or_text=True)
         _check_layers(self.layers_to_transform)
         for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
             patterns = getattr(self, name) or []
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
                 _check_expression(name, pattern)
-        if self.target_modules is not None and not self.target_modules:
+        if self.target_modules in ("", []) and not self.target_parameters:
             raise InputError("target_modules is empty: name modules, or use 'all-linear'")
-        for name, inert in _NOT_SUPPORTED.items():
-            if getattr(self, name) not in (inert, None, [], {}):
-                raise InputError(f"{name}={getattr(self, name)!r} is not supported by lorakit yet")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises InputError for fields that exclude each other."""
+        plain = self.init_lora_weights in (True, False)
+        if self.lora_bias and (self.use_dora or not plain):
+            raise InputError("lora_bias=True goes with use_dora=False and init_lora_weights=True")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError("layers_pattern needs layers_to_transform")
+        if self.target_parameters and (self.lora_dropout or self.lora_bias or self.use_dora):
+            raise InputError(
+                "target_parameters has no input of its own: set lora_dropout=0, lora_bias=False "
+                "and use_dora=False"
+            )
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
+
+    @property
+    def peft_type(self) -> str:
+        """The method's name in PEFT's files."""
+        return "LORA"
 
     def rank_for(self, module_name: str) -> int:
         """The rank of the module at this path: `rank_pattern`'s first match, or `r`."""
@@ -192,6 +211,15 @@ def _check_names(field_name: str, value: object, *, or_text: bool) -> None:
         return
     text = " or a text" if or_text else ""
     raise InputError(f"{field_name} must be a list of names{text}, not {value!r}")
+
+
+def _check_initialization(how: object) -> None:
+    known = isinstance(how, bool) or (isinstance(how, str) and _INITIALIZATIONS.fullmatch(how))
+    if not known:
+        raise InputError(
+            f"init_lora_weights={how!r} is not supported: use true, gaussian, orthogonal, pissa, "
+            "pissa_niter_4, olora, eva, loftq or false"
+        )
 
 
 def _check_layers(value: object) -> None:

@@ -1,6 +1,7 @@
-"""The values that a new adapter starts from.
+"""The values that a new adapter starts from, as `LoraConfig.init_lora_weights` names them.
 
-One of the two factors is zero, so a new adapter changes nothing until it is trained.
+A new adapter changes nothing until it is trained: one of its factors is zero, or what both
+factors make is taken off again (`InitialFactors`).
 """
 
 import math
@@ -8,15 +9,39 @@ import math
 import torch
 from torch import nn
 
+from lorakit.errors import InputError
+from lorakit.lora.config import LoraConfig
+
+
+class InitialFactors(nn.Module):
+    """The factors that an adapter started from, where they are not zero: `A` and `B`, frozen.
+
+    PiSSA and OLoRA start from a part of `W` itself and train against the rest of it. Here the
+    rest is never formed: `W` stays as it is and the layer computes `W + s (B A - B0 A0)`, so that
+    other adapters, unloading and merging see the base's own weight.
+    """
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("A", A.detach().clone())
+        self.register_buffer("B", B.detach().clone())
+
 
 @torch.no_grad()
-def initialize_linear(A: torch.Tensor, B: torch.Tensor, how: bool | str) -> None:
-    """Fills `A` (r, d_in) and `B` (d_out, r).
+def initialize(
+    A: torch.Tensor, B: torch.Tensor, W: torch.Tensor, scaling: float, config: LoraConfig
+) -> InitialFactors | None:
+    """Fills the factors of a linear or convolution layer.
 
-    Args:
-        how: True for Kaiming uniform `A` and zero `B` (Microsoft's loralib), `gaussian` for
-            normal `A` of deviation 1/r and zero `B`, False for both random (for tests).
+    `True` is Kaiming uniform `A` and zero `B` (Microsoft's loralib), `gaussian` a normal `A` of
+    deviation 1/r and zero `B`, False both random (for tests).
+
+    Shapes: A (r, d_in, …), B (d_out, r, …), W (d_out, d_in).
+    Returns: what has to be taken off again, None when there is nothing.
     """
+    how = config.init_lora_weights
+    if isinstance(how, str) and how not in ("gaussian", "eva"):
+        return _decompose(A, B, W, scaling, how)
     if how == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     else:
@@ -25,6 +50,38 @@ def initialize_linear(A: torch.Tensor, B: torch.Tensor, how: bool | str) -> None
         nn.init.kaiming_uniform_(B, a=math.sqrt(5))
     else:
         nn.init.zeros_(B)
+    return None
+
+
+@torch.no_grad()
+def initialize_bias(bias: torch.Tensor, how: bool | str) -> None:
+    """Fills the bias of `B` (d_out,): zero, or random with `how` False (for tests)."""
+    if how is False:
+        nn.init.normal_(bias)
+    else:
+        nn.init.zeros_(bias)
+
+
+def _decompose(
+    A: torch.Tensor, B: torch.Tensor, W: torch.Tensor, scaling: float, how: str
+) -> InitialFactors | None:
+    """Fills the factors from the weight itself; see `decomposition.py`."""
+    from lorakit.lora import decomposition
+
+    r = A.shape[0]
+    if how == "orthogonal":
+        new_A, new_B = decomposition.orthogonal(W.shape[1], W.shape[0], r)
+    elif not W.dtype.is_floating_point:
+        raise InputError(f"init_lora_weights='{how}' needs a base that is not quantised")
+    elif how == "olora":
+        new_A, new_B = decomposition.olora(W, r)
+    else:
+        niter = int(how.removeprefix("pissa_niter_")) if how != "pissa" else None
+        new_A, new_B = decomposition.pissa(W, r, scaling, niter)
+    A.copy_(new_A)
+    B.copy_(new_B)
+    # Orthogonal halves are meant to have a product of zero, and with it nothing to take off.
+    return None if how == "orthogonal" else InitialFactors(A, B)
 
 
 @torch.no_grad()

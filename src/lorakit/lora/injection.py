@@ -3,18 +3,30 @@
 The model's own modules are replaced in place; `eject` leaves it as it was before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.layers import LoraLayer, layer_class
-from lorakit.lora.layers.saved import ModulesToSaveWrapper
+from lorakit.lora.layers import (
+    LoraEmbedding,
+    LoraLayer,
+    LoraParameter,
+    LoraTiedHead,
+    ModulesToSaveWrapper,
+    TrainedTokens,
+    Wrapped,
+    layer_class,
+)
 from lorakit.lora.routing import BASE, Routing
-from lorakit.lora.targets import resolve_modules_to_save, resolve_targets
-
-Wrapped = LoraLayer | ModulesToSaveWrapper
+from lorakit.lora.targets import (
+    resolve_modules_to_save,
+    resolve_parameters,
+    resolve_targets,
+    resolve_tokens,
+    tied_heads,
+)
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str, routing: Routing) -> list[str]:
@@ -22,34 +34,37 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, routing: Rou
 
     All targets are resolved before anything is changed, so an error leaves the model as it was.
 
-    Returns: the paths of the adapted modules.
+    Returns: the paths of the modules that `target_modules` means.
     """
     check_adapter_name(adapter_name)
     targets = resolve_targets(model, config)
+    parameters = resolve_parameters(model, config)
+    tokens = resolve_tokens(model, config)
     saved = resolve_modules_to_save(model, config)
-    _require_apart(model, saved)
-    for name in targets:
-        module = model.get_submodule(name)
-        if not isinstance(module, LoraLayer):
-            kind = layer_class(module)
-            assert kind is not None  # resolve_targets refuses the rest
-            module = kind.from_base(module, config, routing)
-            module.training = module.base_layer.training
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-                module.register_forward_pre_hook(_called)
-            _replace(model, name, module)
-        module.add_adapter(adapter_name, config, name)
-    for name in saved:
-        module = model.get_submodule(name)
-        if not isinstance(module, ModulesToSaveWrapper):
-            module = ModulesToSaveWrapper(module, routing)
-            _replace(model, name, module)
-        module.add_adapter(adapter_name)
+    _require_apart(model, saved, targets, tokens)
+    try:
+        for path in targets:
+            _wrap_layer(model, path, routing).add_adapter(adapter_name, config, path)
+            if config.ensure_weight_tying:
+                _wrap_tied_heads(model, path, adapter_name, config)
+        for path, parameter in parameters:
+            wrapper = _wrap_parameter(model, path, parameter, routing)
+            wrapper.add_adapter(adapter_name, config, f"{path}.{parameter}")
+        for path, numbers in tokens.items():
+            _wrap_tokens(model, path, routing).add_adapter(adapter_name, numbers)
+        for path in saved:
+            _wrap_saved(model, path, adapter_name, config, routing)
+    except InputError:
+        remove(model, adapter_name)
+        raise
     return targets
 
 
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
-    """All wrapped modules of `model`, with the paths that they had before they were wrapped."""
+    """All wrapped modules of `model`, with the paths that they had before they were wrapped.
+
+    What is inside another wrapped module has `base_layer` in its path, as in PEFT's files.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Wrapped):
             yield name, module
@@ -57,27 +72,93 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
 
 def remove(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter out; a module that has no other one left is the original again."""
-    for name, module in list(wrapped_modules(model)):
+    wrapped = list(wrapped_modules(model))
+    for _, module in wrapped:
         module.delete_adapter(adapter_name)
-        if isinstance(module, LoraLayer) and not module.r:
-            _replace(model, name, module.base_layer)
-        elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
-            _replace(model, name, module.original_module)
+    for name, module in reversed(wrapped):  # from the inside out
+        if not module.adapters:
+            _replace(model, name, module.original())
 
 
-def eject(model: nn.Module, active: tuple[str, ...] = ()) -> nn.Module:
-    """Puts the original modules back; with `active`, their `modules_to_save` copies stay instead.
-
-    Returns: the model, or its replacement when the model itself was one wrapped module.
-    """
-    for name, module in list(wrapped_modules(model)):
-        original = module.base_layer if isinstance(module, LoraLayer) else module.chosen(active)
-        _replace(model, name, original)
+def eject(model: nn.Module, active: Iterable[str] = ()) -> nn.Module:
+    """Puts the original modules back, or the `modules_to_save` copies of `active` adapters."""
+    for name, module in reversed(list(wrapped_modules(model))):
+        _replace(model, name, module.original(active))
     return model
 
 
-def _require_apart(model: nn.Module, saved: list[str]) -> None:
+def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
+    module = model.get_submodule(path)
+    if isinstance(module, LoraLayer):
+        return module
+    kind = layer_class(module)
+    assert kind is not None  # resolve_targets refuses the rest
+    layer = kind.from_base(module, routing)
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        layer.register_forward_pre_hook(_called)
+    _replace(model, path, layer)
+    return layer
+
+
+def _wrap_tied_heads(model: nn.Module, path: str, name: str, config: LoraConfig) -> None:
+    """Gives the heads that are tied to a wrapped embedding its adapter `name` too."""
+    embedding = model.get_submodule(path)
+    if not isinstance(embedding, LoraEmbedding):
+        return
+    for head_path in tied_heads(model, path):
+        head = model.get_submodule(head_path)
+        if not isinstance(head, LoraTiedHead):
+            head = LoraTiedHead(head, embedding)
+            _replace(model, head_path, head)
+        head.add_adapter(name, config, path)
+
+
+def _wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routing) -> LoraParameter:
+    module = model.get_submodule(path)
+    for wrapper in module.wrappers if isinstance(module, LoraParameter) else []:
+        if wrapper.parameter_name == parameter:
+            return wrapper
+    wrapper = LoraParameter(module, parameter, routing)
+    _replace(model, path, wrapper)
+    return wrapper
+
+
+def _wrap_tokens(model: nn.Module, path: str, routing: Routing) -> TrainedTokens:
+    module = model.get_submodule(path)
+    if isinstance(module, TrainedTokens):
+        return module
+    heads = tied_heads(model, path)
+    embedding = TrainedTokens(module, routing)
+    _replace(model, path, embedding)
+    for head in heads:
+        _replace(model, head, embedding.tie(model.get_submodule(head)))
+    return embedding
+
+
+def _wrap_saved(
+    model: nn.Module, path: str, name: str, config: LoraConfig, routing: Routing
+) -> None:
+    heads = []
+    if config.ensure_weight_tying and isinstance(model.get_submodule(path), nn.Embedding):
+        heads = tied_heads(model, path)
+    tied_to = None
+    for one in (path, *heads):
+        module = model.get_submodule(one)
+        if not isinstance(module, ModulesToSaveWrapper):
+            module = ModulesToSaveWrapper(module, routing)
+            _replace(model, one, module)
+        if name not in module.adapters:
+            module.add_adapter(name, tied_to)
+        tied_to = tied_to or module.modules_to_save[name]
+
+
+def _require_apart(
+    model: nn.Module, saved: list[str], targets: list[str], tokens: Iterable[str]
+) -> None:
     """Raises InputError when a module to save would hold another wrapped module, or be in one."""
+    for name in tokens:
+        if name in saved or name in targets or isinstance(model.get_submodule(name), LoraLayer):
+            raise InputError(f"trainable_token_indices: {name} is adapted as a whole already")
     wrapped = [name for name, m in wrapped_modules(model) if name not in saved]
     layers = [name for name, m in wrapped_modules(model) if isinstance(m, LoraLayer)]
     for name in saved:

@@ -6,12 +6,12 @@ One layer's merge is in `layers/base.py`.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.injection import eject, wrapped_modules
-from lorakit.lora.layers import LoraLayer
-from lorakit.lora.layers.saved import ModulesToSaveWrapper
+from lorakit.lora.layers import Mergeable, ModulesToSaveWrapper
 
 
 def merge_layers(model: nn.Module, names: Sequence[str] | None, safe_merge: bool) -> None:
@@ -20,7 +20,7 @@ def merge_layers(model: nn.Module, names: Sequence[str] | None, safe_merge: bool
     Raises:
         InputError: with `safe_merge`, when a merged weight is not finite. No layer is changed.
     """
-    layers = [m for _, m in wrapped_modules(model) if isinstance(m, LoraLayer)]
+    layers = [m for _, m in wrapped_modules(model) if isinstance(m, Mergeable)]
     before = [list(layer.merged_adapters) for layer in layers]
     try:
         for layer in layers:
@@ -45,7 +45,7 @@ def merge_and_eject(model: nn.Module, names: Sequence[str], safe_merge: bool) ->
     if safe_merge:
         merge_layers(model, names, safe_merge)
     for module in wrapped:
-        if isinstance(module, LoraLayer):
+        if isinstance(module, Mergeable):
             module.merge(names, keep_backup=False)  # nothing is left to do after a safe merge
     eject(model, tuple(names))
     _tell_untied(model)
@@ -61,5 +61,9 @@ def _tell_untied(model: nn.Module) -> None:
     if not getattr(config, "tie_word_embeddings", False):
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and embedding.weight is not head.weight:
+    if head is None or embedding.weight is head.weight:
+        return
+    if torch.equal(embedding.weight, head.weight):
+        head.weight = embedding.weight
+    else:
         config.tie_word_embeddings = False

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
@@ -26,12 +27,14 @@ from lorakit.lora.checkpoint import (
     without_base_copies,
     write_adapter,
 )
+from lorakit.lora.combine import Settings
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import eject, inject, remove, wrapped_modules
-from lorakit.lora.layers import LoraLayer
+from lorakit.lora.layers import Mergeable
 from lorakit.lora.merging import merge_and_eject, merge_layers
 from lorakit.lora.routing import BASE, Route, Routing, require_one_per_row
 from lorakit.lora.targets import PRESETS, suffixes_for
+from lorakit.lora.weighted import combination
 
 
 class LoraModel(nn.Module):
@@ -107,11 +110,46 @@ class LoraModel(nn.Module):
             config.base_model_name_or_path = name or None
         self.peft_config[adapter_name] = config
         own = adapter_parameters(model, adapter_name)
-        for tensor in own.values():
-            tensor.requires_grad_(False)  # until it is active
+        _set_trainable(own.values(), False)  # until it is active
         if config.bias != "none":
             with_biases = adapter_parameters(model, adapter_name, config.bias)
             self.biases = TrainedBiases(b for key, b in with_biases.items() if key not in own)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Adds the weighted combination of `adapters` as the new adapter `adapter_name`.
+
+        It is a combination of what the adapters do, of their updates ΔW, whatever their ranks,
+        scalings and target modules; weights may be negative. See `combine.combine` for methods.
+
+        Args:
+            generator: draws for DARE; None is PyTorch's own.
+
+        Returns: the share of the updates' energy that truncating to `svd_rank` cost.
+
+        Raises:
+            InputError: a name or method does not exist, or these adapters cannot be combined.
+        """
+        for name in adapters:
+            self._require(name)
+        if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
+            raise InputError("add_weighted_adapter needs different adapters, and a weight for each")
+        settings = Settings(combination_type, svd_rank, density, majority_sign_method, generator)
+        by_name = dict(zip(adapters, weights, strict=True))
+        found = combination(self.get_base_model(), self.peft_config, by_name, settings)
+        self.add_adapter(adapter_name, found.config)
+        load_tensors(self._tensors(adapter_name), found.tensors, adapter_name)
+        return found.lost_energy
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; when it was active the others of the active ones stay."""
@@ -257,8 +295,7 @@ class LoraModel(nn.Module):
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             config = self.peft_config[name]
             with self._biases_in_force(True):
-                tensors = adapter_parameters(self.get_base_model(), name, config.bias)
-                write_adapter(folder, config, tensors)
+                write_adapter(folder, config, self._tensors(name))
 
     @classmethod
     def from_pretrained(
@@ -306,9 +343,12 @@ class LoraModel(nn.Module):
             self._train(adapter_name)
 
     def _fill(self, name: str, tensors: dict[str, Any], folder: str | Path) -> None:
-        parameters = adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
         tensors = without_base_copies(self.get_base_model(), tensors, folder)
-        load_tensors(parameters, tensors, folder)
+        load_tensors(self._tensors(name), tensors, folder)
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of adapter `name` in the model, under PEFT's keys."""
+        return adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
 
     # --- looking at it --------------------------------------------------------------------
 
@@ -318,11 +358,11 @@ class LoraModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all."""
-        backups = "._weight_before_merge"
+        backups = "._before_merge."
         sizes = [
             (p.numel(), p.requires_grad)
             for name, p in self.named_parameters()
-            if not name.endswith(backups)
+            if backups not in name
         ]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
@@ -342,9 +382,9 @@ class LoraModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def _layers(self) -> list[LoraLayer]:
+    def _layers(self) -> list[Mergeable]:
         wrapped = wrapped_modules(self.get_base_model())
-        return [module for _, module in wrapped if isinstance(module, LoraLayer)]
+        return [module for _, module in wrapped if isinstance(module, Mergeable)]
 
     def _require(self, name: str) -> None:
         if name not in self.peft_config:
@@ -363,10 +403,13 @@ class LoraModel(nn.Module):
             self._train(name)
 
     def _train(self, name: str) -> None:
-        own = adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
-        for tensor in own.values():
-            if isinstance(tensor, nn.Parameter):  # and not a saved module's buffer
-                tensor.requires_grad_(True)
+        _set_trainable(self._tensors(name).values(), True)
+
+
+def _set_trainable(tensors: Iterable[torch.Tensor], trainable: bool) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, nn.Parameter):  # not a saved module's buffer, nor a tied view
+            tensor.requires_grad_(trainable)
 
 
 def get_peft_model(

@@ -8,13 +8,23 @@ error.
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.layers import LoraLayer, layer_class
-from lorakit.lora.layers.saved import ModulesToSaveWrapper
+from lorakit.lora.layers import (
+    LoraLayer,
+    LoraLinear,
+    LoraParameter,
+    LoraTiedHead,
+    Mergeable,
+    ModulesToSaveWrapper,
+    TiedHead,
+    Wrapped,
+    layer_class,
+)
 
 PRESETS = ("attention-minimal", "attention", "all-linear")
 
@@ -42,7 +52,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and name.startswith(inside):
             continue
         inside = None
-        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        if isinstance(module, Wrapped):
             inside = f"{name}."
         yield name, module
 
@@ -58,9 +68,13 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     candidates = {
         name: m for name, m in modules.items() if name not in saved and not _inside(name, saved)
     }
-    targets = config.target_modules or "attention-minimal"
+    targets = "attention-minimal" if config.target_modules is None else config.target_modules
+    if not targets:
+        return []  # only parameters are adapted
     if isinstance(targets, str) and targets in PRESETS:
         found = _preset(targets, candidates, _output_head(model))
+        if not found and config.target_modules is None and config.target_parameters:
+            return []
         if not found:
             raise InputError(
                 f"target_modules='{targets}' finds nothing in this model: name modules instead "
@@ -86,8 +100,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
             kind = type(candidates[name]).__name__
             there = listed(leaf_names(candidates), 8) or "none in this model"
             raise InputError(
-                f"target_modules matches {name}, a {kind}: LoRA applies to linear and embedding "
-                f"layers here ({there})"
+                f"target_modules matches {name}, a {kind}: LoRA applies to linear, "
+                f"embedding, convolution and attention layers here ({there})"
             )
     return found
 
@@ -110,6 +124,76 @@ def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
             )
         found += matches
     return list(dict.fromkeys(found))
+
+
+def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, str]]:
+    """The modules' paths and the parameters' names that `target_parameters` means.
+
+    Raises:
+        InputError: a name matches no parameter.
+    """
+    there = [
+        (path, name)
+        for path, module in base_modules(model)
+        for name, _ in _unwrapped(module).named_parameters(recurse=False)
+        if not isinstance(module, LoraLayer) or isinstance(module, LoraParameter)
+    ]
+    found = []
+    for wanted in config.target_parameters or []:
+        matches = [pair for pair in there if _is_suffix(wanted, ".".join(pair).lstrip("."))]
+        if not matches:
+            endings = dict.fromkeys(".".join(pair).rpartition(".")[2] for pair in there)
+            raise InputError(
+                f"target_parameters: '{wanted}' matches no parameter of this model"
+                f"{did_you_mean(wanted.rpartition('.')[2], endings)}"
+            )
+        found += matches
+    return sorted(set(found), key=there.index)  # a module's own order decides the nesting
+
+
+def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
+    """The token numbers of `trainable_token_indices` by their embedding's path.
+
+    Raises:
+        InputError: a name matches no embedding.
+    """
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return {}
+    embeddings = {n: m for n, m in base_modules(model) if isinstance(_unwrapped(m), nn.Embedding)}
+    if isinstance(wanted, list):
+        get = getattr(model, "get_input_embeddings", None)
+        first = next(iter(embeddings), "none")
+        own = next((n for n, m in embeddings.items() if get is not None and m is get()), first)
+        wanted = {own: wanted}
+    found: dict[str, list[int]] = {}
+    for name, tokens in wanted.items():
+        paths = [path for path in embeddings if _is_suffix(name, path)]
+        if not paths:
+            raise InputError(
+                f"trainable_token_indices: '{name}' matches no embedding of this model"
+                f"{did_you_mean(name, [n.rpartition('.')[2] for n in embeddings])}"
+            )
+        found |= dict.fromkeys(paths, tokens)
+    return found
+
+
+def tied_heads(model: nn.Module, path: str) -> list[str]:
+    """The paths of linear layers whose weight is that of the embedding at `path`."""
+    weight = _unwrapped(model.get_submodule(path)).weight
+    return [
+        name
+        for name, module in base_modules(model)
+        if isinstance(inner := _unwrapped(module), nn.Linear) and inner.weight is weight
+    ]
+
+
+def _unwrapped(module: nn.Module) -> Any:
+    if isinstance(module, Mergeable):
+        return module.get_base_layer()
+    if isinstance(module, TiedHead):
+        return module.base_layer
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def suffixes_for(found: list[str], model: nn.Module) -> list[str]:
@@ -140,11 +224,7 @@ def matches_pattern(pattern: str, name: str) -> bool:
 
 
 def _preset(preset: str, candidates: dict[str, nn.Module], head: nn.Module | None) -> list[str]:
-    linear = [
-        name
-        for name, m in candidates.items()
-        if _adaptable(m) and not _is_embedding(m) and m is not head
-    ]
+    linear = [name for name, m in candidates.items() if _is_linear(m) and m is not head]
     if preset == "all-linear":
         return linear
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
@@ -166,12 +246,13 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) or layer_class(module) is not None
+    own = isinstance(module, LoraLayer) and not isinstance(module, LoraParameter)
+    return own or layer_class(module) is not None
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    base = module.base_layer if isinstance(module, LoraLayer) else module
-    return isinstance(base, nn.Embedding)
+def _is_linear(module: nn.Module) -> bool:
+    kind = type(module) if isinstance(module, LoraLayer) else layer_class(module)
+    return kind in (LoraLinear, LoraTiedHead)
 
 
 def _is_suffix(target: str, name: str) -> bool:

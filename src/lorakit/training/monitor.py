@@ -82,7 +82,7 @@ class LoraMonitor(TrainerCallback):
             if isinstance(module, LoraLayer) and self._adapter in module.r
         }
         for name, layer in self._layers.items():
-            A, B = layer.factors(self._adapter)
+            A, B = layer.matrices(self._adapter)
             self._start[name] = (A.detach().clone(), B.detach().clone())
             self._weight_norms[name] = layer.base_weight.detach().float().norm().item()
 
@@ -96,9 +96,9 @@ class LoraMonitor(TrainerCallback):
         return AdapterState.together(list((states or self.measure()).values()))
 
     def _measure(self, name: str, layer: LoraLayer) -> AdapterState:
-        factors = layer.factors(self._adapter)
-        (A, B), (A0, B0) = factors, self._start[name]
-        gradients = [p.grad.float().norm().item() for p in factors if p.grad is not None]
+        (A, B), (A0, B0) = layer.matrices(self._adapter), self._start[name]
+        trained = layer.adapter_tensors(self._adapter).values()
+        gradients = [p.grad.float().norm().item() for p in trained if p.grad is not None]
         return AdapterState(
             gradient_norm=math.hypot(*gradients),
             weight_change=math.hypot((A - A0).norm().item(), (B - B0).norm().item()),

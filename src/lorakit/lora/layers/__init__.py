@@ -3,14 +3,39 @@
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lorakit.lora.layers.attention import LoraMultiheadAttention
 from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.conv import LoraConv
 from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear, is_conv1d
+from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.layers.parameter import LoraParameter
+from lorakit.lora.layers.saved import ModulesToSaveWrapper
+from lorakit.lora.layers.tied import LoraTiedHead
+from lorakit.lora.layers.tokens import TiedHead, TrainedTokens
 
-__all__ = ["LoraEmbedding", "LoraLayer", "LoraLinear", "is_conv1d", "layer_class"]
+__all__ = [
+    "LoraConv",
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "LoraMultiheadAttention",
+    "LoraParameter",
+    "LoraTiedHead",
+    "Mergeable",
+    "ModulesToSaveWrapper",
+    "TiedHead",
+    "TrainedTokens",
+    "Wrapped",
+    "is_conv1d",
+    "layer_class",
+]
+
+Wrapped = Mergeable | ModulesToSaveWrapper | TiedHead
+"""Everything that stands in the place of a model's own module."""
 
 
-def layer_class(module: nn.Module) -> type[LoraLinear] | type[LoraEmbedding] | None:
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The class that wraps `module`, or None when LoRA is not defined for it here."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None  # `nn.MultiheadAttention` reads its weight and never calls it
@@ -18,4 +43,8 @@ def layer_class(module: nn.Module) -> type[LoraLinear] | type[LoraEmbedding] | N
         return LoraLinear
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return LoraConv
+    if isinstance(module, nn.MultiheadAttention):
+        return LoraMultiheadAttention
     return None

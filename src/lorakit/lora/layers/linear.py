@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.initialize import initialize_linear
 from lorakit.lora.kernels import lora_linear
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Route, Routing
@@ -21,9 +20,8 @@ class LoraLinear(LoraLayer):
 
     Args:
         base_layer: the layer to freeze; x (..., d_in) to y (..., d_out).
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in `LoraConfig`. `r=None`
-            starts with an empty bank.
-        fan_in_fan_out: the base weight is stored (in, out).
+        r: the rank; None starts with an empty bank.
+        options: further fields of `LoraConfig` (`lora_alpha`, `lora_dropout`, `use_dora`, …).
     """
 
     def __init__(
@@ -33,89 +31,63 @@ class LoraLinear(LoraLayer):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         *,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
         fan_in_fan_out: bool | None = None,
         routing: Routing | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(base_layer, routing)
         self.fan_in_fan_out = is_conv1d(base_layer) if fan_in_fan_out is None else fan_in_fan_out
-        rows, columns = self.base_weight.shape
-        self.in_features, self.out_features = (
-            (rows, columns) if self.fan_in_fan_out else (columns, rows)
-        )
-        if (bias := getattr(base_layer, "bias", None)) is not None:
-            bias.requires_grad_(False)
+        self.out_features, self.in_features = self._as_matrix(self.base_weight).shape
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         if r is not None:
-            config = LoraConfig(
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                init_lora_weights=init_lora_weights,
-            )
+            config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
             self.add_adapter("default", config)
             self.routing.route = Route(shared=("default",))
 
     @classmethod
-    def from_base(cls, base_layer: nn.Module, config: LoraConfig, routing: Routing) -> Self:
+    def from_base(cls, base_layer: nn.Module, routing: Routing) -> Self:
         """An empty bank around `base_layer`, on a model's shared routing."""
-        # `config.fan_in_fan_out` is left to the layer: a head beside GPT-2's layers is not one.
         return cls(base_layer, r=None, routing=routing)
 
-    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
-
-    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
-        A, B = self.factors(name)
-        return {"lora_A.weight": A, "lora_B.weight": B}
-
-    def _create(self, name: str, r: int, **placement: Any) -> None:
+    def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
         # skip_init: `_initialize` fills them, and a second filling would cost time and draws.
         skip = nn.utils.skip_init
         self.lora_A[name] = skip(nn.Linear, self.in_features, r, bias=False, **placement)
-        self.lora_B[name] = skip(nn.Linear, r, self.out_features, bias=False, **placement)
+        self.lora_B[name] = skip(nn.Linear, r, self.out_features, bias=bias, **placement)
 
-    def _initialize(self, name: str, how: bool | str) -> None:
-        initialize_linear(*self.factors(name), how)
+    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T if self.fan_in_fan_out else weight
 
-    def _banks(self) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-        return self.lora_A, self.lora_B
-
-    def _stored_transposed(self) -> bool:
-        return self.fan_in_fan_out
+    def _as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.T if self.fan_in_fan_out else matrix
 
     def _forward_shared(
         self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if len(names) == 1 and self._fusable(x, names[0]):
-            A, B = self.factors(names[0])
-            bias = self.base_layer.bias
-            return lora_linear(x, self.base_weight, bias, A, B, self.scaling[names[0]])  # type: ignore[arg-type]
-        y = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            A, B = self.factors(name)
-            xA = F.linear(self.lora_dropout[name](x), A.to(x.dtype))
-            y = y + F.linear(xA, B.to(x.dtype)) * self.scaling[name]
-        return y
+        if len(names) != 1 or not self._fusable(x, names[0]):
+            return super()._forward_shared(x, names, *args, **kwargs)
+        dropout = self.lora_dropout[names[0]]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        scaling = self.scaling[names[0]]
+        factors = self.factors(names[0])
+        return lora_linear(x, self.base_weight, self.base_layer.bias, *factors, scaling, p)
 
-    def _row_update(self, x: torch.Tensor, names: list[str], index: torch.Tensor) -> torch.Tensor:
-        A, B = (factor.to(x.dtype)[index] for factor in self._stacked(names))
-        rows = self._row_dropout(x.reshape(x.shape[0], -1, x.shape[-1]), names, index)
-        return torch.bmm(torch.bmm(rows, A.mT), B.mT)
+    def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        A, B = self.factors(name)
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.scaling[name]
 
-    def _row_dropout(
-        self, rows: torch.Tensor, names: list[str], index: torch.Tensor
+    def _row_low_rank(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        return torch.bmm(torch.bmm(rows, A.mT), B.mT).view(*x.shape[:-1], B.shape[1])
+
+    def _base_product(
+        self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
     ) -> torch.Tensor:
-        """Drops from every row at the rate of its own adapter. rows: (batch, n, d_in)."""
-        rates = [getattr(self.lora_dropout[name], "p", 0.0) for name in names]
-        if not self.training or not any(rates):
-            return rows
-        keep = 1 - torch.tensor([*rates, 0.0], device=rows.device, dtype=rows.dtype)[index]
-        keep = keep[:, None, None]
-        return rows * torch.bernoulli(keep.expand_as(rows)) / keep
+        if dropped is not x:
+            return F.linear(dropped, self._as_matrix(self.base_weight))
+        bias = self.base_bias
+        return y if bias is None else y - bias
 
     def _fusable(self, x: torch.Tensor, name: str) -> bool:
         """Whether the fused function computes what the plain formula would."""
@@ -127,7 +99,8 @@ class LoraLinear(LoraLayer):
             and x.dtype == base.weight.dtype
             and not base.weight.requires_grad
             and (bias is None or not bias.requires_grad)
-            and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
+            and self.lora_B[name].bias is None
+            and name not in self.lora_magnitude_vector
             and not torch.is_autocast_enabled(x.device.type)
             and "forward" not in vars(base)  # accelerate replaces it to move weights
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)

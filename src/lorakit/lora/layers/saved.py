@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.routing import Routing
+from lorakit.lora.routing import BASE, Routing
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -24,9 +24,17 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.routing = routing
 
-    def add_adapter(self, name: str) -> None:
-        """Starts adapter `name`'s own copy from the original."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True)
+    def add_adapter(self, name: str, tied_to: nn.Module | None = None) -> None:
+        """Starts adapter `name`'s own copy from the original, with the weight of `tied_to`."""
+        own = copy.deepcopy(self.original_module).requires_grad_(True)
+        if tied_to is not None:
+            own.weight = tied_to.weight
+        self.modules_to_save[name] = own
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have a copy."""
+        return list(self.modules_to_save)
 
     def delete_adapter(self, name: str) -> None:
         """Forgets adapter `name`'s copy, if it has one."""
@@ -44,26 +52,50 @@ class ModulesToSaveWrapper(nn.Module):
         """The copy of the adapter on the route; the original when none of them has one.
 
         Raises:
-            InputError: two copies cannot be added up, nor chosen row by row.
+            InputError: two copies cannot be added up, or rows have different ones.
         """
         route = self.routing.route
         if route.rows is None:
             return self.chosen(route.shared)
-        return self.chosen(dict.fromkeys(route.rows), by_row=True)
+        own = {name if name in self.modules_to_save else BASE for name in route.rows}
+        if len(own) > 1:
+            raise InputError(f"{listed(own)} each have their own module for rows of one batch")
+        return self.chosen(own)
 
-    def chosen(self, names: Iterable[str], by_row: bool = False) -> nn.Module:
-        """The module for adapters that are added up, or that serve rows of one batch."""
-        names = list(names)
+    def chosen(self, names: Iterable[str]) -> nn.Module:
+        """The module for adapters that are added up.
+
+        Raises:
+            InputError: two of them have their own.
+        """
         own = [name for name in names if name in self.modules_to_save]
-        if len(own) > 1 or (own and by_row and len(names) > 1):
+        if len(own) > 1:
             raise InputError(
                 f"{listed(own)} have modules_to_save of their own: run adapters one at a time"
             )
         return self.modules_to_save[own[0]] if own else self.original_module
 
+    def original(self, active: Iterable[str] = ()) -> nn.Module:
+        """What stands in this one's place when it is taken out: an active copy, if there is one."""
+        return self.chosen(active)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the active module returns."""
-        return self.active_module(*args, **kwargs)
+        """What the active module returns; rows with different ones go through each its own."""
+        route = self.routing.route
+        names = [name for name in route.row_names if name in self.modules_to_save]
+        if not names or len(set(route.rows or ())) == 1:
+            return self.active_module(*args, **kwargs)
+        x, *others = args
+        index = route.row_index(x.shape[0], names, x.device)
+        modules = [*(self.modules_to_save[name] for name in names), self.original_module]
+        parts = [(index == i, module) for i, module in enumerate(modules)]
+        outputs = [
+            (rows, module(x[rows], *others, **kwargs)) for rows, module in parts if rows.any()
+        ]
+        y = outputs[0][1].new_empty(x.shape[0], *outputs[0][1].shape[1:])
+        for rows, output in outputs:
+            y[rows] = output
+        return y
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,0 +1,242 @@
+"""Several adapters into one, module by module, on what they do: their updates ΔW.
+
+An update is held as a product L R (d_out × n, n × d_in) as long as the method allows, so exact
+methods stay exact and a truncated one costs a small SVD. Methods that look at single entries
+(`ties`, `dare`, `magnitude_prune`) form the update itself.
+
+PEFT combines `A` and `B` apart from one another for all methods without `_svd` in their name,
+which for `linear` gives cross terms between the adapters; that form is `linear_factors` here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Update:
+    """One adapter's part in a combination: `weight * scaling * B A`.
+
+    Shapes: A (r, d_in), B (d_out, r). `full` (d_out, d_in) is the whole update where it is more
+    than the product: DoRA's.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    weight: float
+    full: torch.Tensor | None = None
+
+    def delta(self) -> torch.Tensor:
+        """The update without the weight: (d_out, d_in)."""
+        return self.scaling * self.B @ self.A if self.full is None else self.full
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A combined update as factors whose scaling is 1, and what truncating it lost.
+
+    `energy` is ‖ΔW‖² before truncation and `lost` what of it was cut off; both are 0 for methods
+    that cut nothing off.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    energy: float = 0.0
+    lost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to combine; see `combine`."""
+
+    method: str
+    rank: int | None = None
+    density: float | None = None
+    majority_sign: str = "total"
+    generator: torch.Generator | None = None
+
+
+def combine(updates: Sequence[Update], settings: Settings) -> Combined:
+    """Combines one module's updates.
+
+    Args:
+        updates: one an adapter, at least one.
+        settings: `method` is one of `METHODS`; `rank` is that of the result for methods that
+            truncate (None: the largest among the adapters; for `ties` and its like without
+            `_svd` the sum); `density` is the share of entries that are kept, in (0, 1];
+            `majority_sign` is `total` (by sum) or `frequency` (by count), for TIES;
+            `generator` draws for DARE.
+
+    Returns: factors A (n, d_in) and B (d_out, n) in the adapters' dtype, of scaling 1.
+
+    Raises:
+        InputError: the method is unknown, or its settings are missing or out of range.
+    """
+    check_settings(settings)
+    if settings.method in ("cat", "linear", "linear_factors"):
+        if any(u.full is not None for u in updates):
+            raise InputError(
+                f"{settings.method} is not defined for DoRA, whose updates have full rank: use svd"
+            )
+        linear_factors = settings.method == "linear_factors"
+        return _linear_factors(updates) if linear_factors else _exact(updates)
+    ranks = [u.A.shape[0] for u in updates]
+    if settings.method == "svd":
+        rank = settings.rank or max(ranks)
+        if any(u.full is not None for u in updates):
+            return truncate_matrix(
+                torch.stack([u.weight * u.delta() for u in updates]).sum(0), rank
+            )
+        exact = _exact(updates)
+        return truncate(exact.B, exact.A, rank)
+    sparse = _SPARSE[settings.method.removesuffix("_svd")]
+    rank = max(ranks) if settings.method.endswith("_svd") else sum(ranks)
+    delta = sparse(updates, settings)
+    return truncate_matrix(delta, settings.rank or rank)
+
+
+def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> Combined:
+    """The best approximation of `L R` of rank `rank`, by QR of both and a small SVD.
+
+    Shapes: L (d_out, n), R (n, d_in). The work is in n, not in d_out × d_in.
+    """
+    left, l_small = torch.linalg.qr(L.double())
+    right, r_small = torch.linalg.qr(R.double().T)
+    U, S, Vh = torch.linalg.svd(l_small @ r_small.T, full_matrices=False)
+    return _cut(left @ U, S, Vh @ right.T, rank, L.dtype)
+
+
+def truncate_matrix(delta: torch.Tensor, rank: int) -> Combined:
+    """The best approximation of `delta` (d_out, d_in) of rank `rank`, by SVD."""
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    return _cut(U, S, Vh, rank, delta.dtype)
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises InputError for an unknown method, or a density or rank that it cannot take."""
+    if settings.method not in METHODS:
+        raise InputError(
+            f"'{settings.method}' is not a way to combine adapters"
+            f"{did_you_mean(settings.method, METHODS)}: there are {', '.join(METHODS)}"
+        )
+    sparse = settings.method.removesuffix("_svd") in _SPARSE
+    if sparse and (settings.density is None or not 0 < settings.density <= 1):
+        raise InputError(
+            f"{settings.method} needs a density in (0, 1], the share of entries to keep, "
+            f"not {settings.density}"
+        )
+    if settings.rank is not None and settings.rank < 1:
+        raise InputError(f"the rank must be at least 1, not {settings.rank}")
+    if settings.majority_sign not in ("total", "frequency"):
+        raise InputError(
+            f"the majority sign is by total or frequency, not {settings.majority_sign}"
+        )
+
+
+def _exact(updates: Sequence[Update]) -> Combined:
+    """The weighted sum itself: the factors one after the other, of the ranks' sum."""
+    A = torch.cat([u.A for u in updates])
+    B = torch.cat([u.weight * u.scaling * u.B for u in updates], dim=1)
+    return Combined(A, B)
+
+
+def _linear_factors(updates: Sequence[Update]) -> Combined:
+    """PEFT's `linear`: the factors are added up apart, each with the root of its weight.
+
+    Raises:
+        InputError: the ranks differ.
+    """
+    if len({u.A.shape[0] for u in updates}) > 1:
+        raise InputError("linear_factors needs adapters of the same rank: use linear or svd")
+    roots = [abs(u.weight * u.scaling) ** 0.5 for u in updates]
+    signs = [1 if u.weight > 0 else -1 for u in updates]
+    A = sum(sign * root * u.A for sign, root, u in zip(signs, roots, updates, strict=True))
+    B = sum(root * u.B for root, u in zip(roots, updates, strict=True))
+    assert isinstance(A, torch.Tensor)
+    assert isinstance(B, torch.Tensor)
+    return Combined(A, B)
+
+
+def _ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+    """TIES (Yadav et al. 2023, arXiv:2306.01708): trim, elect a sign an entry, add the agreeing.
+
+    Entries whose sign is not the elected one are left out; the mean is over the others.
+    """
+    trimmed = torch.stack([_largest(u.delta(), settings.density) for u in updates])
+    return _elected(trimmed, updates, settings)
+
+
+def _dare_ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+    dropped = torch.stack([_dropped(u.delta(), settings) for u in updates])
+    return _elected(dropped, updates, settings)
+
+
+def _dare_linear(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+    """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, scale up what stays."""
+    return torch.stack([u.weight * _dropped(u.delta(), settings) for u in updates]).sum(0)
+
+
+def _magnitude_prune(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+    return torch.stack([u.weight * _largest(u.delta(), settings.density) for u in updates]).sum(0)
+
+
+def _elected(deltas: torch.Tensor, updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+    weights = torch.tensor([u.weight for u in updates], dtype=deltas.dtype, device=deltas.device)
+    weighted = deltas * weights[:, None, None]
+    votes = weighted if settings.majority_sign == "total" else weighted.sign()
+    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    agree = (weighted.sign() == elected) & (weighted != 0)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _largest(delta: torch.Tensor, density: float | None) -> torch.Tensor:
+    """`delta` with all but the share `density` of its largest entries set to zero."""
+    assert density is not None
+    keep = max(1, round(density * delta.numel()))
+    kept = torch.zeros_like(delta).flatten()
+    largest = delta.flatten().abs().topk(keep).indices
+    kept[largest] = delta.flatten()[largest]
+    return kept.view_as(delta)
+
+
+def _dropped(delta: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """`delta` with entries kept with probability `density`, scaled so that its mean stays."""
+    assert settings.density is not None
+    chance = torch.full(delta.shape, settings.density, dtype=delta.dtype)
+    mask = torch.bernoulli(chance, generator=settings.generator).to(delta.device)
+    return delta * mask / settings.density
+
+
+def _cut(
+    U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int, dtype: torch.dtype
+) -> Combined:
+    energy = S.square()
+    root = S[:rank].sqrt()  # shared between the factors, so that neither is far from 1
+    B, A = U[:, :rank] * root, root[:, None] * Vh[:rank]
+    return Combined(
+        A.to(dtype).contiguous(),
+        B.to(dtype).contiguous(),
+        energy.sum().item(),
+        energy[rank:].sum().item(),
+    )
+
+
+_SPARSE: dict[str, Callable[[Sequence[Update], Settings], torch.Tensor]] = {
+    "ties": _ties,
+    "dare_linear": _dare_linear,
+    "dare_ties": _dare_ties,
+    "magnitude_prune": _magnitude_prune,
+}
+METHODS = (
+    "linear",
+    "cat",
+    "svd",
+    "linear_factors",
+    *_SPARSE,
+    *(f"{name}_svd" for name in _SPARSE),
+)
+"""What `combine` knows."""

@@ -1,0 +1,64 @@
+"""Other weights in the place of an adapter's, in a live (also a compiled) model."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import PREFIX, load_tensors
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.layers import LoraLayer
+
+
+def hotswap(
+    model: nn.Module,
+    name: str,
+    parameters: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    folder: str,
+) -> None:
+    """Copies `tensors` into adapter `name`'s `parameters` in place, and takes over the scalings.
+
+    A smaller rank is padded with zeros and a module that the new adapter does not adapt gets an
+    update of zero; both leave the result exact. Nothing is changed when something does not fit.
+
+    Args:
+        model: the wrapped model itself.
+        parameters, tensors: the adapter in place and the new one, under PEFT's keys.
+
+    Raises:
+        InputError: the new adapter has a larger rank, or modules that the old one lacks.
+    """
+    fitted: dict[str, torch.Tensor] = {}
+    for key, parameter in parameters.items():
+        tensor = tensors.get(key)
+        if tensor is None and "lora_magnitude" in key:
+            raise InputError(
+                f"{folder} has no {key}: DoRA cannot be swapped for an adapter without"
+            )
+        new = torch.zeros_like(parameter) if tensor is None else tensor
+        fitted[key] = _padded(key, new, parameter, folder)
+    load_tensors(parameters, {**tensors, **fitted}, folder)
+    for path, layer in wrapped_modules(model):
+        if isinstance(layer, LoraLayer) and name in layer.r:
+            layer.rescale(name, config.rank_for(path), config.alpha_for(path), config.use_rslora)
+
+
+def _padded(key: str, tensor: torch.Tensor, like: torch.Tensor, folder: str) -> torch.Tensor:
+    """`tensor` with zeros up to the rank of `like`: more rows of `A`, more columns of `B`."""
+    axis = 1 if ".lora_B." in key or key.endswith("lora_embedding_B") else 0
+    ranked = "lora_A." in key or "lora_embedding_A" in key or axis == 1
+    if not ranked or tensor.dim() < 2 or tensor.shape == like.shape:
+        return tensor
+    missing = like.shape[axis] - tensor.shape[axis]
+    if missing < 0:
+        raise InputError(
+            f"{folder}: {key.removeprefix(PREFIX)} has rank {tensor.shape[axis]}, and the adapter "
+            f"to be swapped {like.shape[axis]}: load the one with the largest rank first"
+        )
+    after = [0, 0] * (tensor.dim() - 1 - axis)
+    return F.pad(tensor, (*after, 0, missing))

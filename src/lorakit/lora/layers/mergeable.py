@@ -1,0 +1,148 @@
+"""A layer whose adapters can be added to its base's own parameters, and taken out again.
+
+One layer's merge is here, a whole model's in `lora/merging.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.errors import InputError
+from lorakit.lora.routing import Routing
+
+
+class Mergeable(nn.Module, ABC):
+    """A frozen `base_layer`, adapters beside it, and what of them is in its parameters now.
+
+    Attributes that are not an adapter's are the base layer's own (`weight`, `in_features`).
+    """
+
+    base_layer: Any  # of many kinds, whose own attributes are used
+    in_features: int
+    out_features: int
+
+    weight_name = "weight"
+    """The name under which the base layer has the weight that is adapted."""
+
+    bias_name = "bias"
+    """The name of its bias, if it has one."""
+
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.routing = routing or Routing()
+        self.training = base_layer.training
+        self.merged_adapters: list[str] = []
+        self._before_merge: nn.ParameterDict | None = None
+        self.base_weight.requires_grad_(False)
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer itself."""
+        return self.base_layer
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The frozen weight, as the base layer stores it."""
+        return getattr(self.get_base_layer(), self.weight_name)
+
+    @property
+    @abstractmethod
+    def adapters(self) -> list[str]:
+        """The names of the adapters that this layer has."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters of the route in force that this layer has."""
+        own = self.adapters
+        return [name for name in self.routing.route.shared if name in own]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight contains an adapter's update now."""
+        return bool(self.merged_adapters)
+
+    @torch.no_grad()
+    def merge(
+        self,
+        adapter_names: Iterable[str] | None = None,
+        *,
+        safe_merge: bool = False,
+        keep_backup: bool = True,
+    ) -> None:
+        """Adds the update of `adapter_names` (None: the active ones) to the base weight.
+
+        The sum is made in the wider of the two dtypes and rounded once, also when adapters are
+        merged one after the other. It becomes a new parameter, so a weight that is tied to this
+        one elsewhere stays as it is; the parameter that was there is kept for `unmerge`, unless
+        `keep_backup` is false.
+
+        Raises:
+            InputError: with `safe_merge`, when the merged weight is not finite; or the adapter
+                cannot be merged into this layer.
+        """
+        wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        new = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
+        if not new:
+            return
+        merged = self._merged(self.merged_adapters + new)
+        if safe_merge and not all(torch.isfinite(total).all() for total in merged.values()):
+            raise InputError(f"merging {', '.join(new)} gives weights that are not finite")
+        before = {name: self._unmerged(name) for name in merged}
+        for name, total in merged.items():
+            parameter = nn.Parameter(total.to(before[name].dtype), requires_grad=False)
+            setattr(self.get_base_layer(), name, parameter)
+        if keep_backup:
+            self._before_merge = nn.ParameterDict(before)
+        self.merged_adapters += new
+
+    def unmerge(self) -> None:
+        """Gives the base layer the very weight back that it had before merging."""
+        if not self.merged:
+            return
+        if self._before_merge is None:
+            raise RuntimeError("this layer was merged without a backup and cannot be unmerged")
+        for name, parameter in self._before_merge.items():
+            setattr(self.get_base_layer(), name, parameter)
+        self._before_merge = None
+        self.merged_adapters = []
+
+    def original(self, active: Iterable[str] = ()) -> nn.Module:
+        """What stands in this one's place when it is taken out: the base layer."""
+        return self.base_layer
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets adapter `name`, if this layer has it."""
+        if name in self.merged_adapters:
+            others = [n for n in self.merged_adapters if n != name]
+            self.unmerge()
+            self.merge(others)
+        self._forget(name)
+
+    @abstractmethod
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of adapter `name` under the ends of PEFT's keys (`lora_A.weight`, …)."""
+
+    @abstractmethod
+    def _forget(self, name: str) -> None:
+        """Removes everything that adapter `name` has, if there is anything."""
+
+    @abstractmethod
+    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The base's parameters, by name, with `names` added to them, not yet rounded."""
+
+    def _unmerged(self, name: str) -> nn.Parameter:
+        """The base layer's parameter as it is without anything merged."""
+        if self._before_merge is not None and name in self._before_merge:
+            return self._before_merge[name]
+        return getattr(self.get_base_layer(), name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)

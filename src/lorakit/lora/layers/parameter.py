@@ -1,0 +1,124 @@
+"""LoRA on a parameter itself, such as the stacked weights of a mixture's experts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lorakit.errors import InputError
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.initialize import initialize
+from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.routing import Route, Routing
+
+
+class LoraParameter(LoraLayer):
+    """A module one of whose parameters is `W + scaling * B A` while the module runs.
+
+    The parameter is (d_out, d_in), or one such matrix an expert: (experts, d_out, d_in), or
+    (experts, d_in, d_out) where the module says `is_transposed`. As in PEFT `lora_A[name].weight`
+    is (experts * r, d_in), `lora_B[name].weight` (d_out, r * experts), and a module with several
+    adapted parameters is wrapped once for each, the first innermost.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, parameter_name: str, routing: Routing | None = None
+    ) -> None:
+        self.weight_name = parameter_name
+        super().__init__(base_layer, routing)
+        self.parameter_name = parameter_name
+        weight = self.base_weight
+        if weight.dim() not in (2, 3):
+            raise InputError(
+                f"target_parameters: {parameter_name} has {weight.dim()} dimensions, not 2 or 3"
+            )
+        self.num_experts = weight.shape[0] if weight.dim() == 3 else 1
+        transposed = weight.dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+        self._stored_transposed = bool(transposed)
+        self.out_features, self.in_features = (weight.mT if transposed else weight).shape[-2:]
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that has the parameter, inside all wrappers."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, LoraParameter) else base
+
+    @property
+    def wrappers(self) -> list["LoraParameter"]:
+        """This one and those inside it, one for each adapted parameter of the module."""
+        inner = self.base_layer.wrappers if isinstance(self.base_layer, LoraParameter) else []
+        return [self, *inner]
+
+    def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
+        skip, ranks = nn.utils.skip_init, r * self.num_experts
+        self.lora_A[name] = skip(nn.Linear, self.in_features, ranks, bias=False, **placement)
+        self.lora_B[name] = skip(nn.Linear, ranks, self.out_features, bias=False, **placement)
+
+    def _initialize(self, name: str, config: LoraConfig) -> None:
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        initialize(A, B, self.base_weight.flatten(0, -2), self.scaling[name], config)  # type: ignore[arg-type]
+
+    def _check(self, config: LoraConfig) -> None:
+        if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+            raise InputError(
+                f"init_lora_weights='{config.init_lora_weights}' is not defined for parameters"
+            )
+
+    def _delta(self, name: str) -> torch.Tensor:
+        """`scaling * B A` in the shape of the parameter, as part of the graph."""
+        A, B = self.matrices(name)
+        A = A.reshape(self.num_experts, -1, self.in_features)
+        B = B.reshape(self.out_features, -1, self.num_experts).permute(2, 0, 1)
+        delta = torch.bmm(B * self.scaling[name], A)  # (experts, d_out, d_in)
+        return (delta.mT if self._stored_transposed else delta).view_as(self.base_weight)
+
+    def get_delta_weight(self, name: str) -> torch.Tensor:
+        """`scaling * B A`, in the shape of the parameter; never part of a graph."""
+        return self._delta(name).detach()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base module's output with the adapted parameter in place of its own.
+
+        Where rows have adapters of their own, the module runs once for every adapter among them:
+        what it does with the parameter is its own affair, and cannot be stacked from outside.
+        """
+        route = self.routing.route
+        if route.rows is None:
+            return self._with(self._on_route() if not self.merged else [], args, kwargs)
+        if self.merged:
+            raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
+        names = self._on_route()
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        return self._with_rows(names, route, args, kwargs)
+
+    def _with(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        W: torch.Tensor = self.base_weight
+        for name in names:
+            W = W + self._delta(name).to(W.dtype)
+        path = "base_layer." * (len(self.wrappers) - 1) + self.parameter_name
+        return functional_call(self.base_layer, {path: W}, args, kwargs)
+
+    def _with_rows(
+        self, names: list[str], route: Route, args: tuple, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        outputs = torch.stack([self._with(one, args, kwargs) for one in ([n] for n in names)])
+        base = self._with([], args, kwargs)
+        outputs = torch.cat([outputs, base[None]])
+        index = route.row_index(base.shape[0], names, base.device)
+        return outputs[index, torch.arange(base.shape[0], device=base.device)]
+
+    def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        raise NotImplementedError("a parameter has no input of its own")
+
+    def _row_low_rank(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("a parameter has no input of its own")
+
+    def _base_product(
+        self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
+    ) -> torch.Tensor:
+        raise NotImplementedError("a parameter has no input of its own")

@@ -1,0 +1,43 @@
+"""LoRA beside a head that is tied to an embedding, with the embedding's own factors."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers.embedding import LoraEmbedding
+from lorakit.lora.layers.linear import LoraLinear
+
+
+class LoraTiedHead(LoraLinear):
+    """A head whose weight is an embedding's, and whose update is the transpose of its update.
+
+    The head's weight is (vocabulary, dim), as is the embedding's, whose update is `Aᵀ Bᵀ`. So the
+    head's `A` is the embedding's `Bᵀ`, and its `B` the embedding's `Aᵀ`: it has no parameters.
+    """
+
+    def __init__(self, base_layer: nn.Module, embedding: LoraEmbedding) -> None:
+        super().__init__(base_layer, r=None, routing=embedding.routing)
+        self._embedding = [embedding]  # in a list, so that it is no submodule here
+
+    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embedding's factors, exchanged and transposed."""
+        A, B = self._embedding[0].matrices(name)
+        return B.T, A.T
+
+    def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
+        """Nothing: the embedding has the parameters."""
+
+    def _initialize(self, name: str, config: LoraConfig) -> None:
+        """Nothing: the embedding has done it."""
+
+    def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        A, B = self.matrices(name)
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    def bias_update(self, name: str) -> None:
+        return None
+
+    def _fusable(self, x: torch.Tensor, name: str) -> bool:
+        return False

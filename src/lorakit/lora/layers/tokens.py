@@ -1,0 +1,191 @@
+"""Single rows of an embedding that are trained: `trainable_token_indices`.
+
+New tokens are taught without a copy of the whole embedding; a head that is tied to the embedding
+follows it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorakit.errors import InputError, listed
+from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.routing import Routing
+
+
+class TrainedTokens(Mergeable):
+    """An embedding, and for each adapter the rows of some tokens in place of the base's.
+
+    `trainable_tokens_delta[name]` (tokens, dim) holds the rows themselves, not differences, under
+    PEFT's name.
+    """
+
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
+        super().__init__(base_layer, routing)
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.token_indices: dict[str, list[int]] = {}
+        self._tied: list[nn.Module] = []  # in a list, so that it is no submodule here
+
+    def tie(self, head: nn.Module) -> "TiedHead":
+        """A head, whose weight is this embedding's, that follows it; merging keeps them tied."""
+        self._tied = [head]
+        return TiedHead(head, self)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As every layer's, for the tied head too."""
+        super().merge(*args, **kwargs)
+        for head in self._tied:
+            head.weight = self.base_weight
+
+    def unmerge(self) -> None:
+        """As every layer's, for the tied head too."""
+        super().unmerge()
+        for head in self._tied:
+            head.weight = self.base_weight
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have rows here."""
+        return list(self.token_indices)
+
+    def add_adapter(self, name: str, tokens: list[int]) -> None:
+        """Starts adapter `name`'s rows from the base's own.
+
+        Raises:
+            InputError: a number is no token of this embedding, or occurs twice.
+        """
+        size = self.base_weight.shape[0]
+        wrong = [t for t in tokens if not 0 <= t < size]
+        if wrong or len(set(tokens)) != len(tokens):
+            raise InputError(
+                f"trainable_token_indices must be different numbers below {size}, not {tokens}"
+            )
+        self.token_indices[name] = list(tokens)
+        rows = self._unmerged("weight").detach()[tokens]
+        self.trainable_tokens_delta[name] = nn.Parameter(rows.clone())
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self.token_indices:
+            return {}
+        return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta[name]}
+
+    def _forget(self, name: str) -> None:
+        if self.token_indices.pop(name, None) is not None:
+            del self.trainable_tokens_delta[name]
+
+    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
+        self._require_apart(names)
+        weight = self._unmerged("weight").detach().clone()
+        for name in names:
+            weight[self.token_indices[name]] = self.trainable_tokens_delta[name].to(weight)
+        return {"weight": weight}
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's embeddings of `x` (batch, n), with trained rows where there are some."""
+        y = self.base_layer(x, *args, **kwargs)
+        if not (names := self.serving()):
+            return y
+        rows, slots = self._slots(names, x.shape[0], x.device)
+        slot = slots[x] if slots.dim() == 1 else slots.gather(1, x.flatten(1)).view_as(x)
+        scale = getattr(self.base_layer, "embed_scale", None)
+        rows = rows if scale is None else rows * torch.as_tensor(scale).to(rows)
+        return torch.where(slot[..., None] >= 0, rows.to(y.dtype)[slot.clamp(min=0)], y)
+
+    def serving(self) -> list[str]:
+        """The adapters on the route that have rows here and are not merged.
+
+        Raises:
+            InputError: two of them train the same token for the same row.
+        """
+        route = self.routing.route
+        if route.rows is None:
+            names = [] if self.merged else self.active_adapters
+            self._require_apart(names)
+            return names
+        if self.merged:
+            raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
+        return [name for name in route.row_names if name in self.token_indices]
+
+    def _require_apart(self, names: list[str]) -> None:
+        tokens = [token for name in names for token in self.token_indices[name]]
+        if len(set(tokens)) < len(tokens):
+            raise InputError(f"{listed(names)} train some of the same tokens: use one at a time")
+
+    def _slots(
+        self, names: list[str], batch: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of `names`, and for every token the number of its row, -1 for none.
+
+        Returns: rows (n, dim), and slots (vocabulary,), or (batch, vocabulary) where rows of the
+        batch have adapters of their own.
+        """
+        rows = torch.cat([self.trainable_tokens_delta[name] for name in names])
+        route, size = self.routing.route, self.base_weight.shape[0]
+        tables = torch.full((len(names) + 1, size), -1, device=device)
+        first = 0
+        for i, name in enumerate(names):
+            tokens = torch.tensor(self.token_indices[name], device=device)
+            tables[i, tokens] = torch.arange(first, first + len(tokens), device=device)
+            first += len(tokens)
+        if route.rows is None:
+            return rows, tables.max(dim=0).values
+        return rows, tables[route.row_index(batch, names, device)]
+
+
+class TiedHead(nn.Module):
+    """A head whose weight is a `TrainedTokens` embedding's: trained rows give these logits too."""
+
+    def __init__(self, base_layer: nn.Module, embedding: TrainedTokens) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self._embedding = [embedding]  # in a list, so that it is no submodule here
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that the embedding has."""
+        return self._embedding[0].adapters
+
+    @property
+    def routing(self) -> Routing:
+        """The embedding's."""
+        return self._embedding[0].routing
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Nothing: the rows are the embedding's."""
+        return {}
+
+    def delete_adapter(self, name: str) -> None:
+        """Nothing to do: the rows are the embedding's."""
+
+    def original(self, active: Iterable[str] = ()) -> nn.Module:
+        """The head itself."""
+        return self.base_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of `x` (batch, n, dim); those of trained tokens come from the trained rows."""
+        y = self.base_layer(x)
+        (embedding,) = self._embedding
+        if not (names := embedding.serving()):
+            return y
+        rows, slots = embedding._slots(names, x.shape[0], x.device)
+        new = F.linear(x, rows.to(x.dtype))
+        if (bias := getattr(self.base_layer, "bias", None)) is not None:
+            tokens = [t for name in names for t in embedding.token_indices[name]]
+            new = new + bias[tokens]
+        if slots.dim() == 2:
+            slots = slots.view(slots.shape[0], *[1] * (y.dim() - 2), slots.shape[1]).expand_as(y)
+        else:
+            slots = slots.expand_as(y)
+        return torch.where(slots >= 0, new.gather(-1, slots.clamp(min=0)), y)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)

@@ -1,0 +1,106 @@
+"""What state a model with adapters is in, layer by layer and as a whole, under PEFT's names."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lorakit.lora.injection import wrapped_modules
+
+Irregular = Literal["irregular"]
+
+
+@dataclass(frozen=True)
+class TunerLayerStatus:
+    """One wrapped layer's state; `requires_grad` and `devices` are by adapter."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class TunerModelStatus:
+    """A whole model's state; where its layers differ, the value is `irregular`."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The state of every wrapped layer of `model`, which may be any module that holds some."""
+    found = []
+    for name, module in wrapped_modules(model):
+        tensors = {a: module.adapter_tensors(a).values() for a in module.adapters}
+        route = module.routing.route
+        found.append(
+            TunerLayerStatus(
+                name=name,
+                module_type=f"lora.{type(module).__name__.removeprefix('Lora')}",
+                enabled=bool(route.shared or route.rows),
+                active_adapters=[a for a in route.shared if a in tensors],
+                merged_adapters=list(getattr(module, "merged_adapters", [])),
+                requires_grad={
+                    a: _agreed([t.requires_grad for t in own]) for a, own in tensors.items()
+                },
+                available_adapters=sorted(tensors),
+                devices={a: sorted({t.device.type for t in own}) for a, own in tensors.items()},
+            )
+        )
+    return found
+
+
+def model_status(
+    model: nn.Module, base: nn.Module, peft_types: dict[str, str], counted: tuple[int, int]
+) -> TunerModelStatus:
+    """The state of all layers of `base` together; `counted` is trainable and all parameters."""
+    layers = layer_status(base)
+    adapters = sorted({a for layer in layers for a in layer.available_adapters})
+
+    def gathered(field: str) -> dict[str, list[Any]]:
+        values = {a: [getattr(layer, field).get(a) for layer in layers] for a in adapters}
+        return {a: [v for v in found if v is not None] for a, found in values.items()}
+
+    def merged_or_active(field: str) -> list[str] | Irregular:
+        """The same for all layers that have these adapters at all."""
+        names = {a for layer in layers for a in getattr(layer, field)}
+        agree = all(
+            set(getattr(layer, field)) == names & set(layer.available_adapters) for layer in layers
+        )
+        return sorted(names) if agree else "irregular"
+
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(model).__name__,
+        peft_types=peft_types,
+        trainable_params=counted[0],
+        total_params=counted[1],
+        num_adapter_layers=len(layers),
+        enabled=_agreed([layer.enabled for layer in layers]),
+        active_adapters=merged_or_active("active_adapters"),
+        merged_adapters=merged_or_active("merged_adapters"),
+        requires_grad={a: _agreed(values) for a, values in gathered("requires_grad").items()},
+        available_adapters=adapters,
+        devices={a: sorted({d for ds in v for d in ds}) for a, v in gathered("devices").items()},
+    )
+
+
+def _agreed(values: list[Any]) -> bool | Irregular:
+    if all(value is True for value in values):
+        return True
+    return False if not any(values) else "irregular"
