@@ -77,7 +77,7 @@ def test_rows_of_a_batch_have_their_own_adapters_with_gradients(build, ids):
         LoraConfig(r=5, use_rslora=True, target_modules="all-linear", init_lora_weights=False),
     )
     names = ["other", "default", "other"]
-    wrapped._set_requires_grad(["default", "other"])
+    wrapped.set_requires_grad(["default", "other"])
     output(wrapped, ids, adapter_names=names).square().sum().backward()
     mixed = {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
     wrapped.zero_grad()

@@ -1,5 +1,8 @@
 """What stands between a `LoraModel` and the model that it wraps."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -23,3 +26,22 @@ class BaseModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+class _Shown(functools.partial):
+    """A bound method that shows the signature of the base model's forward to those who look."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        (model,) = self.args
+        return inspect.signature(model.get_base_model().forward)
+
+
+class forward_of_base:  # noqa: N801 (a decorator)
+    """A `forward` whose signature, in an instance, is that of the model that it wraps."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, model: nn.Module | None, owner: type) -> Callable[..., Any]:
+        return self.function if model is None else _Shown(self.function, model)

@@ -21,6 +21,8 @@ from lorakit.lora.layers import LoraLayer
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+INITIAL_NAME = "initial_factors.safetensors"
+"""The factors that PiSSA and OLoRA started from, which PEFT's files do not have."""
 PREFIX = "base_model.model."
 
 
@@ -49,17 +51,27 @@ def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[
 
 
 def write_adapter(
-    folder: str | Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+    folder: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    initial: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes an adapter's two files, each in one step, into `folder` (made if missing).
 
     The saved configuration has `inference_mode` set, as PEFT saves it.
+
+    Args:
+        initial: initial factors that belong to the adapter, for a third file.
+
+    Raises:
+        InputError: a tensor is empty, as the shards of other processes are (ZeRO-3).
     """
     folder = Path(folder)
-    # Cloned, because tensors that are tied to each other are written under each of their names.
-    contents = {
-        k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()
-    }
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise InputError(
+                f"{key} is empty here, so its values are on other processes: gather it"
+            )
     values = config.to_dict() | {"inference_mode": True}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     # A folder counts as an adapter only with a configuration. So another one goes first and the
@@ -67,8 +79,20 @@ def write_adapter(
     old = folder / CONFIG_NAME
     if old.is_file() and old.read_bytes() != text.encode():
         old.unlink()
-    atomic.write_file(folder / WEIGHTS_NAME, save(contents, metadata={"format": "pt"}))
+    if initial:
+        atomic.write_file(folder / INITIAL_NAME, save(_apart(initial), metadata={"format": "pt"}))
+    else:
+        (folder / INITIAL_NAME).unlink(missing_ok=True)
+    atomic.write_file(folder / WEIGHTS_NAME, save(_apart(tensors), metadata={"format": "pt"}))
     atomic.write_file(folder / CONFIG_NAME, text)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies: tensors that are tied to each other are written under each of their names."""
+    return {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
 
 
 def read_config(folder: str | Path) -> LoraConfig:
@@ -104,12 +128,54 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         pickled = path.with_name("adapter_model.bin")
         why = " (adapter_model.bin is a pickle, which is never loaded)" if pickled.exists() else ""
         raise InputError(f"{folder} holds no {WEIGHTS_NAME}{why}")
+    return config, _load(path)
+
+
+def read_initial(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The initial factors in `folder`, by layer's path and `.A` or `.B`; empty without a file."""
+    path = Path(folder) / INITIAL_NAME
+    return _load(path) if path.is_file() else {}
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return config, load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} is damaged or cut off ({error}): save or copy the adapter again"
         ) from error
+
+
+def load_initial(
+    model: nn.Module,
+    name: str,
+    initial: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    folder: str | Path,
+) -> None:
+    """Gives adapter `name` the initial factors that were saved with it.
+
+    A folder without them is PEFT's: there they come out of the weight again, and the layers have
+    done that already.
+
+    Raises:
+        InputError: they cannot be had again, or are for another model.
+    """
+    how = str(config.init_lora_weights)
+    if not initial:
+        if how.startswith("pissa_niter"):
+            raise InputError(
+                f"{folder} has no {INITIAL_NAME}, and {how} draws others each time: save it with "
+                "path_initial_model_for_weight_conversion where it was trained"
+            )
+        return
+    own = {
+        f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
+        for path, layer in wrapped_modules(model)
+        if isinstance(layer, LoraLayer) and name in layer.lora_initial
+        for factor in ("A", "B")
+    }
+    load_tensors(own, initial, folder)
 
 
 def load_tensors(

@@ -142,6 +142,11 @@ class LoraConfig:
             self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
 
     @property
+    def starts_from_weight(self) -> bool:
+        """Whether the initial factors are a part of the weight, which is taken off again."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
     def peft_type(self) -> str:
         """The method's name in PEFT's files."""
         return "LORA"

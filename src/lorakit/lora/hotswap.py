@@ -1,38 +1,41 @@
 """Other weights in the place of an adapter's, in a live (also a compiled) model."""
 
-from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import PREFIX, load_tensors
-from lorakit.lora.config import LoraConfig
+from lorakit.lora.bank import AdapterBank
+from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter, without_base_copies
+from lorakit.lora.folders import locate
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 
 
-def hotswap(
-    model: nn.Module,
-    name: str,
-    parameters: Mapping[str, torch.Tensor],
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor],
-    folder: str,
+def hotswap_adapter(
+    model: AdapterBank,
+    model_name_or_path: str | Path,
+    adapter_name: str,
+    subfolder: str | None = None,
+    **hub: Any,
 ) -> None:
-    """Copies `tensors` into adapter `name`'s `parameters` in place, and takes over the scalings.
+    """Puts the weights and scalings of an adapter's folder into adapter `adapter_name`, in place.
 
     A smaller rank is padded with zeros and a module that the new adapter does not adapt gets an
     update of zero; both leave the result exact. Nothing is changed when something does not fit.
 
     Args:
-        model: the wrapped model itself.
-        parameters, tensors: the adapter in place and the new one, under PEFT's keys.
+        hub: as in `LoraModel.from_pretrained`.
 
     Raises:
         InputError: the new adapter has a larger rank, or modules that the old one lacks.
     """
+    folder = locate(model_name_or_path, subfolder, **hub)
+    config, tensors = read_adapter(folder)
+    tensors = without_base_copies(model.get_base_model(), tensors, folder)
+    parameters = model.adapter_tensors(adapter_name)
     fitted: dict[str, torch.Tensor] = {}
     for key, parameter in parameters.items():
         tensor = tensors.get(key)
@@ -43,12 +46,14 @@ def hotswap(
         new = torch.zeros_like(parameter) if tensor is None else tensor
         fitted[key] = _padded(key, new, parameter, folder)
     load_tensors(parameters, {**tensors, **fitted}, folder)
-    for path, layer in wrapped_modules(model):
-        if isinstance(layer, LoraLayer) and name in layer.r:
-            layer.rescale(name, config.rank_for(path), config.alpha_for(path), config.use_rslora)
+    for path, layer in wrapped_modules(model.get_base_model()):
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            layer.rescale(
+                adapter_name, config.rank_for(path), config.alpha_for(path), config.use_rslora
+            )
 
 
-def _padded(key: str, tensor: torch.Tensor, like: torch.Tensor, folder: str) -> torch.Tensor:
+def _padded(key: str, tensor: torch.Tensor, like: torch.Tensor, folder: Path) -> torch.Tensor:
     """`tensor` with zeros up to the rank of `like`: more rows of `A`, more columns of `B`."""
     axis = 1 if ".lora_B." in key or key.endswith("lora_embedding_B") else 0
     ranked = "lora_A." in key or "lora_embedding_A" in key or axis == 1

@@ -74,7 +74,7 @@ def _decompose(
     elif not W.dtype.is_floating_point:
         raise InputError(f"init_lora_weights='{how}' needs a base that is not quantised")
     elif how == "olora":
-        new_A, new_B = decomposition.olora(W, r)
+        new_A, new_B = decomposition.olora(W, r, scaling)
     else:
         niter = int(how.removeprefix("pissa_niter_")) if how != "pissa" else None
         new_A, new_B = decomposition.pissa(W, r, scaling, niter)

@@ -29,10 +29,20 @@ from lorakit.lora.targets import (
 )
 
 
-def inject(model: nn.Module, config: LoraConfig, adapter_name: str, routing: Routing) -> list[str]:
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    routing: Routing,
+    autocast: bool = True,
+    initialize: bool = True,
+) -> list[str]:
     """Adds adapter `adapter_name` to every module that `config` targets, wrapping it if need be.
 
-    All targets are resolved before anything is changed, so an error leaves the model as it was.
+    An error leaves the model as it was.
+
+    Args:
+        autocast, initialize: as in `LoraLayer.add_adapter`.
 
     Returns: the paths of the modules that `target_modules` means.
     """
@@ -44,12 +54,15 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, routing: Rou
     _require_apart(model, saved, targets, tokens)
     try:
         for path in targets:
-            _wrap_layer(model, path, routing).add_adapter(adapter_name, config, path)
+            _wrap_layer(model, path, routing).add_adapter(
+                adapter_name, config, path, autocast, initialize
+            )
             if config.ensure_weight_tying:
                 _wrap_tied_heads(model, path, adapter_name, config)
         for path, parameter in parameters:
             wrapper = _wrap_parameter(model, path, parameter, routing)
-            wrapper.add_adapter(adapter_name, config, f"{path}.{parameter}")
+            place = f"{path}.{parameter}"
+            wrapper.add_adapter(adapter_name, config, place, autocast, initialize)
         for path, numbers in tokens.items():
             _wrap_tokens(model, path, routing).add_adapter(adapter_name, numbers)
         for path in saved:

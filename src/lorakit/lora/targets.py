@@ -178,6 +178,21 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]
     return found
 
 
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def task_heads(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The names of the model's new heads, which `task_type` has trained whole, as in PEFT."""
+    leaves = {name.rpartition(".")[2] for name, _ in base_modules(model)}
+    heads = [head for head in _HEADS.get(config.task_type or "", ()) if head in leaves]
+    named = config.target_modules if isinstance(config.target_modules, list) else []
+    return [head for head in heads if head not in named]
+
+
 def tied_heads(model: nn.Module, path: str) -> list[str]:
     """The paths of linear layers whose weight is that of the embedding at `path`."""
     weight = _unwrapped(model.get_submodule(path)).weight

@@ -35,13 +35,15 @@ class LoraMultiheadAttention(LoraLinear):
         """An empty bank around `base_layer`, on a model's shared routing."""
         return cls(base_layer, routing)
 
-    def add_adapter(self, name: str, config: LoraConfig, module_name: str = "") -> None:
+    def add_adapter(
+        self, name: str, config: LoraConfig, module_name: str = "", *options: bool
+    ) -> None:
         """Adds the adapter to both projections."""
-        super().add_adapter(name, config, module_name)
+        super().add_adapter(name, config, module_name, *options)
         out_proj = self.base_layer.out_proj
         if not isinstance(out_proj, LoraLinear):
             out_proj = self.base_layer.out_proj = LoraLinear.from_base(out_proj, self.routing)
-        out_proj.add_adapter(name, config, f"{module_name}.out_proj")
+        out_proj.add_adapter(name, config, f"{module_name}.out_proj", *options)
 
     def forward(  # type: ignore[override]
         self,

@@ -49,31 +49,44 @@ class LoraLayer(Mergeable):
 
     # --- the bank -------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, config: LoraConfig, module_name: str = "") -> None:
+    def add_adapter(
+        self,
+        name: str,
+        config: LoraConfig,
+        module_name: str = "",
+        autocast: bool = True,
+        initialize: bool = True,
+    ) -> None:
         """Makes room for adapter `name` and initialises it; the base and the others stay.
-
-        Weights are float32 where the base is float16 or bfloat16, so that small steps are not
-        rounded away, and of the base's own dtype elsewhere.
 
         Args:
             module_name: this layer's path in the model, for `rank_pattern` and `alpha_pattern`.
+            autocast: weights are float32 where the base is float16, bfloat16 or quantised, so
+                that small steps are not rounded away; otherwise they have the base's dtype.
+            initialize: False leaves the values to be loaded.
         """
         self._check(config)
         r, alpha = config.rank_for(module_name), config.alpha_for(module_name)
         base = self.base_weight
-        half = base.dtype in (torch.float16, torch.bfloat16) or not base.dtype.is_floating_point
-        dtype = torch.float32 if half else base.dtype
+        half = base.dtype in (torch.float16, torch.bfloat16) and autocast
+        dtype = torch.float32 if half or not base.dtype.is_floating_point else base.dtype
         self.r[name] = r
         self.rescale(name, r, alpha, config.use_rslora)
         p = config.lora_dropout
         dropout = nn.Dropout(p) if p > 0 else nn.Identity()
         self.lora_dropout[name] = dropout.train(self.training)
         self._create(name, r, config.lora_bias, device=base.device, dtype=dtype)
-        self._initialize(name, config)
-        if (bias := self._factor_tensors(name).get("lora_B.bias")) is not None:
+        if initialize or config.starts_from_weight:
+            self._initialize(name, config)
+        if (bias := self._factor_tensors(name).get("lora_B.bias")) is not None and initialize:
             initialize_bias(bias, config.init_lora_weights)
         if config.use_dora:
-            self.lora_magnitude_vector[name] = Magnitude(self._stored_lengths(self._norms(name)))
+            norms = (
+                self._norms(name)
+                if initialize
+                else torch.empty(self.out_features, device=base.device)
+            )
+            self.lora_magnitude_vector[name] = Magnitude(self._stored_lengths(norms.to(dtype)))
 
     @property
     def adapters(self) -> list[str]:

@@ -33,12 +33,14 @@ class LoraConv(LoraLayer):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
-    def add_adapter(self, name: str, config: LoraConfig, module_name: str = "") -> None:
+    def add_adapter(
+        self, name: str, config: LoraConfig, module_name: str = "", *options: bool
+    ) -> None:
         """As every layer's; the rank must be a multiple of a grouped base's groups."""
         r, groups = config.rank_for(module_name), self.base_layer.groups
         if r % groups:
             raise InputError(f"{module_name} has {groups} groups: r must be a multiple, not {r}")
-        super().add_adapter(name, config, module_name)
+        super().add_adapter(name, config, module_name, *options)
 
     def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
         base: Any = self.base_layer

@@ -1,0 +1,277 @@
+"""The adapters of a model: which there are, which are active, which are trained.
+
+`AdapterBank` is the part of `LoraModel` that changes this; computing with them, merging and files
+are in `model.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.lora.base_model import BaseModel
+from lorakit.lora.biases import TrainedBiases
+from lorakit.lora.checkpoint import adapter_parameters, load_tensors
+from lorakit.lora.combine import Settings
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.injection import inject, remove, wrapped_modules
+from lorakit.lora.layers import Mergeable
+from lorakit.lora.replication import Replication
+from lorakit.lora.routing import Route, Routing
+from lorakit.lora.targets import PRESETS, suffixes_for, task_heads
+from lorakit.lora.weighted import combination
+
+
+class AdapterBank(nn.Module):
+    """A frozen model and its adapters, by name.
+
+    Args:
+        model: the base model; it is changed in place.
+        config: the first adapter's configuration.
+        adapter_name: the first adapter's name.
+        autocast_adapter_dtype: adapters are float32 where the base is float16 or bfloat16;
+            otherwise they have the base's dtype.
+        initialize: False leaves the adapter's values to be loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str = "default",
+        *,
+        autocast_adapter_dtype: bool = True,
+        initialize: bool = True,
+    ) -> None:
+        super().__init__()
+        if any(True for _ in wrapped_modules(model)):
+            raise InputError(
+                "this model has adapters already: use add_adapter, or unload() it first"
+            )
+        self.routing = Routing()
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.biases: TrainedBiases | None = None
+        self._trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
+        self._replication = Replication.of(model, config.layer_replication)
+        self.base_model = BaseModel(model)
+        try:
+            self._add(adapter_name, config, autocast_adapter_dtype, initialize)
+        except InputError:
+            self._replication.undo()
+            raise
+        self.set_adapter(adapter_name)
+
+    def get_base_model(self) -> nn.Module:
+        """The wrapped model itself."""
+        return self.base_model.model
+
+    # --- which there are --------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters."""
+        return list(self.peft_config)
+
+    def add_adapter(
+        self, adapter_name: str, config: LoraConfig, *, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Adds a new adapter beside the others; the active ones stay active.
+
+        A preset in `target_modules` is replaced by the module names that it stands for here, so
+        that the saved configuration means the same to readers that know no presets.
+        """
+        if config.layer_replication != self._replication.ranges:
+            raise InputError("layer_replication must be the same for all adapters of a model")
+        self._add(adapter_name, config, autocast_adapter_dtype, initialize=True)
+
+    def _add(self, adapter_name: str, config: LoraConfig, autocast: bool, initialize: bool) -> None:
+        if adapter_name in self.peft_config:
+            raise InputError(f"there is an adapter '{adapter_name}' already")
+        if self.biases or (self.adapters and config.bias != "none"):
+            raise InputError(
+                "an adapter with bias='all' or 'lora_only' trains the base itself and cannot "
+                "stand beside others: set bias='none' for all of them"
+            )
+        model = self.get_base_model()
+        config = copy.deepcopy(config)
+        if heads := task_heads(model, config):
+            own = config.modules_to_save or []
+            config.modules_to_save = [*own, *(head for head in heads if head not in own)]
+        found = inject(model, config, adapter_name, self.routing, autocast, initialize)
+        if config.target_modules is None or config.target_modules in PRESETS:
+            config.target_modules = suffixes_for(found, model)
+        if config.base_model_name_or_path is None:
+            name = getattr(getattr(model, "config", None), "_name_or_path", None)
+            config.base_model_name_or_path = name or None
+        self.peft_config[adapter_name] = config
+        own_tensors = adapter_parameters(model, adapter_name)
+        set_trainable(own_tensors.values(), False)  # until it is active
+        if config.bias != "none":
+            with_biases = adapter_parameters(model, adapter_name, config.bias)
+            self.biases = TrainedBiases(b for k, b in with_biases.items() if k not in own_tensors)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Adds the weighted combination of `adapters` as the new adapter `adapter_name`.
+
+        It is a combination of what the adapters do, of their updates ΔW, whatever their ranks,
+        scalings and target modules; weights may be negative. See `combine.combine` for methods.
+
+        Args:
+            generator: draws for DARE; None is PyTorch's own.
+
+        Returns: the share of the updates' energy that truncating to `svd_rank` cost.
+
+        Raises:
+            InputError: a name or method does not exist, or these adapters cannot be combined.
+        """
+        for name in adapters:
+            self._require(name)
+        if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
+            raise InputError("add_weighted_adapter needs different adapters, and a weight for each")
+        settings = Settings(combination_type, svd_rank, density, majority_sign_method, generator)
+        by_name = dict(zip(adapters, weights, strict=True))
+        found = combination(self.get_base_model(), self.peft_config, by_name, settings)
+        self._add(adapter_name, found.config, autocast=True, initialize=False)
+        load_tensors(self.adapter_tensors(adapter_name), found.tensors, adapter_name)
+        return found.lost_energy
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; when it was active the others of the active ones stay."""
+        self._require(adapter_name)
+        if self.biases:
+            self.biases.use(False)
+            self.get_base_model().requires_grad_(False)
+            self.biases = None
+        remove(self.get_base_model(), adapter_name)
+        del self.peft_config[adapter_name]
+        left = [name for name in self.active_adapters if name != adapter_name]
+        self.routing.route = Route(shared=tuple(left))
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of adapter `name`, the model's own, under the keys of PEFT's files."""
+        return adapter_parameters(self.get_base_model(), name, self.peft_config[name].bias)
+
+    # --- which are active -------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that serve every row now; empty is the base alone."""
+        return list(self.routing.route.shared)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter, the first one when there are several."""
+        return next(iter(self.active_adapters), "")
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The configuration of the active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters, and no others, serve every row; several are added up.
+
+        Args:
+            inference_mode: leave their weights frozen; otherwise they alone are trainable.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
+        for name in names:
+            self._require(name)
+        if self.biases:
+            self.biases.use(bool(names))
+        for layer in self._layers():
+            layer.unmerge()
+        self.routing.route = Route(shared=tuple(names))
+        self.get_base_model().requires_grad_(False)
+        if not inference_mode:
+            self.set_requires_grad(names)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the bare base, also when adapters are merged into it."""
+        merged = {layer: list(layer.merged_adapters) for layer in self._layers() if layer.merged}
+        for layer in merged:
+            layer.unmerge()
+        try:
+            with self.routing.using(Route()), self._biases_in_force(False):
+                yield
+        finally:
+            for layer, names in merged.items():
+                layer.merge(names)
+
+    # --- which are trained ------------------------------------------------------------------
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        """Makes the parameters of these adapters trainable, or freezes them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._require(name)
+            set_trainable(self.adapter_tensors(name).values(), requires_grad)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; says so when there is nothing to train."""
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):
+            warnings.warn(
+                "no parameter of this model is trainable: load the adapter with "
+                "is_trainable=True, or make it active with set_adapter",
+                stacklevel=2,
+            )
+        return super().train(mode)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The number of trainable parameters, and of all."""
+        backups = "._before_merge."
+        sizes = [
+            (parameter.numel(), parameter.requires_grad)
+            for name, parameter in self.named_parameters()
+            if backups not in name
+        ]
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def _layers(self) -> list[Mergeable]:
+        wrapped = wrapped_modules(self.get_base_model())
+        return [module for _, module in wrapped if isinstance(module, Mergeable)]
+
+    def _require(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise InputError(
+                f"there is no adapter '{name}'{did_you_mean(name, self.adapters)}; "
+                f"there are: {listed(self.adapters) or 'none'}"
+            )
+
+    def _biases_in_force(self, trained: bool) -> AbstractContextManager[None]:
+        return self.biases.using(trained) if self.biases else nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def set_trainable(tensors: Iterable[torch.Tensor], trainable: bool) -> None:
+    """Makes parameters trainable or frozen; buffers and tied views are passed over."""
+    for tensor in tensors:
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(trainable)

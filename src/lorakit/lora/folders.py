@@ -1,0 +1,109 @@
+"""A model's adapters as folders: where each is written, and in which form.
+
+One folder's two files are `checkpoint.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import (
+    CONFIG_NAME,
+    INITIAL_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    write_adapter,
+)
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.layers import LoraLayer
+
+if TYPE_CHECKING:
+    from lorakit.lora.bank import AdapterBank
+
+
+def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """The local folder of an adapter; an id that is no folder is fetched from the hub.
+
+    Args:
+        hub: `revision`, `token`, `cache_dir`, … of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        InputError: there is no such folder, and the hub does not give it either.
+    """
+    folder = Path(model_id)
+    looks_like_id = str(model_id).count("/") == 1 and not str(model_id).startswith((".", "/", "~"))
+    if not folder.exists() and looks_like_id:
+        inside = f"{subfolder}/" if subfolder else ""
+        files = [inside + name for name in (CONFIG_NAME, WEIGHTS_NAME, INITIAL_NAME)]
+        try:
+            folder = Path(snapshot_download(str(model_id), allow_patterns=files, **hub))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{model_id} is neither a folder here nor an adapter on the hub: {reason}"
+            ) from error
+    return folder / subfolder if subfolder else folder
+
+
+def save_adapters(
+    bank: AdapterBank, directory: str | Path, names: Sequence[str], plain: bool
+) -> None:
+    """Writes `default` into the directory itself and other adapters into subfolders, as PEFT does.
+
+    Args:
+        plain: write adapters that train against the rest of the weight (PiSSA, OLoRA) as ordinary
+            ones, of twice the rank, which need nothing but the base's own weights.
+    """
+    for name in names:
+        folder = Path(directory) if name == "default" else Path(directory) / name
+        config, tensors = bank.peft_config[name], bank.adapter_tensors(name)
+        initial = initial_factors(bank, name)
+        if initial and plain:
+            config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
+        write_adapter(folder, config, tensors, initial)
+
+
+def initial_factors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
+    """The factors that adapter `name` started from, where they are taken off its update."""
+    return {
+        f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
+        for path, layer in wrapped_modules(bank.get_base_model())
+        if isinstance(layer, LoraLayer) and name in layer.lora_initial
+        for factor in ("A", "B")
+    }
+
+
+def as_plain(bank: AdapterBank, name: str) -> LoraConfig:
+    """The configuration of adapter `name` when its initial factors are part of it: rank 2 r."""
+    config = bank.peft_config[name]
+    # alpha grows as the scaling's denominator does, so that the scaling stays.
+    grown = 2**0.5 if config.use_rslora else 2
+    patterns = {key: rank * 2 for key, rank in config.rank_pattern.items()}
+    return dataclasses.replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * grown,
+        rank_pattern=patterns,
+        alpha_pattern={key: alpha * grown for key, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+def plain_tensors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of adapter `name` with its initial factors in `A` and `B`."""
+    tensors = bank.adapter_tensors(name)
+    for path, layer in wrapped_modules(bank.get_base_model()):
+        if isinstance(layer, LoraLayer) and name in layer.lora_initial:
+            A, B = layer.factors(name)
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = A
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = B
+    return tensors
