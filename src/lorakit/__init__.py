@@ -8,40 +8,98 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.adapters.merge import merge as merge
-    from lorakit.lora import LoraConfig as LoraConfig
-    from lorakit.lora import LoraLinear as LoraLinear
-    from lorakit.lora import LoraModel as LoraModel
-    from lorakit.lora import get_peft_model as get_peft_model
-    from lorakit.lora import recommended_config as recommended_config
-    from lorakit.models import load_model as load_model
+    from lorakit.lora.config import LoraConfig as LoraConfig
+    from lorakit.lora.data_driven import EvaConfig as EvaConfig
+    from lorakit.lora.hotswap import hotswap_adapter as hotswap_adapter
+    from lorakit.lora.in_place import get_layer_status as get_layer_status
+    from lorakit.lora.in_place import get_model_status as get_model_status
+    from lorakit.lora.in_place import get_peft_model_state_dict as get_peft_model_state_dict
+    from lorakit.lora.in_place import inject_adapter_in_model as inject_adapter_in_model
+    from lorakit.lora.in_place import set_peft_model_state_dict as set_peft_model_state_dict
+    from lorakit.lora.layers import LoraLinear as LoraLinear
+    from lorakit.lora.model import LoraModel as LoraModel
+    from lorakit.lora.model import get_peft_model as get_peft_model
+    from lorakit.lora.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
+    from lorakit.lora.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+    from lorakit.lora.peft_fields import PeftType as PeftType
+    from lorakit.lora.peft_fields import TaskType as TaskType
+    from lorakit.lora.prepare import CordaConfig as CordaConfig
+    from lorakit.lora.prepare import LoftQConfig as LoftQConfig
+    from lorakit.lora.prepare import LoraGAConfig as LoraGAConfig
+    from lorakit.lora.prepare import get_eva_state_dict as get_eva_state_dict
+    from lorakit.lora.prepare import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from lorakit.lora.prepare import preprocess_corda as preprocess_corda
+    from lorakit.lora.prepare import preprocess_loraga as preprocess_loraga
+    from lorakit.lora.recommend import recommended_config as recommended_config
+    from lorakit.models.load import load_model as load_model
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
 
+    PeftConfig = LoraConfig
     PeftModel = LoraModel
+    PeftModelForCausalLM = LoraModel
+    PeftModelForFeatureExtraction = LoraModel
+    PeftModelForQuestionAnswering = LoraModel
+    PeftModelForSeq2SeqLM = LoraModel
+    PeftModelForSequenceClassification = LoraModel
+    PeftModelForTokenClassification = LoraModel
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "LoraConfig": ("lorakit.lora", "LoraConfig"),
-    "LoraLinear": ("lorakit.lora", "LoraLinear"),
-    "LoraModel": ("lorakit.lora", "LoraModel"),
-    "LoraMonitor": ("lorakit.training.monitor", "LoraMonitor"),
-    "PeftModel": ("lorakit.lora", "LoraModel"),
-    "get_peft_model": ("lorakit.lora", "get_peft_model"),
-    "load_model": ("lorakit.models.load", "load_model"),
-    "merge": ("lorakit.adapters.merge", "merge"),
-    "recommended_config": ("lorakit.lora", "recommended_config"),
-    "train": ("lorakit.training.run", "train"),
+_BY_MODULE = {
+    "lorakit.adapters.merge": ["merge"],
+    "lorakit.lora.config": ["LoraConfig"],
+    "lorakit.lora.data_driven": ["EvaConfig"],
+    "lorakit.lora.hotswap": ["hotswap_adapter"],
+    "lorakit.lora.in_place": [
+        "get_layer_status",
+        "get_model_status",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "set_peft_model_state_dict",
+    ],
+    "lorakit.lora.layers": ["LoraLinear"],
+    "lorakit.lora.model": ["LoraModel", "get_peft_model"],
+    "lorakit.lora.optimizers": ["create_lorafa_optimizer", "create_loraplus_optimizer"],
+    "lorakit.lora.peft_fields": ["PeftType", "TaskType"],
+    "lorakit.lora.prepare": [
+        "CordaConfig",
+        "LoftQConfig",
+        "LoraGAConfig",
+        "get_eva_state_dict",
+        "initialize_lora_eva_weights",
+        "preprocess_corda",
+        "preprocess_loraga",
+    ],
+    "lorakit.lora.recommend": ["recommended_config"],
+    "lorakit.models.load": ["load_model"],
+    "lorakit.training.monitor": ["LoraMonitor"],
+    "lorakit.training.run": ["train"],
 }
+_TASKS = (
+    "CausalLM",
+    "FeatureExtraction",
+    "QuestionAnswering",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "TokenClassification",
+)
+# One class does what PEFT's have one each for; these names are for scripts that have them.
+_PEFT_NAMES = {
+    "PeftConfig": "LoraConfig",
+    "PeftModel": "LoraModel",
+    **{f"PeftModelFor{task}": "LoraModel" for task in _TASKS},
+}
+_HOMES = {name: module for module, names in _BY_MODULE.items() for name in names}
 
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [*sorted([*_HOMES, *_PEFT_NAMES]), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    own = _PEFT_NAMES.get(name, name)
+    if own not in _HOMES:
         raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(_HOMES[own]), own)
 
 
 def __dir__() -> list[str]:

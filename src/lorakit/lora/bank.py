@@ -99,6 +99,14 @@ class AdapterBank(nn.Module):
                 "an adapter with bias='all' or 'lora_only' trains the base itself and cannot "
                 "stand beside others: set bias='none' for all of them"
             )
+        if self.adapters and "loftq" in (
+            config.init_lora_weights,
+            *(other.init_lora_weights for other in self.peft_config.values()),
+        ):
+            raise InputError(
+                "an adapter with init_lora_weights='loftq' quantises the base itself and cannot "
+                "stand beside others"
+            )
         model = self.get_base_model()
         config = copy.deepcopy(config)
         if heads := task_heads(model, config):

@@ -6,7 +6,6 @@ Here are the key names, reading with every check, and atomic writing. Only safet
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,11 +14,10 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError, listed
-from lorakit.lora.config import LoraConfig
+from lorakit.lora.config import CONFIG_NAME, LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 INITIAL_NAME = "initial_factors.safetensors"
 """The factors that PiSSA and OLoRA started from, which PEFT's files do not have."""
@@ -102,18 +100,11 @@ def read_config(folder: str | Path) -> LoraConfig:
         InputError: it is not an adapter's folder, or its configuration cannot be used.
     """
     folder = Path(folder)
-    path = folder / CONFIG_NAME
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give an adapter's folder (with {CONFIG_NAME})")
-    if not path.is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it")
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold one JSON object")
-    return LoraConfig.from_dict(values, where=str(path))
+    return LoraConfig.from_json_file(folder / CONFIG_NAME)
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -161,12 +152,12 @@ def load_initial(
     Raises:
         InputError: they cannot be had again, or are for another model.
     """
-    how = str(config.init_lora_weights)
     if not initial:
-        if how.startswith("pissa_niter"):
+        if config.takes_start_off and not config.starts_from_weight:
             raise InputError(
-                f"{folder} has no {INITIAL_NAME}, and {how} draws others each time: save it with "
-                "path_initial_model_for_weight_conversion where it was trained"
+                f"{folder} has no {INITIAL_NAME}, and {config.init_lora_weights} does not give "
+                "the same ones again: save it with path_initial_model_for_weight_conversion where "
+                "it was trained"
             )
         return
     own = {

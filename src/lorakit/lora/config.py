@@ -5,25 +5,32 @@ It says which modules are adapted and how; it knows nothing of a particular mode
 `checkpoint.py`'s.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
+from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
+from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
 
-# Fields of PEFT's file that describe its own process and change nothing in the model.
-_INFORMATION_ONLY = frozenset(
-    {"auto_mapping", "peft_version", "megatron_config", "megatron_core", "qalora_group_size"}
+CONFIG_NAME = "adapter_config.json"
+
+_INITIALIZATIONS = re.compile(
+    "gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq|corda|lora_ga"
 )
+_TAKEN_OFF_AGAIN = re.compile("pissa.*|olora|corda|lora_ga")
+_OUT_OF_THE_WEIGHT = re.compile("pissa|olora|loftq")
 
-_INITIALIZATIONS = re.compile("gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq")
 
-
-@dataclass
-class LoraConfig:
+@dataclass(kw_only=True)
+class LoraConfig(CarriedFields):
     """How one adapter is built: `W' = W + scaling * B A` (Hu et al. 2021, arXiv:2106.09685).
 
     Args:
@@ -39,8 +46,10 @@ class LoraConfig:
         use_rslora: scale by `lora_alpha / sqrt(r)` (Kalajdzievski 2023, arXiv:2312.03732).
         modules_to_save: modules that are trained whole and saved with the adapter.
         init_lora_weights: True (`A` Kaiming uniform, `B` zero), `gaussian`, `orthogonal`, `pissa`
-            or `pissa_niter_4` (the principal part of W), `olora`, `eva`, `loftq`, or False (both
-            random, so that the adapter is not the identity: for tests).
+            or `pissa_niter_4` (the principal part of W), `olora`, `loftq` (W is quantised, and the
+            adapter starts from what that loses), False (both random, so that the adapter is not
+            the identity: for tests), or from data by the functions of `prepare.py`: `eva`,
+            `corda`, `lora_ga`.
         layers_to_transform: indices of the layers that are adapted; None means all.
         layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
         rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or
@@ -55,8 +64,10 @@ class LoraConfig:
         layer_replication: ranges [from, to) of layers that the model is built from anew, with
             the weights shared and an adapter for each.
         ensure_weight_tying: what is done to an embedding is done to the head tied to it too.
-        loftq_config, eva_config: settings of these initialisations, as in PEFT.
-        other_fields: fields of PEFT's file that lorakit only carries along.
+        loftq_config, eva_config, corda_config, lora_ga_config: settings of these initialisations,
+            as in PEFT, as dictionaries or PEFT's own classes.
+        runtime_config: as in PEFT; never saved.
+        other_fields: fields of a file that neither PEFT 0.21 nor lorakit knows, carried along.
 
     Raises:
         InputError: a value is out of range, or asks for what lorakit does not do.
@@ -88,6 +99,9 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    runtime_config: Any = None
     other_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,9 +114,13 @@ class LoraConfig:
             value = getattr(self, name)
             if isinstance(value, (set, tuple, frozenset)):  # PEFT accepts and keeps sets
                 setattr(self, name, sorted(value))
+        for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
+            setattr(self, name, _as_dict(name, getattr(self, name)))
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.task_type is not None:
             self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
+            if self.task_type not in list(TaskType):
+                raise InputError(f"task_type must be one of {', '.join(TaskType)}")
         _check_ranks(self.r, self.rank_pattern)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
@@ -124,6 +142,9 @@ class LoraConfig:
                 _check_expression(name, pattern)
         if self.target_modules in ("", []) and not self.target_parameters:
             raise InputError("target_modules is empty: name modules, or use 'all-linear'")
+        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
+            raise InputError("runtime_config: ephemeral_gpu_offload is not supported by lorakit")
+        self.check_carried()
         self._check_together()
 
     def _check_together(self) -> None:
@@ -142,14 +163,19 @@ class LoraConfig:
             self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
 
     @property
-    def starts_from_weight(self) -> bool:
-        """Whether the initial factors are a part of the weight, which is taken off again."""
-        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+    def takes_start_off(self) -> bool:
+        """Whether the initial factors are not zero, and their product is taken off again."""
+        return _TAKEN_OFF_AGAIN.fullmatch(str(self.init_lora_weights)) is not None
 
     @property
-    def peft_type(self) -> str:
+    def starts_from_weight(self) -> bool:
+        """Whether the weight alone gives the initial factors, always the same ones."""
+        return _OUT_OF_THE_WEIGHT.fullmatch(str(self.init_lora_weights)) is not None
+
+    @property
+    def peft_type(self) -> PeftType:
         """The method's name in PEFT's files."""
-        return "LORA"
+        return PeftType.LORA
 
     def rank_for(self, module_name: str) -> int:
         """The rank of the module at this path: `rank_pattern`'s first match, or `r`."""
@@ -161,14 +187,20 @@ class LoraConfig:
             _first_match(self.alpha_pattern, module_name), self.lora_alpha
         )
 
+    def scaling_for(self, module_name: str) -> float:
+        """What `B A` is multiplied by at this path: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA)."""
+        r, alpha = self.rank_for(module_name), self.alpha_for(module_name)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT writes them to `adapter_config.json`, those carried along included."""
         values = dataclasses.asdict(self)
         other = values.pop("other_fields")
+        del values["runtime_config"]
         return dict(sorted({**other, **values, "peft_type": "LORA"}.items()))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "adapter_config.json") -> Self:
+    def from_dict(cls, values: dict[str, Any], where: str = CONFIG_NAME) -> Self:
         """Builds a configuration from PEFT's JSON form, of any PEFT version.
 
         Raises:
@@ -178,20 +210,67 @@ class LoraConfig:
         peft_type = str(values.get("peft_type", "LORA")).upper()
         if peft_type != "LORA":
             raise InputError(f"{where}: peft_type is {peft_type}, and lorakit reads LORA only")
-        known = {f.name for f in dataclasses.fields(cls)} - {"other_fields"}
-        other = {k: v for k, v in values.items() if k not in known and k != "peft_type"}
+        known = {f.name for f in dataclasses.fields(cls)} - {"other_fields", "runtime_config"}
+        other = {
+            k: v
+            for k, v in values.items()
+            if k not in known and k not in ("peft_type", "runtime_config")
+        }
         for name, value in other.items():
-            if value and name not in _INFORMATION_ONLY:
+            if value:
                 raise InputError(
                     f"{where}: {name}={value!r} is not supported by lorakit"
                     f"{did_you_mean(name, known)}"
                 )
+            warnings.warn(f"{where}: lorakit does not know {name}, which is not set", stacklevel=3)
         try:
             return cls(**{k: v for k, v in values.items() if k in known}, other_fields=other)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         except (TypeError, AttributeError) as error:
             raise InputError(f"{where}: a field has the wrong type: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> Self:
+        """The configuration in a file.
+
+        Raises:
+            InputError: it cannot be read, or not be used.
+        """
+        path = Path(path)
+        try:
+            values: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise InputError(f"{path} is not readable JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{path} must hold one JSON object")
+        return cls.from_dict(values, where=str(path))
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id: str | Path, subfolder: str | None = None, **options: Any
+    ) -> Self:
+        """The configuration of the adapter in a folder, or of a hub's id.
+
+        Args:
+            options: fields that take the place of the file's, and `revision`, `token`,
+                `cache_dir`, … for the hub.
+
+        Raises:
+            InputError: there is no adapter, or its configuration cannot be used.
+        """
+        from lorakit.lora.folders import locate
+
+        names = {f.name for f in dataclasses.fields(cls)} - {"revision"}
+        fields = {name: options.pop(name) for name in names & options.keys()}
+        folder = locate(model_id, subfolder, **options)
+        if not (folder / CONFIG_NAME).is_file():
+            raise InputError(f"{folder} holds no adapter: there is no {CONFIG_NAME} in it")
+        return dataclasses.replace(cls.from_json_file(folder / CONFIG_NAME), **fields)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes `adapter_config.json` into a folder, which is made if it is missing."""
+        atomic.write_file(Path(save_directory) / CONFIG_NAME, self.to_json())
 
     def to_json(self) -> str:
         """`to_dict` as the text of `adapter_config.json`."""
@@ -202,6 +281,15 @@ def _first_match(patterns: dict[str, Any], module_name: str) -> str:
     from lorakit.lora.targets import matches_pattern
 
     return next((p for p in patterns if matches_pattern(p, module_name)), "")
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    """Settings as a dictionary, also when they come as an instance of PEFT's class."""
+    if value is None or isinstance(value, dict):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise InputError(f"{name} must be a dictionary of settings, not {value!r}")
 
 
 def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
@@ -223,7 +311,7 @@ def _check_initialization(how: object) -> None:
     if not known:
         raise InputError(
             f"init_lora_weights={how!r} is not supported: use true, gaussian, orthogonal, pissa, "
-            "pissa_niter_4, olora, eva, loftq or false"
+            "pissa_niter_4, olora, eva, loftq, corda, lora_ga or false"
         )
 
 

@@ -8,10 +8,8 @@ is in `decomposition.py`; putting factors into layers is the caller's.
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +18,19 @@ from torch import nn
 from lorakit.errors import InputError, listed
 from lorakit.lora.decomposition import at_least_float32, leading_directions
 from lorakit.lora.layers.linear import is_conv1d
-
-Modules = Mapping[str, nn.Module]
-Run = Callable[[Any], Any]
+from lorakit.lora.observing import (
+    Modules,
+    Run,
+    alone_trained,
+    as_rows,
+    check_reached,
+    counted_tokens,
+    first_of,
+    in_mode,
+    leaders_of,
+    linear_base,
+    observed,
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +150,10 @@ def eva(
         InputError: there is no batch, a module is not linear, or got no input.
     """
     config = config or EvaConfig()
-    first, stream = _first_of(batches, "EVA")
+    first, stream = first_of(batches, "EVA")
     again = (batch for _ in range(max_passes - 1) for batch in batches)
-    with _in_mode(model, training=False):
-        leaders = _leaders(modules, run, first)
+    with in_mode(model, training=False):
+        leaders = leaders_of(modules, run, first)
         svds = {leader: IncrementalSVD(0) for leader in leaders.values()}
         for name, leader in leaders.items():
             svd = svds[leader]
@@ -155,11 +163,13 @@ def eva(
 
         def see(name: str, x: torch.Tensor) -> None:
             if name in waiting:
-                svds[name].update(_rows(x, mask))
+                svds[name].update(as_rows(x, mask))
 
-        with _observed({leader: modules[leader] for leader in svds}, see):
+        with observed({leader: modules[leader] for leader in svds}, see):
             for batch in itertools.chain([first], stream, again):
-                mask = _mask(batch, config.label_mask_value if config.use_label_mask else None)
+                mask = counted_tokens(
+                    batch, config.label_mask_value if config.use_label_mask else None
+                )
                 run(batch)
                 if all(svd.count for svd in svds.values()):
                     ratios = {n: svds[leaders[n]].explained_variance_ratio for n in modules}
@@ -168,7 +178,7 @@ def eva(
                 unsettled = (n for n, r in needs if not svds[leaders[n]].settled(r, config.tau))
                 if not (waiting := {leaders[name] for name in unsettled}):
                     break
-    _check_reached(modules, {name for name in modules if svds[leaders[name]].count}, "EVA")
+    check_reached(modules, {name for name in modules if svds[leaders[name]].count}, "EVA")
     if waiting:
         cure = "give more batches, or a smaller tau"
         warnings.warn(f"EVA has not settled for {listed(sorted(waiting))}: {cure}", stacklevel=3)
@@ -192,26 +202,26 @@ def input_covariances(
     Raises:
         InputError: there is no batch, a module is not linear, or got no input.
     """
-    first, stream = _first_of(batches, "CorDA")
+    first, stream = first_of(batches, "CorDA")
     sums: dict[str, torch.Tensor] = {}
     calls: Counter[str] = Counter()
     mask = None
 
     def see(name: str, x: torch.Tensor) -> None:
-        rows = _rows(x, mask)
+        rows = as_rows(x, mask)
         if len(rows):
             largest = rows.max().abs()
             rows = rows / torch.where(largest > 0, largest, 1)
             sums[name] = sums.get(name, 0) + rows.T @ rows
             calls[name] += 1
 
-    with _in_mode(model, training=False):
-        leaders = _leaders(modules, run, first)
-        with _observed({leader: modules[leader] for leader in leaders.values()}, see):
+    with in_mode(model, training=False):
+        leaders = leaders_of(modules, run, first)
+        with observed({leader: modules[leader] for leader in leaders.values()}, see):
             for batch in itertools.chain([first], stream):
-                mask = _mask(batch, ignored_label=None)
+                mask = counted_tokens(batch, ignored_label=None)
                 run(batch)
-    _check_reached(modules, {name for name in modules if leaders[name] in sums}, "CorDA")
+    check_reached(modules, {name for name in modules if leaders[name] in sums}, "CorDA")
     means = {leader: total / calls[leader] for leader, total in sums.items()}
     return {name: means[leader] for name, leader in leaders.items()}
 
@@ -223,128 +233,38 @@ def weight_gradients(
     (float64 where the weight is). For `decomposition.lora_ga`. No `.grad` is touched.
 
     Args:
-        run: runs the model on one batch and returns the loss, a scalar.
+        run: runs the model on one batch, and returns the loss, a scalar, or calls its backward.
         model: put into training mode meanwhile, as in PEFT; None leaves the mode to the caller.
     Raises:
         InputError: there is no batch, a module is not linear, or its weight has no gradient.
     """
-    first, stream = _first_of(batches, "LoRA-GA")
-    weights = {name: _linear(name, module).weight for name, module in modules.items()}
+    first, stream = first_of(batches, "LoRA-GA")
+    weights = {name: linear_base(name, module).weight for name, module in modules.items()}
     for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
             raise InputError(f"LoRA-GA: {name} is quantised, and its weight has no gradient")
-    required = {name: weight.requires_grad for name, weight in weights.items()}
     sums: dict[str, torch.Tensor] = {}
     counts: Counter[str] = Counter()
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        with _in_mode(model, training=True), torch.enable_grad():
-            for batch in itertools.chain([first], stream):
-                loss = run(batch)
-                if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.grad_fn):
-                    raise InputError("LoRA-GA: run must return the loss, which weights determine")
-                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-                for name, gradient in zip(weights, found, strict=True):
-                    if gradient is not None:
-                        sums[name] = sums.get(name, 0) + at_least_float32(gradient)
-                        counts[name] += 1
-    finally:
-        for name, weight in weights.items():
-            weight.requires_grad_(required[name])
-    _check_reached(modules, set(sums), "LoRA-GA")
+
+    def add(name: str, gradient: torch.Tensor) -> None:
+        sums[name] = sums.get(name, 0) + at_least_float32(gradient)
+        counts[name] += 1
+
+    others = () if model is None else model.parameters()
+    with in_mode(model, training=True), torch.enable_grad(), alone_trained(weights, others, add):
+        for batch in itertools.chain([first], stream):
+            before = counts.total()
+            loss = run(batch)
+            if counts.total() > before:  # run has called backward
+                continue
+            if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.grad_fn):
+                raise InputError(
+                    "LoRA-GA: run must call backward, or return the loss, which weights determine"
+                )
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, found, strict=True):
+                if gradient is not None:
+                    add(name, gradient)
+    check_reached(modules, set(sums), "LoRA-GA")
     means = {name: sums[name] / counts[name] for name in modules}
-    return {n: G.T if is_conv1d(_linear(n, modules[n])) else G for n, G in means.items()}
-
-
-@contextmanager
-def _observed(modules: Modules, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Calls `see(name, x)` with the input x (…, d_in) of every one of `modules` that runs."""
-
-    def look(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(name, args[0] if args else next(iter(kwargs.values())))
-
-    handles = []
-    try:
-        for name, module in modules.items():
-            hook = partial(look, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _in_mode(model: nn.Module | None, *, training: bool) -> Iterator[None]:
-    """`model` in training or evaluation mode, every module in its own again afterwards."""
-    before = {} if model is None else {module: module.training for module in model.modules()}
-    try:
-        for module in before:
-            module.training = training
-        yield
-    finally:
-        for module, was in before.items():
-            module.training = was
-
-
-def _leaders(modules: Modules, run: Run, batch: Any) -> dict[str, str]:
-    """For each module the first that is given the same tensor as it is, in a run of `batch`."""
-    leaders = {name: name for name in modules if _linear(name, modules[name])}
-    calls: Counter[str] = Counter()
-    last: tuple[torch.Tensor, int, str] | None = None
-
-    def see(name: str, x: torch.Tensor) -> None:
-        nonlocal last
-        calls[name] += 1
-        version = 0 if x.is_inference() else x._version  # the tensor may be written in place
-        if last is not None and last[0] is x and last[1] == version:
-            leaders[name] = last[2]
-        else:
-            last = x, version, name
-
-    with _observed(modules, see):
-        run(batch)
-    # What runs several times is given several tensors, and would have to share them all.
-    return {n: lead if calls[n] == calls[lead] == 1 else n for n, lead in leaders.items()}
-
-
-def _linear(name: str, module: nn.Module) -> Any:
-    """The linear layer, inside of one that has adapters."""
-    module = getattr(module, "base_layer", module)
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return module
-    raise InputError(f"{name} is no linear layer: only these can start from data")
-
-
-def _first_of(batches: Iterable[Any], method: str) -> tuple[Any, Iterator[Any]]:
-    """The first batch and those after it."""
-    stream = iter(batches)
-    for first in stream:
-        return first, stream
-    raise InputError(f"{method} needs at least one batch of data, and there is none")
-
-
-def _check_reached(modules: Modules, reached: set[str], method: str) -> None:
-    if missing := [name for name in modules if name not in reached]:
-        raise InputError(f"{method}: no token of the batches reached {listed(missing)}")
-
-
-def _mask(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
-    """Which tokens of the batch count (batch, seq), None when it does not say."""
-    fields = batch if isinstance(batch, Mapping) else {}
-    mask, labels = fields.get("attention_mask"), fields.get("labels")
-    mask = mask.bool() if mask is not None and mask.dim() == 2 else None
-    if ignored_label is None or labels is None or labels.dim() != 2:
-        return mask
-    counted = labels != ignored_label
-    return counted if mask is None or mask.shape != counted.shape else mask & counted
-
-
-def _rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x (…, d_in) as rows (n, d_in), of the tokens that count."""
-    # An expert's input has not as many rows as there are tokens, and all of them count.
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is not None and mask.numel() == len(rows):
-        rows = rows[mask.reshape(-1).to(rows.device)]
-    return at_least_float32(rows)
+    return {n: G.T if is_conv1d(linear_base(n, modules[n])) else G for n, G in means.items()}

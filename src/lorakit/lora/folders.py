@@ -15,14 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import (
-    CONFIG_NAME,
-    INITIAL_NAME,
-    PREFIX,
-    WEIGHTS_NAME,
-    write_adapter,
-)
-from lorakit.lora.config import LoraConfig
+from lorakit.lora.checkpoint import INITIAL_NAME, PREFIX, WEIGHTS_NAME, write_adapter
+from lorakit.lora.config import CONFIG_NAME, LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 

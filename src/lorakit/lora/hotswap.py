@@ -48,9 +48,7 @@ def hotswap_adapter(
     load_tensors(parameters, {**tensors, **fitted}, folder)
     for path, layer in wrapped_modules(model.get_base_model()):
         if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-            layer.rescale(
-                adapter_name, config.rank_for(path), config.alpha_for(path), config.use_rslora
-            )
+            layer.rescale(adapter_name, config.alpha_for(path), config.scaling_for(path))
 
 
 def _padded(key: str, tensor: torch.Tensor, like: torch.Tensor, folder: Path) -> torch.Tensor:

@@ -12,6 +12,9 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 
+START = "lora_start"
+"""The attribute of a base layer under which `prepare.py` leaves factors for the next adapter."""
+
 
 class InitialFactors(nn.Module):
     """The factors that an adapter started from, where they are not zero: `A` and `B`, frozen.
@@ -29,7 +32,12 @@ class InitialFactors(nn.Module):
 
 @torch.no_grad()
 def initialize(
-    A: torch.Tensor, B: torch.Tensor, W: torch.Tensor, scaling: float, config: LoraConfig
+    A: torch.Tensor,
+    B: torch.Tensor,
+    W: torch.Tensor,
+    scaling: float,
+    config: LoraConfig,
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> InitialFactors | None:
     """Fills the factors of a linear or convolution layer.
 
@@ -37,9 +45,20 @@ def initialize(
     deviation 1/r and zero `B`, False both random (for tests).
 
     Shapes: A (r, d_in, …), B (d_out, r, …), W (d_out, d_in).
+    Args:
+        start: the factors that were made from data (`prepare.py`).
     Returns: what has to be taken off again, None when there is nothing.
     """
     how = config.init_lora_weights
+    if how in ("corda", "lora_ga"):
+        if start is None:
+            raise InputError(
+                f"init_lora_weights='{how}' needs data: call "
+                f"{'preprocess_corda' if how == 'corda' else 'preprocess_loraga'} first"
+            )
+        A.copy_(start[0])
+        B.copy_(start[1])
+        return InitialFactors(A, B)
     if isinstance(how, str) and how not in ("gaussian", "eva"):
         return _decompose(A, B, W, scaling, how)
     if how == "gaussian":
@@ -51,6 +70,24 @@ def initialize(
     else:
         nn.init.zeros_(B)
     return None
+
+
+@torch.no_grad()
+def initialize_loftq(
+    A: torch.Tensor, B: torch.Tensor, W: torch.Tensor, scaling: float, config: LoraConfig
+) -> torch.Tensor:
+    """Fills the factors with what quantising `W` loses, and returns `W` quantised (d_out, d_in)."""
+    if not W.dtype.is_floating_point:
+        raise InputError("init_lora_weights='loftq' needs a base that is not quantised yet")
+    from lorakit.lora import decomposition
+
+    settings = config.loftq_config
+    quantized, new_A, new_B = decomposition.loftq(
+        W, A.shape[0], settings.get("loftq_bits", 4), settings.get("loftq_iter", 1), scaling
+    )
+    A.copy_(new_A)
+    B.copy_(new_B)
+    return quantized
 
 
 @torch.no_grad()

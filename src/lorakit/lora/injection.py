@@ -85,10 +85,14 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
 
 def remove(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter out; a module that has no other one left is the original again."""
-    wrapped = list(wrapped_modules(model))
-    for _, module in wrapped:
+    for _, module in wrapped_modules(model):
         module.delete_adapter(adapter_name)
-    for name, module in reversed(wrapped):  # from the inside out
+    put_back_unused(model)
+
+
+def put_back_unused(model: nn.Module) -> None:
+    """Puts the original modules in the place of those that have no adapter left."""
+    for name, module in reversed(list(wrapped_modules(model))):  # from the inside out
         if not module.adapters:
             _replace(model, name, module.original())
 

@@ -1,5 +1,6 @@
 """What state a model with adapters is in, layer by layer and as a whole, under PEFT's names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class TunerModelStatus:
 
     base_model_type: str
     adapter_model_type: str
-    peft_types: dict[str, str]
+    peft_types: Mapping[str, str]
     trainable_params: int
     total_params: int
     num_adapter_layers: int
@@ -66,7 +67,7 @@ def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def model_status(
-    model: nn.Module, base: nn.Module, peft_types: dict[str, str], counted: tuple[int, int]
+    model: nn.Module, base: nn.Module, peft_types: Mapping[str, str], counted: tuple[int, int]
 ) -> TunerModelStatus:
     """The state of all layers of `base` together; `counted` is trainable and all parameters."""
     layers = layer_status(base)

@@ -9,7 +9,6 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.initialize import initialize
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Routing
 
@@ -69,11 +68,8 @@ class LoraConv(LoraLayer):
     def _kernels(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
-    def _initialize(self, name: str, config: LoraConfig) -> None:
-        # The matrices of a grouped base are no views: the parameters themselves are filled.
-        initialize(
-            *self._kernels(name), self._as_matrix(self.base_weight), self.scaling[name], config
-        )
+    def _initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kernels(name)  # the matrices of a grouped base are no views
 
     def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
         if self.base_layer.groups != 1:

@@ -36,7 +36,7 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.in_features, **placement))
         self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.out_features, r, **placement))
 
-    def _initialize(self, name: str, config: LoraConfig) -> None:
+    def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         initialize_embedding(*self.matrices(name), config.init_lora_weights)
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ class LoraParameter(LoraLayer):
         self.lora_A[name] = skip(nn.Linear, self.in_features, ranks, bias=False, **placement)
         self.lora_B[name] = skip(nn.Linear, ranks, self.out_features, bias=False, **placement)
 
-    def _initialize(self, name: str, config: LoraConfig) -> None:
+    def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         initialize(A, B, self.base_weight.flatten(0, -2), self.scaling[name], config)  # type: ignore[arg-type]
 

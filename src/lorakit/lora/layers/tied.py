@@ -29,7 +29,7 @@ class LoraTiedHead(LoraLinear):
     def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
         """Nothing: the embedding has the parameters."""
 
-    def _initialize(self, name: str, config: LoraConfig) -> None:
+    def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         """Nothing: the embedding has done it."""
 
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:

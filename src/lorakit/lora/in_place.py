@@ -1,0 +1,147 @@
+"""PEFT's low-level functions: adapters in a model that is not wrapped, and state dictionaries.
+
+`inject_adapter_in_model` leaves the model its own class; the bank of its adapters goes along as
+an attribute, which the other functions look for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import PREFIX, load_tensors
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.model import LoraModel
+from lorakit.lora.status import TunerLayerStatus, TunerModelStatus
+
+_BANK = "lora_bank"
+
+
+class LoadResult(NamedTuple):
+    """What did not fit, as `torch.nn.Module.load_state_dict` says it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Adds an adapter to `model` in place, and returns that model, not a `LoraModel`.
+
+    Args:
+        low_cpu_mem_usage: as in PEFT's function; a new adapter's values have to be made.
+        state_dict: the adapter's tensors, as `get_peft_model_state_dict` gives them: the modules
+            that they belong to are the targets, whatever `peft_config` says. Values are not
+            loaded.
+
+    Raises:
+        InputError: as `get_peft_model` does.
+    """
+    if state_dict is not None:
+        peft_config = _targets_of(peft_config, state_dict)
+    bank = vars(model).get(_BANK)
+    if bank is None:
+        bank = LoraModel(model, peft_config, adapter_name)
+        vars(model)[_BANK] = bank  # not as a submodule, which it would hold itself
+        vars(model)["peft_config"] = bank.peft_config
+    else:
+        bank.add_adapter(adapter_name, peft_config)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    **_for_peft: Any,
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under the keys of PEFT's files, without the adapter's name.
+
+    Args:
+        model: a `LoraModel`, or one with injected adapters, whose keys lack its prefix.
+        state_dict: take the values from here, as `model.state_dict()` gives them.
+
+    Raises:
+        InputError: there is no such adapter.
+    """
+    bank, prefix = _bank_of(model)
+    bank._require(adapter_name)
+    own = bank.adapter_tensors(adapter_name)
+    if state_dict is not None:
+        names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+        own = {key: state_dict[names[id(tensor)]] for key, tensor in own.items()}
+    return {prefix + key.removeprefix(PREFIX): tensor.detach() for key, tensor in own.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Puts tensors into an adapter of `model`; the inverse of `get_peft_model_state_dict`.
+
+    Args:
+        ignore_mismatched_sizes: leave out tensors of another shape, which are then missing.
+        low_cpu_mem_usage: as in PEFT's function.
+
+    Returns: the adapter's keys that got no value, and those given that it does not have.
+
+    Raises:
+        InputError: there is no such adapter, or a shape does not fit.
+    """
+    bank, prefix = _bank_of(model)
+    bank._require(adapter_name)
+    own = {
+        prefix + k.removeprefix(PREFIX): t for k, t in bank.adapter_tensors(adapter_name).items()
+    }
+    given = {
+        key: tensor
+        for key, tensor in peft_model_state_dict.items()
+        if not (ignore_mismatched_sizes and key in own and own[key].shape != tensor.shape)
+    }
+    both = own.keys() & given.keys()
+    load_tensors({k: own[k] for k in both}, {k: given[k] for k in both}, adapter_name)
+    return LoadResult([k for k in own if k not in both], [k for k in given if k not in own])
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The state of every wrapped layer of a `LoraModel`, or of one with injected adapters."""
+    return _bank_of(model)[0].get_layer_status()
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The state of all layers of a `LoraModel`, or of one with injected adapters, together."""
+    return _bank_of(model)[0].get_model_status()
+
+
+def _bank_of(model: nn.Module) -> tuple[LoraModel, str]:
+    """The adapters of `model`, and what its keys start with."""
+    if isinstance(model, LoraModel):
+        return model, PREFIX
+    bank = vars(model).get(_BANK)
+    if bank is None:
+        raise InputError("this model has no adapters: use get_peft_model first")
+    return bank, ""
+
+
+def _targets_of(config: LoraConfig, state_dict: Mapping[str, torch.Tensor]) -> LoraConfig:
+    """`config` with the modules as targets to which the tensors belong."""
+    if config.target_parameters:
+        raise InputError(
+            "target_parameters: which parameters an adapter has cannot be told from a state_dict"
+        )
+    layers = [key.removeprefix(PREFIX).partition(".lora_") for key in state_dict]
+    paths = dict.fromkeys(path for path, found, _ in layers if found)
+    return dataclasses.replace(config, target_modules=list(paths))

@@ -1,0 +1,276 @@
+"""The named adapters beside one frozen layer: their parameters, their first values, their merging.
+
+PEFT's structure: `base_layer` is the frozen original, `lora_A[name].weight` (r, in) and
+`lora_B[name].weight` (out, r) are the adapter `name`. What the layer computes with them is
+`base.py`'s.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from lorakit.errors import InputError
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.dora import Magnitude, channel_norms
+from lorakit.lora.initialize import (
+    START,
+    InitialFactors,
+    initialize,
+    initialize_bias,
+    initialize_loftq,
+)
+from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.routing import Routing
+
+
+class LayerBank(Mergeable):
+    """One frozen layer and its adapters: a bank that adapters join, leave, merge into."""
+
+    def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
+        super().__init__(base_layer, routing)
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.lora_initial = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self._own_scaling: dict[str, float] = {}
+        self._whole_weights: dict[str, nn.Parameter] = {}  # those that LoftQ has quantised
+        if (bias := self.base_bias) is not None:
+            bias.requires_grad_(False)
+
+    @property
+    def base_bias(self) -> nn.Parameter | None:
+        """The base layer's bias, None where it has none."""
+        return getattr(self.get_base_layer(), self.bias_name, None)
+
+    @classmethod
+    def from_base(cls, base_layer: nn.Module, routing: Routing) -> Self:
+        """An empty bank around `base_layer`, on a model's shared routing."""
+        return cls(base_layer, routing=routing)
+
+    # --- the bank -------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        config: LoraConfig,
+        module_name: str = "",
+        autocast: bool = True,
+        initialize: bool = True,
+    ) -> None:
+        """Makes room for adapter `name` and initialises it; the base and the others stay.
+
+        Args:
+            module_name: this layer's path in the model, for `rank_pattern` and `alpha_pattern`.
+            autocast: weights are float32 where the base is float16, bfloat16 or quantised, so
+                that small steps are not rounded away; otherwise they have the base's dtype.
+            initialize: False leaves the values to be loaded.
+        """
+        self._check(config)
+        r = config.rank_for(module_name)
+        base = self.base_weight
+        half = base.dtype in (torch.float16, torch.bfloat16) and autocast
+        dtype = torch.float32 if half or not base.dtype.is_floating_point else base.dtype
+        self.r[name] = r
+        self.rescale(name, config.alpha_for(module_name), config.scaling_for(module_name))
+        p = config.lora_dropout
+        dropout = nn.Dropout(p) if p > 0 else nn.Identity()
+        self.lora_dropout[name] = dropout.train(self.training)
+        self._create(name, r, config.lora_bias, device=base.device, dtype=dtype)
+        if config.init_lora_weights == "loftq":
+            self._quantize_base(name, config)
+        elif initialize or config.takes_start_off:
+            self._initialize(name, config, fresh=initialize)
+        if (bias := self._factor_tensors(name).get("lora_B.bias")) is not None and initialize:
+            initialize_bias(bias, config.init_lora_weights)
+        if config.use_dora:
+            norms = (
+                self._norms(name)
+                if initialize
+                else torch.empty(self.out_features, device=base.device)
+            )
+            self.lora_magnitude_vector[name] = Magnitude(self._stored_lengths(norms.to(dtype)))
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that this layer has."""
+        return list(self.r)
+
+    def original(self, active: Iterable[str] = ()) -> nn.Module:
+        """The base layer, with its own weight, or with what was merged into it."""
+        if not self.merged:
+            self._make_whole(self.adapters)
+        return super().original(active)
+
+    def _make_whole(self, names: Iterable[str]) -> None:
+        """Takes LoftQ's quantisation back."""
+        for name in names:
+            if (whole := self._whole_weights.pop(name, None)) is not None:
+                setattr(self.get_base_layer(), self.weight_name, whole)
+
+    def _forget(self, name: str) -> None:
+        self._make_whole([name])
+        for part in (self.r, self.lora_alpha, self.scaling, self._own_scaling):
+            part.pop(name, None)
+        for bank in self._banks():
+            if name in bank:
+                del bank[name]
+
+    def rescale(self, name: str, alpha: float, scaling: float) -> None:
+        """Gives adapter `name` an alpha, and the scaling that comes of it."""
+        self.lora_alpha[name] = alpha
+        self.scaling[name] = self._own_scaling[name] = scaling
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Multiplies adapter `name`'s own scaling by `scale`: 0 is off, 1 as it was trained."""
+        if name in self.r:
+            self.scaling[name] = scale * self._own_scaling[name]
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The parameters of adapter `name` under the ends of PEFT's keys (`lora_A.weight`, …)."""
+        if name not in self.r:
+            return {}
+        tensors = self._factor_tensors(name)
+        if (magnitude := self._magnitude(name)) is not None:
+            tensors["lora_magnitude_vector"] = magnitude
+        return tensors
+
+    def _check(self, config: LoraConfig) -> None:
+        """Raises InputError when `config` asks for what this kind of layer does not do."""
+
+    @abstractmethod
+    def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
+        """Creates the parameters of adapter `name`, of rank `r`, uninitialised."""
+
+    def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
+        """Fills the parameters of adapter `name` as `LoraConfig.init_lora_weights` says.
+
+        Args:
+            fresh: False when values are loaded next, and only need a place.
+        """
+        A, B = self._initial_places(name)
+        if fresh or config.starts_from_weight:
+            start = vars(self.get_base_layer()).pop(START, None)
+            W = self._as_matrix(self.base_weight)
+            initial = initialize(A, B, W, self.scaling[name], config, start)
+        else:
+            initial = InitialFactors(torch.zeros_like(A), torch.zeros_like(B))
+        if initial is not None:
+            self.lora_initial[name] = initial
+
+    def _initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors that initialisation fills."""
+        return self.matrices(name)
+
+    def _quantize_base(self, name: str, config: LoraConfig) -> None:
+        """LoftQ: the base's weight is quantised, and the adapter starts from what that loses."""
+        whole = self.base_weight
+        W = self._as_matrix(whole)
+        quantized = initialize_loftq(*self.matrices(name), W, self.scaling[name], config)
+        self._whole_weights[name] = whole
+        weight = self._as_stored(quantized).to(whole.dtype).contiguous()
+        setattr(self.get_base_layer(), self.weight_name, nn.Parameter(weight, requires_grad=False))
+
+    def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        A, B = self.lora_A[name], self.lora_B[name]
+        tensors = {"lora_A.weight": A.weight, "lora_B.weight": B.weight}
+        return tensors if B.bias is None else {**tensors, "lora_B.bias": B.bias}
+
+    def _banks(self) -> tuple[nn.ModuleDict | nn.ParameterDict, ...]:
+        """The dictionaries by adapter name that hold modules and parameters."""
+        common = self.lora_dropout, self.lora_magnitude_vector, self.lora_initial
+        return *common, self.lora_A, self.lora_B
+
+    def _magnitude(self, name: str) -> nn.Parameter | None:
+        if name not in self.lora_magnitude_vector:
+            return None
+        return self.lora_magnitude_vector.get_submodule(name).weight  # type: ignore[return-value]
+
+    # --- an adapter as matrices -----------------------------------------------------------
+
+    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A` (r, d_in) and `B` (d_out, r) of adapter `name`, views of its parameters."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A` (n, d_in) and `B` (d_out, n) whose product, times the scaling, is the update.
+
+        n is the rank, or twice that where the initial factors are taken off again (PiSSA).
+        """
+        A, B = self.matrices(name)
+        if name not in self.lora_initial:
+            return A, B
+        initial: Any = self.lora_initial[name]
+        return torch.cat([A, initial.A]), torch.cat([B, -initial.B], dim=1)
+
+    def get_delta_weight(self, name: str) -> torch.Tensor:
+        """`scaling * B A` of adapter `name`, in the shape in which the base stores its weight.
+
+        Computed in the adapter's dtype; never part of a graph. DoRA's lengths are not in it.
+        """
+        A, B = (factor.detach() for factor in self.factors(name))
+        return self._as_stored((B @ A).mul_(self.scaling[name]))
+
+    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The stored base weight as (d_out, d_in)."""
+        return weight
+
+    def _as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_as_matrix`."""
+        return matrix
+
+    def _norms(self, name: str) -> torch.Tensor:
+        """DoRA's norms (d_out,), from the weight as it is without anything merged."""
+        W = self._as_matrix(self._unmerged(self.weight_name)).detach()
+        return channel_norms(W, *self.factors(name), self.scaling[name])
+
+    def _stored_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
+        """DoRA's lengths (d_out,) in the shape in which PEFT stores them."""
+        return lengths
+
+    def _lengthening(self, name: str) -> torch.Tensor:
+        """DoRA's factor for every output channel (d_out,): the trained length by the norm."""
+        magnitude = self._magnitude(name)
+        assert magnitude is not None
+        return magnitude.flatten() / self._norms(name)
+
+    # --- merging --------------------------------------------------------------------------
+
+    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
+        W = self._unmerged(self.weight_name)
+        dtype = torch.promote_types(W.dtype, self.factors(names[0])[0].dtype)
+        total = W.to(dtype)
+        for name in names:
+            total = total + self._weight_update(name).to(dtype)
+        merged = {self.weight_name: total}
+        biases = [b for name in names if (b := self.bias_update(name)) is not None]
+        if biases:
+            if self.base_bias is None:
+                raise InputError("an adapter with lora_bias cannot be merged: the base has no bias")
+            merged[self.bias_name] = self._unmerged(self.bias_name) + sum(biases)
+        return merged
+
+    def _weight_update(self, name: str) -> torch.Tensor:
+        """All that adapter `name` changes in the stored weight, DoRA's lengths included."""
+        with_lengths = self.dora_update(name)
+        return (
+            self.get_delta_weight(name) if with_lengths is None else self._as_stored(with_lengths)
+        )
+
+    @torch.no_grad()
+    def dora_update(self, name: str) -> torch.Tensor | None:
+        """`m (W + scaling B A) / ‖…‖ - W` (d_out, d_in), None for an adapter without lengths."""
+        if self._magnitude(name) is None:
+            return None
+        A, B = self.factors(name)
+        W = self._as_matrix(self._unmerged(self.weight_name)).to(A.dtype)
+        return self._lengthening(name)[:, None] * (W + self.scaling[name] * B @ A) - W
+
+    def bias_update(self, name: str) -> torch.Tensor | None:
+        """`scaling` times the bias of `B` (d_out,), None without one."""
+        bias = self.lora_B[name].bias
+        return None if bias is None else bias * self.scaling[name]

@@ -1,0 +1,1 @@
+"""PEFT's own LoRA tests, run against lorakit: `make peft-suite`."""
