@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorakit.adapters.merge import merge as merge
     from lorakit.lora.config import LoraConfig as LoraConfig
-    from lorakit.lora.data_driven import EvaConfig as EvaConfig
     from lorakit.lora.hotswap import hotswap_adapter as hotswap_adapter
+    from lorakit.lora.in_place import get_base_model_state_dict as get_base_model_state_dict
     from lorakit.lora.in_place import get_layer_status as get_layer_status
     from lorakit.lora.in_place import get_model_status as get_model_status
     from lorakit.lora.in_place import get_peft_model_state_dict as get_peft_model_state_dict
     from lorakit.lora.in_place import inject_adapter_in_model as inject_adapter_in_model
+    from lorakit.lora.in_place import set_base_model_state_dict as set_base_model_state_dict
     from lorakit.lora.in_place import set_peft_model_state_dict as set_peft_model_state_dict
+    from lorakit.lora.initial_settings import CordaConfig as CordaConfig
+    from lorakit.lora.initial_settings import EvaConfig as EvaConfig
+    from lorakit.lora.initial_settings import LoftQConfig as LoftQConfig
+    from lorakit.lora.initial_settings import LoraGAConfig as LoraGAConfig
     from lorakit.lora.layers import LoraLinear as LoraLinear
     from lorakit.lora.model import LoraModel as LoraModel
     from lorakit.lora.model import get_peft_model as get_peft_model
@@ -23,9 +28,6 @@ if TYPE_CHECKING:
     from lorakit.lora.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakit.lora.peft_fields import PeftType as PeftType
     from lorakit.lora.peft_fields import TaskType as TaskType
-    from lorakit.lora.prepare import CordaConfig as CordaConfig
-    from lorakit.lora.prepare import LoftQConfig as LoftQConfig
-    from lorakit.lora.prepare import LoraGAConfig as LoraGAConfig
     from lorakit.lora.prepare import get_eva_state_dict as get_eva_state_dict
     from lorakit.lora.prepare import initialize_lora_eva_weights as initialize_lora_eva_weights
     from lorakit.lora.prepare import preprocess_corda as preprocess_corda
@@ -49,23 +51,22 @@ __version__ = "0.1.0"
 _BY_MODULE = {
     "lorakit.adapters.merge": ["merge"],
     "lorakit.lora.config": ["LoraConfig"],
-    "lorakit.lora.data_driven": ["EvaConfig"],
     "lorakit.lora.hotswap": ["hotswap_adapter"],
     "lorakit.lora.in_place": [
+        "get_base_model_state_dict",
         "get_layer_status",
         "get_model_status",
         "get_peft_model_state_dict",
         "inject_adapter_in_model",
+        "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
+    "lorakit.lora.initial_settings": ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"],
     "lorakit.lora.layers": ["LoraLinear"],
     "lorakit.lora.model": ["LoraModel", "get_peft_model"],
     "lorakit.lora.optimizers": ["create_lorafa_optimizer", "create_loraplus_optimizer"],
     "lorakit.lora.peft_fields": ["PeftType", "TaskType"],
     "lorakit.lora.prepare": [
-        "CordaConfig",
-        "LoftQConfig",
-        "LoraGAConfig",
         "get_eva_state_dict",
         "initialize_lora_eva_weights",
         "preprocess_corda",

@@ -109,7 +109,7 @@ def test_generating_with_an_adapter_each_gives_what_each_gives_alone(build, ids,
 
 def test_names_of_rows_are_checked(build, ids):
     wrapped = wrap(build())
-    with pytest.raises(InputError, match="no adapter 'defualt' \\(did you mean 'default'"):
+    with pytest.raises(InputError, match="Adapter defualt does not exist \\(did you mean 'default'"):
         output(wrapped, ids, adapter_names=["defualt"] * 3)
     with pytest.raises(InputError, match="adapter_names is empty"):
         output(wrapped, ids, adapter_names=[])
@@ -239,7 +239,7 @@ def test_a_wrapped_model_is_not_wrapped_twice_and_names_are_not_given_twice(buil
         wrap(model)
     with pytest.raises(InputError, match="'default' already"):
         wrapped.add_adapter("default", LoraConfig())
-    with pytest.raises(InputError, match="no adapter 'x'"):
+    with pytest.raises(InputError, match="Adapter x does not exist"):
         wrapped.set_adapter("x")
 
 

@@ -16,10 +16,10 @@ from lorakit.lora.routing import Route, Routing
 def test_rows_are_numbered_by_adapter_and_repeated_in_place_as_beams_are():
     route = Route(rows=("b", "__base__", "a"))
     assert route.row_names == ("b", "a")
-    index = route.row_index(6, ["a", "b"], torch.device("cpu"))
+    index = route.row_index(torch.zeros(6, 1), ["a", "b"])
     assert index.tolist() == [1, 1, 2, 2, 0, 0]
-    with pytest.raises(ValueError, match="3 names for a batch of 4 rows"):
-        route.row_index(4, ["a", "b"], torch.device("cpu"))
+    with pytest.raises(ValueError, match="3 names, and a layer got 4 rows"):
+        route.row_index(torch.zeros(4, 1), ["a", "b"])
 
 
 def test_a_route_holds_for_its_block_also_when_that_fails():
@@ -37,7 +37,7 @@ def test_a_route_holds_for_its_block_also_when_that_fails():
 def test_as_many_names_as_rows_are_needed_also_when_they_would_divide_evenly(build, names):
     wrapped = wrap(build())
     ids = torch.randint(0, 40, (4, 5))
-    words = f"adapter_names has {len(names)} names for a batch of 4 rows"
+    words = f"{len(names)} names for a batch of 4 rows"
     for call in (
         lambda: wrapped(ids, adapter_names=names),
         lambda: wrapped(input_ids=ids, adapter_names=names),
@@ -123,9 +123,52 @@ def test_what_checkpointing_computes_again_takes_the_route_of_the_first_time(
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_checkpointing_that_would_give_no_gradients_is_refused(build):
+def test_reentrant_checkpointing_trains_one_adapter_and_refuses_rows(build, ids):
+    gradients = []
+    for options in (None, {"use_reentrant": True}):
+        wrapped = wrap(build()).train()
+        if options:
+            wrapped.gradient_checkpointing_enable(options)
+        output(wrapped, ids).square().sum().backward()
+        gradients.append([p.grad for p in wrapped.parameters() if p.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
     with pytest.raises(InputError, match="use_reentrant=True"):
-        wrap(build()).gradient_checkpointing_enable({"use_reentrant": True})
+        output(wrapped, ids, adapter_names=["default"] * len(ids))
+
+
+class Tiled(nn.Module):
+    """Gives its layer several copies of all tokens, one after the other, as Llama 4's experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x.flatten(0, 1).repeat(2, 1))
+        return y.view(2, *x.shape).sum(0)
+
+
+def test_rows_that_cannot_be_told_apart_inside_the_model_are_refused():
+    wrapped = wrap(Tiled(), target_modules=["layer"])
+    x = torch.randn(3, 5, 4)
+    wrapped(x)
+    with pytest.raises(InputError, match="cannot be told whose they are"):
+        wrapped(x, adapter_names=["default", "__base__", "default"])
+
+
+def test_disabling_goes_before_rows(build, ids):
+    base = build()
+    expected = output(base, ids)
+    wrapped = wrap(base)
+    names = ["default"] * len(ids)
+    with wrapped.disable_adapter():
+        assert torch.equal(output(wrapped, ids, adapter_names=names), expected)
+    wrapped.disable_adapter_layers()
+    assert wrapped.active_adapters == ["default"]
+    assert torch.equal(output(wrapped, ids), expected)
+    wrapped.enable_adapter_layers()
+    assert not torch.equal(output(wrapped, ids), expected)
 
 
 def test_embeddings_that_are_scaled_are_scaled_with_their_adapter(ids):

@@ -39,20 +39,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    out = _out_of_scope()
+    patterns, fields = _out_of_scope()
     kept, left = [], []
     for item in items:
         name = item.nodeid.rpartition("/")[2]
-        listed = any(pattern.search(name) for pattern in out)
+        listed = any(pattern.search(name) for pattern in patterns) or _sets(item, fields)
         (left if listed or _is_for_another_method(item) else kept).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
     everything_is_here()
 
 
-def _out_of_scope() -> list[re.Pattern[str]]:
-    lines = Path(__file__).with_name("out_of_scope.txt").read_text().splitlines()
-    return [re.compile(line) for line in lines if line and not line.startswith("#")]
+def _out_of_scope() -> tuple[list[re.Pattern[str]], set[str]]:
+    """The names of tests, and the fields of configurations, that are left out."""
+    text = Path(__file__).with_name("out_of_scope.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    fields = {line.removeprefix("field ") for line in lines if line.startswith("field ")}
+    return [re.compile(line) for line in lines if not line.startswith("field ")], fields
+
+
+def _sets(item: Any, fields: set[str]) -> bool:
+    """Whether a configuration among a test's parameters sets one of these fields."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    given = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
+    return any(config.get(field) for config in given for field in fields)
 
 
 def _is_for_another_method(item: Any) -> bool:

@@ -34,11 +34,12 @@ class AdapterBank(nn.Module):
 
     Args:
         model: the base model; it is changed in place.
-        config: the first adapter's configuration.
+        config: the first adapter's configuration; it is the adapter's own from here on.
         adapter_name: the first adapter's name.
         autocast_adapter_dtype: adapters are float32 where the base is float16 or bfloat16;
             otherwise they have the base's dtype.
         initialize: False leaves the adapter's values to be loaded.
+        low_cpu_mem_usage: the adapter's parameters are on the meta device until they are loaded.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AdapterBank(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         initialize: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
         if any(True for _ in wrapped_modules(model)):
@@ -60,9 +62,9 @@ class AdapterBank(nn.Module):
         self.biases: TrainedBiases | None = None
         self._trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
         self._replication = Replication.of(model, config.layer_replication)
-        self.base_model = BaseModel(model)
+        self.base_model = BaseModel(model, self)
         try:
-            self._add(adapter_name, config, autocast_adapter_dtype, initialize)
+            self._add(adapter_name, config, autocast_adapter_dtype, initialize, low_cpu_mem_usage)
         except InputError:
             self._replication.undo()
             raise
@@ -80,18 +82,30 @@ class AdapterBank(nn.Module):
         return list(self.peft_config)
 
     def add_adapter(
-        self, adapter_name: str, config: LoraConfig, *, autocast_adapter_dtype: bool = True
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Adds a new adapter beside the others; the active ones stay active.
 
         A preset in `target_modules` is replaced by the module names that it stands for here, so
         that the saved configuration means the same to readers that know no presets.
         """
-        if config.layer_replication != self._replication.ranges:
+        if peft_config.layer_replication != self._replication.ranges:
             raise InputError("layer_replication must be the same for all adapters of a model")
-        self._add(adapter_name, config, autocast_adapter_dtype, initialize=True)
+        config = copy.deepcopy(peft_config)
+        self._add(adapter_name, config, autocast_adapter_dtype, meta=low_cpu_mem_usage)
 
-    def _add(self, adapter_name: str, config: LoraConfig, autocast: bool, initialize: bool) -> None:
+    def _add(
+        self,
+        adapter_name: str,
+        config: LoraConfig,
+        autocast: bool,
+        initialize: bool = True,
+        meta: bool = False,
+    ) -> None:
         if adapter_name in self.peft_config:
             raise InputError(f"there is an adapter '{adapter_name}' already")
         if self.biases or (self.adapters and config.bias != "none"):
@@ -108,11 +122,10 @@ class AdapterBank(nn.Module):
                 "stand beside others"
             )
         model = self.get_base_model()
-        config = copy.deepcopy(config)
         if heads := task_heads(model, config):
             own = config.modules_to_save or []
             config.modules_to_save = [*own, *(head for head in heads if head not in own)]
-        found = inject(model, config, adapter_name, self.routing, autocast, initialize)
+        found = inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
         if config.target_modules is None or config.target_modules in PRESETS:
             config.target_modules = suffixes_for(found, model)
         if config.base_model_name_or_path is None:
@@ -120,6 +133,8 @@ class AdapterBank(nn.Module):
             config.base_model_name_or_path = name or None
         self.peft_config[adapter_name] = config
         own_tensors = adapter_parameters(model, adapter_name)
+        if meta:
+            to_meta(own_tensors.values())
         set_trainable(own_tensors.values(), False)  # until it is active
         if config.bias != "none":
             with_biases = adapter_parameters(model, adapter_name, config.bias)
@@ -162,8 +177,17 @@ class AdapterBank(nn.Module):
         return found.lost_energy
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; when it was active the others of the active ones stay."""
+        """Forgets an adapter; when no other one is active, the first of those left becomes so.
+
+        Raises:
+            InputError: there is no such adapter, or it is merged into the weights.
+        """
         self._require(adapter_name)
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise InputError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. "
+                "Please unmerge them first."
+            )
         if self.biases:
             self.biases.use(False)
             self.get_base_model().requires_grad_(False)
@@ -171,6 +195,9 @@ class AdapterBank(nn.Module):
         remove(self.get_base_model(), adapter_name)
         del self.peft_config[adapter_name]
         left = [name for name in self.active_adapters if name != adapter_name]
+        if self.active_adapters and not left and self.adapters:
+            left = self.adapters[:1]
+            warnings.warn(f"'{adapter_name}' was active; now '{left[0]}' is", stacklevel=2)
         self.routing.route = Route(shared=tuple(left))
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -181,8 +208,8 @@ class AdapterBank(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the adapters that serve every row now; empty is the base alone."""
-        return list(self.routing.route.shared)
+        """The names of the adapters that serve every row, unless adapters are disabled."""
+        return list(self.routing.chosen.shared)
 
     @property
     def active_adapter(self) -> str:
@@ -219,11 +246,30 @@ class AdapterBank(nn.Module):
         for layer in merged:
             layer.unmerge()
         try:
-            with self.routing.using(Route()), self._biases_in_force(False):
+            with self.routing.disabled(), self._biases_in_force(False):
                 yield
         finally:
             for layer, names in merged.items():
                 layer.merge(names)
+
+    def disable_adapter_layers(self) -> None:
+        """From here on the model is the bare base, until `enable_adapter_layers`."""
+        for layer in self._layers():
+            layer.unmerge()
+        self.routing.enabled = False
+        if self.biases:
+            self.biases.use(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Takes `disable_adapter_layers` back."""
+        self.routing.enabled = True
+        if self.biases:
+            self.biases.use(bool(self.active_adapters))
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter serves the rows now."""
+        return self.routing.enabled and bool(self.active_adapters)
 
     # --- which are trained ------------------------------------------------------------------
 
@@ -262,7 +308,7 @@ class AdapterBank(nn.Module):
     def _require(self, name: str) -> None:
         if name not in self.peft_config:
             raise InputError(
-                f"there is no adapter '{name}'{did_you_mean(name, self.adapters)}; "
+                f"Adapter {name} does not exist{did_you_mean(name, self.adapters)}; "
                 f"there are: {listed(self.adapters) or 'none'}"
             )
 
@@ -283,3 +329,11 @@ def set_trainable(tensors: Iterable[torch.Tensor], trainable: bool) -> None:
     for tensor in tensors:
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(trainable)
+
+
+def to_meta(tensors: Iterable[torch.Tensor]) -> None:
+    """Moves parameters to the meta device, where they have a shape and no values."""
+    for tensor in tensors:
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, empty)

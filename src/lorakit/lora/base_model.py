@@ -7,13 +7,44 @@ from typing import Any
 
 from torch import nn
 
+_OF_THE_ADAPTERS = frozenset(
+    {
+        "active_adapters",
+        "delete_adapter",
+        "disable_adapter_layers",
+        "enable_adapter_layers",
+        "merge_adapter",
+        "merge_and_unload",
+        "peft_config",
+        "set_adapter",
+        "targeted_module_names",
+        "targeted_parameter_names",
+        "unload",
+        "unmerge_adapter",
+    }
+)
+
 
 class BaseModel(nn.Module):
-    """Holds the wrapped model as `.model`, which gives parameters the names PEFT's files have."""
+    """Holds the wrapped model as `.model`, which gives parameters the names PEFT's files have.
 
-    def __init__(self, model: nn.Module) -> None:
+    In PEFT this place has an object of its own, with the methods that change adapters; so that
+    scripts find them there, they lead to the `LoraModel`'s.
+    """
+
+    prefix = "lora_"
+    """What the names of an adapter's parameters have in them (PEFT's word)."""
+
+    def __init__(self, model: nn.Module, adapters: nn.Module) -> None:
         super().__init__()
         self.model = model
+        vars(self)["_adapters"] = adapters  # not as a submodule, which would hold itself
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter, or the list of them."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
@@ -23,9 +54,9 @@ class BaseModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name in ("model", "_adapters"):
                 raise
-            return getattr(self.model, name)
+            return getattr(self._adapters if name in _OF_THE_ADAPTERS else self.model, name)
 
 
 class _Shown(functools.partial):

@@ -6,6 +6,7 @@ Here are the key names, reading with every check, and atomic writing. Only safet
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 INITIAL_NAME = "initial_factors.safetensors"
 """The factors that PiSSA and OLoRA started from, which PEFT's files do not have."""
 PREFIX = "base_model.model."
+
+
+class LoadResult(NamedTuple):
+    """What did not fit, as `torch.nn.Module.load_state_dict` says it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[str, torch.Tensor]:
@@ -201,7 +209,12 @@ def load_tensors(
             raise InputError(f"{folder}: {key} holds values that are not finite")
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+            if parameter.is_meta:
+                values = tensors[key].to(parameter.dtype, copy=True)
+                loaded = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                torch.utils.swap_tensors(parameter, loaded)
+            else:
+                parameter.copy_(tensors[key])
 
 
 def without_base_copies(

@@ -65,7 +65,7 @@ class LoraConfig(CarriedFields):
             the weights shared and an adapter for each.
         ensure_weight_tying: what is done to an embedding is done to the head tied to it too.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these initialisations,
-            as in PEFT, as dictionaries or PEFT's own classes.
+            as in PEFT, as dictionaries or as `EvaConfig` and the like.
         runtime_config: as in PEFT; never saved.
         other_fields: fields of a file that neither PEFT 0.21 nor lorakit knows, carried along.
 
@@ -97,10 +97,10 @@ class LoraConfig(CarriedFields):
     target_parameters: list[str] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     ensure_weight_tying: bool = False
-    loftq_config: dict[str, Any] = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
     runtime_config: Any = None
     other_fields: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +115,7 @@ class LoraConfig(CarriedFields):
             if isinstance(value, (set, tuple, frozenset)):  # PEFT accepts and keeps sets
                 setattr(self, name, sorted(value))
         for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
-            setattr(self, name, _as_dict(name, getattr(self, name)))
+            _check_settings(name, getattr(self, name))
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.task_type is not None:
             self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
@@ -159,8 +159,6 @@ class LoraConfig(CarriedFields):
                 "target_parameters has no input of its own: set lora_dropout=0, lora_bias=False "
                 "and use_dora=False"
             )
-        if self.init_lora_weights == "loftq" and not self.loftq_config:
-            self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1}
 
     @property
     def takes_start_off(self) -> bool:
@@ -283,13 +281,10 @@ def _first_match(patterns: dict[str, Any], module_name: str) -> str:
     return next((p for p in patterns if matches_pattern(p, module_name)), "")
 
 
-def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
-    """Settings as a dictionary, also when they come as an instance of PEFT's class."""
-    if value is None or isinstance(value, dict):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise InputError(f"{name} must be a dictionary of settings, not {value!r}")
+def _check_settings(name: str, value: object) -> None:
+    settings = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if value is not None and not isinstance(value, dict) and not settings:
+        raise InputError(f"{name} must be a dictionary of settings, not {value!r}")
 
 
 def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:

@@ -9,7 +9,6 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from lorakit.errors import InputError, listed
 from lorakit.lora.decomposition import at_least_float32, leading_directions
+from lorakit.lora.initial_settings import EvaConfig
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.observing import (
     Modules,
@@ -31,32 +31,6 @@ from lorakit.lora.observing import (
     linear_base,
     observed,
 )
-
-
-@dataclass(frozen=True)
-class EvaConfig:
-    """The settings of EVA, with PEFT's names and defaults.
-
-    Args:
-        rho: a module gets at most `rho * r` of the ranks; 1 leaves every module its own.
-        tau: a component has settled when the cosine to its last value is at least this.
-        use_label_mask: leave out tokens whose label is `label_mask_value`.
-        whiten: divide the components by the roots of their singular values.
-        adjust_scaling_factors: the caller is to multiply alpha by new rank / old rank.
-    """
-
-    rho: float = 2.0
-    tau: float = 0.99
-    use_label_mask: bool = True
-    label_mask_value: int = -100
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.rho >= 1:
-            raise InputError(f"eva_config: rho must be at least 1, not {self.rho!r}")
-        if not 0 <= self.tau <= 1:
-            raise InputError(f"eva_config: tau must be between 0 and 1, not {self.tau!r}")
 
 
 class IncrementalSVD:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
 
+from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import INITIAL_NAME, PREFIX, WEIGHTS_NAME, write_adapter
 from lorakit.lora.config import CONFIG_NAME, LoraConfig
@@ -22,6 +24,19 @@ from lorakit.lora.layers import LoraLayer
 
 if TYPE_CHECKING:
     from lorakit.lora.bank import AdapterBank
+
+
+_CARD = """---
+---
+
+A LoRA adapter. Load it with `lorakit` or `peft`:
+
+```python
+from lorakit import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
 
 
 def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -48,6 +63,18 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
     return folder / subfolder if subfolder else folder
 
 
+def upload(
+    folder: str | Path, repo_id: str, private: bool | None, token: str | None, message: str
+) -> str:
+    """Uploads a folder to a repository of the hub, which is made if it is missing.
+
+    Returns: the address of the commit.
+    """
+    hub = HfApi(token=token)
+    name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
+
+
 def save_adapters(
     bank: AdapterBank, directory: str | Path, names: Sequence[str], plain: bool
 ) -> None:
@@ -64,6 +91,23 @@ def save_adapters(
         if initial and plain:
             config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
         write_adapter(folder, config, tensors, initial)
+    write_card(directory, bank.get_base_model())
+
+
+def write_card(directory: str | Path, base: nn.Module) -> None:
+    """Writes `README.md`, by which the hub knows an adapter and its base; what is there stays.
+
+    Args:
+        base: the wrapped model, whose configuration, if it has one, names it.
+    """
+    path = Path(directory) / "README.md"
+    card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _CARD)
+    card.data["library_name"] = "peft"  # the library whose files these are
+    config: Any = getattr(base, "config", None)
+    if config is not None:
+        card.data["base_model"] = getattr(config, "_name_or_path", "")
+    card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), "lora", "lorakit"])]
+    atomic.write_file(path, str(card))
 
 
 def initial_factors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:

@@ -6,27 +6,21 @@ an attribute, which the other functions look for.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import PREFIX, load_tensors
+from lorakit.lora.checkpoint import PREFIX, LoadResult, load_tensors
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.model import LoraModel
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus
 
 _BANK = "lora_bank"
-
-
-class LoadResult(NamedTuple):
-    """What did not fit, as `torch.nn.Module.load_state_dict` says it."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def inject_adapter_in_model(
@@ -39,7 +33,7 @@ def inject_adapter_in_model(
     """Adds an adapter to `model` in place, and returns that model, not a `LoraModel`.
 
     Args:
-        low_cpu_mem_usage: as in PEFT's function; a new adapter's values have to be made.
+        low_cpu_mem_usage: the adapter has no values until some are loaded.
         state_dict: the adapter's tensors, as `get_peft_model_state_dict` gives them: the modules
             that they belong to are the targets, whatever `peft_config` says. Values are not
             loaded.
@@ -51,11 +45,12 @@ def inject_adapter_in_model(
         peft_config = _targets_of(peft_config, state_dict)
     bank = vars(model).get(_BANK)
     if bank is None:
-        bank = LoraModel(model, peft_config, adapter_name)
+        peft_config = copy.deepcopy(peft_config)
+        bank = LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         vars(model)[_BANK] = bank  # not as a submodule, which it would hold itself
         vars(model)["peft_config"] = bank.peft_config
     else:
-        bank.add_adapter(adapter_name, peft_config)
+        bank.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
     return model
 
 
@@ -78,8 +73,9 @@ def get_peft_model_state_dict(
     bank._require(adapter_name)
     own = bank.adapter_tensors(adapter_name)
     if state_dict is not None:
-        names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-        own = {key: state_dict[names[id(tensor)]] for key, tensor in own.items()}
+        own = _from_state_dict(bank if prefix else model, own, state_dict)
+    elif hasattr(model, "module"):  # FSDP keeps the values elsewhere, and gives them like this
+        own = _from_state_dict(bank if prefix else bank.get_base_model(), own, model.state_dict())
     return {prefix + key.removeprefix(PREFIX): tensor.detach() for key, tensor in own.items()}
 
 
@@ -126,8 +122,56 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return _bank_of(model)[0].get_model_status()
 
 
+def _from_state_dict(
+    model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The values in `state_dict` of tensors of `model`, under the keys of `own`."""
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: state_dict[names[id(tensor)]] for key, tensor in own.items()}
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's own tensors, under the names that they have without adapters."""
+    bank, _ = _bank_of(model)
+    base = bank.get_base_model()
+    own = {id(tensor) for name in bank.adapters for tensor in bank.adapter_tensors(name).values()}
+    found = {}
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if id(tensor) not in own and ".lora_initial." not in name:
+            found[_name_in_base(name)] = tensor.detach()
+    return found
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> LoadResult:
+    """Puts tensors into the base of `model`; the inverse of `get_base_model_state_dict`.
+
+    Raises:
+        RuntimeError: with `strict`, as of `load_state_dict`: a key is missing or unexpected.
+    """
+    own = get_base_model_state_dict(model)
+    missing = [name for name in own if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in own]
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"Missing key(s) in state_dict: {missing}. Unexpected key(s): {unexpected}."
+        )
+    both = own.keys() & state_dict.keys()
+    load_tensors({k: own[k] for k in both}, {k: state_dict[k] for k in both}, "state_dict")
+    return LoadResult(missing, unexpected)
+
+
+def _name_in_base(name: str) -> str:
+    """A tensor's name without the wrappers around it."""
+    parts = (part for part in name.split(".") if part not in ("base_layer", "original_module"))
+    return ".".join(parts)
+
+
 def _bank_of(model: nn.Module) -> tuple[LoraModel, str]:
-    """The adapters of `model`, and what its keys start with."""
+    """The adapters of `model`, compiled or distributed too, and what its keys start with."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
     if isinstance(model, LoraModel):
         return model, PREFIX
     bank = vars(model).get(_BANK)

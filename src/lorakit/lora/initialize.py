@@ -11,6 +11,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.initial_settings import LoftQConfig, as_settings
 
 START = "lora_start"
 """The attribute of a base layer under which `prepare.py` leaves factors for the next adapter."""
@@ -81,9 +82,9 @@ def initialize_loftq(
         raise InputError("init_lora_weights='loftq' needs a base that is not quantised yet")
     from lorakit.lora import decomposition
 
-    settings = config.loftq_config
+    settings = as_settings(LoftQConfig, "loftq_config", config.loftq_config)
     quantized, new_A, new_B = decomposition.loftq(
-        W, A.shape[0], settings.get("loftq_bits", 4), settings.get("loftq_iter", 1), scaling
+        W, A.shape[0], settings.loftq_bits, settings.loftq_iter, scaling
     )
     A.copy_(new_A)
     B.copy_(new_B)

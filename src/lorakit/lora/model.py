@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -20,6 +22,7 @@ from lorakit.errors import InputError
 from lorakit.lora.bank import AdapterBank
 from lorakit.lora.base_model import forward_of_base
 from lorakit.lora.checkpoint import (
+    LoadResult,
     load_initial,
     load_tensors,
     read_adapter,
@@ -27,10 +30,10 @@ from lorakit.lora.checkpoint import (
     without_base_copies,
 )
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.folders import locate, save_adapters
+from lorakit.lora.folders import locate, save_adapters, upload
 from lorakit.lora.injection import eject
 from lorakit.lora.merging import merge_and_eject, merge_layers
-from lorakit.lora.routing import BASE, Route, require_one_per_row
+from lorakit.lora.routing import BASE, require_one_per_row
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 
 
@@ -108,8 +111,12 @@ class LoraModel(AdapterBank):
                 "this adapter trains biases of the base itself, so that all rows have it: "
                 "leave adapter_names out"
             )
+        if torch.is_grad_enabled() and self.training and not self.routing.recomputes_route:
+            raise InputError(
+                "adapter_names cannot be trained with use_reentrant=True: leave it out"
+            )
         require_one_per_row(adapter_names, args, kwargs)
-        with self.routing.using(Route(rows=tuple(adapter_names))):
+        with self.routing.rows(self.get_base_model(), adapter_names):
             yield
 
     def gradient_checkpointing_enable(
@@ -117,14 +124,22 @@ class LoraModel(AdapterBank):
     ) -> None:
         """The base model's; what the backward pass computes again takes its forward's route.
 
-        Raises:
-            InputError: with `use_reentrant`, which knows no routes and, where the embedding is
-                frozen, gives no gradients.
+        With `use_reentrant=True` only inputs that need gradients give any, so that the embedding's
+        output is made to; and rows cannot choose adapters in training.
         """
         kwargs = self.routing.checkpointing_options(gradient_checkpointing_kwargs or {})
         model: Any = self.get_base_model()
+        if not self.routing.recomputes_route:
+            self.prepare_model_for_gradient_checkpointing(model)
         newer = getattr(model, "activation_checkpointing_enable", None)
         (newer or model.gradient_checkpointing_enable)(kwargs, **options)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Makes the embedding's output need gradients, for re-entrant checkpointing."""
+        enable: Any = getattr(model, "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+        return model
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -211,6 +226,22 @@ class LoraModel(AdapterBank):
             with self._biases_in_force(True):
                 save_adapters(self, save_directory, names, plain)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload adapter",
+    ) -> str:
+        """Uploads the adapters, as `save_pretrained` writes them, to the hub; the base stays here.
+
+        Returns: the address of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, private, token, commit_message)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -228,7 +259,7 @@ class LoraModel(AdapterBank):
 
         Args:
             is_trainable: whether to go on training it; otherwise everything is frozen.
-            config: takes the place of the folder's own.
+            config: takes the place of the folder's own, and is the adapter's from here on.
             autocast_adapter_dtype: as in `AdapterBank`.
             low_cpu_mem_usage: as in PEFT's function; values are never made up before they are
                 loaded.
@@ -251,6 +282,7 @@ class LoraModel(AdapterBank):
         except InputError:
             wrapped.unload()
             raise
+        wrapped.peft_config[adapter_name].inference_mode = not is_trainable
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
         return wrapped.eval() if not is_trainable else wrapped
 
@@ -263,10 +295,12 @@ class LoraModel(AdapterBank):
         low_cpu_mem_usage: bool = True,
         subfolder: str | None = None,
         **hub: Any,
-    ) -> None:
+    ) -> LoadResult:
         """Adds the adapter in the folder `model_id` beside the others, without activating it.
 
         Arguments and errors are those of `from_pretrained`.
+
+        Returns: no missing and no unexpected keys, as either is an error here.
         """
         folder = locate(model_id, subfolder, **hub)
         config, tensors = read_adapter(folder)
@@ -280,6 +314,7 @@ class LoraModel(AdapterBank):
             self.biases.use(bool(self.active_adapters))
         if is_trainable:
             self.set_requires_grad(adapter_name)
+        return LoadResult([], [])
 
     def _fill(self, name: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
         base = self.get_base_model()
@@ -319,8 +354,12 @@ def get_peft_model(
 
     Args:
         autocast_adapter_dtype: as in `AdapterBank`.
-        low_cpu_mem_usage: as in PEFT's function; a new adapter's values have to be made.
+        low_cpu_mem_usage: the adapter has no values until some are loaded.
     """
     return LoraModel(
-        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        model,
+        copy.deepcopy(peft_config),
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
     )

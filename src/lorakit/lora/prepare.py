@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,51 +23,13 @@ from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.lora.bank import AdapterBank, set_trainable
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.data_driven import EvaConfig, eva, input_covariances, weight_gradients
+from lorakit.lora.data_driven import eva, input_covariances, weight_gradients
 from lorakit.lora.decomposition import corda, lora_ga
+from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
 from lorakit.lora.initialize import START
 from lorakit.lora.injection import put_back_unused, wrapped_modules
 from lorakit.lora.layers import LoraLinear, is_conv1d
 from lorakit.lora.targets import resolve_targets, suffixes_for
-
-Settings = TypeVar("Settings")
-
-
-@dataclass(frozen=True)
-class LoftQConfig:
-    """The settings of LoftQ, with PEFT's names and defaults: bits (2, 4, 8) and iterations."""
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1
-
-
-@dataclass(frozen=True)
-class CordaConfig:
-    """The settings of CorDA, with PEFT's names and defaults.
-
-    Args:
-        cache_file: the finished factors are read from here, or written to it (safetensors).
-        covariance_file: the same for the covariances of the inputs.
-        corda_method: `ipm` or `kpm`, see `decomposition.corda`.
-        verbose, use_float16_for_covariance, prune_temporary_fields: accepted as in PEFT; nothing
-            is printed, sums are in float32 and nothing temporary is left on the model.
-    """
-
-    cache_file: str | None = None
-    covariance_file: str | None = None
-    corda_method: Literal["ipm", "kpm"] = "ipm"
-    verbose: bool = False
-    use_float16_for_covariance: bool = False
-    prune_temporary_fields: bool = True
-
-
-@dataclass(frozen=True)
-class LoraGAConfig:
-    """The settings of LoRA-GA, with PEFT's names and defaults; see `decomposition.lora_ga`."""
-
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: int = 16
 
 
 def preprocess_corda(
@@ -88,7 +49,7 @@ def preprocess_corda(
     Raises:
         InputError: no target is linear, or neither data nor a file is given.
     """
-    settings = _settings(CordaConfig, "corda_config", lora_config.corda_config)
+    settings = as_settings(CordaConfig, "corda_config", lora_config.corda_config)
     modules = _linear_targets(model, lora_config)
 
     def covariances() -> dict[str, torch.Tensor]:
@@ -127,7 +88,7 @@ def preprocess_loraga(
     Raises:
         InputError: no target is linear, or no gradient reaches one.
     """
-    settings = _settings(LoraGAConfig, "lora_ga_config", lora_config.lora_ga_config)
+    settings = as_settings(LoraGAConfig, "lora_ga_config", lora_config.lora_ga_config)
     modules = _linear_targets(model, lora_config)
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -175,7 +136,7 @@ def get_eva_state_dict(
             return model(**batch) if forward_fn is None else forward_fn(model, batch)
 
     ranks = {path: config.rank_for(path) for path in modules}
-    settings = _settings(EvaConfig, "eva_config", config.eva_config)
+    settings = as_settings(EvaConfig, "eva_config", config.eva_config)
     return eva(modules, dataloader, run, ranks, settings, model=model)
 
 
@@ -211,7 +172,7 @@ def initialize_lora_eva_weights(
     unknown = [path for path in eva_state_dict if path not in layers]
     if unknown:
         raise InputError(f"eva_state_dict has what this model has not: {listed(unknown)}")
-    settings = _settings(EvaConfig, "eva_config", config.eva_config)
+    settings = as_settings(EvaConfig, "eva_config", config.eva_config)
     base = model.get_base_model()
     new = _with_ranks(config, {p: len(A) for p, A in eva_state_dict.items()}, settings)
     for path, A in eva_state_dict.items():
@@ -297,16 +258,3 @@ def _cached(
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_file(path, save(tensors))
     return tensors
-
-
-def _settings(kind: type[Settings], field: str, values: dict[str, Any] | None) -> Settings:
-    """`values` as an instance of `kind`.
-
-    Raises:
-        InputError: there is no such setting.
-    """
-    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for name in values or {}:
-        if name not in known:
-            raise InputError(f"{field} has no {name}; it has {listed(known)}")
-    return kind(**(values or {}))

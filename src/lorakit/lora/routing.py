@@ -7,7 +7,7 @@ the route; nothing else decides what they compute.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,56 +26,72 @@ class Route:
     Args:
         shared: the names whose updates are added up for every row; empty is the base alone.
         rows: one name a row, `"__base__"` for none; None when `shared` holds for all rows.
+        shape: the model's input, as (batch, tokens in a row), where that is known.
     """
 
     shared: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
+    shape: tuple[int, int] | None = None
 
     @cached_property
     def row_names(self) -> tuple[str, ...]:
         """The different adapters among `rows`, each once, in the order of their first row."""
         return tuple(dict.fromkeys(name for name in self.rows or () if name != BASE))
 
-    def row_index(self, batch: int, present: Sequence[str], device: torch.device) -> torch.Tensor:
-        """For each of `batch` rows the position of its adapter in `present`, else `len(present)`.
+    def row_index(self, x: torch.Tensor, present: Sequence[str]) -> torch.Tensor:
+        """For each row of `x` the position of its adapter in `present`, else `len(present)`.
 
         A batch that is a multiple of the rows has had each row repeated in place, as beam search
-        and flattened token dimensions do.
+        does; one of two dimensions may have its tokens in a line, row after row.
 
-        Returns: (batch,) int64.
+        Shapes: x (batch, …) or (batch * tokens, d). Returns: int64, of the first dimension of x.
+
+        Raises:
+            InputError: it cannot be told which row each of these belongs to, as when a mixture of
+                experts sends each expert some tokens, or several copies of all.
         """
-        rows = self.rows or ()
-        if batch % len(rows):
-            raise InputError(f"adapter_names has {len(rows)} names for a batch of {batch} rows")
+        rows, batch = self.rows or (), x.shape[0]
+        known = (
+            {len(rows)} if self.shape is None else {self.shape[0], self.shape[0] * self.shape[1]}
+        )
+        if batch % len(rows) or (self.shape is not None and batch not in known):
+            raise InputError(
+                f"adapter_names has {len(rows)} names, and a layer got {batch} rows, of which it "
+                "cannot be told whose they are: adapt other modules, or run one adapter at a time"
+            )
         position = {name: i for i, name in enumerate(present)}
-        index = torch.tensor([position.get(name, len(present)) for name in rows], device=device)
+        index = torch.tensor([position.get(name, len(present)) for name in rows], device=x.device)
         return index.repeat_interleave(batch // len(rows))
 
 
-def require_one_per_row(
-    adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
-    """Raises InputError unless the batch among a call's arguments has a row for each name."""
-    usual = ("input_ids", "inputs_embeds", "inputs", "x", "pixel_values", "input_values")
-    batches = [*args[:1], *(kwargs.get(name) for name in usual)]
-    rows = next((len(batch) for batch in batches if isinstance(batch, torch.Tensor)), None)
-    if rows not in (None, len(adapter_names)):
-        raise InputError(f"adapter_names has {len(adapter_names)} names for a batch of {rows} rows")
-
-
-@dataclass
 class Routing:
     """The route in force, shared by all wrapped layers of one model."""
 
-    route: Route = field(default_factory=Route)
+    def __init__(self, route: Route | None = None) -> None:
+        self.chosen = route or Route()
+        """The route that is in force as long as adapters are enabled."""
+        self.enabled = True
+        self.recomputes_route = True
+        """Whether activation checkpointing, if there is any, comes back to its forward's route."""
+
+    @property
+    def route(self) -> Route:
+        """What the layers compute now; nothing but the base while adapters are disabled."""
+        return self.chosen if self.enabled else Route()
+
+    @route.setter
+    def route(self, route: Route) -> None:
+        self.chosen = route
 
     def checkpointing_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for `torch.utils.checkpoint`: what is computed again takes the same route.
 
-        That happens in the backward pass, when another route may be in force.
+        That happens in the backward pass, when another route may be in force. The older,
+        re-entrant form knows nothing of it; with that, rows cannot choose adapters in training.
         """
-        if options.get("use_reentrant"):
-            raise InputError("use_reentrant=True gives adapters no gradients: leave it out")
+        self.recomputes_route = not options.get("use_reentrant")
+        if not self.recomputes_route:
+            return dict(options)
         return {**options, "use_reentrant": False, "context_fn": self._recomputing}
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -83,9 +99,55 @@ class Routing:
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
-        """Puts `route` in force for the duration of a block."""
-        before, self.route = self.route, route
+        """Puts `route` in force for the duration of a block, unless adapters are disabled."""
+        before, self.chosen = self.chosen, route
         try:
             yield
         finally:
-            self.route = before
+            self.chosen = before
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Nothing but the base for the duration of a block."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def rows(self, model: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
+        """One adapter for each row of what `model` is given in a block.
+
+        Within it the model may run several times, each row repeated in place, as in beam search.
+        """
+
+        def look(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if (x := first_tensor(args, kwargs)) is not None:
+                shape = (x.shape[0], x.shape[1] if x.dim() > 1 else 1)
+                self.chosen = Route(rows=tuple(names), shape=shape)
+
+        handle = model.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with self.using(Route(rows=tuple(names))):
+                yield
+        finally:
+            handle.remove()
+
+
+def require_one_per_row(
+    adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raises InputError unless the batch among a call's arguments has a row for each name."""
+    x = first_tensor(args, kwargs)
+    if x is not None and len(x) != len(adapter_names):
+        raise InputError(
+            "the length of `adapter_names` should be the same as the number of inputs, and it has "
+            f"{len(adapter_names)} names for a batch of {len(x)} rows"
+        )
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The first of a call's arguments that has rows."""
+    found = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim())
+    return next(found, None)

@@ -48,12 +48,12 @@ def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     found = []
     for name, module in wrapped_modules(model):
         tensors = {a: module.adapter_tensors(a).values() for a in module.adapters}
-        route = module.routing.route
+        route = module.routing.chosen
         found.append(
             TunerLayerStatus(
                 name=name,
                 module_type=f"lora.{type(module).__name__.removeprefix('Lora')}",
-                enabled=bool(route.shared or route.rows),
+                enabled=module.routing.enabled and bool(route.shared or route.rows),
                 active_adapters=[a for a in route.shared if a in tensors],
                 merged_adapters=list(getattr(module, "merged_adapters", [])),
                 requires_grad={

@@ -66,6 +66,8 @@ class LoraMultiheadAttention(LoraLinear):
         }
         if self.merged or not self._on_route():
             return self.base_layer(query, key, value, **options)
+        if self.routing.route.rows is not None and query.dim() == 2:
+            raise InputError("adapter_names needs rows, and nn.MultiheadAttention got one sequence")
         base, d = self.base_layer, self.in_features
         # Adapters of rows are told apart by the first dimension; the attention wants (n, batch, d).
         swap = query.dim() == 3 and not base.batch_first

@@ -60,7 +60,7 @@ class LoraLayer(LayerBank):
         self, x: torch.Tensor, y: torch.Tensor, names: list[str], route: Route
     ) -> torch.Tensor:
         """What is added to `y` when every row has the adapter, of `names`, that `route` says."""
-        index = route.row_index(x.shape[0], names, x.device)
+        index = route.row_index(x, names)
         dropped = self._row_dropped(x, names, index)
         A, B = (factor.to(y.dtype)[index] for factor in self._stacked(names))
         update = self._row_low_rank(dropped, A, B)

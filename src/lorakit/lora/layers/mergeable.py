@@ -4,14 +4,14 @@ One layer's merge is here, a whole model's in `lora/merging.py`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.routing import Routing
+from lorakit.lora.routing import Route, Routing
 
 
 class Mergeable(nn.Module, ABC):
@@ -58,6 +58,23 @@ class Mergeable(nn.Module, ABC):
         """The adapters of the route in force that this layer has."""
         own = self.adapters
         return [name for name in self.routing.route.shared if name in own]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the base alone is computed, whatever is active."""
+        return not self.routing.enabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters serve every row, in all layers that share this one's routing.
+
+        Args:
+            inference_mode: leave this layer's parameters of them frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.routing.route = Route(shared=tuple(names))
+        for name in self.adapters:
+            for tensor in self.adapter_tensors(name).values():
+                tensor.requires_grad_(name in names and not inference_mode)
 
     @property
     def merged(self) -> bool:

@@ -106,11 +106,12 @@ class LoraParameter(LoraLayer):
     def _with_rows(
         self, names: list[str], route: Route, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor:
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         outputs = torch.stack([self._with(one, args, kwargs) for one in ([n] for n in names)])
         base = self._with([], args, kwargs)
         outputs = torch.cat([outputs, base[None]])
-        index = route.row_index(base.shape[0], names, base.device)
-        return outputs[index, torch.arange(base.shape[0], device=base.device)]
+        index = route.row_index(x, names)
+        return outputs[index, torch.arange(len(index), device=x.device)]
 
     def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
         raise NotImplementedError("a parameter has no input of its own")

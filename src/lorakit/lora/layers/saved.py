@@ -36,6 +36,11 @@ class ModulesToSaveWrapper(nn.Module):
         """The names of the adapters that have a copy."""
         return list(self.modules_to_save)
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters of the route in force that have a copy."""
+        return [name for name in self.routing.route.shared if name in self.modules_to_save]
+
     def delete_adapter(self, name: str) -> None:
         """Forgets adapter `name`'s copy, if it has one."""
         if name in self.modules_to_save:
@@ -86,7 +91,7 @@ class ModulesToSaveWrapper(nn.Module):
         if not names or len(set(route.rows or ())) == 1:
             return self.active_module(*args, **kwargs)
         x, *others = args
-        index = route.row_index(x.shape[0], names, x.device)
+        index = route.row_index(x, names)
         modules = [*(self.modules_to_save[name] for name in names), self.original_module]
         parts = [(index == i, module) for i, module in enumerate(modules)]
         outputs = [

@@ -16,17 +16,24 @@ from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.routing import Routing
 
 
-class TrainedTokens(Mergeable):
-    """An embedding, and for each adapter the rows of some tokens in place of the base's.
+class TokenRows(nn.Module):
+    """The rows of each adapter, under PEFT's names.
 
-    `trainable_tokens_delta[name]` (tokens, dim) holds the rows themselves, not differences, under
-    PEFT's name.
+    `trainable_tokens_delta[name]` (tokens, dim) holds the rows themselves, not differences.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.token_indices: dict[str, list[int]] = {}
+
+
+class TrainedTokens(Mergeable):
+    """An embedding, and for each adapter the rows of some tokens in place of the base's."""
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
-        self.trainable_tokens_delta = nn.ParameterDict()
-        self.token_indices: dict[str, list[int]] = {}
+        self.token_adapter = TokenRows()
         self._tied: list[nn.Module] = []  # in a list, so that it is no submodule here
 
     def tie(self, head: nn.Module) -> "TiedHead":
@@ -45,6 +52,16 @@ class TrainedTokens(Mergeable):
         super().unmerge()
         for head in self._tied:
             head.weight = self.base_weight
+
+    @property
+    def trainable_tokens_delta(self) -> nn.ParameterDict:
+        """The rows (tokens, dim) of each adapter."""
+        return self.token_adapter.trainable_tokens_delta
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """The tokens whose rows each adapter has."""
+        return self.token_adapter.token_indices
 
     @property
     def adapters(self) -> list[str]:
@@ -88,7 +105,7 @@ class TrainedTokens(Mergeable):
         y = self.base_layer(x, *args, **kwargs)
         if not (names := self.serving()):
             return y
-        rows, slots = self._slots(names, x.shape[0], x.device)
+        rows, slots = self._slots(names, x)
         slot = slots[x] if slots.dim() == 1 else slots.gather(1, x.flatten(1)).view_as(x)
         scale = getattr(self.base_layer, "embed_scale", None)
         rows = rows if scale is None else rows * torch.as_tensor(scale).to(rows)
@@ -114,9 +131,7 @@ class TrainedTokens(Mergeable):
         if len(set(tokens)) < len(tokens):
             raise InputError(f"{listed(names)} train some of the same tokens: use one at a time")
 
-    def _slots(
-        self, names: list[str], batch: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slots(self, names: list[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of `names`, and for every token the number of its row, -1 for none.
 
         Returns: rows (n, dim), and slots (vocabulary,), or (batch, vocabulary) where rows of the
@@ -124,15 +139,15 @@ class TrainedTokens(Mergeable):
         """
         rows = torch.cat([self.trainable_tokens_delta[name] for name in names])
         route, size = self.routing.route, self.base_weight.shape[0]
-        tables = torch.full((len(names) + 1, size), -1, device=device)
+        tables = torch.full((len(names) + 1, size), -1, device=x.device)
         first = 0
         for i, name in enumerate(names):
-            tokens = torch.tensor(self.token_indices[name], device=device)
-            tables[i, tokens] = torch.arange(first, first + len(tokens), device=device)
+            tokens = torch.tensor(self.token_indices[name], device=x.device)
+            tables[i, tokens] = torch.arange(first, first + len(tokens), device=x.device)
             first += len(tokens)
         if route.rows is None:
             return rows, tables.max(dim=0).values
-        return rows, tables[route.row_index(batch, names, device)]
+        return rows, tables[route.row_index(x, names)]
 
 
 class TiedHead(nn.Module):
@@ -148,6 +163,11 @@ class TiedHead(nn.Module):
     def adapters(self) -> list[str]:
         """The names of the adapters that the embedding has."""
         return self._embedding[0].adapters
+
+    @property
+    def token_adapter(self) -> TokenRows:
+        """The embedding's rows, which are the head's too."""
+        return self._embedding[0].token_adapter
 
     @property
     def routing(self) -> Routing:
@@ -171,7 +191,7 @@ class TiedHead(nn.Module):
         (embedding,) = self._embedding
         if not (names := embedding.serving()):
             return y
-        rows, slots = embedding._slots(names, x.shape[0], x.device)
+        rows, slots = embedding._slots(names, x)
         new = F.linear(x, rows.to(x.dtype))
         if (bias := getattr(self.base_layer, "bias", None)) is not None:
             tokens = [t for name in names for t in embedding.token_indices[name]]
