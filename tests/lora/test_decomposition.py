@@ -12,16 +12,14 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.decomposition import (
     corda,
-    int8_rows,
     leading_directions,
     loftq,
     lora_ga,
-    normal_float,
-    normal_float_levels,
     olora,
     orthogonal,
     pissa,
 )
+from lorakit.lora.quantizers import int8_rows, normal_float, normal_float_levels
 
 # The sixteen levels of NF4 that QLoRA publishes (arXiv:2305.14314, appendix E).
 NF4 = (

@@ -109,7 +109,9 @@ def test_generating_with_an_adapter_each_gives_what_each_gives_alone(build, ids,
 
 def test_names_of_rows_are_checked(build, ids):
     wrapped = wrap(build())
-    with pytest.raises(InputError, match="Adapter defualt does not exist \\(did you mean 'default'"):
+    with pytest.raises(
+        InputError, match="Adapter defualt does not exist \\(did you mean 'default'"
+    ):
         output(wrapped, ids, adapter_names=["defualt"] * 3)
     with pytest.raises(InputError, match="adapter_names is empty"):
         output(wrapped, ids, adapter_names=[])
@@ -267,7 +269,7 @@ def test_damaged_folders_are_refused_with_one_line(build, tmp_path: Path):
         values = json.loads((whole / config).read_text()) | fields
         return lambda f: (f / config).write_text(json.dumps(values))
 
-    assert "reads LORA only" in broken(set_field(peft_type="IA3"))
+    assert "lorakit has LORA only" in broken(set_field(peft_type="IA3"))
     assert "lacks" in broken(set_field(use_dora=True))
     assert "arrow_config" in broken(set_field(arrow_config={"top_k": 3}))
     assert "r must be a whole number" in broken(set_field(r="8"))

@@ -105,7 +105,7 @@ def test_hot_swapping_is_loading_the_other_adapter_in_place(build, ids, tmp_path
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"r": 9}, "load the one with the largest rank first"),
+        ({"r": 9}, "with the largest rank first"),
         ({"target_modules": ["q_proj", "v_proj"]}, "another base model"),
         ({"use_dora": True}, "another base model"),
     ],

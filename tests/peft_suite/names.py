@@ -14,21 +14,32 @@ from typing import Any
 import peft
 
 import lorakit
-from lorakit.lora import layers
+from lorakit.lora import hotswap, layers
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
-from lorakit.lora.layers.tokens import TrainedTokens
+from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
 
 COUNTERPARTS: dict[str, Any] = {
+    "peft.optimizers.create_lorafa_optimizer": lorakit.create_lorafa_optimizer,
+    "peft.optimizers.create_loraplus_optimizer": lorakit.create_loraplus_optimizer,
+    "peft.tuners.lora.corda.preprocess_corda": lorakit.preprocess_corda,
+    "peft.utils.hotswap.hotswap_adapter": lorakit.hotswap_adapter,
+    "peft.utils.hotswap.prepare_model_for_compiled_hotswap": (
+        hotswap.prepare_model_for_compiled_hotswap
+    ),
     "peft.tuners.lora.layer.LoraLayer": layers.LoraLayer,
     "peft.tuners.lora.layer.Linear": layers.LoraLinear,
     "peft.tuners.lora.layer.Embedding": layers.LoraEmbedding,
+    "peft.tuners.lora.layer.Conv1d": layers.LoraConv,
+    "peft.tuners.lora.layer.Conv2d": layers.LoraConv,
     "peft.tuners.lora.layer.ParamWrapper": LoraParameter,
     "peft.tuners.tuners_utils.BaseTunerLayer": layers.LoraLayer,
     "peft.utils.other.ModulesToSaveWrapper": ModulesToSaveWrapper,
     "peft.utils.other.TrainableTokensWrapper": TrainedTokens,
     "peft.utils.other.AuxiliaryTrainingWrapper": (ModulesToSaveWrapper, TrainedTokens),
 }
+# What PEFT's tests read of its classes' private parts, as far as it is here under another name.
+_HAVE_ADAPTERS = (ModulesToSaveWrapper, TrainedTokens, TiedModule, layers.LoraLayer)
 
 
 def install() -> None:
@@ -36,6 +47,9 @@ def install() -> None:
     replacements = {id(_find(path)): ours for path, ours in COUNTERPARTS.items()}
     shared = set(lorakit.__all__) & set(dir(peft)) - {"__version__"}
     replacements |= {id(getattr(peft, name)): getattr(lorakit, name) for name in sorted(shared)}
+    for kind in _HAVE_ADAPTERS:
+        kind._adapters = property(lambda self: set(self.adapters))
+        kind._all_available_adapter_names = lambda self: self.adapters
     for module in _modules():
         for name, value in list(vars(module).items()):
             if id(value) in replacements and not name.startswith("__"):

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     patterns, fields = _out_of_scope()
     kept, left = [], []
     for item in items:
-        name = item.nodeid.rpartition("/")[2]
+        name = item.nodeid.partition("/")[2]
         listed = any(pattern.search(name) for pattern in patterns) or _sets(item, fields)
         (left if listed or _is_for_another_method(item) else kept).append(item)
     config.hook.pytest_deselected(items=left)
@@ -61,7 +61,9 @@ def _out_of_scope() -> tuple[list[re.Pattern[str]], set[str]]:
 def _sets(item: Any, fields: set[str]) -> bool:
     """Whether a configuration among a test's parameters sets one of these fields."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    given = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
+    given = [
+        value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values
+    ]
     return any(config.get(field) for config in given for field in fields)
 
 

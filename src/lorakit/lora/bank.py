@@ -22,11 +22,15 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combine import Settings
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import inject, remove, wrapped_modules
-from lorakit.lora.layers import Mergeable
+from lorakit.lora.layers import LoraLayer, LoraParameter, Mergeable
+from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
+from lorakit.lora.presets import PRESETS
 from lorakit.lora.replication import Replication
 from lorakit.lora.routing import Route, Routing
-from lorakit.lora.targets import PRESETS, suffixes_for, task_heads
+from lorakit.lora.targets import suffixes_for, task_heads
 from lorakit.lora.weighted import combination
+
+_MANY = 20  # target names, as of an adapter that lists whole paths, are shortened to endings
 
 
 class AdapterBank(nn.Module):
@@ -126,7 +130,8 @@ class AdapterBank(nn.Module):
             own = config.modules_to_save or []
             config.modules_to_save = [*own, *(head for head in heads if head not in own)]
         found = inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
-        if config.target_modules is None or config.target_modules in PRESETS:
+        names = config.target_modules
+        if names is None or names in PRESETS or (isinstance(names, list) and len(names) >= _MANY):
             config.target_modules = suffixes_for(found, model)
         if config.base_model_name_or_path is None:
             name = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -226,10 +231,16 @@ class AdapterBank(nn.Module):
 
         Args:
             inference_mode: leave their weights frozen; otherwise they alone are trainable.
+
+        Raises:
+            InputError: there is no such adapter, or two of them each train the same module, or the
+                same token, whole.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         for name in names:
             self._require(name)
+        for _, module in wrapped_modules(self.get_base_model()):
+            module.require_together(names)
         if self.biases:
             self.biases.use(bool(names))
         for layer in self._layers():
@@ -279,7 +290,10 @@ class AdapterBank(nn.Module):
         """Makes the parameters of these adapters trainable, or freezes them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._require(name)
-            set_trainable(self.adapter_tensors(name).values(), requires_grad)
+            trains_B = self.peft_config[name].trains_B
+            for key, tensor in self.adapter_tensors(name).items():
+                frozen = not trains_B and ("lora_B" in key or "lora_embedding_B" in key)
+                set_trainable([tensor], requires_grad and not frozen)
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; says so when there is nothing to train."""
@@ -291,15 +305,27 @@ class AdapterBank(nn.Module):
             )
         return super().train(mode)
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules that have adapters."""
+        return [path for path, layer in self._lora_layers() if not isinstance(layer, LoraParameter)]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of the parameters that have adapters of their own."""
+        return [
+            f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+            for path, layer in self._lora_layers()
+            if isinstance(layer, LoraParameter)
+        ]
+
+    def _lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        wrapped = wrapped_modules(self.get_base_model())
+        return ((path, layer) for path, layer in wrapped if isinstance(layer, LoraLayer))
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all."""
-        backups = "._before_merge."
-        sizes = [
-            (parameter.numel(), parameter.requires_grad)
-            for name, parameter in self.named_parameters()
-            if backups not in name
-        ]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+        return count_parameters(self)
 
     def _layers(self) -> list[Mergeable]:
         wrapped = wrapped_modules(self.get_base_model())
@@ -322,18 +348,3 @@ class AdapterBank(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def set_trainable(tensors: Iterable[torch.Tensor], trainable: bool) -> None:
-    """Makes parameters trainable or frozen; buffers and tied views are passed over."""
-    for tensor in tensors:
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(trainable)
-
-
-def to_meta(tensors: Iterable[torch.Tensor]) -> None:
-    """Moves parameters to the meta device, where they have a shape and no values."""
-    for tensor in tensors:
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
-            torch.utils.swap_tensors(tensor, empty)

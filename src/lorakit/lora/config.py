@@ -18,13 +18,15 @@ from typing import Any, Literal, Self
 
 from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
+from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
 from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
 
 _INITIALIZATIONS = re.compile(
-    "gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq|corda|lora_ga"
+    "gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq|corda|lora_ga|mica"
 )
+_SETTINGS = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
 _TAKEN_OFF_AGAIN = re.compile("pissa.*|olora|corda|lora_ga")
 _OUT_OF_THE_WEIGHT = re.compile("pissa|olora|loftq")
 
@@ -34,6 +36,7 @@ class LoraConfig(CarriedFields):
     """How one adapter is built: `W' = W + scaling * B A` (Hu et al. 2021, arXiv:2106.09685).
 
     Args:
+        peft_type: `LORA`.
         r: the rank, the number of rows of `A` and columns of `B`.
         target_modules: names (suffixes of module paths), one regular expression over the whole
             path, or a preset: `attention-minimal` (query and value), `attention` (query, key,
@@ -47,9 +50,9 @@ class LoraConfig(CarriedFields):
         modules_to_save: modules that are trained whole and saved with the adapter.
         init_lora_weights: True (`A` Kaiming uniform, `B` zero), `gaussian`, `orthogonal`, `pissa`
             or `pissa_niter_4` (the principal part of W), `olora`, `loftq` (W is quantised, and the
-            adapter starts from what that loses), False (both random, so that the adapter is not
-            the identity: for tests), or from data by the functions of `prepare.py`: `eva`,
-            `corda`, `lora_ga`.
+            adapter starts from what that loses), `mica` (`B` is minor directions of W and is not
+            trained), False (both random, so that the adapter is not the identity: for tests), or
+            from data by the functions of `prepare.py`: `eva`, `corda`, `lora_ga`.
         layers_to_transform: indices of the layers that are adapted; None means all.
         layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
         rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or
@@ -65,7 +68,7 @@ class LoraConfig(CarriedFields):
             the weights shared and an adapter for each.
         ensure_weight_tying: what is done to an embedding is done to the head tied to it too.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these initialisations,
-            as in PEFT, as dictionaries or as `EvaConfig` and the like.
+            as in PEFT; a dictionary becomes an `EvaConfig` and so on.
         runtime_config: as in PEFT; never saved.
         other_fields: fields of a file that neither PEFT 0.21 nor lorakit knows, carried along.
 
@@ -73,6 +76,7 @@ class LoraConfig(CarriedFields):
         InputError: a value is out of range, or asks for what lorakit does not do.
     """
 
+    peft_type: str = PeftType.LORA
     r: int = 8
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -97,14 +101,19 @@ class LoraConfig(CarriedFields):
     target_parameters: list[str] | None = None
     layer_replication: list[tuple[int, int]] | None = None
     ensure_weight_tying: bool = False
-    loftq_config: Any = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     runtime_config: Any = None
     other_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if str(self.peft_type).upper() != PeftType.LORA:
+            raise InputError(f"peft_type is {self.peft_type}, and lorakit has LORA only")
+        self.peft_type = PeftType.LORA
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
         for name in (
             "target_modules",
             "exclude_modules",
@@ -114,8 +123,11 @@ class LoraConfig(CarriedFields):
             value = getattr(self, name)
             if isinstance(value, (set, tuple, frozenset)):  # PEFT accepts and keeps sets
                 setattr(self, name, sorted(value))
-        for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
-            _check_settings(name, getattr(self, name))
+        for name, kind in _SETTINGS.items():
+            if isinstance(value := getattr(self, name), dict):
+                setattr(self, name, as_settings(kind, name, value))
+            elif value is not None and not dataclasses.is_dataclass(value):
+                raise InputError(f"{name} must be a dictionary of settings, not {value!r}")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.task_type is not None:
             self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
@@ -151,7 +163,9 @@ class LoraConfig(CarriedFields):
         """Raises InputError for fields that exclude each other."""
         plain = self.init_lora_weights in (True, False)
         if self.lora_bias and (self.use_dora or not plain):
-            raise InputError("lora_bias=True goes with use_dora=False and init_lora_weights=True")
+            raise InputError(
+                "The argument lora_bias=True is for use_dora=False and init_lora_weights=True"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError("layers_pattern needs layers_to_transform")
         if self.target_parameters and (self.lora_dropout or self.lora_bias or self.use_dora):
@@ -159,6 +173,11 @@ class LoraConfig(CarriedFields):
                 "target_parameters has no input of its own: set lora_dropout=0, lora_bias=False "
                 "and use_dora=False"
             )
+
+    @property
+    def trains_B(self) -> bool:  # noqa: N802 (the paper's letter)
+        """Whether `B` is trained, and not only `A`."""
+        return self.init_lora_weights != "mica"
 
     @property
     def takes_start_off(self) -> bool:
@@ -169,11 +188,6 @@ class LoraConfig(CarriedFields):
     def starts_from_weight(self) -> bool:
         """Whether the weight alone gives the initial factors, always the same ones."""
         return _OUT_OF_THE_WEIGHT.fullmatch(str(self.init_lora_weights)) is not None
-
-    @property
-    def peft_type(self) -> PeftType:
-        """The method's name in PEFT's files."""
-        return PeftType.LORA
 
     def rank_for(self, module_name: str) -> int:
         """The rank of the module at this path: `rank_pattern`'s first match, or `r`."""
@@ -195,7 +209,7 @@ class LoraConfig(CarriedFields):
         values = dataclasses.asdict(self)
         other = values.pop("other_fields")
         del values["runtime_config"]
-        return dict(sorted({**other, **values, "peft_type": "LORA"}.items()))
+        return dict(sorted({**other, **values}.items()))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = CONFIG_NAME) -> Self:
@@ -205,15 +219,8 @@ class LoraConfig(CarriedFields):
             InputError: it is not LoRA, or an active field is unknown here (ignoring it would
                 silently give another model).
         """
-        peft_type = str(values.get("peft_type", "LORA")).upper()
-        if peft_type != "LORA":
-            raise InputError(f"{where}: peft_type is {peft_type}, and lorakit reads LORA only")
         known = {f.name for f in dataclasses.fields(cls)} - {"other_fields", "runtime_config"}
-        other = {
-            k: v
-            for k, v in values.items()
-            if k not in known and k not in ("peft_type", "runtime_config")
-        }
+        other = {k: v for k, v in values.items() if k not in known and k != "runtime_config"}
         for name, value in other.items():
             if value:
                 raise InputError(
@@ -281,12 +288,6 @@ def _first_match(patterns: dict[str, Any], module_name: str) -> str:
     return next((p for p in patterns if matches_pattern(p, module_name)), "")
 
 
-def _check_settings(name: str, value: object) -> None:
-    settings = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    if value is not None and not isinstance(value, dict) and not settings:
-        raise InputError(f"{name} must be a dictionary of settings, not {value!r}")
-
-
 def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
     for rank in (r, *rank_pattern.values()):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -306,7 +307,7 @@ def _check_initialization(how: object) -> None:
     if not known:
         raise InputError(
             f"init_lora_weights={how!r} is not supported: use true, gaussian, orthogonal, pissa, "
-            "pissa_niter_4, olora, eva, loftq, corda, lora_ga or false"
+            "pissa_niter_4, olora, eva, loftq, corda, lora_ga, mica or false"
         )
 
 

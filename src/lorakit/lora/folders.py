@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _CARD = """---
+library_name: peft
 ---
 
 A LoRA adapter. Load it with `lorakit` or `peft`:
@@ -102,7 +103,6 @@ def write_card(directory: str | Path, base: nn.Module) -> None:
     """
     path = Path(directory) / "README.md"
     card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _CARD)
-    card.data["library_name"] = "peft"  # the library whose files these are
     config: Any = getattr(base, "config", None)
     if config is not None:
         card.data["base_model"] = getattr(config, "_name_or_path", "")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.bank import AdapterBank
@@ -18,6 +19,7 @@ def hotswap_adapter(
     model: AdapterBank,
     model_name_or_path: str | Path,
     adapter_name: str,
+    torch_device: str | None = None,
     subfolder: str | None = None,
     **hub: Any,
 ) -> None:
@@ -27,6 +29,7 @@ def hotswap_adapter(
     update of zero; both leave the result exact. Nothing is changed when something does not fit.
 
     Args:
+        torch_device: as in PEFT's function; values go where the old ones are.
         hub: as in `LoraModel.from_pretrained`.
 
     Raises:
@@ -61,7 +64,39 @@ def _padded(key: str, tensor: torch.Tensor, like: torch.Tensor, folder: Path) ->
     if missing < 0:
         raise InputError(
             f"{folder}: {key.removeprefix(PREFIX)} has rank {tensor.shape[axis]}, and the adapter "
-            f"to be swapped {like.shape[axis]}: load the one with the largest rank first"
+            f"to be swapped {like.shape[axis]}: call "
+            "prepare_model_for_compiled_hotswap with the largest rank first"
         )
     after = [0, 0] * (tensor.dim() - 1 - axis)
     return F.pad(tensor, (*after, 0, missing))
+
+
+def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None) -> None:
+    """Gives all adapters of `model` the rank `target_rank`, so that larger ones can be swapped in.
+
+    The new rows of `A` and columns of `B` are zeros, which change nothing. To be called before
+    `torch.compile`.
+
+    Raises:
+        InputError: an adapter has a larger rank already.
+    """
+    if target_rank is None:
+        return
+    for path, layer in wrapped_modules(model):
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name in layer.adapters:
+            if layer.r[name] > target_rank:
+                raise InputError(
+                    f"{path} has rank {layer.r[name]} already: more than {target_rank}"
+                )
+            for tensor, axis in zip(layer._initial_places(name), (0, 1), strict=True):
+                grown = tensor.new_zeros(
+                    [
+                        n if i != axis else n // layer.r[name] * target_rank
+                        for i, n in enumerate(tensor.shape)
+                    ]
+                )
+                grown.narrow(axis, 0, tensor.shape[axis]).copy_(tensor.detach())
+                torch.utils.swap_tensors(tensor, nn.Parameter(grown, tensor.requires_grad))
+            layer.r[name] = target_rank

@@ -18,7 +18,8 @@ from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, LoadResult, load_tensors
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.model import LoraModel
-from lorakit.lora.status import TunerLayerStatus, TunerModelStatus
+from lorakit.lora.parameters import count_parameters
+from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 
 _BANK = "lora_bank"
 
@@ -113,13 +114,27 @@ def set_peft_model_state_dict(
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The state of every wrapped layer of a `LoraModel`, or of one with injected adapters."""
-    return _bank_of(model)[0].get_layer_status()
+    """The state of every wrapped layer of a `LoraModel`, or of any module that holds some.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = layer_status(model.base_model if isinstance(model, LoraModel) else model)
+    if not found:
+        raise InputError("No adapter layers found in the model")
+    return found
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The state of all layers of a `LoraModel`, or of one with injected adapters, together."""
-    return _bank_of(model)[0].get_model_status()
+    """The state of all layers of a `LoraModel`, or of any module that holds some, together.
+
+    Raises:
+        InputError: there is none.
+    """
+    get_layer_status(model)
+    if isinstance(model, LoraModel):
+        return model.get_model_status()
+    return model_status(model, model, {}, count_parameters(model))
 
 
 def _from_state_dict(

@@ -111,6 +111,8 @@ def _decompose(
         new_A, new_B = decomposition.orthogonal(W.shape[1], W.shape[0], r)
     elif not W.dtype.is_floating_point:
         raise InputError(f"init_lora_weights='{how}' needs a base that is not quantised")
+    elif how == "mica":
+        new_A, new_B = decomposition.mica(W, r)
     elif how == "olora":
         new_A, new_B = decomposition.olora(W, r, scaling)
     else:
@@ -118,17 +120,24 @@ def _decompose(
         new_A, new_B = decomposition.pissa(W, r, scaling, niter)
     A.copy_(new_A)
     B.copy_(new_B)
-    # Orthogonal halves are meant to have a product of zero, and with it nothing to take off.
-    return None if how == "orthogonal" else InitialFactors(A, B)
+    # Orthogonal halves have a product of zero, as MiCA's zero A, and with it nothing to take off.
+    return None if how in ("orthogonal", "mica") else InitialFactors(A, B)
 
 
 @torch.no_grad()
-def initialize_embedding(A: torch.Tensor, B: torch.Tensor, how: bool | str) -> None:
+def initialize_embedding(
+    A: torch.Tensor, B: torch.Tensor, W: torch.Tensor, how: bool | str
+) -> None:
     """Fills `A` (r, num_embeddings) and `B` (embedding_dim, r): `A` zero, `B` normal (loralib).
 
     Args:
-        how: False makes `A` random too (for tests); every other value is as above.
+        W: the embedding's weight, transposed.
+        how: False makes `A` random too (for tests), `mica` takes `B` from the weight; every other
+            value is as above.
     """
+    if how == "mica":
+        _decompose(A, B, W, 1.0, how)
+        return
     nn.init.normal_(B)
     if how is False:
         nn.init.normal_(A)

@@ -13,6 +13,7 @@ from lorakit.lora.layers import (
     LoraEmbedding,
     LoraLayer,
     LoraParameter,
+    LoraTiedEmbedding,
     LoraTiedHead,
     ModulesToSaveWrapper,
     TrainedTokens,
@@ -25,7 +26,10 @@ from lorakit.lora.targets import (
     resolve_parameters,
     resolve_targets,
     resolve_tokens,
-    tied_heads,
+    tied_embedding,
+    tied_modules,
+    warn_of_ties,
+    warn_of_unused,
 )
 
 
@@ -52,13 +56,17 @@ def inject(
     tokens = resolve_tokens(model, config)
     saved = resolve_modules_to_save(model, config)
     _require_apart(model, saved, targets, tokens)
+    warn_of_ties(model, config, [*targets, *saved])
+    warn_of_unused(config, [*targets, *(".".join(pair) for pair in parameters)])
     try:
-        for path in targets:
-            _wrap_layer(model, path, routing).add_adapter(
-                adapter_name, config, path, autocast, initialize
-            )
+        for target in targets:
+            path = tied_embedding(model, target) if config.ensure_weight_tying else target
+            layer = _wrap_layer(model, path, routing)
+            if adapter_name in layer.adapters:
+                continue  # as tied to an earlier one
+            layer.add_adapter(adapter_name, config, path, autocast, initialize)
             if config.ensure_weight_tying:
-                _wrap_tied_heads(model, path, adapter_name, config)
+                _wrap_tied(model, path, adapter_name, config)
         for path, parameter in parameters:
             wrapper = _wrap_parameter(model, path, parameter, routing)
             place = f"{path}.{parameter}"
@@ -117,17 +125,18 @@ def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
     return layer
 
 
-def _wrap_tied_heads(model: nn.Module, path: str, name: str, config: LoraConfig) -> None:
-    """Gives the heads that are tied to a wrapped embedding its adapter `name` too."""
+def _wrap_tied(model: nn.Module, path: str, name: str, config: LoraConfig) -> None:
+    """Gives the modules that are tied to a wrapped embedding its adapter `name` too."""
     embedding = model.get_submodule(path)
     if not isinstance(embedding, LoraEmbedding):
         return
-    for head_path in tied_heads(model, path):
-        head = model.get_submodule(head_path)
-        if not isinstance(head, LoraTiedHead):
-            head = LoraTiedHead(head, embedding)
-            _replace(model, head_path, head)
-        head.add_adapter(name, config, path)
+    for tied_path in tied_modules(model, path):
+        tied = model.get_submodule(tied_path)
+        if not isinstance(tied, (LoraTiedEmbedding, LoraTiedHead)):
+            kind = LoraTiedEmbedding if isinstance(tied, nn.Embedding) else LoraTiedHead
+            tied = kind(tied, embedding)
+            _replace(model, tied_path, tied)
+        tied.add_adapter(name, config, path)
 
 
 def _wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routing) -> LoraParameter:
@@ -144,22 +153,20 @@ def _wrap_tokens(model: nn.Module, path: str, routing: Routing) -> TrainedTokens
     module = model.get_submodule(path)
     if isinstance(module, TrainedTokens):
         return module
-    heads = tied_heads(model, path)
+    tied = tied_modules(model, path)
     embedding = TrainedTokens(module, routing)
     _replace(model, path, embedding)
-    for head in heads:
-        _replace(model, head, embedding.tie(model.get_submodule(head)))
+    for one in tied:
+        _replace(model, one, embedding.tie(model.get_submodule(one)))
     return embedding
 
 
 def _wrap_saved(
     model: nn.Module, path: str, name: str, config: LoraConfig, routing: Routing
 ) -> None:
-    heads = []
-    if config.ensure_weight_tying and isinstance(model.get_submodule(path), nn.Embedding):
-        heads = tied_heads(model, path)
+    tied = tied_modules(model, path) if config.ensure_weight_tying else []
     tied_to = None
-    for one in (path, *heads):
+    for one in (path, *tied):
         module = model.get_submodule(one)
         if not isinstance(module, ModulesToSaveWrapper):
             module = ModulesToSaveWrapper(module, routing)

@@ -1,8 +1,9 @@
 """Adding adapters to the base weights of a whole model, all of it or none.
 
-One layer's merge is in `layers/base.py`.
+One layer's merge is in `layers/mergeable.py`.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,13 @@ def merge_layers(model: nn.Module, names: Sequence[str] | None, safe_merge: bool
         InputError: with `safe_merge`, when a merged weight is not finite. No layer is changed.
     """
     layers = [m for _, m in wrapped_modules(model) if isinstance(m, Mergeable)]
+    wanted = [layer.active_adapters if names is None else names for layer in layers]
+    if any(wanted) and all(
+        set(own) & set(layer.adapters) <= set(layer.merged_adapters)
+        for own, layer in zip(wanted, layers, strict=True)
+    ):
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        return
     before = [list(layer.merged_adapters) for layer in layers]
     try:
         for layer in layers:

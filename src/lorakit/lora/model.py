@@ -1,8 +1,8 @@
-"""A model with adapters: computing with them, merging, saving and loading.
+"""A model with adapters: computing with them, and merging.
 
 `LoraModel` is what PEFT calls `PeftModel`, with its method names and its module structure
 (`model.base_model.model`). Which adapters there are is in `bank.py`, what a layer computes in
-`layers/`, where layers are found in `targets.py`, what a folder holds in `checkpoint.py`.
+`layers/`, where layers are found in `targets.py`, saving and loading in `storage.py`.
 """
 
 from __future__ import annotations
@@ -11,33 +11,23 @@ import copy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.bank import AdapterBank
 from lorakit.lora.base_model import forward_of_base
-from lorakit.lora.checkpoint import (
-    LoadResult,
-    load_initial,
-    load_tensors,
-    read_adapter,
-    read_initial,
-    without_base_copies,
-)
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.folders import locate, save_adapters, upload
 from lorakit.lora.injection import eject
 from lorakit.lora.merging import merge_and_eject, merge_layers
+from lorakit.lora.parameters import tied_apart
 from lorakit.lora.routing import BASE, require_one_per_row
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from lorakit.lora.storage import StoredBank
 
 
-class LoraModel(AdapterBank):
+class LoraModel(StoredBank):
     """Any module with LoRA adapters beside its frozen weights.
 
     The model is changed in place: its targeted layers are wrapped, everything else is frozen.
@@ -61,6 +51,7 @@ class LoraModel(AdapterBank):
         **options: Any,
     ) -> None:
         super().__init__(model, config, adapter_name, **options)
+        self.register_state_dict_post_hook(tied_apart)
         for newer_first in ("is_activation_checkpointing", "is_gradient_checkpointing"):
             if hasattr(model, newer_first):
                 if getattr(model, newer_first):
@@ -199,129 +190,6 @@ class LoraModel(AdapterBank):
             parameter.requires_grad_(name in before)
         return model
 
-    # --- files ----------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        selected_adapters: Sequence[str] | None = None,
-        path_initial_model_for_weight_conversion: str | None = None,
-        is_main_process: bool = True,
-        **_ignored_by_peft_too: Any,
-    ) -> None:
-        """Writes each adapter as PEFT does: `default` into the folder, others into subfolders.
-
-        Args:
-            selected_adapters: the names of those to write; None is all.
-            path_initial_model_for_weight_conversion: set, to whatever value, it writes adapters
-                that started from the weight itself (PiSSA, OLoRA) as ordinary ones of twice the
-                rank. PEFT needs a path here; lorakit has the initial factors in the model.
-            is_main_process: other processes write nothing.
-        """
-        names = list(selected_adapters or self.adapters)
-        for name in names:
-            self._require(name)
-        if is_main_process:
-            plain = path_initial_model_for_weight_conversion is not None
-            with self._biases_in_force(True):
-                save_adapters(self, save_directory, names, plain)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload adapter",
-    ) -> str:
-        """Uploads the adapters, as `save_pretrained` writes them, to the hub; the base stays here.
-
-        Returns: the address of the commit.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(folder, repo_id, private, token, commit_message)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: LoraConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = True,
-        subfolder: str | None = None,
-        **hub: Any,
-    ) -> Self:
-        """`model` with the adapter in the folder, or of the hub's id, `model_id`.
-
-        Args:
-            is_trainable: whether to go on training it; otherwise everything is frozen.
-            config: takes the place of the folder's own, and is the adapter's from here on.
-            autocast_adapter_dtype: as in `AdapterBank`.
-            low_cpu_mem_usage: as in PEFT's function; values are never made up before they are
-                loaded.
-            hub: `revision`, `token`, … for an adapter on the hub.
-
-        Raises:
-            InputError: the folder holds no adapter, a damaged one, or one for another model.
-        """
-        folder = locate(model_id, subfolder, **hub)
-        own_config, tensors = read_adapter(folder)
-        wrapped = cls(
-            model,
-            config or own_config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            initialize=False,
-        )
-        try:
-            wrapped._fill(adapter_name, tensors, folder)
-        except InputError:
-            wrapped.unload()
-            raise
-        wrapped.peft_config[adapter_name].inference_mode = not is_trainable
-        wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return wrapped.eval() if not is_trainable else wrapped
-
-    def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = True,
-        subfolder: str | None = None,
-        **hub: Any,
-    ) -> LoadResult:
-        """Adds the adapter in the folder `model_id` beside the others, without activating it.
-
-        Arguments and errors are those of `from_pretrained`.
-
-        Returns: no missing and no unexpected keys, as either is an error here.
-        """
-        folder = locate(model_id, subfolder, **hub)
-        config, tensors = read_adapter(folder)
-        self._add(adapter_name, config, autocast_adapter_dtype, initialize=False)
-        try:
-            self._fill(adapter_name, tensors, folder)
-        except InputError:
-            self.delete_adapter(adapter_name)
-            raise
-        if self.biases:
-            self.biases.use(bool(self.active_adapters))
-        if is_trainable:
-            self.set_requires_grad(adapter_name)
-        return LoadResult([], [])
-
-    def _fill(self, name: str, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        base = self.get_base_model()
-        tensors = without_base_copies(base, tensors, folder)
-        load_tensors(self.adapter_tensors(name), tensors, folder)
-        load_initial(base, name, read_initial(folder), self.peft_config[name], folder)
-
     # --- looking at it --------------------------------------------------------------------
 
     def print_trainable_parameters(self) -> None:
@@ -334,13 +202,13 @@ class LoraModel(AdapterBank):
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of every wrapped layer."""
-        return layer_status(self.get_base_model())
+        return layer_status(self.base_model)
 
     def get_model_status(self) -> TunerModelStatus:
         """The state of all layers together."""
         types = {name: config.peft_type for name, config in self.peft_config.items()}
         counted = self.get_nb_trainable_parameters()
-        return model_status(self, self.get_base_model(), types, counted)
+        return model_status(self, self.base_model, types, counted)
 
 
 def get_peft_model(

@@ -80,6 +80,7 @@ def create_lorafa_optimizer(
     lora_alpha: float | None = None,
     lr: float = 1e-3,
     weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
 ) -> Optimizer:
     """AdamW for LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): `A` stays, only `B` is trained.
 
@@ -87,11 +88,19 @@ def create_lorafa_optimizer(
     close to the gradient of the full weight as a frozen `A` allows.
 
     Args:
-        r, lora_alpha: as in PEFT's function; each layer's own rank and scaling are used.
+        r, lora_alpha, use_rslora: as in PEFT's function; each layer's own are used.
 
     Raises:
-        InputError: nothing in `model` is trainable.
+        InputError: `use_rslora` is not what the adapters have, or nothing in `model` is trainable.
     """
+    configs = getattr(model, "peft_config", {})
+    for name in getattr(model, "active_adapters", ()):
+        own = configs[name].use_rslora
+        if use_rslora is not None and own != use_rslora:
+            raise InputError(
+                f"use_rslora={use_rslora} was passed to create_lorafa_optimizer, and '{name}' "
+                f"has {own}"
+            )
     pairs: list[tuple[torch.Tensor, nn.Parameter, float]] = []
     for _, layer in wrapped_modules(model):
         if not isinstance(layer, LoraLayer):

@@ -21,7 +21,7 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError, listed
-from lorakit.lora.bank import AdapterBank, set_trainable
+from lorakit.lora.bank import AdapterBank
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.data_driven import eva, input_covariances, weight_gradients
 from lorakit.lora.decomposition import corda, lora_ga
@@ -29,6 +29,7 @@ from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, 
 from lorakit.lora.initialize import START
 from lorakit.lora.injection import put_back_unused, wrapped_modules
 from lorakit.lora.layers import LoraLinear, is_conv1d
+from lorakit.lora.parameters import set_trainable
 from lorakit.lora.targets import resolve_targets, suffixes_for
 
 

@@ -52,9 +52,9 @@ def layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         found.append(
             TunerLayerStatus(
                 name=name,
-                module_type=f"lora.{type(module).__name__.removeprefix('Lora')}",
+                module_type=module._get_name(),
                 enabled=module.routing.enabled and bool(route.shared or route.rows),
-                active_adapters=[a for a in route.shared if a in tensors],
+                active_adapters=list(route.shared),
                 merged_adapters=list(getattr(module, "merged_adapters", [])),
                 requires_grad={
                     a: _agreed([t.requires_grad for t in own]) for a, own in tensors.items()
@@ -80,13 +80,12 @@ def model_status(
     def merged_or_active(field: str) -> list[str] | Irregular:
         """The same for all layers that have these adapters at all."""
         names = {a for layer in layers for a in getattr(layer, field)}
-        agree = all(
-            set(getattr(layer, field)) == names & set(layer.available_adapters) for layer in layers
-        )
+        owned = [(set(layer.available_adapters), getattr(layer, field)) for layer in layers]
+        agree = all(own.intersection(found) == own & names for own, found in owned)
         return sorted(names) if agree else "irregular"
 
     return TunerModelStatus(
-        base_model_type=type(base).__name__,
+        base_model_type=type(getattr(base, "model", base)).__name__,
         adapter_model_type=type(model).__name__,
         peft_types=peft_types,
         trainable_params=counted[0],

@@ -1,12 +1,12 @@
 """From `target_modules` to the modules of the model at hand.
 
-Names and regular expressions match as in PEFT. The presets `attention-minimal`, `attention` and
-`all-linear` are found by what modules are called and where they stand, so that fused and renamed
-projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too. What matches nothing is an
-error.
+Names and regular expressions match as in PEFT; presets are in `presets.py`. What matches nothing is
+an error.
 """
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,25 +21,11 @@ from lorakit.lora.layers import (
     LoraTiedHead,
     Mergeable,
     ModulesToSaveWrapper,
-    TiedHead,
+    TiedModule,
     Wrapped,
     layer_class,
 )
-
-PRESETS = ("attention-minimal", "attention", "all-linear")
-
-# What the projections of attention are called, by the families of transformers.
-_FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj"})
-_QUERY = frozenset({"q_proj", "query", "q_lin", "query_proj", "q", "q_attn", "to_q", "wq"})
-_KEY = frozenset({"k_proj", "key", "k_lin", "key_proj", "k", "to_k", "wk"})
-_VALUE = frozenset({"v_proj", "value", "v_lin", "value_proj", "v", "to_v", "wv"})
-_OUTPUT = frozenset({"o_proj", "out_proj", "out_lin", "dense", "c_proj", "o", "to_out", "Wo", "wo"})
-# DeepSeek's latent attention projects in two steps.
-_LATENT_QUERY = frozenset({"q_a_proj", "q_b_proj"})
-_LATENT_KEY_VALUE = frozenset({"kv_a_proj_with_mqa", "kv_b_proj"})
-
-_MINIMAL = _QUERY | _VALUE | _FUSED | _LATENT_QUERY | _LATENT_KEY_VALUE
-_ATTENTION = _MINIMAL | _KEY | _OUTPUT
+from lorakit.lora.presets import PRESETS, output_head, preset_names
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -72,7 +58,9 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if not targets:
         return []  # only parameters are adapted
     if isinstance(targets, str) and targets in PRESETS:
-        found = _preset(targets, candidates, _output_head(model))
+        head = output_head(model)
+        linear = [name for name, m in candidates.items() if _is_linear(m) and m is not head]
+        found = preset_names(targets, linear)
         if not found and config.target_modules is None and config.target_parameters:
             return []
         if not found:
@@ -88,9 +76,13 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         found = [n for n in candidates if any(_is_suffix(t, n) for t in targets)]
         for target in targets:
             if not any(_is_suffix(target, name) for name in found):
-                raise _no_match(f"'{target}'", target, candidates)
-    found = [name for name in found if not _excluded(config.exclude_modules, name)]
-    found = [name for name in found if _in_layers(config, name)]
+                raise _no_match(f"'{target}'", target, candidates, _coverage(targets, found))
+    kept = [name for name in found if not _excluded(config.exclude_modules, name)]
+    exclude = config.exclude_modules
+    if exclude and not any(_excluded(exclude, name) for name in modules):
+        message = f"You have passed exclude_modules={exclude!r} but no modules were excluded"
+        warnings.warn(message, stacklevel=6)
+    found = [name for name in kept if _in_layers(config, name)]
     if not found:
         raise InputError(
             "target_modules matches only what exclude_modules and layers_to_transform leave out"
@@ -104,6 +96,17 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"embedding, convolution and attention layers here ({there})"
             )
     return found
+
+
+def warn_of_unused(config: LoraConfig, paths: Iterable[str]) -> None:
+    """Warns of patterns for ranks and alphas that mean none of the adapted `paths`."""
+    paths = list(paths)
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        unused = [p for p in patterns if not any(matches_pattern(p, path) for path in paths)]
+        if unused:
+            message = f"{field}: {unused} did not match any targeted module"
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -193,20 +196,50 @@ def task_heads(model: nn.Module, config: LoraConfig) -> list[str]:
     return [head for head in heads if head not in named]
 
 
-def tied_heads(model: nn.Module, path: str) -> list[str]:
-    """The paths of linear layers whose weight is that of the embedding at `path`."""
-    weight = _unwrapped(model.get_submodule(path)).weight
-    return [
-        name
-        for name, module in base_modules(model)
-        if isinstance(inner := _unwrapped(module), nn.Linear) and inner.weight is weight
-    ]
+def tied_modules(model: nn.Module, path: str) -> list[str]:
+    """The paths of other linear layers and embeddings with the weight of the one at `path`."""
+    return [name for name in _ties(model).get(path, ()) if name != path]
+
+
+def tied_embedding(model: nn.Module, path: str) -> str:
+    """The first embedding whose weight the module at `path` has, or `path` itself."""
+    tied = _ties(model).get(path, ())
+    kinds = {name: _unwrapped(model.get_submodule(name)) for name in tied}
+    return next((name for name, m in kinds.items() if isinstance(m, nn.Embedding)), path)
+
+
+def warn_of_ties(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> None:
+    """Warns where only some of the modules that share a weight are adapted, and of a vain wish."""
+    ties = _ties(model)
+    adapted = [path for path in paths if path in ties]
+    if adapted and not config.ensure_weight_tying:
+        message = (
+            f"{listed(adapted)} share their weight with other modules, which keep it as it is, as "
+            "`ensure_weight_tying` is not set to True"
+        )
+    elif config.ensure_weight_tying and not ties:
+        message = "ensure_weight_tying=True, but no tied modules were found in the model"
+    elif config.ensure_weight_tying and not adapted:
+        message = "ensure_weight_tying=True, but no tied modules are added: none is adapted"
+    else:
+        return
+    warnings.warn(message, stacklevel=6)
+
+
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """The paths of linear layers and embeddings that share a weight, by each of these paths."""
+    by_weight: dict[int, list[str]] = {}
+    for name, module in base_modules(model):
+        inner = _unwrapped(module)
+        if isinstance(inner, (nn.Linear, nn.Embedding)):
+            by_weight.setdefault(id(inner.weight), []).append(name)
+    return {name: paths for paths in by_weight.values() if len(paths) > 1 for name in paths}
 
 
 def _unwrapped(module: nn.Module) -> Any:
     if isinstance(module, Mergeable):
         return module.get_base_layer()
-    if isinstance(module, TiedHead):
+    if isinstance(module, TiedModule):
         return module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
@@ -236,28 +269,6 @@ def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
 def matches_pattern(pattern: str, name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` means the module at `name`, as in PEFT."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _preset(preset: str, candidates: dict[str, nn.Module], head: nn.Module | None) -> list[str]:
-    linear = [name for name, m in candidates.items() if _is_linear(m) and m is not head]
-    if preset == "all-linear":
-        return linear
-    wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
-    return [name for name in linear if name.rpartition(".")[2] in wanted and _in_attention(name)]
-
-
-def _in_attention(name: str) -> bool:
-    """Whether a module stands in an attention block: `dense` or `c_proj` do outside it too."""
-    above = name.lower().split(".")[:-1]
-    return any("attn" in part or "attention" in part for part in above)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except NotImplementedError:
-        return None
 
 
 def _adaptable(module: nn.Module) -> bool:
@@ -306,7 +317,15 @@ def _fullmatch(pattern: str, name: str) -> bool:
         raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def _no_match(what: str, target: str, candidates: dict[str, nn.Module]) -> InputError:
+def _coverage(targets: Iterable[str], found: Iterable[str]) -> str:
+    """How many modules each target matches, for a message."""
+    counts = Counter(t for name in found for t in targets if _is_suffix(t, name))
+    return listed(f"{target} {counts[target]}" for target in targets)
+
+
+def _no_match(
+    what: str, target: str, candidates: dict[str, nn.Module], coverage: str = ""
+) -> InputError:
     names = leaf_names(candidates)
     if target in names:
         hint = (
@@ -314,7 +333,8 @@ def _no_match(what: str, target: str, candidates: dict[str, nn.Module]) -> Input
         )
     else:
         hint = did_you_mean(target, [*names, *PRESETS])
+    matched = f"Modules matched: {coverage}. " if coverage else ""
     return InputError(
-        f"target_modules: {what} matches no module of this model{hint}. "
+        f"target_modules: {what} matches no module of this model{hint}. {matched}"
         f"There are {listed(names)}, and the presets {', '.join(PRESETS)}"
     )

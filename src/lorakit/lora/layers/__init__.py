@@ -11,8 +11,8 @@ from lorakit.lora.layers.linear import LoraLinear, is_conv1d
 from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
-from lorakit.lora.layers.tied import LoraTiedHead
-from lorakit.lora.layers.tokens import TiedHead, TrainedTokens
+from lorakit.lora.layers.tied import LoraTiedEmbedding, LoraTiedHead
+from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
 
 __all__ = [
     "LoraConv",
@@ -21,17 +21,18 @@ __all__ = [
     "LoraLinear",
     "LoraMultiheadAttention",
     "LoraParameter",
+    "LoraTiedEmbedding",
     "LoraTiedHead",
     "Mergeable",
     "ModulesToSaveWrapper",
-    "TiedHead",
+    "TiedModule",
     "TrainedTokens",
     "Wrapped",
     "is_conv1d",
     "layer_class",
 ]
 
-Wrapped = Mergeable | ModulesToSaveWrapper | TiedHead
+Wrapped = Mergeable | ModulesToSaveWrapper | TiedModule
 """Everything that stands in the place of a model's own module."""
 
 

@@ -5,6 +5,7 @@ PEFT's structure: `base_layer` is the frozen original, `lora_A[name].weight` (r,
 `base.py`'s.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, Self
@@ -80,6 +81,9 @@ class LayerBank(Mergeable):
         p = config.lora_dropout
         dropout = nn.Dropout(p) if p > 0 else nn.Identity()
         self.lora_dropout[name] = dropout.train(self.training)
+        if config.lora_bias and self.base_bias is None:
+            message = f"`lora_bias=True` beside a layer without bias ({module_name}): no merging"
+            warnings.warn(message, stacklevel=7)
         self._create(name, r, config.lora_bias, device=base.device, dtype=dtype)
         if config.init_lora_weights == "loftq":
             self._quantize_base(name, config)
@@ -129,6 +133,16 @@ class LayerBank(Mergeable):
         """Multiplies adapter `name`'s own scaling by `scale`: 0 is off, 1 as it was trained."""
         if name in self.r:
             self.scaling[name] = scale * self._own_scaling[name]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters by `scale`, on top of what it is."""
+        for name in self.active_adapters:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters by `scale`; None makes it their own again."""
+        for name in self.active_adapters:
+            self.scaling[name] = self.scaling[name] / scale if scale else self._own_scaling[name]
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The parameters of adapter `name` under the ends of PEFT's keys (`lora_A.weight`, …)."""

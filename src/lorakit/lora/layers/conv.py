@@ -59,6 +59,9 @@ class LoraConv(LoraLayer):
         if config.use_dora and self.base_layer.groups != 1:
             raise InputError("use_dora=True is not defined for grouped convolutions")
 
+    def _get_name(self) -> str:
+        return f"lora.{_plain_kind(self.base_layer).__name__}"
+
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A` (r, d_in * kernel) and `B` (d_out, r), block-diagonal when the base is grouped."""
         A, B = (kernel.flatten(1) for kernel in self._kernels(name))

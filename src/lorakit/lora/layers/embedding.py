@@ -37,7 +37,8 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.out_features, r, **placement))
 
     def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
-        initialize_embedding(*self.matrices(name), config.init_lora_weights)
+        W = self._as_matrix(self.base_weight)
+        initialize_embedding(*self.matrices(name), W, config.init_lora_weights)
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]

@@ -76,6 +76,13 @@ class Mergeable(nn.Module, ABC):
             for tensor in self.adapter_tensors(name).values():
                 tensor.requires_grad_(name in names and not inference_mode)
 
+    def require_together(self, names: Sequence[str]) -> None:
+        """Raises InputError when these adapters cannot serve the same row."""
+
+    def _get_name(self) -> str:
+        """`lora.Linear`: how a printed model shows this layer, as in PEFT."""
+        return f"lora.{type(self).__name__.removeprefix('Lora')}"
+
     @property
     def merged(self) -> bool:
         """Whether the base weight contains an adapter's update now."""
@@ -106,7 +113,10 @@ class Mergeable(nn.Module, ABC):
             return
         merged = self._merged(self.merged_adapters + new)
         if safe_merge and not all(torch.isfinite(total).all() for total in merged.values()):
-            raise InputError(f"merging {', '.join(new)} gives weights that are not finite")
+            raise InputError(
+                "NaNs detected in the merged weights. The adapter "
+                f"{', '.join(new)} seems to be broken: its weights, or the sums, are not finite"
+            )
         before = {name: self._unmerged(name) for name in merged}
         for name, total in merged.items():
             parameter = nn.Parameter(total.to(before[name].dtype), requires_grad=False)

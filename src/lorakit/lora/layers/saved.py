@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ class ModulesToSaveWrapper(nn.Module):
         if len(own) > 1:
             raise InputError(f"{listed(own)} each have their own module for rows of one batch")
         return self.chosen(own)
+
+    def require_together(self, names: Sequence[str]) -> None:
+        """Raises InputError when two of these adapters have their own copy."""
+        self.chosen(names)
 
     def chosen(self, names: Iterable[str]) -> nn.Module:
         """The module for adapters that are added up.

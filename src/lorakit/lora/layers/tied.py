@@ -1,4 +1,4 @@
-"""LoRA beside a head that is tied to an embedding, with the embedding's own factors."""
+"""LoRA beside modules that are tied to an embedding, with the embedding's own factors."""
 
 from typing import Any
 
@@ -41,3 +41,21 @@ class LoraTiedHead(LoraLinear):
 
     def _fusable(self, x: torch.Tensor, name: str) -> bool:
         return False
+
+
+class LoraTiedEmbedding(LoraEmbedding):
+    """Another embedding with the same weight, and with the first one's factors."""
+
+    def __init__(self, base_layer: nn.Module, embedding: LoraEmbedding) -> None:
+        super().__init__(base_layer, embedding.routing)
+        self._embedding = [embedding]  # in a list, so that it is no submodule here
+
+    def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first embedding's factors."""
+        return self._embedding[0].matrices(name)
+
+    def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
+        """Nothing: the first embedding has the parameters."""
+
+    def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
+        """Nothing: the first embedding has done it."""

@@ -1,10 +1,10 @@
 """Single rows of an embedding that are trained: `trainable_token_indices`.
 
-New tokens are taught without a copy of the whole embedding; a head that is tied to the embedding
-follows it.
+New tokens are taught without a copy of the whole embedding; modules that are tied to it, a head or
+the embeddings of an encoder and a decoder, follow it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,22 +36,22 @@ class TrainedTokens(Mergeable):
         self.token_adapter = TokenRows()
         self._tied: list[nn.Module] = []  # in a list, so that it is no submodule here
 
-    def tie(self, head: nn.Module) -> "TiedHead":
-        """A head, whose weight is this embedding's, that follows it; merging keeps them tied."""
-        self._tied = [head]
-        return TiedHead(head, self)
+    def tie(self, module: nn.Module) -> "TiedModule":
+        """A module with this embedding's weight, wrapped to follow it; merging keeps them tied."""
+        self._tied.append(module)
+        return (TiedEmbedding if isinstance(module, nn.Embedding) else TiedHead)(module, self)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """As every layer's, for the tied head too."""
+        """As every layer's, for the tied modules too."""
         super().merge(*args, **kwargs)
-        for head in self._tied:
-            head.weight = self.base_weight
+        for module in self._tied:
+            module.weight = self.base_weight
 
     def unmerge(self) -> None:
-        """As every layer's, for the tied head too."""
+        """As every layer's, for the tied modules too."""
         super().unmerge()
-        for head in self._tied:
-            head.weight = self.base_weight
+        for module in self._tied:
+            module.weight = self.base_weight
 
     @property
     def trainable_tokens_delta(self) -> nn.ParameterDict:
@@ -102,12 +102,15 @@ class TrainedTokens(Mergeable):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's embeddings of `x` (batch, n), with trained rows where there are some."""
-        y = self.base_layer(x, *args, **kwargs)
+        return self.replaced(x, self.base_layer(x, *args, **kwargs), self.base_layer)
+
+    def replaced(self, x: torch.Tensor, y: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        """What `embedding` made of tokens `x`, `y` (batch, n, dim), with trained rows in it."""
         if not (names := self.serving()):
             return y
         rows, slots = self._slots(names, x)
         slot = slots[x] if slots.dim() == 1 else slots.gather(1, x.flatten(1)).view_as(x)
-        scale = getattr(self.base_layer, "embed_scale", None)
+        scale = getattr(embedding, "embed_scale", None)
         rows = rows if scale is None else rows * torch.as_tensor(scale).to(rows)
         return torch.where(slot[..., None] >= 0, rows.to(y.dtype)[slot.clamp(min=0)], y)
 
@@ -125,6 +128,10 @@ class TrainedTokens(Mergeable):
         if self.merged:
             raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
         return [name for name in route.row_names if name in self.token_indices]
+
+    def require_together(self, names: Sequence[str]) -> None:
+        """Raises InputError when two of these adapters train the same token."""
+        self._require_apart([name for name in names if name in self.token_indices])
 
     def _require_apart(self, names: list[str]) -> None:
         tokens = [token for name in names for token in self.token_indices[name]]
@@ -150,8 +157,8 @@ class TrainedTokens(Mergeable):
         return rows, tables[route.row_index(x, names)]
 
 
-class TiedHead(nn.Module):
-    """A head whose weight is a `TrainedTokens` embedding's: trained rows give these logits too."""
+class TiedModule(nn.Module):
+    """A module whose weight is a `TrainedTokens` embedding's, and that follows its rows."""
 
     def __init__(self, base_layer: nn.Module, embedding: TrainedTokens) -> None:
         super().__init__()
@@ -166,7 +173,7 @@ class TiedHead(nn.Module):
 
     @property
     def token_adapter(self) -> TokenRows:
-        """The embedding's rows, which are the head's too."""
+        """The embedding's rows, which are this module's too."""
         return self._embedding[0].token_adapter
 
     @property
@@ -181,9 +188,33 @@ class TiedHead(nn.Module):
     def delete_adapter(self, name: str) -> None:
         """Nothing to do: the rows are the embedding's."""
 
+    def require_together(self, names: Sequence[str]) -> None:
+        """Nothing to check: the embedding does it."""
+
     def original(self, active: Iterable[str] = ()) -> nn.Module:
-        """The head itself."""
+        """The module itself."""
         return self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+class TiedEmbedding(TiedModule):
+    """Another embedding with the same weight, as encoders and decoders have one each."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's embeddings of `x` (batch, n), with trained rows where there are some."""
+        y = self.base_layer(x, *args, **kwargs)
+        return self._embedding[0].replaced(x, y, self.base_layer)
+
+
+class TiedHead(TiedModule):
+    """A head with the embedding's weight: trained rows give these logits too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of `x` (batch, n, dim); those of trained tokens come from the trained rows."""
@@ -201,11 +232,3 @@ class TiedHead(nn.Module):
         else:
             slots = slots.expand_as(y)
         return torch.where(slots >= 0, new.gather(-1, slots.clamp(min=0)), y)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
