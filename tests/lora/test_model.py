@@ -118,7 +118,7 @@ def test_names_of_rows_are_checked(build, ids):
     with pytest.raises(ValueError, match="2 names for a batch of 3 rows"):
         output(wrapped, ids, adapter_names=["default", "__base__"])
     wrapped.merge_adapter()
-    with pytest.raises(RuntimeError, match="unmerge first"):
+    with pytest.raises(InputError, match="unmerge first"):
         output(wrapped, ids, adapter_names=["default"] * 3)
 
 

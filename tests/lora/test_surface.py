@@ -15,7 +15,7 @@ from torch import nn
 from families import output, to_peft, wrap
 from lorakit import LoraConfig, LoraModel, PeftModel, get_peft_model
 from lorakit.errors import InputError
-from lorakit.lora.hotswap import hotswap_adapter
+from lorakit.lora.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from lorakit.lora.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -105,7 +105,6 @@ def test_hot_swapping_is_loading_the_other_adapter_in_place(build, ids, tmp_path
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"r": 9}, "with the largest rank first"),
         ({"target_modules": ["q_proj", "v_proj"]}, "another base model"),
         ({"use_dora": True}, "another base model"),
     ],
@@ -117,6 +116,25 @@ def test_what_does_not_fit_is_not_swapped(build, ids, tmp_path, fields, words):
     with pytest.raises(InputError, match=words):
         hotswap_adapter(model, tmp_path, "default")
     assert torch.equal(output(model, ids), expected)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_adapter_of_larger_rank_is_swapped_in(build, ids, tmp_path, prepared):
+    base = build()
+    targets = {"target_modules": ["q_proj", "embed_tokens"]}
+    wrap(copy.deepcopy(base), seed=8, r=12, **targets).save_pretrained(tmp_path)
+    model = wrap(copy.deepcopy(base), **targets)
+    before = output(model, ids)
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=12)
+        assert model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.shape[0] == 12
+        torch.testing.assert_close(output(model, ids), before, rtol=0, atol=1e-12)
+    hotswap_adapter(model, tmp_path, "default")
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(output(model, ids), output(loaded, ids))
+    model.merge_adapter()
+    with pytest.raises(InputError, match="unmerge it first"):
+        hotswap_adapter(model, tmp_path, "default")
 
 
 def test_loraplus_gives_every_trained_parameter_one_rate(build):

@@ -17,7 +17,7 @@ import lorakit
 from lorakit.lora import hotswap, layers
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
-from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
+from lorakit.lora.layers.tokens import TiedModule, TokenRows, TrainedTokens
 
 COUNTERPARTS: dict[str, Any] = {
     "peft.optimizers.create_lorafa_optimizer": lorakit.create_lorafa_optimizer,
@@ -34,6 +34,7 @@ COUNTERPARTS: dict[str, Any] = {
     "peft.tuners.lora.layer.Conv2d": layers.LoraConv,
     "peft.tuners.lora.layer.ParamWrapper": LoraParameter,
     "peft.tuners.tuners_utils.BaseTunerLayer": layers.LoraLayer,
+    "peft.utils.warning.PeftWarning": UserWarning,
     "peft.utils.other.ModulesToSaveWrapper": ModulesToSaveWrapper,
     "peft.utils.other.TrainableTokensWrapper": TrainedTokens,
     "peft.utils.other.AuxiliaryTrainingWrapper": (ModulesToSaveWrapper, TrainedTokens),
@@ -50,6 +51,7 @@ def install() -> None:
     for kind in _HAVE_ADAPTERS:
         kind._adapters = property(lambda self: set(self.adapters))
         kind._all_available_adapter_names = lambda self: self.adapters
+    TokenRows.trainable_tokens_original = {}
     for module in _modules():
         for name, value in list(vars(module).items()):
             if id(value) in replacements and not name.startswith("__"):

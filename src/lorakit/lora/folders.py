@@ -106,6 +106,7 @@ def write_card(directory: str | Path, base: nn.Module) -> None:
     config: Any = getattr(base, "config", None)
     if config is not None:
         card.data["base_model"] = getattr(config, "_name_or_path", "")
+    card.data["library_name"] = "peft"  # the library whose files these are
     card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), "lora", "lorakit"])]
     atomic.write_file(path, str(card))
 

@@ -25,19 +25,29 @@ def hotswap_adapter(
 ) -> None:
     """Puts the weights and scalings of an adapter's folder into adapter `adapter_name`, in place.
 
-    A smaller rank is padded with zeros and a module that the new adapter does not adapt gets an
-    update of zero; both leave the result exact. Nothing is changed when something does not fit.
+    The smaller rank is padded with zeros and a module that the new adapter does not adapt gets an
+    update of zero; both leave the result exact. No value is changed when something does not fit.
 
     Args:
         torch_device: as in PEFT's function; values go where the old ones are.
         hub: as in `LoraModel.from_pretrained`.
 
     Raises:
-        InputError: the new adapter has a larger rank, or modules that the old one lacks.
+        InputError: the adapter is merged, or the new one has modules that the old one lacks.
     """
     folder = locate(model_name_or_path, subfolder, **hub)
     config, tensors = read_adapter(folder)
     tensors = without_base_copies(model.get_base_model(), tensors, folder)
+    layers = {
+        path: layer
+        for path, layer in wrapped_modules(model.get_base_model())
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
+    }
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise InputError(f"'{adapter_name}' is merged into the weights: unmerge it first")
+    for path, layer in layers.items():
+        if f"{PREFIX}{path}.{next(iter(layer.adapter_tensors(adapter_name)))}" in tensors:
+            _grow(layer, adapter_name, max(config.rank_for(path), layer.r[adapter_name]))
     parameters = model.adapter_tensors(adapter_name)
     fitted: dict[str, torch.Tensor] = {}
     for key, parameter in parameters.items():
@@ -46,57 +56,52 @@ def hotswap_adapter(
             raise InputError(
                 f"{folder} has no {key}: DoRA cannot be swapped for an adapter without"
             )
-        new = torch.zeros_like(parameter) if tensor is None else tensor
-        fitted[key] = _padded(key, new, parameter, folder)
+        fitted[key] = torch.zeros_like(parameter) if tensor is None else _padded(tensor, parameter)
     load_tensors(parameters, {**tensors, **fitted}, folder)
-    for path, layer in wrapped_modules(model.get_base_model()):
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-            layer.rescale(adapter_name, config.alpha_for(path), config.scaling_for(path))
+    for path, layer in layers.items():
+        layer.rescale(adapter_name, config.alpha_for(path), config.scaling_for(path))
 
 
-def _padded(key: str, tensor: torch.Tensor, like: torch.Tensor, folder: Path) -> torch.Tensor:
+def _padded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`tensor` with zeros up to the rank of `like`: more rows of `A`, more columns of `B`."""
-    axis = 1 if ".lora_B." in key or key.endswith("lora_embedding_B") else 0
-    ranked = "lora_A." in key or "lora_embedding_A" in key or axis == 1
-    if not ranked or tensor.dim() < 2 or tensor.shape == like.shape:
-        return tensor
-    missing = like.shape[axis] - tensor.shape[axis]
-    if missing < 0:
-        raise InputError(
-            f"{folder}: {key.removeprefix(PREFIX)} has rank {tensor.shape[axis]}, and the adapter "
-            f"to be swapped {like.shape[axis]}: call "
-            "prepare_model_for_compiled_hotswap with the largest rank first"
-        )
-    after = [0, 0] * (tensor.dim() - 1 - axis)
-    return F.pad(tensor, (*after, 0, missing))
+    missing = [n - own for n, own in zip(like.shape, tensor.shape, strict=False)]
+    if tensor.dim() != like.dim() or min(missing) < 0 or sum(n > 0 for n in missing) != 1:
+        return tensor  # it fits, or it is another model's
+    return F.pad(tensor, [n for more in reversed(missing) for n in (0, more)])
 
 
 def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None) -> None:
-    """Gives all adapters of `model` the rank `target_rank`, so that larger ones can be swapped in.
+    """Gives all adapters of `model` the rank `target_rank`, so that swapping changes no shape.
 
     The new rows of `A` and columns of `B` are zeros, which change nothing. To be called before
-    `torch.compile`.
+    `torch.compile`, which would compile again for another shape.
 
     Raises:
-        InputError: an adapter has a larger rank already.
+        InputError: there is no adapter, or one has a larger rank already.
     """
+    layers = [(p, m) for p, m in wrapped_modules(model) if isinstance(m, LoraLayer)]
+    if not layers:
+        raise InputError("No adapter layers found in the model")
     if target_rank is None:
         return
-    for path, layer in wrapped_modules(model):
-        if not isinstance(layer, LoraLayer):
-            continue
+    for path, layer in layers:
         for name in layer.adapters:
             if layer.r[name] > target_rank:
-                raise InputError(
-                    f"{path} has rank {layer.r[name]} already: more than {target_rank}"
-                )
-            for tensor, axis in zip(layer._initial_places(name), (0, 1), strict=True):
-                grown = tensor.new_zeros(
-                    [
-                        n if i != axis else n // layer.r[name] * target_rank
-                        for i, n in enumerate(tensor.shape)
-                    ]
-                )
-                grown.narrow(axis, 0, tensor.shape[axis]).copy_(tensor.detach())
-                torch.utils.swap_tensors(tensor, nn.Parameter(grown, tensor.requires_grad))
-            layer.r[name] = target_rank
+                raise InputError(f"{path} has rank {layer.r[name]}: more than {target_rank}")
+            _grow(layer, name, target_rank)
+
+
+@torch.no_grad()
+def _grow(layer: LoraLayer, name: str, rank: int) -> None:
+    """Gives adapter `name` of a layer a larger rank, with zeros."""
+    before = layer.r[name]
+    if rank == before:
+        return
+    if rank % getattr(layer.base_layer, "groups", 1):
+        raise InputError(f"a convolution with groups needs a rank that they divide, not {rank}")
+    for tensor, axis in zip(layer._initial_places(name), (0, 1), strict=True):
+        shape = list(tensor.shape)
+        shape[axis] = shape[axis] * rank // before
+        grown = _padded(tensor.detach(), tensor.new_empty(shape))
+        tensor.data, tensor.grad = grown, None  # the very parameter that an optimiser may hold
+    layer.r[name] = rank

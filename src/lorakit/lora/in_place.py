@@ -44,12 +44,13 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         peft_config = _targets_of(peft_config, state_dict)
-    bank = vars(model).get(_BANK)
+    inner = getattr(model, "_orig_mod", model)  # a compiled model's own
+    bank = vars(inner).get(_BANK)
     if bank is None:
         peft_config = copy.deepcopy(peft_config)
-        bank = LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        vars(model)[_BANK] = bank  # not as a submodule, which it would hold itself
-        vars(model)["peft_config"] = bank.peft_config
+        bank = LoraModel(inner, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        vars(inner)[_BANK] = bank  # not as a submodule, which it would hold itself
+        vars(inner)["peft_config"] = bank.peft_config
     else:
         bank.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
     return model
@@ -201,6 +202,7 @@ def _targets_of(config: LoraConfig, state_dict: Mapping[str, torch.Tensor]) -> L
         raise InputError(
             "target_parameters: which parameters an adapter has cannot be told from a state_dict"
         )
-    layers = [key.removeprefix(PREFIX).partition(".lora_") for key in state_dict]
+    keys = (key.removeprefix(PREFIX).removeprefix("_orig_mod.") for key in state_dict)
+    layers = [key.partition(".lora_") for key in keys]
     paths = dict.fromkeys(path for path, found, _ in layers if found)
     return dataclasses.replace(config, target_modules=list(paths))

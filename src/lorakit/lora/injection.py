@@ -140,6 +140,8 @@ def _wrap_tied(model: nn.Module, path: str, name: str, config: LoraConfig) -> No
 
 
 def _wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routing) -> LoraParameter:
+    if not path:
+        raise InputError(f"target_parameters: {parameter} is the model's own: put it in a module")
     module = model.get_submodule(path)
     for wrapper in module.wrappers if isinstance(module, LoraParameter) else []:
         if wrapper.parameter_name == parameter:

@@ -74,4 +74,9 @@ def _tell_untied(model: nn.Module) -> None:
     if torch.equal(embedding.weight, head.weight):
         head.weight = embedding.weight
     else:
+        warnings.warn(
+            "Setting tie_word_embeddings=False in the model's config: the adapter has made its "
+            "embedding and its head differ",
+            stacklevel=4,
+        )
         config.tie_word_embeddings = False

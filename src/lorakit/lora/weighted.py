@@ -18,7 +18,7 @@ from lorakit.lora.checkpoint import PREFIX, adapter_parameters
 from lorakit.lora.combine import Settings, Update, check_settings, combine
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
-from lorakit.lora.layers import LoraLayer
+from lorakit.lora.layers import LoraLayer, LoraParameter
 from lorakit.lora.targets import suffixes_for
 
 
@@ -88,6 +88,11 @@ def _require_combinable(
         own = [name for name in weights if name in module.adapters]
         if not isinstance(module, LoraLayer) and len(own) > 1:
             raise InputError(f"{listed(own)} each have their own {path}, and these do not add up")
+        if own and isinstance(module, LoraParameter):
+            raise InputError(
+                f"{path}: add_weighted_adapter does not support targeting nn.Parameter "
+                "(target_parameters)"
+            )
         if own and getattr(getattr(module, "base_layer", None), "groups", 1) != 1:
             raise InputError(f"{path} is a grouped convolution, whose adapters cannot be combined")
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorakit.errors import InputError
 from lorakit.lora.layers.bank import LayerBank
 from lorakit.lora.routing import Route
 
@@ -24,7 +25,7 @@ class LoraLayer(LayerBank):
             names = [] if self.merged else self.active_adapters
             return self._forward_shared(x, names, *args, **kwargs)
         if self.merged:
-            raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
+            raise InputError("rows cannot choose adapters while one is merged: unmerge first")
         y = self.base_layer(x, *args, **kwargs)
         names = self._on_route()
         return y + self._row_update(x, y, names, route).to(y.dtype) if names else y

@@ -40,6 +40,9 @@ class LoraParameter(LoraLayer):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
+    def _get_name(self) -> str:
+        return "lora.ParamWrapper"  # PEFT's name for it
+
     def get_base_layer(self) -> nn.Module:
         """The module that has the parameter, inside all wrappers."""
         base = self.base_layer
@@ -88,7 +91,7 @@ class LoraParameter(LoraLayer):
         if route.rows is None:
             return self._with(self._on_route() if not self.merged else [], args, kwargs)
         if self.merged:
-            raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
+            raise InputError("rows cannot choose adapters while one is merged: unmerge first")
         names = self._on_route()
         if not names:
             return self.base_layer(*args, **kwargs)

@@ -126,7 +126,7 @@ class TrainedTokens(Mergeable):
             self._require_apart(names)
             return names
         if self.merged:
-            raise RuntimeError("rows cannot choose adapters while one is merged: unmerge first")
+            raise InputError("rows cannot choose adapters while one is merged: unmerge first")
         return [name for name in route.row_names if name in self.token_indices]
 
     def require_together(self, names: Sequence[str]) -> None:
