@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test lint format bench peft-suite clean
 
 install: $(READY)
 
@@ -41,6 +41,11 @@ format: install
 bench: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.step
+
+# PEFT's own LoRA tests, on PEFT and on lorakit; what is left out is in tests/peft_suite.
+peft-suite: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers scipy attrs parameterized
+	PYTHONPATH=tests $(BIN)/python -m peft_suite
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

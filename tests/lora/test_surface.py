@@ -127,7 +127,7 @@ def test_an_adapter_of_larger_rank_is_swapped_in(build, ids, tmp_path, prepared)
     before = output(model, ids)
     if prepared:
         prepare_model_for_compiled_hotswap(model, target_rank=12)
-        assert model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.shape[0] == 12
+        assert model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.shape[0] == 12
         torch.testing.assert_close(output(model, ids), before, rtol=0, atol=1e-12)
     hotswap_adapter(model, tmp_path, "default")
     loaded = PeftModel.from_pretrained(base, tmp_path)

@@ -56,17 +56,31 @@ def hotswap_adapter(
             raise InputError(
                 f"{folder} has no {key}: DoRA cannot be swapped for an adapter without"
             )
-        fitted[key] = torch.zeros_like(parameter) if tensor is None else _padded(tensor, parameter)
+        groups = _groups(layers.get(key.removeprefix(PREFIX).partition(".lora_")[0]))
+        fitted[key] = (
+            torch.zeros_like(parameter) if tensor is None else _padded(tensor, parameter, groups)
+        )
     load_tensors(parameters, {**tensors, **fitted}, folder)
     for path, layer in layers.items():
         layer.rescale(adapter_name, config.alpha_for(path), config.scaling_for(path))
 
 
-def _padded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` with zeros up to the rank of `like`: more rows of `A`, more columns of `B`."""
+def _groups(layer: LoraLayer | None) -> int:
+    """How many groups a convolution has, which its ranks are divided among."""
+    return getattr(layer.get_base_layer(), "groups", 1) if layer is not None else 1
+
+
+def _padded(tensor: torch.Tensor, like: torch.Tensor, groups: int) -> torch.Tensor:
+    """`tensor` with zeros up to the rank of `like`: more rows of `A`, more columns of `B`.
+
+    Beside a grouped convolution each group has its own rows of `A`, and gets its own zeros.
+    """
     missing = [n - own for n, own in zip(like.shape, tensor.shape, strict=False)]
     if tensor.dim() != like.dim() or min(missing) < 0 or sum(n > 0 for n in missing) != 1:
         return tensor  # it fits, or it is another model's
+    if missing[0] and groups > 1:
+        by_group = tensor.unflatten(0, (groups, -1)), like.unflatten(0, (groups, -1))
+        return _padded(*by_group, groups=1).flatten(0, 1)
     return F.pad(tensor, [n for more in reversed(missing) for n in (0, more)])
 
 
@@ -97,11 +111,12 @@ def _grow(layer: LoraLayer, name: str, rank: int) -> None:
     before = layer.r[name]
     if rank == before:
         return
-    if rank % getattr(layer.base_layer, "groups", 1):
+    groups = _groups(layer)
+    if rank % groups:
         raise InputError(f"a convolution with groups needs a rank that they divide, not {rank}")
     for tensor, axis in zip(layer._initial_places(name), (0, 1), strict=True):
         shape = list(tensor.shape)
         shape[axis] = shape[axis] * rank // before
-        grown = _padded(tensor.detach(), tensor.new_empty(shape))
+        grown = _padded(tensor.detach(), tensor.new_empty(shape), groups)
         tensor.data, tensor.grad = grown, None  # the very parameter that an optimiser may hold
     layer.r[name] = rank
