@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from lorakit import LoraConfig, LoraModel, get_peft_model
@@ -70,6 +72,21 @@ def make_gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
+def make_t5() -> nn.Module:
+    """An encoder and a decoder with an embedding each, both and the head tied to a third one."""
+    config = T5Config(
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=40,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
 def make_bert() -> nn.Module:
     return BertModel(BertConfig(**SIZES, num_attention_heads=4))
 
@@ -116,6 +133,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gpt-oss": make_gpt_oss,
     "gpt2": make_gpt2,
     "bert": make_bert,
+    "t5": make_t5,
     "conv": Convolutions,
     "attention": Attention,
 }
@@ -123,6 +141,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 def output(model: nn.Module, ids: torch.Tensor, **options: object) -> torch.Tensor:
     """Logits, or hidden states where there is no head."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        options = {"decoder_input_ids": ids.flip(1), **options}
     return model(input_ids=ids, **options)[0]
 
 

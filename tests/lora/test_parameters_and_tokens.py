@@ -149,3 +149,49 @@ def test_attention_is_that_of_merged_weights_and_peft_counts_the_output_twice(
     with torch.no_grad():
         expected.attention.out_proj.weight += update
     torch.testing.assert_close(output(theirs, ids), output(expected, ids), rtol=0, atol=1e-10)
+
+
+def test_trained_tokens_reach_all_modules_that_are_tied(build, ids, tmp_path):
+    base = build("t5")
+    model = wrap(copy.deepcopy(base), target_modules=["q"], trainable_token_indices=[1, 5])
+    rows = [tensor for key, tensor in model.adapter_tensors("default").items() if "token" in key]
+    assert len(rows) == 1
+    before = output(model, ids)
+    with torch.no_grad():
+        rows[0].normal_()
+    tuned = output(model, ids)
+    assert not torch.allclose(tuned, before)
+    ids_without = torch.where((ids == 1) | (ids == 5), 7, ids)
+    encoder = model.get_base_model().get_encoder()
+    plain = copy.deepcopy(base).get_encoder()
+    with model.disable_adapter():
+        torch.testing.assert_close(encoder(ids)[0], plain(ids)[0], rtol=0, atol=1e-12)
+    assert ((encoder(ids)[0] - encoder(ids_without)[0]).abs() > 1e-9).any()
+    theirs = to_peft(model, base, tmp_path)
+    torch.testing.assert_close(output(theirs, ids), tuned, rtol=0, atol=1e-10)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(output(merged, ids), tuned, rtol=0, atol=1e-10)
+    assert merged.lm_head.weight is merged.shared.weight is merged.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])
+def test_what_is_tied_to_an_adapted_embedding_follows_or_is_named(build, ids, field):
+    fields = {"target_modules": ["q"], field: ["shared"]}
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
+        wrap(build("t5"), **fields)
+    model = wrap(build("t5"), ensure_weight_tying=True, **fields)
+    before = output(model, ids)
+    with torch.no_grad():
+        for key, tensor in model.adapter_tensors("default").items():
+            if "shared" in key:
+                tensor.add_(0.3)
+    tuned = output(model, ids)
+    assert not torch.allclose(tuned, before)
+    torch.testing.assert_close(output(model.merge_and_unload(), ids), tuned, rtol=0, atol=1e-9)
+
+
+def test_a_wish_to_keep_weights_tied_that_changes_nothing_is_said(build):
+    with pytest.warns(UserWarning, match="no tied modules were found"):
+        wrap(build(), target_modules=["q_proj"], ensure_weight_tying=True)
+    with pytest.warns(UserWarning, match="no tied modules are added"):
+        wrap(build("tied"), target_modules=["q_proj"], ensure_weight_tying=True)

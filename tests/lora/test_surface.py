@@ -137,6 +137,17 @@ def test_an_adapter_of_larger_rank_is_swapped_in(build, ids, tmp_path, prepared)
         hotswap_adapter(model, tmp_path, "default")
 
 
+def test_an_adapter_beside_a_grouped_convolution_is_swapped_in(tmp_path):
+    x = torch.randn(2, 4, 6, 6)
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    saved = wrap(copy.deepcopy(base), seed=8, r=6, target_modules=["0"])
+    saved.save_pretrained(tmp_path)
+    for r in (2, 10):
+        model = wrap(copy.deepcopy(base), r=r, target_modules=["0"])
+        hotswap_adapter(model, tmp_path, "default")
+        torch.testing.assert_close(model(x), saved(x))
+
+
 def test_loraplus_gives_every_trained_parameter_one_rate(build):
     model = wrap(build(), target_modules=["q_proj", "embed_tokens"], use_dora=True)
     groups = loraplus_groups(model, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from families import wrap
 from lorakit import LoraConfig
+from lorakit.errors import InputError
 from lorakit.lora.targets import resolve_targets, suffixes_for
 
 SMALL = {
@@ -83,3 +85,27 @@ def test_presets_find_the_projections_of(family: str):
     for names in found.values():  # what is written to the file means the same modules again
         written = LoraConfig(target_modules=suffixes_for(names, model))
         assert resolve_targets(model, written) == names
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_mean_no_adapted_module_are_named(build, field):
+    with pytest.warns(RuntimeWarning, match=rf"{field}: \['v_proj'\] did not match"):
+        wrap(build(), target_modules=["q_proj"], **{field: {"q_proj": 4, "v_proj": 4}})
+
+
+def test_an_exclusion_that_excludes_nothing_is_named(build):
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        wrap(build(), target_modules=["q_proj"], exclude_modules=["lm_haed"])
+
+
+def test_an_error_says_how_many_modules_each_target_matches(build):
+    with pytest.raises(InputError, match="Modules matched: q_proj 2, q_porj 0, down_proj 2"):
+        wrap(build(), target_modules=["q_proj", "q_porj", "down_proj"])
+
+
+def test_many_names_are_written_as_the_endings_that_mean_the_same(build):
+    names = [name for name, m in build().named_modules() if name.endswith("_proj")]
+    assert len(names) * 2 >= 20
+    model = wrap(build(), target_modules=[*names, *names])
+    assert len(model.peft_config["default"].target_modules) == 7
+    assert sorted(model.targeted_module_names) == sorted(names)
