@@ -78,8 +78,6 @@ def initialize_loftq(
     A: torch.Tensor, B: torch.Tensor, W: torch.Tensor, scaling: float, config: LoraConfig
 ) -> torch.Tensor:
     """Fills the factors with what quantising `W` loses, and returns `W` quantised (d_out, d_in)."""
-    if not W.dtype.is_floating_point:
-        raise InputError("init_lora_weights='loftq' needs a base that is not quantised yet")
     from lorakit.lora import decomposition
 
     settings = as_settings(LoftQConfig, "loftq_config", config.loftq_config)
@@ -109,8 +107,6 @@ def _decompose(
     r = A.shape[0]
     if how == "orthogonal":
         new_A, new_B = decomposition.orthogonal(W.shape[1], W.shape[0], r)
-    elif not W.dtype.is_floating_point:
-        raise InputError(f"init_lora_weights='{how}' needs a base that is not quantised")
     elif how == "mica":
         new_A, new_B = decomposition.mica(W, r)
     elif how == "olora":

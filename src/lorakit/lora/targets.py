@@ -18,6 +18,7 @@ from lorakit.lora.layers import (
     LoraLayer,
     LoraLinear,
     LoraParameter,
+    LoraQuantizedLinear,
     LoraTiedHead,
     Mergeable,
     ModulesToSaveWrapper,
@@ -278,7 +279,7 @@ def _adaptable(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     kind = type(module) if isinstance(module, LoraLayer) else layer_class(module)
-    return kind in (LoraLinear, LoraTiedHead)
+    return kind in (LoraLinear, LoraQuantizedLinear, LoraTiedHead)
 
 
 def _is_suffix(target: str, name: str) -> bool:

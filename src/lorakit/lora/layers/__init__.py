@@ -10,6 +10,7 @@ from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear, is_conv1d
 from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.layers.parameter import LoraParameter
+from lorakit.lora.layers.quantized import LoraQuantizedLinear, is_quantized
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
 from lorakit.lora.layers.tied import LoraTiedEmbedding, LoraTiedHead
 from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
@@ -21,6 +22,7 @@ __all__ = [
     "LoraLinear",
     "LoraMultiheadAttention",
     "LoraParameter",
+    "LoraQuantizedLinear",
     "LoraTiedEmbedding",
     "LoraTiedHead",
     "Mergeable",
@@ -40,6 +42,8 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The class that wraps `module`, or None when LoRA is not defined for it here."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None  # `nn.MultiheadAttention` reads its weight and never calls it
+    if is_quantized(module):
+        return LoraQuantizedLinear
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return LoraLinear
     if isinstance(module, nn.Embedding):

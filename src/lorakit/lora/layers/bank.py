@@ -255,18 +255,22 @@ class LayerBank(Mergeable):
     # --- merging --------------------------------------------------------------------------
 
     def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
-        W = self._unmerged(self.weight_name)
-        dtype = torch.promote_types(W.dtype, self.factors(names[0])[0].dtype)
-        total = W.to(dtype)
-        for name in names:
-            total = total + self._weight_update(name).to(dtype)
-        merged = {self.weight_name: total}
+        merged = {self.weight_name: self._merged_weight(names)}
         biases = [b for name in names if (b := self.bias_update(name)) is not None]
         if biases:
             if self.base_bias is None:
                 raise InputError("an adapter with lora_bias cannot be merged: the base has no bias")
             merged[self.bias_name] = self._unmerged(self.bias_name) + sum(biases)
         return merged
+
+    def _merged_weight(self, names: list[str]) -> torch.Tensor:
+        """The stored weight with `names` added to it, not yet rounded."""
+        W = self._unmerged(self.weight_name)
+        dtype = torch.promote_types(W.dtype, self.factors(names[0])[0].dtype)
+        total = W.to(dtype)
+        for name in names:
+            total = total + self._weight_update(name).to(dtype)
+        return total
 
     def _weight_update(self, name: str) -> torch.Tensor:
         """All that adapter `name` changes in the stored weight, DoRA's lengths included."""

@@ -37,7 +37,7 @@ class LoraLinear(LoraLayer):
     ) -> None:
         super().__init__(base_layer, routing)
         self.fan_in_fan_out = is_conv1d(base_layer) if fan_in_fan_out is None else fan_in_fan_out
-        self.out_features, self.in_features = self._as_matrix(self.base_weight).shape
+        self.out_features, self.in_features = self._shape()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         if r is not None:
@@ -49,6 +49,11 @@ class LoraLinear(LoraLayer):
     def from_base(cls, base_layer: nn.Module, routing: Routing) -> Self:
         """An empty bank around `base_layer`, on a model's shared routing."""
         return cls(base_layer, r=None, routing=routing)
+
+    def _shape(self) -> tuple[int, int]:
+        """The number of outputs and of inputs."""
+        d_out, d_in = self._as_matrix(self.base_weight).shape
+        return d_out, d_in
 
     def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
         # skip_init: `_initialize` fills them, and a second filling would cost time and draws.

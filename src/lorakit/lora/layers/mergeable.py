@@ -119,8 +119,7 @@ class Mergeable(nn.Module, ABC):
             )
         before = {name: self._unmerged(name) for name in merged}
         for name, total in merged.items():
-            parameter = nn.Parameter(total.to(before[name].dtype), requires_grad=False)
-            setattr(self.get_base_layer(), name, parameter)
+            setattr(self.get_base_layer(), name, self._as_parameter(total, before[name]))
         if keep_backup:
             self._before_merge = nn.ParameterDict(before)
         self.merged_adapters += new
@@ -159,6 +158,10 @@ class Mergeable(nn.Module, ABC):
     @abstractmethod
     def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
         """The base's parameters, by name, with `names` added to them, not yet rounded."""
+
+    def _as_parameter(self, total: torch.Tensor, before: nn.Parameter) -> nn.Parameter:
+        """A merged tensor as the base layer's parameter, as the one before is stored."""
+        return nn.Parameter(total.to(before.dtype), requires_grad=False)
 
     def _unmerged(self, name: str) -> nn.Parameter:
         """The base layer's parameter as it is without anything merged."""
