@@ -172,11 +172,17 @@ def _describe(console: Console, recipe: Recipe, model: LoraModel, data: Prepared
     trained, total = model.get_nb_trainable_parameters()
     tokens = sum(len(row) for row in data.train)
     learned = sum(row.supervised for row in data.train)
-    dtype = str(next(model.get_base_model().parameters()).dtype).removeprefix("torch.")
+    base, own = (
+        str(next(iter(tensors)).dtype).removeprefix("torch.")
+        for tensors in (
+            model.get_base_model().parameters(),
+            model.adapter_tensors(model.active_adapter).values(),
+        )
+    )
     _say(
         console,
         [
-            f"{recipe.model} in {dtype}, adapter in float32: {trained:,} of {total:,} "
+            f"{recipe.model} in {base}, adapter in {own}: {trained:,} of {total:,} "
             f"parameters are trained ({trained / total:.2%})",
             f"{len(data.train)} rows to learn from ({tokens:,} tokens, {learned:,} supervised), "
             f"{len(data.eval)} held out",
