@@ -125,6 +125,18 @@ def test_the_outputs_are_those_of_peft_plain_merged_and_disabled(
 
 
 @every_case
+def test_in_float32_the_difference_is_rounding(
+    build, ids, tmp_path: Path, family: str, fields: dict[str, Any]
+):
+    base = build(family).float()
+    ours = wrap(copy.deepcopy(base), **fields)
+    expected = output(to_peft(ours, base, tmp_path).float(), ids)
+    allowed = 1e-5 * max(1.0, expected.abs().max().item())
+    assert (output(ours, ids) - expected).abs().max() < allowed
+    assert (output(ours.merge_and_unload(), ids) - expected).abs().max() < allowed
+
+
+@every_case
 def test_the_gradients_are_those_of_peft(
     build, ids, tmp_path: Path, family: str, fields: dict[str, Any]
 ):

@@ -282,3 +282,23 @@ def test_damaged_folders_are_refused_with_one_line(build, tmp_path: Path):
         save_file(tensors, folder / weights)
 
     assert "not finite" in broken(not_a_number)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"target_modules": "all-linear", "use_dora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "wte"]}),
+        ("conv", {"target_modules": ["one", "two"], "lora_bias": True}),
+        ("gpt-oss", {"target_parameters": ["experts.gate_up_proj"]}),
+    ],
+)
+def test_a_hundred_merges_of_a_model_in_bfloat16_change_no_byte(build, family, fields):
+    base = build(family).bfloat16()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = wrap(base, **fields)
+    for _ in range(100):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -171,7 +171,7 @@ class AdapterBank(nn.Module):
             InputError: a name or method does not exist, or these adapters cannot be combined.
         """
         for name in adapters:
-            self._require(name)
+            self.require(name)
         if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
             raise InputError("add_weighted_adapter needs different adapters, and a weight for each")
         settings = Settings(combination_type, svd_rank, density, majority_sign_method, generator)
@@ -187,7 +187,7 @@ class AdapterBank(nn.Module):
         Raises:
             InputError: there is no such adapter, or it is merged into the weights.
         """
-        self._require(adapter_name)
+        self.require(adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
             raise InputError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. "
@@ -238,7 +238,7 @@ class AdapterBank(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         for name in names:
-            self._require(name)
+            self.require(name)
         for _, module in wrapped_modules(self.get_base_model()):
             module.require_together(names)
         if self.biases:
@@ -289,7 +289,7 @@ class AdapterBank(nn.Module):
     ) -> None:
         """Makes the parameters of these adapters trainable, or freezes them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._require(name)
+            self.require(name)
             trains_B = self.peft_config[name].trains_B
             for key, tensor in self.adapter_tensors(name).items():
                 frozen = not trains_B and ("lora_B" in key or "lora_embedding_B" in key)
@@ -331,7 +331,8 @@ class AdapterBank(nn.Module):
         wrapped = wrapped_modules(self.get_base_model())
         return [module for _, module in wrapped if isinstance(module, Mergeable)]
 
-    def _require(self, name: str) -> None:
+    def require(self, name: str) -> None:
+        """Raises InputError when there is no adapter of this name."""
         if name not in self.peft_config:
             raise InputError(
                 f"Adapter {name} does not exist{did_you_mean(name, self.adapters)}; "

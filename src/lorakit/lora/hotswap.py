@@ -114,7 +114,7 @@ def _grow(layer: LoraLayer, name: str, rank: int) -> None:
     groups = _groups(layer)
     if rank % groups:
         raise InputError(f"a convolution with groups needs a rank that they divide, not {rank}")
-    for tensor, axis in zip(layer._initial_places(name), (0, 1), strict=True):
+    for tensor, axis in zip(layer.initial_places(name), (0, 1), strict=True):
         shape = list(tensor.shape)
         shape[axis] = shape[axis] * rank // before
         grown = _padded(tensor.detach(), tensor.new_empty(shape), groups)

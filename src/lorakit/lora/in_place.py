@@ -72,7 +72,7 @@ def get_peft_model_state_dict(
         InputError: there is no such adapter.
     """
     bank, prefix = _bank_of(model)
-    bank._require(adapter_name)
+    bank.require(adapter_name)
     own = bank.adapter_tensors(adapter_name)
     if state_dict is not None:
         own = _from_state_dict(bank if prefix else model, own, state_dict)
@@ -100,7 +100,7 @@ def set_peft_model_state_dict(
         InputError: there is no such adapter, or a shape does not fit.
     """
     bank, prefix = _bank_of(model)
-    bank._require(adapter_name)
+    bank.require(adapter_name)
     own = {
         prefix + k.removeprefix(PREFIX): t for k, t in bank.adapter_tensors(adapter_name).items()
     }

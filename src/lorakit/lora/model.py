@@ -96,7 +96,7 @@ class LoraModel(StoredBank):
         if not adapter_names:
             raise InputError("adapter_names is empty: give one name a row")
         for name in set(adapter_names) - {BASE}:
-            self._require(name)
+            self.require(name)
         if self.biases and set(adapter_names) != {*self.active_adapters}:
             raise InputError(
                 "this adapter trains biases of the base itself, so that all rows have it: "
@@ -149,7 +149,7 @@ class LoraModel(StoredBank):
         """
         names = None if adapter_names is None else list(adapter_names)
         for name in names or []:
-            self._require(name)
+            self.require(name)
         merge_layers(self.get_base_model(), names, safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -171,7 +171,7 @@ class LoraModel(StoredBank):
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
-            self._require(name)
+            self.require(name)
         return self._as_before(merge_and_eject(self.get_base_model(), names, safe_merge))
 
     def unload(self) -> nn.Module:

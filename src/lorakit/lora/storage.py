@@ -51,7 +51,7 @@ class StoredBank(AdapterBank):
         """
         names = list(selected_adapters or self.adapters)
         for name in names:
-            self._require(name)
+            self.require(name)
         if is_main_process:
             plain = path_initial_model_for_weight_conversion is not None
             with self._biases_in_force(True):

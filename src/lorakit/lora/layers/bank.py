@@ -166,7 +166,7 @@ class LayerBank(Mergeable):
         Args:
             fresh: False when values are loaded next, and only need a place.
         """
-        A, B = self._initial_places(name)
+        A, B = self.initial_places(name)
         if fresh or config.starts_from_weight:
             start = vars(self.get_base_layer()).pop(START, None)
             W = self._as_matrix(self.base_weight)
@@ -176,7 +176,7 @@ class LayerBank(Mergeable):
         if initial is not None:
             self.lora_initial[name] = initial
 
-    def _initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The tensors that initialisation fills."""
         return self.matrices(name)
 

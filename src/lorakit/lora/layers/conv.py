@@ -71,7 +71,7 @@ class LoraConv(LoraLayer):
     def _kernels(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
-    def _initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._kernels(name)  # the matrices of a grouped base are no views
 
     def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
