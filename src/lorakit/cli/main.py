@@ -3,6 +3,7 @@
 A verb's own file imports nothing heavy until it runs, so that `lorakit --help` is immediate.
 """
 
+import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -66,6 +67,7 @@ def main() -> None:
     # Libraries speak when something is wrong; their hints and progress are not for this screen.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:

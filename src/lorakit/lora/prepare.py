@@ -160,6 +160,9 @@ def initialize_lora_eva_weights(
     Raises:
         InputError: the adapter is not configured for EVA, or there is neither data nor state.
     """
+    if not isinstance(model, AdapterBank):
+        raise InputError("initialize_lora_eva_weights needs a model from get_peft_model")
+    model.require(adapter_name)
     config = model.peft_config[adapter_name]
     if config.init_lora_weights != "eva":
         raise InputError("initialize_lora_eva_weights needs init_lora_weights='eva'")
