@@ -3,7 +3,6 @@
 import io
 import signal
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -185,11 +184,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(model: LoraModel, tokenizer: A
         calls += 1
         if calls == 5:
             signal.pthread_kill(main or 0, signal.SIGINT)
-        if calls >= 5:
-            time.sleep(0.01)  # so that the main thread gets to run, on a busy machine too
 
     model.get_base_model().register_forward_hook(interrupt)
-    shown = transcript(session, "hello", "/adapter")
+    # A shell starts what it puts into the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        shown = transcript(session, "hello", "/adapter")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert " (stopped)\n" in shown
     assert shown.endswith("the adapter 'shop' answers now; there are: shop, poet\n")
     assert calls < 250

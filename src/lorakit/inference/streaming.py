@@ -65,13 +65,14 @@ def stream_answer(
 
     # A daemon, so that a second Ctrl-C ends the program even while a token is computed.
     thread = threading.Thread(target=work, name="lorakit-generate", daemon=True)
-    thread.start()
     try:
+        thread.start()
         while (piece := streamer.pieces.get()) is not None:
             yield piece
     finally:
         stop.set()
-        thread.join()
+        if thread.ident:
+            thread.join()
     if failures:
         reason = str(failures[0]).strip().partition("\n")[0] or type(failures[0]).__name__
         raise LorakitError(f"the model failed while answering: {reason}") from failures[0]
