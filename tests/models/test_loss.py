@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lorakit.models.loss import IGNORE, supervised_loss
+from lorakit.models.loss import IGNORE, SupervisedLoss
 
 SMALL = {
     "vocab_size": 60,
@@ -51,12 +51,20 @@ def build(kind: str) -> nn.Module:
     return NoChoiceOfLogits(model) if kind == "without logits_to_keep" else model
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "softcapped", "without logits_to_keep"])
-def test_it_equals_cross_entropy_over_all_logits_and_so_do_its_gradients(kind: str, batch):
+def test_it_equals_cross_entropy_over_all_logits_and_so_do_its_gradients(
+    kind: str, frozen: bool, batch
+):
     model = build(kind)
-    total, count = supervised_loss(model, batch)
+    # A frozen output layer takes the loss in chunks, a trained one through the model's forward.
+    if hasattr(model, "lm_head"):
+        model.lm_head.weight.requires_grad_(not frozen)
+    loss = SupervisedLoss(model)
+    assert (loss.output is not None) == (frozen and hasattr(model, "lm_head"))
+    total, count = loss(model, batch)
     total.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     model.zero_grad()
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
@@ -66,13 +74,16 @@ def test_it_equals_cross_entropy_over_all_logits_and_so_do_its_gradients(kind: s
     expected.backward()
     assert count == (targets != IGNORE).sum()
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    assert found
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_what_is_not_supervised_has_no_part_in_it(batch):
     model = build("plain")
-    total, _ = supervised_loss(model, batch)
+    total, _ = SupervisedLoss(model)(model, batch)
     batch["input_ids"][1, 7] = 5  # padding
-    again, _ = supervised_loss(model, batch)
+    again, _ = SupervisedLoss(model)(model, batch)
     torch.testing.assert_close(total, again, rtol=1e-12, atol=1e-12)

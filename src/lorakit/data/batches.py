@@ -37,6 +37,30 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+@dataclass(frozen=True, slots=True)
+class LineCollator:
+    """Puts rows into one line without padding; the names are those of flash attention."""
+
+    def __call__(self, rows: list[TokenizedRow]) -> "dict[str, torch.Tensor]":
+        """`input_ids`, `position_ids` and `labels`, each int64 of shape (1, tokens).
+
+        `cu_seq_lens_q` and `cu_seq_lens_k` (rows + 1,), int32, say where each row begins and the
+        last one ends. The first label of a row is ignored: no row predicts the next.
+        """
+        import torch
+
+        labels = [label for row in rows for label in (IGNORE, *row.labels[1:])]
+        begins = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int32).cumsum(0)
+        begins = begins.to(torch.int32)
+        return {
+            "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]]),
+            "position_ids": torch.tensor([[i for row in rows for i in range(len(row))]]),
+            "labels": torch.tensor([labels]),
+            "cu_seq_lens_q": begins,
+            "cu_seq_lens_k": begins,
+        }
+
+
 def length_grouped_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
     """Every index of `lengths` once, so that each run of `batch_size` has rows of like length.
 

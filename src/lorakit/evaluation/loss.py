@@ -12,7 +12,7 @@ from lorakit.data.batches import Collator
 from lorakit.data.formats import Sample
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError
-from lorakit.models.loss import supervised_loss
+from lorakit.models.loss import SupervisedLoss
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,7 @@ def mean_loss(
     rows = sorted((tokenize(s, tokenizer, max_length) for s in samples), key=len, reverse=True)
     pad = tokenizer.pad_token_id
     collate = Collator(pad if isinstance(pad, int) else 0)  # padding is masked: any token will do
+    supervised_loss = SupervisedLoss(model)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

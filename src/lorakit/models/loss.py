@@ -1,10 +1,15 @@
-"""Cross-entropy over the supervised positions of a batch, through the model's own forward."""
+"""Cross-entropy over the supervised positions of a batch, and no logits anywhere else.
+
+Where the model ends in a plain frozen linear layer, its forward is stopped before that layer and
+the loss is taken in chunks (`cross_entropy.py`). Any other model computes its own logits.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -13,39 +18,134 @@ if TYPE_CHECKING:
 IGNORE = -100
 """The label of a position that is read but not learned (PyTorch's and transformers' value)."""
 
+# Configurations call the factor on the logits by these names; some multiply by it, some divide.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
 
-def supervised_loss(
-    model: nn.Module, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed negative log likelihood of the supervised tokens, in nats, and their number.
 
-    Logits are asked for only where some row of the batch is supervised, when the model's forward
-    can be told so (`logits_to_keep`); any softcapping or scaling of logits is the model's own.
+@dataclass(frozen=True)
+class OutputLayer:
+    """What a model does behind its last hidden state: `post(linear(h))`.
+
+    `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap.
+    """
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """The logits (…, V) of hidden states (…, d)."""
+        import torch
+
+        z = self.linear(h) * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+class SupervisedLoss:
+    """The summed negative log likelihood of a batch's supervised tokens, in nats.
 
     Args:
-        batch: `input_ids`, `attention_mask` and `labels`, each (batch, seq). A position predicts
-            the label after it.
-
-    Returns: two scalars, the sum (float32 or wider) and the count (int64).
+        model: the model that will be called, or what is inside its wrappers.
+        own_logits: the model computes its own logits, as it must where its weights are spread
+            over machines.
     """
-    import torch.nn.functional as F
 
-    targets = batch["labels"][:, 1:]
-    keep = targets != IGNORE
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    if _can_keep_logits(model):
-        columns = keep.any(dim=0).nonzero().squeeze(1)
-        targets, keep = targets[:, columns], keep[:, columns]
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-    logits = logits[keep]
-    if logits.element_size() < 4:
-        logits = logits.float()
-    return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
+    def __init__(self, model: nn.Module, own_logits: bool = False) -> None:
+        self.output = None if own_logits else output_layer(model)
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over the batch (float32 or wider) and the number of supervised tokens (int64).
+
+        Args:
+            batch: `input_ids` and `labels` (batch, seq), and what else the model's forward takes.
+                A position predicts the label after it.
+        """
+        import torch.nn.functional as F
+
+        from lorakit.models.attention import rows_apart
+        from lorakit.models.cross_entropy import chunked_cross_entropy
+
+        targets = batch["labels"][:, 1:]
+        keep = targets != IGNORE
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with rows_apart() if "cu_seq_lens_q" in batch else nullcontext():
+            if self.output is None:
+                logits = model(**inputs, use_cache=False).logits[:, :-1][keep]
+                if logits.element_size() < 4:
+                    logits = logits.float()
+                return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
+            with _stopped_before(self.output.linear) as reached:
+                model(**inputs, use_cache=False)
+        [h] = reached
+        linear, scale, softcap = self.output.linear, self.output.scale, self.output.softcap
+        total = chunked_cross_entropy(
+            h[:, :-1][keep], linear.weight, linear.bias, targets[keep], scale, softcap
+        )
+        return total, keep.sum()
 
 
-def _can_keep_logits(model: nn.Module) -> bool:
+def output_layer(model: nn.Module) -> OutputLayer | None:
+    """How `model` gets its logits, None where that is not a frozen linear layer and a factor.
+
+    What the configuration suggests is tried against the model's own logits, and only what gives
+    the same is returned.
+    """
+    import torch
+    from torch import nn
+
     get_base_model = getattr(model, "get_base_model", None)
-    inner = get_base_model() if callable(get_base_model) else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    base: Any = get_base_model() if callable(get_base_model) else model
+    get_output_embeddings = getattr(base, "get_output_embeddings", None)
+    linear = get_output_embeddings() if callable(get_output_embeddings) else None
+    if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
+        return None
+    config = base.config.get_text_config()
+    softcap = next((s for name in _SOFTCAPS if (s := getattr(config, name, None))), None)
+    found = {float(s) for name in _SCALES if (s := getattr(config, name, None))}
+    factors = [1.0, *found, *(1 / s for s in found)]
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(2, 8, device=linear.weight.device)[None]
+        with torch.no_grad():
+            wanted = model(input_ids=ids, use_cache=False).logits
+            with _stopped_before(linear) as reached:
+                model(input_ids=ids, use_cache=False)
+            for layer in (OutputLayer(linear, factor, softcap) for factor in factors):
+                if _same(layer.logits(reached[0]), wanted):
+                    return layer
+    finally:
+        model.train(was_training)
+    return None
+
+
+def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal but for the rounding of their dtype."""
+    import torch
+
+    if found.shape != wanted.shape:
+        return False
+    rounding = 4 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return bool(((found - wanted).abs() <= rounding).all())
+
+
+@contextmanager
+def _stopped_before(linear: nn.Linear) -> Iterator[list[torch.Tensor]]:
+    """Collects what `linear` is given, and lets the model end with one column in its place."""
+    reached: list[torch.Tensor] = []
+
+    def stand_in(h: torch.Tensor) -> torch.Tensor:
+        reached.append(h)
+        return h[..., :1]
+
+    before = vars(linear).get("forward")
+    linear.forward = stand_in  # type: ignore[method-assign, assignment]
+    try:
+        yield reached
+    finally:
+        del linear.forward
+        if before is not None:
+            linear.forward = before  # type: ignore[method-assign]

@@ -42,6 +42,7 @@ class DataRecipe(_Strict):
     max_length: Annotated[int, Field(ge=2)] = 1024
     columns: dict[str, str] = {}
     limit: Annotated[int, Field(ge=1)] | None = None
+    padding_free: bool = True
 
 
 class TrainingRecipe(BaseModel):

@@ -24,6 +24,7 @@ from lorakit.data.templates import template_sha256
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.models import load_model
+from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.training.output import check_output, claim_output
 from lorakit.training.progress import ProgressBar
@@ -98,7 +99,13 @@ def train(
         _say(console, [start])
     _describe(console, recipe, adapted, data)
     with _named_failures(folder):
-        trainer = LoraTrainer(adapted, arguments, data.train, data.eval, tokenizer.pad_token_id)
+        padding = tokenizer.pad_token_id
+        if recipe.data.padding_free:
+            if reason := take_lines(adapted):
+                _say(console, [f"rows are padded to one length: {reason}"])
+            else:
+                padding = None
+        trainer = LoraTrainer(adapted, arguments, data.train, data.eval, padding)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(folder, trainer.counts))
         bar = ProgressBar(trainer.counts, console)

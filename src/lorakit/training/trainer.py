@@ -24,11 +24,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
-from lorakit.data.batches import Collator, length_grouped_order
+from lorakit.data.batches import Collator, LineCollator, length_grouped_order
 from lorakit.data.masking import TokenizedRow
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
-from lorakit.models.loss import supervised_loss
+from lorakit.models.loss import SupervisedLoss
 
 _STAGING = ".saving"
 _COUNTS = "lorakit_counts.json"
@@ -87,7 +87,8 @@ class LoraTrainer(Trainer):
         model: the wrapped model.
         args: Trainer's own arguments.
         train_rows, eval_rows: the rows; `eval_rows` may be empty.
-        pad_token_id: what short rows are filled with.
+        pad_token_id: what short rows are filled with; None for a model that takes them in one
+            line (`models.attention.take_lines`).
     """
 
     control: TrainerControl
@@ -99,7 +100,7 @@ class LoraTrainer(Trainer):
         args: TrainingArguments,
         train_rows: list[TokenizedRow],
         eval_rows: list[TokenizedRow],
-        pad_token_id: int,
+        pad_token_id: int | None,
     ) -> None:
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.sampler = LengthGroupedSampler(train_rows, batch * args.world_size, args.seed)
@@ -109,9 +110,11 @@ class LoraTrainer(Trainer):
             args=args,
             train_dataset=TokenizedDataset(train_rows),
             eval_dataset=TokenizedDataset(eval_rows) if eval_rows else None,
-            data_collator=Collator(pad_token_id),
+            data_collator=LineCollator() if pad_token_id is None else Collator(pad_token_id),
             callbacks=[self.sampler],
         )
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.supervised_loss = SupervisedLoss(model, own_logits=spread)
         # compute_loss divides by the whole optimiser step's tokens itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -130,8 +133,9 @@ class LoraTrainer(Trainer):
         `num_items_in_batch` counts the supervised tokens of all accumulated batches and ranks,
         so the sum over them is the mean over tokens, however they were divided up.
         """
-        total, count = supervised_loss(model, inputs)
-        self.counts.train_tokens += int(inputs["attention_mask"].sum())
+        total, count = self.supervised_loss(model, inputs)
+        real = inputs.get("attention_mask")
+        self.counts.train_tokens += int(inputs["labels"].numel() if real is None else real.sum())
         self.counts.supervised_tokens += int(count)
         whole = count if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over ranks; the sum is wanted.
@@ -143,7 +147,7 @@ class LoraTrainer(Trainer):
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.get_eval_dataloader(eval_dataset):
-            total, count = supervised_loss(self.model, self._prepare_inputs(batch))
+            total, count = self.supervised_loss(self.model, self._prepare_inputs(batch))
             sums += torch.stack([total.double().cpu(), count.double().cpu()])
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return total / count

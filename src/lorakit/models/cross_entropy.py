@@ -1,0 +1,81 @@
+"""Cross-entropy behind a frozen output layer, without ever holding all logits.
+
+With a vocabulary of 50,000 and more the logits are the largest tensors of a training step, and
+autograd keeps several copies. Here a chunk of positions at a time becomes logits, loss and the
+gradient of the hidden states, and only the last is kept (the idea of Liger Kernel's fused linear
+cross-entropy, Hsu et al. 2024, arXiv:2410.10989).
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at a time: 64 MB in float32, large enough for full speed of the products."""
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy, in nats, of `post(h W^T + b)` for the target classes.
+
+    `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap.
+    Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,). Returns a scalar, in float32 or wider.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_ELEMENTS // W.shape[0])
+        for at in range(0, h.shape[0], rows):
+            logits = torch.nn.functional.linear(h[at : at + rows], W, b)
+            if scale != 1:
+                logits = logits * scale
+            capped = None
+            if softcap is not None:
+                capped = torch.tanh(logits / softcap)
+                logits = capped * softcap
+            log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
+            chosen = targets[at : at + rows, None]
+            total -= log_p.gather(1, chosen).sum()
+            if dh is None:
+                continue
+            grad = log_p.exp_()
+            grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, -1))
+            if capped is not None:
+                grad *= 1 - capped.to(wide).square_()
+            if scale != 1:
+                grad *= scale
+            dh[at : at + rows] = grad.to(h.dtype) @ W
+        ctx.save_for_backward(dh)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dh,) = ctx.saved_tensors
+        return dh * grad.to(dh.dtype), None, None, None, None, None
+
+
+def chunked_cross_entropy(
+    h: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Summed cross-entropy of positions with hidden states `h`, for a frozen `W` and `b`.
+
+    Shapes as in `ChunkedCrossEntropy`. Gradients reach `h` alone.
+    """
+    return ChunkedCrossEntropy.apply(h, W, b, targets, scale, softcap)

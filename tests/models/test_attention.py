@@ -1,0 +1,139 @@
+"""Rows in one line are computed as if each were alone, or the model is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from lorakit.data.batches import Collator, LineCollator
+from lorakit.data.masking import TokenizedRow
+from lorakit.models.attention import NAME, RowAttention, row_attention, take_lines
+from lorakit.models.loss import SupervisedLoss
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def build(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SMALL)).double()
+    if kind == "mistral":  # a window shorter than the rows
+        return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=3)).double()
+    if kind == "gemma2":  # softcapped scores, and a window in every other layer
+        config = Gemma2Config(**SMALL, head_dim=4, sliding_window=3, attn_logit_softcapping=2.0)
+        return Gemma2ForCausalLM(config).double()
+    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=4, n_positions=32)
+    return GPT2LMHeadModel(config).double().eval()  # it has dropout
+
+
+def row(*ids: int) -> TokenizedRow:
+    return TokenizedRow(list(ids), [-100, -100, *ids[2:]], "here")
+
+
+ROWS = [row(5, 6, 7, 8, 9), row(11, 3, 12, 13, 14, 15, 16, 17), row(20, 21, 22)]
+
+
+def losses_and_gradients(model: Any, batches: list[dict]) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    loss = SupervisedLoss(model)
+    total = sum(loss(model, batch)[0] for batch in batches)
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+def test_a_line_a_padded_batch_and_single_rows_have_one_loss_and_one_gradient(kind: str):
+    model = build(kind)
+    if kind == "gemma2":  # SDPA has no softcapping: the plain form is the reference
+        model.set_attn_implementation("eager")
+    pad = Collator(pad_token_id=0, pad_to_multiple_of=1)
+    padded = losses_and_gradients(model, [pad(ROWS)])
+    single = losses_and_gradients(model, [pad([r]) for r in ROWS])
+    assert take_lines(model) is None
+    line = losses_and_gradients(model, [LineCollator()(ROWS)])
+    # Eager attention rounds its softmax to float32.
+    close = {"rtol": 1e-4, "atol": 1e-5} if kind == "gemma2" else {"rtol": 1e-9, "atol": 1e-11}
+    # Padding behind a window's reach has nothing to see, which eager attention makes NaN.
+    for found in (single,) if kind == "gemma2" else (padded, single):
+        torch.testing.assert_close(line[0], found[0], **close)
+        assert line[1].keys() == found[1].keys()
+        for name, gradient in line[1].items():
+            torch.testing.assert_close(gradient, found[1][name], **close)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    model = build("llama")
+    assert take_lines(model) is None
+    loss = SupervisedLoss(model)
+    _, middle, _ = ROWS
+    only = TokenizedRow(middle.input_ids, middle.labels, "here")
+    silent = [TokenizedRow(list(ids), [-100] * len(ids), "") for ids in [(5, 6, 7), (8, 9, 30)]]
+    totals = [
+        loss(model, LineCollator()([silent[0], only, silent[1]]))[0],
+        loss(model, LineCollator()([silent[1], only, silent[0]]))[0],
+    ]
+    assert torch.equal(totals[0], totals[1])
+
+
+def test_without_boundaries_the_model_answers_as_before():
+    model = build("llama")
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    before = model(input_ids=ids, attention_mask=mask).logits
+    assert take_lines(model) is None
+    after = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_with_its_own_attention_is_refused_and_left_as_it_was():
+    model = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=16, n_layer=1, n_head=2))
+    before = model.config._attn_implementation
+    reason = take_lines(model)
+    assert reason is not None
+    assert "BloomForCausalLM" in reason
+    assert model.config._attn_implementation == before != NAME
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_gradient_of_the_plain_form_is_that_of_its_numbers(window: int | None):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, 6, 4).double().requires_grad_() for n in (4, 2, 2))
+    assert torch.autograd.gradcheck(RowAttention.apply, (q, k, v, 0.5, window))
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 1], [7]])
+def test_the_plain_form_in_bfloat16_is_sdpa_but_for_rounding(lengths: list[int]):
+    torch.manual_seed(0)
+    n = sum(lengths)
+    q, k, v = (torch.randn(1, n, h, 8).transpose(1, 2).bfloat16() for h in (6, 2, 2))
+    begins = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    found, _ = row_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=begins)
+    at = 0
+    for T in lengths:
+        one = [x[:, :, at : at + T].float() for x in (q, k, v)]
+        wanted = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
+        got = found[:, at : at + T].transpose(1, 2).float()
+        torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
+        at += T
