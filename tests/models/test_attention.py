@@ -22,16 +22,7 @@ from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.models.attention import NAME, RowAttention, row_attention, take_lines
 from lorakit.models.loss import SupervisedLoss
-
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
+from models.small import SMALL
 
 
 def build(kind: str) -> Any:

@@ -7,16 +7,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorakit.models.loss import IGNORE, SupervisedLoss
-
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
+from models.small import SMALL
 
 
 class NoChoiceOfLogits(nn.Module):

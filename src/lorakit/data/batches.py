@@ -49,16 +49,10 @@ class LineCollator:
         """
         import torch
 
+        from lorakit.models.attention import in_a_line
+
         labels = [label for row in rows for label in (IGNORE, *row.labels[1:])]
-        begins = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int32).cumsum(0)
-        begins = begins.to(torch.int32)
-        return {
-            "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]]),
-            "position_ids": torch.tensor([[i for row in rows for i in range(len(row))]]),
-            "labels": torch.tensor([labels]),
-            "cu_seq_lens_q": begins,
-            "cu_seq_lens_k": begins,
-        }
+        return {**in_a_line([row.input_ids for row in rows]), "labels": torch.tensor([labels])}
 
 
 def length_grouped_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:

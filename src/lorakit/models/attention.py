@@ -9,10 +9,11 @@ chosen by what was measured (docs/performance.md). Without boundaries it is tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -213,16 +214,20 @@ def take_lines(model: nn.Module) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        rows = [torch.arange(2, 7), torch.arange(3, 10)]
+        rows = [range(2, 7), range(3, 10)]
         device = next(base.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in in_a_line(rows).items()}
         with torch.no_grad():
-            alone = [base(input_ids=row[None].to(device), use_cache=False).logits for row in rows]
+            alone = [
+                base(input_ids=torch.tensor([row], device=device), use_cache=False).logits
+                for row in rows
+            ]
             base.set_attn_implementation(NAME)
             if base.config._attn_implementation != NAME:
                 return f"{name} has an attention of its own"
             # In bfloat16 some models answer odd tokens by chance alone: the same kernel is asked.
             with rows_apart(plain=False):
-                line = base(**_line(rows, device), use_cache=False).logits
+                line = base(**inputs, use_cache=False).logits
         wanted = torch.cat(alone, dim=1)
         # Eager attention rounds its softmax to float32 whatever the dtype.
         eps = max(torch.finfo(wanted.dtype).eps, torch.finfo(torch.float32).eps)
@@ -238,12 +243,16 @@ def take_lines(model: nn.Module) -> str | None:
     return reason
 
 
-def _line(rows: list[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    begins = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).to(torch.int32)
-    line = {
-        "input_ids": torch.cat(rows)[None],
-        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+def in_a_line(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """The tokens of `rows` one after another, in the names of flash attention.
+
+    Returns: `input_ids` and `position_ids`, int64 (1, tokens); `cu_seq_lens_q` and
+    `cu_seq_lens_k`, int32 (rows + 1,): where each row begins and the last one ends.
+    """
+    begins = torch.tensor([*accumulate(map(len, rows), initial=0)], dtype=torch.int32)
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
+        "position_ids": torch.tensor([[i for row in rows for i in range(len(row))]]),
         "cu_seq_lens_q": begins,
         "cu_seq_lens_k": begins,
     }
-    return {key: tensor.to(device) for key, tensor in line.items()}

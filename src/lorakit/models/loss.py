@@ -6,6 +6,7 @@ the loss is taken in chunks (`cross_entropy.py`). Any other model computes its o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class SupervisedLoss:
 
     def __init__(self, model: nn.Module, own_logits: bool = False) -> None:
         self.output = None if own_logits else output_layer(model)
+        forward = inspect.signature(_base(model).forward)
+        self.keeps_logits = "logits_to_keep" in forward.parameters
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, torch.Tensor]
@@ -73,7 +76,13 @@ class SupervisedLoss:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with rows_apart() if "cu_seq_lens_q" in batch else nullcontext():
             if self.output is None:
-                logits = model(**inputs, use_cache=False).logits[:, :-1][keep]
+                if self.keeps_logits:
+                    columns = keep.any(dim=0).nonzero().squeeze(1)
+                    targets, keep = targets[:, columns], keep[:, columns]
+                    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+                else:
+                    logits = model(**inputs, use_cache=False).logits[:, :-1]
+                logits = logits[keep]
                 if logits.element_size() < 4:
                     logits = logits.float()
                 return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
@@ -96,8 +105,7 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
     import torch
     from torch import nn
 
-    get_base_model = getattr(model, "get_base_model", None)
-    base: Any = get_base_model() if callable(get_base_model) else model
+    base = _base(model)
     get_output_embeddings = getattr(base, "get_output_embeddings", None)
     linear = get_output_embeddings() if callable(get_output_embeddings) else None
     if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
@@ -120,6 +128,11 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
     finally:
         model.train(was_training)
     return None
+
+
+def _base(model: nn.Module) -> Any:
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
 
 
 def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
