@@ -17,6 +17,7 @@ import lorakit
 from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
+from lorakit.data.masking import tokenize
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.loss import mean_loss
 
@@ -72,8 +73,6 @@ def test_tokens_are_counted_without_padding(tiny_model: Path, rows: Path, tmp_pa
     values["data"]["eval"] = 0
     result = lorakit.train(values)
     _, tokenizer = lorakit.load_model(tiny_model)
-    from lorakit.data.masking import tokenize
-
     tokenized = [tokenize(s, tokenizer, 1024) for s in load_samples(rows)]
     assert result.manifest.train_tokens == sum(len(row) for row in tokenized)
     assert result.manifest.supervised_tokens == sum(row.supervised for row in tokenized)
@@ -99,21 +98,57 @@ def test_the_losses_in_the_record_are_those_of_the_files(
 def test_however_a_step_is_divided_into_batches_it_is_the_same_step(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
-    found = []
-    for batch, accumulated in ((8, 1), (4, 2), (1, 8)):
-        values = recipe(
-            tiny_model,
-            rows,
-            tmp_path / f"run{batch}",
-            max_steps=3,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulated,
-        )
-        values["dtype"] = "float64"
-        found.append(weights(lorakit.train(values).output_dir))
-    for other in found[1:]:
-        for name, tensor in found[0].items():
-            assert (tensor - other[name]).abs().max() < 1e-9, name
+    """All rows in each step: in one line or padded, one by one, packed, in two processes."""
+    _, tokenizer = lorakit.load_model(tiny_model)
+    lengths = [len(tokenize(sample, tokenizer, 1024)) for sample in load_samples(rows)]
+    everything = len(lengths)
+
+    def values(name: str, data: dict[str, Any], **training: Any) -> dict[str, Any]:
+        training |= {"eval_strategy": "no", "max_steps": 3, "num_train_epochs": 3}
+        made = recipe(tiny_model, rows, tmp_path / name, **training)
+        made["dtype"] = "float64"
+        made["data"] |= {"eval": 0} | data
+        return made
+
+    def batches(size: int) -> dict[str, int]:
+        return {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": everything // size,
+        }
+
+    packs = {"packing": True, "max_length": 100}
+    runs = [
+        values("line", {}, **batches(everything)),
+        values("lines", {}, **batches(4)),
+        values("single", {}, **batches(1)),
+        values("padded", {"padding_free": False}, **batches(everything)),
+        values("pads", {"padding_free": False}, **batches(4)),
+        values("packed", packs, per_device_train_batch_size=3, gradient_accumulation_steps=48),
+        values("checkpointed", {}, gradient_checkpointing=True, **batches(everything)),
+    ]
+    found = {made["output_dir"]: weights(lorakit.train(made).output_dir) for made in runs}
+    for name, data in (("two_processes", {}), ("two_processes_packed", packs)):
+        made = values(name, data, per_device_train_batch_size=4, gradient_accumulation_steps=6)
+        if data:
+            made["training"]["gradient_accumulation_steps"] = 48
+        in_two_processes(made, tmp_path)
+        found[name] = weights(tmp_path / name)
+        manifest = read_manifest(tmp_path / name)
+        assert manifest is not None
+        assert manifest.train_tokens == 3 * sum(lengths), "tokens of both processes"
+    first, *others = found
+    for other in others:
+        for name, tensor in found[first].items():
+            assert (tensor - found[other][name]).abs().max() < 1e-9, (other, name)
+
+
+def in_two_processes(values: dict[str, Any], folder: Path) -> None:
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(values, default=str))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "lorakit", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(

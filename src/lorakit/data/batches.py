@@ -1,6 +1,5 @@
-"""Tokenized rows to padded tensors, and the order in which rows meet so that little is padded."""
+"""The rows of one batch to tensors: padded to one length, or in one line without padding."""
 
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,9 +7,6 @@ from lorakit.data.masking import IGNORE, TokenizedRow
 
 if TYPE_CHECKING:
     import torch
-
-GROUP = 50
-"""Batches that are sorted by length together: enough to save padding, few enough to shuffle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +49,3 @@ class LineCollator:
 
         labels = [label for row in rows for label in (IGNORE, *row.labels[1:])]
         return {**in_a_line([row.input_ids for row in rows]), "labels": torch.tensor([labels])}
-
-
-def length_grouped_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """Every index of `lengths` once, so that each run of `batch_size` has rows of like length.
-
-    Random anew in each epoch, and the same for the same `(seed, epoch)`: a random permutation is
-    cut into groups of `GROUP` batches, each group is sorted, and all batches are shuffled.
-    """
-    shuffle = random.Random(f"{seed}/{epoch}").shuffle
-    order = list(range(len(lengths)))
-    shuffle(order)
-    # The incomplete batch is set aside first: it must come last, or it would shift all others.
-    full = len(order) - len(order) % batch_size
-    order, rest = order[:full], order[full:]
-    batches = []
-    for at in range(0, full, GROUP * batch_size):
-        group = sorted(order[at : at + GROUP * batch_size], key=lengths.__getitem__)
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-    shuffle(batches)
-    return [index for batch in batches for index in batch] + rest

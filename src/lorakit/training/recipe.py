@@ -43,6 +43,13 @@ class DataRecipe(_Strict):
     columns: dict[str, str] = {}
     limit: Annotated[int, Field(ge=1)] | None = None
     padding_free: bool = True
+    packing: bool = False
+
+    @model_validator(mode="after")
+    def _packing_is_padding_free(self) -> Self:
+        if self.packing and not self.padding_free:
+            raise ValueError("data.packing puts rows in one line: leave data.padding_free on")
+        return self
 
 
 class TrainingRecipe(BaseModel):

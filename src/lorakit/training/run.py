@@ -26,6 +26,8 @@ from lorakit.lora import LoraModel
 from lorakit.models import load_model
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
+from lorakit.training.batching import Batching
+from lorakit.training.machine import is_main_process, settle_in
 from lorakit.training.output import check_output, claim_output
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
@@ -68,10 +70,13 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         recipe = load_recipe(recipe.to_dict(), overrides)
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    main = is_main_process()
+    console = Console(stderr=True, quiet=quiet or not main, highlight=False, soft_wrap=True)
     folder = Path(recipe.output_dir)
-    check_output(folder, resume=resume)
+    if main:
+        check_output(folder, resume=resume)
 
+    settle_in()
     model, tokenizer = load_model(recipe.model, recipe.dtype)
     had_template = bool(tokenizer.chat_template)
     data = prepare(
@@ -88,7 +93,8 @@ def train(
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, recipe.lora_config())
     arguments = _training_arguments(recipe, data)
-    claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
+    if main:
+        claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
     if resume and (finished := read_manifest(folder)):
         _say(console, [f"{folder} is finished already: nothing is left to do"])
         return TrainResult(folder, finished)
@@ -105,7 +111,8 @@ def train(
                 _say(console, [f"rows are padded to one length: {reason}"])
             else:
                 padding = None
-        trainer = LoraTrainer(adapted, arguments, data.train, data.eval, padding)
+        batching = Batching(padding, recipe.data.max_length if recipe.data.packing else None)
+        trainer = LoraTrainer(adapted, arguments, data.train, data.eval, batching)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(folder, trainer.counts))
         bar = ProgressBar(trainer.counts, console)
@@ -114,9 +121,10 @@ def train(
             losses = _fit(trainer, adapted, data, checkpoint)
         finally:
             bar.close()  # an interrupted bar would leave the terminal without its cursor
-        if not had_template:  # so that chat and serve use the same
+        if main and not had_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
-        adapted.save_pretrained(folder)
+        if main:
+            adapted.save_pretrained(folder)
         counts = trainer.counts
         manifest = Manifest(
             base_model=recipe.model,
@@ -135,7 +143,8 @@ def train(
             versions=_versions(),
             seed=recipe.training.seed,
         )
-        write_manifest(folder, manifest)  # last: its presence says that the run is finished
+        if main:
+            write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
 
 
@@ -147,6 +156,8 @@ def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would hide a loss that is no number
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Unless told so, accelerate would start no process group without a GPU.
+        "use_cpu": not torch.accelerator.is_available(),
         **recipe.training.model_dump(),
     }
     if not data.eval:
@@ -160,19 +171,19 @@ def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments
 def _fit(
     trainer: LoraTrainer, model: LoraModel, data: PreparedData, checkpoint: Path | None
 ) -> dict[str, float | None]:
-    """Trains; returns the held-out loss of the bare base before, and of the adapter after."""
-    if not data.eval:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        return {"base": None, "eval": None}
-    with model.disable_adapter():
-        base = trainer.held_out_loss()
+    """Trains; returns the held-out loss of the bare base, and of the adapter."""
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if not data.eval:
+        return {"base": None, "eval": None}
     last: dict[str, float] = next(
         (e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {}
     )
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        return {"base": base, "eval": last["eval_loss"]}
-    return {"base": base, "eval": trainer.evaluate()["eval_loss"]}
+        tuned = last["eval_loss"]
+    else:
+        tuned = trainer.evaluate()["eval_loss"]
+    with model.disable_adapter():
+        return {"base": trainer.held_out_loss(), "eval": tuned}
 
 
 def _describe(console: Console, recipe: Recipe, model: LoraModel, data: PreparedData) -> None:

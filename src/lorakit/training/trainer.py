@@ -12,23 +12,24 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
-from lorakit.data.batches import Collator, LineCollator, length_grouped_order
-from lorakit.data.masking import TokenizedRow
+from lorakit.data.masking import IGNORE, TokenizedRow
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.models.loss import SupervisedLoss
+from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 
 _STAGING = ".saving"
 _COUNTS = "lorakit_counts.json"
@@ -36,48 +37,14 @@ _COUNTS = "lorakit_counts.json"
 
 @dataclass
 class Counts:
-    """What a run has consumed so far. Padding is not counted; `seconds` excludes evaluation."""
+    """What a run, all its processes, has consumed so far.
+
+    Padding is not counted; `seconds` excludes evaluation.
+    """
 
     train_tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
-
-
-class TokenizedDataset(Dataset):
-    """Tokenised rows as a PyTorch dataset."""
-
-    def __init__(self, rows: list[TokenizedRow]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TokenizedRow:
-        return self.rows[index]
-
-
-class LengthGroupedSampler(Sampler[int], TrainerCallback):
-    """Batches rows of like length, in an order that the seed and the epoch alone decide.
-
-    It learns the epoch as a callback, because a dataloader that skips batches to resume does not
-    pass the epoch on to its sampler.
-    """
-
-    def __init__(self, rows: list[TokenizedRow], batch_size: int, seed: int) -> None:
-        self.lengths = [len(row) for row in rows]
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(length_grouped_order(self.lengths, self.batch_size, self.seed, self.epoch))
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes over the epoch that begins; resumed in its middle, `state.epoch` has a fraction."""
-        self.epoch = math.floor(state.epoch or 0)
 
 
 class LoraTrainer(Trainer):
@@ -87,8 +54,7 @@ class LoraTrainer(Trainer):
         model: the wrapped model.
         args: Trainer's own arguments.
         train_rows, eval_rows: the rows; `eval_rows` may be empty.
-        pad_token_id: what short rows are filled with; None for a model that takes them in one
-            line (`models.attention.take_lines`).
+        batching: how rows become batches.
     """
 
     control: TrainerControl
@@ -100,17 +66,17 @@ class LoraTrainer(Trainer):
         args: TrainingArguments,
         train_rows: list[TokenizedRow],
         eval_rows: list[TokenizedRow],
-        pad_token_id: int | None,
+        batching: Batching,
     ) -> None:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.sampler = LengthGroupedSampler(train_rows, batch * args.world_size, args.seed)
+        self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
+        self.held_out = batching.eval_batches(eval_rows, args)
         self.counts = Counts()
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TokenizedDataset(train_rows),
-            eval_dataset=TokenizedDataset(eval_rows) if eval_rows else None,
-            data_collator=LineCollator() if pad_token_id is None else Collator(pad_token_id),
+            train_dataset=BatchDataset(train_rows, batching),
+            eval_dataset=BatchDataset(eval_rows, batching) if eval_rows else None,
+            data_collator=only,
             callbacks=[self.sampler],
         )
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -134,21 +100,23 @@ class LoraTrainer(Trainer):
         so the sum over them is the mean over tokens, however they were divided up.
         """
         total, count = self.supervised_loss(model, inputs)
-        real = inputs.get("attention_mask")
-        self.counts.train_tokens += int(inputs["labels"].numel() if real is None else real.sum())
-        self.counts.supervised_tokens += int(count)
         whole = count if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over ranks; the sum is wanted.
         return total * self.accelerator.num_processes / whole
 
     @torch.no_grad()
-    def held_out_loss(self, eval_dataset: Any = None) -> float:
+    def held_out_loss(self) -> float:
         """The loss per supervised token over all held-out rows, in nats."""
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self.get_eval_dataloader(eval_dataset):
+        batches, processes = self.held_out, self.args.world_size
+        # Every process takes as many turns, as sharded weights need, and no row counts twice.
+        for turn in range(math.ceil(len(batches) / processes)):
+            mine = turn * processes + self.args.process_index
+            batch = self.eval_dataset[batches[mine % len(batches)]]
             total, count = self.supervised_loss(self.model, self._prepare_inputs(batch))
-            sums += torch.stack([total.double().cpu(), count.double().cpu()])
+            if mine < len(batches):
+                sums += torch.stack([total.double().cpu(), count.double().cpu()])
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return total / count
 
@@ -159,17 +127,38 @@ class LoraTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Logs `held_out_loss` as `eval_loss` and returns it, as Trainer expects."""
-        metrics = {f"{metric_key_prefix}_loss": self.held_out_loss(eval_dataset)}
+        metrics = {f"{metric_key_prefix}_loss": self.held_out_loss()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    # --- order of rows --------------------------------------------------------------------
+    # --- batches --------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.sampler
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: Any
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """This process' batches of an optimiser step, and the supervised tokens of all processes.
+
+        Counts both kinds of tokens, as the step will use them up.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batches:
+            real = batch.get("attention_mask")
+            tokens[0] += batch["input_ids"].numel() if real is None else real.sum()
+            tokens[1] += (batch["labels"][:, 1:] != IGNORE).sum()
+        tokens = self.accelerator.reduce(tokens, "sum")
+        self.counts.train_tokens += int(tokens[0])
+        self.counts.supervised_tokens += int(tokens[1])
+        return batches, tokens[1]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches as `batching` makes them; to the dataloader each is one item."""
+        return self._get_dataloader(
+            self.train_dataset, "Training", 1, lambda _: self.sampler, is_training=True
+        )
 
     # --- checkpoints ----------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""What training sets on the process for the machine at hand: threads, memory, matrix products.
+
+All of it changes how fast numbers come, none of it what they are (TF32 only where asked for).
+What was measured stands in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from pathlib import Path
+
+import torch
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BLOCK = 2**30
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def settle_in() -> None:
+    """Sets threads and memory for training in this process; what the user has set stays."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and speaks: of those that torchrun or accelerate started, one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, and a container's share (cgroup v2)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_QUOTA.read_text().split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # another system, or "max": no limit
+        return cores
+
+
+def keep_freed_memory() -> bool:
+    """Lets freed blocks of memory be used again instead of going back to the system.
+
+    By default glibc asks the system anew for every large tensor, and each of its pages costs a
+    fault when it is first touched. True where this C library can do otherwise.
+    """
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"} & os.environ.keys():
+        return False  # the user has chosen how memory is managed
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    done = [
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK),
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1),
+    ]
+    return all(done)
