@@ -36,6 +36,8 @@ class Manifest(BaseModel):
     supervised_tokens: int
     tokens_per_second: float
     peak_memory_mb: float
+    padding_free: bool | None = None
+    compiled: bool = False
     eval_loss: float | None
     base_eval_loss: float | None
     versions: dict[str, str]

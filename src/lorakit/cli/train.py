@@ -1,5 +1,6 @@
 """`lorakit train`: a recipe to an adapter."""
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter, from a recipe or from the command line alone."""
+    # Imports and loading make a million objects, of which none is garbage.
+    gc.disable()
     recipe, overrides = _split(arguments or [])
     for key, value in (("model", model), ("data.train", data), ("output_dir", output_dir)):
         if value is not None:
@@ -36,9 +39,14 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
 
+    from lorakit.training.machine import is_main_process
     from lorakit.training.run import train as run
 
+    gc.freeze()
+    gc.enable()
     manifest = run(loaded, resume=resume).manifest
+    if not is_main_process():
+        return
     typer.echo(f"adapter: {loaded.output_dir}")
     typer.echo(
         f"{manifest.steps} steps in {manifest.train_seconds:.0f} s: "

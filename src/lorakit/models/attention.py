@@ -24,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorakit.models.inside import base_model
+
 NAME = "lorakit_rows"
 """Under this name transformers' registries know the functions of this module."""
 
@@ -200,10 +202,10 @@ AttentionMaskInterface.register(NAME, _mask)
 def take_lines(model: nn.Module) -> str | None:
     """Makes `model` ready for rows in one line; returns None, or the reason why it cannot be.
 
-    Not believed but tried: two short rows in a line must give the logits that each gives alone,
-    through the attention that the model had before, which it keeps where they do not.
+    Not believed but tried: a short row must give the logits that it gives alone behind each of two
+    others, through the attention that the model had before, which it keeps where it does not.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     name = type(base).__name__
     config = base.config.get_text_config()
     if not (base._supports_attention_backend and base._supports_flash_attn):
@@ -214,33 +216,43 @@ def take_lines(model: nn.Module) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        rows = [range(2, 7), range(3, 10)]
-        device = next(base.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in in_a_line(rows).items()}
-        with torch.no_grad():
-            alone = [
-                base(input_ids=torch.tensor([row], device=device), use_cache=False).logits
-                for row in rows
-            ]
-            base.set_attn_implementation(NAME)
-            if base.config._attn_implementation != NAME:
-                return f"{name} has an attention of its own"
-            # In bfloat16 some models answer odd tokens by chance alone: the same kernel is asked.
-            with rows_apart(plain=False):
-                line = base(**inputs, use_cache=False).logits
-        wanted = torch.cat(alone, dim=1)
-        # Eager attention rounds its softmax to float32 whatever the dtype.
-        eps = max(torch.finfo(wanted.dtype).eps, torch.finfo(torch.float32).eps)
-        tolerance = 16 * eps * float(wanted.abs().max())
-        if float((line - wanted).abs().max()) <= tolerance:
-            return None
-        reason = f"{name} mixes rows that lie in one line"
+        keeps_apart = _keeps_rows_apart(base, config.vocab_size)
+        reason = None if keeps_apart else f"{name} mixes rows that lie in one line"
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{name} does not take rows in one line ({str(error).partition(chr(10))[0]})"
     finally:
         model.train(was_training)
-    base.set_attn_implementation(before)
+    if reason:
+        base.set_attn_implementation(before)
     return reason
+
+
+@torch.no_grad()
+def _keeps_rows_apart(base: Any, vocab_size: int) -> bool:
+    """Sets the attention of this module, and compares a row in lines with the row alone."""
+    device = next(base.parameters()).device
+    # From the middle of the vocabulary: models answer tokens that they never saw by chance.
+    tokens = [(vocab_size // 2 + i) % vocab_size for i in range(17)]
+    row, others = tokens[:7], (tokens[7:12], tokens[12:])
+    alone = base(input_ids=torch.tensor([row], device=device), use_cache=False).logits
+    base.set_attn_implementation(NAME)
+    if base.config._attn_implementation != NAME:
+        raise ValueError("its attention cannot be set")
+
+    def behind(other: list[int]) -> torch.Tensor:
+        inputs = {name: tensor.to(device) for name, tensor in in_a_line([other, row]).items()}
+        # The kernel that the row alone had: in bfloat16 another one rounds otherwise.
+        with rows_apart(plain=False):
+            return base(**inputs, use_cache=False).logits[:, len(other) :]
+
+    first, second = map(behind, others)
+    # Eager attention rounds its softmax to float32 whatever the dtype.
+    eps = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = eps * float(alone.abs().max())
+    return (
+        float((first - alone).abs().max()) <= 16 * rounding
+        and float((first - second).abs().max()) <= rounding
+    )
 
 
 def in_a_line(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
@@ -256,3 +268,8 @@ def in_a_line(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         "cu_seq_lens_q": begins,
         "cu_seq_lens_k": begins,
     }
+
+
+def compile_around() -> None:
+    """From now on compiled models leave `row_attention` as it is: its work depends on the rows."""
+    AttentionInterface.register(NAME, torch.compiler.disable(row_attention))

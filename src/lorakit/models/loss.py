@@ -10,7 +10,9 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lorakit.models.inside import base_model
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,7 @@ class SupervisedLoss:
 
     def __init__(self, model: nn.Module, own_logits: bool = False) -> None:
         self.output = None if own_logits else output_layer(model)
-        forward = inspect.signature(_base(model).forward)
+        forward = inspect.signature(base_model(model).forward)
         self.keeps_logits = "logits_to_keep" in forward.parameters
 
     def __call__(
@@ -105,7 +107,7 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
     import torch
     from torch import nn
 
-    base = _base(model)
+    base = base_model(model)
     get_output_embeddings = getattr(base, "get_output_embeddings", None)
     linear = get_output_embeddings() if callable(get_output_embeddings) else None
     if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
@@ -114,25 +116,23 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
     softcap = next((s for name in _SOFTCAPS if (s := getattr(config, name, None))), None)
     found = {float(s) for name in _SCALES if (s := getattr(config, name, None))}
     factors = [1.0, *found, *(1 / s for s in found)]
+    reached: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
     was_training = model.training
     model.eval()
     try:
         ids = torch.arange(2, 8, device=linear.weight.device)[None]
         with torch.no_grad():
             wanted = model(input_ids=ids, use_cache=False).logits
-            with _stopped_before(linear) as reached:
-                model(input_ids=ids, use_cache=False)
+            if len(reached) != 1:
+                return None
             for layer in (OutputLayer(linear, factor, softcap) for factor in factors):
                 if _same(layer.logits(reached[0]), wanted):
                     return layer
     finally:
+        handle.remove()
         model.train(was_training)
     return None
-
-
-def _base(model: nn.Module) -> Any:
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
 
 
 def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ _RESERVED = {
     "output_dir": "output_dir at the top of the recipe",
     "bf16": "dtype at the top of the recipe",
     "fp16": "dtype at the top of the recipe",
+    "torch_compile": "compile at the top of the recipe",
     "remove_unused_columns": "nothing: the trainer builds its own batches",
     "group_by_length": "nothing: rows of like length are always batched together",
     "train_sampling_strategy": "nothing: rows of like length are always batched together",
@@ -100,6 +101,7 @@ class Recipe(_Strict):
 
     model: str
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
     data: DataRecipe
     lora: dict[str, Any] = {}
     training: TrainingRecipe = TrainingRecipe()

@@ -27,6 +27,7 @@ from lorakit.models import load_model
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.training.batching import Batching
+from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import is_main_process, settle_in
 from lorakit.training.output import check_output, claim_output
 from lorakit.training.progress import ProgressBar
@@ -93,6 +94,8 @@ def train(
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, recipe.lora_config())
     arguments = _training_arguments(recipe, data)
+    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id)
+    compiled, notice = choose(recipe.compile, adapted, _tokens_to_train(data, batching, arguments))
     if main:
         claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
     if resume and (finished := read_manifest(folder)):
@@ -104,27 +107,19 @@ def train(
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
     _describe(console, recipe, adapted, data)
+    _say(console, [*notices, *([notice] if notice else [])])
     with _named_failures(folder):
-        padding = tokenizer.pad_token_id
-        if recipe.data.padding_free:
-            if reason := take_lines(adapted):
-                _say(console, [f"rows are padded to one length: {reason}"])
-            else:
-                padding = None
-        batching = Batching(padding, recipe.data.max_length if recipe.data.packing else None)
         trainer = LoraTrainer(adapted, arguments, data.train, data.eval, batching)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(folder, trainer.counts))
         bar = ProgressBar(trainer.counts, console)
         trainer.add_callback(bar)
+        if compiled:
+            compile_blocks(adapted)
         try:
             losses = _fit(trainer, adapted, data, checkpoint)
         finally:
             bar.close()  # an interrupted bar would leave the terminal without its cursor
-        if main and not had_template:  # so that chat and serve use the same
-            atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
-        if main:
-            adapted.save_pretrained(folder)
         counts = trainer.counts
         manifest = Manifest(
             base_model=recipe.model,
@@ -138,14 +133,40 @@ def train(
             supervised_tokens=counts.supervised_tokens,
             tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
             peak_memory_mb=_peak_memory_mb(),
+            padding_free=batching.pad_token_id is None,
+            compiled=compiled,
             eval_loss=losses["eval"],
             base_eval_loss=losses["base"],
             versions=_versions(),
             seed=recipe.training.seed,
         )
         if main:
+            if not had_template:  # so that chat and serve use the same
+                atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
+            adapted.save_pretrained(folder)
             write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
+
+
+def _batching(recipe: Recipe, model: LoraModel, pad_token_id: int) -> tuple[Batching, list[str]]:
+    """How rows become batches, with what to say where that is not as the recipe has it."""
+    pack_length = recipe.data.max_length if recipe.data.packing else None
+    if not recipe.data.padding_free:
+        return Batching(pad_token_id, pack_length), []
+    if reason := take_lines(model):
+        notice = f"rows are padded, those of like length together: {reason}"
+        return Batching(pad_token_id, pack_length), [notice]
+    return Batching(None, pack_length), []
+
+
+def _tokens_to_train(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> float:
+    """The tokens of all epochs, or of the steps that `max_steps` stops after."""
+    epochs = arguments.num_train_epochs
+    if arguments.max_steps > 0:
+        batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        batches *= arguments.world_size
+        epochs = batches / len(batching.train_batches(data.train, arguments, epoch=0))
+    return epochs * sum(len(row) for row in data.train)
 
 
 def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments:

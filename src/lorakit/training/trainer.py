@@ -113,8 +113,10 @@ class LoraTrainer(Trainer):
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in range(math.ceil(len(batches) / processes)):
             mine = turn * processes + self.args.process_index
-            batch = self.eval_dataset[batches[mine % len(batches)]]
-            total, count = self.supervised_loss(self.model, self._prepare_inputs(batch))
+            batch = self._prepare_inputs(self.eval_dataset[batches[mine % len(batches)]])
+            # Compiled for training, the blocks would be compiled again without gradients.
+            with torch.compiler.set_stance("force_eager"):
+                total, count = self.supervised_loss(self.model, batch)
             if mine < len(batches):
                 sums += torch.stack([total.double().cpu(), count.double().cpu()])
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()

@@ -1,0 +1,17 @@
+"""The model of transformers inside what wraps it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def base_model(model: nn.Module) -> Any:
+    """What `model.get_base_model()` gives, or `model` itself where it wraps nothing.
+
+    Returns: Any, since torch's modules say of every attribute that it is a tensor or a module.
+    """
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
