@@ -1,116 +1,126 @@
-"""One training step: PEFT and lorakit side by side, both with the model's own forward and loss.
+"""One training step: PEFT with the model's own loss, beside lorakit as `lorakit train` runs it.
 
     python -m benchmarks.step [--batch 4 --length 256 --dtypes bfloat16 --dropouts 0 --rounds 7]
 
-Each side runs in a process of its own, so that peak memory is its own; the sides take turns, and
-medians are compared, because machines are noisy.
+Forward, backward, AdamW. "share of peak" is the time that the products of a frozen base need at
+the fastest product measured in the same process (4 FLOP a parameter and token), by the time taken.
 """
 
 import argparse
 import itertools
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 
-MODEL = "smollm2-135m-instruct"
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.turns import Figures, matmul_flops, peak_memory_mb, synchronize, take_turns
+
+SIDES = ("peft", "lorakit", "compiled")
+FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """The median seconds of a step (forward, backward, AdamW) and the peak memory in MB."""
+def measure(side: str, options: argparse.Namespace) -> Figures:
+    """The median seconds of a step, the peak memory in MB, the share of the matmul peak."""
     import torch
 
     import lorakit
 
-    model, _ = lorakit.load_model(MODEL, options.dtype)
-    fields = {
-        "r": 16,
-        "lora_alpha": 32,
-        "target_modules": "all-linear",
-        "lora_dropout": options.dropout,
-    }
+    [dtype], [dropout] = options.dtypes, options.dropouts
+    model, _ = lorakit.load_model(options.model, dtype)
+    torch.manual_seed(0)
+    rows = torch.randint(0, model.config.vocab_size, (options.batch, options.length))
+    fields = {**FIELDS, "lora_dropout": dropout}
     if side == "peft":
         import peft
 
         model = peft.get_peft_model(model, peft.LoraConfig(**fields, task_type="CAUSAL_LM"))
+        ids = rows.to(model.device)
+
+        def loss() -> torch.Tensor:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
     else:
+        from lorakit.data.batches import LineCollator
+        from lorakit.data.masking import TokenizedRow
+        from lorakit.models.attention import take_lines
+        from lorakit.models.loss import SupervisedLoss
+        from lorakit.training.compiling import compile_blocks
+        from lorakit.training.machine import settle_in
+
+        settle_in()
         model = lorakit.get_peft_model(model, lorakit.LoraConfig(**fields))
+        if reason := take_lines(model):
+            raise SystemExit(reason)
+        line = LineCollator()([TokenizedRow(ids, ids, "") for ids in rows.tolist()])
+        batch = {name: tensor.to(model.device) for name, tensor in line.items()}
+        supervised_loss = SupervisedLoss(model)
+        if side == "compiled":
+            compile_blocks(model)
+
+        def loss() -> torch.Tensor:
+            total, count = supervised_loss(model, batch)
+            return total / count
+
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    torch.manual_seed(0)
-    ids = torch.randint(0, 49152, (options.batch, options.length), device=model.device)
     seconds = []
-    for _ in range(options.steps + 1):
+    for _ in range(options.steps + 2):
         began = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - began)
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return {"seconds": statistics.median(seconds[1:]), "memory_mb": memory}
+    median, memory = statistics.median(seconds[2:]), peak_memory_mb()
+    parameters = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    floor = 4 * parameters * rows.numel() / matmul_flops(dtype)
+    return {
+        "seconds": median,
+        "memory_mb": memory,
+        "share_of_peak": floor / median,
+        "first_two_steps": sum(seconds[:2]),
+    }
 
 
 def main() -> None:
     """Takes turns, prints a table, and last one line of JSON with the ratios of each case."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--steps", type=int, default=3, help="measured steps a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=["peft", "lorakit"], help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        options.dtype, options.dropout = options.dtypes[0], options.dropouts[0]
         print(json.dumps(measure(options.side, options)))
         return
 
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=f"{options.batch} × {options.length} tokens, r=16, all-linear")
-    for heading in ("dtype", "dropout", "PEFT s", "lorakit s", "speed", "PEFT MB", "lorakit MB"):
+    headings = ("dtype", "dropout", "", "s a step", "speed", "MB", "memory", "share of peak")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    table.add_column("memory", justify="right")
     results = []
     for dtype, dropout in itertools.product(options.dtypes, options.dropouts):
-        median = compare(dtype, dropout, options)
-        (peft, own) = (median["peft"], median["lorakit"])
-        speed = peft["seconds"] / own["seconds"]
-        memory = own["memory_mb"] / peft["memory_mb"]
-        figures = [f"{peft['seconds']:.3f}", f"{own['seconds']:.3f}", f"{speed:.2f}×"]
-        figures += [f"{peft['memory_mb']:.0f}", f"{own['memory_mb']:.0f}", f"{memory:.2f}×"]
-        table.add_row(dtype, str(dropout), *figures)
-        case = {"dtype": dtype, "dropout": dropout}
-        ratios = {"speed_ratio": round(speed, 3), "memory_ratio": round(memory, 3)}
-        results.append(case | ratios)
+        sizes = [f"--{n}={getattr(options, n)}" for n in ("model", "batch", "length", "steps")]
+        case = [f"--dtypes={dtype}", f"--dropouts={dropout}", *sizes]
+        found = take_turns("benchmarks.step", options.sides, case, options.rounds)
+        peft = found["peft"]
+        for side, figures in found.items():
+            speed = peft["seconds"] / figures["seconds"]
+            memory = figures["memory_mb"] / peft["memory_mb"]
+            cells = (f"{figures['seconds']:.3f}", f"{speed:.2f}×", f"{figures['memory_mb']:.0f}")
+            share = f"{figures['share_of_peak']:.2f}"
+            table.add_row(dtype, str(dropout), side, *cells, f"{memory:.2f}×", share)
+            ratios = {"speed_ratio": round(speed, 3), "memory_ratio": round(memory, 3)}
+            results.append({"dtype": dtype, "dropout": dropout, "side": side} | ratios)
     Console(width=100).print(table)
     print(json.dumps(results))
-
-
-def compare(dtype: str, dropout: float, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The medians of both sides, which take turns."""
-    found: dict[str, list[dict[str, float]]] = {"peft": [], "lorakit": []}
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("batch", "length", "steps")]
-    case = [f"--dtypes={dtype}", f"--dropouts={dropout}"]
-    for _ in range(options.rounds):
-        for side, rounds in found.items():
-            command = [sys.executable, "-m", "benchmarks.step", "--side", side, *case, *sizes]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            rounds.append(json.loads(text.splitlines()[-1]))
-    return {
-        side: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        for side, rounds in found.items()
-    }
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.models.attention import NAME, RowAttention, row_attention, take_lines
 from lorakit.models.loss import SupervisedLoss
+from lorakit.models.varlen import all_rows
 from models.small import SMALL
 
 
@@ -128,3 +129,37 @@ def test_the_plain_form_in_bfloat16_is_sdpa_but_for_rounding(lengths: list[int])
         got = found[:, at : at + T].transpose(1, 2).float()
         torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
         at += T
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+def test_all_rows_at_once_are_the_rows_one_by_one(window: int | None, softcap: float | None):
+    torch.manual_seed(0)
+    begins = torch.tensor([0, 5, 14, 15], dtype=torch.int32)
+    q, k, v = (torch.randn(15, h, 8).double() for h in (6, 2, 2))
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    wanted, _ = row_attention(
+        torch.nn.Module(),
+        *heads_first,
+        None,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=begins,
+    )
+    found = all_rows(q, k, v, begins, 8**-0.5, window, softcap)
+    torch.testing.assert_close(found, wanted[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_kernels_of_a_gpu_are_the_rows_one_by_one(window: int | None, softcap: float | None):
+    torch.manual_seed(0)
+    begins = torch.tensor([0, 50, 140, 141], dtype=torch.int32)
+    q, k, v = (torch.randn(141, h, 64).bfloat16() for h in (6, 2, 2))
+    heads_first = (x.float().transpose(0, 1)[None] for x in (q, k, v))
+    options = {"sliding_window": window, "softcap": softcap, "cu_seq_lens_q": begins}
+    wanted, _ = row_attention(torch.nn.Module(), *heads_first, None, **options)
+    on_gpu = (x.cuda() for x in (q, k, v, begins))
+    found = all_rows(*on_gpu, 64**-0.5, window, softcap).float().cpu()
+    torch.testing.assert_close(found, wanted[0], rtol=0.03, atol=0.03)

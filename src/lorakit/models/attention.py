@@ -3,8 +3,9 @@
 Padding-free batches have shape (1, tokens): the rows one after another, their position ids
 restarting. transformers' models hand their attention to a function from a registry, with the rows'
 boundaries among its arguments (`cu_seq_lens_q`, the name that flash attention gave them). The
-function here computes one row at a time, so that the work is that of the rows alone; the form is
-chosen by what was measured (docs/performance.md). Without boundaries it is transformers' SDPA.
+function here computes one row at a time on a CPU, so that the work is that of the rows alone; the
+form is chosen by what was measured (docs/performance.md). A GPU has kernels that take all rows at
+once (`varlen.py`). Without boundaries it is transformers' SDPA.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lorakit.models.inside import base_model
+from lorakit.models.varlen import all_rows, row_lengths
 
 NAME = "lorakit_rows"
 """Under this name transformers' registries know the functions of this module."""
@@ -80,7 +82,11 @@ def row_attention(
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks are not computed row by row")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = cu_seq_lens_q.diff().tolist()
+    if query.is_cuda:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = all_rows(q, k, v, cu_seq_lens_q, scale, sliding_window, softcap, dropout)
+        return out[None], None
+    lengths = row_lengths(cu_seq_lens_q)
     rows = []
     # split, whose backward is one cat; slices would each fill a gradient as long as the line.
     for q, k, v in zip(*(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True):
