@@ -34,6 +34,7 @@ FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 def measure(side: str, options: argparse.Namespace) -> Figures:
     """Trains one epoch in this process."""
+    import torch
     import transformers
 
     import lorakit
@@ -73,6 +74,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         else:
             make = _with_trl if side == "trl" else _with_the_seed_s_recipe
             common = {"output_dir": f"{place}/run", "report_to": "none", "disable_tqdm": True}
+            common["use_cpu"] = not torch.cuda.is_available()
             model, tokenizer = make(train, dtype, options, training | common)
             memory = peak_memory_mb()
         loss, tokens = _held_out_loss(model, tokenizer, held_out, train, options.length)

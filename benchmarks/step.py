@@ -44,6 +44,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         from lorakit.data.batches import LineCollator
         from lorakit.data.masking import TokenizedRow
         from lorakit.models.attention import take_lines
+        from lorakit.models.fused import fused
         from lorakit.models.loss import SupervisedLoss
         from lorakit.training.compiling import compile_blocks
         from lorakit.training.machine import settle_in
@@ -57,6 +58,8 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         supervised_loss = SupervisedLoss(model)
         if side == "compiled":
             compile_blocks(model)
+        else:
+            fused(model).__enter__()  # for as long as this process lives
 
         def loss() -> torch.Tensor:
             total, count = supervised_loss(model, batch)

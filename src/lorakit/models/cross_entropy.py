@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at a time: 64 MB in float32, large enough for full speed of the products."""
+CHUNK_ELEMENTS = 2**23
+"""Logits held at a time: 32 MB in float32, large enough for full speed of the products."""
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from lorakit.lora import LoraModel
 from lorakit.models import load_model
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
+from lorakit.models.fused import fused
 from lorakit.training.batching import Batching
 from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import is_main_process, settle_in
@@ -117,7 +118,8 @@ def train(
         if compiled:
             compile_blocks(adapted)
         try:
-            losses = _fit(trainer, adapted, data, checkpoint)
+            with nullcontext() if compiled else fused(adapted):
+                losses = _fit(trainer, adapted, data, checkpoint)
         finally:
             bar.close()  # an interrupted bar would leave the terminal without its cursor
         counts = trainer.counts
