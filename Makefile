@@ -38,9 +38,11 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# DATA is a JSON list of rows for the epoch; without it the demo's orders serve.
 bench: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.epoch $(if $(DATA),--data $(DATA))
 
 # PEFT's own LoRA tests, on PEFT and on lorakit; what is left out is in tests/peft_suite.
 peft-suite: install

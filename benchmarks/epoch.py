@@ -1,9 +1,12 @@
 """An epoch over real rows: the seed document's recipe, TRL's SFTTrainer, and `lorakit train`.
 
-    python -m benchmarks.epoch --data alpaca_en_demo.json --rows 96 [--dtypes bfloat16 float32]
+    python -m benchmarks.epoch [--data rows.json --rows 96 --dtypes bfloat16 float32]
+
+The rows are a JSON list in any of lorakit's formats; without a file they are the demo's orders.
 
 - seed: Trainer and PEFT, every row padded to the largest length.
-- trl: SFTTrainer and PEFT as they come, rows padded to the longest of their batch.
+- trl: SFTTrainer and PEFT as they come, rows padded to the longest of their batch. Activation
+  checkpointing is on then, which is slower and smaller; trl_plain is without it.
 - lorakit: batches of as many rows, in one line.
 - packed: `data.packing`, batches of as many tokens as the seed's, without padding.
 
@@ -27,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.turns import Figures, peak_memory_mb, synchronize, take_turns
+from lorakit.demo.orders import make_rows
 
-SIDES = ("seed", "trl", "lorakit", "packed", "compiled")
+SIDES = ("seed", "trl", "trl_plain", "lorakit", "packed", "compiled")
 FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -72,7 +76,9 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
             opened = open_adapter(Path(place) / "run", dtype=dtype)
             model, tokenizer = opened.model, opened.tokenizer
         else:
-            make = _with_trl if side == "trl" else _with_the_seed_s_recipe
+            make = _with_the_seed_s_recipe if side == "seed" else _with_trl
+            if side == "trl_plain":
+                training["gradient_checkpointing"] = False
             common = {"output_dir": f"{place}/run", "report_to": "none", "disable_tqdm": True}
             common["use_cpu"] = not torch.cuda.is_available()
             model, tokenizer = make(train, dtype, options, training | common)
@@ -237,7 +243,7 @@ def random_llama(size: str, folder: Path) -> str:
 def main() -> None:
     """Takes turns, prints a table, and last one line of JSON with the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="alpaca rows, json")
+    parser.add_argument("--data", type=Path, help="a JSON list of rows")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="the largest length of a row")
@@ -253,14 +259,18 @@ def main() -> None:
         print(json.dumps(measure(options.side, options)))
         return
 
-    table = Table(title=f"{options.rows} rows of {options.data.name}, batch {options.batch}")
+    name = options.data.name if options.data else "the demo"
+    table = Table(title=f"{options.rows} rows of {name}, batch {options.batch}")
     headings = ("dtype", "", "real tokens/s", "× trl", "× seed", "MB", "× trl", "held-out loss")
     for heading in (*headings, "steps", "first step s"):
         table.add_column(heading, justify="right")
     results = []
     with tempfile.TemporaryDirectory() as place:
         if options.random:
-            options.model = random_llama(options.random, Path(place))
+            options.model = random_llama(options.random, Path(place) / "model")
+        if not options.data:
+            options.data = Path(place) / "orders.json"
+            options.data.write_text(json.dumps(make_rows(options.rows * 3 // 2, seed=42)))
         names = ("data", "rows", "batch", "length", "learning_rate", "model")
         given = [f"--{n.replace('_', '-')}={getattr(options, n)}" for n in names]
         for dtype in options.dtypes:

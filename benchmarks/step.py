@@ -2,8 +2,9 @@
 
     python -m benchmarks.step [--batch 4 --length 256 --dtypes bfloat16 --dropouts 0 --rounds 7]
 
-Forward, backward, AdamW. "share of peak" is the time that the products of a frozen base need at
-the fastest product measured in the same process (4 FLOP a parameter and token), by the time taken.
+Forward, backward, AdamW; lorakit also with compiled blocks, and with activation checkpointing.
+"share of peak" is the time that the products of a frozen base need at the fastest product measured
+in the same process (4 FLOP a parameter and token), by the time taken.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.turns import Figures, matmul_flops, peak_memory_mb, synchronize, take_turns
 
-SIDES = ("peft", "lorakit", "compiled")
+SIDES = ("peft", "lorakit", "compiled", "checkpointed")
 FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -56,6 +57,8 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         line = LineCollator()([TokenizedRow(ids, ids, "") for ids in rows.tolist()])
         batch = {name: tensor.to(model.device) for name, tensor in line.items()}
         supervised_loss = SupervisedLoss(model)
+        if side == "checkpointed":
+            model.get_base_model().gradient_checkpointing_enable()
         if side == "compiled":
             compile_blocks(model)
         else:
@@ -113,10 +116,10 @@ def main() -> None:
         sizes = [f"--{n}={getattr(options, n)}" for n in ("model", "batch", "length", "steps")]
         case = [f"--dtypes={dtype}", f"--dropouts={dropout}", *sizes]
         found = take_turns("benchmarks.step", options.sides, case, options.rounds)
-        peft = found["peft"]
+        first = found[options.sides[0]]
         for side, figures in found.items():
-            speed = peft["seconds"] / figures["seconds"]
-            memory = figures["memory_mb"] / peft["memory_mb"]
+            speed = first["seconds"] / figures["seconds"]
+            memory = figures["memory_mb"] / first["memory_mb"]
             cells = (f"{figures['seconds']:.3f}", f"{speed:.2f}×", f"{figures['memory_mb']:.0f}")
             share = f"{figures['share_of_peak']:.2f}"
             table.add_row(dtype, str(dropout), side, *cells, f"{memory:.2f}×", share)

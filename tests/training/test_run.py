@@ -20,6 +20,7 @@ from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.loss import mean_loss
+from tiny import byte_tokenizer
 
 
 def recipe(model: Path, rows: Path, output: Path, **training: Any) -> dict[str, Any]:
@@ -299,6 +300,28 @@ def test_a_model_without_a_template_gets_a_stated_one_that_travels_with_the_adap
     result = lorakit.train(recipe(bare, rows, tmp_path / "run", max_steps=1))
     assert "no chat template" in capsys.readouterr().err
     assert "### Assistant:" in str(open_adapter(result.output_dir).tokenizer.chat_template)
+
+
+def test_what_a_model_cannot_is_said_and_done_otherwise(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    tokenizer = byte_tokenizer()
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    values = recipe(tmp_path / "bloom", rows, tmp_path / "padded", max_steps=2)
+    values["data"] |= {"packing": True, "max_length": 100}
+    assert not lorakit.train(values).manifest.padding_free
+    shown = capsys.readouterr().err
+    assert "rows are padded" in shown
+    assert "BloomForCausalLM has an attention of its own" in shown
+    assert "own logits" not in shown
+    values["lora"]["modules_to_save"] = ["lm_head"]
+    values["output_dir"] = str(tmp_path / "head")
+    lorakit.train(values)
+    assert "the loss is taken of the model's own logits" in capsys.readouterr().err
 
 
 def test_peft_loads_what_train_leaves(tiny_model: Path, rows: Path, tmp_path: Path):

@@ -102,17 +102,17 @@ def by_padded_tokens(lengths: Sequence[int], budget: int, seed: int, epoch: int)
 
 
 def evened(batches: Batches, multiple: int) -> Batches:
-    """Halves the batches with most rows until their number is a multiple of `multiple`.
+    """Halves the last batches until their number is a multiple of `multiple`.
 
     So that several processes have the same number and no row is seen twice; with fewer rows than
-    that there is nothing left to halve.
+    that there is nothing left to halve. The last ones, so that the steps before stay as they are.
     """
     batches = list(batches)
     while len(batches) % multiple:
-        at = max(range(len(batches)), key=lambda i: len(batches[i]))
-        batch = batches[at]
-        if len(batch) < 2:
+        at = next((i for i in reversed(range(len(batches))) if len(batches[i]) > 1), None)
+        if at is None:
             break
+        batch = batches[at]
         middle = len(batch) // 2
         batches[at : at + 1] = [batch[:middle], batch[middle:]]
     return batches

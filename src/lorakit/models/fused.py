@@ -8,6 +8,7 @@ kept anyway is not kept (the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.1
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RMSNorm(torch.autograd.Function):
-    """`w * x / sqrt(mean(x²) + eps)` for a frozen `w`, computed in float32 or wider.
+    """`w * x / sqrt(mean(x²) + eps)` for a frozen `w`, computed in float32.
 
     Shapes: x (…, d), w (d,). Kept: x in its own dtype, and one number a position. With
     n = x / rms(x) and G = w dL/dy: dx = (G - n mean(G n)) / rms(x).
@@ -76,7 +77,9 @@ def fused(model: nn.Module) -> Iterator[int]:
             made = _untouched(module) and (_norm(module) or _mlp(module))
             if not made:
                 continue
-            if taken.setdefault(type(module), _same(module, *made)):
+            if type(module) not in taken:
+                taken[type(module)] = _same(module, *made)
+            if taken[type(module)]:
                 module.forward = made[0]
                 undo.callback(module.__dict__.pop, "forward")
                 count += 1
@@ -120,7 +123,8 @@ def _mlp(module: Any) -> tuple[Forward, int] | None:
 
 def _untouched(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return "forward" not in vars(module) and not hooks
+    takes_one = len(inspect.signature(module.forward).parameters) == 1
+    return "forward" not in vars(module) and not hooks and takes_one
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ softcapping in PyTorch's form). On a CPU rows are computed one by one (`attentio
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -45,10 +46,8 @@ def all_rows(
     # A position sees `window` positions, itself among them; -1 is no limit.
     left = -1 if window is None else window - 1
     longest = max(row_lengths(begins))
-    if half and find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(
+    if half and (flash := _flash()):
+        return flash(
             q,
             k,
             v,
@@ -97,14 +96,26 @@ def _flex(
 
     attend: Any = _compiled_flex() if q.is_cuda else flex_attention
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = attend(
-        *heads_first,
-        score_mod=capped,
-        block_mask=_block_mask(begins, q.shape[0], window),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    # Uncompiled it would hold all scores: what keeps a model's blocks eager does not hold for it.
+    with torch.compiler.set_stance("default") if q.is_cuda else nullcontext():
+        out = attend(
+            *heads_first,
+            score_mod=capped,
+            block_mask=_block_mask(begins, q.shape[0], window),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     return out[0].transpose(0, 1)
+
+
+@lru_cache(maxsize=1)
+def _flash() -> Any:
+    """flash-attention's function, None where it is not installed or does not load."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
 
 @lru_cache(maxsize=1)
@@ -124,7 +135,7 @@ def _block_mask(begins: torch.Tensor, tokens: int, window: int | None) -> BlockM
         reach = tokens if window is None else window
 
         def sees(_b: torch.Tensor, _h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
-            return (row[i] == row[j]) & (i >= j) & (i - j < reach)
+            return (row[i] == row[j]) & (i >= j) & (i < j + reach)
 
         made[window] = create_block_mask(sees, None, None, tokens, tokens, begins.device)
     return made[window]

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import InputError
@@ -64,14 +67,11 @@ def compile_blocks(model: nn.Module) -> None:
 
     The first block is left alone: its input needs no gradient, so it would be compiled apart.
     """
-    import torch
-
     from lorakit.models.attention import compile_around
 
     compile_around()
     for block in _blocks(model)[1:]:
         block.compile(dynamic=True)
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 16)
 
 
 def _obstacle(model: nn.Module, device: str) -> str | None:
@@ -79,6 +79,10 @@ def _obstacle(model: nn.Module, device: str) -> str | None:
         return f"{type(base_model(model)).__name__} says of no module that it is a repeated block"
     if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return "there is no C++ compiler (g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers are missing (Debian's python3-dev)"
+    if device == "cuda" and not find_spec("triton"):
+        return "Triton is not installed"
     return None
 
 

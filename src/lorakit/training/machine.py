@@ -1,6 +1,6 @@
-"""What training sets on the process for the machine at hand: threads, memory, matrix products.
+"""What training sets on the process for the machine at hand: threads and memory.
 
-All of it changes how fast numbers come, none of it what they are (TF32 only where asked for).
+All of it changes how fast numbers come, none of it what they are.
 What was measured stands in docs/performance.md.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BLOCK = 2**30
+_KEPT_BLOCK, _KEPT_BEFORE_2_35 = 2**30, 2**25  # older releases refuse more
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -29,7 +29,7 @@ def settle_in() -> None:
 
 def is_main_process() -> bool:
     """Whether this process writes and speaks: of those that torchrun or accelerate started, one."""
-    return os.environ.get("RANK", "0") == "0"
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def available_cores() -> int:
@@ -47,7 +47,8 @@ def keep_freed_memory() -> bool:
     """Lets freed blocks of memory be used again instead of going back to the system.
 
     By default glibc asks the system anew for every large tensor, and each of its pages costs a
-    fault when it is first touched. True where this C library can do otherwise.
+    fault when it is first touched. It costs memory, since blocks kept are of other sizes than the
+    next ones. Holds for the rest of the process. True where this C library can do otherwise.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"} & os.environ.keys():
         return False  # the user has chosen how memory is managed
@@ -55,8 +56,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
-    done = [
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK),
-        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1),
-    ]
-    return all(done)
+    kept = any(mallopt(_M_MMAP_THRESHOLD, block) for block in (_KEPT_BLOCK, _KEPT_BEFORE_2_35))
+    return kept and bool(mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1))

@@ -24,8 +24,11 @@ _RESERVED = {
     "fp16": "dtype at the top of the recipe",
     "torch_compile": "compile at the top of the recipe",
     "remove_unused_columns": "nothing: the trainer builds its own batches",
-    "group_by_length": "nothing: rows of like length are always batched together",
-    "train_sampling_strategy": "nothing: rows of like length are always batched together",
+    "group_by_length": "nothing: where rows are padded, those of like length share a batch",
+    "train_sampling_strategy": "nothing: where rows are padded, those of like length share a batch",
+    "auto_find_batch_size": "training.per_device_train_batch_size",
+    "dataloader_drop_last": "nothing: every row is learned",
+    "average_tokens_across_devices": "nothing: the loss is always that of all processes' tokens",
     "resume_from_checkpoint": "--resume",
     "data_seed": "training.seed",
 }

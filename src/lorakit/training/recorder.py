@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from lorakit import atomic
@@ -46,6 +47,8 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops it, before anything is logged, evaluated or saved."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what is timed must have happened
         self.counts.seconds += time.perf_counter() - self._step_began
 
     def on_log(

@@ -108,9 +108,14 @@ def train(
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
     _describe(console, recipe, adapted, data)
+    if torch.cuda.device_count() > arguments.world_size:
+        many = f"torchrun --nproc-per-node {torch.cuda.device_count()} -m lorakit train …"
+        notices.append(f"{arguments.world_size} of {torch.cuda.device_count()} GPUs used; {many}")
     _say(console, [*notices, *([notice] if notice else [])])
     with _named_failures(folder):
         trainer = LoraTrainer(adapted, arguments, data.train, data.eval, batching)
+        if trainer.supervised_loss.output is None:
+            _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(folder, trainer.counts))
         bar = ProgressBar(trainer.counts, console)
@@ -186,9 +191,13 @@ def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments
     if not data.eval:
         values["eval_strategy"] = "no"
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
+    if arguments.n_gpu > 1:
+        # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _fit(
