@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Choice = bool | Literal["auto"]
 
 PAYS_FROM = {
-    ("cpu", "float32"): 1.5e14,
+    ("cpu", "float32"): 5e13,
     ("cpu", "bfloat16"): 5e13,
     ("cuda", "float32"): 2e16,
     ("cuda", "bfloat16"): 2e16,
