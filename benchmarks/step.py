@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 import time
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     import lorakit
 
     [dtype], [dropout] = options.dtypes, options.dropouts
+    until_the_end = ExitStack()
     model, _ = lorakit.load_model(options.model, dtype)
     torch.manual_seed(0)
     rows = torch.randint(0, model.config.vocab_size, (options.batch, options.length))
@@ -62,7 +64,8 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         if side == "compiled":
             compile_blocks(model)
         else:
-            fused(model).__enter__()  # for as long as this process lives
+            # Held as long as this function runs: dropped, it would undo itself at once.
+            until_the_end.enter_context(fused(model))
 
         def loss() -> torch.Tensor:
             total, count = supervised_loss(model, batch)

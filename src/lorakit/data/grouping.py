@@ -24,7 +24,7 @@ def by_rows(count: int, size: int, seed: int, epoch: int) -> Batches:
     """Batches of `size` rows in random order; the last one may have fewer."""
     order = list(range(count))
     _random(seed, epoch).shuffle(order)
-    return _cut(order, size)
+    return cut(order, size)
 
 
 def by_like_lengths(
@@ -46,10 +46,10 @@ def by_like_lengths(
     full = len(order) - len(order) % rows
     order, rest = order[:full], order[full:]
     steps = []
-    for group in _cut(order, LIKE_LENGTHS * rows):
-        steps += _cut(sorted(group, key=lengths.__getitem__), rows)
+    for group in cut(order, LIKE_LENGTHS * rows):
+        steps += cut(sorted(group, key=lengths.__getitem__), rows)
     shuffle(steps)
-    return [batch for step in (*steps, rest) for batch in _cut(step, size)]
+    return [batch for step in (*steps, rest) for batch in cut(step, size)]
 
 
 def by_tokens(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> Batches:
@@ -130,7 +130,8 @@ def _longest_first(
     return [(index, grains[index], capacity) for index in order]
 
 
-def _cut(order: list[int], size: int) -> Batches:
+def cut(order: list[int], size: int) -> Batches:
+    """`order` in batches of `size`; the last one may have fewer."""
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 

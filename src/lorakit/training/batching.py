@@ -21,6 +21,7 @@ from lorakit.data.grouping import (
     by_padded_tokens,
     by_rows,
     by_tokens,
+    cut,
     evened,
 )
 from lorakit.data.masking import TokenizedRow
@@ -69,7 +70,7 @@ class Batching:
         if self.pack_length:
             return self._packed(lengths, size, args.seed, 0)
         order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
-        return [order[at : at + size] for at in range(0, len(order), size)]
+        return cut(order, size)
 
     def _packed(self, lengths: list[int], size: int, seed: int, epoch: int) -> Batches:
         assert self.pack_length is not None
