@@ -28,11 +28,15 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one row teaches: a conversation (`messages`), or plain `text` and no messages."""
+    """What one row teaches: a conversation (`messages`), or plain `text` and no messages.
+
+    `tools` are the descriptions of functions that a template shows to the model.
+    """
 
     messages: tuple[Message, ...]
     text: str | None
     where: str
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def prompt(self) -> list[Message]:
