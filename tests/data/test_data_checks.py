@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from conftest import WriteRows
 
+from conftest import WriteRows
 from lorakit.data.checks import Finding
 from lorakit.data.dataset import PreparedData, prepare
 
