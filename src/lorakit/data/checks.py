@@ -129,7 +129,7 @@ def findings(
             "the text brings one and the template another: take it out of the text",
         ),
         (
-            "with an answer that no end token closes",
+            "left without an end token behind an answer",
             [row.where for _, row in everything if _endless(row, tokenizer.all_special_ids)],
             everything,
             "the model would not learn to stop: the chat template should close an answer",
