@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.data.formats import Sample, check_columns, to_sample
-from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.sources import file_sha256, read_rows
 from lorakit.data.templates import ensure_template
 from lorakit.errors import InputError
@@ -96,7 +96,11 @@ def prepare(
     everything = kept + held
     if any(sample.messages for sample in everything) and (notice := ensure_template(tokenizer)):
         notices.append(notice)
-    rows = _each(everything, lambda sample: tokenize(sample, tokenizer, max_length))
+    readings = _each(everything, lambda sample: read(sample, tokenizer))
+    rows = _each(
+        zip(readings, encode(readings, tokenizer), strict=True),
+        lambda pair: label(*pair, tokenizer, max_length),
+    )
     notices += _notice_rows(everything, rows, max_length)
     return PreparedData(rows[: len(kept)], rows[len(kept) :], held, facts, notices)
 
@@ -175,12 +179,34 @@ def _notice_rows(
             f"{_share(cut, rows)} longer than max_length {max_length} tokens and cut at the end "
             f"(first: {cut[0]})"
         )
-    if empty := [s.where for s in samples if s.messages and not s.reference.strip()]:
+    if empty := [s.where for s in samples if _says_nothing(s)]:
         notices.append(
             f"{_share(empty, rows)} without an answer's text, which teaches the model to say "
             f"nothing (first: {empty[0]})"
         )
+    for part in dict.fromkeys(part for row in rows for part in row.unshown):
+        hidden = [row.where for row in rows if part in row.unshown]
+        notices.append(
+            f"the chat template of this model does not show {_PARTS[part]}: "
+            f"{_share(hidden, rows)} trained without (first: {hidden[0]})"
+        )
     return notices
+
+
+_PARTS = {
+    "tools": "tools",
+    "assistant": "all of an answer (its reasoning, or what is said beside a tool call)",
+    "system": "the system message",
+    "tool": "what tools answered",
+    "user": "a user message whole",
+}
+"""What a template may leave out (`TokenizedRow.unshown`), in words."""
+
+
+def _says_nothing(sample: Sample) -> bool:
+    """Whether the last answer is empty; a call of a tool is an answer."""
+    answers = [message for message in sample.messages if message["role"] == "assistant"]
+    return bool(answers) and not answers[-1].get("tool_calls") and not sample.reference.strip()
 
 
 def _count(number: int, noun: str) -> str:
