@@ -8,6 +8,7 @@ the difference.
 import copy
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_in_any_conversation_the_answers_are_learned_and_nothing_else(
         FAMILIES[family].learned(said, i == len(turns) - 1) for i, (_, said) in enumerate(turns)
     ]
     assert learned(row, family) == [as_tokens(text, tokenizer) for text in expected]
-    assert row.unshown == ()
+    assert row.unshown == (("prompt",) if family == "deepseek_r1" else ())
     rendered = tokenizer(render(messages, tokenizer), add_special_tokens=False)["input_ids"]
     assert row.input_ids in (rendered, [*rendered, tokenizer.eos_token_id])
 
@@ -233,6 +234,63 @@ def test_a_call_with_any_arguments_is_learned_whole(
     assert answer == FAMILIES[family].learned(said, True)
 
 
+ROUNDS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), max_size=2),  # the calls of each message before the answer
+        st.sampled_from(["", "field", "tags"]),  # where the answer's reasoning is, if it has one
+        st.booleans(),  # a word beside the calls
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=30, deadline=None)
+@given(rounds=ROUNDS, with_system=st.booleans(), ends_with_call=st.booleans())
+def test_a_mask_never_takes_from_one_message_what_is_of_another(
+    family: str, rounds: list[Any], with_system: bool, ends_with_call: bool
+) -> None:
+    """Every message has a name of its own; a template may refuse, but the mask may not mix."""
+    messages: list[Message] = [system("")] if with_system else []
+    for calls, reasoning, beside in rounds:
+        messages.append(user(""))
+        for number in calls:
+            messages.append(calling(*[{"of": "", "x": 1}] * max(number, 1)))
+            messages += [result("")] * max(number, 1)
+            messages[-1 - max(number, 1)]["content"] = "beside " if beside else ""
+        messages.append(assistant("<think>t</think>" if reasoning == "tags" else ""))
+        if reasoning == "field":
+            messages[-1]["reasoning_content"] = "thought"
+    if ends_with_call:
+        messages[-1] = calling({"of": ""})
+    messages = [named(message, f"({i})") for i, message in enumerate(messages)]
+    try:
+        row = row_of(messages, family)
+    except InputError:
+        return
+    learned_runs = learned(row, family)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(learned_runs) == len(turns)
+    for turn, text in zip(turns, learned_runs, strict=True):
+        assert set(re.findall(r"\(\d+\)", text)) == {f"({turn})"}
+    rest = "".join(text for took, text in runs(row, family_tokenizer(family)) if not took)
+    assert not set(re.findall(r"\((\d+)\)", rest)) & set(map(str, turns))
+
+
+def named(message: Message, name: str) -> Message:
+    """`message` with `name` in everything that it says."""
+    if message["content"] or "tool_calls" not in message:
+        message = {**message, "content": message["content"] + name}
+    if "reasoning_content" in message:
+        message = {**message, "reasoning_content": message["reasoning_content"] + name}
+    calls = [
+        {**call, "function": {**call["function"], "arguments": {"of": name, "x": 1}}}
+        for call in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3"}))
 def test_prefixes_rendered_one_by_one_give_the_same_spans(family: str) -> None:
     """Where a conversation begins with the renderings of its beginnings, these show the turns."""
@@ -254,6 +312,26 @@ def test_prefixes_rendered_one_by_one_give_the_same_spans(family: str) -> None:
                     own = own.removesuffix(next_turn)
                 assert own.rstrip() == through[len(before) :].rstrip()
     assert compared >= 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_answer_is_learned_behind_the_tokens_that_ask_for_it(family: str) -> None:
+    tokenizer = family_tokenizer(family)
+    for messages in CONVERSATIONS.values():
+        try:
+            row = row_of(messages, family)
+            tools = [WEATHER] if any("tool_calls" in message for message in messages) else []
+            asking = render(messages[:-1], tokenizer, True, tools)
+        except InputError:
+            continue
+        asked = tokenizer(asking, add_special_tokens=False)["input_ids"]
+        said = "prompt" not in row.unshown
+        assert said == (row.input_ids[: len(asked)] == asked)
+        if said:
+            assert (row.labels[len(asked) - 1], row.labels[len(asked)]) == (
+                IGNORE,
+                row.input_ids[len(asked)],
+            )
 
 
 def test_generation_markers_say_the_same() -> None:

@@ -199,6 +199,7 @@ _PARTS = {
     "system": "the system message",
     "tool": "what tools answered",
     "user": "a user message whole",
+    "prompt": "before the last answer what it shows in chat (such as '<think>')",
 }
 """What a template may leave out (`TokenizedRow.unshown`), in words."""
 

@@ -1,8 +1,8 @@
 """Samples to token ids and labels: which tokens the loss is taken on.
 
 A sample is first read as text with the spans to learn (`read`; where a template puts the answers
-is found in `lorakit.data.spans`), many are tokenized at once (`encode`, several times as fast as
-one by one), and each is labelled (`label`). `tokenize` does all of it for one.
+is found in `lorakit.data.spans`), many are tokenized at once (`encode`, faster than one by one),
+and each is labelled (`label`). `tokenize` does all of it for one.
 """
 
 from bisect import bisect_left

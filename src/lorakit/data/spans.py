@@ -35,7 +35,8 @@ class Answers:
     turn; whitespace behind that token is left out. `ended` tells whether the last answer has
     such a token; if not, the text ends with the answer. `unshown` names what the template left
     out of the text: the roles of such messages (of an answer that may be its reasoning alone),
-    and `tools`.
+    `tools`, and `prompt` where the last answer does not stand behind what the template writes
+    when it asks for one (DeepSeek-R1's `<think>`).
     """
 
     text: str
@@ -76,7 +77,10 @@ def find_answers(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = _start(messages, turn, full, mark, write)
+        opening = _opening(messages[:turn], write)
+        start: int | None = len(opening)
+        if not opening or not full.startswith(opening):
+            start = _start(messages, turn, full, mark, write, opening)
         if message.get("tool_calls"):
             own, rest = _behind_calls(messages, turn, mark, write, end_token)
         else:
@@ -97,10 +101,13 @@ def find_answers(
         if not end_token and (begins_next := special.match(rest)):
             end += begins_next.end()
         spans.append((start, end))
+    # `own` and `opening` are now what the last answer ends with and what asks for it.
     ended = any(match.end() == len(own) for match in special.finditer(own))
     unshown = _unshown(messages, full, spans)
     if tools and _ignores_tools(messages, tokenizer, full):
-        unshown = (*unshown, "tools")
+        unshown += ("tools",)
+    if not full.startswith(opening):
+        unshown += ("prompt",)
     return Answers(full if ended else full[: spans[-1][1]], spans, ended, unshown)
 
 
@@ -109,18 +116,27 @@ def _plain(message: Message, mark: str) -> Message:
     return {k: v for k, v in message.items() if k != "tool_calls"} | {"content": mark}
 
 
-def _start(
-    messages: Sequence[Message], turn: int, full: str, mark: str, write: Callable[..., str]
-) -> int | None:
-    """Where in `full` the model starts to write message `turn`."""
+def _opening(before: Sequence[Message], write: Callable[..., str]) -> str:
+    """What the model is asked to continue; nothing where the template refuses to ask."""
     try:
-        opening = write(messages[:turn], add_generation_prompt=True)
+        return write(before, add_generation_prompt=True)
     except InputError:  # many templates refuse a conversation without messages
-        opening = ""
-    if opening and full.startswith(opening):
-        return len(opening)
-    # The template writes this turn differently when it is history (it drops the reasoning, say),
-    # so the place of a plain answer is all there is to go by.
+        return ""
+
+
+def _start(
+    messages: Sequence[Message],
+    turn: int,
+    full: str,
+    mark: str,
+    write: Callable[..., str],
+    opening: str,
+) -> int | None:
+    """Where in `full` the model starts to write message `turn`, if not behind `opening`.
+
+    The template writes this turn differently when it is history (it drops the reasoning, say), so
+    the place of a plain answer is all there is to go by.
+    """
     thought = {key: mark for key in REASONING if messages[turn].get(key)}
     plain = _plain(messages[turn], mark) | thought
     asked = [i for i in range(turn + 1, len(messages)) if messages[i]["role"] == "user"]
@@ -159,7 +175,7 @@ def _behind_calls(
     after = text.rpartition(mark)[2]
     # Whether the turn is the last or more follows, its own end is written the same.
     own = _common_start(after, write(up_to_here).rpartition(mark)[2])
-    at = own.rfind(end_token) if end_token else -1
+    at = own.find(end_token) if end_token else -1
     own = own.rstrip() if at < 0 else own[: at + len(end_token)]
     return own, after[len(own) :]
 
