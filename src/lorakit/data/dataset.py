@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.data.checks import Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample, check_columns, to_sample
-from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.sources import file_sha256, read_rows
 from lorakit.data.templates import ensure_template
 from lorakit.errors import InputError
@@ -107,7 +107,11 @@ def prepare(
     everything = kept + held
     if any(sample.messages for sample in everything) and (notice := ensure_template(tokenizer)):
         notices.append(notice)
-    rows = _each(everything, lambda sample: tokenize(sample, tokenizer, max_length))
+    readings = _each(everything, lambda sample: read(sample, tokenizer))
+    rows = _each(
+        zip(readings, encode(readings, tokenizer), strict=True),
+        lambda pair: label(*pair, tokenizer, max_length),
+    )
     train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
     found = findings(
         list(zip(kept, train_rows, strict=True)),
