@@ -61,9 +61,16 @@ def train(
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str | tuple[str, str]]]:
     """The recipe's path, if one is given, and the overrides."""
-    paths = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    paths = [a for a in arguments if "=" not in a or _is_file(a)]
     if len(paths) > 1:
         raise InputError(
             f"give one recipe, not {len(paths)} ({', '.join(paths)}): values are KEY=VALUE"
         )
     return (Path(paths[0]) if paths else None), [a for a in arguments if a not in paths]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # an override may be longer than any file's name
+        return False

@@ -29,7 +29,7 @@ def too_large(unpacked: int, packed: int) -> str | None:
         return None
     return (
         f"more than {UNPACKED_LIMIT >> 20} MiB and {RATIO_LIMIT} times its own size, which data "
-        "does not; if it is meant, unpack it and give the files"
+        "does not; if it is meant, give it as .jsonl"
     )
 
 
@@ -49,7 +49,7 @@ def parquet_records(file: Path) -> list[dict[str, Any]]:
             _check_names(str(file), parquet.schema_arrow.names)
             size, unpacked, batches = file.stat().st_size, 0, []
             for batch in parquet.iter_batches(batch_size=512):
-                unpacked += batch.nbytes
+                unpacked += sum(_decoded(column).nbytes for column in batch.columns)
                 if limit := too_large(unpacked, size):
                     raise InputError(f"{file}: unpacks to {limit}")
                 batches.append(batch)
@@ -62,6 +62,11 @@ def parquet_records(file: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"{file}: not a readable Parquet file ({reason}); write it anew"
         ) from error
+
+
+def _decoded(column: "pyarrow.Array") -> "pyarrow.Array":
+    """The column as its rows have it: one text that all rows share counts once a row."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -120,7 +120,7 @@ def _message(
     if name not in roles:
         raise InputError(
             f"{row.where}: {what} has the unknown role {name[:40]!r}{did_you_mean(name, roles)}; "
-            f"roles are {', '.join(roles)}"
+            f"expected {', '.join(roles)}"
         )
     role = roles[name]
     # Null means that there is none, and templates test for the key.

@@ -130,7 +130,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
             )
     if not any(columns.keys() <= form.columns for form in _FORMATS):
         raise InputError(
-            f"data.columns: no format has all of {', '.join(columns)}; the formats are {_ACCEPTED}"
+            f"data.columns: no format has all of {', '.join(columns)}; accepted are {_ACCEPTED}"
         )
 
 
@@ -140,7 +140,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
         if own not in row.values:
             raise InputError(
                 f"{row.where}: no column '{own}', which data.columns gives for '{name}'"
-                f"{did_you_mean(own, row.values)}; the row has {listed(row.values)}"
+                f"{did_you_mean(own, row.values)}; correct it, the row has {listed(row.values)}"
             )
     taken = set(columns.values())
     values = {name: value for name, value in row.values.items() if name not in taken}

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -68,10 +69,16 @@ def _branch(value: object) -> str:
     return "<share>" if isinstance(value, (int, float)) else "<name>"
 
 
+def _no_boolean_weight(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("weight"), bool):
+        raise ValueError(f"weight should be a number, not {str(value['weight']).lower()}")
+    return value
+
+
 _Share = Annotated[float, Field(ge=0, lt=1), Tag("<share>")]
 _Name = Annotated[Name, Tag("<name>")]
 _Item = Annotated[
-    _Name | Annotated[Source, Tag("<source>")],
+    _Name | Annotated[Source, BeforeValidator(_no_boolean_weight), Tag("<source>")],
     Discriminator(lambda value: "<name>" if isinstance(value, str) else "<source>"),
 ]
 _List = Annotated[list[_Item], Field(min_length=1), Tag("<list>")]
@@ -168,7 +175,7 @@ class TrainingRecipe(_Numbers):
                     raise ValueError(
                         f"training.{name} is not a recipe key{did_you_mean(name, known)}"
                     )
-                _check_argument(name, value, types[name])
+                _check_argument(f"training.{name}", value, types[name])
         return self
 
 
@@ -188,6 +195,7 @@ class Recipe(_Strict):
         defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
         self.lora = {**defaults, **self.lora}
         self.lora_config()
+        self._check_lora_types()
         return self
 
     def lora_config(self) -> Any:
@@ -198,13 +206,24 @@ class Recipe(_Strict):
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}
         for name in self.lora:
             if name not in known:
-                raise InputError(f"lora.{name} is not a recipe key{did_you_mean(name, known)}")
+                near = did_you_mean(name, known) or "; known are the fields of LoraConfig"
+                raise InputError(f"lora.{name} is not a recipe key{near}")
         try:
             return LoraConfig(task_type="CAUSAL_LM", **self.lora)
         except InputError as error:
             raise InputError(f"lora: {error}") from error
-        except TypeError as error:
-            raise InputError(f"lora: a value has the wrong type ({error})") from error
+        except (TypeError, AttributeError) as error:
+            self._check_lora_types()
+            raise InputError(f"lora: a value should have another type ({error})") from error
+
+    def _check_lora_types(self) -> None:
+        """For what the adapter's configuration does not look at itself."""
+        from lorakit.lora.config import LoraConfig
+
+        types = get_type_hints(LoraConfig)
+        for name, value in self.lora.items():
+            if not name.endswith("_config"):
+                _check_argument(f"lora.{name}", value, types[name])
 
     def to_dict(self) -> dict[str, Any]:
         """All values, defaults included, as plain JSON types."""
@@ -219,9 +238,9 @@ def _is_number(annotation: Any) -> bool:
 
 
 def _check_argument(name: str, value: Any, annotation: Any) -> None:
-    """Refuses a value that is not of the type of Trainer's argument; the value stays as it is."""
+    """Refuses a value that is not of the type of the argument `name`; it stays as it is."""
     if isinstance(value, bool) and not _is_number(annotation):
-        return  # it takes them for more than it says, as in fsdp=True
+        return  # Trainer takes them for more than it says, as in fsdp=True
     message = "input should be a number"
     if not isinstance(value, bool):
         try:
@@ -229,7 +248,7 @@ def _check_argument(name: str, value: Any, annotation: Any) -> None:
             return
         except ValidationError as error:
             message = error.errors()[0]["msg"].lower()
-    raise ValueError(f"training.{name}: {message}, not {_shown(value)}")
+    raise InputError(f"{name}: {message}, not {_shown(value)}")
 
 
 def load_recipe(
@@ -293,6 +312,8 @@ def _problem(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing; give it"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "int_parsing_size":
+        message = "should be a smaller number"
     if error["type"] == "value_error":
         return message if message.startswith(key.split(".")[0]) else f"{key}: {message}"
     if error["type"] in ("model_type", "dataclass_type", "dict_type"):

@@ -11,8 +11,8 @@ import yaml
 
 from lorakit.errors import InputError, did_you_mean
 
-_LARGEST_FILE = 256 * 1024
-_MOST_VALUES = 20_000
+_LARGEST_FILE = 64 * 1024
+_MOST_VALUES = 10_000
 """Values that a recipe may hold, counted as often as aliases repeat them."""
 
 
@@ -34,7 +34,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys (model, data, lora, training, …)")
+        raise InputError(
+            f"{path}: a recipe is a mapping of keys; write model: …, data: …, output_dir: …"
+        )
     return values
 
 
@@ -55,7 +57,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {_problem(error)}") from error
     except RecursionError as error:
-        raise InputError("not valid YAML: nested too deeply; a recipe has three levels") from error
+        raise InputError("not valid YAML: nested too deeply; write a recipe flat") from error
     except InputError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # impossible dates, tags, …
