@@ -231,13 +231,13 @@ def _packed() -> Iterator[Case]:
             (folder / file).write_bytes(_bomb())
             return str(folder / file)
 
-        yield Case(f"a zip bomb in {file}", write, (file, "unpacks to more than 256 MiB"))
+        yield Case(f"a zip bomb in {file}", write, (file, "unpacks to more than 128 MiB"))
 
 
 @cache
 def _bomb() -> bytes:
-    """257 MiB of zeros, packed."""
-    return gzip.compress(bytes(257 << 20), compresslevel=1)
+    """129 MiB of zeros, packed."""
+    return gzip.compress(bytes(129 << 20), compresslevel=1)
 
 
 def _parquet() -> Iterator[Case]:
@@ -289,8 +289,8 @@ def _parquet() -> Iterator[Case]:
         ("billions of rows", pa.table({"text": pa.nulls(10_000_001)}), "10,000,001 rows"),
         (
             "one text for all rows",
-            pa.table({"text": pa.DictionaryArray.from_arrays([0] * 300, ["x" * 1_000_000])}),
-            "unpacks to more than 256 MiB",
+            pa.table({"text": pa.DictionaryArray.from_arrays([0] * 150, ["x" * 1_000_000])}),
+            "unpacks to more than 128 MiB",
         ),
         ("no columns that fit", pa.table({"a": once, "b": once}), ":1", "fit no format"),
     ):

@@ -76,7 +76,7 @@ def test_a_malformed_recipe_is_refused_in_one_line(case: Case, tmp_path: Path) -
     assert CURE.search(str(caught.value))
 
 
-FEW = {"a zip bomb in rows.jsonl.gz", "tool_calls: no name"}
+FEW = {"jsonl with latin-1", "a zip bomb in rows.jsonl.gz", "a pipe", "tool_calls: no name"}
 FEW_RECIPES = {"a recipe of a billion keys by merging", "data.train=[{path: a, wieght: 2}]"}
 
 
@@ -89,13 +89,9 @@ def refused(result: "subprocess.CompletedProcess[str]", *words: str) -> None:
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in DATA if c.name in FEW])
-def test_the_command_says_the_same_of_data_and_leaves_with_2(
-    case: Case, tiny_model: Path, tmp_path: Path
-) -> None:
-    data = case.write(tmp_path)
-    flags = ["--model", tiny_model, "--data", data, "--output-dir", "run"]
-    refused(run_lorakit(tmp_path, "train", *flags), *case.words)
-    assert not (tmp_path / "run").exists()
+def test_the_command_says_the_same_of_data_and_leaves_with_2(case: Case, tmp_path: Path) -> None:
+    # Of all verbs this one reads data first, before a model is loaded.
+    refused(run_lorakit(tmp_path, "eval", "adapter", "--data", case.write(tmp_path)), *case.words)
 
 
 @pytest.mark.parametrize(
@@ -112,5 +108,5 @@ def test_the_command_says_the_same_of_a_recipe_and_leaves_with_2(
 def test_an_override_may_be_longer_than_any_file_name(tmp_path: Path) -> None:
     """Looking whether an argument is a recipe's file must not fail on it."""
     sources = ", ".join(f"rows-{i}.jsonl" for i in range(100))
-    arguments = ["model=m", f"data.train=[{sources}]", "output_dir=run", "lora.r=0"]
-    refused(run_lorakit(tmp_path, "train", *arguments), "r must be a whole number")
+    arguments = ["model=m", f"data.train=[{sources}]", "output_dir=run", "data.limit=0"]
+    refused(run_lorakit(tmp_path, "train", *arguments), "data.limit")

@@ -21,7 +21,7 @@ def train(
         str | None, typer.Option(help="The base model: alias, folder, .gguf file, or hub id.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="The rows to learn from: json, jsonl, csv or parquet.")
+        str | None, typer.Option(help="The rows to learn from: a file, a folder, or a hub id.")
     ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Where the adapter goes.")] = None,
     resume: Annotated[

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROW_LIMIT = 10_000_000
 """Rows of one source: all are in memory, and a few kilobytes of Parquet can claim billions."""
 
-UNPACKED_LIMIT = 256 * 2**20
+UNPACKED_LIMIT = 128 * 2**20
 """Bytes that packed data may always unpack to; beyond them, `RATIO_LIMIT` times the file's size."""
 
 RATIO_LIMIT = 100
