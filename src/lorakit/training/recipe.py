@@ -8,7 +8,6 @@ nothing reads is an error. Names under `lora` are PEFT's, under `training` those
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
@@ -29,7 +28,8 @@ from pydantic import (
 )
 
 from lorakit.data.mixing import Source
-from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.errors import InputError, did_you_mean
+from lorakit.training.recipe_errors import in_one_line, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
 # Decided elsewhere in the recipe, or by the trainer itself.
@@ -248,7 +248,7 @@ def _check_argument(name: str, value: Any, annotation: Any) -> None:
             return
         except ValidationError as error:
             message = error.errors()[0]["msg"].lower()
-    raise InputError(f"{name}: {message}, not {_shown(value)}")
+    raise InputError(f"{name}: {message}, not {shown(value)}")
 
 
 def load_recipe(
@@ -277,9 +277,7 @@ def load_recipe(
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except ValidationError as error:
-        # A union reports each of its branches: the first finding for a key says enough.
-        problems = {_key(e)[0]: _problem(e) for e in reversed(error.errors())}
-        raise InputError(f"{where}: {'; '.join(reversed(problems.values()))}") from error
+        raise InputError(f"{where}: {in_one_line(error, Recipe)}") from error
 
 
 def _apply(values: dict[str, Any], override: str | tuple[str, Any]) -> None:
@@ -301,66 +299,3 @@ def _apply(values: dict[str, Any], override: str | tuple[str, Any]) -> None:
             raise InputError(f"{key}: '{section}' is a value, it has no keys below it")
         place = inner
     place[last] = value
-
-
-def _problem(error: Any) -> str:
-    """One line for one of pydantic's findings."""
-    key, known = _key(error)
-    if error["type"] in _UNKNOWN_KEY:
-        near = did_you_mean(str(error["loc"][-1]), known)
-        return f"{key} is not a recipe key{near}; known are {listed(known, 20)}"
-    if error["type"] == "missing":
-        return f"{key} is missing; give it"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "int_parsing_size":
-        message = "should be a smaller number"
-    if error["type"] == "value_error":
-        return message if message.startswith(key.split(".")[0]) else f"{key}: {message}"
-    if error["type"] in ("model_type", "dataclass_type", "dict_type"):
-        message = f"should be keys and values like {{{listed(known, 3) or 'name: value'}}}"
-    if error["type"] == "union_tag_invalid":
-        message = "should be a path or a list of sources"
-    return f"{key}: {message[0].lower()}{message[1:]}, not {_shown(error['input'])}"
-
-
-_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument", "invalid_key")
-
-
-def _key(error: Any) -> tuple[str, list[str]]:
-    """The recipe's own name for where an error is, as `data.train[1].path`, and the keys there.
-
-    Its path has the names of a union's branches too, which are left out.
-    """
-    key, fields = "", _fields(Recipe)
-    *path, last = error["loc"] or ("",)
-    for part in (*path, last):
-        if isinstance(part, int) and key:
-            key += f"[{part}]"
-        elif part in fields:
-            key += f".{part}"
-            fields = _fields(fields[part])
-        elif part is last and error["type"] in _UNKNOWN_KEY:
-            key += f".{part}"
-    return key.removeprefix("."), list(fields)
-
-
-def _fields(annotation: Any) -> dict[str, Any]:
-    """The keys below a value of this type, with their types."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {name: field.annotation for name, field in annotation.model_fields.items()}
-    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-        return {field.name: field.type for field in dataclasses.fields(annotation)}
-    return {k: v for inner in get_args(annotation) for k, v in _fields(inner).items()}
-
-
-def _shown(value: object) -> str:
-    """A value in a message, cut where it is long."""
-    if isinstance(value, int) and value.bit_length() > 200:  # more digits than Python likes to show
-        return f"a number of {value.bit_length()} bits"
-    text = _REPR.repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}…"
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-_REPR.maxlevel = 3
