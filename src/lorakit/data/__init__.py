@@ -2,5 +2,6 @@
 
 The arrows go one way: `files` and `arrow` (one file), `sources` (files to rows), `conversations`
 and `formats` (rows to samples), `mixing` (several sources), `templates` and `masking` (samples to
-tokens and labels), `dataset` (all of it for one recipe), `batches` (rows to tensors). Nothing here knows about a model's weights.
+tokens and labels), `dataset` (all of it for one recipe), `batches` (rows to tensors).
+Nothing here knows about a model's weights.
 """
