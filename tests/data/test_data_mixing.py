@@ -79,6 +79,8 @@ def test_copies_never_stand_on_both_sides_and_are_held_out_once(two: tuple[str, 
     assert not learned & set(held)
     assert len(learned) + len(held) == 20
     assert [sample.where for sample in data.eval_samples] == held
+    assert [sample.where for sample in data.train_samples] == [row.where for row in data.train]
+    assert data.statistics()["train"].duplicates == 0
 
 
 def test_a_source_may_have_columns_of_its_own(two: tuple[str, str], tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_eval_may_be_several_sources(two: tuple[str, str], write_rows: WriteRows
     data = prepare(byte_tokenizer(), two[0], [two[1], str(more)])
     assert (len(data.train), len(data.eval)) == (10, 22)
     assert [fact.rows for fact in data.facts] == [10, 20, 2]
-    assert any("2 of 10 rows are also in" in notice for notice in data.notices)
+    assert any(f.count == 2 and f.what == "both learned from and held out" for f in data.findings)
 
 
 def test_limit_is_of_each_source(two: tuple[str, str]) -> None:

@@ -63,7 +63,8 @@ def test_malformed_data_is_refused_in_one_line(case: Case, tmp_path: Path) -> No
 def test_odd_data_is_taken_with_a_notice(case: Case, tmp_path: Path) -> None:
     data = prepared(case.write(tmp_path))
     assert data.train
-    check(next((n for n in data.notices if case.words[0] in n), f"{data.notices}"), case)
+    said = [*data.notices, *(finding.line for finding in data.findings if finding.count)]
+    check(next((line for line in said if case.words[0] in line), f"{said}"), case)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in RECIPES])

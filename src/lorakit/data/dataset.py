@@ -1,19 +1,20 @@
 """A recipe's data section to rows ready for training: read, check, split, tokenize, count.
 
-What the user should know but need not act on (cut rows, a template we chose, the eval share)
-comes back as `notices`; printing them is left to the caller.
+What the user should know but need not act on comes back: what was chosen (a template, the eval
+share) as `notices`, what was found in the rows as `findings`; printing is left to the caller.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.data.checks import Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.data.mixing import DataFacts, Sources, count, each, load_samples, mix
 from lorakit.data.templates import ensure_template
-from lorakit.data.texts import notices_of_texts
+from lorakit.data.texts import findings_of_texts
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,16 +25,26 @@ __all__ = ["DataFacts", "PreparedData", "load_samples", "prepare"]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Rows for training and evaluation; `eval[i]` is the tokenized `eval_samples[i]`.
+    """Rows for training and evaluation; `train[i]` is the tokenized `train_samples[i]`.
 
     A row whose source weighs more than 1 stands in `train` more than once.
     """
 
     train: list[TokenizedRow]
     eval: list[TokenizedRow]
+    train_samples: list[Sample]
     eval_samples: list[Sample]
     facts: list[DataFacts]
     notices: list[str]
+    findings: list[Finding]
+
+    def statistics(self) -> dict[str, RowStatistics]:
+        """The numbers of both parts, of those that have rows."""
+        parts = {
+            "train": statistics(self.train_samples, self.train),
+            "eval": statistics(self.eval_samples, self.eval),
+        }
+        return {name: part for name, part in parts.items() if part.rows}
 
 
 def prepare(
@@ -73,19 +84,29 @@ def prepare(
         held_out = mix(eval, columns, limit, seed=seed, key="data.eval")
         kept, held = learned.samples, held_out.samples
         facts += held_out.facts
-        notices += [*held_out.notices, *_notice_overlap(kept, held, held_out.name)]
+        notices += held_out.notices
     everything = kept + held
     if any(sample.messages for sample in everything) and (notice := ensure_template(tokenizer)):
         notices.append(notice)
-    notices += notices_of_texts(everything, tokenizer)
     rows = each(everything, lambda sample: tokenize(sample, tokenizer, max_length))
-    notices += _notice_rows(everything, rows, max_length)
-    copies = [
-        row
-        for sample, row in zip(kept, rows[: len(kept)], strict=True)
-        for _ in range(sample.copies)
-    ]
-    return PreparedData(copies, rows[len(kept) :], held, facts, notices)
+    train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
+    found = findings(
+        list(zip(kept, train_rows, strict=True)),
+        list(zip(held, eval_rows, strict=True)),
+        tokenizer,
+        max_length,
+    )
+    found += findings_of_texts(everything, tokenizer)
+    copies = [i for i, sample in enumerate(kept) for _ in range(sample.copies)]
+    return PreparedData(
+        [train_rows[i] for i in copies],
+        eval_rows,
+        [kept[i] for i in copies],
+        held,
+        facts,
+        notices,
+        found,
+    )
 
 
 def _split(
@@ -124,35 +145,3 @@ def _split(
         f"({count(len(chosen), 'prompt')} that training does not see, seed {seed})"
     )
     return kept, held, [notice]
-
-
-def _notice_overlap(train: list[Sample], held: list[Sample], path: str) -> list[str]:
-    seen = {(sample.prompt_key, sample.reference) for sample in held}
-    both = [sample for sample in train if (sample.prompt_key, sample.reference) in seen]
-    if not both:
-        return []
-    return [
-        f"{_share(both, train)} also in {path}, so the eval "
-        f"numbers will be too good (first: {both[0].where})"
-    ]
-
-
-def _notice_rows(
-    samples: Sequence[Sample], rows: Sequence[TokenizedRow], max_length: int
-) -> list[str]:
-    notices = []
-    if cut := [row.where for row in rows if row.truncated]:
-        notices.append(
-            f"{_share(cut, rows)} longer than max_length {max_length} tokens and cut at the end "
-            f"(first: {cut[0]})"
-        )
-    if empty := [s.where for s in samples if s.messages and not s.reference.strip()]:
-        notices.append(
-            f"{_share(empty, rows)} without an answer's text, which teaches the model to say "
-            f"nothing (first: {empty[0]})"
-        )
-    return notices
-
-
-def _share(some: Sequence[object], of: Sequence[object]) -> str:
-    return f"{len(some):,} of {count(len(of), 'row')} {'is' if len(some) == 1 else 'are'}"

@@ -8,37 +8,49 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lorakit.data.checks import Finding
 from lorakit.data.formats import Sample
-from lorakit.data.mixing import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SHOWN = 3  # places that a finding names
 
 # C0 without tab and the two line ends, DEL, and C1. NUL never gets here: it is refused.
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def notices_of_texts(samples: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """One line for each thing found, with its count and the first row.
+def findings_of_texts(
+    samples: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Finding]:
+    """Everything that is looked for, each with its count, which may be 0.
 
     Special tokens are looked for in messages alone: plain text is often written with them.
     """
     special = _special_tokens(tokenizer)
-    notices = []
-    if found := _found(samples, _CONTROL.search):
-        where, character = found[0]
-        notices.append(
-            f"{_share(found, samples)} with control characters, which are learned as they are "
-            f"(first: {where}, {character!a}): remove them unless they are meant"
-        )
     conversations = [sample for sample in samples if sample.messages]
-    if special and (found := _found(conversations, special.search)):
-        where, token = found[0]
-        notices.append(
-            f"{_share(found, samples)} with the name of a special token in a message, which the "
-            f"model takes for the token (first: {where}, {token!r}): remove it unless it is meant"
+    found = [
+        (
+            "with control characters in a text",
+            _found(samples, _CONTROL.search),
+            "they are learned as they are: remove {} unless it is meant",
+        ),
+        (
+            "with the name of a special token in a message",
+            _found(conversations, special.search) if special else [],
+            "the model takes {} for the token: remove it unless that is meant",
+        ),
+    ]
+    return [
+        Finding(
+            what,
+            len(places),
+            len(samples),
+            tuple(where for where, _ in places[:_SHOWN]),
+            cure.format(ascii(places[0][1]) if places else "it"),
         )
-    return notices
+        for what, places, cure in found
+    ]
 
 
 def _found(
@@ -75,7 +87,3 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> "re.Pattern[str] | 
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(map(re.escape, sorted(names)))) if names else None
-
-
-def _share(some: Sequence[object], of: Sequence[object]) -> str:
-    return f"{len(some):,} of {count(len(of), 'row')} {'is' if len(some) == 1 else 'are'}"

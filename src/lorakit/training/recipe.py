@@ -188,15 +188,36 @@ class Recipe(_Strict):
     data: DataRecipe
     lora: dict[str, Any] = {}
     training: TrainingRecipe = TrainingRecipe()
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    samples: Annotated[int, Field(ge=0)] = 3
     output_dir: Name
 
     @model_validator(mode="after")
     def _only_lora_fields(self) -> Self:
-        defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-        self.lora = {**defaults, **self.lora}
+        self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()
         return self
+
+    @model_validator(mode="after")
+    def _something_to_stop_by(self) -> Self:
+        if self.early_stopping_patience and (
+            self.data.eval == 0 or self.training.eval_strategy == "no"
+        ):
+            raise ValueError(
+                "early_stopping_patience goes by the held-out loss: "
+                "leave data.eval above 0 and training.eval_strategy on"
+            )
+        return self
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of the task."""
+        return self.lora.get("task_type", "CAUSAL_LM")
+
+    def filled_in(self, values: Mapping[str, Any]) -> Recipe:
+        """This recipe with the values of some dotted keys."""
+        return load_recipe(self.to_dict(), values.items())
 
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
@@ -209,7 +230,7 @@ class Recipe(_Strict):
                 near = did_you_mean(name, known) or "; known are the fields of LoraConfig"
                 raise InputError(f"lora.{name} is not a recipe key{near}")
         try:
-            return LoraConfig(task_type="CAUSAL_LM", **self.lora)
+            return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, **self.lora})
         except InputError as error:
             raise InputError(f"lora: {error}") from error
         except (TypeError, AttributeError) as error:
