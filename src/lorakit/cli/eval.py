@@ -9,7 +9,7 @@ import typer
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    data: Annotated[Path, typer.Option(help="The rows: json, jsonl, csv or parquet.")],
+    data: Annotated[str, typer.Option(help="The rows: a file, a folder, or a hub id.")],
     metrics: Annotated[
         str, typer.Option(help="Of exact_match, bleu, rouge and loss, with commas between.")
     ] = "exact_match,bleu,rouge,loss",

@@ -158,15 +158,9 @@ def _key(sample: Sample) -> tuple[str, str]:
 
 
 def _repeated(samples: Sequence[Sample]) -> list[Sample]:
-    """All but the first of those that are the same."""
-    seen: set[tuple[str, str]] = set()
-    repeated = []
-    for sample in samples:
-        key = _key(sample)
-        if key in seen:
-            repeated.append(sample)
-        seen.add(key)
-    return repeated
+    """All but the first of those that are the same; copies that a weight made are one row."""
+    first: dict[tuple[str, str], str] = {}
+    return [s for s in samples if first.setdefault(_key(s), s.where) != s.where]
 
 
 def _without_answer(samples: Sequence[Sample]) -> list[Sample]:
