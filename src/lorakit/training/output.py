@@ -30,24 +30,29 @@ def check_output(folder: Path, *, resume: bool) -> None:
         )
 
 
-def claim_output(folder: Path, recipe: dict[str, Any], data: list[dict[str, Any]]) -> None:
+def claim_output(
+    folder: Path, recipe: dict[str, Any], data: list[dict[str, Any]], processes: int = 1
+) -> None:
     """Marks `folder` as this run's; when it is already, recipe and data must be the same.
 
+    So must be the number of processes, by which a step has its number of rows.
+
     Raises:
-        InputError: the run in `folder` had another recipe or other data.
+        InputError: the run in `folder` had another recipe, other data or other processes.
     """
-    now = {"recipe": {k: v for k, v in recipe.items() if k != "output_dir"}, "data": data}
+    kept = {k: v for k, v in recipe.items() if k != "output_dir"}
+    now = {"recipe": kept, "data": data, "processes": processes}
     path = folder / RUN_NAME
     if not path.is_file():
         atomic.write_file(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged: start anew in another folder") from error
     if changes := list(_differences(before, now)):
         raise InputError(
-            f"the run in {folder} cannot go on with another recipe or other data: "
+            f"the run in {folder} cannot go on with another recipe, other data or other processes: "
             f"{listed(changes, 4)}. Give the same ones, or start anew in another folder"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from lorakit.models import load_model
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
+from lorakit.models.load import best_device, torch_dtype
 from lorakit.training.batching import Batching
 from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import is_main_process, settle_in
 from lorakit.training.output import check_output, claim_output
+from lorakit.training.processes import join, require_same_checkpoint
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import Recorder
+from lorakit.training.sharded import asks_to_spread, check_fsdp
 from lorakit.training.trainer import LoraTrainer, last_checkpoint
 
 
@@ -72,6 +76,8 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         recipe = load_recipe(recipe.to_dict(), overrides)
+    extra = recipe.training.model_extra or {}
+    join(extra.get("ddp_backend"), extra.get("ddp_timeout", 1800))
     main = is_main_process()
     console = Console(stderr=True, quiet=quiet or not main, highlight=False, soft_wrap=True)
     folder = Path(recipe.output_dir)
@@ -79,7 +85,10 @@ def train(
         check_output(folder, resume=resume)
 
     settle_in()
-    model, tokenizer = load_model(recipe.model, recipe.dtype)
+    spread = asks_to_spread(extra)
+    # A model that is spread over GPUs may not fit into one: each takes its share from here.
+    dtype = torch_dtype(recipe.dtype, best_device())
+    model, tokenizer = load_model(recipe.model, dtype, device="cpu" if spread else None)
     had_template = bool(tokenizer.chat_template)
     data = prepare(
         tokenizer,
@@ -95,22 +104,31 @@ def train(
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, recipe.lora_config())
     arguments = _training_arguments(recipe, data)
+    processes = arguments.world_size
+    check_fsdp(arguments, recipe.lora_config())
     batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id)
-    compiled, notice = choose(recipe.compile, adapted, _tokens_to_train(data, batching, arguments))
+    wish = False if spread and recipe.compile == "auto" else recipe.compile
+    compiled, notice = choose(wish, adapted, _tokens_to_train(data, batching, arguments))
     if main:
-        claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
+        claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts], processes)
     if resume and (finished := read_manifest(folder)):
         _say(console, [f"{folder} is finished already: nothing is left to do"])
         return TrainResult(folder, finished)
 
     checkpoint = last_checkpoint(folder) if resume else None
     if resume:
+        require_same_checkpoint(checkpoint, folder)
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
     _describe(console, recipe, adapted, data)
     if torch.cuda.device_count() > arguments.world_size:
         many = f"torchrun --nproc-per-node {torch.cuda.device_count()} -m lorakit train …"
         notices.append(f"{arguments.world_size} of {torch.cuda.device_count()} GPUs used; {many}")
+    if twice := -len(batching.train_batches(data.train, arguments, epoch=0)) % processes:
+        notices.append(
+            f"{twice} rows are learned twice in an epoch, as batches of one row cannot be divided "
+            f"evenly over {processes} processes: raise training.per_device_train_batch_size"
+        )
     _say(console, [*notices, *([notice] if notice else [])])
     with _named_failures(folder):
         trainer = LoraTrainer(adapted, arguments, data.train, data.eval, batching)
@@ -147,10 +165,10 @@ def train(
             versions=_versions(),
             seed=recipe.training.seed,
         )
+        if main and not had_template:  # so that chat and serve use the same
+            atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
+        adapted.save_pretrained(folder, is_main_process=main)  # all help to gather what is spread
         if main:
-            if not had_template:  # so that chat and serve use the same
-                atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
-            adapted.save_pretrained(folder)
             write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
 
@@ -190,10 +208,17 @@ def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments
     }
     if not data.eval:
         values["eval_strategy"] = "no"
+    if values.get("deepspeed") and not find_spec("deepspeed"):
+        raise InputError("training.deepspeed needs DeepSpeed: pip install deepspeed")
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
+    if len(data.train) < arguments.world_size:
+        raise InputError(
+            f"data.train: {len(data.train)} rows cannot be divided over {arguments.world_size} "
+            "processes: start fewer"
+        )
     if arguments.n_gpu > 1:
         # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
         arguments._n_gpu = 1
