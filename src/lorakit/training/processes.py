@@ -73,12 +73,11 @@ def first_to_fail() -> bool:
         if process_count() == 1:
             return True
         join()
-    except InputError:
-        return True
-    from torch.distributed.distributed_c10d import _get_default_store
+        from torch.distributed.distributed_c10d import _get_default_store
 
-    try:
         return int(_get_default_store().add(_FAILURES, 1)) == 1
+    except ValueError:  # the others were never met
+        return True
     except RuntimeError:  # the process that kept the store is gone: it failed before
         return False
 
