@@ -15,6 +15,7 @@ from lorakit.cli.chat import chat
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
 from lorakit.cli.merge import merge
+from lorakit.cli.report import report
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(chat)
 app.command()(merge)
 app.command()(demo)
