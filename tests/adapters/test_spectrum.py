@@ -147,3 +147,14 @@ def test_what_is_no_product_of_two_matrices_is_left_out_and_named(tmp_path: Path
     found, skipped = spectra(config_read, tensors)
     assert not found
     assert "not finite" in {s.path: s.reason for s in skipped}["linear"]
+
+
+def test_a_stack_of_experts_is_named_as_one():
+    prefix = "base_model.model.layers.0.experts"
+    tensors = {
+        f"{prefix}.lora_A.weight": torch.ones(12, 8),
+        f"{prefix}.lora_B.weight": torch.ones(5, 12),
+    }
+    _, (skipped,) = spectra(LoraConfig(r=3, target_parameters=["experts.down"]), tensors)
+    assert skipped.path == "layers.0.experts"
+    assert skipped.reason.startswith("a stack of 4 matrices")

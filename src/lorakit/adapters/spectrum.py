@@ -134,13 +134,13 @@ def _obstacle(
     config: LoraConfig, path: str, A: torch.Tensor, B: torch.Tensor, has_start: bool
 ) -> str:
     """Why this module's update is not `scaling` times the product of two matrices; or empty."""
-    if any(path.endswith(name.rpartition(".")[0]) for name in config.target_parameters or []):
-        return "adapts a parameter that may be a stack of matrices"
     if A.dim() != 2 or B.dim() != 2:
         return "a convolution: its update is no matrix"
     if A.shape[0] != B.shape[1]:
         return f"its factors do not fit: A has rank {A.shape[0]}, B {B.shape[1]}"
     if A.shape[0] != (r := config.rank_for(path)):
+        if config.target_parameters and A.shape[0] % r == 0:
+            return f"a stack of {A.shape[0] // r} matrices (experts), each with an update of its own"
         return f"has rank {A.shape[0]} in the file and {r} in the configuration"
     if config.takes_start_off and not has_start:
         how = config.init_lora_weights

@@ -68,7 +68,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
         found.append(("Tokens", short_count(m.train_tokens), learned))
         rate = f"{count(m.steps)} steps, {count(m.tokens_per_second)} tokens/s"
         found.append(("Training time", duration(m.train_seconds), rate))
-        found.append(("Peak memory", memory(m.peak_memory_mb), "of the GPU, or of the process"))
+        found.append(("Peak memory", memory(m.peak_memory_mb), "of the process, or of its GPU"))
     modules = len(run.spectra)
     where = f"{modules} {'module' if modules == 1 else 'modules'}, r = {ranks(run.spectra)}"
     found.append(("Trained parameters", short_count(run.parameters), where if modules else ""))
