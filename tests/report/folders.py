@@ -29,7 +29,10 @@ def paths(layers: int) -> list[str]:
 
 
 def save_factors(folder: Path, config: LoraConfig, layers: int = 2, decay: float = 1.0) -> None:
-    """An adapter whose updates have singular values that fall by `decay`, larger in late layers."""
+    """An adapter of larger updates in late layers, whose singular values fall by about `decay`.
+
+    They fall faster where `decay` is below 1 and the layer is an early one.
+    """
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for path in paths(layers):
@@ -39,7 +42,8 @@ def save_factors(folder: Path, config: LoraConfig, layers: int = 2, decay: float
         B = torch.linalg.qr(torch.randn(d_out, r, generator=generator)).Q
         A = torch.linalg.qr(torch.randn(d_in, r, generator=generator)).Q.T
         strength = (1 + layer / layers) * (2 if kind.endswith("v_proj") else 1)
-        steps = decay ** torch.arange(min(A.shape[0], B.shape[1]), dtype=torch.float32)
+        falling = decay ** (layers / (layer + 1))
+        steps = falling ** torch.arange(min(A.shape[0], B.shape[1]), dtype=torch.float32)
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = strength * B * steps
     write_adapter(folder, config, tensors)

@@ -89,13 +89,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(folder).path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", params=LOOKS, ids=lambda look: f"{look[0][0]}-{look[1]}")
 def shown(browser: Any, report: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The page in the size and colours that the test asks for; nothing was asked of a network."""
-    (width, height), scheme = getattr(request, "param", (WIDE, "light"))
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
-    )
+    """The page in one size and scheme; at the end it has said nothing and asked for nothing."""
+    (width, height), scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
     said: list[str] = []
     asked: list[str] = []
@@ -117,7 +115,6 @@ def boxes(page: Any, selector: str) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("shown", LOOKS, indirect=True)
 def test_everything_fits_the_screen_and_can_be_read(shown: Any, tmp_path: Path):
     shown.screenshot(path=tmp_path / "page.png", full_page=True)
     width = shown.viewport_size["width"]
@@ -132,7 +129,6 @@ def test_everything_fits_the_screen_and_can_be_read(shown: Any, tmp_path: Path):
     assert found["faint"] == []
 
 
-@pytest.mark.parametrize("shown", LOOKS, indirect=True)
 def test_every_chart_is_drawn_with_labels_that_do_not_overlap(
     shown: Any, browser: Any, tmp_path: Path
 ):
@@ -154,28 +150,21 @@ def test_every_chart_is_drawn_with_labels_that_do_not_overlap(
         assert colors.get(stroke.removeprefix("rgb(").removesuffix(")").replace(" ", ""), 0) > 50
 
 
-@pytest.mark.parametrize("shown", LOOKS, indirect=True)
 def test_the_cells_of_the_heat_maps_differ_in_colour(shown: Any, browser: Any):
     for name in ("#map-change", "#map-rank"):
         table = shown.query_selector(f"{name} .heat")
         place = table.bounding_box()
         cells = table.query_selector_all("td[title]")
         assert len(cells) == 6 * 7
-        corners = [
-            (box["x"] - place["x"] + 3, box["y"] - place["y"] + box["height"] / 2)
+        corners = [  # above the text
+            (box["x"] - place["x"] + box["width"] / 2, box["y"] - place["y"] + 3)
             for cell in cells
             if (box := cell.bounding_box())
         ]
         levels = [cell.get_attribute("class") for cell in cells]
         colors = counted(browser, table.screenshot(), corners)["at"]
         pairs = set(zip(levels, colors, strict=True))
-        assert len({color for _, color in pairs}) == len(set(levels)) == len(pairs)
-    assert len(set(levels)) >= 1
-    change = shown.evaluate(
-        "new Set([...document.querySelectorAll('#map-change td')].map(c => "
-        "getComputedStyle(c).backgroundColor)).size"
-    )
-    assert change >= 5
+        assert len({color for _, color in pairs}) == len(set(levels)) == len(pairs) >= 3
 
 
 def test_a_curve_tells_its_values_where_it_is_pointed_at(shown: Any):

@@ -14,7 +14,7 @@ from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.report.page import Report, write_report
 
-EVIL = """</script></style><script>alert(1)</script><img src=x onerror='alert("2")'>&amp;"""
+EVIL = """a_b</script></style><script>alert(1)</script><img src=x onerror='alert("2")'>&amp;"""
 
 
 class Page(HTMLParser):
@@ -53,7 +53,7 @@ def test_a_whole_run_is_all_there(tmp_path: Path):
         "The held-out loss fell from 2.73 to 0.412, by 85 %.",
         "64.2 k", "18.9 k of them learned", "1 min 23 s", "1.87 GB",
         "6,300 (29.4 %)", "cut at 256",
-        "Most modules use about 7.8 of 8 directions: a larger r may help.",
+        "Most modules use about 7.5 of 8 directions: a larger r may help.",
         "Sure! Two mugs.", "equals the reference",
         "max_length: 256", "2.13.0", "0f" * 32, "ab" * 32, "cd" * 32,
         "6,300 learned tokens a row",
@@ -97,7 +97,7 @@ def test_text_of_the_run_never_becomes_markup(tmp_path: Path):
     (folder / "monitor.jsonl").write_text(f"{json.dumps(evil_modules)}\n{json.dumps(row)}\n")
     page = Page(write_report(folder))
     assert page.text.count("<script>alert(1)</script>") >= 14
-    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags} | {"b"}
+    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags} | {"b", "wbr"}
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
 
 

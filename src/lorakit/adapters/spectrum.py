@@ -140,7 +140,7 @@ def _obstacle(
         return f"its factors do not fit: A has rank {A.shape[0]}, B {B.shape[1]}"
     if A.shape[0] != (r := config.rank_for(path)):
         if config.target_parameters and A.shape[0] % r == 0:
-            return f"a stack of {A.shape[0] // r} matrices (experts), each with an update of its own"
+            return f"a stack of {A.shape[0] // r} matrices (experts), each with its own update"
         return f"has rank {A.shape[0]} in the file and {r} in the configuration"
     if config.takes_start_off and not has_start:
         how = config.init_lora_weights

@@ -96,6 +96,7 @@ def line_chart(
     y = _scale(min(values), max(values), from_zero)
     x = _scale(0, max(max(line.points[-1][0] for line in lines), 1), True, snug=True)
     notes = ["log scale"] if y.log else []
+    tick = _plain if text is figures else text
     paths = []
     for line in lines:
         shown = thinned(line.points)
@@ -118,7 +119,7 @@ def line_chart(
         legend=[(line.kind, line.name) for line in named] if len(named) > 1 else [],
         paths=paths,
         x_ticks=[Tick(100 * x(value), f"{value:,g}") for value in x.ticks],
-        y_ticks=[Tick(100 * (1 - y(value)), text(value)) for value in y.ticks],
+        y_ticks=[Tick(100 * (1 - y(value)), tick(value)) for value in y.ticks],
         hits=_hits(named, x, text),
         notes=notes,
     )
@@ -221,6 +222,11 @@ def _scale(low: float, high: float, from_zero: bool, snug: bool = False) -> _Sca
     if snug:
         return _Scale(low, high, [t for t in ticks if low <= t <= high])
     return _Scale(ticks[0], ticks[-1], ticks)
+
+
+def _plain(value: float) -> str:
+    """A tick's label: no more figures than it has."""
+    return f"{value:,.6g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _round_step(rough: float) -> float:

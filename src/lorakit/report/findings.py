@@ -6,7 +6,7 @@ Every threshold is a constant here, and the page tells it to the reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from lorakit.adapters.spectrum import Spectrum
@@ -17,6 +17,8 @@ CROWDED = 0.8
 """A module whose effective rank is this share of r or more uses about all of its directions."""
 SPARSE = 0.25
 """A module whose effective rank is this share of r or less uses few of them."""
+FEW_STEPS = 100
+"""After fewer steps all directions are still near their random start: the advice says so."""
 SAME = 0.01
 """Losses whose ratio differs from 1 by less are called the same."""
 RISEN = 0.02
@@ -81,8 +83,8 @@ def ranks(spectra: Sequence[Spectrum]) -> str:
     return " to ".join(str(r) for r in dict.fromkeys((found[0], found[-1]))) if found else "–"
 
 
-def rank_advice(spectra: Sequence[Spectrum]) -> str:
-    """One sentence: whether r was too small, too large, or about right.
+def rank_advice(spectra: Sequence[Spectrum], steps: int | None = None) -> str:
+    """Whether r was too small, too large, or about right; a caution where `steps` are few.
 
     Too small where most modules use `CROWDED` of their directions. Too large where half of them
     use `SPARSE` or less; r is then the power of two that nine in ten modules keep within.
@@ -90,19 +92,31 @@ def rank_advice(spectra: Sequence[Spectrum]) -> str:
     moved = [s for s in spectra if s.norm > 0]
     if not moved:
         return "No update to judge: every ΔW here is zero."
-    shares = [s.effective_rank / s.r for s in moved]
-    typical, r = median(s.effective_rank for s in moved), ranks(moved)
-    uses = f"{figures(typical, 2)} of {r} directions"
-    if median(shares) >= CROWDED:
+    few = steps is not None and steps < FEW_STEPS
+    caution = f" After only {steps} steps this can still change." if few else ""
+    return _judgement(moved) + caution
+
+
+def _judgement(moved: Sequence[Spectrum]) -> str:
+    share = median(s.effective_rank / s.r for s in moved)
+    typical = median(s.effective_rank for s in moved)
+    uses = f"{figures(typical, 2)} of {ranks(moved)} directions"
+    if share >= CROWDED:
         return f"Most modules use about {uses}: a larger r may help."
-    if median(shares) <= SPARSE:
-        within = sorted(s.effective_rank for s in moved)[math.ceil(0.9 * len(moved)) - 1]
-        enough = 2 ** math.ceil(math.log2(max(1.0, within)))
-        few = f"Half of the modules use at most {uses}"
-        if enough < max(s.r for s in moved):
-            return f"{few}: r = {enough} would do."
-        return f"{few}, but some need all that they have: r fits those."
-    return f"A typical module uses {uses}, neither few nor all: r is about right."
+    if share > SPARSE:
+        return f"A typical module uses {uses}, neither few nor all: r is about right."
+    within = sorted(s.effective_rank for s in moved)[math.ceil(0.9 * len(moved)) - 1]
+    enough = 2 ** math.ceil(math.log2(max(1.0, within)))
+    half = f"Half of the modules use at most {uses}"
+    if enough < max(s.r for s in moved):
+        return f"{half}: r = {enough} would do."
+    return f"{half}, but some need all that they have: r fits those."
+
+
+def nearly_largest(values: Iterable[float]) -> float:
+    """The value that 95 in 100 keep within: a scale's end that one outlier does not decide."""
+    found = sorted(values)
+    return found[math.ceil(0.95 * len(found)) - 1] if found else 0.0
 
 
 def directions(spectra: Sequence[Spectrum]) -> str:

@@ -40,7 +40,7 @@ class HeatMap:
 def heat_maps(
     values: Mapping[str, float], top: float, text: Callable[[float], str], says: str
 ) -> list[HeatMap]:
-    """Heat maps of one value a module, shades evenly from 0 to `top`.
+    """Heat maps of one value a module, shades evenly from 0 to `top`, the last for all above.
 
     Where a layer has several modules of a kind, the cell is their mean.
 

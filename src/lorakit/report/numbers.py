@@ -10,10 +10,16 @@ def figures(value: float, digits: int = 3) -> str:
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     size = math.floor(math.log10(abs(value)))
-    if not -5 <= size < 9:
+    if not -3 <= size < 9:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return f"{value:,.{max(0, digits - 1 - size)}f}"
+
+
+def power(value: float) -> str:
+    """`value` as 1.5e-4, the way in which learning rates are written."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def count(value: float) -> str:

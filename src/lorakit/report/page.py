@@ -19,7 +19,7 @@ from lorakit import __version__, atomic
 from lorakit.errors import InputError
 from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
-from lorakit.report.heat_map import LEVELS, HeatMap, heat_maps
+from lorakit.report.heat_map import LEVELS, heat_maps
 from lorakit.report.read import RunRecord, Sample, read_run
 
 REPORT_NAME = "report.html"
@@ -88,7 +88,9 @@ def _content(run: RunRecord) -> dict[str, Any]:
     movement = run.movement.relative_updates() if run.movement else {}
     norms = {s.path: s.norm for s in run.spectra}
     ranks = {s.path: s.effective_rank for s in run.spectra}
-    change = movement or norms
+    change, change_name = (movement, "‖ΔW‖ / ‖W‖") if movement else (norms, "‖ΔW‖")
+    change_text = _per_cent if movement else numbers.figures
+    change_top = findings.nearly_largest(change.values())
     return {
         "mark": _MARK,
         "version": __version__,
@@ -101,16 +103,15 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "curves": _curves(run),
         "data": _data(run),
         "change_is_relative": bool(movement),
-        "change_top_text": (_per_cent if movement else numbers.figures)(
-            max(change.values(), default=0.0)
-        ),
-        "change_maps": _change_maps(change, bool(movement)),
+        "change_top": f"{change_text(change_top)} or more",
+        "change_maps": heat_maps(change, change_top, change_text, change_name),
+        "change_name": change_name,
         "rank_maps": heat_maps(
             ranks, max((s.r for s in run.spectra), default=0), _one_decimal, "effective rank"
         ),
         "rank": findings.ranks(run.spectra),
         "rank_top": max((s.r for s in run.spectra), default=0),
-        "rank_advice": findings.rank_advice(run.spectra) if run.spectra else "",
+        "rank_advice": findings.rank_advice(run.spectra, manifest.steps if manifest else None),
         "directions": findings.directions(run.spectra),
         "thresholds": {"crowded": findings.CROWDED, "sparse": findings.SPARSE},
         "levels": LEVELS,
@@ -121,12 +122,6 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "data_files": [{k: str(v) for k, v in fact.items()} for fact in _facts(run)],
         "numbers": numbers,
     }
-
-
-def _change_maps(change: dict[str, float], relative: bool) -> list[HeatMap]:
-    says = "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"
-    text = _per_cent if relative else numbers.figures
-    return heat_maps(change, max(change.values(), default=0.0), text, says)
 
 
 def _curves(run: RunRecord) -> list[Chart]:
@@ -142,11 +137,12 @@ def _curves(run: RunRecord) -> list[Chart]:
         line_chart(
             "Loss", [*_with_mean("training", loss), Line("held out", "dots second", held_out)]
         ),
-        line_chart("Gradient norm", _with_mean("gradient norm", run.series("grad_norm"))),
+        line_chart("Gradient norm", _with_mean("", run.series("grad_norm"))),
         line_chart(
             "Learning rate",
             [Line("learning rate", "line first", run.series("learning_rate"))],
             from_zero=True,
+            text=numbers.power,
         ),
         line_chart(
             "Tokens per second",
@@ -167,11 +163,13 @@ def _curves(run: RunRecord) -> list[Chart]:
 def _with_mean(name: str, points: list[tuple[float, float]]) -> list[Line]:
     """A curve, and where it has many points a smoothed one before its own faint self."""
     if len(points) < _SMOOTH_FROM:
-        return [Line(name, "line first", points)]
+        return [Line(name or "as logged", "line first", points)]
     window = 2 * (len(points) // 50) + 1
     return [
-        Line(f"{name}, as logged", "line faint", points),
-        Line(f"{name}, mean of {window}", "line first", smoothed(points, window)),
+        Line(name or "as logged", "line faint", points),
+        Line(
+            f"{name}{', ' if name else ''}mean of {window}", "line first", smoothed(points, window)
+        ),
     ]
 
 
@@ -193,10 +191,10 @@ def _data(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _lengths(lengths: dict[str, float]) -> str:
-    """The percentiles in one line."""
-    named = {"min": "least", "p50": "median", "p95": "95 % within", "max": "most"}
-    return ", ".join(f"{name} {lengths[key]:,g}" for key, name in named.items() if key in lengths)
+def _lengths(lengths: dict[str, float]) -> list[tuple[str, float]]:
+    """The percentiles that a reader wants, by their names."""
+    named = {"min": "Shortest", "p50": "Median", "p95": "95 % are within", "max": "Longest"}
+    return [(name, lengths[key]) for key, name in named.items() if key in lengths]
 
 
 def _sample(sample: Sample) -> dict[str, Any]:
