@@ -142,7 +142,7 @@ def _save_movement(folder: Path, layers: int, steps: int) -> None:
     lines: list[dict[str, Any]] = [{"modules": modules, "weight_norm": [30.0 for _ in modules]}]
     for step in range(1, steps + 1, max(1, steps // 10)):
         grown = [
-            round(step / steps * (0.2 + 0.9 * (i % 7) / 7 + i / len(modules)), 6)
+            round(0.02 * step / steps * (0.2 + 0.9 * (i % 7) / 7 + i / len(modules)), 6)
             for i in range(len(modules))
         ]
         lines.append({"step": step, "gradient_norm": [0.01] * len(modules), "update_norm": grown})

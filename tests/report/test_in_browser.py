@@ -122,6 +122,10 @@ def test_everything_fits_the_screen_and_can_be_read(shown: Any, tmp_path: Path):
     for box in boxes(shown, "section, figure, .answer, .heat, h1, .verdict, .figures div, pre"):
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
+    cells = "[...document.querySelectorAll('.heat td')]"
+    assert (
+        shown.evaluate(f"{cells}.filter(cell => cell.scrollWidth > cell.clientWidth).length") == 0
+    )
     shown.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert shown.evaluate("document.documentElement.scrollWidth") == width
     found = shown.evaluate(_FAINT, LEAST_CONTRAST)

@@ -60,7 +60,7 @@ def test_a_whole_run_is_all_there(tmp_path: Path):
         "3 of 180 rows are longer than data.max_length and were cut",
     ):  # fmt: skip
         assert words in page.text, words
-    assert "Size of the change, ‖ΔW‖ / ‖W‖" in page.headings()
+    assert "Size of the change, ‖ΔW‖ / ‖W‖, in %" in page.headings()
     assert [tag for tag, _ in page.tags].count("svg") == 7
     values = re.findall(r'<td class="h\d" title="[^"]*">([^<]*)<', page.html)
     assert len(values) == 2 * 14

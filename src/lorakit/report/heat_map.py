@@ -47,7 +47,7 @@ def heat_maps(
     Args:
         values: by the module's path in the base model.
         text: how a value is written.
-        says: what a value is, for those who point at a cell.
+        says: what a value is and its unit, for those who point at a cell.
     """
 
     def cell(paths: list[str]) -> Cell | None:
@@ -57,7 +57,7 @@ def heat_maps(
         mean = sum(known) / len(known)
         who = paths[0] if len(paths) == 1 else f"mean of {len(known)} modules like {paths[0]}"
         level = min(LEVELS - 1, int(LEVELS * mean / top)) if top > 0 else 0
-        return Cell(text(mean), f"{who}: {says} {text(mean)}", level)
+        return Cell(text(mean), f"{who}: {says}: {text(mean)}", level)
 
     return [
         HeatMap(

@@ -88,8 +88,8 @@ def _content(run: RunRecord) -> dict[str, Any]:
     movement = run.movement.relative_updates() if run.movement else {}
     norms = {s.path: s.norm for s in run.spectra}
     ranks = {s.path: s.effective_rank for s in run.spectra}
-    change, change_name = (movement, "‖ΔW‖ / ‖W‖") if movement else (norms, "‖ΔW‖")
-    change_text = _per_cent if movement else numbers.figures
+    change, change_name = (movement, "‖ΔW‖ / ‖W‖, in %") if movement else (norms, "‖ΔW‖")
+    change_text = _hundredfold if movement else _two_figures
     change_top = findings.nearly_largest(change.values())
     return {
         "mark": _MARK,
@@ -103,7 +103,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "curves": _curves(run),
         "data": _data(run),
         "change_is_relative": bool(movement),
-        "change_top": f"{change_text(change_top)} or more",
+        "change_top": f"{change_text(change_top)}{unit} or more",
         "change_maps": heat_maps(change, change_top, change_text, change_name),
         "change_name": change_name,
         "rank_maps": heat_maps(
@@ -115,7 +115,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "directions": findings.directions(run.spectra),
         "thresholds": {"crowded": findings.CROWDED, "sparse": findings.SPARSE},
         "levels": LEVELS,
-        "movement": movement,
+        "movement": {path: _per_cent(value) for path, value in movement.items()},
         "samples": [_sample(sample) for sample in run.samples[:_MOST_SAMPLES]],
         "hidden_samples": max(0, len(run.samples) - _MOST_SAMPLES),
         "configuration": _yaml(manifest.recipe if manifest else _set_fields(run)),
@@ -230,7 +230,15 @@ def _yaml(values: dict[str, Any]) -> str:
 
 
 def _per_cent(value: float) -> str:
-    return f"{numbers.figures(100 * value, 2)} %"
+    return f"{_hundredfold(value)} %"
+
+
+def _hundredfold(value: float) -> str:
+    return _two_figures(100 * value)
+
+
+def _two_figures(value: float) -> str:
+    return numbers.figures(value, 2)
 
 
 def _one_decimal(value: float) -> str:
