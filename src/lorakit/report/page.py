@@ -103,7 +103,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "curves": _curves(run),
         "data": _data(run),
         "change_is_relative": bool(movement),
-        "change_top": f"{change_text(change_top)}{unit} or more",
+        "change_top": f"{(_per_cent if movement else _two_figures)(change_top)} or more",
         "change_maps": heat_maps(change, change_top, change_text, change_name),
         "change_name": change_name,
         "rank_maps": heat_maps(
