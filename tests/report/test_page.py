@@ -126,11 +126,30 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path):
     report = write_report(folder)
     assert report.notices == [
         "metrics.jsonl: 3 of 28 lines are damaged and left out.",
-        "metrics.jsonl: 1 values are no finite numbers: left out.",
+        "metrics.jsonl: 1 values are no numbers to draw (NaN?): left out.",
         "monitor.jsonl: 1 of 11 lines are damaged and left out.",
         "samples.json is damaged and left out.",
     ]
     assert report.notices[0] in Page(report).text
+
+
+def test_a_run_that_ended_in_no_numbers_still_has_a_page(tmp_path: Path):
+    broken = {"eval_loss": float("nan"), "base_eval_loss": float("inf")}
+    folder = save_run(tmp_path / "run", **broken)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            f'{{"step": 21, "loss": 1e300, "grad_norm": {10**400}, "eval_loss": Infinity}}\n'
+        )
+    head = {"modules": ["a\ud800"], "weight_norm": [1e300]}
+    row = {"step": 10**400, "gradient_norm": [1], "update_norm": [1]}
+    rows = [head, row, row | {"step": 1, "update_norm": [1e300]}, row | {"step": 2}]
+    (folder / "monitor.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    report = write_report(folder)
+    assert "it is no number, so the adapter is of no use" in Page(report).text
+    assert report.notices == [
+        "metrics.jsonl: 3 values are no numbers to draw (NaN?): left out.",
+        "monitor.jsonl: 2 of 3 lines are damaged and left out.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def _scale(low: float, high: float, from_zero: bool, snug: bool = False) -> _Sca
         high = low + (abs(low) or 1.0)
     step = _round_step((high - low) / 4)
     start, stop = math.floor(low / step), math.ceil(high / step - 1e-9)
-    ticks = [round(n * step, 12) for n in range(start, stop + 1)]
+    ticks = [n * step for n in range(start, stop + 1)]
     if snug:
         return _Scale(low, high, [t for t in ticks if low <= t <= high])
     return _Scale(ticks[0], ticks[-1], ticks)

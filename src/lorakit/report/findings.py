@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import median, median_high
 
 from lorakit.adapters.spectrum import Spectrum
 from lorakit.report.numbers import count, duration, figures, memory, short_count
@@ -124,5 +124,8 @@ def directions(spectra: Sequence[Spectrum]) -> str:
     moved = [s for s in spectra if s.norm > 0]
     if not moved:
         return ""
-    most, nearly_all = (median(s.directions(share) for s in moved) for share in (0.9, 0.99))
-    return f"In a typical module {most:g} directions hold 90 % of ‖ΔW‖², {nearly_all:g} hold 99 %."
+    most, nearly_all = (median_high(s.directions(share) for s in moved) for share in (0.9, 0.99))
+    return (
+        f"In a typical module 90 % of ‖ΔW‖² lies in {most} of {ranks(moved)} directions, "
+        f"99 % in {nearly_all}."
+    )

@@ -7,6 +7,7 @@ lets nothing run or load.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def write_report(adapter: str | Path, output: str | Path | None = None) -> Repor
     path = Path(output) if output is not None else Path(adapter) / REPORT_NAME
     run = read_run(adapter)
     _check_place(path)
-    atomic.write_file(path, render(run))
+    # Half of a surrogate pair, which JSON can hold, is no character.
+    atomic.write_file(path, render(run).encode(errors="replace"))
     return Report(path, run.notices)
 
 
@@ -72,14 +74,22 @@ def _check_place(path: Path) -> None:
     """Raises InputError unless `path` is free, or holds a report, in a folder to write into."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file, such as {path / REPORT_NAME}")
-    if path.exists():
-        with path.open("rb") as file:
-            if _MARK.encode() not in file.read(2000):
-                raise InputError(f"{path} is there and is no report: give another name with -o")
+    if path.exists() and not _is_report(path):
+        raise InputError(f"{path} is there and is no report: give another name with -o")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
         raise InputError(f"{path}: {parent} {why}: give another place with -o")
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return _MARK.encode() in file.read(2000)
+    except OSError:
+        return False
 
 
 def _content(run: RunRecord) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "samples": [_sample(sample) for sample in run.samples[:_MOST_SAMPLES]],
         "hidden_samples": max(0, len(run.samples) - _MOST_SAMPLES),
         "configuration": _yaml(manifest.recipe if manifest else _set_fields(run)),
-        "data_files": [{k: str(v) for k, v in fact.items()} for fact in _facts(run)],
+        "data_files": manifest.data if manifest else [],
         "numbers": numbers,
     }
 
@@ -127,12 +137,11 @@ def _content(run: RunRecord) -> dict[str, Any]:
 def _curves(run: RunRecord) -> list[Chart]:
     """The charts over steps, those without data left out."""
     loss, held_out = run.series("loss"), run.series("eval_loss")
-    if run.manifest and run.manifest.base_eval_loss is not None and held_out:
-        held_out = [(0.0, run.manifest.base_eval_loss), *held_out]
+    base = run.manifest.base_eval_loss if run.manifest else None
+    if base is not None and math.isfinite(base) and held_out:
+        held_out = [(0.0, base), *held_out]
     speed = run.series("tokens_per_second")
-    moved = (
-        [(float(step), value) for step, value in run.movement.together()] if run.movement else []
-    )
+    moved = run.movement.together() if run.movement else []
     charts = [
         line_chart(
             "Loss", [*_with_mean("training", loss), Line("held out", "dots second", held_out)]
@@ -214,10 +223,6 @@ def _shown(text: Any) -> str:
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
     rest = len(text) - _LONGEST_TEXT
     return text if rest <= 0 else f"{text[:_LONGEST_TEXT]} … ({rest:,} more characters)"
-
-
-def _facts(run: RunRecord) -> list[dict[str, Any]]:
-    return run.manifest.data if run.manifest else []
 
 
 def _set_fields(run: RunRecord) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 
 from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lorakit.adapters.spectrum import Skipped, Spectrum, spectra
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 METRICS_NAME = "metrics.jsonl"
 MONITOR_NAME = "monitor.jsonl"
 SAMPLES_NAME = "samples.json"
+
+_TOO_LARGE = 1e100  # sums and squares of what is below stay finite
 
 Form = TypeVar("Form")
 
@@ -37,8 +39,8 @@ class Split(BaseModel):
     truncated: int = 0
     duplicates: int = 0
     empty_answers: int = 0
-    lengths: dict[str, float] = {}
-    histogram: list[tuple[float, float, int]] = []
+    lengths: dict[str, FiniteFloat] = {}
+    histogram: list[tuple[FiniteFloat, FiniteFloat, int]] = []
 
 
 class TrainingWarning(BaseModel):
@@ -84,7 +86,7 @@ class Movement:
 
     modules: list[str]
     weight_norms: list[float]
-    steps: list[int]
+    steps: list[float]
     gradient_norms: list[list[float]]
     update_norms: list[list[float]]
 
@@ -93,7 +95,7 @@ class Movement:
         rows = zip(self.modules, self.update_norms[-1], self.weight_norms, strict=True)
         return {name: update / weight for name, update, weight in rows if weight > 0}
 
-    def together(self) -> list[tuple[int, float]]:
+    def together(self) -> list[tuple[float, float]]:
         """‖ΔW‖ / ‖W‖ of all modules as one, by step."""
         whole = math.hypot(*self.weight_norms)
         rows = zip(self.steps, self.update_norms, strict=True)
@@ -181,15 +183,17 @@ def _read_metrics(folder: Path, notices: list[str]) -> list[dict[str, float]]:
     lines = _lines(folder / METRICS_NAME, notices, "there are no curves")
     kept, not_finite = [], 0
     for line in lines:
-        if not isinstance(line, dict) or not _is_finite(line.get("step")):
+        if not isinstance(line, dict) or not _is_usable(line.get("step")):
             continue
         numbers = {k: v for k, v in line.items() if isinstance(v, float | int)}
-        finite = {k: float(v) for k, v in numbers.items() if _is_finite(v)}
+        finite = {k: float(v) for k, v in numbers.items() if _is_usable(v)}
         not_finite += len(numbers) - len(finite)
         kept.append(finite)
     _count(notices, METRICS_NAME, len(lines) - len(kept), len(lines))
     if not_finite:
-        notices.append(f"{METRICS_NAME}: {not_finite} values are no finite numbers: left out.")
+        notices.append(
+            f"{METRICS_NAME}: {not_finite} values are no numbers to draw (NaN?): left out."
+        )
     return sorted(kept, key=lambda line: line["step"])
 
 
@@ -207,13 +211,14 @@ def _read_movement(folder: Path, notices: list[str]) -> Movement | None:
     steps, gradients, updates = [], [], []
     for row in rows:
         try:
-            step = int(row["step"])
+            step = float(row["step"])
             gradient, update = (
                 [float(v) for v in row[f"{k}_norm"]] for k in ("gradient", "update")
             )
         except (TypeError, KeyError, ValueError, OverflowError):
             continue
-        if len(gradient) == len(update) == len(names) and all(map(math.isfinite, update)):
+        fits = len(gradient) == len(update) == len(names)
+        if fits and all(map(_is_usable, [step, *update])):
             steps.append(step)
             gradients.append(gradient)
             updates.append(update)
@@ -258,6 +263,7 @@ def _count(notices: list[str], name: str, damaged: int, lines: int) -> None:
         notices.append(f"{name}: {damaged} of {lines} lines are damaged and left out.")
 
 
-def _is_finite(value: Any) -> bool:
+def _is_usable(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
     number = isinstance(value, float | int) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) < _TOO_LARGE
