@@ -16,6 +16,7 @@ from lorakit.cli.check import check
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
 from lorakit.cli.merge import merge
+from lorakit.cli.report import report
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 from lorakit.training.processes import first_to_fail
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(chat)
 app.command()(merge)
 app.command()(demo)
