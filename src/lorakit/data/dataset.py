@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.checks import Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample
-from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.mixing import DataFacts, Sources, count, each, load_samples, mix
 from lorakit.data.templates import ensure_template
 from lorakit.data.texts import findings_of_texts
@@ -88,7 +88,11 @@ def prepare(
     everything = kept + held
     if any(sample.messages for sample in everything) and (notice := ensure_template(tokenizer)):
         notices.append(notice)
-    rows = each(everything, lambda sample: tokenize(sample, tokenizer, max_length))
+    readings = each(everything, lambda sample: read(sample, tokenizer))
+    rows = each(
+        zip(readings, encode(readings, tokenizer), strict=True),
+        lambda pair: label(*pair, tokenizer, max_length),
+    )
     train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
     found = findings(
         list(zip(kept, train_rows, strict=True)),

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerControl
+from transformers.trainer_callback import TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
@@ -118,14 +118,19 @@ class LoraTrainer(Trainer):
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in range(math.ceil(len(batches) / processes)):
             mine = turn * processes + self.args.process_index
-            batch = self._prepare_inputs(self.eval_dataset[batches[mine % len(batches)]])
-            # Compiled for training, the blocks would be compiled again without gradients.
-            with torch.compiler.set_stance("force_eager"):
-                total, count = self.supervised_loss(self.model, batch)
+            total, count = self.loss_of_held_out(batches[mine % len(batches)])
             if mine < len(batches):
                 sums += torch.stack([total.double().cpu(), count.double().cpu()])
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return total / count
+
+    @torch.no_grad()
+    def loss_of_held_out(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a batch of held-out rows, and their supervised tokens."""
+        batch = self._prepare_inputs(self.eval_dataset[rows])
+        # Compiled for training, the blocks would be compiled again without gradients.
+        with torch.compiler.set_stance("force_eager"):
+            return self.supervised_loss(self.model, batch)
 
     def evaluate(
         self,
@@ -238,6 +243,28 @@ class LoraTrainer(Trainer):
 
     def _lora_model(self) -> LoraModel:
         return self.accelerator.unwrap_model(self.model)
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Saves the last step of an epoch when the epoch has been evaluated, as other steps are.
+
+    Trainer would save first: a run killed in between would go on without that evaluation.
+    Comes behind all callbacks that ask for saving.
+    """
+
+    _postponed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the saving off until the epoch's end, which is next."""
+        ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        self._postponed = control.should_save and ends
+        if self._postponed:
+            control.should_save = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves, behind the evaluation."""
+        control.should_save |= self._postponed
+        self._postponed = False
 
 
 def last_checkpoint(folder: Path) -> Path | None:
