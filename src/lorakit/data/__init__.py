@@ -2,6 +2,6 @@
 
 The arrows go one way: `files` and `arrow` (one file), `sources` (files to rows), `conversations`
 and `formats` (rows to samples), `mixing` (several sources), `templates` (conversations to text),
-`spans` (where the answers stand in it), `masking` (tokens and labels), `dataset` (all of it for one
-recipe), `batches` (rows to tensors). Nothing here knows about a model's weights.
+`spans` (where the answers stand in it), `masking` (tokens and labels), `dataset` (all of it for
+one recipe), `grouping` and `batches` (rows to tensors). Nothing here knows a model's weights.
 """
