@@ -200,6 +200,6 @@ def _weighted(samples: list[Sample], source: Source, seed: int) -> tuple[list[Sa
         )
     by_seed = f", drawn by seed {seed}" if drawn else ""
     return used, [
-        f"{source.path}: weight {source.weight:g}: {len(used):,} of {count(len(samples), 'row')} "
-        f"used{by_seed}, {count(sum(copies), 'row')} an epoch before any are held out"
+        f"{source.path}: weight {source.weight:g}: {len(used):,} of {count(len(samples), 'row')}"
+        f"{by_seed}; an epoch sees {sum(copies):,}, less what is held out"
     ]
