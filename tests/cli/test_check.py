@@ -29,7 +29,7 @@ def test_rows_numbers_findings_parameters_and_a_forecast_are_shown_and_nothing_i
     assert "q_proj" in out
     assert "trained" in out
     assert "chosen: lora.lora_alpha=8: twice the rank" in out
-    assert "forecast: 5 steps and 2 evaluations in" in out
+    assert "forecast: 5 steps and 3 evaluations in" in out
     assert sorted(tmp_path.iterdir()) == before
 
 

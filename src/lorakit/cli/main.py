@@ -25,6 +25,8 @@ from lorakit.training.processes import first_to_fail
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
+_INTERRUPTED = 130  # as shells have it: 128 and the signal's number
+
 app = typer.Typer(
     name="lorakit",
     help="LoRA for language models: train, evaluate, chat with and merge low-rank adapters.",
@@ -77,10 +79,12 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            code = _fail("interrupted", code)
     except UsageError as error:
         code = _fail_as_one(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", 130)
+        code = _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
