@@ -19,7 +19,8 @@ class Manifest(BaseModel):
     """The record of one training run.
 
     `train_tokens` counts real tokens (no padding) over all epochs, `supervised_tokens` those that
-    were learned; rates are per second of training, evaluation not counted. Losses are in nats
+    were learned; rates are per second of training, evaluation not counted. `run_seconds` go from
+    the first step (after resuming, the first one then) to the last evaluation. Losses are in nats
     per supervised token on the held-out rows, None when none were held out. `advice` is what the
     recipe left out and got (key, value, why); `notices` and `warnings` are what was said before
     and during training.
@@ -38,6 +39,7 @@ class Manifest(BaseModel):
     warnings: list[dict[str, Any]] = []
     steps: int
     train_seconds: float
+    run_seconds: float | None = None
     train_tokens: int
     supervised_tokens: int
     tokens_per_second: float

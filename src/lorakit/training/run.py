@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -116,8 +117,9 @@ def train(
         with _callbacks(trainer, setup, metrics, console), setup.fast():
             if checkpoint is None and _long(trainer):
                 _say(console, [forecast(trainer).line])
+            began = time.perf_counter()
             losses = _fit(trainer, setup.model, checkpoint)
-        manifest = _manifest(setup, trainer, losses, metrics)
+        manifest = _manifest(setup, trainer, losses, metrics, time.perf_counter() - began)
         if main and setup.own_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
         # All processes help to gather what is spread.
@@ -208,7 +210,11 @@ def _description(setup: Setup) -> Iterator[str]:
 
 
 def _manifest(
-    setup: Setup, trainer: LoraTrainer, losses: dict[str, float | None], metrics: StepLines
+    setup: Setup,
+    trainer: LoraTrainer,
+    losses: dict[str, float | None],
+    metrics: StepLines,
+    run_seconds: float,
 ) -> Manifest:
     counts = trainer.counts
     return Manifest(
@@ -223,6 +229,7 @@ def _manifest(
         warnings=[line for line in metrics.read() if "warning" in line],
         steps=trainer.state.global_step,
         train_seconds=round(counts.seconds, 2),
+        run_seconds=round(run_seconds, 2),
         train_tokens=counts.train_tokens,
         supervised_tokens=counts.supervised_tokens,
         tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
