@@ -20,7 +20,9 @@ class Manifest(BaseModel):
 
     `train_tokens` counts real tokens (no padding) over all epochs, `supervised_tokens` those that
     were learned; rates are per second of training, evaluation not counted. Losses are in nats
-    per supervised token on the held-out rows, None when none were held out.
+    per supervised token on the held-out rows, None when none were held out. A classifier has
+    `labels` (`id2label`, `label2id`, and the training rows' `counts`), and scores (accuracy, macro
+    F1): its own, and those of the untrained head.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -40,6 +42,9 @@ class Manifest(BaseModel):
     compiled: bool = False
     eval_loss: float | None
     base_eval_loss: float | None
+    eval_scores: dict[str, float] | None = None
+    base_eval_scores: dict[str, float] | None = None
+    labels: dict[str, Any] | None = None
     versions: dict[str, str]
     seed: int
 

@@ -67,6 +67,7 @@ def prepare(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 42,
+    to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] = tokenize,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -79,6 +80,7 @@ def prepare(
         columns: maps a format's column names to the files' own.
         limit: use only the first rows of each file, for a quick trial.
         seed: of the split.
+        to_row: what makes a row of a sample, with at most `max_length` tokens.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
@@ -94,9 +96,10 @@ def prepare(
         facts.append(DataFacts(str(eval), len(held), file_sha256(eval)))
         notices = _notice_overlap(kept, held, str(eval))
     everything = kept + held
-    if any(sample.messages for sample in everything) and (notice := ensure_template(tokenizer)):
+    templated = to_row is tokenize and any(sample.messages for sample in everything)
+    if templated and (notice := ensure_template(tokenizer)):
         notices.append(notice)
-    rows = _each(everything, lambda sample: tokenize(sample, tokenizer, max_length))
+    rows = _each(everything, lambda sample: to_row(sample, tokenizer, max_length))
     notices += _notice_rows(everything, rows, max_length)
     return PreparedData(rows[: len(kept)], rows[len(kept) :], held, facts, notices)
 

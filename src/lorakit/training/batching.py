@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from lorakit.data.batches import Collator, LineCollator
+from lorakit.data.batches import Collator, LabelCollator, LineCollator
 from lorakit.data.grouping import (
     Batches,
     by_like_lengths,
@@ -41,13 +41,17 @@ class Batching:
             line (`models.attention.take_lines`).
         pack_length: with it a batch of n is n times so many tokens, filled by best fit; without
             it a batch of n is n rows.
+        own_collator: what makes the tensors of rows that are no causal language model's.
     """
 
     pad_token_id: int | None
     pack_length: int | None = None
+    own_collator: LabelCollator | None = None
 
-    def collator(self) -> Collator | LineCollator:
+    def collator(self) -> Collator | LabelCollator | LineCollator:
         """What makes one batch's tensors."""
+        if self.own_collator is not None:
+            return self.own_collator
         return LineCollator() if self.pad_token_id is None else Collator(self.pad_token_id)
 
     def train_batches(

@@ -115,21 +115,40 @@ class Recipe(_Strict):
         defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
         self.lora = {**defaults, **self.lora}
         self.lora_config()
+        if self.task_type != "CAUSAL_LM":
+            for key, given in (("data.packing", self.data.packing), ("compile", self.compile)):
+                if given is True:
+                    raise ValueError(
+                        f"{key} is for causal language models: leave it out with "
+                        f"lora.task_type {self.task_type}"
+                    )
         return self
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's word for what the model learns: `lora.task_type`, or `CAUSAL_LM`."""
+        return str(self.lora.get("task_type") or "CAUSAL_LM")
 
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
         import dataclasses
 
         from lorakit.lora.config import LoraConfig
+        from lorakit.models.load import FORMS
 
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}
         for name in self.lora:
             if name not in known:
                 raise InputError(f"lora.{name} is not a recipe key{did_you_mean(name, known)}")
+        if self.task_type not in FORMS:
+            near = did_you_mean(self.task_type.upper(), FORMS)
+            raise InputError(
+                f"lora.task_type cannot be {self.task_type}{near}: lorakit trains "
+                f"{', '.join(FORMS)}"
+            )
         try:
-            return LoraConfig(task_type="CAUSAL_LM", **self.lora)
+            return LoraConfig(**{**self.lora, "task_type": self.task_type})
         except InputError as error:
             raise InputError(f"lora: {error}") from error
         except TypeError as error:

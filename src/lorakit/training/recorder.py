@@ -16,7 +16,7 @@ from lorakit.errors import LorakitError
 from lorakit.training.trainer import Counts
 
 METRICS_NAME = "metrics.jsonl"
-_KEPT = ("loss", "eval_loss", "grad_norm", "learning_rate")
+_KEPT = ("loss", "grad_norm", "learning_rate")
 
 
 class Recorder(TrainerCallback):
@@ -55,7 +55,8 @@ class Recorder(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Appends one line: the step, the epoch, what was logged, and tokens per second."""
-        values = {k: v for k, v in (logs or {}).items() if k in _KEPT}
+        logs = logs or {}
+        values = {k: v for k, v in logs.items() if k in _KEPT or k.startswith("eval_")}
         if not values or not state.is_world_process_zero:
             return
         if not math.isfinite(values.get("loss", 0.0)):

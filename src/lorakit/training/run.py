@@ -19,14 +19,15 @@ from transformers.trainer_callback import PrinterCallback
 from lorakit import atomic
 from lorakit.adapters.manifest import Manifest, read_manifest, write_manifest
 from lorakit.adapters.open import TEMPLATE_NAME
-from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.batches import LabelCollator
+from lorakit.data.dataset import PreparedData
 from lorakit.data.templates import template_sha256
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
-from lorakit.models import load_model
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
+from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import Batching
 from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import is_main_process, settle_in
@@ -34,6 +35,7 @@ from lorakit.training.output import check_output, claim_output
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import Recorder
+from lorakit.training.tasks import begin
 from lorakit.training.trainer import LoraTrainer, last_checkpoint
 
 
@@ -79,23 +81,14 @@ def train(
         check_output(folder, resume=resume)
 
     settle_in()
-    model, tokenizer = load_model(recipe.model, recipe.dtype)
-    had_template = bool(tokenizer.chat_template)
-    data = prepare(
-        tokenizer,
-        recipe.data.train,
-        recipe.data.eval,
-        max_length=recipe.data.max_length,
-        columns=recipe.data.columns or None,
-        limit=recipe.data.limit,
-        seed=recipe.training.seed,
-    )
+    begun = begin(recipe)
+    model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     _say(console, data.notices)
-    base = fingerprint(model)
+    base = fingerprint(model, without=begun.new_modules)
     set_seed(recipe.training.seed)
-    adapted = LoraModel(model, recipe.lora_config())
+    adapted = LoraModel(model, begun.lora_config(recipe))
     arguments = _training_arguments(recipe, data)
-    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id)
+    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id, begun.collator)
     compiled, notice = choose(recipe.compile, adapted, _tokens_to_train(data, batching, arguments))
     if main:
         claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
@@ -113,8 +106,11 @@ def train(
         notices.append(f"{arguments.world_size} of {torch.cuda.device_count()} GPUs used; {many}")
     _say(console, [*notices, *([notice] if notice else [])])
     with _named_failures(folder):
-        trainer = LoraTrainer(adapted, arguments, data.train, data.eval, batching)
-        if trainer.supervised_loss.output is None:
+        trainer = LoraTrainer(
+            adapted, arguments, data.train, data.eval, batching, begun.loss, begun.scorer
+        )
+        own_loss = trainer.supervised_loss
+        if isinstance(own_loss, SupervisedLoss) and own_loss.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Recorder(folder, trainer.counts))
@@ -124,7 +120,7 @@ def train(
             compile_blocks(adapted)
         try:
             with nullcontext() if compiled else fused(adapted):
-                losses = _fit(trainer, adapted, data, checkpoint)
+                base_scores, scores = _fit(trainer, adapted, data, checkpoint)
         finally:
             bar.close()  # an interrupted bar would leave the terminal without its cursor
         counts = trainer.counts
@@ -142,21 +138,28 @@ def train(
             peak_memory_mb=_peak_memory_mb(),
             padding_free=batching.pad_token_id is None,
             compiled=compiled,
-            eval_loss=losses["eval"],
-            base_eval_loss=losses["base"],
+            eval_loss=scores.get("loss"),
+            base_eval_loss=base_scores.get("loss"),
+            eval_scores={k: v for k, v in scores.items() if k != "loss"} or None,
+            base_eval_scores={k: v for k, v in base_scores.items() if k != "loss"} or None,
+            labels=begun.labels.to_dict() if begun.labels else None,
             versions=_versions(),
             seed=recipe.training.seed,
         )
         if main:
-            if not had_template:  # so that chat and serve use the same
+            if not begun.had_template:  # so that chat and serve use the same
                 atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
             adapted.save_pretrained(folder)
             write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
 
 
-def _batching(recipe: Recipe, model: LoraModel, pad_token_id: int) -> tuple[Batching, list[str]]:
+def _batching(
+    recipe: Recipe, model: LoraModel, pad_token_id: int, collator: LabelCollator | None
+) -> tuple[Batching, list[str]]:
     """How rows become batches, with what to say where that is not as the recipe has it."""
+    if collator:
+        return Batching(pad_token_id, own_collator=collator), []
     pack_length = recipe.data.max_length if recipe.data.packing else None
     if not recipe.data.padding_free:
         return Batching(pad_token_id, pack_length), []
@@ -202,20 +205,21 @@ def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments
 
 def _fit(
     trainer: LoraTrainer, model: LoraModel, data: PreparedData, checkpoint: Path | None
-) -> dict[str, float | None]:
-    """Trains; returns the held-out loss of the bare base, and of the adapter."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if not data.eval:
-        return {"base": None, "eval": None}
+        return {}, {}
     last: dict[str, float] = next(
         (e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {}
     )
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        tuned = last["eval_loss"]
+        tuned = last
     else:
-        tuned = trainer.evaluate()["eval_loss"]
+        tuned = trainer.evaluate()
     with model.disable_adapter():
-        return {"base": trainer.held_out_loss(), "eval": tuned}
+        base = trainer.held_out_scores()
+    return base, {name: tuned[f"eval_{name}"] for name in base}
 
 
 def _describe(console: Console, recipe: Recipe, model: LoraModel, data: PreparedData) -> None:

@@ -1,0 +1,197 @@
+"""What a run begins with, by its task: the model's form, its rows, its batches, loss and scores.
+
+A causal language model is the common case. A classifier's head needs the labels of the rows before
+it can be made, so there the rows are read first; an encoder-decoder reads the prompt and learns
+the answer. From there on a run is the same for all (`run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit.data.batches import LabelCollator
+from lorakit.data.dataset import DataFacts, PreparedData, prepare
+from lorakit.data.labelled import (
+    LabelledSample,
+    Labels,
+    collect_labels,
+    hold_out,
+    notice_labels,
+    notice_rows,
+    read_labelled,
+    tokenize_sequence,
+    tokenize_words,
+)
+from lorakit.data.scores import LabelScorer
+from lorakit.data.seq2seq import tokenize_pair
+from lorakit.data.sources import file_sha256
+from lorakit.errors import listed
+from lorakit.models.label_loss import LabelLoss
+from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, most_tokens
+from lorakit.models.loss import SupervisedLoss
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.lora.config import LoraConfig
+    from lorakit.training.recipe import Recipe
+
+
+class Loss(Protocol):
+    """The loss of a batch: a sum and what it is a sum of, so that batches add up exactly."""
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss in nats, and the number of labels that it is taken on."""
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """How many of a batch's labels the loss is taken on."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A model and its rows, ready for an adapter.
+
+    Args:
+        loss: makes the loss of a model; its second argument says that weights are spread over
+            machines.
+        collator: makes a batch's tensors; None where rows may lie in one line too.
+        new_modules: what the adapter trains whole and keeps.
+        labels: the classes, of a classifier.
+        scorer: what predictions are scored by, of a classifier.
+        had_template: whether the tokenizer brought the chat template that rows were rendered with.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    loss: Callable[[nn.Module, bool], Loss] = SupervisedLoss
+    collator: LabelCollator | None = None
+    new_modules: list[str] = field(default_factory=list)
+    labels: Labels | None = None
+    scorer: LabelScorer | None = None
+    had_template: bool = True
+
+    def lora_config(self, recipe: Recipe) -> LoraConfig:
+        """The recipe's, with the new modules among those that are trained whole."""
+        config = recipe.lora_config()
+        if self.new_modules:
+            own = config.modules_to_save or []
+            config.modules_to_save = list(dict.fromkeys([*own, *self.new_modules]))
+        return config
+
+
+def begin(recipe: Recipe) -> Beginning:
+    """Loads the recipe's model and prepares its rows.
+
+    Raises:
+        InputError: the model or the rows cannot be used.
+    """
+    if recipe.task_type in CLASSIFICATION:
+        return _classification(recipe)
+    return _seq2seq(recipe) if recipe.task_type == "SEQ_2_SEQ_LM" else _causal(recipe)
+
+
+def _causal(recipe: Recipe) -> Beginning:
+    model, tokenizer = load_model(recipe.model, recipe.dtype)
+    had_template = bool(tokenizer.chat_template)
+    data = prepare(
+        tokenizer,
+        recipe.data.train,
+        recipe.data.eval,
+        max_length=recipe.data.max_length,
+        columns=recipe.data.columns or None,
+        limit=recipe.data.limit,
+        seed=recipe.training.seed,
+    )
+    return Beginning(model, tokenizer, data, had_template=had_template)
+
+
+def _seq2seq(recipe: Recipe) -> Beginning:
+    loaded = load_for_task(recipe.task_type, recipe.model, recipe.dtype, seed=recipe.training.seed)
+    data = prepare(
+        loaded.tokenizer,
+        recipe.data.train,
+        recipe.data.eval,
+        max_length=most_tokens(loaded.model, recipe.data.max_length),
+        columns=recipe.data.columns or None,
+        limit=recipe.data.limit,
+        seed=recipe.training.seed,
+        to_row=tokenize_pair,
+    )
+    return Beginning(
+        loaded.model,
+        loaded.tokenizer,
+        data,
+        loss=lambda model, _: LabelLoss(model, targets=True),
+        collator=LabelCollator(loaded.tokenizer.pad_token_id),
+        new_modules=loaded.new_modules,
+    )
+
+
+def _classification(recipe: Recipe) -> Beginning:
+    one_label = recipe.task_type == "SEQ_CLS"
+    train, held, facts, notices = _labelled_samples(recipe)
+    labels = collect_labels(train, held)
+    notices += notice_labels(labels, len(train))
+    loaded = load_for_task(
+        recipe.task_type,
+        recipe.model,
+        recipe.dtype,
+        labels=labels.names,
+        seed=recipe.training.seed,
+    )
+    notices.append(
+        f"trained whole and saved with the adapter: {listed(loaded.new_modules)} "
+        f"({recipe.task_type})"
+    )
+    length = most_tokens(loaded.model, recipe.data.max_length)
+    to_row = tokenize_sequence if one_label else tokenize_words
+    rows = [to_row(s, loaded.tokenizer, length, labels.number_of) for s in (*train, *held)]
+    notices += notice_rows(rows, length, recipe.data.max_length)
+    return Beginning(
+        loaded.model,
+        loaded.tokenizer,
+        PreparedData([*rows[: len(train)]], [*rows[len(train) :]], [], facts, notices),
+        loss=lambda model, _: LabelLoss(model),
+        collator=LabelCollator(loaded.tokenizer.pad_token_id, one_label),
+        new_modules=loaded.new_modules,
+        labels=labels,
+        scorer=LabelScorer(labels.names, words=not one_label),
+    )
+
+
+def _labelled_samples(
+    recipe: Recipe,
+) -> tuple[list[LabelledSample], list[LabelledSample], list[DataFacts], list[str]]:
+    """Training and held-out samples, what they were read from, and notices."""
+    data = recipe.data
+
+    def read(path: str) -> tuple[list[LabelledSample], DataFacts]:
+        samples = read_labelled(path, recipe.task_type, data.columns, data.limit)
+        return samples, DataFacts(path, len(samples), file_sha256(path))
+
+    samples, fact = read(data.train)
+    if not isinstance(data.eval, str):
+        train, held, notices = hold_out(samples, data.eval, recipe.training.seed)
+        return train, held, [fact], notices
+    held, held_fact = read(data.eval)
+    return samples, held, [fact, held_fact], _notice_overlap(samples, held, data.eval)
+
+
+def _notice_overlap(
+    train: Sequence[LabelledSample], held: Sequence[LabelledSample], path: str
+) -> list[str]:
+    seen = {sample.texts for sample in held}
+    both = [sample.where for sample in train if sample.texts in seen]
+    if not both:
+        return []
+    return [
+        f"{len(both):,} of {len(train):,} rows have their text in {path} too, so the eval numbers "
+        f"will be too good (first: {both[0]})"
+    ]
