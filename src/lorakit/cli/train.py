@@ -57,9 +57,9 @@ def train(
         typer.echo(
             f"held-out loss: {manifest.base_eval_loss:.4f} before, {manifest.eval_loss:.4f} after"
         )
-    for name, value in (manifest.eval_scores or {}).items():
+    for name, score in (manifest.eval_scores or {}).items():
         before = (manifest.base_eval_scores or {})[name]
-        typer.echo(f"held-out {name}: {before:.4f} with the untrained head, {value:.4f} after")
+        typer.echo(f"held-out {name}: {before:.4f} with the untrained head, {score:.4f} after")
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str | tuple[str, str]]]:
