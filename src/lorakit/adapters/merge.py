@@ -82,11 +82,14 @@ def merge(
     """
     import torch
 
+    from lorakit.models.load import most_tokens
+
     atomic.require_free(output)
     opened = open_adapter(adapter, base=base, dtype="float32")
     model, tokenizer = opened.model, opened.tokenizer
     written = _output_dtype(opened.base_model, dtype)
-    probes = [tokenizer(text, return_tensors="pt").input_ids for text in _PROBES]
+    places = most_tokens(model, 1024)
+    probes = [tokenizer(text, return_tensors="pt").input_ids[:, :places] for text in _PROBES]
     expected = _logits(model, probes)
     with model.disable_adapter():
         bare = _logits(model, probes)
