@@ -63,18 +63,13 @@ def test_no_share_leaves_every_row_for_training(tokenizer: Any, write_rows: Writ
     assert (len(data.train), data.eval, data.eval_samples, data.notices) == (3, [], [], [])
 
 
-def test_an_eval_file_is_used_whole_and_rows_in_both_are_counted(
-    tokenizer: Any, write_rows: WriteRows
-) -> None:
+def test_an_eval_file_is_used_whole(tokenizer: Any, write_rows: WriteRows) -> None:
     train = write_rows(numbered(10), "train.jsonl")
     held = write_rows([*numbered(2), {"prompt": "q3", "completion": "new"}], "eval.jsonl")
     data = prepare(tokenizer, str(train), str(held))
     assert (len(data.train), len(data.eval)) == (10, 3)
     assert [(fact.path, fact.rows) for fact in data.facts] == [(str(train), 10), (str(held), 3)]
-    assert data.notices == [
-        f"2 of 10 rows are also in {held}, so the eval numbers will be too good "
-        "(first: train.jsonl:1)"
-    ]
+    assert data.notices == []
 
 
 def test_limit_takes_the_first_rows_of_each_file(tokenizer: Any, write_rows: WriteRows) -> None:
@@ -83,18 +78,6 @@ def test_limit_takes_the_first_rows_of_each_file(tokenizer: Any, write_rows: Wri
     assert [row.where for row in data.train] == [f"rows.jsonl:{i}" for i in (1, 2, 3, 4)]
     assert len(data.eval) == 4
     assert data.facts[0].rows == 4
-
-
-def test_cut_rows_and_empty_answers_are_counted(tokenizer: Any, write_rows: WriteRows) -> None:
-    long = {"prompt": "q", "completion": "long " * 100}
-    path = write_rows([*numbered(2), long, {"prompt": "silent", "completion": ""}])
-    data = prepare(tokenizer, path, 0, max_length=64)
-    assert data.notices == [
-        "1 of 4 rows is longer than max_length 64 tokens and cut at the end (first: rows.jsonl:3)",
-        "1 of 4 rows is without an answer's text, which teaches the model to say nothing "
-        "(first: rows.jsonl:4)",
-    ]
-    assert max(map(len, data.train)) == 64
 
 
 def test_the_plain_template_is_announced_for_conversations_only(
@@ -162,4 +145,4 @@ def test_rows_of_one_prompt_cannot_be_split(tokenizer: Any, write_rows: WriteRow
 def test_facts_and_rows_are_plain_values(tokenizer: Any, write_rows: WriteRows) -> None:
     data = prepare(tokenizer, write_rows(numbered(2)), 0)
     assert set(dataclasses.asdict(data.facts[0])) == {"path", "rows", "sha256"}
-    assert set(dataclasses.asdict(data.train[0])) == {"input_ids", "labels", "where", "truncated"}
+    assert set(dataclasses.asdict(data.train[0])) == {"input_ids", "labels", "where", "cut"}

@@ -52,20 +52,20 @@ def test_a_text_or_a_pair_is_found_by_its_columns(
 @pytest.mark.parametrize(
     ("task", "row", "words"),
     [
-        ("SEQ_CLS", {"text": "a"}, "text+label"),
+        ("SEQ_CLS", {"text": "a"}, r"text\+label"),
         ("SEQ_CLS", {"text": "a", "label": None}, "'label' is empty"),
         ("SEQ_CLS", {"text": "a", "label": " "}, "'label' is empty"),
         ("SEQ_CLS", {"text": "a", "label": 0.5}, "0.5, a number with a point"),
         ("SEQ_CLS", {"text": "a", "label": ["x"]}, "'label' is a list"),
         ("SEQ_CLS", {"text": "", "label": "x"}, "'text' is empty"),
-        ("SEQ_CLS", {"text": 5, "label": "x"}, "'text' is a int"),
+        ("SEQ_CLS", {"text": 5, "label": "x"}, "'text' is a number"),
         ("SEQ_CLS", {"text": "\ud83d", "label": "x"}, "surrogate"),
         ("SEQ_CLS", {"text": "a", "sentence1": "a", "sentence2": "b", "label": 1}, "say which"),
         ("TOKEN_CLS", {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
-        ("TOKEN_CLS", {"tokens": "a b", "tags": ["O"]}, "'tokens' is a str"),
+        ("TOKEN_CLS", {"tokens": "a b", "tags": ["O"]}, "'tokens' is a string"),
         ("TOKEN_CLS", {"tokens": [], "tags": []}, "'tokens' is empty"),
         ("TOKEN_CLS", {"tokens": ["a"], "tags": [None]}, r"tags\[0\] is empty"),
-        ("TOKEN_CLS", {"tokens": ["a", 1], "tags": [0, 0]}, r"tokens\[1\] is a int"),
+        ("TOKEN_CLS", {"tokens": ["a", 1], "tags": [0, 0]}, r"tokens\[1\] is a number"),
         ("TOKEN_CLS", {"tokens": ["a"], "tags": [0], "ner_tags": [0]}, "say which"),
     ],
 )
@@ -103,7 +103,7 @@ def test_labels_that_cannot_be_learned_are_refused():
         collect_labels(labelled("a", "a"), [])
     with pytest.raises(InputError, match=r"f:2: no training row has the label 'aple'.*'apple'"):
         collect_labels(labelled("apple", "pear"), labelled("apple", "aple"))
-    with pytest.raises(InputError, match=r"f:2: a label is a int, and in f:1 a str"):
+    with pytest.raises(InputError, match=r"f:2: a label is a number, and in f:1 a string"):
         collect_labels(labelled("1", 2), [])
 
 
@@ -145,7 +145,6 @@ def test_a_words_tag_is_that_of_its_first_token():
 
 def test_cut_words_and_words_without_a_token_are_counted():
     tokenizer = letter_tokenizer()
-    sample = LabelledSample(("a", "\u200b", "bc", "d"), ("O",) * 4, "f:1")
     ids = {"O": 0, "B-X": 1}
     sample = LabelledSample(("a", " \t", "bc", "d"), ("O",) * 4, "f:1")
     row = tokenize_words(sample, tokenizer, 64, ids)

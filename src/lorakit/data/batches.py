@@ -18,7 +18,7 @@ class Collator:
     pad_token_id: int
     pad_to_multiple_of: int = 8
 
-    def __call__(self, rows: list[TokenizedRow]) -> "dict[str, torch.Tensor]":
+    def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq)."""
         import torch
 
@@ -78,7 +78,7 @@ class LabelCollator:
 class LineCollator:
     """Puts rows into one line without padding; the names are those of flash attention."""
 
-    def __call__(self, rows: list[TokenizedRow]) -> "dict[str, torch.Tensor]":
+    def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         """`input_ids`, `position_ids` and `labels`, each int64 of shape (1, tokens).
 
         `cu_seq_lens_q` and `cu_seq_lens_k` (rows + 1,), int32, say where each row begins and the

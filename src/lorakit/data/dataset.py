@@ -1,7 +1,7 @@
 """A recipe's data section to rows ready for training: read, check, split, tokenize, count.
 
-What the user should know but need not act on (cut rows, a template we chose, the eval share)
-comes back as `notices`; printing them is left to the caller.
+What the user should know but need not act on comes back: what was chosen (a template, the eval
+share) as `notices`, what was found in the rows as `findings`; printing is left to the caller.
 """
 
 import random
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample, check_columns, to_sample
 from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.data.sources import file_sha256, read_rows
@@ -34,13 +35,23 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Rows for training and evaluation; `eval[i]` is the tokenized `eval_samples[i]`."""
+    """Rows for training and evaluation; `train[i]` is the tokenized `train_samples[i]`."""
 
-    train: list[TokenizedRow]
-    eval: list[TokenizedRow]
-    eval_samples: list[Sample]
+    train: Sequence[TokenizedRow]
+    eval: Sequence[TokenizedRow]
+    train_samples: Sequence[AnySample]
+    eval_samples: Sequence[AnySample]
     facts: list[DataFacts]
     notices: list[str]
+    findings: list[Finding]
+
+    def statistics(self) -> dict[str, RowStatistics]:
+        """The numbers of both parts, of those that have rows."""
+        parts = {
+            "train": statistics(self.train_samples, self.train),
+            "eval": statistics(self.eval_samples, self.eval),
+        }
+        return {name: part for name, part in parts.items() if part.rows}
 
 
 def load_samples(
@@ -94,14 +105,20 @@ def prepare(
     else:
         kept, held = samples, load_samples(eval, columns, limit)
         facts.append(DataFacts(str(eval), len(held), file_sha256(eval)))
-        notices = _notice_overlap(kept, held, str(eval))
+        notices = []
     everything = kept + held
     templated = to_row is tokenize and any(sample.messages for sample in everything)
     if templated and (notice := ensure_template(tokenizer)):
         notices.append(notice)
     rows = _each(everything, lambda sample: to_row(sample, tokenizer, max_length))
-    notices += _notice_rows(everything, rows, max_length)
-    return PreparedData(rows[: len(kept)], rows[len(kept) :], held, facts, notices)
+    train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
+    found = findings(
+        list(zip(kept, train_rows, strict=True)),
+        list(zip(held, eval_rows, strict=True)),
+        tokenizer,
+        max_length,
+    )
+    return PreparedData(train_rows, eval_rows, kept, held, facts, notices, found)
 
 
 def _each(items: Iterable[In], make: Callable[[In], Out]) -> list[Out]:
@@ -158,37 +175,5 @@ def _split(
     return kept, held, [notice]
 
 
-def _notice_overlap(train: list[Sample], held: list[Sample], path: str) -> list[str]:
-    seen = {(sample.prompt_key, sample.reference) for sample in held}
-    both = [sample for sample in train if (sample.prompt_key, sample.reference) in seen]
-    if not both:
-        return []
-    return [
-        f"{_share(both, train)} also in {path}, so the eval "
-        f"numbers will be too good (first: {both[0].where})"
-    ]
-
-
-def _notice_rows(
-    samples: Sequence[Sample], rows: Sequence[TokenizedRow], max_length: int
-) -> list[str]:
-    notices = []
-    if cut := [row.where for row in rows if row.truncated]:
-        notices.append(
-            f"{_share(cut, rows)} longer than max_length {max_length} tokens and cut at the end "
-            f"(first: {cut[0]})"
-        )
-    if empty := [s.where for s in samples if s.messages and not s.reference.strip()]:
-        notices.append(
-            f"{_share(empty, rows)} without an answer's text, which teaches the model to say "
-            f"nothing (first: {empty[0]})"
-        )
-    return notices
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _share(some: Sequence[object], of: Sequence[object]) -> str:
-    return f"{len(some):,} of {_count(len(of), 'row')} {'is' if len(some) == 1 else 'are'}"

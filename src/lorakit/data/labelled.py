@@ -5,6 +5,7 @@ samples, labels get their numbers, some rows are held out, and a sample becomes 
 model makes of them is scored in `lorakit.data.scores`.
 """
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.formats import Message
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError, did_you_mean, listed
@@ -28,6 +30,15 @@ _FORMS = {
     "TOKEN_CLS": (("tokens", "tags"), ("tokens", "ner_tags")),
 }
 _OPTIONAL = {("text", "label"): "text_pair"}
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 _MANY = 1000  # classes, from which a column of labels looks like something else
 
 
@@ -35,12 +46,28 @@ _MANY = 1000  # classes, from which a column of labels looks like something else
 class LabelledSample:
     """What one row teaches: `texts` is one text or a pair with one label, or words with a tag each.
 
-    `labels` are as the file has them; `label_name` gives their names.
+    `labels` are as the file has them; `label_name` gives their names. There are no `messages`.
     """
 
     texts: tuple[str, ...]
     labels: tuple[Label, ...]
     where: str
+    messages: tuple[()] = ()
+
+    @property
+    def prompt_key(self) -> str:
+        """Equal for samples with the same text, as that of conversations."""
+        return json.dumps(self.texts, ensure_ascii=False)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Nothing: a classifier is not asked."""
+        return []
+
+    @property
+    def reference(self) -> str:
+        """The labels."""
+        return " ".join(map(label_name, self.labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +182,8 @@ def _read_words(row: Row, form: tuple[str, ...]) -> LabelledSample:
     words, tags = (row.values[name] for name in form)
     for name in form:
         if not isinstance(row.values[name], list):
-            kind = type(row.values[name]).__name__
-            raise InputError(f"{row.where}: '{name}' is a {kind}, expected a list, a word each")
+            kind = _kind(row.values[name])
+            raise InputError(f"{row.where}: '{name}' is {kind}, expected a list with one a word")
     if len(words) != len(tags):
         raise InputError(
             f"{row.where}: {len(words)} {form[0]} and {len(tags)} {form[1]}: every word needs "
@@ -173,7 +200,7 @@ def _read_words(row: Row, form: tuple[str, ...]) -> LabelledSample:
 
 def _text(row: Row, value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{row.where}: {what} is a {type(value).__name__}, expected a string")
+        raise InputError(f"{row.where}: {what} is {_kind(value)}, expected a string")
     if not value.strip():
         raise InputError(f"{row.where}: {what} is empty; fill it or drop the row")
     try:
@@ -185,6 +212,10 @@ def _text(row: Row, value: object, what: str) -> str:
     return value
 
 
+def _kind(value: object) -> str:
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
 def _label(row: Row, value: object, what: str) -> Label:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise InputError(f"{row.where}: {what} is empty; give the row a label or drop it")
@@ -194,8 +225,9 @@ def _label(row: Row, value: object, what: str) -> Label:
             "write whole numbers or names (lorakit does not learn to predict numbers)"
         )
     if not isinstance(value, (str, int)):
-        kind = type(value).__name__
-        raise InputError(f"{row.where}: {what} is a {kind}, expected a name or a whole number")
+        raise InputError(
+            f"{row.where}: {what} is {_kind(value)}, expected a name or a whole number"
+        )
     return value
 
 
@@ -217,8 +249,8 @@ def collect_labels(train: Sequence[LabelledSample], held: Sequence[LabelledSampl
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
         raise InputError(
-            f"{second.where}: a label is a {other.__name__}, and in {first.where} a "
-            f"{one.__name__}; write all of them the same way"
+            f"{second.where}: a label is {_KINDS[other]}, and in {first.where} {_KINDS[one]}; "
+            "write all of them the same way"
         )
     counts = count_labels(train)
     names = sorted(counts, key=_by_size_or_name(counts))
@@ -321,13 +353,14 @@ def tokenize_sequence(
 ) -> LabelledRow:
     """A text or a pair as the model reads it, and its class; the longer text is cut first."""
     encoded = tokenizer(*sample.texts, return_attention_mask=False, verbose=False)
-    if truncated := len(encoded["input_ids"]) > max_length:
+    cut = max(0, len(encoded["input_ids"]) - max_length)
+    if cut:
         encoded = tokenizer(
             *sample.texts, return_attention_mask=False, truncation=True, max_length=max_length
         )
     segments = encoded.get("token_type_ids")
     label = number_of[label_name(sample.labels[0])]
-    return LabelledRow(list(encoded["input_ids"]), [label], sample.where, truncated, segments)
+    return LabelledRow(list(encoded["input_ids"]), [label], sample.where, cut, segments)
 
 
 def tokenize_words(
@@ -345,7 +378,8 @@ def tokenize_words(
     options = {"is_split_into_words": True, "return_attention_mask": False}
     encoded = tokenizer(words, verbose=False, **options)
     whole = {word for word in encoded.word_ids() if word is not None}
-    if truncated := len(encoded["input_ids"]) > max_length:
+    cut = max(0, len(encoded["input_ids"]) - max_length)
+    if cut:
         encoded = tokenizer(words, truncation=True, max_length=max_length, **options)
     labels, seen = [], []
     before = None
@@ -362,25 +396,19 @@ def tokenize_words(
         list(encoded["input_ids"]),
         labels,
         sample.where,
-        truncated,
+        cut,
         encoded.get("token_type_ids"),
         tuple(seen),
         len(words) - len(whole),
     )
 
 
-def notice_rows(rows: Sequence[LabelledRow], max_length: int, wanted: int) -> list[str]:
-    """How many rows were cut to `max_length` tokens, and how many words have no token."""
-    notices = []
-    if cut := [row.where for row in rows if row.truncated]:
-        why = "the model's positions" if max_length < wanted else "data.max_length"
-        notices.append(
-            f"{len(cut):,} of {len(rows):,} rows are longer than {max_length} tokens ({why}) and "
-            f"cut at the end (first: {cut[0]})"
-        )
-    if unseen := [row for row in rows if row.unseen]:
-        notices.append(
-            f"{sum(row.unseen for row in unseen):,} words have no token, so that their tags are "
-            f"neither learned nor scored (first: {unseen[0].where})"
-        )
-    return notices
+def notice_unseen(rows: Sequence[LabelledRow]) -> list[str]:
+    """How many words have no token, and where the first one is."""
+    unseen = [row for row in rows if row.unseen]
+    if not unseen:
+        return []
+    return [
+        f"{sum(row.unseen for row in unseen):,} words have no token, so that their tags are "
+        f"neither learned nor scored (first: {unseen[0].where})"
+    ]

@@ -24,15 +24,23 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """A row ready for training; `labels[t]` is `input_ids[t]` or `IGNORE`, unshifted."""
+    """A row ready for training; `labels[t]` is `input_ids[t]` or `IGNORE`, unshifted.
+
+    `cut` tokens were behind the largest length and are gone.
+    """
 
     input_ids: list[int]
     labels: list[int]
     where: str
-    truncated: bool = False
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the row was longer."""
+        return self.cut > 0
 
     @property
     def supervised(self) -> int:
@@ -62,7 +70,8 @@ def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: i
         except InputError as error:
             raise InputError(f"{sample.where}: {error}") from error
     labels[0] = IGNORE
-    row = TokenizedRow(ids[:max_length], labels[:max_length], sample.where, len(ids) > max_length)
+    cut = max(0, len(ids) - max_length)
+    row = TokenizedRow(ids[:max_length], labels[:max_length], sample.where, cut)
     if row.supervised == 0:
         first = next((i for i, label in enumerate(labels) if label != IGNORE), None)
         if first is None:

@@ -46,8 +46,10 @@ def tokenize_pair(
     labels = list(tokenizer(text_target=sample.reference, verbose=False)["input_ids"])
     if labels[-1:] != [end]:
         labels.append(end)
-    truncated = max(len(ids), len(labels)) > max_length
-    return LabelledRow(ids[:max_length], labels[:max_length], sample.where, truncated)
+    longest = max(len(ids), len(labels))
+    ids, labels = ids[:max_length], labels[:max_length]
+    cut = longest - len(ids) if longest > max_length else 0
+    return LabelledRow(ids, labels, sample.where, cut)
 
 
 def prompt_tokens(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

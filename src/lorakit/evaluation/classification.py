@@ -18,7 +18,7 @@ from lorakit.data.labelled import (
     check_labels,
     count_labels,
     label_name,
-    notice_rows,
+    notice_unseen,
     tokenize_sequence,
     tokenize_words,
 )
@@ -138,9 +138,16 @@ def evaluate_labels(
         scores={**scores, "loss": {"tuned": total / labels_seen}},
         classes=[score for score in scorer.by_class(tuned) if score],
         predictions=[prediction for prediction in predictions if prediction],
-        notices=notice_rows(rows, length, max_length),
+        notices=[*_notice_cut(rows, length), *notice_unseen(rows)],
         seconds=round(time.perf_counter() - began, 2),
     )
+
+
+def _notice_cut(rows: Sequence[LabelledRow], length: int) -> list[str]:
+    cut = [row.where for row in rows if row.cut]
+    if not cut:
+        return []
+    return [f"{len(cut):,} of {len(rows):,} rows are cut at {length} tokens (first: {cut[0]})"]
 
 
 def _prediction(

@@ -18,6 +18,8 @@ from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
 
+_TOGETHER = 2**22  # numbers of A and B that are measured at once
+
 
 @dataclass(frozen=True)
 class AdapterState:
@@ -63,6 +65,7 @@ class LoraMonitor(TrainerCallback):
         self._layers: dict[str, LoraLayer] = {}
         self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._weight_norms: dict[str, float] = {}
+        self._alike: list[list[str]] = []  # layers of one shape, which are measured together
         self._adapter = ""
         if model is not None:
             self.start(model)
@@ -81,30 +84,51 @@ class LoraMonitor(TrainerCallback):
             for name, module in wrapped_modules(model.get_base_model())
             if isinstance(module, LoraLayer) and self._adapter in module.r
         }
+        by_shape: dict[tuple[Any, ...], list[str]] = {}
         for name, layer in self._layers.items():
             A, B = layer.matrices(self._adapter)
             self._start[name] = (A.detach().clone(), B.detach().clone())
             self._weight_norms[name] = layer.base_weight.detach().float().norm().item()
+            by_shape.setdefault((A.shape, B.shape, A.device), []).append(name)
+        self._alike = [part for names in by_shape.values() for part in self._cut(names)]
 
     @torch.no_grad()
     def measure(self) -> dict[str, AdapterState]:
         """The state of every adapted module now, by its path in the base model."""
-        return {name: self._measure(name, layer) for name, layer in self._layers.items()}
+        measured = {n: state for names in self._alike for n, state in self._measure(names).items()}
+        return {name: measured[name] for name in self._layers}
 
     def total(self, states: dict[str, AdapterState] | None = None) -> AdapterState:
         """All modules together; `states` is a measurement, None takes a new one."""
         return AdapterState.together(list((states or self.measure()).values()))
 
-    def _measure(self, name: str, layer: LoraLayer) -> AdapterState:
-        (A, B), (A0, B0) = layer.matrices(self._adapter), self._start[name]
-        trained = layer.adapter_tensors(self._adapter).values()
-        gradients = [p.grad.float().norm().item() for p in trained if p.grad is not None]
-        return AdapterState(
-            gradient_norm=math.hypot(*gradients),
-            weight_change=math.hypot((A - A0).norm().item(), (B - B0).norm().item()),
-            update_norm=layer.scaling[self._adapter] * _product_change(A, B, A0, B0),
-            weight_norm=self._weight_norms[name],
-        )
+    def _cut(self, names: list[str]) -> list[list[str]]:
+        """Groups of layers whose matrices, twice and in float64, stay within some 100 MB."""
+        size = max(1, _TOGETHER // sum(tensor.numel() for tensor in self._start[names[0]]))
+        return [names[at : at + size] for at in range(0, len(names), size)]
+
+    def _measure(self, names: list[str]) -> dict[str, AdapterState]:
+        """Layers of one shape in a few large operations and one wait for the device."""
+        now = [self._layers[name].matrices(self._adapter) for name in names]
+        A, B = (torch.stack([pair[i].float() for pair in now]) for i in (0, 1))
+        A0, B0 = (torch.stack([self._start[n][i].float() for n in names]) for i in (0, 1))
+        moved = torch.hypot((A - A0).norm(dim=(1, 2)), (B - B0).norm(dim=(1, 2)))
+        scaling = [self._layers[name].scaling[self._adapter] for name in names]
+        update = _product_change(A, B, A0, B0) * torch.tensor(scaling, device=A.device)
+        columns = torch.stack([self._gradient_norms(names).to(A.device), moved, update])
+        return {
+            name: AdapterState(*values, self._weight_norms[name])
+            for name, values in zip(names, columns.T.tolist(), strict=True)
+        }
+
+    def _gradient_norms(self, names: list[str]) -> torch.Tensor:
+        zero = torch.zeros(())
+        norms = []
+        for name in names:
+            trained = self._layers[name].adapter_tensors(self._adapter).values()
+            squares = [p.grad.float().square().sum() for p in trained if p.grad is not None]
+            norms.append(torch.stack(squares).sum().sqrt() if squares else zero)
+        return torch.stack(norms)
 
     # --- as a callback of Trainer -----------------------------------------------------------
 
@@ -123,11 +147,16 @@ class LoraMonitor(TrainerCallback):
             self.history.append((step, states, self.total(states)))
 
 
-def _product_change(A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor) -> float:
-    """‖B A - B0 A0‖ without forming a (d_out, d_in) matrix.
+def _product_change(
+    A: torch.Tensor, B: torch.Tensor, A0: torch.Tensor, B0: torch.Tensor
+) -> torch.Tensor:
+    """‖B A - B0 A0‖ (n,) of n pairs, A (n, r, d_in), without forming (d_out, d_in) matrices.
 
     With L = [B, -B0] and R = [A; A0] the norm's square is the sum of (L^T L) * (R R^T).
     """
-    L = torch.cat([B, -B0], dim=1).double()
-    R = torch.cat([A, A0], dim=0).double()
-    return ((L.T @ L) * (R @ R.T)).sum().clamp(min=0).sqrt().item()
+    if B0.any():
+        # Two products that are almost the same: their difference needs float64.
+        L, R = torch.cat([B, -B0], dim=2).double(), torch.cat([A, A0], dim=1).double()
+    else:
+        L, R = B, A
+    return ((L.mT @ L) * (R @ R.mT)).sum((1, 2)).clamp(min=0).sqrt()

@@ -83,7 +83,7 @@ def train(
     settle_in()
     begun = begin(recipe)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
-    _say(console, data.notices)
+    _say(console, [*data.notices, *(found.line for found in data.findings if found.count)])
     base = fingerprint(model, without=begun.new_modules)
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, begun.lora_config(recipe))

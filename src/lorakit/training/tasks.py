@@ -7,11 +7,12 @@ the answer. From there on a run is the same for all (`run.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.data.batches import LabelCollator
+from lorakit.data.checks import findings
 from lorakit.data.dataset import DataFacts, PreparedData, prepare
 from lorakit.data.labelled import (
     LabelledSample,
@@ -19,7 +20,7 @@ from lorakit.data.labelled import (
     collect_labels,
     hold_out,
     notice_labels,
-    notice_rows,
+    notice_unseen,
     read_labelled,
     tokenize_sequence,
     tokenize_words,
@@ -153,11 +154,19 @@ def _classification(recipe: Recipe) -> Beginning:
     length = most_tokens(loaded.model, recipe.data.max_length)
     to_row = tokenize_sequence if one_label else tokenize_words
     rows = [to_row(s, loaded.tokenizer, length, labels.number_of) for s in (*train, *held)]
-    notices += notice_rows(rows, length, recipe.data.max_length)
+    notices += notice_unseen(rows)
+    train_rows, held_rows = rows[: len(train)], rows[len(train) :]
+    found = findings(
+        list(zip(train, train_rows, strict=True)),
+        list(zip(held, held_rows, strict=True)),
+        loaded.tokenizer,
+        length,
+        positions=length if length < recipe.data.max_length else None,
+    )
     return Beginning(
         loaded.model,
         loaded.tokenizer,
-        PreparedData([*rows[: len(train)]], [*rows[len(train) :]], [], facts, notices),
+        PreparedData(train_rows, held_rows, train, held, facts, notices, found),
         loss=lambda model, _: LabelLoss(model),
         collator=LabelCollator(loaded.tokenizer.pad_token_id, one_label),
         new_modules=loaded.new_modules,
@@ -181,17 +190,4 @@ def _labelled_samples(
         train, held, notices = hold_out(samples, data.eval, recipe.training.seed)
         return train, held, [fact], notices
     held, held_fact = read(data.eval)
-    return samples, held, [fact, held_fact], _notice_overlap(samples, held, data.eval)
-
-
-def _notice_overlap(
-    train: Sequence[LabelledSample], held: Sequence[LabelledSample], path: str
-) -> list[str]:
-    seen = {sample.texts for sample in held}
-    both = [sample.where for sample in train if sample.texts in seen]
-    if not both:
-        return []
-    return [
-        f"{len(both):,} of {len(train):,} rows have their text in {path} too, so the eval numbers "
-        f"will be too good (first: {both[0]})"
-    ]
+    return samples, held, [fact, held_fact], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,8 +69,8 @@ class LoraTrainer(Trainer):
         self,
         model: LoraModel,
         args: TrainingArguments,
-        train_rows: list[TokenizedRow],
-        eval_rows: list[TokenizedRow],
+        train_rows: Sequence[TokenizedRow],
+        eval_rows: Sequence[TokenizedRow],
         batching: Batching,
         loss: Callable[[nn.Module, bool], Loss] = SupervisedLoss,
         scorer: LabelScorer | None = None,

@@ -1,0 +1,213 @@
+"""What tokenized rows look like in numbers, and what a user should know of some of them.
+
+Nothing here changes a row or refuses one: rows that cannot be used are errors where they are
+read. These are the ones that can be used and may not be meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorakit.data.formats import Sample
+from lorakit.data.labelled import LabelledRow, LabelledSample
+from lorakit.data.masking import IGNORE, TokenizedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnySample = Sample | LabelledSample
+
+_SHOWN = 3  # places that a finding names
+_BINS = 12
+_PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Rows that have something in common which their owner may not know of.
+
+    Attributes:
+        what: continues "n rows …".
+        count, of: so many rows, of so many that were looked at.
+        first: the places of the first few, as `file:line`.
+        cure: what to do.
+    """
+
+    what: str
+    count: int
+    of: int
+    first: tuple[str, ...]
+    cure: str
+
+    @property
+    def line(self) -> str:
+        """The finding as one line."""
+        rows = f"{self.count:,} of {self.of:,} rows {'is' if self.count == 1 else 'are'}"
+        return f"{rows} {self.what} (first: {self.first[0]}): {self.cure}"
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Rows in numbers; lengths are in tokens, after cutting.
+
+    Attributes:
+        lengths: `min`, `p5`, `p25`, `p50`, `p75`, `p95`, `max`.
+        histogram: (from, below, rows) of each bin, all of the same width.
+    """
+
+    rows: int
+    tokens: int
+    supervised: int
+    truncated: int
+    duplicates: int
+    empty_answers: int
+    lengths: dict[str, int]
+    histogram: list[tuple[int, int, int]]
+
+    @property
+    def supervised_share(self) -> float:
+        """Tokens that are learned, of all."""
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+
+def statistics(samples: Sequence[AnySample], rows: Sequence[TokenizedRow]) -> RowStatistics:
+    """The numbers of `rows`; `rows[i]` is the tokenized `samples[i]`."""
+    lengths = sorted(len(row) for row in rows)
+    return RowStatistics(
+        rows=len(rows),
+        tokens=sum(lengths),
+        supervised=sum(row.supervised for row in rows),
+        truncated=sum(row.truncated for row in rows),
+        duplicates=len(_repeated(samples)),
+        empty_answers=len(_without_answer(samples)),
+        lengths=_percentiles(lengths),
+        histogram=_histogram(lengths),
+    )
+
+
+def findings(
+    train: Sequence[tuple[AnySample, TokenizedRow]],
+    held_out: Sequence[tuple[AnySample, TokenizedRow]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    positions: int | None = None,
+) -> list[Finding]:
+    """Everything that is looked for, each with its count, which may be 0.
+
+    Args:
+        positions: the most tokens that the model can read, where it says so.
+    """
+    everything = [*train, *held_out]
+    samples = [sample for sample, _ in train]
+    cut = [row for _, row in everything if row.truncated]
+    longest = max((len(row) + row.cut for row in cut), default=0)
+    more = f"data.max_length={longest} keeps all"
+    if positions and longest > positions:
+        more = f"the model reads {positions} and no more: shorten or split them"
+    learned = [sample.where for sample in _repeated(samples)]
+    seen = {_key(sample) for sample, _ in held_out}
+    found = [
+        (
+            f"longer than max_length {max_length} and cut at the end",
+            [row.where for row in cut],
+            everything,
+            f"the longest has {longest:,} tokens: {more}",
+        ),
+        (
+            "the same as an earlier row to learn from",
+            learned,
+            train,
+            "repeated rows are learned more strongly: drop them unless that is meant",
+        ),
+        (
+            "both learned from and held out",
+            [sample.where for sample in samples if _key(sample) in seen],
+            train,
+            "held-out numbers will be too good: remove them from one of the two",
+        ),
+        (
+            "without an answer's text",
+            [sample.where for sample in _without_answer([s for s, _ in everything])],
+            everything,
+            "they teach the model to say nothing: fill or drop them",
+        ),
+        (
+            "begun with two BOS tokens",
+            [row.where for _, row in everything if _two_bos(row, tokenizer.bos_token_id)],
+            everything,
+            "the text brings one and the template another: take it out of the text",
+        ),
+        (
+            "with an answer that no end token closes",
+            [row.where for _, row in everything if _endless(row, tokenizer.all_special_ids)],
+            everything,
+            "the model would not learn to stop: the chat template should close an answer",
+        ),
+    ]
+    return [
+        Finding(what, len(where), len(of), tuple(where[:_SHOWN]), cure)
+        for what, where, of, cure in found
+    ]
+
+
+def _key(sample: AnySample) -> tuple[str, str]:
+    return sample.prompt_key, sample.reference
+
+
+def _repeated(samples: Sequence[AnySample]) -> list[AnySample]:
+    """All but the first of those that are the same."""
+    seen: set[tuple[str, str]] = set()
+    repeated: list[AnySample] = []
+    for sample in samples:
+        key = _key(sample)
+        if key in seen:
+            repeated.append(sample)
+        seen.add(key)
+    return repeated
+
+
+def _without_answer(samples: Sequence[AnySample]) -> list[AnySample]:
+    return [s for s in samples if s.messages and not s.reference.strip()]
+
+
+def _two_bos(row: TokenizedRow, bos: int | None) -> bool:
+    return bos is not None and row.input_ids[:2] == [bos, bos]
+
+
+def _endless(row: TokenizedRow, special: Sequence[int]) -> bool:
+    """Whether an answer that is not cut ends without a special token; some templates do so."""
+    if isinstance(row, LabelledRow):
+        return False  # labels are no text, and a decoder's target is always closed
+    following = [*row.labels[1:], row.labels[-1] if row.truncated else IGNORE]
+    return any(
+        label != IGNORE and after == IGNORE and label not in special
+        for label, after in zip(row.labels, following, strict=True)
+    )
+
+
+def _percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """By nearest rank; `lengths` is sorted."""
+    if not lengths:
+        return {}
+    ranks = {name: lengths[(len(lengths) - 1) * p // 100] for name, p in _PERCENTILES.items()}
+    return {"min": lengths[0], **ranks, "max": lengths[-1]}
+
+
+def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """At most `_BINS` bins of 1, 2 or 5 times a power of ten tokens; `lengths` is sorted."""
+    if not lengths:
+        return []
+    span = lengths[-1] - lengths[0] + 1
+    width = next(
+        step
+        for power in range(12)
+        for step in (10**power, 2 * 10**power, 5 * 10**power)
+        if span // step + 2 <= _BINS or step > span
+    )
+    first = lengths[0] // width * width
+    counts = [0] * ((lengths[-1] - first) // width + 1)
+    for length in lengths:
+        counts[(length - first) // width] += 1
+    return [(first + i * width, first + (i + 1) * width, n) for i, n in enumerate(counts)]
