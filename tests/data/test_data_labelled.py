@@ -18,7 +18,7 @@ from lorakit.data.labelled import (
 )
 from lorakit.data.masking import IGNORE
 from lorakit.errors import InputError
-from tiny import letter_tokenizer
+from tiny import byte_tokenizer, letter_tokenizer
 
 
 def read(folder: Path, task: str, *rows: dict[str, Any], **columns: str) -> list[LabelledSample]:
@@ -112,6 +112,8 @@ def test_what_is_hardly_a_class_is_said():
     assert "is this a column of numbers or free text?" in notice_labels(many, 30)[1]
     few = collect_labels(labelled(*("ab" * 30)), [])
     assert notice_labels(few, 60) == ["2 labels: a (30), b (30)"]
+    points = collect_labels(labelled("0.5", "1.5"), [])
+    assert "numbers with a point" in notice_labels(points, 60)[1]
     alike = collect_labels(labelled("Yes", "yes ", "no"), [])
     assert "differ in case or white space alone: 'Yes', 'yes '" in notice_labels(alike, 3)[1]
 
@@ -141,6 +143,14 @@ def test_a_words_tag_is_that_of_its_first_token():
     expected = [IGNORE, 1, IGNORE, 1, 0, IGNORE, IGNORE, IGNORE, IGNORE]
     assert row.labels == expected
     assert (row.supervised, row.words, row.truncated) == (3, (0, 1, 2), False)
+
+
+def test_words_have_the_tokens_that_they_have_in_a_text():
+    tokenizer = byte_tokenizer()
+    sample = LabelledSample(("we", "x"), ("O", "B-X"), "f:1")
+    row = tokenize_words(sample, tokenizer, 64, {"B-X": 0, "O": 1})
+    assert tokenizer.decode(row.input_ids) == "we x"
+    assert row.labels == [1, IGNORE, 0, IGNORE]
 
 
 def test_cut_words_and_words_without_a_token_are_counted():

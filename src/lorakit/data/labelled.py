@@ -7,6 +7,7 @@ model makes of them is scored in `lorakit.data.scores`.
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _KINDS: dict[type, str] = {
     dict: "an object",
     type(None): "null",
 }
+_POINT = re.compile(r"[-+]?\d*\.\d+")
 _MANY = 1000  # classes, from which a column of labels looks like something else
 
 
@@ -297,6 +299,8 @@ def notice_labels(labels: Labels, rows: int) -> list[str]:
             f"{len(counts):,} different labels in {rows:,} rows: is this a column of numbers or "
             "free text? Check data.columns, lorakit learns classes"
         )
+    elif any(_POINT.fullmatch(name) for name in labels.names):
+        notices.append("labels are numbers with a point: each is learned as a class of its own")
     alike: dict[str, list[str]] = {}
     for name in labels.names:
         alike.setdefault(name.strip().casefold(), []).append(name)
@@ -371,10 +375,14 @@ def tokenize_words(
 ) -> LabelledRow:
     """Words as the model reads them; a word's tag is that of its first token, others have none.
 
+    Words stand as in a text, with a space between them where the tokenizer's tokens have it.
+
     Raises:
         InputError: no word has a token.
     """
-    words = list(sample.texts)
+    first, *others = sample.texts
+    space = _space_between(tokenizer)
+    words = [first, *(space + word for word in others)]
     options = {"is_split_into_words": True, "return_attention_mask": False}
     encoded = tokenizer(words, verbose=False, **options)
     whole = {word for word in encoded.word_ids() if word is not None}
@@ -401,6 +409,15 @@ def tokenize_words(
         tuple(seen),
         len(words) - len(whole),
     )
+
+
+def _space_between(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A space where a word that follows another has other tokens than a word alone, else nothing.
+
+    A byte-level tokenizer writes the space into the token; given words, it would glue them.
+    """
+    alone = tokenizer.tokenize("b")
+    return "" if tokenizer.tokenize("b b") == alone + alone else " "
 
 
 def notice_unseen(rows: Sequence[LabelledRow]) -> list[str]:
