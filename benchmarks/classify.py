@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     settings = {
         "num_train_epochs": options.epochs,
@@ -123,9 +124,9 @@ def main() -> None:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "save_strategy": "no",
-        "seed": 42,
+        "seed": options.seed,
     }
-    torch.manual_seed(42)
+    torch.manual_seed(options.seed)
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as place:
         train = write_task(options.data, options.slot, options.rows, Path(place) / "train.jsonl")
@@ -144,7 +145,9 @@ def main() -> None:
                 "parameters": parameters,
             }
             found["most frequent label"] = {k: scores[k]["base"] for k in ("accuracy", "f1")}
-    table = Table(title=f"{options.slot}: {len(labels.names)} labels, {options.rows} rows")
+    table = Table(
+        title=f"{options.slot}: {len(labels.names)} labels, {options.rows} rows, seed {options.seed}"
+    )
     for heading in ("", "accuracy", "macro F1", "loss", "seconds", "parameters"):
         table.add_column(heading, justify="right")
     for name, numbers in found.items():

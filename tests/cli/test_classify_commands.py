@@ -18,7 +18,7 @@ def test_a_classifier_is_trained_scored_and_kept_out_of_a_chat(
         f"model: {model}\ndtype: float32\n"
         "data: {train: rows.jsonl, eval: rows.jsonl, columns: {text: review, label: stars}}\n"
         "lora: {task_type: SEQ_CLS, r: 4}\n"
-        "training: {num_train_epochs: 12, learning_rate: 2e-2}\noutput_dir: run\n"
+        "training: {num_train_epochs: 20, learning_rate: 1e-2}\noutput_dir: run\n"
     )
     done = lorakit_command("train", "recipe.yaml")
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import set_seed
 
 import lorakit
 from lorakit.adapters.manifest import read_manifest
@@ -20,6 +21,9 @@ from lorakit.adapters.open import open_adapter
 from lorakit.data.labelled import read_labelled
 from lorakit.errors import InputError
 from lorakit.evaluation.classification import evaluate_labels
+from lorakit.lora import LoraModel
+from lorakit.training.recipe import load_recipe
+from lorakit.training.tasks import begin
 from tiny import save_tiny_encoder, save_tiny_encoder_decoder
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM")
@@ -171,6 +175,40 @@ def test_peft_loads_the_adapter_and_computes_the_same(trained: tuple[str, Path])
         batch["decoder_input_ids"] = batch["input_ids"][:, :3]
     with torch.no_grad():
         assert (opened.model(**batch).logits - theirs(**batch).logits).abs().max() < 1e-5
+
+
+def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
+    """Whole epochs as steps, from the same first values: the order of rows makes no difference."""
+    values = make("SEQ_CLS", "run", max_steps=-1, num_train_epochs=4, eval_strategy="no")
+    values["training"] |= {"per_device_train_batch_size": 24, "save_strategy": "no"}
+    values["data"]["eval"] = 0
+    begun = begin(load_recipe(values))
+    set_seed(42)
+    LoraModel(begun.model, begun.lora_config(load_recipe(values))).save_pretrained(tmp_path / "0")
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        values["model"], num_labels=3
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "0", is_trainable=True)
+    rows = [
+        {"input_ids": row.input_ids, "token_type_ids": [0] * len(row), "labels": row.labels[0]}
+        for row in begun.data.train
+    ]
+    settings = load_recipe(values).training.model_dump()
+    trainer = transformers.Trainer(
+        theirs,
+        transformers.TrainingArguments(tmp_path / "trainer", use_cpu=True, **settings),
+        train_dataset=rows,
+        data_collator=transformers.DataCollatorWithPadding(begun.tokenizer),
+    )
+    trainer.train()
+    theirs.save_pretrained(tmp_path / "theirs")
+    lorakit.train(values, quiet=True)
+    first, ours, other = (weights(tmp_path / name) for name in ("0", "run", "theirs"))
+    assert ours.keys() == other.keys()
+    for name, tensor in ours.items():
+        assert (tensor - other[name]).abs().max() < 1e-4, name
+        assert (tensor - first[name]).abs().max() > 1e-3, name
 
 
 @pytest.mark.parametrize(
