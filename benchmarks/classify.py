@@ -145,9 +145,8 @@ def main() -> None:
                 "parameters": parameters,
             }
             found["most frequent label"] = {k: scores[k]["base"] for k in ("accuracy", "f1")}
-    table = Table(
-        title=f"{options.slot}: {len(labels.names)} labels, {options.rows} rows, seed {options.seed}"
-    )
+    what = f"{options.slot}: {len(labels.names)} labels, {options.rows} rows, seed {options.seed}"
+    table = Table(title=what)
     for heading in ("", "accuracy", "macro F1", "loss", "seconds", "parameters"):
         table.add_column(heading, justify="right")
     for name, numbers in found.items():
