@@ -1,12 +1,15 @@
 """What is found in rows and counted: each finding on rows that have it, and the numbers."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import WriteRows
 from lorakit.data.checks import Finding
 from lorakit.data.dataset import PreparedData, prepare
+
+WriteRows = Callable[..., Path]
 
 
 def row(number: int, answer: str = "yes") -> dict[str, Any]:

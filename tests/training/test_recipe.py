@@ -12,7 +12,7 @@ BASE = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "out"}
 
 def test_defaults_are_filled_in_and_overrides_win_over_the_recipe():
     recipe = load_recipe(BASE | {"lora": {"r": 4}}, ["lora.r=8", "training.learning_rate=1e-3"])
-    assert recipe.lora == {"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}
+    assert recipe.lora == {"r": 8, "target_modules": "all-linear"}
     assert recipe.training.learning_rate == 1e-3
     assert recipe.data.eval == 0.1
 

@@ -49,6 +49,8 @@ def test_a_run_leaves_an_adapter_its_record_its_metrics_and_its_checkpoints(
         "lorakit.json",
         "lorakit-run.json",
         "metrics.jsonl",
+        "monitor.jsonl",
+        "samples.json",
         "README.md",
         "checkpoint-4",
         "checkpoint-6",

@@ -20,9 +20,10 @@ class Manifest(BaseModel):
 
     `train_tokens` counts real tokens (no padding) over all epochs, `supervised_tokens` those that
     were learned; rates are per second of training, evaluation not counted. Losses are in nats
-    per supervised token on the held-out rows, None when none were held out. A classifier has
-    `labels` (`id2label`, `label2id`, and the training rows' `counts`), and scores (accuracy, macro
-    F1): its own, and those of the untrained head.
+    per supervised token on the held-out rows, None when none were held out. `advice` is what the
+    recipe left out and got (key, value, why); `notices` and `warnings` are what was said before
+    and during training. A classifier has `labels` (`id2label`, `label2id`, and the training rows'
+    `counts`), and scores (accuracy, macro F1): its own, and those of the untrained head.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -30,8 +31,12 @@ class Manifest(BaseModel):
     base_model: str
     recipe: dict[str, Any]
     data: list[dict[str, Any]]
+    data_statistics: dict[str, dict[str, Any]] = {}
     template_sha256: str | None = None
     base_fingerprint: str | None = None
+    advice: list[dict[str, Any]] = []
+    notices: list[str] = []
+    warnings: list[dict[str, Any]] = []
     steps: int
     train_seconds: float
     train_tokens: int

@@ -27,6 +27,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--continue", help="As --resume, although the recipe or the data changed."),
+    ] = False,
 ) -> None:
     """Train an adapter, from a recipe or from the command line alone."""
     # Imports and loading make a million objects, of which none is garbage.
@@ -44,7 +48,8 @@ def train(
 
     gc.freeze()
     gc.enable()
-    manifest = run(loaded, resume=resume).manifest
+    resume = resume or accept_changes
+    manifest = run(loaded, resume=resume, accept_changes=accept_changes).manifest
     if not is_main_process():
         return
     typer.echo(f"adapter: {loaded.output_dir}")

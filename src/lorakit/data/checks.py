@@ -54,7 +54,7 @@ class RowStatistics:
 
     Attributes:
         lengths: `min`, `p5`, `p25`, `p50`, `p75`, `p95`, `max`.
-        histogram: (from, below, rows) of each bin, all of the same width.
+        histogram: [from, below, rows] of each bin, all of the same width.
     """
 
     rows: int
@@ -64,7 +64,7 @@ class RowStatistics:
     duplicates: int
     empty_answers: int
     lengths: dict[str, int]
-    histogram: list[tuple[int, int, int]]
+    histogram: list[list[int]]
 
     @property
     def supervised_share(self) -> float:
@@ -195,7 +195,7 @@ def _percentiles(lengths: Sequence[int]) -> dict[str, int]:
     return {"min": lengths[0], **ranks, "max": lengths[-1]}
 
 
-def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def _histogram(lengths: Sequence[int]) -> list[list[int]]:
     """At most `_BINS` bins of 1, 2 or 5 times a power of ten tokens; `lengths` is sorted."""
     if not lengths:
         return []
@@ -210,4 +210,4 @@ def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     counts = [0] * ((lengths[-1] - first) // width + 1)
     for length in lengths:
         counts[(length - first) // width] += 1
-    return [(first + i * width, first + (i + 1) * width, n) for i, n in enumerate(counts)]
+    return [[first + i * width, first + (i + 1) * width, n] for i, n in enumerate(counts)]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.formats import Message
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError, did_you_mean, listed
@@ -60,11 +59,6 @@ class LabelledSample:
     def prompt_key(self) -> str:
         """Equal for samples with the same text, as that of conversations."""
         return json.dumps(self.texts, ensure_ascii=False)
-
-    @property
-    def prompt(self) -> list[Message]:
-        """Nothing: a classifier is not asked."""
-        return []
 
     @property
     def reference(self) -> str:

@@ -41,7 +41,7 @@ def recommended_config(
 
     Returns: all linear layers are targeted, and `task_type` follows from the task.
     """
-    size = model_size if isinstance(model_size, (str, type(None))) else _size_of(model_size)
+    size = model_size if isinstance(model_size, (str, type(None))) else size_class(model_size)
     for name, known in ((task, _RANKS), (size, _RANKS["generation"])):
         if name is not None and name not in known:
             warnings.warn(
@@ -58,7 +58,8 @@ def recommended_config(
     )
 
 
-def _size_of(model: int | nn.Module) -> Size:
+def size_class(model: int | nn.Module) -> Size:
+    """How large a base model is, given it or the number of its parameters."""
     parameters = model if isinstance(model, int) else sum(p.numel() for p in model.parameters())
     if parameters < _MEDIUM:
         return "small"

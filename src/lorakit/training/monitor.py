@@ -117,8 +117,8 @@ class LoraMonitor(TrainerCallback):
         update = _product_change(A, B, A0, B0) * torch.tensor(scaling, device=A.device)
         columns = torch.stack([self._gradient_norms(names).to(A.device), moved, update])
         return {
-            name: AdapterState(*values, self._weight_norms[name])
-            for name, values in zip(names, columns.T.tolist(), strict=True)
+            name: AdapterState(gradient, change, norm, self._weight_norms[name])
+            for name, (gradient, change, norm) in zip(names, columns.T.tolist(), strict=True)
         }
 
     def _gradient_norms(self, names: list[str]) -> torch.Tensor:

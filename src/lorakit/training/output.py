@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import atomic
-from lorakit.adapters.manifest import MANIFEST_NAME
+from lorakit.adapters.manifest import MANIFEST_NAME, Manifest
 from lorakit.errors import InputError, listed
 
 RUN_NAME = "lorakit-run.json"
@@ -30,26 +30,52 @@ def check_output(folder: Path, *, resume: bool) -> None:
         )
 
 
-def claim_output(folder: Path, recipe: dict[str, Any], data: list[dict[str, Any]]) -> None:
+def claim_output(
+    folder: Path, recipe: dict[str, Any], data: list[dict[str, Any]], *, accept_changes: bool
+) -> list[str]:
     """Marks `folder` as this run's; when it is already, recipe and data must be the same.
+
+    Args:
+        accept_changes: let them differ.
+
+    Returns: what differs.
 
     Raises:
         InputError: the run in `folder` had another recipe or other data.
     """
-    now = {"recipe": {k: v for k, v in recipe.items() if k != "output_dir"}, "data": data}
+    now = _identity(recipe, data)
     path = folder / RUN_NAME
-    if not path.is_file():
-        atomic.write_file(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: start anew in another folder") from error
-    if changes := list(_differences(before, now)):
-        raise InputError(
-            f"the run in {folder} cannot go on with another recipe or other data: "
-            f"{listed(changes, 4)}. Give the same ones, or start anew in another folder"
-        )
+    changes: list[str] = []
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: start anew in another folder") from error
+        changes = list(_differences(_as_json(before), _as_json(now)))
+        if changes and not accept_changes:
+            raise InputError(
+                f"the run in {folder} cannot go on with another recipe or other data: "
+                f"{listed(changes, 4)}. Give the same ones, start anew in another folder, "
+                "or accept the difference with --continue"
+            )
+        if not changes:
+            return []
+    atomic.write_file(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+    return changes
+
+
+def same_run(manifest: Manifest, recipe: dict[str, Any], data: list[dict[str, Any]]) -> bool:
+    """Whether the finished run of `manifest` had this recipe and these data."""
+    before = _identity(manifest.recipe, manifest.data)
+    return not any(_differences(_as_json(before), _as_json(_identity(recipe, data))))
+
+
+def _identity(recipe: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"recipe": {k: v for k, v in recipe.items() if k != "output_dir"}, "data": data}
+
+
+def _as_json(values: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(values))
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

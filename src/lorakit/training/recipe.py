@@ -108,12 +108,13 @@ class Recipe(_Strict):
     data: DataRecipe
     lora: dict[str, Any] = {}
     training: TrainingRecipe = TrainingRecipe()
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    samples: Annotated[int, Field(ge=0)] = 3
     output_dir: str
 
     @model_validator(mode="after")
     def _only_lora_fields(self) -> Self:
-        defaults = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-        self.lora = {**defaults, **self.lora}
+        self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         if self.task_type != "CAUSAL_LM":
             for key, given in (("data.packing", self.data.packing), ("compile", self.compile)):
@@ -124,10 +125,25 @@ class Recipe(_Strict):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _something_to_stop_by(self) -> Self:
+        if self.early_stopping_patience and (
+            self.data.eval == 0 or self.training.eval_strategy == "no"
+        ):
+            raise ValueError(
+                "early_stopping_patience goes by the held-out loss: "
+                "leave data.eval above 0 and training.eval_strategy on"
+            )
+        return self
+
     @property
     def task_type(self) -> str:
-        """PEFT's word for what the model learns: `lora.task_type`, or `CAUSAL_LM`."""
+        """PEFT's name of the task: `lora.task_type`, or `CAUSAL_LM`."""
         return str(self.lora.get("task_type") or "CAUSAL_LM")
+
+    def filled_in(self, values: Mapping[str, Any]) -> Recipe:
+        """This recipe with the values of some dotted keys."""
+        return load_recipe(self.to_dict(), values.items())
 
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
@@ -148,7 +164,9 @@ class Recipe(_Strict):
                 f"{', '.join(FORMS)}"
             )
         try:
-            return LoraConfig(**{**self.lora, "task_type": self.task_type})
+            return LoraConfig(
+                **{"r": 16, "lora_alpha": 32, **self.lora, "task_type": self.task_type}
+            )
         except InputError as error:
             raise InputError(f"lora: {error}") from error
         except TypeError as error:

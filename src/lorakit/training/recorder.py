@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from lorakit import atomic
 from lorakit.errors import LorakitError
+from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import Counts
 
 METRICS_NAME = "metrics.jsonl"
@@ -20,25 +18,20 @@ _KEPT = ("loss", "grad_norm", "learning_rate")
 
 
 class Recorder(TrainerCallback):
-    """Keeps the training time in `counts` and appends what Trainer logs to `metrics.jsonl`.
+    """Keeps the training time in `counts` and appends what Trainer logs to `lines`.
 
     After resuming, lines of steps that will be made again are dropped.
     """
 
-    def __init__(self, folder: Path, counts: Counts) -> None:
-        self.path = folder / METRICS_NAME
+    def __init__(self, lines: StepLines, counts: Counts) -> None:
+        self.lines = lines
         self.counts = counts
         self._step_began = 0.0
         self._last_logged = Counts()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the lines up to the step that training goes on from."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
-        if state.global_step == 0:
-            kept = []
-        if state.is_world_process_zero:
-            atomic.write_file(self.path, "".join(f"{line}\n" for line in kept))
+        self.lines.begin(state.global_step)
         self._last_logged = Counts(**vars(self.counts))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,21 +47,26 @@ class Recorder(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Appends one line: the step, the epoch, what was logged, and tokens per second."""
+        """Appends one line: the step, the epoch, what was logged, and tokens per second.
+
+        Raises:
+            LorakitError: the loss or the gradient is no number.
+        """
         logs = logs or {}
         values = {k: v for k, v in logs.items() if k in _KEPT or k.startswith("eval_")}
-        if not values or not state.is_world_process_zero:
+        if not values:
             return
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise LorakitError(
-                f"the loss is {values['loss']} at step {state.global_step}: "
-                "lower training.learning_rate, or look for broken rows"
-            )
+        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise LorakitError(
+                    f"the {what} is {values[name]} at step {state.global_step}: the steps are too "
+                    "large (lower training.learning_rate), the dtype is too narrow "
+                    "(dtype=float32), or the base model holds broken weights"
+                )
         line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **values}
         if "loss" in values:
             line |= self._rates()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
 
     def _rates(self) -> dict[str, float]:
         before, now = self._last_logged, self.counts
@@ -81,11 +79,3 @@ class Recorder(TrainerCallback):
             ),
             "seconds": round(now.seconds, 3),
         }
-
-
-def _step_of(line: str) -> float:
-    """The step of one line; a line that a kill cut off belongs to no step."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,30 +13,27 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit import atomic
 from lorakit.adapters.manifest import Manifest, read_manifest, write_manifest
 from lorakit.adapters.open import TEMPLATE_NAME
-from lorakit.data.batches import LabelCollator
-from lorakit.data.dataset import PreparedData
 from lorakit.data.templates import template_sha256
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import LorakitError
 from lorakit.lora import LoraModel
-from lorakit.models.attention import take_lines
-from lorakit.models.fingerprint import fingerprint
-from lorakit.models.fused import fused
 from lorakit.models.loss import SupervisedLoss
-from lorakit.training.batching import Batching
-from lorakit.training.compiling import choose, compile_blocks
-from lorakit.training.machine import is_main_process, settle_in
-from lorakit.training.output import check_output, claim_output
+from lorakit.training.interrupt import Interrupt
+from lorakit.training.machine import is_main_process
+from lorakit.training.output import check_output, claim_output, same_run
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
-from lorakit.training.recorder import Recorder
-from lorakit.training.tasks import begin
+from lorakit.training.recorder import METRICS_NAME, Recorder
+from lorakit.training.samples import write_samples
+from lorakit.training.setup import Setup, set_up
+from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import LoraTrainer, last_checkpoint
+from lorakit.training.watch import MONITOR_NAME, Watch
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ def train(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *overrides: str,
     resume: bool = False,
+    accept_changes: bool = False,
     quiet: bool = False,
 ) -> TrainResult:
     """Trains an adapter as `recipe` says and leaves it in `output_dir`.
@@ -64,10 +62,13 @@ def train(
         recipe: a recipe's file, or its keys as a mapping.
         overrides: `dotted.key=value`, as on the command line.
         resume: go on from the last checkpoint in `output_dir`, when there is one.
+        accept_changes: with `resume`, go on although recipe or data are not those of the run so
+            far; what changed is recorded.
         quiet: show nothing.
 
     Raises:
         InputError: the recipe, the data or the folder cannot be used; nothing is written then.
+        StoppedError: Ctrl-C or SIGTERM; the step was finished and saved.
         LorakitError: training failed (a full disk, a loss that is no number).
     """
     if not isinstance(recipe, Recipe):
@@ -80,135 +81,78 @@ def train(
     if main:
         check_output(folder, resume=resume)
 
-    settle_in()
-    begun = begin(recipe)
-    model, tokenizer, data = begun.model, begun.tokenizer, begun.data
-    _say(console, [*data.notices, *(found.line for found in data.findings if found.count)])
-    base = fingerprint(model, without=begun.new_modules)
-    set_seed(recipe.training.seed)
-    adapted = LoraModel(model, begun.lora_config(recipe))
-    arguments = _training_arguments(recipe, data)
-    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id, begun.collator)
-    compiled, notice = choose(recipe.compile, adapted, _tokens_to_train(data, batching, arguments))
-    if main:
-        claim_output(folder, recipe.to_dict(), [asdict(fact) for fact in data.facts])
-    if resume and (finished := read_manifest(folder)):
+    setup = set_up(recipe)
+    now = setup.recipe.to_dict(), setup.data_facts
+    if resume and (finished := read_manifest(folder)) and same_run(finished, *now):
         _say(console, [f"{folder} is finished already: nothing is left to do"])
         return TrainResult(folder, finished)
+    changes = claim_output(folder, *now, accept_changes=accept_changes) if main else []
+    _say(console, (f"goes on although it changed: {change}" for change in changes))
 
     checkpoint = last_checkpoint(folder) if resume else None
     if resume:
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
-    _describe(console, recipe, adapted, data)
-    if torch.cuda.device_count() > arguments.world_size:
-        many = f"torchrun --nproc-per-node {torch.cuda.device_count()} -m lorakit train …"
-        notices.append(f"{arguments.world_size} of {torch.cuda.device_count()} GPUs used; {many}")
-    _say(console, [*notices, *([notice] if notice else [])])
+    _say(console, _description(setup))
+    metrics = StepLines(folder / METRICS_NAME, writes=main)
     with _named_failures(folder):
         trainer = LoraTrainer(
-            adapted, arguments, data.train, data.eval, batching, begun.loss, begun.scorer
+            setup.model,
+            setup.arguments,
+            setup.data.train,
+            setup.data.eval,
+            setup.batching,
+            setup.begun.loss,
+            setup.begun.scorer,
         )
-        own_loss = trainer.supervised_loss
-        if isinstance(own_loss, SupervisedLoss) and own_loss.output is None:
+        loss = trainer.supervised_loss
+        if isinstance(loss, SupervisedLoss) and loss.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Recorder(folder, trainer.counts))
-        bar = ProgressBar(trainer.counts, console)
-        trainer.add_callback(bar)
-        if compiled:
-            compile_blocks(adapted)
-        try:
-            with nullcontext() if compiled else fused(adapted):
-                base_scores, scores = _fit(trainer, adapted, data, checkpoint)
-        finally:
-            bar.close()  # an interrupted bar would leave the terminal without its cursor
-        counts = trainer.counts
-        manifest = Manifest(
-            base_model=recipe.model,
-            recipe=recipe.to_dict(),
-            data=[asdict(fact) for fact in data.facts],
-            template_sha256=template_sha256(tokenizer),
-            base_fingerprint=base,
-            steps=trainer.state.global_step,
-            train_seconds=round(counts.seconds, 2),
-            train_tokens=counts.train_tokens,
-            supervised_tokens=counts.supervised_tokens,
-            tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
-            peak_memory_mb=_peak_memory_mb(),
-            padding_free=batching.pad_token_id is None,
-            compiled=compiled,
-            eval_loss=scores.get("loss"),
-            base_eval_loss=base_scores.get("loss"),
-            eval_scores={k: v for k, v in scores.items() if k != "loss"} or None,
-            base_eval_scores={k: v for k, v in base_scores.items() if k != "loss"} or None,
-            labels=begun.labels.to_dict() if begun.labels else None,
-            versions=_versions(),
-            seed=recipe.training.seed,
-        )
+        with _callbacks(trainer, setup, metrics, console), setup.fast():
+            base, tuned = _fit(trainer, setup.model, checkpoint)
+        manifest = _manifest(setup, trainer, base, tuned, metrics)
         if main:
-            if not begun.had_template:  # so that chat and serve use the same
-                atomic.write_file(folder / TEMPLATE_NAME, str(tokenizer.chat_template))
-            adapted.save_pretrained(folder)
+            if setup.own_template:  # so that chat and serve use the same
+                atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
+            setup.model.save_pretrained(folder)
+            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                write_samples(folder, setup)
             write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
 
 
-def _batching(
-    recipe: Recipe, model: LoraModel, pad_token_id: int, collator: LabelCollator | None
-) -> tuple[Batching, list[str]]:
-    """How rows become batches, with what to say where that is not as the recipe has it."""
-    if collator:
-        return Batching(pad_token_id, own_collator=collator), []
-    pack_length = recipe.data.max_length if recipe.data.packing else None
-    if not recipe.data.padding_free:
-        return Batching(pad_token_id, pack_length), []
-    if reason := take_lines(model):
-        notice = f"rows are padded, those of like length together: {reason}"
-        return Batching(pad_token_id, pack_length), [notice]
-    return Batching(None, pack_length), []
-
-
-def _tokens_to_train(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> float:
-    """The tokens of all epochs, or of the steps that `max_steps` stops after."""
-    epochs = arguments.num_train_epochs
-    if arguments.max_steps > 0:
-        batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        batches *= arguments.world_size
-        epochs = batches / len(batching.train_batches(data.train, arguments, epoch=0))
-    return epochs * sum(len(row) for row in data.train)
-
-
-def _training_arguments(recipe: Recipe, data: PreparedData) -> TrainingArguments:
-    """Trainer's arguments: the recipe's, over what this trainer wants otherwise than Trainer."""
-    values = {
-        "output_dir": recipe.output_dir,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        # Unless told so, accelerate would start no process group without a GPU.
-        "use_cpu": not torch.accelerator.is_available(),
-        **recipe.training.model_dump(),
-    }
-    if not data.eval:
-        values["eval_strategy"] = "no"
+@contextmanager
+def _callbacks(
+    trainer: LoraTrainer, setup: Setup, metrics: StepLines, console: Console
+) -> Iterator[None]:
+    """Everything that looks on while the block trains: times, warnings, progress, interrupts."""
+    bar = ProgressBar(trainer.counts, console)
+    interrupt = Interrupt(lambda line: _say(console, [line]))
+    trainer.interrupt = interrupt
+    looking: list[TrainerCallback] = [Recorder(metrics, trainer.counts), bar]
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        _say(console, ["weights are spread over processes: the adapter's changes are not measured"])
+    else:
+        measured = StepLines(metrics.path.with_name(MONITOR_NAME), writes=metrics.writes)
+        looking.append(Watch(setup.model, measured, metrics, lambda line: _say(console, [line])))
+    if patience := setup.recipe.early_stopping_patience:
+        looking.append(EarlyStoppingCallback(patience))
+    trainer.remove_callback(PrinterCallback)
+    for callback in (*looking, interrupt):
+        trainer.add_callback(callback)
     try:
-        arguments = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"training: {' '.join(str(error).split())}") from error
-    if arguments.n_gpu > 1:
-        # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
-        arguments._n_gpu = 1
-    return arguments
+        with interrupt.listening():
+            yield
+    finally:
+        bar.close()  # an interrupted bar would leave the terminal without its cursor
 
 
 def _fit(
-    trainer: LoraTrainer, model: LoraModel, data: PreparedData, checkpoint: Path | None
+    trainer: LoraTrainer, model: LoraModel, checkpoint: Path | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if not data.eval:
+    if not trainer.held_out:
         return {}, {}
     last: dict[str, float] = next(
         (e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {}
@@ -222,10 +166,10 @@ def _fit(
     return base, {name: tuned[f"eval_{name}"] for name in base}
 
 
-def _describe(console: Console, recipe: Recipe, model: LoraModel, data: PreparedData) -> None:
+def _description(setup: Setup) -> Iterator[str]:
+    """What is about to be trained, what was chosen for it, and what was found in the rows."""
+    model, data = setup.model, setup.data
     trained, total = model.get_nb_trainable_parameters()
-    tokens = sum(len(row) for row in data.train)
-    learned = sum(row.supervised for row in data.train)
     base, own = (
         str(next(iter(tensors)).dtype).removeprefix("torch.")
         for tensors in (
@@ -233,14 +177,53 @@ def _describe(console: Console, recipe: Recipe, model: LoraModel, data: Prepared
             model.adapter_tensors(model.active_adapter).values(),
         )
     )
-    _say(
-        console,
-        [
-            f"{recipe.model} in {base}, adapter in {own}: {trained:,} of {total:,} "
-            f"parameters are trained ({trained / total:.2%})",
-            f"{len(data.train)} rows to learn from ({tokens:,} tokens, {learned:,} supervised), "
-            f"{len(data.eval)} held out",
-        ],
+    yield (
+        f"{setup.recipe.model} in {base}, adapter in {own}: {trained:,} of {total:,} "
+        f"parameters are trained ({trained / total:.2%})"
+    )
+    numbers = data.statistics()["train"]
+    yield (
+        f"{numbers.rows} rows to learn from ({numbers.tokens:,} tokens, "
+        f"{numbers.supervised:,} supervised), {len(data.eval)} held out"
+    )
+    yield from (f"chosen: {advice.line}" for advice in setup.advice)
+    yield from setup.notices
+    yield from (finding.line for finding in data.findings if finding.count)
+
+
+def _manifest(
+    setup: Setup,
+    trainer: LoraTrainer,
+    base: dict[str, float],
+    tuned: dict[str, float],
+    metrics: StepLines,
+) -> Manifest:
+    counts, labels = trainer.counts, setup.begun.labels
+    return Manifest(
+        base_model=setup.recipe.model,
+        recipe=setup.recipe.to_dict(),
+        data=setup.data_facts,
+        data_statistics={k: asdict(part) for k, part in setup.data.statistics().items()},
+        template_sha256=template_sha256(setup.tokenizer),
+        base_fingerprint=setup.base_fingerprint,
+        advice=[asdict(advice) for advice in setup.advice],
+        notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],
+        warnings=[line for line in metrics.read() if "warning" in line],
+        steps=trainer.state.global_step,
+        train_seconds=round(counts.seconds, 2),
+        train_tokens=counts.train_tokens,
+        supervised_tokens=counts.supervised_tokens,
+        tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
+        peak_memory_mb=peak_memory_mb(),
+        padding_free=setup.batching.pad_token_id is None,
+        compiled=setup.compiled,
+        eval_loss=tuned.get("loss"),
+        base_eval_loss=base.get("loss"),
+        eval_scores={k: v for k, v in tuned.items() if k != "loss"} or None,
+        base_eval_scores={k: v for k, v in base.items() if k != "loss"} or None,
+        labels=labels.to_dict() if labels else None,
+        versions=versions(),
+        seed=setup.recipe.training.seed,
     )
 
 
@@ -263,7 +246,7 @@ def _named_failures(folder: Path) -> Iterator[None]:
         raise
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
     """The process's peak resident memory, or the GPU's when there is one; in MB of 10**6 bytes."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
@@ -271,6 +254,7 @@ def _peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Those of Python and of the packages that decide the numbers of a run."""
     packages = ("lorakit", "torch", "transformers", "accelerate", "safetensors")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}

@@ -32,6 +32,7 @@ from lorakit.lora.model import LoraModel
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
+from lorakit.training.interrupt import Interrupt
 from lorakit.training.tasks import Loss
 
 _STAGING = ".saving"
@@ -60,6 +61,9 @@ class LoraTrainer(Trainer):
         batching: how rows become batches.
         loss: makes the loss; its second argument says that weights are spread over machines.
         scorer: scores a classifier's held-out rows.
+
+    Attributes:
+        interrupt: what processes agree on stopping by; None to go on whatever comes.
     """
 
     control: TrainerControl
@@ -79,6 +83,7 @@ class LoraTrainer(Trainer):
         self.held_out = batching.eval_batches(eval_rows, args)
         self.counts = Counts()
         self.scorer = scorer
+        self.interrupt: Interrupt | None = None
         super().__init__(
             model=model,
             args=args,
@@ -161,10 +166,12 @@ class LoraTrainer(Trainer):
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """This process' batches of an optimiser step, and the supervised tokens of all processes.
 
-        Counts both kinds of tokens, as the step will use them up.
+        Counts both kinds of tokens, as the step will use them up, and whether a process was
+        asked to stop.
         """
         batches = list(islice(epoch_iterator, num_batches))
-        tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        tokens = torch.zeros(3, dtype=torch.int64, device=device)
+        tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:
             real = batch.get("attention_mask")
             tokens[0] += batch["input_ids"].numel() if real is None else real.sum()
@@ -172,6 +179,8 @@ class LoraTrainer(Trainer):
         tokens = self.accelerator.reduce(tokens, "sum")
         self.counts.train_tokens += int(tokens[0])
         self.counts.supervised_tokens += int(tokens[1])
+        if self.interrupt:
+            self.interrupt.agreed = bool(tokens[2])
         return batches, tokens[1]
 
     def get_train_dataloader(self) -> DataLoader:

@@ -1,0 +1,172 @@
+"""From a recipe to everything that a run needs: what `check` looks at and `train` trains.
+
+Nothing is written here. What was chosen, guessed or done otherwise than the recipe says comes
+back as notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from lorakit.data.batches import LabelCollator
+from lorakit.data.dataset import PreparedData
+from lorakit.errors import InputError
+from lorakit.lora import LoraModel
+from lorakit.models.attention import take_lines
+from lorakit.models.fingerprint import fingerprint
+from lorakit.models.fused import fused
+from lorakit.training.advice import Advice, advised
+from lorakit.training.batching import Batching
+from lorakit.training.compiling import choose, compile_blocks
+from lorakit.training.machine import settle_in
+from lorakit.training.recipe import Recipe
+from lorakit.training.tasks import Beginning, begin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Setup:
+    """A run that is ready to begin.
+
+    Attributes:
+        recipe: with what it left out filled in, as `advice` says.
+        begun: what the task decides: loss, scores, labels.
+        base_fingerprint: of the base model's weights.
+        own_template: the chat template that was put on a tokenizer without one, else None.
+        notices: lines for the user.
+    """
+
+    recipe: Recipe
+    advice: list[Advice]
+    begun: Beginning
+    model: LoraModel
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    arguments: TrainingArguments
+    batching: Batching
+    compiled: bool
+    base_fingerprint: str
+    own_template: str | None
+    notices: list[str]
+
+    @property
+    def data_facts(self) -> list[dict[str, Any]]:
+        """The files that were read, as plain JSON types."""
+        return [asdict(fact) for fact in self.data.facts]
+
+    @contextmanager
+    def fast(self) -> Iterator[None]:
+        """The model with its blocks compiled, or with fused norms and MLPs, to train in."""
+        if self.compiled:
+            compile_blocks(self.model)
+            yield
+        else:
+            with fused(self.model):
+                yield
+
+
+def set_up(recipe: Recipe) -> Setup:
+    """Loads the model and the rows, and settles what the recipe leaves open.
+
+    Raises:
+        InputError: the recipe, the model or the rows cannot be used.
+    """
+    settle_in()
+    begun = begin(recipe)
+    model, tokenizer, data = begun.model, begun.tokenizer, begun.data
+    parameters = sum(p.numel() for p in model.parameters())
+    recipe, advice = advised(recipe, parameters, len(data.train))
+    base_fingerprint = fingerprint(model, without=begun.new_modules)
+    set_seed(recipe.training.seed)
+    adapted = LoraModel(model, begun.lora_config(recipe))
+    arguments = training_arguments(recipe, held_out=bool(data.eval))
+    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id, begun.collator)
+    to_compile = recipe.compile if recipe.task_type == "CAUSAL_LM" else False
+    compiled, notice = choose(to_compile, adapted, _tokens_to_train(data, batching, arguments))
+    notices += [notice] if notice else []
+    if torch.cuda.device_count() > arguments.world_size:
+        many = f"torchrun --nproc-per-node {torch.cuda.device_count()} -m lorakit train …"
+        notices.append(f"{arguments.world_size} of {torch.cuda.device_count()} GPUs used; {many}")
+    return Setup(
+        recipe=recipe,
+        advice=advice,
+        begun=begun,
+        model=adapted,
+        tokenizer=tokenizer,
+        data=data,
+        arguments=arguments,
+        batching=batching,
+        compiled=compiled,
+        base_fingerprint=base_fingerprint,
+        own_template=None if begun.had_template else str(tokenizer.chat_template),
+        notices=[*data.notices, *notices],
+    )
+
+
+def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
+    """Trainer's arguments: the recipe's, over what this trainer wants otherwise than Trainer.
+
+    Args:
+        held_out: whether there are rows to evaluate on.
+
+    Raises:
+        InputError: Trainer refuses them.
+    """
+    values = {
+        "output_dir": recipe.output_dir,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Unless told so, accelerate would start no process group without a GPU.
+        "use_cpu": not torch.accelerator.is_available(),
+        **recipe.training.model_dump(),
+    }
+    if not held_out:
+        values["eval_strategy"] = "no"
+    if recipe.early_stopping_patience:
+        # The best weights must have been saved when they were evaluated.
+        every = values.get("eval_steps") or values["logging_steps"]
+        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        values |= {"save_strategy": values["eval_strategy"], "save_steps": every}
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training: {' '.join(str(error).split())}") from error
+    if arguments.n_gpu > 1:
+        # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _batching(
+    recipe: Recipe, model: LoraModel, pad_token_id: int, collator: LabelCollator | None
+) -> tuple[Batching, list[str]]:
+    """How rows become batches, with what to say where that is not as the recipe has it."""
+    if collator:
+        return Batching(pad_token_id, own_collator=collator), []
+    pack_length = recipe.data.max_length if recipe.data.packing else None
+    if not recipe.data.padding_free:
+        return Batching(pad_token_id, pack_length), []
+    if reason := take_lines(model):
+        notice = f"rows are padded, those of like length together: {reason}"
+        return Batching(pad_token_id, pack_length), [notice]
+    return Batching(None, pack_length), []
+
+
+def _tokens_to_train(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> float:
+    """The tokens of all epochs, or of the steps that `max_steps` stops after."""
+    epochs = arguments.num_train_epochs
+    if arguments.max_steps > 0:
+        batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        batches *= arguments.world_size
+        epochs = batches / len(batching.train_batches(data.train, arguments, epoch=0))
+    return epochs * sum(len(row) for row in data.train)

@@ -1,0 +1,181 @@
+"""Watching a run: `monitor.jsonl`, and warnings that name the cause and the cure.
+
+A warning is said once for a run, when it first holds, and stands in `metrics.jsonl` too. What is
+measured is `monitor.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lorakit.lora.model import LoraModel
+from lorakit.training.monitor import AdapterState, LoraMonitor
+from lorakit.training.step_lines import StepLines
+
+MONITOR_NAME = "monitor.jsonl"
+
+EXPLODES = 10.0  # times the median of the gradients before
+SEEN_BEFORE = 5  # gradients that make a median worth comparing with
+STILL = 1e-7  # of the frozen weight's norm, which float32 adds without a trace
+STILL_AFTER = 10  # steps
+RISES = 3  # evaluations in a row
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning: the step, a name for it, what was seen with its cause, and what to do."""
+
+    step: int
+    name: str
+    message: str
+    cure: str
+
+    @property
+    def line(self) -> str:
+        """The warning as one line."""
+        return f"warning, step {self.step}: {self.message}. {self.cure}"
+
+
+class Watch(TrainerCallback):
+    """Measures the adapter on every logged step and looks for what goes wrong.
+
+    Args:
+        model: the model, before a checkpoint is loaded: changes are measured from here.
+        measured: where measurements go; the first line names the modules.
+        lines: where warnings go.
+        say: shows a line to the user.
+    """
+
+    def __init__(
+        self,
+        model: LoraModel,
+        measured: StepLines,
+        lines: StepLines,
+        say: Callable[[str], None],
+    ) -> None:
+        self.monitor = LoraMonitor(model)
+        self.measured, self.lines, self.say = measured, lines, say
+        self.warned: dict[str, Warned] = {}
+        self._gradients: list[float] = []
+        self._eval_losses: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes up the warnings and losses of a run that goes on."""
+        self.measured.begin(state.global_step)
+        if not self.measured.read():
+            start = self.monitor.measure()
+            norms = [_short(s.weight_norm) for s in start.values()]
+            self.measured.append({"step": 0, "modules": list(start), "weight_norm": norms})
+        for line in self.lines.read():
+            if "warning" in line:
+                warned = Warned(line["step"], line["warning"], line["message"], line["cure"])
+                self.warned[warned.name] = warned
+        self._gradients = [e["grad_norm"] for e in state.log_history if "grad_norm" in e]
+        self._eval_losses = [
+            (e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e
+        ]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures while the gradients are there, on the steps that Trainer logs."""
+        step = state.global_step + 1
+        if step % max(1, state.logging_steps):
+            return
+        states = self.monitor.measure()
+        self.measured.append(
+            {
+                "step": step,
+                "gradient_norm": [_short(s.gradient_norm) for s in states.values()],
+                "update_norm": [_short(s.update_norm) for s in states.values()],
+            }
+        )
+        # Before the first optimiser step has been made nothing can have moved.
+        self._tell(_of_movement(step, self.monitor.total(states)))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Looks at the gradient that Trainer has just logged, as it was before clipping."""
+        norm = (logs or {}).get("grad_norm")
+        if norm is not None:
+            self._tell(_of_gradients(state.global_step, norm, self._gradients))
+            self._gradients.append(norm)
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Looks at how the held-out loss has gone."""
+        if "eval_loss" in (metrics or {}):
+            assert metrics is not None
+            self._eval_losses.append((state.global_step, metrics["eval_loss"]))
+            self._tell(_of_held_out(self._eval_losses))
+
+    def _tell(self, warnings: Iterator[Warned]) -> None:
+        for warned in warnings:
+            if warned.name not in self.warned:
+                self.warned[warned.name] = warned
+                line = {"step": warned.step, "warning": warned.name}
+                self.lines.append({**line, "message": warned.message, "cure": warned.cure})
+                self.say(warned.line)
+
+
+def _of_movement(step: int, total: AdapterState) -> Iterator[Warned]:
+    if step < STILL_AFTER:
+        return
+    if total.gradient_norm == 0:
+        yield Warned(
+            step,
+            "no gradient",
+            "no gradient reaches the adapter: its modules do not take part in the loss",
+            "Choose other lora.target_modules.",
+        )
+    elif total.relative_update < STILL:
+        yield Warned(
+            step,
+            "still",
+            f"the adapter does not move: ‖ΔW‖/‖W‖ is {total.relative_update:.1e} after "
+            f"{step - 1} steps, so the steps are too small",
+            "Raise training.learning_rate; look whether warm-up or the schedule keep it at 0.",
+        )
+
+
+def _of_gradients(step: int, norm: float, before: list[float]) -> Iterator[Warned]:
+    usual = median(before) if len(before) >= SEEN_BEFORE else 0.0
+    if usual > 0 and norm > EXPLODES * usual:
+        yield Warned(
+            step,
+            "gradients explode",
+            f"the gradient's norm is {norm:.3g}, {norm / usual:.0f} times what it was: the steps "
+            "are too large, or a row of this step is unlike all others",
+            "Lower training.learning_rate, keep training.max_grad_norm at 1, "
+            "and look at the longest and the strangest rows (lorakit check --show).",
+        )
+
+
+def _of_held_out(losses: list[tuple[int, float]]) -> Iterator[Warned]:
+    last = [loss for _, loss in losses[-RISES - 1 :]]
+    if len(last) > RISES and all(a < b for a, b in pairwise(last)):
+        best, loss = min(losses, key=lambda entry: entry[1])
+        yield Warned(
+            losses[-1][0],
+            "held-out loss rises",
+            f"the held-out loss has risen {RISES} times in a row, from {last[0]:.4f} to "
+            f"{last[-1]:.4f}: the rows are being learned by heart",
+            f"Step {best} was best ({loss:.4f}): train for fewer epochs, or keep the best with "
+            "early_stopping_patience=2.",
+        )
+
+
+def _short(value: float) -> float:
+    """Four significant digits: what a reader can see, at a third of the bytes."""
+    return float(f"{value:.4g}")
