@@ -102,7 +102,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("task", TASKS)
 def test_however_a_step_is_divided_into_batches_it_is_the_same_step(make: Any, task: str):
     found = []
-    for size in (24, 4, 2):
+    for size in (24, 4):
         values = make(task, f"of-{size}", eval_strategy="no", max_steps=2, num_train_epochs=2)
         values["training"] |= {
             "per_device_train_batch_size": size,
@@ -112,9 +112,8 @@ def test_however_a_step_is_divided_into_batches_it_is_the_same_step(make: Any, t
         values["data"]["eval"] = 0
         found.append(weights(lorakit.train(values, quiet=True).output_dir))
     assert any("lora_B" in name and tensor.any() for name, tensor in found[0].items())
-    for other in found[1:]:
-        for name, tensor in found[0].items():
-            assert (tensor - other[name]).abs().max() < 1e-9, name
+    for name, tensor in found[0].items():
+        assert (tensor - found[1][name]).abs().max() < 1e-9, name
 
 
 def test_two_processes_give_the_scores_and_the_adapter_of_one(make: Any, tmp_path: Path):
