@@ -80,7 +80,7 @@ def test_a_turn_that_the_template_leaves_open_is_counted(
     path = write_rows([{"messages": turns[:2]}, {"messages": turns}])
     data = prepare(tokenizer, path, 0)
     assert {f.what: f.first for f in found(data).values()} == {
-        "with an answer that no end token closes": ("rows.jsonl:2",)
+        "left without an end token behind an answer": ("rows.jsonl:2",)
     }
     whole = len(data.train[0])
     [cut] = found(

@@ -145,4 +145,64 @@ def test_rows_of_one_prompt_cannot_be_split(tokenizer: Any, write_rows: WriteRow
 def test_facts_and_rows_are_plain_values(tokenizer: Any, write_rows: WriteRows) -> None:
     data = prepare(tokenizer, write_rows(numbered(2)), 0)
     assert set(dataclasses.asdict(data.facts[0])) == {"path", "rows", "sha256"}
-    assert set(dataclasses.asdict(data.train[0])) == {"input_ids", "labels", "where", "cut"}
+    assert set(dataclasses.asdict(data.train[0])) == {
+        *("input_ids", "labels", "where", "cut", "unshown")
+    }
+
+
+def said(*messages: tuple[str, str], **of_the_last: Any) -> dict[str, Any]:
+    row = [{"role": role, "content": content} for role, content in messages]
+    row[-1] |= of_the_last
+    return {"messages": row}
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("role", "message", "words"),
+    [
+        ("system", ("system", "Be kind"), "the system message"),
+        ("tool", ("tool", "42 degrees"), "what tools answered"),
+        ("user", ("user", "another question"), "a user message whole"),
+    ],
+)
+def test_what_the_template_hides_is_counted(
+    tokenizer: Any, write_rows: WriteRows, role: str, message: tuple[str, str], words: str
+) -> None:
+    tokenizer.chat_template = (
+        f"{{% for m in messages if m.role != '{role}' %}}<|im_start|>{{{{ m.role }}}}"
+        "{{ '\n' + m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    shown = said(("assistant", "hello"), ("assistant", "yes"))
+    hidden = said(("assistant", "hello"), message, ("assistant", "no"))
+    data = prepare(tokenizer, write_rows([shown, hidden, shown]), 0)
+    [finding] = [finding for finding in data.findings if "does not show" in finding.what]
+    assert finding.line.startswith(
+        f"1 of 3 rows is learned without {words}, which the chat template does not show "
+        "(first: rows.jsonl:2)"
+    )
+
+
+def test_reasoning_that_the_template_hides_is_counted(
+    tokenizer: Any, write_rows: WriteRows
+) -> None:
+    thinking = said(("user", "2+2?"), ("assistant", "4"), reasoning_content="two and two")
+    data = prepare(tokenizer, write_rows([thinking]), 0)
+    [finding] = [finding for finding in data.findings if finding.count]
+    assert "without all of an answer (its reasoning" in finding.line
+
+
+def test_a_call_is_an_answer_and_one_that_is_dropped_is_an_error(
+    tokenizer: Any, write_rows: WriteRows
+) -> None:
+    path = write_rows([said(("user", "Rain?"), ("assistant", ""), tool_calls=[CALL])])
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .*does not write the tool calls"):
+        prepare(tokenizer, path, 0)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    found = [finding for finding in prepare(tokenizer, path, 0).findings if finding.count]
+    assert found == []

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from lorakit.data.formats import Sample
-from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
+from lorakit.data.masking import IGNORE, TokenizedRow, encode, label, read, tokenize
 from lorakit.data.templates import ensure_template, render
 from lorakit.errors import InputError
 
@@ -62,9 +63,9 @@ def conversation(*contents: str, system: str | None = None) -> Sample:
 def learned(row: TokenizedRow, tokenizer: Any) -> list[str]:
     """The text of each unbroken run of supervised tokens."""
     runs: list[list[int]] = [[]]
-    for label in row.labels:
-        if label != IGNORE:
-            runs[-1].append(label)
+    for wanted in row.labels:
+        if wanted != IGNORE:
+            runs[-1].append(wanted)
         elif runs[-1]:
             runs.append([])
     return [tokenizer.decode(run) for run in runs if run]
@@ -193,6 +194,84 @@ def test_a_template_that_cannot_be_masked_is_refused_with_the_row(
 ) -> None:
     with pytest.raises(InputError, match=rf"^rows.jsonl:1: .*{expected}"):
         tokenize(conversation("question", "answer"), with_template(tokenizer, template), 64)
+
+
+def with_call(tools: tuple[dict[str, Any], ...] = ()) -> Sample:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = (
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    )
+    return Sample(messages, None, "rows.jsonl:7", tools)
+
+
+def test_a_call_that_the_template_would_drop_is_refused_with_the_row(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"^rows.jsonl:7: .*does not write the tool calls of mess"):
+        tokenize(with_call(), tokenizer, 64)
+    tokenizer.chat_template = None
+    ensure_template(tokenizer)
+    with pytest.raises(InputError, match=r"^rows.jsonl:7: .*does not write the tool calls of mess"):
+        tokenize(with_call(), tokenizer, 64)
+
+
+def test_of_two_calls_both_must_be_written(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+        "<|im_end|>{% endfor %}"
+    )
+    sample = with_call()
+    assert learned(tokenize(sample, tokenizer, 64), tokenizer) == [
+        '{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>'
+    ]
+    answer = {**sample.messages[1], "tool_calls": sample.messages[1]["tool_calls"] * 2}
+    with pytest.raises(InputError, match="does not write the tool calls"):
+        tokenize(Sample((sample.messages[0], answer), None, "here"), tokenizer, 64)
+
+
+def test_tools_and_messages_that_the_template_hides_are_named(tokenizer: Any) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    shown = tokenize(conversation("Hi", "Yes"), tokenizer, 64)
+    assert shown.unshown == ()
+    hidden = Sample(conversation("Hi", "Yes").messages, None, "rows.jsonl:1", (tool,))
+    assert tokenize(hidden, tokenizer, 64) == dataclasses.replace(shown, unshown=("tools",))
+    tokenizer.chat_template = WORDED.replace("for m in messages", "for m in messages[1:]")
+    sample = conversation("Hi", "Yes", system="Be kind")
+    assert tokenize(sample, tokenizer, 64).unshown == ("system",)
+
+
+def test_an_end_that_stands_in_a_call_is_not_the_end_of_the_turn(tokenizer: Any) -> None:
+    """Every call is closed by a special token, and the turn by another one."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}<|endoftext|>"
+        "{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    sample = with_call()
+    assert learned(tokenize(sample, tokenizer, 64), tokenizer) == [
+        '{"city": "Rome"}<|endoftext|><|im_end|>'
+    ]
+    more = Sample((*sample.messages, *conversation("Hi", "Yes").messages), None, "here")
+    assert learned(tokenize(more, tokenizer, 64), tokenizer) == [
+        '{"city": "Rome"}<|endoftext|><|im_end|>',
+        "Yes<|im_end|>",
+    ]
+
+
+def test_rows_encoded_together_are_as_encoded_alone(tokenizer: Any, bos_tokenizer: Any) -> None:
+    ensure_template(bos_tokenizer)
+    for some in (tokenizer, bos_tokenizer):
+        texts = [Sample((), f"text {i}", f"t:{i}") for i in range(300)]
+        samples = [
+            s for i, t in enumerate(texts) for s in (t, conversation(f"a{i}", "b" * (i % 7 + 1)))
+        ]
+        readings = [read(sample, some) for sample in samples]
+        together = [
+            label(reading, encoded, some, 40)
+            for reading, encoded in zip(readings, encode(readings, some), strict=True)
+        ]
+        assert together == [tokenize(sample, some, 40) for sample in samples]
 
 
 def test_a_row_whose_answer_is_cut_away_names_the_length_it_needs(tokenizer: Any) -> None:

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -71,3 +72,73 @@ def test_the_hash_changes_with_the_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     assert len({bundled, plain, named, template_sha256(tokenizer)}) == 4
     assert len(bundled) == 64
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def calling(**function: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rom"}}}
+    call["function"] |= function
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def test_tools_are_given_to_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ tools | tojson }}"
+    assert render([USER], tokenizer, tools=(TOOL,)) == json.dumps([TOOL])
+    assert render([USER], tokenizer) == "null"
+
+
+def test_the_template_for_tools_is_taken_where_a_tokenizer_has_several(tokenizer: Any) -> None:
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    assert render([USER], tokenizer) == "plain"
+    assert render([USER], tokenizer, tools=[TOOL]) == "with tools"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ c.function.arguments | tojson }}", '{"city": "Rom"}'),
+        ("{{ 'call ' + c.function.arguments }}", 'call {"city": "Rom"}'),
+        ("{{ c.function.arguments }}", '{"city": "Rom"}'),
+        (
+            "{% if c.id | length != 9 %}{{ raise_exception('id') }}{% endif %}{{ c.id }}",
+            "call00001",
+        ),
+    ],
+)
+def test_calls_are_written_as_the_template_wants_them(
+    tokenizer: Any, template: str, expected: str
+) -> None:
+    tokenizer.chat_template = "{% set c = messages[1].tool_calls[0] %}" + template
+    assert render([USER, calling()], tokenizer) == expected
+
+
+def test_a_result_gets_the_id_of_its_call(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+        "{{ raise_exception('no id') if not c.id }}{{ c.id + ' ' }}{% endfor %}"
+        "{% elif m.role == 'tool' %}{{ 'of ' + m.tool_call_id + ' ' }}{% endif %}{% endfor %}"
+    )
+    two = {**calling(), "tool_calls": calling()["tool_calls"] * 2}
+    results = [{"role": "tool", "content": str(i)} for i in range(2)]
+    assert render([USER, two, *results, calling(), results[0]], tokenizer) == (
+        "call00001 call00002 of call00001 of call00002 call00003 of call00003 "
+    )
+
+
+def test_arguments_that_a_template_can_only_print_as_python_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% set a = messages[1].tool_calls[0].function.arguments %}"
+        "{{ raise_exception('an object, please') if a is string }}{{ a }}"
+    )
+    with pytest.raises(InputError, match="an object, please"):
+        render([USER, calling()], tokenizer)
+
+
+def test_a_quoted_python_object_in_a_message_is_left_alone(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{{ messages[1].tool_calls[0].function.arguments | tojson }}"
+    )
+    asked = {"role": "user", "content": "what is {'city': 'Rom'}?"}
+    assert render([asked, calling()], tokenizer) == """what is {'city': 'Rom'}?{"city": "Rom"}"""

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lorakit
 from lorakit.adapters.manifest import read_manifest
@@ -20,22 +19,8 @@ from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.loss import mean_loss
+from small_runs import recipe, weights
 from tiny import byte_tokenizer
-
-
-def recipe(model: Path, rows: Path, output: Path, **training: Any) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "dtype": "float32",
-        "data": {"train": str(rows), "eval": 0.25},
-        "lora": {"r": 4, "lora_alpha": 8},
-        "training": {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2} | training,
-        "output_dir": str(output),
-    }
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def test_a_run_leaves_an_adapter_its_record_its_metrics_and_its_checkpoints(

@@ -12,6 +12,7 @@ import typer
 
 from lorakit import __version__
 from lorakit.cli.chat import chat
+from lorakit.cli.check import check
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
 from lorakit.cli.merge import merge
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(check)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(chat)

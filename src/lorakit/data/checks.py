@@ -21,6 +21,14 @@ AnySample = Sample | LabelledSample
 
 _SHOWN = 3  # places that a finding names
 _BINS = 12
+_PARTS = {
+    "tools": "its tools",
+    "assistant": "all of an answer (its reasoning, or what is said beside a tool call)",
+    "system": "the system message",
+    "tool": "what tools answered",
+    "user": "a user message whole",
+    "prompt": "what stands before the last answer in chat (such as '<think>')",
+}  # what a template may leave out (`TokenizedRow.unshown`)
 _PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 
 
@@ -140,12 +148,16 @@ def findings(
             "the text brings one and the template another: take it out of the text",
         ),
         (
-            "with an answer that no end token closes",
+            "left without an end token behind an answer",
             [row.where for _, row in everything if _endless(row, tokenizer.all_special_ids)],
             everything,
             "the model would not learn to stop: the chat template should close an answer",
         ),
     ]
+    for part in dict.fromkeys(part for _, row in everything for part in row.unshown):
+        hidden = [row.where for _, row in everything if part in row.unshown]
+        what = f"learned without {_PARTS[part]}, which the chat template does not show"
+        found.append((what, hidden, everything, "use a model whose template has a place for it"))
     return [
         Finding(what, len(where), len(of), tuple(where[:_SHOWN]), cure)
         for what, where, of, cure in found

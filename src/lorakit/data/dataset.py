@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample, check_columns, to_sample
-from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.sources import file_sha256, read_rows
 from lorakit.data.templates import ensure_template
 from lorakit.errors import InputError
@@ -78,7 +78,7 @@ def prepare(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 42,
-    to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] = tokenize,
+    to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] | None = None,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -91,7 +91,8 @@ def prepare(
         columns: maps a format's column names to the files' own.
         limit: use only the first rows of each file, for a quick trial.
         seed: of the split.
-        to_row: what makes a row of a sample, with at most `max_length` tokens.
+        to_row: makes a row of a sample, with at most `max_length` tokens; None for rows that a
+            causal model learns.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
@@ -107,10 +108,18 @@ def prepare(
         facts.append(DataFacts(str(eval), len(held), file_sha256(eval)))
         notices = []
     everything = kept + held
-    templated = to_row is tokenize and any(sample.messages for sample in everything)
-    if templated and (notice := ensure_template(tokenizer)):
-        notices.append(notice)
-    rows = _each(everything, lambda sample: to_row(sample, tokenizer, max_length))
+    if to_row is None:
+        has_messages = any(sample.messages for sample in everything)
+        if has_messages and (notice := ensure_template(tokenizer)):
+            notices.append(notice)
+        readings = _each(everything, lambda sample: read(sample, tokenizer))
+        rows = _each(
+            zip(readings, encode(readings, tokenizer), strict=True),
+            lambda pair: label(*pair, tokenizer, max_length),
+        )
+    else:
+        make = to_row
+        rows = _each(everything, lambda sample: make(sample, tokenizer, max_length))
     train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
     found = findings(
         list(zip(kept, train_rows, strict=True)),

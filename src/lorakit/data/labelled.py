@@ -358,7 +358,8 @@ def tokenize_sequence(
         )
     segments = encoded.get("token_type_ids")
     label = number_of[label_name(sample.labels[0])]
-    return LabelledRow(list(encoded["input_ids"]), [label], sample.where, cut, segments)
+    ids = list(encoded["input_ids"])
+    return LabelledRow(ids, [label], sample.where, cut, segments=segments)
 
 
 def tokenize_words(
@@ -399,9 +400,9 @@ def tokenize_words(
         labels,
         sample.where,
         cut,
-        encoded.get("token_type_ids"),
-        tuple(seen),
-        len(words) - len(whole),
+        segments=encoded.get("token_type_ids"),
+        words=tuple(seen),
+        unseen=len(words) - len(whole),
     )
 
 

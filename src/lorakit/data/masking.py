@@ -1,38 +1,41 @@
-"""One sample to token ids and labels: which tokens the loss is taken on, for any chat template.
+"""Samples to token ids and labels: which tokens the loss is taken on.
 
-Templates are programs, and few of them mark the assistant's part. So the spans are found from
-outside, by rendering: what precedes an answer is what the template gives with
-`add_generation_prompt`, and what follows it is what stays behind a placeholder put in its place.
+A sample is first read as text with the spans to learn (`read`; where a template puts the answers
+is found in `lorakit.data.spans`), many are tokenized at once (`encode`, faster than one by one),
+and each is labelled (`label`). `tokenize` does all of it for one.
 """
 
-import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lorakit.data.formats import Message, Sample
-from lorakit.data.templates import render
+from lorakit.data.formats import Sample
+from lorakit.data.spans import Answers, find_answers
 from lorakit.errors import InputError
 from lorakit.models.loss import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]
+ENCODE_AT_ONCE = 256
+"""Rows: enough to keep every core busy, and few enough that their offsets take little memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
     """A row ready for training; `labels[t]` is `input_ids[t]` or `IGNORE`, unshifted.
 
-    `cut` tokens were behind the largest length and are gone.
+    `cut` tokens were behind the largest length and are gone. `unshown` names what the chat
+    template left out, as in `lorakit.data.spans.Answers`.
     """
 
     input_ids: list[int]
     labels: list[int]
     where: str
     cut: int = 0
+    unshown: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -48,6 +51,19 @@ class TokenizedRow:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A sample as text: a conversation with its answers found, or plain text (`answers` None)."""
+
+    where: str
+    text: str
+    answers: Answers | None
+
+
+Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Token ids, and the characters `[start, end)` of each."""
+
+
 def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedRow:
     """Tokens and labels of `sample`, cut from the right to `max_length` tokens.
 
@@ -58,26 +74,88 @@ def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: i
         InputError: the template refuses the conversation or cannot be masked, no token is left
             to learn, or the tokenizer lacks offsets or an end-of-sequence token.
     """
+    reading = read(sample, tokenizer)
+    encoded = next(encode([reading], tokenizer))
+    return label(reading, encoded, tokenizer, max_length)
+
+
+def read(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Reading:
+    """The text of `sample` and what of it is learned.
+
+    Raises:
+        InputError: as `lorakit.data.spans.find_answers`, with the row named.
+    """
+    if sample.text is not None:
+        return Reading(sample.where, sample.text, None)
+    # What follows the last answer cannot be learned from, and would only cost time.
+    last = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
+    try:
+        answers = find_answers(sample.messages[: last + 1], tokenizer, sample.tools)
+    except InputError as error:
+        raise InputError(f"{sample.where}: {error}") from error
+    return Reading(sample.where, answers.text, answers)
+
+
+def encode(readings: Sequence[Reading], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Encoded]:
+    """Each reading's tokens, in order.
+
+    Raises:
+        InputError: the tokenizer cannot tell which characters a token stands for.
+    """
     if not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets; use the fast tokenizer"
         )
-    if sample.text is not None:
-        ids, labels = _tokenize_text(sample.text, tokenizer)
+    for i in range(0, len(readings), ENCODE_AT_ONCE):
+        several = readings[i : i + ENCODE_AT_ONCE]
+        for plain_text, group in groupby(several, key=lambda reading: reading.answers is None):
+            encoded = tokenizer(
+                [reading.text for reading in group],
+                add_special_tokens=plain_text,  # a template has written them
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,  # no warning about long texts: they are cut and counted here
+            )
+            yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def label(
+    reading: Reading, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> TokenizedRow:
+    """The tokens of `reading` with those to learn labelled, cut to `max_length`.
+
+    Raises:
+        InputError: no token is left to learn, or an end-of-sequence token is needed.
+    """
+    ids = list(encoded[0])
+    labels = [IGNORE] * len(ids)
+    answers = reading.answers
+    if answers is None:
+        labels = list(ids)
     else:
-        try:
-            ids, labels = _tokenize_conversation(sample.messages, tokenizer)
-        except InputError as error:
-            raise InputError(f"{sample.where}: {error}") from error
+        # A token belongs to the span it begins in: one that begins before the answer is the
+        # prompt's, and an end token may swallow the newline behind it (Phi-3's `<|end|>`).
+        starts = [start for start, _ in encoded[1]]
+        for start, end in answers.spans:
+            learned = slice(bisect_left(starts, start), bisect_left(starts, end))
+            labels[learned] = ids[learned]
+    if not (answers.ended if answers else ids[-1:] == [_eos(tokenizer)]):
+        ids.append(_eos(tokenizer))
+        labels.append(_eos(tokenizer))
     labels[0] = IGNORE
-    cut = max(0, len(ids) - max_length)
-    row = TokenizedRow(ids[:max_length], labels[:max_length], sample.where, cut)
+    row = TokenizedRow(
+        ids[:max_length],
+        labels[:max_length],
+        reading.where,
+        max(0, len(ids) - max_length),
+        answers.unshown if answers else (),
+    )
     if row.supervised == 0:
         first = next((i for i, label in enumerate(labels) if label != IGNORE), None)
         if first is None:
-            raise InputError(f"{sample.where}: no token to learn; give it an answer or drop it")
+            raise InputError(f"{row.where}: no token to learn; give it an answer or drop it")
         raise InputError(
-            f"{sample.where}: the answer begins at token {first + 1} of {len(ids)}, behind "
+            f"{row.where}: the answer begins at token {first + 1} of {len(ids)}, behind "
             f"data.max_length {max_length}; raise it to {len(ids)} or shorten the row"
         )
     return row
@@ -87,113 +165,3 @@ def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token, so no answer could end")
     return int(tokenizer.eos_token_id)
-
-
-def _tokenize_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    if ids[-1:] != [_eos(tokenizer)]:
-        ids.append(_eos(tokenizer))
-    return ids, list(ids)
-
-
-def _tokenize_conversation(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
-    # What follows the last answer cannot be learned from, and would only cost time.
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    messages = messages[: last + 1]
-    text, spans, ended = answer_spans(messages, tokenizer)
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,  # the template has written them
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,  # no warning about long texts: they are cut and counted here
-    )
-    ids = list(encoded["input_ids"])
-    labels = [IGNORE] * len(ids)
-    token = 0
-    for start, end in spans:
-        # A token belongs to the span it begins in: one that begins before the answer is the
-        # prompt's, and an end token may swallow the newline behind it (Phi-3's `<|end|>`).
-        while token < len(ids) and encoded["offset_mapping"][token][0] < end:
-            if encoded["offset_mapping"][token][0] >= start:
-                labels[token] = ids[token]
-            token += 1
-    if not ended:
-        ids.append(_eos(tokenizer))
-        labels.append(_eos(tokenizer))
-    return ids, labels
-
-
-def answer_spans(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[str, list[Span], bool]:
-    """The rendered conversation, and the characters `[start, end)` of it that are learned.
-
-    `messages` ends with an answer. Each span runs from where the model starts to write through
-    the special token that ends the turn; whitespace behind that token is left out. The third
-    value tells whether the last answer has such a token; if not, the text ends with the answer.
-
-    Raises:
-        InputError: the template refuses the conversation, or writes no answer where it is.
-    """
-    full = render(messages, tokenizer)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    bodies = [_body(messages, i, full, tokenizer) for i in turns]
-    behind = full[bodies[-1][1] :]
-    special = _special_tokens(tokenizer, len(tokenizer)).search(behind)
-    closing = behind[: special.end()] if special else behind.rstrip()
-    spans = [
-        # Some templates close only the last turn.
-        (start, end + len(closing) if full.startswith(closing, end) else end)
-        for start, end in bodies
-    ]
-    if special is None:
-        full = full[: spans[-1][1]]
-    return full, spans, special is not None
-
-
-def _body(
-    messages: Sequence[Message], turn: int, full: str, tokenizer: "PreTrainedTokenizerBase"
-) -> Span:
-    """From where the model starts to write message `turn` to the end of its content in `full`."""
-    mark = "7310582946"  # digits survive upper-casing, trimming and JSON quoting
-    while mark in full:
-        mark += mark[-3]
-    marked = render(
-        [*messages[:turn], {**messages[turn], "content": mark}, *messages[turn + 1 :]], tokenizer
-    )
-    before, found, after = marked.partition(mark)
-    end = len(full) - len(after)
-    start = _opening_length(messages[:turn], full, tokenizer)
-    if start is None and full.startswith(before):
-        # The template writes this turn differently when it is history (it drops the reasoning,
-        # say), so the place of the content is all there is to go by.
-        start = len(before)
-    if not found or start is None or start > end or not full.endswith(after):
-        raise InputError(
-            f"the chat template cannot be masked: it does not show where message {turn + 1}, "
-            "an answer, stands in the text; use another template or tokenizer"
-        )
-    return start, end
-
-
-def _opening_length(
-    before: Sequence[Message], full: str, tokenizer: "PreTrainedTokenizerBase"
-) -> int | None:
-    """Length of the text a model would be asked to continue, if `full` begins with it."""
-    try:
-        opening = render(before, tokenizer, add_generation_prompt=True)
-    except InputError:  # many templates refuse a conversation without messages
-        return None
-    return len(opening) if full.startswith(opening) else None
-
-
-@lru_cache(maxsize=2)
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> re.Pattern[str]:
-    """Matches any special token; `size` renews it when tokens were added."""
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    # Without special tokens nothing may match, the empty string least of all.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")

@@ -1,13 +1,14 @@
 """Conversations to text: the tokenizer's own chat template, or a plain one where it has none.
 
 A template is a small program that came with the model, so what it raises is turned into one
-line. Which characters of the text are learned is decided in `lorakit.data.masking`.
+line. Which characters of the text are learned is decided in `lorakit.data.spans`.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
 from lorakit.errors import InputError
@@ -30,25 +31,95 @@ def render(
     messages: Sequence[Message],
     tokenizer: "PreTrainedTokenizerBase",
     add_generation_prompt: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The conversation as the model reads it; optionally up to where its answer begins.
+
+    Tool calls are given to the template as they are. If it cannot write them so, it gets them
+    with what some templates insist on: ids of nine letters and digits (Mistral's) where a call
+    has none, arguments as JSON text instead of an object (DeepSeek's).
 
     Raises:
         InputError: the template refuses the conversation, or there is no template.
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; call ensure_template first")
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is someone's program: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise InputError(
-            f"the chat template refuses this conversation (roles: {roles}): {reason}"
-        ) from error
-    return str(text)
+    refusal: Exception | None = None
+    for conversation in _spellings(messages):
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    conversation,
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except Exception as error:  # a template is someone's program: it may raise anything
+            refusal = refusal or error
+            continue
+        if not _shows_python(text, conversation):
+            return text
+    if refusal is None:
+        raise InputError("the chat template writes the arguments of tool calls as no JSON")
+    reason = " ".join(str(refusal).split()) or type(refusal).__name__
+    roles = ", ".join(message["role"] for message in messages) or "none"
+    raise InputError(
+        f"the chat template refuses this conversation (roles: {roles}): {reason}"
+    ) from refusal
+
+
+def _spellings(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The conversation, and as long as none is taken, its tool calls written otherwise."""
+    yield list(messages)
+    if any(message.get("tool_calls") for message in messages):
+        yield _with_ids(messages)
+        yield _with_json_arguments(messages)
+        yield _with_json_arguments(_with_ids(messages))
+
+
+def _with_ids(messages: Sequence[Message]) -> list[Message]:
+    """Calls without an id get one by their place, and the results that follow them get theirs."""
+    numbers = count(1)
+    changed: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            calls = [{"id": f"call{next(numbers):05d}", **call} for call in calls]
+            waiting = [call["id"] for call in calls]
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool" and waiting:
+            message = {"tool_call_id": waiting.pop(0), **message}
+        changed.append(message)
+    return changed
+
+
+def _with_json_arguments(messages: Sequence[Message]) -> list[Message]:
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+
+    return [
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _shows_python(text: str, messages: Sequence[Message]) -> bool:
+    """Whether arguments were printed as a Python object, `{'a': True}`, and not as JSON."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            if not arguments or isinstance(arguments, str):
+                continue
+            quoted = sum(str(other.get("content")).count(str(arguments)) for other in messages)
+            if text.count(str(arguments)) > quoted:
+                return True
+    return False
 
 
 def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:

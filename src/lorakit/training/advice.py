@@ -45,7 +45,7 @@ def advised(recipe: Recipe, parameters: int, rows: int) -> tuple[Recipe, list[Ad
     given = recipe.training.model_fields_set
     advice = [*_of_the_adapter(recipe, size)]
     if "learning_rate" not in given:
-        why = f"usual for a {size} model ({parameters / 1e9:.2g} billion parameters)"
+        why = f"usual for a {size} model ({parameters:,} parameters)"
         advice.append(Advice("training.learning_rate", _LEARNING_RATES[size], why))
     if not {"num_train_epochs", "max_steps"} & given:
         epochs = next((epochs for below, epochs in _EPOCHS if rows < below), 1)

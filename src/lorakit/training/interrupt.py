@@ -68,10 +68,9 @@ class Interrupt(TrainerCallback):
         return wished and state.global_step < state.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Has a checkpoint saved, and no evaluation made before it."""
+        """Has a checkpoint saved."""
         if self._stops(args, state):
             control.should_save = True
-            control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops the run when the checkpoint is there.

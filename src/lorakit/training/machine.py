@@ -1,6 +1,6 @@
-"""What training sets on the process for the machine at hand: threads and memory.
+"""What training asks of the machine at hand and sets on the process: threads and memory.
 
-All of it changes how fast numbers come, none of it what they are.
+All that is set changes how fast numbers come, none of it what they are.
 What was measured stands in docs/performance.md.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BLOCK, _KEPT_BEFORE_2_35 = 2**30, 2**25  # older releases refuse more
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 def settle_in() -> None:
@@ -41,6 +44,25 @@ def available_cores() -> int:
         return min(cores, max(1, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # another system, or "max": no limit
         return cores
+
+
+def memory_mb() -> float:
+    """What a process may have at most: the GPU's memory, or the machine's or container's; in MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1] / 1e6
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(whole, int(_CGROUP_MEMORY.read_text())) / 1e6
+    except (OSError, ValueError):  # another system, or "max": no limit
+        return whole / 1e6
+
+
+def peak_memory_mb() -> float:
+    """The process's peak resident memory, or the GPU's when there is one; in MB of 10**6 bytes."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
 def keep_freed_memory() -> bool:

@@ -180,6 +180,7 @@ class Recipe(_Strict):
 def load_recipe(
     source: str | Path | Mapping[str, Any] | None = None,
     overrides: Iterable[str | tuple[str, Any]] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Reads a recipe and applies overrides.
 
@@ -187,6 +188,7 @@ def load_recipe(
         source: a YAML file, a mapping with the same keys, or None when overrides say it all.
         overrides: `dotted.key=value`, whose value is read as YAML (`lora.r=16`), or a pair of a
             dotted key and a value that is taken as it is.
+        defaults: values of keys at the top that neither of the two gives.
 
     Raises:
         InputError: one line that names the file, the key, and the nearest valid key.
@@ -198,6 +200,7 @@ def load_recipe(
         values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (source or {}).items()}
     for override in overrides:
         _apply(values, override)
+    values = {**(defaults or {}), **values}
     try:
         return Recipe.model_validate(values)
     except InputError as error:

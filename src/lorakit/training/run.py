@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -23,8 +21,9 @@ from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError
 from lorakit.lora import LoraModel
 from lorakit.models.loss import SupervisedLoss
+from lorakit.training.forecast import forecast, planned_steps
 from lorakit.training.interrupt import Interrupt
-from lorakit.training.machine import is_main_process
+from lorakit.training.machine import is_main_process, peak_memory_mb
 from lorakit.training.output import check_output, claim_output, same_run
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
@@ -32,8 +31,11 @@ from lorakit.training.recorder import METRICS_NAME, Recorder
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
-from lorakit.training.trainer import LoraTrainer, last_checkpoint
+from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation, last_checkpoint
 from lorakit.training.watch import MONITOR_NAME, Watch
+
+FORECAST_FROM = 200
+"""Optimiser steps of a run that is worth the few that a forecast takes."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ def train(
         if isinstance(loss, SupervisedLoss) and loss.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
         with _callbacks(trainer, setup, metrics, console), setup.fast():
+            if checkpoint is None and _long(trainer):
+                _say(console, [forecast(trainer).line])
             base, tuned = _fit(trainer, setup.model, checkpoint)
         manifest = _manifest(setup, trainer, base, tuned, metrics)
         if main:
@@ -138,13 +142,21 @@ def _callbacks(
     if patience := setup.recipe.early_stopping_patience:
         looking.append(EarlyStoppingCallback(patience))
     trainer.remove_callback(PrinterCallback)
-    for callback in (*looking, interrupt):
+    for callback in (*looking, interrupt, SaveAfterEvaluation()):
         trainer.add_callback(callback)
     try:
         with interrupt.listening():
             yield
     finally:
         bar.close()  # an interrupted bar would leave the terminal without its cursor
+
+
+def _long(trainer: LoraTrainer) -> bool:
+    """Whether a run of one process is so long that its end should be known before."""
+    return (
+        trainer.args.world_size == 1
+        and planned_steps(trainer.args, len(trainer.sampler)) >= FORECAST_FROM
+    )
 
 
 def _fit(
@@ -244,14 +256,6 @@ def _named_failures(folder: Path) -> Iterator[None]:
         if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
             raise LorakitError(f"cannot write {folder}: is the disk full? {cure}") from error
         raise
-
-
-def peak_memory_mb() -> float:
-    """The process's peak resident memory, or the GPU's when there is one; in MB of 10**6 bytes."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerControl
+from transformers.trainer_callback import TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
@@ -126,24 +126,27 @@ class LoraTrainer(Trainer):
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in range(math.ceil(len(batches) / processes)):
             mine = turn * processes + self.args.process_index
-            batch = self._prepare_inputs(self.eval_dataset[batches[mine % len(batches)]])
-            # Compiled for training, the blocks would be compiled again without gradients.
-            with torch.compiler.set_stance("force_eager"):
-                found = self._sums(batch)
+            found = self.sums_of_held_out(batches[mine % len(batches)])
             if mine < len(batches):
                 sums += found
         sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         total, count = sums[:2].tolist()
         return {"loss": total / count} | (self.scorer.scores(sums[2:]) if self.scorer else {})
 
-    def _sums(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A batch's loss and labels, and what the scorer counts: float64, on the CPU."""
-        if self.scorer is None or not isinstance(self.supervised_loss, LabelLoss):
-            total, count = self.supervised_loss(self.model, batch)
-            return torch.stack([total.double().cpu(), count.double().cpu()])
-        total, count, logits = self.supervised_loss.with_logits(self.model, batch)
-        sums = torch.stack([total.double().cpu(), count.double().cpu()])
-        return torch.cat([sums, self.scorer.count(logits.argmax(-1), batch["labels"])])
+    @torch.no_grad()
+    def sums_of_held_out(self, rows: list[int]) -> torch.Tensor:
+        """A batch's summed loss, its labels, and what a scorer counts: float64, on the CPU."""
+        batch = self._prepare_inputs(self.eval_dataset[rows])
+        loss = self.supervised_loss
+        counts = torch.zeros(0, dtype=torch.float64)
+        # Compiled for training, the blocks would be compiled again without gradients.
+        with torch.compiler.set_stance("force_eager"):
+            if self.scorer and isinstance(loss, LabelLoss):
+                total, count, logits = loss.with_logits(self.model, batch)
+                counts = self.scorer.count(logits.argmax(-1), batch["labels"])
+            else:
+                total, count = loss(self.model, batch)
+        return torch.cat([torch.stack([total.double().cpu(), count.double().cpu()]), counts])
 
     def evaluate(
         self,
@@ -256,6 +259,28 @@ class LoraTrainer(Trainer):
 
     def _lora_model(self) -> LoraModel:
         return self.accelerator.unwrap_model(self.model)
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Saves the last step of an epoch when the epoch has been evaluated, as other steps are.
+
+    Trainer would save first: a run killed in between would go on without that evaluation.
+    Comes behind all callbacks that ask for saving.
+    """
+
+    _postponed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the saving off until the epoch's end, which is next."""
+        ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        self._postponed = control.should_save and ends
+        if self._postponed:
+            control.should_save = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves, behind the evaluation."""
+        control.should_save |= self._postponed
+        self._postponed = False
 
 
 def last_checkpoint(folder: Path) -> Path | None:

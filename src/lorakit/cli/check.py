@@ -1,0 +1,133 @@
+"""`lorakit check`: what a recipe would do, before it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit.cli.recipes import Arguments, Data, Model, recipe_from
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorakit.data.checks import RowStatistics
+    from lorakit.lora.parameter_table import ModuleKind
+    from lorakit.training.check import Piece
+
+# Two shades in turn show where a token ends.
+_SHADES = {
+    "learned": ("black on green", "black on bright_green"),
+    "read": ("", "on bright_black"),
+    "cut": ("strike red", "strike bright_red"),
+}
+_MARKS = {"learned": "⟦⟧", "read": ("", ""), "cut": "✂✂"}
+_BAR = 40  # characters
+
+
+def check(
+    arguments: Arguments = None,
+    model: Model = None,
+    data: Data = None,
+    show: Annotated[int, typer.Option(min=0, help="So many rows, as tokens.")] = 1,
+    forecast: Annotated[
+        bool, typer.Option(help="Train a few batches to measure time and memory.")
+    ] = True,
+) -> None:
+    """Look at a recipe's rows, parameters, time and memory; nothing is written."""
+    options = {"model": model, "data.train": data}
+    recipe = recipe_from(arguments, options, {"output_dir": "not-written"})
+
+    from rich.console import Console
+
+    from lorakit.training.check import check as run
+    from lorakit.training.check import shown_row
+
+    console = Console(highlight=False, soft_wrap=True)
+    result = run(recipe, with_forecast=forecast)
+    setup = result.setup
+    for index in range(min(show, len(setup.data.train))):
+        _show_row(console, setup.data.train[index].where, shown_row(setup, index))
+    _show_rows(console, result.statistics)
+    for finding in setup.data.findings:
+        line = f"! {finding.line}" if finding.count else f"✓ no row is {finding.what}"
+        console.print(line, style="yellow" if finding.count else "", markup=False)
+    trained, total = setup.model.get_nb_trainable_parameters()
+    _show_modules(console, result.modules, trained, total)
+    lines = [f"chosen: {advice.line}" for advice in setup.advice] + setup.notices
+    for line in [*lines, *([result.forecast.line] if result.forecast else [])]:
+        console.print(line, markup=False)
+
+
+def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
+    """A row's text: in colour, or where there is none with marks around what is learned or cut."""
+    from itertools import groupby
+
+    from rich.text import Text
+
+    legend = "green is learned, red is cut" if console.color_system else "⟦learned⟧ ✂cut✂"
+    console.print(f"{where}, {legend}, the rest is only read:", style="bold", markup=False)
+    if console.color_system:
+        text = Text()
+        for i, piece in enumerate(pieces):
+            text.append(_visible(piece.text), _SHADES[piece.state][i % 2])
+        console.print(text)
+    else:
+        for state, group in groupby(pieces, lambda piece: piece.state):
+            opening, closing = _MARKS[state]
+            console.print(
+                opening + "".join(_visible(piece.text) for piece in group) + closing,
+                end="",
+                markup=False,
+            )
+        console.print()
+    console.print()
+
+
+def _visible(text: str) -> str:
+    """Control characters, which could do things to a terminal, as what they are."""
+    shown = text.replace("\n", "↵\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in shown)
+
+
+def _show_rows(console: Console, statistics: dict[str, RowStatistics]) -> None:
+    from rich.table import Table
+
+    table = Table(title="rows and tokens")
+    table.add_column("")
+    names = ["rows", "tokens", "supervised", "min", "p5", "p25", "p50", "p75", "p95", "max"]
+    for name in names:
+        table.add_column(name, justify="right")
+    for part, numbers in statistics.items():
+        table.add_row(
+            part,
+            f"{numbers.rows:,}",
+            f"{numbers.tokens:,}",
+            f"{numbers.supervised_share:.0%}",
+            *(f"{numbers.lengths[name]:,}" for name in names[3:]),
+        )
+    console.print(table)
+    histogram = statistics["train"].histogram
+    most = max(count for *_, count in histogram)
+    for low, high, count in histogram:
+        bar = "█" * round(_BAR * count / most)
+        console.print(f"{low:>7,} to {high - 1:<7,} {bar} {count:,}", markup=False)
+    console.print()
+
+
+def _show_modules(console: Console, modules: list[ModuleKind], trained: int, total: int) -> None:
+    from rich.table import Table
+
+    title = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+    table = Table(title=title)
+    for name in ("module", "d_in", "d_out", "count", "r", "trained", "r(d+k)/dk"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for kind in modules:
+        sizes = (kind.d_in, kind.d_out, kind.count, kind.r)
+        table.add_row(
+            kind.name,
+            *("whole" if size is None else f"{size:,}" for size in sizes),
+            f"{kind.trained:,}",
+            f"{kind.ratio:.2%}",
+        )
+    console.print(table)

@@ -1,0 +1,59 @@
+"""What every verb that takes a recipe has in common: its arguments, and the recipe they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.errors import InputError
+
+if TYPE_CHECKING:
+    from lorakit.training.recipe import Recipe
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE.yaml] [KEY=VALUE]...",
+        help="A recipe, and values that take the place of its own (lora.r=16).",
+    ),
+]
+Model = Annotated[
+    str | None, typer.Option(help="The base model: alias, folder, .gguf file, or hub id.")
+]
+Data = Annotated[
+    str | None, typer.Option(help="The rows to learn from: json, jsonl, csv or parquet.")
+]
+
+
+def recipe_from(
+    arguments: list[str] | None,
+    options: dict[str, str | None],
+    defaults: dict[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that a command line gives.
+
+    Args:
+        arguments: a recipe's path, and overrides.
+        options: values by dotted key; those that are None were not given.
+        defaults: values by key at the top, for what neither recipe nor command line says.
+
+    Raises:
+        InputError: it is no valid recipe.
+    """
+    recipe, overrides = _split(arguments or [])
+    overrides += [(key, value) for key, value in options.items() if value is not None]
+    from lorakit.training.recipe import load_recipe
+
+    return load_recipe(recipe, overrides, defaults or {})
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str | tuple[str, str]]]:
+    """The recipe's path, if one is given, and the overrides."""
+    paths = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    if len(paths) > 1:
+        raise InputError(
+            f"give one recipe, not {len(paths)} ({', '.join(paths)}): values are KEY=VALUE"
+        )
+    return (Path(paths[0]) if paths else None), [a for a in arguments if a not in paths]

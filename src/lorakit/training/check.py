@@ -1,0 +1,102 @@
+"""What `lorakit check` finds out about a run that is not made: rows, parameters, time, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from lorakit.data.checks import AnySample, RowStatistics
+from lorakit.data.labelled import LabelledRow, LabelledSample
+from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
+from lorakit.lora.parameter_table import ModuleKind, parameter_table
+from lorakit.training.forecast import Forecast, forecast
+from lorakit.training.recipe import Recipe
+from lorakit.training.setup import Setup, set_up
+from lorakit.training.trainer import LoraTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENDLESS = 2**30  # tokens: a row is shown whole
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a row's text: `learned`, `read` or `cut`."""
+
+    text: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A run that could begin, in numbers; `forecast` is None where none was wanted."""
+
+    setup: Setup
+    statistics: dict[str, RowStatistics]
+    modules: list[ModuleKind]
+    forecast: Forecast | None
+
+
+def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
+    """Does all that `train` would do before the first step, and writes nothing.
+
+    Raises:
+        InputError: the recipe, the model or the rows cannot be used.
+        LorakitError: the largest batch does not fit into the GPU's memory.
+    """
+    setup = set_up(recipe)
+    expected = None
+    if with_forecast:
+        data = setup.data
+        with TemporaryDirectory() as elsewhere, setup.fast():
+            setup.arguments.output_dir = elsewhere  # Trainer makes its folder at once
+            expected = forecast(
+                LoraTrainer(
+                    setup.model,
+                    setup.arguments,
+                    data.train,
+                    data.eval,
+                    setup.batching,
+                    setup.begun.loss,
+                    setup.begun.scorer,
+                )
+            )
+    return Check(setup, setup.data.statistics(), parameter_table(setup.model), expected)
+
+
+def shown_row(setup: Setup, index: int) -> list[Piece]:
+    """Row `index` to learn from, token by token: what is learned, only read, or cut."""
+    row, sample = setup.data.train[index], setup.data.train_samples[index]
+    if isinstance(row, LabelledRow) or isinstance(sample, LabelledSample):
+        return _labelled_pieces(row, sample, setup.tokenizer)
+    return pieces(tokenize(sample, setup.tokenizer, _ENDLESS), len(row), setup.tokenizer)
+
+
+def _labelled_pieces(
+    row: TokenizedRow, sample: AnySample, tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """What is read, and behind it the labels, or the answer, that are learned."""
+    text = tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
+    return [Piece(f"{text} → ", "read"), Piece(sample.reference, "learned")]
+
+
+def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """The tokens of a row as text; tokens that share a character stay together.
+
+    Args:
+        whole: the row before cutting.
+        kept: how many of its tokens are kept.
+    """
+    found: list[Piece] = []
+    waiting: list[int] = []
+    for at, (token, label) in enumerate(zip(whole.input_ids, whole.labels, strict=True)):
+        waiting.append(token)
+        text = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        if "\ufffd" in text and len(waiting) < 8:  # half of a character: the rest follows
+            continue
+        state = "cut" if at >= kept else "read" if label == IGNORE else "learned"
+        found.append(Piece(text, state))
+        waiting = []
+    return found

@@ -1,0 +1,219 @@
+"""How long a run will take and how much memory, measured on a few of its own batches.
+
+The batches of all epochs are known before the first step. Some of them, spread evenly over all
+sizes, and the largest are trained for real on this machine; what they take stands for the others.
+Weights and random numbers are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from statistics import mean, pstdev
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from lorakit.errors import LorakitError
+from lorakit.training.machine import memory_mb, peak_memory_mb
+from lorakit.training.trainer import LoraTrainer
+
+TRIED, EVALUATED = 8, 3
+"""Batches that are timed, of training and of the held-out rows."""
+
+LEAST_ERROR = 0.05  # of the time: a machine is not the same from minute to minute
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take from its first step on; times in seconds, memory in MB of 10**6 bytes.
+
+    Attributes:
+        steps: of the optimiser.
+        error: `seconds` more or less; by as much the measured steps differ from each other.
+        evaluations: of the held-out rows, the base model's at the end included.
+        longest_tokens: of the largest batch, which was trained too.
+        peak_memory_mb: of the process, or on the GPU.
+        memory_mb: what the machine, the container or the GPU has.
+    """
+
+    steps: int
+    seconds: float
+    error: float
+    train_seconds: float
+    eval_seconds: float
+    evaluations: int
+    longest_tokens: int
+    peak_memory_mb: float
+    memory_mb: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough."""
+        return self.peak_memory_mb <= self.memory_mb
+
+    @property
+    def line(self) -> str:
+        """The forecast as one line, with the time of day at which the run will be done."""
+        end = datetime.now() + timedelta(seconds=self.seconds)
+        done = end.strftime("%H:%M" if self.seconds < 20 * 3600 else "%d %B, %H:%M")
+        return (
+            f"forecast: {self.steps:,} steps and {self.evaluations} evaluations in "
+            f"{_duration(self.seconds)} ± {_duration(self.error)} (done at {done}), peak memory "
+            f"{self.peak_memory_mb / 1e3:.1f} of {self.memory_mb / 1e3:.0f} GB"
+        )
+
+
+def planned_steps(args: TrainingArguments, batches: int) -> int:
+    """The optimiser steps of a run with so many batches an epoch, all processes together."""
+    if args.max_steps > 0:
+        return args.max_steps
+    an_epoch = math.ceil(math.ceil(batches / args.world_size) / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * an_epoch)
+
+
+def forecast(trainer: LoraTrainer) -> Forecast:
+    """Trains a few batches of a run that has not begun, in this process.
+
+    Raises:
+        LorakitError: the largest batch does not fit into the GPU's memory.
+    """
+    args = trainer.args
+    steps = planned_steps(args, len(trainer.sampler))
+    lengths = [len(row) for row in trainer.train_dataset.rows]
+    batches = _all_batches(trainer, steps)
+    largest = max(batches, key=lambda batch: sum(lengths[i] for i in batch))
+    with _undone(trainer) as train:
+        try:
+            train(largest)  # takes the memory, and what only the first step takes
+            rate, spread = _rate(train, _spread_out(batches, lengths, TRIED), lengths)
+            eval_seconds, evaluations = _evaluations(trainer, steps)
+        except torch.OutOfMemoryError as error:
+            tokens = sum(lengths[i] for i in largest)
+            raise LorakitError(
+                f"the largest batch ({len(largest)} rows, {tokens:,} tokens) does not fit into "
+                f"{memory_mb() / 1e3:.0f} GB: lower training.per_device_train_batch_size and raise "
+                "training.gradient_accumulation_steps instead, lower data.max_length, "
+                "or set training.gradient_checkpointing=true"
+            ) from error
+    train_seconds = rate * sum(lengths[i] for batch in batches for i in batch)
+    seconds = train_seconds + eval_seconds * evaluations
+    return Forecast(
+        steps=steps,
+        seconds=seconds,
+        error=max(LEAST_ERROR, spread) * seconds,
+        train_seconds=train_seconds,
+        eval_seconds=eval_seconds,
+        evaluations=evaluations,
+        longest_tokens=sum(lengths[i] for i in largest),
+        peak_memory_mb=peak_memory_mb(),
+        memory_mb=memory_mb(),
+    )
+
+
+def _all_batches(trainer: LoraTrainer, steps: int) -> list[list[int]]:
+    """The batches of the whole run."""
+    wanted = steps * trainer.args.gradient_accumulation_steps
+    batches: list[list[int]] = []
+    epoch = 0
+    while len(batches) < wanted:
+        batches += trainer.sampler.plan(epoch)
+        epoch += 1
+    return batches[:wanted]
+
+
+@contextmanager
+def _undone(trainer: LoraTrainer) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Gives a function that trains on a batch; nothing is left of that but the memory it took."""
+    model, args = trainer.model, trainer.args
+    if args.gradient_checkpointing:  # as Trainer does when it begins
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    was_training = model.training
+    model.train()
+
+    def train(rows: Sequence[int]) -> None:
+        batch = trainer._prepare_inputs(trainer.train_dataset[list(rows)])
+        total, count = trainer.supervised_loss(model, batch)
+        (total / count).backward()
+        if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+            optimizer.step()  # of length 0
+        optimizer.zero_grad()
+        _wait()
+
+    try:
+        with torch.random.fork_rng():
+            yield train
+    finally:
+        optimizer.zero_grad()
+        model.train(was_training)
+
+
+def _rate(
+    run: Callable[[Sequence[int]], None], batches: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> tuple[float, float]:
+    """Seconds a token, and the standard deviation of that over the batches, as a share."""
+    seconds, tokens = [], []
+    for batch in batches:
+        began = time.perf_counter()
+        run(batch)
+        seconds.append(time.perf_counter() - began)
+        tokens.append(sum(lengths[i] for i in batch))
+    rates = [s / n for s, n in zip(seconds, tokens, strict=True)]
+    return sum(seconds) / sum(tokens), pstdev(rates) / mean(rates)
+
+
+def _evaluations(trainer: LoraTrainer, steps: int) -> tuple[float, int]:
+    """The seconds of an evaluation, and how many there will be."""
+    if not trainer.held_out:
+        return 0.0, 0
+    args = trainer.args
+    lengths = [len(row) for row in trainer.eval_dataset.rows]
+    chosen = _spread_out(trainer.held_out, lengths, EVALUATED)
+    rate, _ = _rate(lambda batch: _evaluated(trainer, batch), [chosen[-1], *chosen], lengths)
+    every = _steps_between_evaluations(args, len(trainer.sampler), steps)
+    # The last one counts once, and then the base model has its own.
+    return rate * sum(lengths), math.ceil(steps / every) + 1
+
+
+def _steps_between_evaluations(args: TrainingArguments, batches: int, steps: int) -> int:
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return math.ceil(batches / args.gradient_accumulation_steps)
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        every = args.eval_steps
+        return math.ceil(every if every >= 1 else every * steps)  # below 1 it is a share
+    return steps
+
+
+def _evaluated(trainer: LoraTrainer, batch: Sequence[int]) -> None:
+    trainer.model.eval()
+    trainer.sums_of_held_out(list(batch))
+    _wait()
+    trainer.model.train()
+
+
+def _spread_out(
+    batches: Sequence[Sequence[int]], lengths: Sequence[int], count: int
+) -> list[Sequence[int]]:
+    """`count` batches, from the middle of as many equal parts of all of them sorted by size."""
+    ordered = sorted(batches, key=lambda batch: sum(lengths[i] for i in batch))
+    count = min(count, len(ordered))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that tells most: `42 s`, `12 min`, `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
