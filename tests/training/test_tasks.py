@@ -22,6 +22,7 @@ from lorakit.data.labelled import read_labelled
 from lorakit.errors import InputError
 from lorakit.evaluation.classification import evaluate_labels
 from lorakit.lora import LoraModel
+from lorakit.training.check import check, shown_row
 from lorakit.training.recipe import load_recipe
 from lorakit.training.tasks import begin
 from tiny import save_tiny_encoder, save_tiny_encoder_decoder
@@ -322,13 +323,13 @@ def test_an_encoder_decoder_learns_and_is_scored_by_its_answers(make: Any, tmp_p
     from lorakit.data.dataset import load_samples
     from lorakit.evaluation.evaluate import evaluate
 
-    values = make("SEQ_2_SEQ_LM", "run", max_steps=60, learning_rate=3e-2)
+    values = make("SEQ_2_SEQ_LM", "run", max_steps=50, learning_rate=3e-2)
     manifest = lorakit.train(values, quiet=True).manifest
     assert manifest.eval_loss is not None
     assert manifest.base_eval_loss is not None
     assert manifest.eval_loss < 0.5 * manifest.base_eval_loss
     opened = open_adapter(tmp_path / "run", dtype="float32")
-    samples = load_samples(values["data"]["train"])
+    samples = load_samples(values["data"]["train"])[:6]
     results = [
         evaluate(opened.model, opened.tokenizer, samples, max_new_tokens=8, batch_size=size)
         for size in (1, 16)
@@ -349,6 +350,25 @@ def test_a_merged_model_needs_no_adapter(trained: tuple[str, Path], tmp_path: Pa
     if task == "SEQ_CLS":
         assert config["architectures"] == ["BertForSequenceClassification"]
         assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+
+
+@pytest.mark.parametrize(
+    ("task", "read", "learned"),
+    [
+        ("SEQ_CLS", "[CLS] ", "abc"),
+        ("TOKEN_CLS", "[CLS] ", "B-PER B-LOC O"),
+        ("SEQ_2_SEQ_LM", "", "mara oslo we in cup"),
+    ],
+)
+def test_check_shows_what_is_read_and_what_is_learned(
+    make: Any, task: str, read: str, learned: str
+):
+    found = check(load_recipe(make(task, "run")), with_forecast=False)
+    first, second = shown_row(found.setup, 0)
+    assert first.text.startswith(read)
+    assert (first.state, second.state) == ("read", "learned")
+    assert set(second.text.split()) <= set(learned.split() if " " in learned else learned)
+    assert found.statistics["train"].rows == 18
 
 
 @pytest.mark.parametrize(
