@@ -13,6 +13,9 @@ class LorakitError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(str(message)))
+
 
 class InputError(LorakitError, ValueError):
     """What the user gave cannot be used (a recipe, a data file, an adapter, a flag).
@@ -23,9 +26,16 @@ class InputError(LorakitError, ValueError):
     exit_code = 2
 
 
+def one_line(text: str) -> str:
+    """`text` on one line, with escapes for what would act on a terminal or cannot be printed."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'r'?)` with the nearest of `known`, or the empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 

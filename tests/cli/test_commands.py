@@ -31,7 +31,7 @@ def test_help_and_version_import_nothing_heavy():
 
 def test_help_lists_every_verb(lorakit_command: Command):
     text = done(lorakit_command("--help"))
-    for verb in ("train", "eval", "chat", "merge", "demo"):
+    for verb in ("train", "eval", "chat", "merge", "report", "demo"):
         assert f"  {verb} " in text
 
 

@@ -113,7 +113,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"messages": [{"from": "human", "value": "q"}]}, ["no 'role'", "from, value"]),
     ({"messages": [{"role": "user"}]}, ["messages[0] has no 'content'"]),
     ({"messages": [USER, {**ANSWER, "content": None}]}, ["messages[1].content is null"]),
-    ({"messages": [{**USER, "content": [{"type": "text"}]}]}, ["content is a list"]),
+    (
+        {"messages": [{**USER, "content": [{"type": "text"}]}]},
+        ["content[0].text is null", "expected a string"],
+    ),
     ({"messages": [{**USER, "role": "asistant"}]}, ["'asistant'", "did you mean 'assistant'"]),
     ({"messages": [{**USER, "role": 1}]}, ["messages[0].role is a number"]),
     ({"messages": [{**USER, "content": " "}, ANSWER]}, ["a user message is empty"]),

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from lorakit.data.batches import LabelCollator
+from lorakit.data.label_rows import tokenize_sequence, tokenize_words
 from lorakit.data.labelled import (
     LabelledSample,
     collect_labels,
     hold_out,
     notice_labels,
     read_labelled,
-    tokenize_sequence,
-    tokenize_words,
 )
 from lorakit.data.masking import IGNORE
 from lorakit.errors import InputError

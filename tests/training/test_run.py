@@ -86,7 +86,7 @@ def test_the_losses_in_the_record_are_those_of_the_files(
 def test_however_a_step_is_divided_into_batches_it_is_the_same_step(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
-    """All rows in each step: in one line or padded, one by one, packed, in two processes."""
+    """All rows in each step: in one line or padded, one by one, packed."""
     _, tokenizer = lorakit.load_model(tiny_model)
     lengths = [len(tokenize(sample, tokenizer, 1024)) for sample in load_samples(rows)]
     everything = len(lengths)
@@ -115,28 +115,10 @@ def test_however_a_step_is_divided_into_batches_it_is_the_same_step(
         values("checkpointed", {}, gradient_checkpointing=True, **batches(everything)),
     ]
     found = {made["output_dir"]: weights(lorakit.train(made).output_dir) for made in runs}
-    for name, data in (("two_processes", {}), ("two_processes_packed", packs)):
-        made = values(name, data, per_device_train_batch_size=4, gradient_accumulation_steps=6)
-        if data:
-            made["training"]["gradient_accumulation_steps"] = 48
-        in_two_processes(made, tmp_path)
-        found[name] = weights(tmp_path / name)
-        manifest = read_manifest(tmp_path / name)
-        assert manifest is not None
-        assert manifest.train_tokens == 3 * sum(lengths), "tokens of both processes"
     first, *others = found
     for other in others:
         for name, tensor in found[first].items():
             assert (tensor - found[other][name]).abs().max() < 1e-9, (other, name)
-
-
-def in_two_processes(values: dict[str, Any], folder: Path) -> None:
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(values, default=str))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "lorakit", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
@@ -269,9 +251,9 @@ def test_a_folder_that_holds_something_is_never_written_into(
 def test_a_loss_that_is_no_number_stops_the_run_and_says_so(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
-    values = recipe(tiny_model, rows, tmp_path / "run", learning_rate=1e30, max_grad_norm=0)
+    values = recipe(tiny_model, rows, tmp_path / "run", learning_rate=1000, max_grad_norm=0)
     values["training"]["warmup_steps"] = 0
-    with pytest.raises(LorakitError, match=r"the loss is (nan|inf) at step"):
+    with pytest.raises(LorakitError, match=r"is (nan|inf) at step"):
         lorakit.train(values)
     assert not (tmp_path / "run" / "lorakit.json").exists()
 

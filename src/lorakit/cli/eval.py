@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    data: Annotated[Path, typer.Option(help="The rows: json, jsonl, csv or parquet.")],
+    data: Annotated[str, typer.Option(help="The rows: a file, a folder, or a hub id.")],
     metrics: Annotated[
         str | None,
         typer.Option(

@@ -16,8 +16,10 @@ from lorakit.cli.check import check
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
 from lorakit.cli.merge import merge
+from lorakit.cli.report import report
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
+from lorakit.training.processes import first_to_fail
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -35,6 +37,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(chat)
 app.command()(merge)
 app.command()(demo)
@@ -73,7 +76,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except UsageError as error:
-        code = _fail(error.format_message(), error.exit_code)
+        code = _fail_as_one(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", 130)
     except BrokenPipeError:
@@ -82,12 +85,12 @@ def main() -> None:
     except LorakitError as error:
         if debug:
             raise
-        code = _fail(str(error), error.exit_code)
+        code = _fail_as_one(str(error), error.exit_code)
     except Exception as error:
         if debug:
             raise
         kind = type(error).__name__
-        code = _fail(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
+        code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
     sys.exit(code)
 
 
@@ -95,6 +98,11 @@ def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
     typer.echo(f"error: {line}", err=True)
     return code
+
+
+def _fail_as_one(message: str, code: int) -> int:
+    """As `_fail`; of the several processes of a run, the first that fails says it."""
+    return _fail(message, code) if first_to_fail() else code
 
 
 if __name__ == "__main__":

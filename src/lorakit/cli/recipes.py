@@ -23,7 +23,7 @@ Model = Annotated[
     str | None, typer.Option(help="The base model: alias, folder, .gguf file, or hub id.")
 ]
 Data = Annotated[
-    str | None, typer.Option(help="The rows to learn from: json, jsonl, csv or parquet.")
+    str | None, typer.Option(help="The rows to learn from: a file, a folder, or a hub id.")
 ]
 
 
@@ -51,9 +51,16 @@ def recipe_from(
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str | tuple[str, str]]]:
     """The recipe's path, if one is given, and the overrides."""
-    paths = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    paths = [a for a in arguments if "=" not in a or _is_file(a)]
     if len(paths) > 1:
         raise InputError(
             f"give one recipe, not {len(paths)} ({', '.join(paths)}): values are KEY=VALUE"
         )
     return (Path(paths[0]) if paths else None), [a for a in arguments if a not in paths]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # an override may be longer than any file's name
+        return False

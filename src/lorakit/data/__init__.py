@@ -1,7 +1,7 @@
 """From files to tokens: rows, conversations, templates, masks, the eval split and batches.
 
-The arrows go one way: `sources` (files to rows), `formats` (rows to samples), `templates`
-(conversations to text), `spans` (where the answers stand in it), `masking` (tokens and labels),
-`dataset` (all of it for one recipe), `batches` (rows to tensors). Nothing here knows about a
-model's weights.
+The arrows go one way: `files` and `arrow` (one file), `sources` (files to rows), `conversations`
+and `formats` (rows to samples), `mixing` (several sources), `templates` (conversations to text),
+`spans` (where the answers stand in it), `masking` (tokens and labels), `dataset` (all of it for
+one recipe), `grouping` and `batches` (rows to tensors). Nothing here knows a model's weights.
 """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.data.labelled import LabelledRow
+from lorakit.data.label_rows import LabelledRow
 from lorakit.data.masking import IGNORE, TokenizedRow
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.formats import Sample
-from lorakit.data.labelled import LabelledRow, LabelledSample
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow
 
 if TYPE_CHECKING:
@@ -169,15 +170,9 @@ def _key(sample: AnySample) -> tuple[str, str]:
 
 
 def _repeated(samples: Sequence[AnySample]) -> list[AnySample]:
-    """All but the first of those that are the same."""
-    seen: set[tuple[str, str]] = set()
-    repeated: list[AnySample] = []
-    for sample in samples:
-        key = _key(sample)
-        if key in seen:
-            repeated.append(sample)
-        seen.add(key)
-    return repeated
+    """All but the first of those that are the same; copies that a weight made are one row."""
+    first: dict[tuple[str, str], str] = {}
+    return [s for s in samples if first.setdefault(_key(s), s.where) != s.where]
 
 
 def _without_answer(samples: Sequence[AnySample]) -> list[AnySample]:

@@ -5,37 +5,30 @@ share) as `notices`, what was found in the rows as `findings`; printing is left 
 """
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
-from lorakit.data.formats import Sample, check_columns, to_sample
+from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, encode, label, read
-from lorakit.data.sources import file_sha256, read_rows
+from lorakit.data.mixing import DataFacts, Sources, count, each, load_samples, mix
 from lorakit.data.templates import ensure_template
+from lorakit.data.texts import findings_of_texts
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """A file that was read: how many of its rows are used, and the hash of all its bytes."""
-
-    path: str
-    rows: int
-    sha256: str
+__all__ = ["DataFacts", "PreparedData", "load_samples", "prepare"]
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Rows for training and evaluation; `train[i]` is the tokenized `train_samples[i]`."""
+    """Rows for training and evaluation; `train[i]` is the tokenized `train_samples[i]`.
+
+    A row whose source weighs more than 1 stands in `train` more than once.
+    """
 
     train: Sequence[TokenizedRow]
     eval: Sequence[TokenizedRow]
@@ -54,25 +47,10 @@ class PreparedData:
         return {name: part for name, part in parts.items() if part.rows}
 
 
-def load_samples(
-    path: str | Path, columns: Mapping[str, str] | None = None, limit: int | None = None
-) -> list[Sample]:
-    """The samples of a file, at most the first `limit`, through the mapping `columns`.
-
-    Raises:
-        InputError: the file or `columns` cannot be used, or rows of it; of many bad rows the
-            first is named and the others are counted.
-    """
-    check_columns(columns or {})
-    if limit is not None and limit < 1:
-        raise InputError(f"data.limit is {limit}; give a number of rows from 1, or leave it out")
-    return _each(read_rows(path)[:limit], lambda row: to_sample(row, columns))
-
-
 def prepare(
     tokenizer: "PreTrainedTokenizerBase",
-    train: str | Path,
-    eval: float | str | Path = 0.1,
+    train: Sources,
+    eval: float | Sources = 0.1,
     *,
     max_length: int = 1024,
     columns: Mapping[str, str] | None = None,
@@ -84,13 +62,14 @@ def prepare(
 
     Args:
         tokenizer: a fast tokenizer; a plain chat template is set on it if it needs one.
-        train: path of the training file.
-        eval: the share of the training rows to hold out, `0 <= eval < 1`, or the path of a file.
+        train: the source to learn from, or several of them, with weights.
+        eval: the share of the training rows to hold out, `0 <= eval < 1`, or sources of their own.
             Rows with the same prompt are held out together, so that no prompt is seen in both.
+            Weights do not count here: a row is held out once.
         max_length: tokens; longer rows are cut from the right, and counted in a notice.
         columns: maps a format's column names to the files' own.
-        limit: use only the first rows of each file, for a quick trial.
-        seed: of the split.
+        limit: use only the first rows of each source, for a quick trial.
+        seed: of the split, and of the rows that a weight draws.
         to_row: makes a row of a sample, with at most `max_length` tokens; None for rows that a
             causal model learns.
 
@@ -99,27 +78,29 @@ def prepare(
     """
     if max_length < 2:
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
-    samples = load_samples(train, columns, limit)
-    facts = [DataFacts(str(train), len(samples), file_sha256(train))]
+    learned = mix(train, columns, limit, seed=seed)
+    facts, notices = learned.facts, learned.notices
     if isinstance(eval, (int, float)):
-        kept, held, notices = _split(samples, eval, seed, str(train))
+        kept, held, said = _split(learned.samples, eval, seed, learned.name)
+        notices += said
     else:
-        kept, held = samples, load_samples(eval, columns, limit)
-        facts.append(DataFacts(str(eval), len(held), file_sha256(eval)))
-        notices = []
+        held_out = mix(eval, columns, limit, seed=seed, key="data.eval")
+        kept, held = learned.samples, held_out.samples
+        facts += held_out.facts
+        notices += held_out.notices
     everything = kept + held
     if to_row is None:
         has_messages = any(sample.messages for sample in everything)
         if has_messages and (notice := ensure_template(tokenizer)):
             notices.append(notice)
-        readings = _each(everything, lambda sample: read(sample, tokenizer))
-        rows = _each(
+        readings = each(everything, lambda sample: read(sample, tokenizer))
+        rows = each(
             zip(readings, encode(readings, tokenizer), strict=True),
             lambda pair: label(*pair, tokenizer, max_length),
         )
     else:
         make = to_row
-        rows = _each(everything, lambda sample: make(sample, tokenizer, max_length))
+        rows = each(everything, lambda sample: make(sample, tokenizer, max_length))
     train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
     found = findings(
         list(zip(kept, train_rows, strict=True)),
@@ -127,23 +108,17 @@ def prepare(
         tokenizer,
         max_length,
     )
-    return PreparedData(train_rows, eval_rows, kept, held, facts, notices, found)
-
-
-def _each(items: Iterable[In], make: Callable[[In], Out]) -> list[Out]:
-    """`make` of every item; the first failure is raised, with the number of the others."""
-    made, failures = [], []
-    for item in items:
-        try:
-            made.append(make(item))
-        except InputError as error:
-            failures.append(error)
-    if not failures:
-        return made
-    if len(failures) == 1:
-        raise failures[0]
-    others = len(failures) - 1
-    raise InputError(f"{failures[0]} (and {_count(others, 'more row')})") from failures[0]
+    found += findings_of_texts(everything, tokenizer)
+    copies = [i for i, sample in enumerate(kept) for _ in range(sample.copies)]
+    return PreparedData(
+        [train_rows[i] for i in copies],
+        eval_rows,
+        [kept[i] for i in copies],
+        held,
+        facts,
+        notices,
+        found,
+    )
 
 
 def _split(
@@ -160,7 +135,7 @@ def _split(
         sizes[key] = sizes.get(key, 0) + 1
     if len(sizes) < 2:
         raise InputError(
-            f"data.eval: {path} has {_count(len(samples), 'row')} with one prompt, so no share of "
+            f"data.eval: {path} has {count(len(samples), 'row')} with one prompt, so no share of "
             "it can be held out without leaking; add rows, give a file, or set data.eval to 0"
         )
     wanted = min(max(1, round(share * len(samples))), len(samples) - 1)
@@ -178,11 +153,7 @@ def _split(
     kept = [sample for sample, key in zip(samples, keys, strict=True) if key not in chosen]
     held = [sample for sample, key in zip(samples, keys, strict=True) if key in chosen]
     notice = (
-        f"eval: {len(held)} of {_count(len(samples), 'row')} held out "
-        f"({_count(len(chosen), 'prompt')} that training does not see, seed {seed})"
+        f"eval: {len(held)} of {count(len(samples), 'row')} held out "
+        f"({count(len(chosen), 'prompt')} that training does not see, seed {seed})"
     )
     return kept, held, [notice]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,42 +1,44 @@
 """Rows to samples: which of the known dataset formats a row has, and the conversation it holds.
 
-The format is found from the columns of each row, or told by the recipe's `data.columns`. How a
-conversation becomes text is the template's business (`lorakit.data.templates`).
+The format is found from the columns of each row, or told by the recipe's `data.columns`. What a
+message or a tool call must be like is checked in `lorakit.data.conversations`; how a conversation
+becomes text is the template's business (`lorakit.data.templates`).
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from lorakit.data.conversations import (
+    Message,
+    check_conversation,
+    conversation,
+    exchange,
+    kind_of_value,
+    list_of,
+    string,
+    tools,
+)
 from lorakit.data.sources import Row
 from lorakit.errors import InputError, did_you_mean, listed
-
-Message = dict[str, Any]
-"""`{"role": ..., "content": ...}`, and whatever else a template may read, such as `name`."""
-
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What one row teaches: a conversation (`messages`), or plain `text` and no messages.
 
-    `tools` are the descriptions of functions that a template shows to the model.
+    `tools` are the descriptions of functions that a template shows to the model. `copies` is how
+    often an epoch sees the sample.
     """
 
     messages: tuple[Message, ...]
     text: str | None
     where: str
     tools: tuple[dict[str, Any], ...] = ()
+    copies: int = 1
 
     @property
     def prompt(self) -> list[Message]:
@@ -45,15 +47,29 @@ class Sample:
 
     @property
     def reference(self) -> str:
-        """The last answer; empty for plain text."""
-        return self.messages[self._last_answer]["content"] if self.messages else ""
+        """The last answer; empty for plain text.
+
+        The calls of an answer stand in it as JSON `{"name": ..., "arguments": {...}}`, one a line,
+        behind the text if there is any: that is what most templates make of them, but for the
+        tags around it.
+        """
+        if not self.messages:
+            return ""
+        answer = self.messages[self._last_answer]
+        calls = [
+            {key: call["function"][key] for key in ("name", "arguments")}
+            for call in answer.get("tool_calls", ())
+        ]
+        lines = [answer["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)]
+        return "\n".join(lines if answer["content"] or not calls else lines[1:])
 
     @property
     def prompt_key(self) -> str:
-        """Equal for samples that ask the same; for plain text, the text itself."""
+        """Equal for samples that ask the same with the same tools; for plain text, the text."""
         if self.text is not None:
             return self.text
-        return json.dumps(self.prompt, sort_keys=True, ensure_ascii=False, default=str)
+        asked = [self.prompt, *([self.tools] if self.tools else [])]
+        return json.dumps(asked, sort_keys=True, ensure_ascii=False)
 
     @property
     def _last_answer(self) -> int:
@@ -62,16 +78,25 @@ class Sample:
 
 
 def to_sample(row: Row, columns: Mapping[str, str] | None = None) -> Sample:
-    """The sample in `row`.
+    """The sample in `row`; `columns` as for `recognise`.
+
+    Raises:
+        InputError: the row fits no format or several, or a value in it cannot be used.
+    """
+    form, row = recognise(row, columns or {})
+    return form.sample(row)
+
+
+def recognise(row: Row, columns: Mapping[str, str]) -> tuple["Format", Row]:
+    """The format of a row, and the row under that format's column names.
 
     `columns` maps a format's column to the file's own, such as
     `{"prompt": "mr", "completion": "ref"}`; it also settles which format is meant when a row
     fits several.
 
     Raises:
-        InputError: the row fits no format or several, or a value in it cannot be used.
+        InputError: the row fits no format or several.
     """
-    columns = columns or {}
     check_columns(columns)
     row = _renamed(row, columns)
     fitting = [
@@ -88,12 +113,7 @@ def to_sample(row: Row, columns: Mapping[str, str] | None = None) -> Sample:
             f"{row.where}: its columns fit {' and '.join(form.label for form in fitting)}; "
             f"say which is meant in the recipe, e.g. data.columns: {{{example}}}"
         )
-    if fitting[0].read is None:
-        text = _string(row, row.values["text"], "'text'", empty=False)
-        return Sample((), text, row.where)
-    messages = [*_system(row), *fitting[0].read(row)]
-    _check_conversation(row, messages)
-    return Sample(tuple(messages), None, row.where)
+    return fitting[0], row
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -110,7 +130,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
             )
     if not any(columns.keys() <= form.columns for form in _FORMATS):
         raise InputError(
-            f"data.columns: no format has all of {', '.join(columns)}; the formats are {_ACCEPTED}"
+            f"data.columns: no format has all of {', '.join(columns)}; accepted are {_ACCEPTED}"
         )
 
 
@@ -120,7 +140,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
         if own not in row.values:
             raise InputError(
                 f"{row.where}: no column '{own}', which data.columns gives for '{name}'"
-                f"{did_you_mean(own, row.values)}; the row has {listed(row.values)}"
+                f"{did_you_mean(own, row.values)}; correct it, the row has {listed(row.values)}"
             )
     taken = set(columns.values())
     values = {name: value for name, value in row.values.items() if name not in taken}
@@ -140,112 +160,36 @@ def _fits_nothing(row: Row) -> str:
     )
 
 
-def _kind(value: object) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    names |= {list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _string(row: Row, value: object, what: str, empty: bool = True) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{row.where}: {what} is {_kind(value)}, expected a string")
-    if not empty and not value.strip():
-        raise InputError(f"{row.where}: {what} is empty; fill it or drop the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # "\ud83d" alone in JSON; tokenizers cannot take it
-        raise InputError(
-            f"{row.where}: {what} holds half of a surrogate pair; repair it"
-        ) from error
-    return value
-
-
-def _list(row: Row, value: object, what: str, of: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise InputError(f"{row.where}: {what} is {_kind(value)}, expected a list of {of}")
-    return value
-
-
-def _message(
-    row: Row, item: object, what: str, keys: tuple[str, str], roles: Mapping[str, str]
-) -> Message:
-    """One element of a conversation as a message; `keys` are its names for role and content."""
-    if not isinstance(item, dict):
-        raise InputError(f"{row.where}: {what} is {_kind(item)}, expected an object with {keys}")
-    for key in keys:
-        if key not in item:
-            raise InputError(
-                f"{row.where}: {what} has no '{key}', expected an object with {keys}; "
-                f"it has {listed(map(str, item)) or 'nothing'}"
-            )
-    role = _string(row, item[keys[0]], f"{what}.{keys[0]}")
-    if role not in roles:
-        raise InputError(
-            f"{row.where}: {what} has the unknown role {role[:40]!r}{did_you_mean(role, roles)}; "
-            f"roles are {', '.join(roles)}"
-        )
-    content = _string(row, item[keys[1]], f"{what}.{keys[1]}")
-    # Parquet fills the keys that a message lacks with null; templates test for their presence.
-    others = {k: v for k, v in item.items() if k not in keys and v is not None}
-    return {"role": roles[role], "content": content, **others}
-
-
-def _conversation(row: Row, column: str) -> list[Message]:
-    """A list of `{role, content}` objects."""
-    items = _list(row, row.values[column], f"'{column}'", "{role, content} objects")
-    roles = {role: role for role in ROLES}
-    return [
-        _message(row, item, f"{column}[{i}]", ("role", "content"), roles)
-        for i, item in enumerate(items)
-    ]
-
-
-def _read_messages(row: Row) -> list[Message]:
-    return _conversation(row, "messages")
-
-
-def _read_sharegpt(row: Row) -> list[Message]:
-    items = _list(row, row.values["conversations"], "'conversations'", "{from, value} objects")
-    return [
-        _message(row, item, f"conversations[{i}]", ("from", "value"), SHAREGPT_ROLES)
-        for i, item in enumerate(items)
-    ]
-
-
 def _read_alpaca(row: Row) -> list[Message]:
-    question = _string(row, row.values["instruction"], "'instruction'")
+    question = string(row, row.values["instruction"], "'instruction'")
     context = row.values.get("input")
-    if context is not None and (context := _string(row, context, "'input'")):
+    if context is not None and (context := string(row, context, "'input'")):
         question = f"{question}\n{context}" if question else context
-    answer = _string(row, row.values["output"], "'output'")
+    answer = string(row, row.values["output"], "'output'")
     turns: list[Message] = []
     history = row.values.get("history")
-    for i, pair in enumerate(_list(row, [] if history is None else history, "'history'", "pairs")):
+    for i, pair in enumerate(
+        list_of(row, [] if history is None else history, "'history'", "pairs")
+    ):
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{row.where}: history[{i}] must be a pair [question, answer]")
-        turns += _exchange(*(_string(row, text, f"history[{i}]") for text in pair))
-    return turns + _exchange(question, answer)
+        turns += exchange(*(string(row, text, f"history[{i}]") for text in pair))
+    return turns + exchange(question, answer)
 
 
 def _read_pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
     def read(row: Row) -> list[Message]:
         asked, answered = row.values[prompt], row.values[completion]
         if isinstance(asked, list) and isinstance(answered, list):
-            return _conversation(row, prompt) + _conversation(row, completion)
+            return conversation(row, prompt) + conversation(row, completion)
         if isinstance(asked, list) or isinstance(answered, list):
             raise InputError(
-                f"{row.where}: '{prompt}' is {_kind(asked)} and '{completion}' is "
-                f"{_kind(answered)}; expected two strings or two lists of messages"
+                f"{row.where}: '{prompt}' is {kind_of_value(asked)} and '{completion}' is "
+                f"{kind_of_value(answered)}; expected two strings or two lists of messages"
             )
-        return _exchange(
-            _string(row, asked, f"'{prompt}'"), _string(row, answered, f"'{completion}'")
-        )
+        return exchange(string(row, asked, f"'{prompt}'"), string(row, answered, f"'{completion}'"))
 
     return read
-
-
-def _exchange(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _system(row: Row) -> list[Message]:
@@ -253,51 +197,48 @@ def _system(row: Row) -> list[Message]:
     value = row.values.get("system")
     if value is None or value == "":
         return []
-    return [{"role": "system", "content": _string(row, value, "'system'")}]
-
-
-def _check_conversation(row: Row, messages: list[Message]) -> None:
-    roles = [message["role"] for message in messages]
-    if roles[:2] == ["system", "system"]:
-        raise InputError(
-            f"{row.where}: a system message in the 'system' column and in the messages"
-        )
-    if "assistant" not in roles:
-        raise InputError(
-            f"{row.where}: no assistant message, so there is nothing to learn; add one"
-        )
-    if roles.index("assistant") == 0 and roles.count("assistant") == 1:
-        raise InputError(f"{row.where}: nothing comes before the answer; add a user message")
-    for message in messages:
-        if message["role"] == "user" and not message["content"].strip():
-            raise InputError(f"{row.where}: a user message is empty; fill it or drop the row")
+    return [{"role": "system", "content": string(row, value, "'system'")}]
 
 
 @dataclass(frozen=True, slots=True)
-class _Format:
+class Format:
     """A dataset format: the columns that tell it, and how a conversation is read from them."""
 
     required: tuple[str, ...]
-    optional: tuple[str, ...]
     read: Callable[[Row], list[Message]] | None  # None: plain text
+    optional: tuple[str, ...] = ("system", "tools")
 
     @property
     def label(self) -> str:
+        """Its name in messages, such as `prompt+completion`."""
         return "+".join(self.required)
 
     @property
     def columns(self) -> set[str]:
+        """All columns that it reads."""
         return {*self.required, *self.optional}
+
+    def sample(self, row: Row) -> Sample:
+        """The sample in a row of this format. Raises InputError for a value of no use."""
+        if self.read is None:
+            text = string(row, row.values["text"], "'text'", empty=False)
+            return Sample((), text, row.where)
+        messages = [*_system(row), *self.read(row)]
+        check_conversation(row, messages)
+        return Sample(tuple(messages), None, row.where, tools(row))
 
 
 _FORMATS = (
-    _Format(("messages",), ("system",), _read_messages),
-    _Format(("instruction", "output"), ("input", "system", "history"), _read_alpaca),
-    _Format(("prompt", "completion"), ("system",), _read_pair("prompt", "completion")),
-    _Format(("prompt", "response"), ("system",), _read_pair("prompt", "response")),
-    _Format(("question", "answer"), ("system",), _read_pair("question", "answer")),
-    _Format(("conversations",), ("system",), _read_sharegpt),
-    _Format(("text",), (), None),
+    Format(("messages",), partial(conversation, column="messages")),
+    Format(("instruction", "output"), _read_alpaca, ("input", "system", "history", "tools")),
+    Format(("prompt", "completion"), _read_pair("prompt", "completion")),
+    Format(("prompt", "response"), _read_pair("prompt", "response")),
+    Format(("question", "answer"), _read_pair("question", "answer")),
+    Format(
+        ("conversations",),
+        partial(conversation, column="conversations", keys=("from", "value"), named_roles=True),
+    ),
+    Format(("text",), None, ()),
 )
 _ACCEPTED = ", ".join(form.label for form in _FORMATS)
 _KNOWN_COLUMNS = list(

@@ -1,8 +1,8 @@
 """Rows with labels: a class for a text or a pair of texts, or a tag for every word.
 
 The columns are recognised by their names, or told by the recipe's `data.columns`. Here rows become
-samples, labels get their numbers, some rows are held out, and a sample becomes tokens; what a
-model makes of them is scored in `lorakit.data.scores`.
+samples, labels get their numbers, and some rows are held out. How a sample becomes tokens is
+`lorakit.data.label_rows`' work, how predictions are scored `lorakit.data.scores`'.
 """
 
 import json
@@ -11,16 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorakit.data.masking import TokenizedRow
+from lorakit.data.conversations import kind_of_value, string
+from lorakit.data.mixing import each
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError, did_you_mean, listed
-from lorakit.models.loss import IGNORE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Label = str | int | bool
 
@@ -30,15 +28,6 @@ _FORMS = {
     "TOKEN_CLS": (("tokens", "tags"), ("tokens", "ner_tags")),
 }
 _OPTIONAL = {("text", "label"): "text_pair"}
-_KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
 _POINT = re.compile(r"[-+]?\d*\.\d+")
 _MANY = 1000  # classes, from which a column of labels looks like something else
 
@@ -67,25 +56,6 @@ class LabelledSample:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledRow(TokenizedRow):
-    """A row ready for training: `labels` are one class, one a token (or `IGNORE`), or a target's.
-
-    `segments` tell the two texts of a pair apart, for models that want it (`token_type_ids`).
-    `words` are the places of the words whose tags are among the labels, `unseen` the number of
-    words without a token.
-    """
-
-    segments: list[int] | None = None
-    words: tuple[int, ...] = ()
-    unseen: int = 0
-
-    @property
-    def supervised(self) -> int:
-        """Labels that the loss is taken on."""
-        return sum(label != IGNORE for label in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
 class Labels:
     """The classes of a task: their names, whose places are their numbers, and their counts."""
 
@@ -104,12 +74,12 @@ class Labels:
 
 
 def read_labelled(
-    path: str | Path,
+    rows: str | Path | Iterable[Row],
     task_type: str,
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> list[LabelledSample]:
-    """The samples of a file, at most the first `limit`, through the mapping `columns`.
+    """The samples of a source or of its rows, at most the first `limit`, through `columns`.
 
     Args:
         task_type: `SEQ_CLS` for a label a row, `TOKEN_CLS` for a tag a word.
@@ -126,7 +96,9 @@ def read_labelled(
                 f"{did_you_mean(name, known)}; known are {', '.join(known)}"
             )
     read = _read_sequence if task_type == "SEQ_CLS" else _read_words
-    return [read(*_columns(row, task_type, columns)) for row in read_rows(path)[:limit]]
+    if isinstance(rows, (str, Path)):
+        rows = read_rows(rows)
+    return each(islice(rows, limit), lambda row: read(*_columns(row, task_type, columns)))
 
 
 def _optional(form: tuple[str, ...]) -> tuple[str, ...]:
@@ -170,7 +142,7 @@ def _columns(row: Row, task_type: str, columns: Mapping[str, str]) -> tuple[Row,
 def _read_sequence(row: Row, form: tuple[str, ...]) -> LabelledSample:
     *names, label = form
     names += [name for name in _optional(form) if row.values.get(name) is not None]
-    texts = tuple(_text(row, row.values[name], f"'{name}'") for name in names)
+    texts = tuple(string(row, row.values[name], f"'{name}'", empty=False) for name in names)
     return LabelledSample(texts, (_label(row, row.values[label], f"'{label}'"),), row.where)
 
 
@@ -178,7 +150,7 @@ def _read_words(row: Row, form: tuple[str, ...]) -> LabelledSample:
     words, tags = (row.values[name] for name in form)
     for name in form:
         if not isinstance(row.values[name], list):
-            kind = _kind(row.values[name])
+            kind = kind_of_value(row.values[name])
             raise InputError(f"{row.where}: '{name}' is {kind}, expected a list with one a word")
     if len(words) != len(tags):
         raise InputError(
@@ -188,28 +160,10 @@ def _read_words(row: Row, form: tuple[str, ...]) -> LabelledSample:
     if not words:
         raise InputError(f"{row.where}: '{form[0]}' is empty; fill it or drop the row")
     return LabelledSample(
-        tuple(_text(row, word, f"{form[0]}[{i}]") for i, word in enumerate(words)),
+        tuple(string(row, word, f"{form[0]}[{i}]", empty=False) for i, word in enumerate(words)),
         tuple(_label(row, tag, f"{form[1]}[{i}]") for i, tag in enumerate(tags)),
         row.where,
     )
-
-
-def _text(row: Row, value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{row.where}: {what} is {_kind(value)}, expected a string")
-    if not value.strip():
-        raise InputError(f"{row.where}: {what} is empty; fill it or drop the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # "\ud83d" alone in JSON; tokenizers cannot take it
-        raise InputError(
-            f"{row.where}: {what} holds half of a surrogate pair; repair it"
-        ) from error
-    return value
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _label(row: Row, value: object, what: str) -> Label:
@@ -222,7 +176,7 @@ def _label(row: Row, value: object, what: str) -> Label:
         )
     if not isinstance(value, (str, int)):
         raise InputError(
-            f"{row.where}: {what} is {_kind(value)}, expected a name or a whole number"
+            f"{row.where}: {what} is {kind_of_value(value)}, expected a name or a whole number"
         )
     return value
 
@@ -238,14 +192,14 @@ def collect_labels(train: Sequence[LabelledSample], held: Sequence[LabelledSampl
     Raises:
         InputError: there is only one, the held-out rows have another, or labels are of two kinds.
     """
-    kinds: dict[type, LabelledSample] = {}
+    kinds: dict[str, LabelledSample] = {}
     for sample in (*train, *held):
         for label in sample.labels:
-            kinds.setdefault(type(label), sample)
+            kinds.setdefault(kind_of_value(label), sample)
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
         raise InputError(
-            f"{second.where}: a label is {_KINDS[other]}, and in {first.where} {_KINDS[one]}; "
+            f"{second.where}: a label is {other}, and in {first.where} {one}; "
             "write all of them the same way"
         )
     counts = count_labels(train)
@@ -341,86 +295,3 @@ def hold_out(
         [sample for i, sample in enumerate(samples) if i in held],
         [f"eval: {len(held):,} of {len(samples):,} rows held out (seed {seed})"],
     )
-
-
-def tokenize_sequence(
-    sample: LabelledSample,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    number_of: Mapping[str, int],
-) -> LabelledRow:
-    """A text or a pair as the model reads it, and its class; the longer text is cut first."""
-    encoded = tokenizer(*sample.texts, return_attention_mask=False, verbose=False)
-    cut = max(0, len(encoded["input_ids"]) - max_length)
-    if cut:
-        encoded = tokenizer(
-            *sample.texts, return_attention_mask=False, truncation=True, max_length=max_length
-        )
-    segments = encoded.get("token_type_ids")
-    label = number_of[label_name(sample.labels[0])]
-    ids = list(encoded["input_ids"])
-    return LabelledRow(ids, [label], sample.where, cut, segments=segments)
-
-
-def tokenize_words(
-    sample: LabelledSample,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    number_of: Mapping[str, int],
-) -> LabelledRow:
-    """Words as the model reads them; a word's tag is that of its first token, others have none.
-
-    Words stand as in a text, with a space between them where the tokenizer's tokens have it.
-
-    Raises:
-        InputError: no word has a token.
-    """
-    first, *others = sample.texts
-    space = _space_between(tokenizer)
-    words = [first, *(space + word for word in others)]
-    options = {"is_split_into_words": True, "return_attention_mask": False}
-    encoded = tokenizer(words, verbose=False, **options)
-    whole = {word for word in encoded.word_ids() if word is not None}
-    cut = max(0, len(encoded["input_ids"]) - max_length)
-    if cut:
-        encoded = tokenizer(words, truncation=True, max_length=max_length, **options)
-    labels, seen = [], []
-    before = None
-    for word in encoded.word_ids():
-        if word is None or word == before:
-            labels.append(IGNORE)
-        else:
-            labels.append(number_of[label_name(sample.labels[word])])
-            seen.append(word)
-        before = word
-    if not seen:
-        raise InputError(f"{sample.where}: no word has a token; repair or drop the row")
-    return LabelledRow(
-        list(encoded["input_ids"]),
-        labels,
-        sample.where,
-        cut,
-        segments=encoded.get("token_type_ids"),
-        words=tuple(seen),
-        unseen=len(words) - len(whole),
-    )
-
-
-def _space_between(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A space where a word that follows another has other tokens than a word alone, else nothing.
-
-    A byte-level tokenizer writes the space into the token; given words, it would glue them.
-    """
-    alone = tokenizer.tokenize("b")
-    return "" if tokenizer.tokenize("b b") == alone + alone else " "
-
-
-def notice_unseen(rows: Sequence[LabelledRow]) -> list[str]:
-    """How many words have no token, and where the first one is."""
-    unseen = [row for row in rows if row.unseen]
-    if not unseen:
-        return []
-    return [
-        f"{sum(row.unseen for row in unseen):,} words have no token, so that their tags are "
-        f"neither learned nor scored (first: {unseen[0].where})"
-    ]

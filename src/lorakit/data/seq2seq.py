@@ -6,7 +6,7 @@ There is no chat template in between: what a row asks is the text that the encod
 from typing import TYPE_CHECKING
 
 from lorakit.data.formats import Sample
-from lorakit.data.labelled import LabelledRow
+from lorakit.data.label_rows import LabelledRow
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,64 +1,88 @@
-"""Files to rows: JSON, JSON Lines, CSV, TSV and Parquet, read whole into memory.
+"""What a recipe names to rows: a file, a folder of files, a saved data set, or one of the hub.
 
-Every row remembers the file and the line it starts at, so that whoever finds something wrong
-with it later can say where. What the columns mean is decided in `lorakit.data.formats`.
+Everything is read whole into memory. Every row remembers where it stands. How one file is read is
+left to `lorakit.data.files`, what the columns mean to `lorakit.data.formats`.
 """
 
-import csv
 import hashlib
-import io
 import json
+import mimetypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import InputError, did_you_mean
+from lorakit.data.arrow import hub_records, is_saved_dataset, saved_records, saved_split
+from lorakit.data.files import kind_of, known_kinds, read_records
+from lorakit.errors import InputError, did_you_mean, listed, one_line
+
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[^/]+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One record of a data file: its columns, and where it starts.
 
-    `line` is 1-based. For Parquet, which has no lines, it is the number of the row.
+    `line` is 1-based. For Parquet and data sets, which have no lines, it is the number of the row.
+    `name` is what the file is called in messages, its own name when it is empty.
     """
 
     values: dict[str, Any]
     path: Path
     line: int
+    name: str = ""
 
     @property
     def where(self) -> str:
         """`orders.jsonl:12`, for messages."""
-        return f"{self.path.name}:{self.line}"
+        return f"{one_line(self.name or self.path.name)}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All rows of a source, the hash of what they were read from, and what was left out."""
+
+    rows: list[Row]
+    sha256: str
+    notices: list[str]
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of the file at `path`, in file order; the suffix says which format it has.
+    """All rows of the source at `path`, in order. Raises InputError as `read_source` does."""
+    return read_source(path).rows
+
+
+def read_source(path: str | Path, full_names: bool = False) -> Contents:
+    """All rows of a source, in order.
+
+    Args:
+        path: a data file, whose suffix says which format it has; a folder of data files of one
+            kind, read in the order of their names; a folder saved by the library `datasets`; or
+            an `owner/name` of the hub, where there is no such path. Of the last two, `:split`
+            names the split (default: train).
+        full_names: rows say the path as given instead of the file's name alone.
 
     Raises:
-        InputError: the file is missing, of another type, broken, not UTF-8, or without rows.
+        InputError: there is nothing to read there, or it is broken, not UTF-8, or without rows.
     """
-    file = _existing_file(path)
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise InputError(
-            f"{file}: the suffix '{file.suffix}' says no known format; "
-            f"convert or rename it to one of {', '.join(_READERS)}"
-        )
+    place = _expanded(path)
     try:
-        rows = [Row(values, file, line) for line, values in reader(file)]
+        base, split = _without_split(place)
+        if base.is_dir():
+            if is_saved_dataset(base):
+                return _read_saved(base, split, full_names)
+            return _read_folder(base, full_names)
+        if (hub := _hub_id(str(path))) and not place.exists():
+            return _read_hub(*hub)
+        return _read_file(place, full_names)
     except OSError as error:
-        raise _unreadable(file, error) from error
-    if not rows:
-        raise InputError(f"{file}: holds no rows; give a file with at least one")
-    return rows
+        raise _unreadable(place, error) from error
 
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of the file's bytes, as 64 hexadecimal digits."""
-    existing = _existing_file(path)
+    existing = _existing_file(_expanded(path))
     try:
         with existing.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -66,181 +90,125 @@ def file_sha256(path: str | Path) -> str:
         raise _unreadable(existing, error) from error
 
 
-def _existing_file(path: str | Path) -> Path:
-    file = Path(path)
+def _read_file(file: Path, full_names: bool) -> Contents:
+    rows = _rows(_existing_file(file), str(file) if full_names else "")
+    return Contents(_some(rows, file), file_sha256(file), [])
+
+
+def _read_folder(folder: Path, full_names: bool) -> Contents:
+    """The files of one kind in `folder`, without those of its subfolders."""
+    entries = sorted(folder.iterdir())
+    hidden = [entry for entry in entries if entry.name.startswith((".", "_"))]
+    files = [e for e in entries if e not in hidden and not e.is_dir() and kind_of(e.name)]
+    kinds = sorted({str(kind_of(file.name)) for file in files})
+    if not files:
+        raise InputError(
+            f"{folder}: is a folder without data files; name a file, or a folder of "
+            f"{known_kinds()} files"
+        )
+    if len(kinds) > 1:
+        raise InputError(
+            f"{folder}: holds {' and '.join(kinds)} files; name those that are meant, as in "
+            f"data.train=[{files[0]}, ...]"
+        )
+    rows = [
+        row
+        for file in files
+        for row in _rows(_existing_file(file), str(file) if full_names else "")
+    ]
+    notices = []
+    if others := [entry.name for entry in entries if entry not in files]:
+        notices.append(
+            f"{folder}: {len(files)} files are read, {len(others)} entries are not ({kinds[0]} "
+            f"files alone are): {one_line(listed(others, 5))}"
+        )
+    return Contents(_some(rows, folder), _sha256_of_files(files, folder), notices)
+
+
+def _read_saved(folder: Path, split: str | None, full_names: bool) -> Contents:
+    chosen = saved_split(folder, split)
+    name = str(folder) if full_names else folder.name
+    name += f":{chosen.name}" if chosen != folder else ""
+    rows = [Row(values, chosen, i, name) for i, values in enumerate(saved_records(chosen), 1)]
+    files = sorted(file for file in chosen.rglob("*") if file.is_file())
+    return Contents(_some(rows, chosen), _sha256_of_files(files, chosen), [])
+
+
+def _read_hub(name: str, split: str) -> Contents:
+    place, label = Path(name), f"{name}:{split}"
+    rows = [Row(values, place, i, label) for i, values in enumerate(hub_records(name, split), 1)]
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(line.encode(errors="surrogatepass") + b"\n")
+    return Contents(_some(rows, place), digest.hexdigest(), [])
+
+
+def _rows(file: Path, name: str) -> list[Row]:
+    return [Row(values, file, line, name) for line, values in read_records(file)]
+
+
+def _some(rows: list[Row], place: Path) -> list[Row]:
+    if not rows:
+        raise InputError(f"{place}: holds no rows; give a file with at least one")
+    return rows
+
+
+def _sha256_of_files(files: Iterable[Path], folder: Path) -> str:
+    """SHA-256 over the names (from `folder` on) and hashes of all files."""
+    lines = (f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _expanded(path: str | Path) -> Path:
+    """The path; no shell expands the `~` in a recipe."""
+    place = Path(path)
+    if place.parts[:1] != ("~",):
+        return place
     try:
-        if file.parts[:1] == ("~",):  # no shell expands the paths in a recipe
-            file = file.expanduser()
+        return place.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{place}: there is no home folder here; write the path out") from error
+
+
+def _without_split(place: Path) -> tuple[Path, str | None]:
+    """A saved data set's folder and the `:split` behind it; the place itself for others."""
+    base, colon, split = str(place).rpartition(":")
+    if colon and not place.exists() and is_saved_dataset(Path(base)):
+        return Path(base), split
+    return place, None
+
+
+def _hub_id(text: str) -> tuple[str, str] | None:
+    """Name and split, if `text` can only be meant for the hub.
+
+    What has a known suffix, or stands in a folder that exists, is a path with a typing error:
+    nothing is asked of the network for it.
+    """
+    match = _HUB_ID.fullmatch(text)
+    if not match or kind_of(match["name"]) or any(mimetypes.guess_type(match["name"])):
+        return None
+    if Path(text).parent.exists():
+        return None
+    return match["name"], match["split"] or "train"
+
+
+def _existing_file(file: Path) -> Path:
+    try:
+        if file.is_file():
+            return file
         if file.is_dir():
             raise InputError(f"{file}: is a folder; name a file in it")
-        if not file.is_file():
-            siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-            raise InputError(f"{file}: no such file{did_you_mean(file.name, siblings)}")
+        if file.exists():
+            raise InputError(f"{file}: is a pipe or device; save its contents to a file first")
+        if file.is_symlink():
+            raise InputError(f"{file}: is a link to nowhere ({file.readlink()}); repair the link")
+        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
     except OSError as error:
         raise _unreadable(file, error) from error
-    return file
+    cure = did_you_mean(file.name, siblings) or "; check the path"
+    raise InputError(f"{file}: no such file{cure}")
 
 
 def _unreadable(file: Path, error: OSError) -> InputError:
     return InputError(f"{file}: cannot be read ({error.strerror or error}); check the path")
-
-
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{file}:{line}: not UTF-8 text; save the file as UTF-8") from error
-    if (nul := text.find("\0")) >= 0:
-        line = text.count("\n", 0, nul) + 1
-        raise InputError(f"{file}:{line}: holds a NUL byte; save the file as UTF-8 text")
-    return text
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys occur once; `json` would silently keep the last of two."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in values if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' occurs twice in one object")
-    return values
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON (write null or a number)")
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-
-
-def _decode(
-    text: str, at: int, file: Path, line: int, hint: str = ""
-) -> tuple[dict[str, Any], int]:
-    """The object that starts at `text[at]` on `line`, and the index just behind it."""
-    try:
-        value, end = _DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        broken = line + text.count("\n", at, error.pos)
-        column = error.pos - text.rfind("\n", 0, error.pos)
-        raise InputError(f"{file}:{broken}:{column}: broken JSON ({error.msg}){hint}") from error
-    except ValueError as error:  # our two refusals, and integers past Python's digit limit
-        reason = str(error).split(";")[0]
-        raise InputError(f"{file}:{line}: {reason}; correct this row") from error
-    except RecursionError as error:
-        raise InputError(f"{file}:{line}: nested too deeply; a row is a flat object") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}:{line}: a row must be an object like {{...}}{hint}")
-    return value, end
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    return match.end() if match else at
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Element by element instead of `json.loads`, so that each row knows its line."""
-    text = _read_text(file)
-    at = _skip_space(text, 0)
-    if at == len(text):
-        return
-    line, counted = 1 + text.count("\n", 0, at), at
-    if text[at] != "[":
-        raise InputError(
-            f"{file}:{line}: a .json file must be one array of objects like [{{...}}, ...]; "
-            "wrap the rows in one, or rename the file to .jsonl if each line is an object"
-        )
-    at = _skip_space(text, at + 1)
-    more = not text.startswith("]", at)
-    while more:
-        line, counted = line + text.count("\n", counted, at), at
-        values, at = _decode(text, at, file, line)
-        yield line, values
-        at = _skip_space(text, at)
-        more = text.startswith(",", at)
-        if more:
-            at = _skip_space(text, at + 1)
-    line += text.count("\n", counted, at)
-    if not text.startswith("]", at):
-        raise InputError(f"{file}:{line}: broken JSON (expected ',' or ']' behind a row)")
-    if _skip_space(text, at + 1) != len(text):
-        raise InputError(f"{file}:{line}: broken JSON (there is text behind the array's ']')")
-
-
-def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    hint = "; a .jsonl file has one object a line (rename it to .json if it is one array)"
-    # Not str.splitlines: U+2028 and its like are allowed inside a JSON string.
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
-        start = _skip_space(line, 0)
-        if start == len(line):
-            continue
-        values, end = _decode(line, start, file, number, hint)
-        end = _skip_space(line, end)
-        if end != len(line):
-            raise InputError(f"{file}:{number}:{end + 1}: text behind the object{hint}")
-        yield number, values
-
-
-def _read_csv(file: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
-    text = io.StringIO(_read_text(file), newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            record = next(reader, None)
-        except csv.Error as error:
-            cure = (
-                "long texts fit in .jsonl" if "field larger" in str(error) else "check its quotes"
-            )
-            raise InputError(f"{file}:{line}: broken record ({error}); {cure}") from error
-        if record is None:
-            return
-        if not record:  # a blank line
-            continue
-        if not header:
-            header = record
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise InputError(f"{file}:{line}: two columns are named '{twice[0]}'; rename one")
-            if len(header) == 1 and ";" in header[0]:  # how some locales write .csv
-                raise InputError(f"{file}:{line}: columns are separated by ';'; save with commas")
-            continue
-        if len(record) != len(header):
-            raise InputError(
-                f"{file}:{line}: {len(record)} columns where the header has {len(header)}; "
-                f"quote values that hold {'a comma' if delimiter == ',' else 'a tab'} or a newline"
-            )
-        yield line, dict(zip(header, record, strict=True))
-
-
-def _read_tsv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _read_csv(file, delimiter="\t")
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # ParquetFile, not read_table: that one adds columns from folder names like `year=2024`.
-        with pq.ParquetFile(file) as parquet:
-            records = parquet.read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(
-            f"{file}: not a readable Parquet file ({reason}); write it anew"
-        ) from error
-    yield from enumerate(records, 1)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}

@@ -12,16 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.batches import LabelCollator
-from lorakit.data.labelled import (
-    LabelledRow,
-    LabelledSample,
-    check_labels,
-    count_labels,
-    label_name,
-    notice_unseen,
-    tokenize_sequence,
-    tokenize_words,
-)
+from lorakit.data.label_rows import LabelledRow, notice_unseen, tokenize_sequence, tokenize_words
+from lorakit.data.labelled import LabelledSample, check_labels, count_labels, label_name
 from lorakit.data.masking import IGNORE
 from lorakit.data.scores import ClassScore, LabelScorer
 from lorakit.errors import InputError, did_you_mean

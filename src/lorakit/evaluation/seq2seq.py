@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.batches import LabelCollator
 from lorakit.data.formats import Sample
-from lorakit.data.labelled import LabelledRow
+from lorakit.data.label_rows import LabelledRow
 from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
 from lorakit.inference.sampling import Sampling, generate, generation_settings
 from lorakit.models.label_loss import LabelLoss

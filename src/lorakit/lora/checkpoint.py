@@ -101,6 +101,23 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of `tensor` where it is spread over processes (FSDP2), which all of them must ask for."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def spread_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, whole in every process, spread over processes as `parameter` is, if it is."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(values.to(parameter.device), mesh, parameter.placements)
+
+
 def read_config(folder: str | Path) -> LoraConfig:
     """The configuration of the adapter in `folder`.
 
@@ -214,7 +231,7 @@ def load_tensors(
                 loaded = nn.Parameter(values, requires_grad=parameter.requires_grad)
                 torch.utils.swap_tensors(parameter, loaded)
             else:
-                parameter.copy_(tensors[key])
+                parameter.copy_(spread_like(parameter, tensors[key]))
 
 
 def without_base_copies(

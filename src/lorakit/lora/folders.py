@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import INITIAL_NAME, PREFIX, WEIGHTS_NAME, write_adapter
+from lorakit.lora.checkpoint import INITIAL_NAME, PREFIX, WEIGHTS_NAME, whole, write_adapter
 from lorakit.lora.config import CONFIG_NAME, LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
@@ -77,13 +77,16 @@ def upload(
 
 
 def save_adapters(
-    bank: AdapterBank, directory: str | Path, names: Sequence[str], plain: bool
+    bank: AdapterBank, directory: str | Path, names: Sequence[str], plain: bool, write: bool
 ) -> None:
     """Writes `default` into the directory itself and other adapters into subfolders, as PEFT does.
+
+    Where tensors are spread over processes (FSDP2), all of those must call this.
 
     Args:
         plain: write adapters that train against the rest of the weight (PiSSA, OLoRA) as ordinary
             ones, of twice the rank, which need nothing but the base's own weights.
+        write: False only helps to gather.
     """
     for name in names:
         folder = Path(directory) if name == "default" else Path(directory) / name
@@ -91,8 +94,11 @@ def save_adapters(
         initial = initial_factors(bank, name)
         if initial and plain:
             config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
-        write_adapter(folder, config, tensors, initial)
-    write_card(directory, bank.get_base_model())
+        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+        if write:
+            write_adapter(folder, config, tensors, initial)
+    if write:
+        write_card(directory, bank.get_base_model())
 
 
 def write_card(directory: str | Path, base: nn.Module) -> None:

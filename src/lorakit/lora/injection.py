@@ -84,11 +84,12 @@ def inject(
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
     """All wrapped modules of `model`, with the paths that they had before they were wrapped.
 
-    What is inside another wrapped module has `base_layer` in its path, as in PEFT's files.
+    What is inside another wrapped module has `base_layer` in its path, as in PEFT's files; the
+    modules that FSDP puts around checkpointed blocks do not count.
     """
     for name, module in model.named_modules():
         if isinstance(module, Wrapped):
-            yield name, module
+            yield name.replace("_checkpoint_wrapped_module.", ""), module
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:

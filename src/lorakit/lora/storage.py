@@ -47,15 +47,14 @@ class StoredBank(AdapterBank):
             path_initial_model_for_weight_conversion: set, to whatever value, it writes adapters
                 that started from the weight itself (PiSSA, OLoRA) as ordinary ones of twice the
                 rank. PEFT needs a path here; lorakit has the initial factors in the model.
-            is_main_process: other processes write nothing.
+            is_main_process: other processes write nothing; under FSDP2 they must call this too.
         """
         names = list(selected_adapters or self.adapters)
         for name in names:
             self.require(name)
-        if is_main_process:
-            plain = path_initial_model_for_weight_conversion is not None
-            with self._biases_in_force(True):
-                save_adapters(self, save_directory, names, plain)
+        plain = path_initial_model_for_weight_conversion is not None
+        with self._biases_in_force(True):
+            save_adapters(self, save_directory, names, plain, is_main_process)
 
     def push_to_hub(
         self,

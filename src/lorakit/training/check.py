@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import AnySample, RowStatistics
-from lorakit.data.labelled import LabelledRow, LabelledSample
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
 from lorakit.lora.parameter_table import ModuleKind, parameter_table
 from lorakit.training.forecast import Forecast, forecast

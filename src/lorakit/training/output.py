@@ -31,32 +31,38 @@ def check_output(folder: Path, *, resume: bool) -> None:
 
 
 def claim_output(
-    folder: Path, recipe: dict[str, Any], data: list[dict[str, Any]], *, accept_changes: bool
+    folder: Path,
+    recipe: dict[str, Any],
+    data: list[dict[str, Any]],
+    processes: int = 1,
+    *,
+    accept_changes: bool = False,
 ) -> list[str]:
     """Marks `folder` as this run's; when it is already, recipe and data must be the same.
 
     Args:
+        processes: so many make the run, which decides how many rows a step has.
         accept_changes: let them differ.
 
     Returns: what differs.
 
     Raises:
-        InputError: the run in `folder` had another recipe or other data.
+        InputError: the run in `folder` had another recipe, other data or other processes.
     """
-    now = _identity(recipe, data)
+    now = _identity(recipe, data) | {"processes": processes}
     path = folder / RUN_NAME
     changes: list[str] = []
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged: start anew in another folder") from error
         changes = list(_differences(_as_json(before), _as_json(now)))
         if changes and not accept_changes:
             raise InputError(
-                f"the run in {folder} cannot go on with another recipe or other data: "
-                f"{listed(changes, 4)}. Give the same ones, start anew in another folder, "
-                "or accept the difference with --continue"
+                f"the run in {folder} cannot go on with another recipe, other data or other "
+                f"processes: {listed(changes, 4)}. Give the same ones, start anew in another "
+                "folder, or accept the difference with --continue"
             )
         if not changes:
             return []

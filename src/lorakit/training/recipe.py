@@ -7,15 +7,30 @@ nothing reads is an error. Names under `lora` are PEFT's, under `training` those
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from lorakit.data.mixing import Source
 from lorakit.errors import InputError, did_you_mean
+from lorakit.training.recipe_errors import in_one_line, shown
+from lorakit.training.yaml_file import parse_yaml, read_yaml
 
 # Decided elsewhere in the recipe, or by the trainer itself.
 _RESERVED = {
@@ -34,20 +49,78 @@ _RESERVED = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+_LARGEST = 2**31 - 1
+
+
+def _of_one_line(text: str) -> str:
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        raise ValueError(f"{text[:80]!r} holds a control character; remove it")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_of_one_line)]
+"""A path, or what a model or data set is called."""
+
+
+def _branch(value: object) -> str:
+    """Which of a union is meant, so that an error speaks of that one alone."""
+    if isinstance(value, list):
+        return "<list>"
+    return "<share>" if isinstance(value, (int, float)) else "<name>"
+
+
+def _no_boolean_weight(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("weight"), bool):
+        raise ValueError(f"weight should be a number, not {str(value['weight']).lower()}")
+    return value
+
+
+_Share = Annotated[float, Field(ge=0, lt=1), Tag("<share>")]
+_Name = Annotated[Name, Tag("<name>")]
+_Item = Annotated[
+    _Name | Annotated[Source, BeforeValidator(_no_boolean_weight), Tag("<source>")],
+    Discriminator(lambda value: "<name>" if isinstance(value, str) else "<source>"),
+]
+_List = Annotated[list[_Item], Field(min_length=1), Tag("<list>")]
+
+
+class _Numbers(BaseModel):
+    """True is no 1 here, and infinity no number."""
+
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields.get(info.field_name or "")
+        if field and isinstance(value, bool) and _is_number(field.annotation):
+            raise ValueError(f"should be a number, not {str(value).lower()}")
+        return value
+
+
+class _Strict(_Numbers):
+    model_config = ConfigDict(extra="forbid")
 
 
 class DataRecipe(_Strict):
     """Which rows are learned, and which are held out."""
 
-    train: str
-    eval: Annotated[float, Field(ge=0, lt=1)] | str = 0.1
-    max_length: Annotated[int, Field(ge=2)] = 1024
+    train: Annotated[_Name | _List, Discriminator(_branch)]
+    eval: Annotated[_Share | _Name | _List, Discriminator(_branch)] = 0.1
+    max_length: Annotated[int, Field(ge=2, le=_LARGEST)] = 1024
     columns: dict[str, str] = {}
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     padding_free: bool = True
     packing: bool = False
+
+    @model_validator(mode="after")
+    def _weights_are_for_learning(self) -> Self:
+        for item in self.eval if isinstance(self.eval, list) else ():
+            if isinstance(item, Source) and item.weight != 1:
+                raise ValueError(
+                    f"data.eval: {item.path} has a weight, which only data.train knows; remove it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _packing_is_padding_free(self) -> Self:
@@ -56,28 +129,35 @@ class DataRecipe(_Strict):
         return self
 
 
-class TrainingRecipe(BaseModel):
+class TrainingRecipe(_Numbers):
     """`TrainingArguments`, by their own names. Those listed here have lorakit's defaults."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
 
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: int = -1
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 8
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
+    max_steps: Annotated[int, Field(ge=-1, le=_LARGEST)] = -1
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
+    per_device_eval_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=_LARGEST)] = 1
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
     lr_scheduler_type: str = "cosine"
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[float, Field(ge=0, le=_LARGEST)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    logging_steps: Annotated[float, Field(gt=0)] = 5
+    logging_steps: Annotated[float, Field(gt=0, le=_LARGEST)] = 5
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
-    save_steps: Annotated[float, Field(gt=0)] = 0.2
+    save_steps: Annotated[float, Field(gt=0, le=_LARGEST)] = 0.2
     save_total_limit: Annotated[int, Field(ge=1)] | None = 2
     report_to: str | list[str] = "none"
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, steps: int) -> int:
+        if steps == 0:
+            raise ValueError("should be at least 1, or -1 to train all epochs, not 0")
+        return steps
 
     @model_validator(mode="after")
     def _only_training_arguments(self) -> Self:
@@ -86,23 +166,23 @@ class TrainingRecipe(BaseModel):
             if name in _RESERVED:
                 raise ValueError(f"training.{name} is not set here: use {_RESERVED[name]}")
         if extra:
-            import dataclasses
-
             from transformers import TrainingArguments
 
+            types = get_type_hints(TrainingArguments)
             known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-            for name in extra:
+            for name, value in extra.items():
                 if name not in known:
                     raise ValueError(
                         f"training.{name} is not a recipe key{did_you_mean(name, known)}"
                     )
+                _check_argument(f"training.{name}", value, types[name])
         return self
 
 
 class Recipe(_Strict):
     """A training run: the base model, the rows, the adapter, and the optimisation."""
 
-    model: str
+    model: Name
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     data: DataRecipe
@@ -110,12 +190,13 @@ class Recipe(_Strict):
     training: TrainingRecipe = TrainingRecipe()
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     samples: Annotated[int, Field(ge=0)] = 3
-    output_dir: str
+    output_dir: Name
 
     @model_validator(mode="after")
     def _only_lora_fields(self) -> Self:
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
+        self._check_lora_types()
         if self.task_type != "CAUSAL_LM":
             for key, given in (("data.packing", self.data.packing), ("compile", self.compile)):
                 if given is True:
@@ -147,8 +228,6 @@ class Recipe(_Strict):
 
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
-        import dataclasses
-
         from lorakit.lora.config import LoraConfig
         from lorakit.models.load import FORMS
 
@@ -156,7 +235,8 @@ class Recipe(_Strict):
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}
         for name in self.lora:
             if name not in known:
-                raise InputError(f"lora.{name} is not a recipe key{did_you_mean(name, known)}")
+                near = did_you_mean(name, known) or "; known are the fields of LoraConfig"
+                raise InputError(f"lora.{name} is not a recipe key{near}")
         if self.task_type not in FORMS:
             near = did_you_mean(self.task_type.upper(), FORMS)
             raise InputError(
@@ -169,12 +249,43 @@ class Recipe(_Strict):
             )
         except InputError as error:
             raise InputError(f"lora: {error}") from error
-        except TypeError as error:
-            raise InputError(f"lora: a value has the wrong type ({error})") from error
+        except (TypeError, AttributeError) as error:
+            self._check_lora_types()
+            raise InputError(f"lora: a value should have another type ({error})") from error
+
+    def _check_lora_types(self) -> None:
+        """For what the adapter's configuration does not look at itself."""
+        from lorakit.lora.config import LoraConfig
+
+        types = get_type_hints(LoraConfig)
+        for name, value in self.lora.items():
+            if not name.endswith("_config"):
+                _check_argument(f"lora.{name}", value, types[name])
 
     def to_dict(self) -> dict[str, Any]:
         """All values, defaults included, as plain JSON types."""
         return self.model_dump(mode="json")
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a value of this type is a number, and true or false is none."""
+    types = {annotation, *get_args(annotation)}
+    types |= {inner for kind in types for inner in get_args(kind)}
+    return bool(types & {int, float}) and bool not in types
+
+
+def _check_argument(name: str, value: Any, annotation: Any) -> None:
+    """Refuses a value that is not of the type of the argument `name`; it stays as it is."""
+    if isinstance(value, bool) and not _is_number(annotation):
+        return  # Trainer takes them for more than it says, as in fsdp=True
+    message = "input should be a number"
+    if not isinstance(value, bool):
+        try:
+            TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+            return
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].lower()
+    raise InputError(f"{name}: {message}, not {shown(value)}")
 
 
 def load_recipe(
@@ -195,7 +306,7 @@ def load_recipe(
     """
     where = str(source) if isinstance(source, (str, Path)) else "recipe"
     if isinstance(source, (str, Path)):
-        values = _read_yaml(Path(source))
+        values = read_yaml(Path(source))
     else:
         values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (source or {}).items()}
     for override in overrides:
@@ -206,61 +317,7 @@ def load_recipe(
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except ValidationError as error:
-        # A union reports each of its branches: the first finding for a key says enough.
-        problems = {".".join(_field_names(_path(e))): _problem(e) for e in reversed(error.errors())}
-        raise InputError(f"{where}: {'; '.join(reversed(problems.values()))}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number, and no key stands twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise InputError(f"line {line}: the key '{key}' stands twice")
-            seen.add(key if isinstance(key, str) else None)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"the recipe {path} {kind}")
-    if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
-        raise InputError(f"{path} is data and not a recipe: give it with --data, or as data.train")
-    try:
-        values = _parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys (model, data, lora, training, …)")
-    return values
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or "not valid"
-        raise InputError(f"not valid YAML: {at}{problem}") from error
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"not valid YAML: {error}") from error
+        raise InputError(f"{where}: {in_one_line(error, Recipe)}") from error
 
 
 def _apply(values: dict[str, Any], override: str | tuple[str, Any]) -> None:
@@ -269,7 +326,7 @@ def _apply(values: dict[str, Any], override: str | tuple[str, Any]) -> None:
         if not equals or not key:
             raise InputError(f"'{override}' is not an override: write key=value, as in lora.r=16")
         try:
-            value = _parse_yaml(text)
+            value = parse_yaml(text)
         except InputError as error:
             raise InputError(f"{override}: {error}") from error
     else:
@@ -282,45 +339,3 @@ def _apply(values: dict[str, Any], override: str | tuple[str, Any]) -> None:
             raise InputError(f"{key}: '{section}' is a value, it has no keys below it")
         place = inner
     place[last] = value
-
-
-def _problem(error: Any) -> str:
-    """One line for one of pydantic's findings."""
-    names = _field_names(_path(error))
-    key = ".".join(names)
-    if error["type"] == "extra_forbidden":
-        section = ".".join(names[:-1])
-        known = _known_keys(section)
-        return f"{key} is not a recipe key{did_you_mean(names[-1], known)}"
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
-
-
-def _path(error: Any) -> list[str]:
-    return [str(part) for part in error["loc"]]
-
-
-def _field_names(path: list[str]) -> list[str]:
-    """The recipe's own keys of an error's path, without the names of a union's branches."""
-    names: list[str] = []
-    fields: Any = Recipe.model_fields
-    for part in path:
-        names.append(part)
-        annotation = fields[part].annotation if part in fields else None
-        inner = annotation if isinstance(annotation, type) else None
-        if inner is None or not issubclass(inner, BaseModel):
-            break
-        fields = inner.model_fields
-    return names
-
-
-def _known_keys(section: str) -> list[str]:
-    if not section:
-        return list(Recipe.model_fields)
-    annotation = Recipe.model_fields[section].annotation
-    kinds = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-    return [n for k in kinds if issubclass(k, BaseModel) for n in k.model_fields]

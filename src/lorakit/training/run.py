@@ -25,6 +25,7 @@ from lorakit.training.forecast import forecast, planned_steps
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import is_main_process, peak_memory_mb
 from lorakit.training.output import check_output, claim_output, same_run
+from lorakit.training.processes import join, require_same_checkpoint
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import METRICS_NAME, Recorder
@@ -77,6 +78,8 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         recipe = load_recipe(recipe.to_dict(), overrides)
+    given = recipe.training.model_extra or {}
+    join(given.get("ddp_backend"), given.get("ddp_timeout", 1800))
     main = is_main_process()
     console = Console(stderr=True, quiet=quiet or not main, highlight=False, soft_wrap=True)
     folder = Path(recipe.output_dir)
@@ -88,11 +91,14 @@ def train(
     if resume and (finished := read_manifest(folder)) and same_run(finished, *now):
         _say(console, [f"{folder} is finished already: nothing is left to do"])
         return TrainResult(folder, finished)
-    changes = claim_output(folder, *now, accept_changes=accept_changes) if main else []
-    _say(console, (f"goes on although it changed: {change}" for change in changes))
+    if main:
+        processes = setup.arguments.world_size
+        changes = claim_output(folder, *now, processes, accept_changes=accept_changes)
+        _say(console, (f"goes on although it changed: {change}" for change in changes))
 
     checkpoint = last_checkpoint(folder) if resume else None
     if resume:
+        require_same_checkpoint(checkpoint, folder)
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
     _say(console, _description(setup))
@@ -115,11 +121,12 @@ def train(
                 _say(console, [forecast(trainer).line])
             base, tuned = _fit(trainer, setup.model, checkpoint)
         manifest = _manifest(setup, trainer, base, tuned, metrics)
+        if main and setup.own_template:  # so that chat and serve use the same
+            atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
+        # All processes help to gather what is spread.
+        setup.model.save_pretrained(folder, is_main_process=main)
         if main:
-            if setup.own_template:  # so that chat and serve use the same
-                atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
-            setup.model.save_pretrained(folder)
-            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            if not trainer.is_spread:
                 write_samples(folder, setup)
             write_manifest(folder, manifest)  # last: its presence says that the run is finished
     return TrainResult(folder, manifest)
@@ -134,7 +141,7 @@ def _callbacks(
     interrupt = Interrupt(lambda line: _say(console, [line]))
     trainer.interrupt = interrupt
     looking: list[TrainerCallback] = [Recorder(metrics, trainer.counts), bar]
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_spread:
         _say(console, ["weights are spread over processes: the adapter's changes are not measured"])
     else:
         measured = StepLines(metrics.path.with_name(MONITOR_NAME), writes=metrics.writes)

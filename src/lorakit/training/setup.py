@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,13 @@ from lorakit.lora import LoraModel
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
+from lorakit.models.load import best_device, torch_dtype
 from lorakit.training.advice import Advice, advised
 from lorakit.training.batching import Batching
 from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
+from lorakit.training.sharded import asks_to_spread, check_fsdp
 from lorakit.training.tasks import Beginning, begin
 
 if TYPE_CHECKING:
@@ -80,7 +83,10 @@ def set_up(recipe: Recipe) -> Setup:
         InputError: the recipe, the model or the rows cannot be used.
     """
     settle_in()
-    begun = begin(recipe)
+    spread = asks_to_spread(recipe.training.model_extra or {})
+    # A model that is spread over GPUs may not fit into one: each takes its share from here.
+    dtype = torch_dtype(recipe.dtype, best_device())
+    begun = begin(recipe, dtype, device="cpu" if spread else None)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = sum(p.numel() for p in model.parameters())
     recipe, advice = advised(recipe, parameters, len(data.train))
@@ -88,13 +94,14 @@ def set_up(recipe: Recipe) -> Setup:
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, begun.lora_config(recipe))
     arguments = training_arguments(recipe, held_out=bool(data.eval))
+    check_fsdp(arguments, begun.lora_config(recipe))
     batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id, begun.collator)
-    to_compile = recipe.compile if recipe.task_type == "CAUSAL_LM" else False
-    compiled, notice = choose(to_compile, adapted, _tokens_to_train(data, batching, arguments))
+    notices += _divided(data, batching, arguments)
+    wish = False if spread and recipe.compile == "auto" else recipe.compile
+    if recipe.task_type != "CAUSAL_LM":
+        wish = False
+    compiled, notice = choose(wish, adapted, _tokens_to_train(data, batching, arguments))
     notices += [notice] if notice else []
-    if torch.cuda.device_count() > arguments.world_size:
-        many = f"torchrun --nproc-per-node {torch.cuda.device_count()} -m lorakit train …"
-        notices.append(f"{arguments.world_size} of {torch.cuda.device_count()} GPUs used; {many}")
     return Setup(
         recipe=recipe,
         advice=advice,
@@ -137,6 +144,8 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         every = values.get("eval_steps") or values["logging_steps"]
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
         values |= {"save_strategy": values["eval_strategy"], "save_steps": every}
+    if values.get("deepspeed") and not find_spec("deepspeed"):
+        raise InputError("training.deepspeed needs DeepSpeed: pip install deepspeed")
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -160,6 +169,26 @@ def _batching(
         notice = f"rows are padded, those of like length together: {reason}"
         return Batching(pad_token_id, pack_length), [notice]
     return Batching(None, pack_length), []
+
+
+def _divided(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> list[str]:
+    """What to say about how rows are divided over processes, and how many GPUs that uses."""
+    processes, gpus = arguments.world_size, torch.cuda.device_count()
+    if len(data.train) < processes:
+        raise InputError(
+            f"data.train: {len(data.train)} rows cannot be divided over {processes} processes: "
+            "start fewer"
+        )
+    notices = []
+    if gpus > processes:
+        many = f"torchrun --nproc-per-node {gpus} -m lorakit train …"
+        notices.append(f"{processes} of {gpus} GPUs used; {many}")
+    if twice := -len(batching.train_batches(data.train, arguments, epoch=0)) % processes:
+        notices.append(
+            f"{twice} rows are learned twice in an epoch, as batches of one row cannot be divided "
+            f"evenly over {processes} processes: raise training.per_device_train_batch_size"
+        )
+    return notices
 
 
 def _tokens_to_train(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> float:

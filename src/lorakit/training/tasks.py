@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.data.batches import LabelCollator
 from lorakit.data.checks import findings
-from lorakit.data.dataset import DataFacts, PreparedData, prepare
+from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.label_rows import notice_unseen, tokenize_sequence, tokenize_words
 from lorakit.data.labelled import (
     LabelledSample,
     Labels,
     collect_labels,
     hold_out,
     notice_labels,
-    notice_unseen,
     read_labelled,
-    tokenize_sequence,
-    tokenize_words,
 )
+from lorakit.data.mixing import DataFacts, Source
 from lorakit.data.scores import LabelScorer
 from lorakit.data.seq2seq import tokenize_pair
-from lorakit.data.sources import file_sha256
-from lorakit.errors import listed
+from lorakit.data.sources import read_source
+from lorakit.errors import InputError, listed
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, most_tokens
 from lorakit.models.loss import SupervisedLoss
@@ -87,19 +86,24 @@ class Beginning:
         return config
 
 
-def begin(recipe: Recipe) -> Beginning:
+def begin(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> Beginning:
     """Loads the recipe's model and prepares its rows.
+
+    Args:
+        dtype, device: of the model, as in `load_model`.
 
     Raises:
         InputError: the model or the rows cannot be used.
     """
     if recipe.task_type in CLASSIFICATION:
-        return _classification(recipe)
-    return _seq2seq(recipe) if recipe.task_type == "SEQ_2_SEQ_LM" else _causal(recipe)
+        return _classification(recipe, dtype, device)
+    if recipe.task_type == "SEQ_2_SEQ_LM":
+        return _seq2seq(recipe, dtype, device)
+    return _causal(recipe, dtype, device)
 
 
-def _causal(recipe: Recipe) -> Beginning:
-    model, tokenizer = load_model(recipe.model, recipe.dtype)
+def _causal(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
+    model, tokenizer = load_model(recipe.model, dtype, device=device)
     had_template = bool(tokenizer.chat_template)
     data = prepare(
         tokenizer,
@@ -113,8 +117,9 @@ def _causal(recipe: Recipe) -> Beginning:
     return Beginning(model, tokenizer, data, had_template=had_template)
 
 
-def _seq2seq(recipe: Recipe) -> Beginning:
-    loaded = load_for_task(recipe.task_type, recipe.model, recipe.dtype, seed=recipe.training.seed)
+def _seq2seq(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
+    seed = recipe.training.seed
+    loaded = load_for_task(recipe.task_type, recipe.model, dtype, device=device, seed=seed)
     data = prepare(
         loaded.tokenizer,
         recipe.data.train,
@@ -135,7 +140,7 @@ def _seq2seq(recipe: Recipe) -> Beginning:
     )
 
 
-def _classification(recipe: Recipe) -> Beginning:
+def _classification(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
     one_label = recipe.task_type == "SEQ_CLS"
     train, held, facts, notices = _labelled_samples(recipe)
     labels = collect_labels(train, held)
@@ -143,7 +148,8 @@ def _classification(recipe: Recipe) -> Beginning:
     loaded = load_for_task(
         recipe.task_type,
         recipe.model,
-        recipe.dtype,
+        dtype,
+        device=device,
         labels=labels.names,
         seed=recipe.training.seed,
     )
@@ -181,13 +187,29 @@ def _labelled_samples(
     """Training and held-out samples, what they were read from, and notices."""
     data = recipe.data
 
-    def read(path: str) -> tuple[list[LabelledSample], DataFacts]:
-        samples = read_labelled(path, recipe.task_type, data.columns, data.limit)
-        return samples, DataFacts(path, len(samples), file_sha256(path))
+    def read(sources: Any, key: str) -> tuple[list[LabelledSample], list[DataFacts]]:
+        given = sources if isinstance(sources, list) else [sources]
+        samples: list[LabelledSample] = []
+        facts = []
+        for source in given:
+            part = source if isinstance(source, Source) else Source(str(source))
+            if part.weight != 1:
+                raise InputError(
+                    f"{key}: {part.path} has a weight, which only causal language models and "
+                    "SEQ_2_SEQ_LM learn by; remove it"
+                )
+            columns = part.columns if part.columns is not None else data.columns
+            contents = read_source(part.path, full_names=len(given) > 1)
+            found = read_labelled(contents.rows, recipe.task_type, columns, data.limit)
+            samples += found
+            facts.append(DataFacts(part.path, len(found), contents.sha256))
+            notices.extend(contents.notices)
+        return samples, facts
 
-    samples, fact = read(data.train)
-    if not isinstance(data.eval, str):
-        train, held, notices = hold_out(samples, data.eval, recipe.training.seed)
-        return train, held, [fact], notices
-    held, held_fact = read(data.eval)
-    return samples, held, [fact, held_fact], []
+    notices: list[str] = []
+    samples, facts = read(data.train, "data.train")
+    if isinstance(data.eval, (int, float)):
+        train, held, said = hold_out(samples, data.eval, recipe.training.seed)
+        return train, held, facts, [*notices, *said]
+    held, held_facts = read(data.eval, "data.eval")
+    return samples, held, facts + held_facts, notices

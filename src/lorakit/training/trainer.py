@@ -17,22 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.scores import LabelScorer
+from lorakit.errors import InputError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.interrupt import Interrupt
+from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
 from lorakit.training.tasks import Loss
 
 _STAGING = ".saving"
@@ -92,11 +95,29 @@ class LoraTrainer(Trainer):
             data_collator=only,
             callbacks=[self.sampler],
         )
-        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.supervised_loss = loss(model, spread)
+        self.supervised_loss = loss(model, self.is_spread)
         # compute_loss divides by the whole optimiser step's tokens itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether no process has all weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; FSDP2 that is asked for is used on CPUs too."""
+        wanted = asks_for_fsdp(self.args)
+        with patch_environment(accelerate_use_fsdp=wanted):  # else set for later runs too
+            super().create_accelerator_and_postprocess()
+            if wanted:
+                switch_on(self.accelerator, self.args.fsdp_plugin_args)
+                self.is_fsdp_enabled = True
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise InputError(
+                "DeepSpeed's ZeRO stage 3 is not supported: use stage 2, or training.fsdp: true, "
+                "which spreads the weights too"
+            )
 
     # --- loss -----------------------------------------------------------------------------
 
@@ -214,6 +235,8 @@ class LoraTrainer(Trainer):
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
+        if best := self.state.best_global_step:  # in every process, as all load it in the end
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         if self.args.should_save:
             self._publish(folder)
             rotate_checkpoints(
@@ -225,20 +248,44 @@ class LoraTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _publish(self, folder: Path) -> None:
-        """Gives the checkpoint in the staging folder its name, and the best one its place."""
+        """Gives the checkpoint in the staging folder its name; its state names the best one."""
         [finished] = (folder / _STAGING).iterdir()
-        if best := self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
-            self.state.save_to_json(str(finished / TRAINER_STATE_NAME))
+        self.state.save_to_json(str(finished / TRAINER_STATE_NAME))
         shutil.rmtree(folder / finished.name, ignore_errors=True)
         finished.rename(folder / finished.name)
         (folder / _STAGING).rmdir()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Writes the adapter, and nothing of the base model."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter, and nothing of the base model; all processes must call it."""
         folder = Path(output_dir or self.args.output_dir)
-        self._lora_model().save_pretrained(folder)
-        (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)))
+        write = self.args.should_save
+        self._lora_model().save_pretrained(folder, is_main_process=write)
+        if write:
+            (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's; sharded states are gathered to the files that one process would write."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Takes over what a checkpoint holds beside the weights, the counts too."""
+        if checkpoint is None:
+            return
+        # In place: the callbacks hold the same counts.
+        vars(self.counts).update(json.loads((Path(checkpoint) / _COUNTS).read_text()))
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        files = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
+        state, schedule = (torch.load(f, map_location="cpu", weights_only=True) for f in files)
+        load_whole_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -249,13 +296,9 @@ class LoraTrainer(Trainer):
         config, tensors = read_adapter(folder)
         parameters = adapter_parameters(wrapped.get_base_model(), name, config.bias)
         load_tensors(parameters, tensors, folder)
-        # In place: the callbacks hold the same counts.
-        vars(self.counts).update(json.loads((folder / _COUNTS).read_text()))
 
     def _load_best_model(self) -> None:
-        counts = dict(vars(self.counts))
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-        vars(self.counts).update(counts)  # the weights are the best ones, the work is all of it
 
     def _lora_model(self) -> LoraModel:
         return self.accelerator.unwrap_model(self.model)

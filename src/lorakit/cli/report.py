@@ -1,0 +1,28 @@
+"""`lorakit report`: an adapter's run as one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The page; default: report.html in the folder."),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write what is known of an adapter's run into one page that needs nothing else."""
+    from lorakit.report.page import write_report
+
+    written = write_report(adapter, output)
+    for notice in written.notices:
+        typer.echo(notice, err=True)
+    typer.echo(f"report: {written.path}")
+    if open_page:
+        import webbrowser
+
+        if not webbrowser.open(written.path.resolve().as_uri()):
+            typer.echo("there is no browser to open it with: open the file yourself", err=True)

@@ -1,0 +1,173 @@
+"""Arrow tables to records: Parquet files, folders saved by `datasets`, and data sets of the hub.
+
+Arrow gives all structs of a column the same keys and fills those that one lacks with null, so
+nulls below the columns are taken away again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import InputError, listed
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ROW_LIMIT = 10_000_000
+"""Rows of one source: all are in memory, and a few kilobytes of Parquet can claim billions."""
+
+UNPACKED_LIMIT = 128 * 2**20
+"""Bytes that packed data may always unpack to; beyond them, `RATIO_LIMIT` times the file's size."""
+
+RATIO_LIMIT = 100
+"""More than text reaches: deflate makes 3 to 10 of prose, and up to 1,000 of a bomb."""
+
+
+def too_large(unpacked: int, packed: int) -> str | None:
+    """What is wrong, and its cure, where `packed` bytes have become `unpacked`; None if nothing."""
+    if unpacked <= max(UNPACKED_LIMIT, RATIO_LIMIT * packed):
+        return None
+    return (
+        f"more than {UNPACKED_LIMIT >> 20} MiB and {RATIO_LIMIT} times its own size, which data "
+        "does not; if it is meant, give it as .jsonl"
+    )
+
+
+def parquet_records(file: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file.
+
+    Raises:
+        InputError: the file is damaged, has a column twice, or holds more than the limits.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # ParquetFile, not read_table: that one adds columns from folder names like `year=2024`.
+        with pq.ParquetFile(file) as parquet:
+            _check_rows(str(file), parquet.metadata.num_rows)
+            _check_names(str(file), parquet.schema_arrow.names)
+            size, unpacked, batches = file.stat().st_size, 0, []
+            for batch in parquet.iter_batches(batch_size=512):
+                unpacked += sum(_decoded(column).nbytes for column in batch.columns)
+                if limit := too_large(unpacked, size):
+                    raise InputError(f"{file}: unpacks to {limit}")
+                batches.append(batch)
+            table = pa.Table.from_batches(batches, parquet.schema_arrow)
+        return _records(table)
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"{file}: not a readable Parquet file ({reason}); write it anew"
+        ) from error
+
+
+def _decoded(column: "pyarrow.Array") -> "pyarrow.Array":
+    """The column as its rows have it: one text that all rows share counts once a row."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `folder` was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def saved_split(folder: Path, split: str | None) -> Path:
+    """The folder of one split of a saved `DatasetDict`, or of a saved `Dataset` itself.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    if not (folder / "dataset_dict.json").is_file():
+        if split is not None:
+            raise InputError(f"{folder}: holds one data set and no split; leave out ':{split}'")
+        return folder
+    wanted = folder / (split or "train")
+    if not (wanted / "state.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
+        raise InputError(
+            f"{folder}: has no split '{wanted.name}'; it has {listed(splits) or 'none'}: "
+            f"name one, as in {folder}:{(splits or ['train'])[0]}"
+        )
+    return wanted
+
+
+def saved_records(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder written by `Dataset.save_to_disk`.
+
+    Raises:
+        InputError: `datasets` is not installed, or the folder is damaged.
+    """
+    datasets = _library(f"{folder}: is a folder saved by the library datasets")
+    try:
+        table = datasets.load_from_disk(str(folder)).with_format("arrow")[:]
+        _check_rows(str(folder), table.num_rows)
+        return _records(table)
+    except InputError:
+        raise
+    except Exception as error:  # that library's readers raise anything on damaged files
+        raise InputError(
+            f"{folder}: cannot be read as a saved data set ({_reason(error)}); save it anew"
+        ) from error
+
+
+def hub_records(name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of a split of the hub's data set `owner/name`, from the local cache or fetched.
+
+    Raises:
+        InputError: `datasets` is not installed, or there is no such data set within reach.
+    """
+    datasets = _library(f"{name}: is no file here, and would be a data set of the hub")
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(name, split=split).with_format("arrow")[:]
+        _check_rows(name, table.num_rows)
+        return _records(table)
+    except InputError:
+        raise
+    except Exception as error:  # no network, no such name, a format it does not know, …
+        raise InputError(
+            f"{name}: is no file here, and as a data set of the hub its split '{split}' cannot be "
+            f"loaded ({_reason(error)}); check the name and the network, or give a file"
+        ) from error
+
+
+def _library(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{what}, which needs that library: pip install 'lorakit[data]'"
+        ) from error
+    return datasets
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _check_rows(name: str, rows: int) -> None:
+    if rows > ROW_LIMIT:
+        raise InputError(
+            f"{name}: has {rows:,} rows, and at most {ROW_LIMIT:,} are read; give a part of it"
+        )
+
+
+def _check_names(name: str, columns: Sequence[str]) -> None:
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one")
+
+
+def _records(table: "pyarrow.Table") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
+    return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value

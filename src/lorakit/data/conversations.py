@@ -1,0 +1,318 @@
+"""The values of a row to messages, tool calls and tool descriptions, each checked on its own.
+
+Messages come out in OpenAI's form, as chat templates expect it: text as content, and the arguments
+of a call as an object. Which columns hold them is decided in `lorakit.data.formats`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lorakit.data import strict_json
+from lorakit.data.sources import Row
+from lorakit.errors import InputError, did_you_mean, listed
+
+Message = dict[str, Any]
+"""`{"role": ..., "content": ...}`, `tool_calls`, and what else a template may read (`name`).
+
+`content` is a string, also where a call is all that the assistant says. A call is
+`{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its `id` if it has one.
+"""
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    # Names that OpenAI has used for the same.
+    "developer": "system",
+    "function": "tool",
+}
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles of sharegpt's messages whose value is a call as JSON."""
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    **ROLES,
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+
+_DEEPEST = 32
+
+
+def kind_of_value(value: object) -> str:
+    """`a string`, `null`, …, for messages."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object", type(None): "null", bytes: "binary"}
+    return names.get(type(value), f"of the type {type(value).__name__}")
+
+
+def string(row: Row, value: object, what: str, empty: bool = True) -> str:
+    """`value` if it is text that a tokenizer takes.
+
+    Raises:
+        InputError: it is none, or holds a NUL or half of a surrogate pair; with `empty=False`,
+            it is blank.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{row.where}: {what} is {kind_of_value(value)}, expected a string")
+    if not empty and not value.strip():
+        raise InputError(f"{row.where}: {what} is empty; fill it or drop the row")
+    if "\0" in value:  # C code behind tokenizers, files and terminals ends a text there
+        raise InputError(f"{row.where}: {what} holds a NUL character; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # "\ud83d" alone in JSON; tokenizers cannot take it
+        raise InputError(
+            f"{row.where}: {what} holds half of a surrogate pair; repair it"
+        ) from error
+    return value
+
+
+def list_of(row: Row, value: object, what: str, of: str) -> list[Any]:
+    """`value` if it is a list; raises InputError otherwise."""
+    if not isinstance(value, list):
+        raise InputError(f"{row.where}: {what} is {kind_of_value(value)}, expected a list of {of}")
+    return value
+
+
+def conversation(
+    row: Row, column: str, keys: tuple[str, str] = ("role", "content"), named_roles: bool = False
+) -> list[Message]:
+    """The messages in a column: a list of objects, whose keys for role and content are `keys`.
+
+    With `named_roles`, sharegpt's roles are known too, and a message may have `role` and
+    `content` all the same.
+    """
+    of = f"{{{', '.join(keys)}}} objects"
+    items = list_of(row, row.values[column], f"'{column}'", of)
+    roles = SHAREGPT_ROLES if named_roles else ROLES
+    messages = []
+    for i, item in enumerate(items):
+        what, own = f"{column}[{i}]", keys
+        if not isinstance(item, dict):
+            raise InputError(
+                f"{row.where}: {what} is {kind_of_value(item)}, expected an object with {keys}"
+            )
+        if named_roles and "role" in item:
+            if "from" in item:
+                raise InputError(f"{row.where}: {what} has both 'from' and 'role'; remove one")
+            own = ("role", "content")
+        messages.append(_message(row, item, what, own, roles))
+    return messages
+
+
+def _message(
+    row: Row, item: dict[str, Any], what: str, keys: tuple[str, str], roles: Mapping[str, str]
+) -> Message:
+    role_key, content_key = keys
+    if role_key not in item:
+        raise InputError(_lacks(row, item, what, role_key, keys))
+    name = string(row, item[role_key], f"{what}.{role_key}")
+    if name not in roles:
+        raise InputError(
+            f"{row.where}: {what} has the unknown role {name[:40]!r}{did_you_mean(name, roles)}; "
+            f"expected {', '.join(roles)}"
+        )
+    role = roles[name]
+    # Null means that there is none, and templates test for the key.
+    others = {k: v for k, v in item.items() if k not in keys and v is not None}
+    for taken in {"role", "content"} & others.keys():
+        raise InputError(f"{row.where}: {what} has both '{content_key}' and '{taken}'; remove one")
+    content: object = item.get(content_key)
+    calls = _calls(row, others, role, what)
+    if name in CALL_ROLES:
+        calls += tool_calls(row, content, f"{what}.{content_key}")
+        content = ""
+    if content is None and calls:
+        content = ""
+    elif content_key not in item:
+        raise InputError(_lacks(row, item, what, content_key, keys))
+    message: Message = {"role": role, "content": _text(row, content, f"{what}.{content_key}")}
+    if calls:
+        message["tool_calls"] = calls
+    for key, value in others.items():
+        message[key] = plain(row, value, f"{what}.{key}")
+    return message
+
+
+def _lacks(row: Row, item: Mapping[str, Any], what: str, key: str, keys: tuple[str, str]) -> str:
+    return (
+        f"{row.where}: {what} has no '{key}', expected an object with {keys}; "
+        f"it has {listed(map(str, item)) or 'nothing'}"
+    )
+
+
+def _text(row: Row, value: object, what: str) -> str:
+    """Content as one string: itself, or its text parts put together."""
+    if not isinstance(value, list):
+        return string(row, value, what)
+    texts = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            found = f"of the type {kind!r:.40}" if kind else kind_of_value(part)
+            raise InputError(
+                f"{row.where}: {what}[{i}] is {found}, and text alone is learned here; expected "
+                "{type: text, text: ...}: remove other parts or drop the row"
+            )
+        texts.append(string(row, part.get("text"), f"{what}[{i}].text"))
+    return "".join(texts)
+
+
+def _calls(row: Row, others: dict[str, Any], role: str, what: str) -> list[dict[str, Any]]:
+    """Takes the calls out of a message's further keys: `tool_calls`, or the older one."""
+    calls = []
+    for key in ("tool_calls", "function_call"):
+        given = others.pop(key, None)
+        if given is None or given == []:
+            continue
+        if role != "assistant":
+            raise InputError(
+                f"{row.where}: {what} is a {role} message with '{key}'; only an assistant calls"
+            )
+        calls += tool_calls(row, given, f"{what}.{key}")
+    return calls
+
+
+def tool_calls(row: Row, value: object, what: str) -> list[dict[str, Any]]:
+    """Calls in OpenAI's form, from `{name, arguments}` with or without `function` around it.
+
+    `value` is one of them or a list, or either as JSON; so are `arguments`, which come out as an
+    object.
+    """
+    value = _from_json(row, value, what, "{name, arguments}")
+    given = value if isinstance(value, list) else [value]
+    if not given:
+        raise InputError(f"{row.where}: {what} has no call; expected {{name, arguments}}")
+    calls = []
+    for i, item in enumerate(given):
+        inner = f"{what}[{i}]" if isinstance(value, list) else what
+        call = _function(row, item, inner, "{name, arguments}")
+        function = call["function"]
+        arguments = function.get("arguments")
+        if arguments is None or arguments == "":
+            arguments = {}
+        arguments = _from_json(row, arguments, f"{inner}.arguments", "an object")
+        if not isinstance(arguments, dict):
+            raise InputError(
+                f"{row.where}: {inner}.arguments is {kind_of_value(arguments)}, expected an "
+                "object like {name: value}"
+            )
+        arguments = plain(row, arguments, f"{inner}.arguments")
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return calls
+
+
+def tools(row: Row) -> tuple[dict[str, Any], ...]:
+    """The optional `tools` column: functions as `{type: function, function: {name, ...}}`.
+
+    It may be a list or the JSON of one, and a function may stand without the object around it.
+    Null, an empty text and an empty list mean that there are none.
+    """
+    value = row.values.get("tools")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    value = _from_json(row, value, "'tools'", "a list of functions")
+    found = []
+    for i, item in enumerate(list_of(row, value, "'tools'", "functions")):
+        what = f"tools[{i}]"
+        tool = _function(row, _from_json(row, item, what, "a function"), what, "{name, parameters}")
+        parameters = tool["function"].get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise InputError(
+                f"{row.where}: {what}.parameters is {kind_of_value(parameters)}, expected an "
+                "object (a JSON schema)"
+            )
+        found.append(plain(row, tool, what))
+    return tuple(found)
+
+
+def _function(row: Row, item: object, what: str, expected: str) -> dict[str, Any]:
+    """`item` with `function` around it and its name checked."""
+    if not isinstance(item, dict):
+        raise InputError(
+            f"{row.where}: {what} is {kind_of_value(item)}, expected an object {expected}"
+        )
+    kind = item.get("type") or "function"
+    if "function" not in item:
+        item = {"function": {k: v for k, v in item.items() if k != "type" or kind != "function"}}
+    elif kind != "function":
+        raise InputError(
+            f"{row.where}: {what} is of the type {kind!r:.40}; expected 'function', nothing else"
+        )
+    function = item["function"]
+    if not isinstance(function, dict) or not function.get("name"):
+        raise InputError(f"{row.where}: {what} names no function; expected an object {expected}")
+    string(row, function["name"], f"{what}.name")
+    return {"type": "function", **{k: v for k, v in item.items() if k != "type" and v is not None}}
+
+
+def _from_json(row: Row, value: object, what: str, expected: str) -> Any:
+    """What a string holds as JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return strict_json.parse(value)
+    except ValueError as error:
+        raise InputError(
+            f"{row.where}: {what} is not JSON ({error}); expected {expected}"
+        ) from error
+
+
+def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
+    """`value` if it is made of JSON's types, as far as templates are shown it.
+
+    Raises:
+        InputError: there is another type in it, a number that is none, or no bottom.
+    """
+    if depth > _DEEPEST:
+        raise InputError(
+            f"{row.where}: {what[:80]} is nested deeper than {_DEEPEST} levels; flatten it"
+        )
+    if isinstance(value, str):
+        return string(row, value, what)
+    if isinstance(value, list):
+        return [plain(row, inner, f"{what}[{i}]", depth + 1) for i, inner in enumerate(value)]
+    if isinstance(value, dict):
+        return {
+            string(row, key, f"a key of {what}"): plain(row, inner, f"{what}.{key}", depth + 1)
+            for key, inner in value.items()
+        }
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    found = "no number" if isinstance(value, float) else kind_of_value(value)
+    raise InputError(f"{row.where}: {what} is {found}; expected a value that JSON has")
+
+
+def exchange(question: str, answer: str) -> list[Message]:
+    """A question and its answer as messages."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def check_conversation(row: Row, messages: list[Message]) -> None:
+    """Refuses a conversation that nothing can be learned from. Raises InputError."""
+    roles = [message["role"] for message in messages]
+    if roles[:2] == ["system", "system"]:
+        raise InputError(
+            f"{row.where}: a system message in the 'system' column and in the messages; remove one"
+        )
+    if "assistant" not in roles:
+        raise InputError(
+            f"{row.where}: no assistant message, so there is nothing to learn; add one"
+        )
+    if roles.index("assistant") == 0 and roles.count("assistant") == 1:
+        raise InputError(f"{row.where}: nothing comes before the answer; add a user message")
+    for message in messages:
+        if message["role"] == "user" and not message["content"].strip():
+            raise InputError(f"{row.where}: a user message is empty; fill it or drop the row")

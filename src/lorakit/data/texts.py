@@ -1,0 +1,89 @@
+"""What stands in texts and is not seen when one reads them: control characters, special tokens.
+
+A tokenizer reads the name of a special token as the token itself, wherever it stands. In a
+message that is an injection: the text of a row decides where the model sees a turn begin or end.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lorakit.data.checks import Finding
+from lorakit.data.formats import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHOWN = 3  # places that a finding names
+
+# C0 without tab and the two line ends, DEL, and C1. NUL never gets here: it is refused.
+_CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def findings_of_texts(
+    samples: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Finding]:
+    """Everything that is looked for, each with its count, which may be 0.
+
+    Special tokens are looked for in messages alone: plain text is often written with them.
+    """
+    special = _special_tokens(tokenizer)
+    conversations = [sample for sample in samples if sample.messages]
+    found = [
+        (
+            "with control characters in a text",
+            _found(samples, _CONTROL.search),
+            "they are learned as they are: remove {} unless it is meant",
+        ),
+        (
+            "with the name of a special token in a message",
+            _found(conversations, special.search) if special else [],
+            "the model takes {} for the token: remove it unless that is meant",
+        ),
+    ]
+    return [
+        Finding(
+            what,
+            len(places),
+            len(samples),
+            tuple(where for where, _ in places[:_SHOWN]),
+            cure.format(ascii(places[0][1]) if places else "it"),
+        )
+        for what, places, cure in found
+    ]
+
+
+def _found(
+    samples: Sequence[Sample], search: Callable[[str], "re.Match[str] | None"]
+) -> list[tuple[str, str]]:
+    """Of each sample that holds a match, its place and the first match."""
+    found = []
+    for sample in samples:
+        match = next(filter(None, map(search, _texts(sample))), None)
+        if match:
+            found.append((sample.where, match.group()))
+    return found
+
+
+def _texts(sample: Sample) -> Iterator[str]:
+    if sample.text is not None:
+        yield sample.text
+    for message in sample.messages:
+        yield from _strings([value for key, value in message.items() if key != "role"])
+    yield from _strings(sample.tools)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> "re.Pattern[str] | None":
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(names)))) if names else None

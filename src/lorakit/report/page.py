@@ -1,0 +1,250 @@
+"""`report.html`: what is known of a run, drawn into one file that needs nothing else.
+
+Everything from the run is text of unknown origin: the template escapes it, and the page's policy
+lets nothing run or load.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lorakit import __version__, atomic
+from lorakit.errors import InputError
+from lorakit.report import findings, numbers
+from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
+from lorakit.report.heat_map import LEVELS, heat_maps
+from lorakit.report.read import RunRecord, Sample, read_run
+
+REPORT_NAME = "report.html"
+_MARK = '<meta name="generator" content="lorakit report">'
+_SMOOTH_FROM = 50  # logged steps from which a curve gets a smoothed one
+_LONGEST_TEXT = 3000  # characters of a sample's text that are shown
+_MOST_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written page, and what could not be put into it."""
+
+    path: Path
+    notices: list[str]
+
+
+def write_report(adapter: str | Path, output: str | Path | None = None) -> Report:
+    """Writes the report of the adapter in a folder.
+
+    Args:
+        adapter: the adapter's folder; what else of the run lies there is used.
+        output: the file to write; default is `report.html` in the adapter's folder. An earlier
+            report there is replaced.
+
+    Raises:
+        InputError: the folder holds no usable adapter, or `output` is something else's place.
+        LorakitError: the file cannot be written.
+    """
+    path = Path(output) if output is not None else Path(adapter) / REPORT_NAME
+    run = read_run(adapter)
+    _check_place(path)
+    # Half of a surrogate pair, which JSON can hold, is no character.
+    atomic.write_file(path, render(run).encode(errors="replace"))
+    return Report(path, run.notices)
+
+
+def render(run: RunRecord) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(_content(run))
+
+
+def _check_place(path: Path) -> None:
+    """Raises InputError unless `path` is free, or holds a report, in a folder to write into."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file, such as {path / REPORT_NAME}")
+    if path.exists() and not _is_report(path):
+        raise InputError(f"{path} is there and is no report: give another name with -o")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
+        raise InputError(f"{path}: {parent} {why}: give another place with -o")
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return _MARK.encode() in file.read(2000)
+    except OSError:
+        return False
+
+
+def _content(run: RunRecord) -> dict[str, Any]:
+    """All that the template names."""
+    manifest = run.manifest
+    movement = run.movement.relative_updates() if run.movement else {}
+    norms = {s.path: s.norm for s in run.spectra}
+    ranks = {s.path: s.effective_rank for s in run.spectra}
+    change, change_name = (movement, "‖ΔW‖ / ‖W‖, in %") if movement else (norms, "‖ΔW‖")
+    change_text = _hundredfold if movement else _two_figures
+    change_top = findings.nearly_largest(change.values())
+    return {
+        "mark": _MARK,
+        "version": __version__,
+        "name": run.folder.resolve().name,
+        "base_model": manifest.base_model if manifest else run.config.base_model_name_or_path,
+        "run": run,
+        "manifest": manifest,
+        "verdict": findings.verdict(run),
+        "key_figures": findings.key_figures(run),
+        "curves": _curves(run),
+        "data": _data(run),
+        "change_is_relative": bool(movement),
+        "change_top": f"{(_per_cent if movement else _two_figures)(change_top)} or more",
+        "change_maps": heat_maps(change, change_top, change_text, change_name),
+        "change_name": change_name,
+        "rank_maps": heat_maps(
+            ranks, max((s.r for s in run.spectra), default=0), _one_decimal, "effective rank"
+        ),
+        "rank": findings.ranks(run.spectra),
+        "rank_top": max((s.r for s in run.spectra), default=0),
+        "rank_advice": findings.rank_advice(run.spectra, manifest.steps if manifest else None),
+        "directions": findings.directions(run.spectra),
+        "thresholds": {"crowded": findings.CROWDED, "sparse": findings.SPARSE},
+        "levels": LEVELS,
+        "movement": {path: _per_cent(value) for path, value in movement.items()},
+        "samples": [_sample(sample) for sample in run.samples[:_MOST_SAMPLES]],
+        "hidden_samples": max(0, len(run.samples) - _MOST_SAMPLES),
+        "configuration": _yaml(manifest.recipe if manifest else _set_fields(run)),
+        "data_files": manifest.data if manifest else [],
+        "numbers": numbers,
+    }
+
+
+def _curves(run: RunRecord) -> list[Chart]:
+    """The charts over steps, those without data left out."""
+    loss, held_out = run.series("loss"), run.series("eval_loss")
+    base = run.manifest.base_eval_loss if run.manifest else None
+    if base is not None and math.isfinite(base) and held_out:
+        held_out = [(0.0, base), *held_out]
+    speed = run.series("tokens_per_second")
+    moved = run.movement.together() if run.movement else []
+    charts = [
+        line_chart(
+            "Loss", [*_with_mean("training", loss), Line("held out", "dots second", held_out)]
+        ),
+        line_chart("Gradient norm", _with_mean("", run.series("grad_norm"))),
+        line_chart(
+            "Learning rate",
+            [Line("learning rate", "line first", run.series("learning_rate"))],
+            from_zero=True,
+            text=numbers.power,
+        ),
+        line_chart(
+            "Tokens per second",
+            [Line("tokens/s", "line first", speed)],
+            from_zero=True,
+            text=numbers.count,
+        ),
+        line_chart(
+            "Change of the weights, ‖ΔW‖ / ‖W‖",
+            [Line("all modules", "line first", moved)],
+            from_zero=True,
+            text=_per_cent,
+        ),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _with_mean(name: str, points: list[tuple[float, float]]) -> list[Line]:
+    """A curve, and where it has many points a smoothed one before its own faint self."""
+    if len(points) < _SMOOTH_FROM:
+        return [Line(name or "as logged", "line first", points)]
+    window = 2 * (len(points) // 50) + 1
+    return [
+        Line(name or "as logged", "line faint", points),
+        Line(
+            f"{name}{', ' if name else ''}mean of {window}", "line first", smoothed(points, window)
+        ),
+    ]
+
+
+def _data(run: RunRecord) -> list[dict[str, Any]]:
+    """Statistics and histogram of each part of the data."""
+    recipe = run.manifest.recipe if run.manifest else {}
+    data = recipe.get("data")
+    cut = data.get("max_length") if isinstance(data, dict) else None
+    cut = float(cut) if isinstance(cut, int | float) else None
+    names = {"train": "Rows to learn from", "eval": "Rows held out"}
+    return [
+        {
+            "name": names.get(key, key),
+            "split": split,
+            "lengths": _lengths(split.lengths),
+            "chart": histogram("Length in tokens", split.histogram, cut),
+        }
+        for key, split in run.data_statistics.items()
+    ]
+
+
+def _lengths(lengths: dict[str, float]) -> list[tuple[str, float]]:
+    """The percentiles that a reader wants, by their names."""
+    named = {"min": "Shortest", "p50": "Median", "p95": "95 % are within", "max": "Longest"}
+    return [(name, lengths[key]) for key, name in named.items() if key in lengths]
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    """One sample's texts, the long ones cut and the cut counted."""
+    return {
+        "prompt": [(turn.role, _shown(turn.content)) for turn in sample.prompt],
+        "answers": [
+            ("Before", "the base", _shown(sample.base), sample.base.strip()),
+            ("After", "with the adapter", _shown(sample.tuned), sample.tuned.strip()),
+            ("Reference", "the row's own answer", _shown(sample.reference), ""),
+        ],
+        "reference": sample.reference.strip(),
+    }
+
+
+def _shown(text: Any) -> str:
+    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
+    rest = len(text) - _LONGEST_TEXT
+    return text if rest <= 0 else f"{text[:_LONGEST_TEXT]} … ({rest:,} more characters)"
+
+
+def _set_fields(run: RunRecord) -> dict[str, Any]:
+    """The fields of the adapter's configuration that are set, as plain JSON types."""
+    return {k: v for k, v in json.loads(run.config.to_json()).items() if v}
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=88)
+
+
+def _per_cent(value: float) -> str:
+    return f"{_hundredfold(value)} %"
+
+
+def _hundredfold(value: float) -> str:
+    return _two_figures(100 * value)
+
+
+def _two_figures(value: float) -> str:
+    return numbers.figures(value, 2)
+
+
+def _one_decimal(value: float) -> str:
+    return f"{value:.1f}"

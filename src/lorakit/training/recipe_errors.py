@@ -1,0 +1,79 @@
+"""pydantic's findings about a recipe in one line, under the recipe's own names."""
+
+import dataclasses
+import reprlib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from lorakit.errors import did_you_mean, listed
+
+
+def in_one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """What is wrong with each key of a `model`, with the nearest valid key."""
+    # A union reports each of its branches: the first finding for a key says enough.
+    problems = {_key(e, model)[0]: _problem(e, model) for e in reversed(error.errors())}
+    return "; ".join(reversed(problems.values()))
+
+
+def _problem(error: Any, model: type[BaseModel]) -> str:
+    """One line for one of pydantic's findings."""
+    key, known = _key(error, model)
+    if error["type"] in _UNKNOWN_KEY:
+        near = did_you_mean(str(error["loc"][-1]), known)
+        return f"{key} is not a recipe key{near}; known are {listed(known, 20)}"
+    if error["type"] == "missing":
+        return f"{key} is missing; give it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "int_parsing_size":
+        message = "should be a smaller number"
+    if error["type"] == "value_error":
+        return message if message.startswith(key.split(".")[0]) else f"{key}: {message}"
+    if error["type"] in ("model_type", "dataclass_type", "dict_type"):
+        message = f"should be keys and values like {{{listed(known, 3) or 'name: value'}}}"
+    if error["type"] == "union_tag_invalid":
+        message = "should be a path or a list of sources"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {shown(error['input'])}"
+
+
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument", "invalid_key")
+
+
+def _key(error: Any, model: type[BaseModel]) -> tuple[str, list[str]]:
+    """The recipe's own name for where an error is, as `data.train[1].path`, and the keys there.
+
+    Its path has the names of a union's branches too, which are left out.
+    """
+    key, fields = "", _fields(model)
+    path = error["loc"]
+    for part in path:
+        if isinstance(part, int) and key:
+            key += f"[{part}]"
+        elif part in fields:
+            key += f".{part}"
+            fields = _fields(fields[part])
+        elif part is path[-1] and error["type"] in _UNKNOWN_KEY:
+            key += f".{part}"
+    return key.removeprefix("."), list(fields)
+
+
+def _fields(annotation: Any) -> dict[str, Any]:
+    """The keys below a value of this type, with their types."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {name: field.annotation for name, field in annotation.model_fields.items()}
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return {field.name: field.type for field in dataclasses.fields(annotation)}
+    return {k: v for inner in get_args(annotation) for k, v in _fields(inner).items()}
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 200:  # more digits than Python likes to show
+        return f"a number of {value.bit_length()} bits"
+    text = _REPR.repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlevel = 3

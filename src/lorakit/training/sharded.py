@@ -1,0 +1,98 @@
+"""Weights that FSDP2 spreads over processes: how it is switched on, and its optimiser's state.
+
+Sharding itself is accelerate's work, in the units that transformers names as never split. What is
+saved is whole, in the form that one process has, so that a checkpoint does not say by how many
+processes, or how, it was made.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+)
+
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import spread_like, whole
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from lorakit.lora.config import LoraConfig
+
+
+def asks_for_fsdp(arguments: TrainingArguments) -> bool:
+    """Whether the recipe, or accelerate's own configuration, wants weights spread by FSDP."""
+    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def asks_to_spread(training: dict[str, Any]) -> bool:
+    """Whether a recipe's `training` keys, or the environment, ask for FSDP or DeepSpeed."""
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    by_recipe = training.get("fsdp") or training.get("deepspeed")
+    return bool(by_recipe) or any(map(parse_flag_from_env, flags))
+
+
+def check_fsdp(arguments: TrainingArguments, lora: LoraConfig) -> None:
+    """Raises InputError for what FSDP2 cannot do here, or what would not be read."""
+    if not asks_for_fsdp(arguments):
+        if arguments.fsdp_config:
+            raise InputError("training.fsdp_config is read with training.fsdp: true alone: add it")
+        return
+    if arguments.world_size == 1:
+        raise InputError(
+            "training.fsdp spreads a model over processes, and this is one: start it with "
+            "torchrun --nproc-per-node N -m lorakit train …, or leave training.fsdp out"
+        )
+    by_recipe = (arguments.fsdp_plugin_args or {}).get("fsdp_version")
+    if (by_recipe or int(os.environ.get("FSDP_VERSION", "1"))) != 2:
+        raise InputError(
+            "FSDP's first version is not supported: set version: 2 in training.fsdp_config, or "
+            "give accelerate launch --fsdp_version 2"
+        )
+    for key, plain in (("bias", "none"), ("layer_replication", None)):
+        if (value := getattr(lora, key)) != plain:
+            raise InputError(f"lora.{key}: {value!r} cannot be trained with FSDP: leave one out")
+
+
+def switch_on(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> None:
+    """Lets `accelerator` shard on CPUs too, where it would leave FSDP out without a word.
+
+    Args:
+        plugin_args: the recipe's; None takes what `accelerate launch` has set.
+    """
+    state = accelerator.state
+    if getattr(state, "fsdp_plugin", None) is None:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args or {})
+        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` with whole tensors; all processes must ask for it."""
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        index: {
+            key: whole(value).cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in values.items()
+        }
+        for index, values in saved["state"].items()
+    }
+    return saved
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads what `whole_state` gave; all processes must do it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in saved["state"].items():
+        parameter = parameters[index]
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[key] = spread_like(parameter, value)
+    optimizer.load_state_dict(saved)
