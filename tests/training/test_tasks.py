@@ -182,7 +182,7 @@ def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
     values = make("SEQ_CLS", "run", max_steps=-1, num_train_epochs=4, eval_strategy="no")
     values["training"] |= {"per_device_train_batch_size": 24, "save_strategy": "no"}
     values["data"]["eval"] = 0
-    begun = begin(load_recipe(values))
+    begun = begin(load_recipe(values), torch.float32)
     set_seed(42)
     LoraModel(begun.model, begun.lora_config(load_recipe(values))).save_pretrained(tmp_path / "0")
 
@@ -381,6 +381,7 @@ def test_check_shows_what_is_read_and_what_is_learned(
         ("TOKEN_CLS", {"compile": True}, "compile is for causal language models"),
         ("SEQ_CLS", {"data": {"columns": {"txt": "text"}}}, "did you mean 'text'"),
         ("SEQ_CLS", {"data": {"columns": {"label": "stars"}}}, "no column 'stars'"),
+        ("SEQ_CLS", {"data": {"train": [{"path": "SEQ_CLS.jsonl", "weight": 2}]}}, "a weight"),
         ("SEQ_2_SEQ_LM", {"lora": {"target_modules": ["nope"]}}, "matches no module"),
     ],
 )
