@@ -59,7 +59,7 @@ def test_what_is_left_out_of_a_folder_is_said(shards: Path) -> None:
     (shards / "_SUCCESS").write_text("")
     (shards / "more").mkdir()
     (notice,) = read_source(shards).notices
-    assert "2 files are read, 3 entries are not" in notice
+    assert "of its entries 2 are read (.jsonl), 3 are left out" in notice
     assert "README.md, _SUCCESS, more" in notice
 
 

@@ -17,6 +17,7 @@ from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
 from lorakit.cli.merge import merge
 from lorakit.cli.report import report
+from lorakit.cli.reproduce import reproduce
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 from lorakit.training.processes import first_to_fail
@@ -40,6 +41,7 @@ app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)
 app.command()(merge)
+app.command()(reproduce)
 app.command()(demo)
 
 

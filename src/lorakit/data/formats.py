@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from lorakit.data.conversations import (
@@ -200,7 +200,7 @@ def _system(row: Row) -> list[Message]:
     return [{"role": "system", "content": string(row, value, "'system'")}]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Format:
     """A dataset format: the columns that tell it, and how a conversation is read from them."""
 
@@ -213,10 +213,10 @@ class Format:
         """Its name in messages, such as `prompt+completion`."""
         return "+".join(self.required)
 
-    @property
-    def columns(self) -> set[str]:
+    @cached_property
+    def columns(self) -> frozenset[str]:
         """All columns that it reads."""
-        return {*self.required, *self.optional}
+        return frozenset({*self.required, *self.optional})
 
     def sample(self, row: Row) -> Sample:
         """The sample in a row of this format. Raises InputError for a value of no use."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lorakit.data.formats import Format, Sample, check_columns, recognise
+from lorakit.data.formats import Sample, check_columns, recognise
 from lorakit.data.sources import Contents, Row, read_source
 from lorakit.errors import InputError, did_you_mean, listed
 
@@ -150,16 +150,16 @@ def _samples(
     """A source's samples, and what to say of their formats and of columns that no format reads."""
     formats: Counter[str] = Counter()
     first_of: dict[str, str] = {}
-    unread: Counter[str] = Counter()
-    known: set[str] = set()
+    unread: dict[str, str] = {}  # and what may be meant
 
     def read(row: Row) -> Sample:
         form, row = recognise(row, columns)
         sample = form.sample(row)
         formats[form.label] += 1
         first_of.setdefault(form.label, row.where)
-        unread.update(_unread(form, row))
-        known.update(form.columns)
+        for name, value in row.values.items():
+            if name not in form.columns and value is not None and name not in unread:
+                unread[name] = did_you_mean(name, form.columns) if len(name) > 3 else ""
         return sample
 
     samples = each(contents.rows[:limit], read)
@@ -170,20 +170,11 @@ def _samples(
         )
         notices.append(f"{source.path}: its rows are of several formats: {kinds}")
     if unread:
-        named = [f"{name}{_meant(name, known)}" for name in unread]
+        named = [f"{name}{meant}" for name, meant in unread.items()]
         notices.append(
             f"{source.path}: {count(len(unread), 'column')} that no one reads: {listed(named, 8)}"
         )
     return samples, notices
-
-
-def _unread(form: Format, row: Row) -> list[str]:
-    """Columns with values that the row's format has no use for."""
-    return [k for k, value in row.values.items() if k not in form.columns and value is not None]
-
-
-def _meant(name: str, known: set[str]) -> str:
-    return did_you_mean(name, known) if len(name) > 3 else ""
 
 
 def _weighted(samples: list[Sample], source: Source, seed: int) -> tuple[list[Sample], list[str]]:
@@ -209,6 +200,6 @@ def _weighted(samples: list[Sample], source: Source, seed: int) -> tuple[list[Sa
         )
     by_seed = f", drawn by seed {seed}" if drawn else ""
     return used, [
-        f"{source.path}: weight {source.weight:g}: {len(used):,} of {count(len(samples), 'row')} "
-        f"used{by_seed}, {count(sum(copies), 'row')} an epoch before any are held out"
+        f"{source.path}: weight {source.weight:g}: {len(used):,} of {count(len(samples), 'row')}"
+        f"{by_seed}; an epoch sees {sum(copies):,}, less what is held out"
     ]

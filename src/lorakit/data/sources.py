@@ -119,8 +119,8 @@ def _read_folder(folder: Path, full_names: bool) -> Contents:
     notices = []
     if others := [entry.name for entry in entries if entry not in files]:
         notices.append(
-            f"{folder}: {len(files)} files are read, {len(others)} entries are not ({kinds[0]} "
-            f"files alone are): {one_line(listed(others, 5))}"
+            f"{folder}: of its entries {len(files)} are read ({kinds[0]}), {len(others)} are left "
+            f"out: {one_line(listed(others, 5))}"
         )
     return Contents(_some(rows, folder), _sha256_of_files(files, folder), notices)
 

@@ -70,6 +70,12 @@ def claim_output(
     return changes
 
 
+def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> None:
+    """Raises InputError unless `data` are the files and rows that are `expected`."""
+    if changes := list(_differences({"data": expected}, _as_json({"data": data}))):
+        raise InputError(f"the data are not those that were learned: {listed(changes, 4)}")
+
+
 def same_run(manifest: Manifest, recipe: dict[str, Any], data: list[dict[str, Any]]) -> bool:
     """Whether the finished run of `manifest` had this recipe and these data."""
     before = _identity(manifest.recipe, manifest.data)

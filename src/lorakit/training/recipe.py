@@ -139,7 +139,7 @@ class TrainingRecipe(_Numbers):
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
     per_device_eval_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=_LARGEST)] = 1
-    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: str = "cosine"
     warmup_steps: Annotated[float, Field(ge=0, le=_LARGEST)] = 0.05
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0

@@ -21,10 +21,11 @@ from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError
 from lorakit.lora import LoraModel
 from lorakit.models.loss import SupervisedLoss
+from lorakit.report.page import write_report
 from lorakit.training.forecast import forecast, planned_steps
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import is_main_process, peak_memory_mb
-from lorakit.training.output import check_output, claim_output, same_run
+from lorakit.training.output import check_output, claim_output, require_data, same_run
 from lorakit.training.processes import join, require_same_checkpoint
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
@@ -57,6 +58,7 @@ def train(
     *overrides: str,
     resume: bool = False,
     accept_changes: bool = False,
+    expected_data: list[dict[str, Any]] | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Trains an adapter as `recipe` says and leaves it in `output_dir`.
@@ -67,6 +69,7 @@ def train(
         resume: go on from the last checkpoint in `output_dir`, when there is one.
         accept_changes: with `resume`, go on although recipe or data are not those of the run so
             far; what changed is recorded.
+        expected_data: what the data must be, as `Manifest.data` has it.
         quiet: show nothing.
 
     Raises:
@@ -91,6 +94,8 @@ def train(
     if resume and (finished := read_manifest(folder)) and same_run(finished, *now):
         _say(console, [f"{folder} is finished already: nothing is left to do"])
         return TrainResult(folder, finished)
+    if expected_data is not None:
+        require_data(expected_data, setup.data_facts)
     if main:
         processes = setup.arguments.world_size
         changes = claim_output(folder, *now, processes, accept_changes=accept_changes)
@@ -128,7 +133,8 @@ def train(
         if main:
             if not trainer.is_spread:
                 write_samples(folder, setup)
-            write_manifest(folder, manifest)  # last: its presence says that the run is finished
+            write_manifest(folder, manifest)  # its presence says that the run is finished
+            _say(console, write_report(folder).notices)
     return TrainResult(folder, manifest)
 
 

@@ -81,8 +81,8 @@ class Watch(TrainerCallback):
             (e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e
         ]
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures while the gradients are there, on the steps that Trainer logs."""
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures on the steps that Trainer logs, while the gradients are still there."""
         step = state.global_step + 1
         if step % max(1, state.logging_steps):
             return
@@ -94,7 +94,6 @@ class Watch(TrainerCallback):
                 "update_norm": [_short(s.update_norm) for s in states.values()],
             }
         )
-        # Before the first optimiser step has been made nothing can have moved.
         self._tell(_of_movement(step, self.monitor.total(states)))
 
     def on_log(
@@ -144,7 +143,7 @@ def _of_movement(step: int, total: AdapterState) -> Iterator[Warned]:
             step,
             "still",
             f"the adapter does not move: ‖ΔW‖/‖W‖ is {total.relative_update:.1e} after "
-            f"{step - 1} steps, so the steps are too small",
+            f"{step} steps, so the steps are too small",
             "Raise training.learning_rate; look whether warm-up or the schedule keep it at 0.",
         )
 

@@ -1,0 +1,33 @@
+"""`lorakit reproduce`: a recorded run again, beside the first."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def reproduce(
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter that lorakit trained.")],
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Where the second adapter goes.")
+    ] = None,
+) -> None:
+    """Train again what an adapter's record says, and compare; exit code 1 when it differs."""
+    from lorakit.training.reproduce import reproduce as run
+
+    folder = output_dir or adapter.with_name(f"{adapter.resolve().name}-again")
+    result = run(adapter, folder)
+    for line in result.changed:
+        typer.echo(f"changed: {line}")
+    for name, (before, after) in result.losses.items():
+        typer.echo(f"held-out loss, {name}: {before:.4f} then, {after:.4f} now")
+    if result.identical:
+        typer.echo(f"the same adapter to the bit: {folder}")
+    else:
+        verdict = "reproduced within what machines and releases differ"
+        typer.echo(
+            f"{verdict if result.reproduced else 'not reproduced'}: the adapters differ by up to "
+            f"{result.largest_difference:.2g}: {folder}"
+        )
+    if not result.reproduced:
+        raise typer.Exit(1)

@@ -1,0 +1,104 @@
+"""Running a finished run again from its record, and comparing what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lorakit.errors import InputError, listed
+from lorakit.lora.checkpoint import read_adapter
+from lorakit.training.recipe import load_recipe
+from lorakit.training.run import train, versions
+
+SAME_GAIN = 0.1  # of what was learned: another machine or another release may change as much
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A run and its repetition.
+
+    Attributes:
+        identical: every tensor of the adapter has the same bits.
+        largest_difference: between two numbers of the adapters.
+        losses: held-out loss by name, of the run and of its repetition; without held-out rows
+            there is none.
+        changed: what is not as it was (versions, the base model), as lines.
+    """
+
+    before: Manifest
+    after: Manifest
+    identical: bool
+    largest_difference: float
+    losses: dict[str, tuple[float, float]]
+    changed: list[str]
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether the adapter is identical, or has learned as much, by the held-out rows."""
+        if self.identical or not self.losses:
+            return self.identical
+        base, _ = self.losses["base"]
+        old, new = self.losses["adapter"]
+        return abs(new - old) <= SAME_GAIN * abs(base - old)
+
+
+def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = False) -> Reproduction:
+    """Trains again what is recorded in `adapter`'s folder, into the new folder `output_dir`.
+
+    Raises:
+        InputError: the folder has no record, or the data are not those that were learned.
+        LorakitError: training failed.
+    """
+    before = read_manifest(adapter)
+    if before is None:
+        raise InputError(
+            f"{adapter} has no {MANIFEST_NAME}: only what lorakit trained can be run again"
+        )
+    _, old = read_adapter(adapter)
+    recipe = load_recipe({**before.recipe, "output_dir": str(output_dir)})
+    after = train(recipe, quiet=quiet, expected_data=before.data).manifest
+    _, new = read_adapter(output_dir)
+    return Reproduction(
+        before=before,
+        after=after,
+        identical=_identical(old, new),
+        largest_difference=_largest_difference(old, new),
+        losses={
+            name: (was, now)
+            for name, was, now in (
+                ("base", before.base_eval_loss, after.base_eval_loss),
+                ("adapter", before.eval_loss, after.eval_loss),
+            )
+            if was is not None and now is not None
+        },
+        changed=_changed(before, after),
+    )
+
+
+def _changed(before: Manifest, after: Manifest) -> list[str]:
+    now = versions()
+    changed = [
+        f"{name} was {version} and is {now.get(name, 'missing')}"
+        for name, version in before.versions.items()
+        if now.get(name) != version
+    ]
+    if before.base_fingerprint != after.base_fingerprint:
+        changed.append(f"{before.base_model} has other weights than it had")
+    return changed
+
+
+def _identical(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> bool:
+    return old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def _largest_difference(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> float:
+    if old.keys() != new.keys():
+        raise InputError(
+            f"the adapters have other tensors: {listed(sorted(old.keys() ^ new.keys()))}"
+        )
+    differences = ((old[name].float() - new[name].float()).abs().max().item() for name in old)
+    return max(differences, default=0.0)

@@ -1,0 +1,100 @@
+"""Ctrl-C and SIGTERM: the step is finished and saved, and the run goes on to the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lorakit
+from small_runs import lines, recipe
+
+
+def started(values: dict, tmp_path: Path, *more: str) -> "subprocess.Popen[str]":
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "lorakit", "train", str(path), *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(
+    number: int, tiny_model: Path, rows: Path, tmp_path: Path
+):
+    values = recipe(tiny_model, rows, tmp_path / "run", max_steps=400, save_steps=1000)
+    process = started(values, tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert "error: stopped after step" in last
+    assert "--resume" in last
+    [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert f"after step {step} of 400" in last
+
+    short = values | {"training": values["training"] | {"max_steps": step + 2}}
+    lorakit.train(short, resume=True, accept_changes=True, quiet=True)
+    assert [line["step"] for line in lines(tmp_path / "run/metrics.jsonl")][-1] == step + 2
+
+
+def test_going_on_behind_a_stop_gives_the_bytes_of_an_undisturbed_run(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    stopped, whole = (
+        recipe(tiny_model, rows, tmp_path / name, max_steps=30, save_steps=1000)
+        for name in ("stopped", "whole")
+    )
+
+    def stop_soon() -> None:
+        while not (tmp_path / "stopped" / "metrics.jsonl").exists():
+            time.sleep(0.001)
+        while len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) < 5:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    import threading
+
+    threading.Thread(target=stop_soon).start()
+    with pytest.raises(lorakit.errors.LorakitError, match="stopped after step") as error:
+        lorakit.train(stopped, quiet=True)
+    assert error.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    results = [lorakit.train(stopped, resume=True, quiet=True), lorakit.train(whole, quiet=True)]
+    one, two = ((r.output_dir / "adapter_model.safetensors").read_bytes() for r in results)
+    assert one == two
+
+
+def test_a_second_ctrl_c_leaves_at_once(tiny_model: Path, rows: Path, tmp_path: Path):
+    values = recipe(tiny_model, rows, tmp_path / "run", max_steps=3, save_steps=1000)
+    values["training"] |= {"gradient_accumulation_steps": 4000}  # a step that takes long
+    values["training"] |= {"per_device_train_batch_size": 1, "num_train_epochs": 1}
+    values["data"] = {"train": str(rows), "eval": 0}
+    path = tmp_path / "many.jsonl"
+    path.write_text(rows.read_text() * 400)
+    values["data"]["train"] = str(path)
+    process = started(values, tmp_path)
+    wait_for(tmp_path / "run" / "monitor.jsonl", process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
