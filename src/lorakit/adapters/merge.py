@@ -82,11 +82,14 @@ def merge(
     """
     import torch
 
+    from lorakit.models.load import most_tokens
+
     atomic.require_free(output)
     opened = open_adapter(adapter, base=base, dtype="float32")
     model, tokenizer = opened.model, opened.tokenizer
     written = _output_dtype(opened.base_model, dtype)
-    probes = [tokenizer(text, return_tensors="pt").input_ids for text in _PROBES]
+    places = most_tokens(model, 1024)
+    probes = [tokenizer(text, return_tensors="pt").input_ids[:, :places] for text in _PROBES]
     expected = _logits(model, probes)
     with model.disable_adapter():
         bare = _logits(model, probes)
@@ -95,7 +98,7 @@ def merge(
     with atomic.new_folder(output) as folder:
         merged.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
-        found = _logits(_reload(folder), probes)
+        found = _logits(_reload(type(merged), folder), probes)
         moved = (bare - expected).norm().clamp(min=torch.finfo(torch.float32).tiny)
         report = MergeReport(
             output=str(output),
@@ -129,18 +132,24 @@ def _output_dtype(base_model: str, dtype: str | None) -> torch.dtype:
     return stored_dtype(base_model)
 
 
-def _reload(folder: Path) -> nn.Module:
+def _reload(kind: Any, folder: Path) -> nn.Module:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval()
+    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
-def _logits(model: nn.Module, probes: list[torch.Tensor]) -> torch.Tensor:
-    """The logits at every position of the probes, one after the other: (positions, vocab)."""
+def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
+    """The logits at every position of the probes, one after the other: (positions, outputs).
+
+    A classifier of texts has one position a probe; a decoder is given what its encoder reads.
+    """
     import torch
 
     device = next(model.parameters()).device
+    found = []
     with torch.inference_mode():
-        return torch.cat([model(ids.to(device)).logits[0].cpu() for ids in probes])
+        for ids in (probe.to(device) for probe in probes):
+            both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            logits = model(input_ids=ids, **both).logits
+            found.append(logits.reshape(-1, logits.shape[-1]).cpu())
+    return torch.cat(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +26,15 @@ class OpenAdapter:
     """An adapter on its base model, ready to run.
 
     `base_model` is the base's name or path, `manifest` is None when lorakit did not train it.
+    `task_type` is PEFT's word, one of `models.load.FORMS`; `labels` are a classifier's classes.
     """
 
     model: LoraModel
     tokenizer: PreTrainedTokenizerBase
     base_model: str
     manifest: Manifest | None
+    task_type: str = "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
 
 
 def open_adapter(
@@ -46,16 +51,23 @@ def open_adapter(
     """
     from lorakit.lora import LoraModel
     from lorakit.lora.checkpoint import read_adapter
-    from lorakit.models import load_model
     from lorakit.models.fingerprint import fingerprint
+    from lorakit.models.load import CLASSIFICATION, FORMS, load_for_task
 
-    config, _ = read_adapter(folder)  # a damaged adapter is said before a model is loaded
+    config, tensors = read_adapter(folder)  # a damaged adapter is said before a model is loaded
     manifest = read_manifest(folder)
     name = base or (manifest.base_model if manifest else config.base_model_name_or_path)
     if not name:
         raise InputError(f"{folder} does not say which base model it is for: give --base")
-    model, tokenizer = load_model(name, dtype)
-    if manifest and manifest.base_fingerprint not in (None, fingerprint(model)):
+    task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+    if task_type in CLASSIFICATION:
+        labels = _labels(manifest, tensors, folder)
+    seed = manifest.seed if manifest else 0
+    loaded = load_for_task(str(task_type), name, dtype, labels=labels, seed=seed)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    own = fingerprint(model, without=loaded.new_modules)
+    if manifest and manifest.base_fingerprint not in (None, own):
         warnings.warn(
             f"{folder} was trained on other weights than those of {name}: "
             "its answers may be worse than when it was trained",
@@ -64,4 +76,26 @@ def open_adapter(
     template = Path(folder) / TEMPLATE_NAME
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return OpenAdapter(LoraModel.from_pretrained(model, folder).eval(), tokenizer, name, manifest)
+    adapted = LoraModel.from_pretrained(model, folder).eval()
+    return OpenAdapter(adapted, tokenizer, name, manifest, str(task_type), labels)
+
+
+def _labels(
+    manifest: Manifest | None, tensors: Mapping[str, torch.Tensor], folder: str | Path
+) -> tuple[str, ...]:
+    """A classifier's labels by number: the manifest's, or as many as its head has outputs.
+
+    Raises:
+        InputError: neither says.
+    """
+    if manifest and manifest.labels:
+        names = manifest.labels["id2label"]
+        return tuple(names[str(i)] for i in range(len(names)))
+    outputs = [
+        tensor.shape[0]
+        for key, tensor in tensors.items()
+        if re.search(r"\.(classifier|score|out_proj)\.weight$", key) and "lora_" not in key
+    ]
+    if len(set(outputs)) != 1:
+        raise InputError(f"{folder} does not say which labels its classifier has")
+    return tuple(f"LABEL_{i}" for i in range(outputs[0]))  # transformers' own names

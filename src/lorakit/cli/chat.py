@@ -23,9 +23,14 @@ def chat(
 ) -> None:
     """Chat with an adapter; /help shows the commands. Reads a pipe too."""
     from lorakit.adapters.open import open_adapter
+    from lorakit.errors import InputError
     from lorakit.inference.chat import ChatSession, Sampling, run
 
     opened = open_adapter(adapter, base=base, dtype=dtype)
+    if opened.task_type != "CAUSAL_LM":
+        raise InputError(
+            f"{adapter} is for {opened.task_type} and cannot chat: score it with lorakit eval"
+        )
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     session = ChatSession(opened.model, opened.tokenizer, sampling, system)
     typed = sys.stdin.isatty()

@@ -1,18 +1,32 @@
-"""`lorakit eval`: an adapter and its bare base on the same rows."""
+"""`lorakit eval`: an adapter on rows that it has not seen, beside what it has to beat.
+
+For a language model that is its bare base, for a classifier the most frequent label.
+"""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lorakit.adapters.open import OpenAdapter
+    from lorakit.evaluation.classification import LabelEvaluation
+    from lorakit.evaluation.evaluate import Evaluation
 
 
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     data: Annotated[str, typer.Option(help="The rows: a file, a folder, or a hub id.")],
     metrics: Annotated[
-        str, typer.Option(help="Of exact_match, bleu, rouge and loss, with commas between.")
-    ] = "exact_match,bleu,rouge,loss",
+        str | None,
+        typer.Option(
+            help="With commas between: exact_match, bleu, rouge and loss; of a classifier "
+            "accuracy, f1, entity_f1 (BIO tags) and loss. Default: all."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write scores and answers here.")
@@ -28,47 +42,115 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
 ) -> None:
-    """Score an adapter beside its bare base model on the same rows."""
-    from lorakit.evaluation.metrics import parse_metrics
-
-    names = parse_metrics(metrics)
-
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
+    """Score an adapter on rows, beside its bare base (a classifier: the most frequent label)."""
     from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
-    from lorakit.adapters.open import open_adapter
-    from lorakit.data.dataset import load_samples
-    from lorakit.evaluation.evaluate import evaluate as run
+    from lorakit.lora.checkpoint import read_config
+    from lorakit.models.load import CLASSIFICATION
 
+    task_type = read_config(adapter).task_type
     manifest = read_manifest(adapter)
     learned = manifest.recipe["data"] if manifest else {}
-    mapping = _mapping(columns) if columns else learned.get("columns")
-    samples = load_samples(data, mapping or None, limit)
-    opened = open_adapter(adapter, base=base, dtype=dtype)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("evaluating", total=None)
-        result = run(
-            opened.model,
-            opened.tokenizer,
-            samples,
-            metrics=names,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            max_length=learned.get("max_length", 1024),
-            on_progress=lambda done, whole: progress.update(task, completed=done, total=whole),
-        )
-    table = Table(title=f"{result.rows} rows, {result.prompts} prompts, {result.seconds:.0f} s")
-    for heading in ("metric", "base", "tuned"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for name, score in result.scores.items():
-        table.add_row(name, f"{score['base']:.4f}", f"{score['tuned']:.4f}")
-    Console().print(table)
+    mapping = (_mapping(columns) if columns else learned.get("columns")) or None
+    most = learned.get("max_length", 1024)
+    result: Evaluation | LabelEvaluation
+    if task_type in CLASSIFICATION:
+        from lorakit.data.labelled import read_labelled
+        from lorakit.evaluation.classification import check_metrics, evaluate_labels
+
+        labelled = read_labelled(data, task_type, mapping, limit)
+        opened = _opened(adapter, base, dtype)
+        names = _names(metrics)
+        check_metrics(names, opened.labels, words=task_type == "TOKEN_CLS")
+        with _progress() as update:
+            result = evaluate_labels(
+                opened, labelled, batch_size=batch_size, max_length=most, on_progress=update
+            )
+        _show_labels(result, names)
+    else:
+        from lorakit.data.dataset import load_samples
+        from lorakit.evaluation.evaluate import evaluate as run
+        from lorakit.evaluation.metrics import parse_metrics
+
+        chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
+        samples = load_samples(data, mapping, limit)
+        opened = _opened(adapter, base, dtype)
+        with _progress() as update:
+            result = run(
+                opened.model,
+                opened.tokenizer,
+                samples,
+                metrics=chosen,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                max_length=most,
+                on_progress=update,
+            )
+        _show(result)
     if json_file:
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
         atomic.write_file(json_file, text + "\n")
+
+
+def _opened(adapter: Path, base: str | None, dtype: str | None) -> "OpenAdapter":
+    from lorakit.adapters.open import open_adapter
+
+    return open_adapter(adapter, base=base, dtype=dtype)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar while rows are scored; what is yielded takes how much of how much is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("evaluating", total=None)
+        yield lambda done, whole: progress.update(task, completed=done, total=whole)
+
+
+def _show(result: "Evaluation") -> None:
+    title = f"{result.rows} rows, {result.prompts} prompts, {result.seconds:.0f} s"
+    scores = [
+        (name, f"{score['base']:.4f}", f"{score['tuned']:.4f}")
+        for name, score in result.scores.items()
+    ]
+    _print_table(title, ("metric", "base", "tuned"), scores)
+
+
+def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
+    for notice in result.notices:
+        typer.echo(notice, err=True)
+    scores = [
+        (name, f"{score['base']:.4f}" if "base" in score else "", f"{score['tuned']:.4f}")
+        for name, score in result.scores.items()
+        if not metrics or name in metrics
+    ]
+    usual = f"always {result.most_frequent}"
+    _print_table(f"{result.rows} rows, {result.seconds:.0f} s", ("metric", usual, "tuned"), scores)
+    classes = [
+        (c.label, str(c.rows), f"{c.precision:.4f}", f"{c.recall:.4f}", f"{c.f1:.4f}")
+        for c in result.classes
+    ]
+    _print_table("", ("label", "number", "precision", "recall", "f1"), classes)
+
+
+def _print_table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title or None)
+    for i, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def _names(metrics: str | None) -> list[str]:
+    """The names in `"accuracy, f1"`; none for None."""
+    return [name for part in (metrics or "").split(",") if (name := part.strip())]
 
 
 def _mapping(columns: str) -> dict[str, str]:

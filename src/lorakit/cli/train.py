@@ -46,3 +46,6 @@ def train(
         typer.echo(
             f"held-out loss: {manifest.base_eval_loss:.4f} before, {manifest.eval_loss:.4f} after"
         )
+    for name, score in (manifest.eval_scores or {}).items():
+        before = (manifest.base_eval_scores or {})[name]
+        typer.echo(f"held-out {name}: {before:.4f} with the untrained head, {score:.4f} after")

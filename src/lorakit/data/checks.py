@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.formats import Sample
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+AnySample = Sample | LabelledSample
 
 _SHOWN = 3  # places that a finding names
 _BINS = 12
@@ -77,7 +81,7 @@ class RowStatistics:
         return self.supervised / self.tokens if self.tokens else 0.0
 
 
-def statistics(samples: Sequence[Sample], rows: Sequence[TokenizedRow]) -> RowStatistics:
+def statistics(samples: Sequence[AnySample], rows: Sequence[TokenizedRow]) -> RowStatistics:
     """The numbers of `rows`; `rows[i]` is the tokenized `samples[i]`."""
     lengths = sorted(len(row) for row in rows)
     return RowStatistics(
@@ -93,16 +97,24 @@ def statistics(samples: Sequence[Sample], rows: Sequence[TokenizedRow]) -> RowSt
 
 
 def findings(
-    train: Sequence[tuple[Sample, TokenizedRow]],
-    held_out: Sequence[tuple[Sample, TokenizedRow]],
+    train: Sequence[tuple[AnySample, TokenizedRow]],
+    held_out: Sequence[tuple[AnySample, TokenizedRow]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    positions: int | None = None,
 ) -> list[Finding]:
-    """Everything that is looked for, each with its count, which may be 0."""
+    """Everything that is looked for, each with its count, which may be 0.
+
+    Args:
+        positions: the most tokens that the model can read, where it says so.
+    """
     everything = [*train, *held_out]
     samples = [sample for sample, _ in train]
     cut = [row for _, row in everything if row.truncated]
     longest = max((len(row) + row.cut for row in cut), default=0)
+    more = f"data.max_length={longest} keeps all"
+    if positions and longest > positions:
+        more = f"the model reads {positions} and no more: shorten or split them"
     learned = [sample.where for sample in _repeated(samples)]
     seen = {_key(sample) for sample, _ in held_out}
     found = [
@@ -110,7 +122,7 @@ def findings(
             f"longer than max_length {max_length} and cut at the end",
             [row.where for row in cut],
             everything,
-            f"the longest has {longest:,} tokens: data.max_length={longest} keeps all",
+            f"the longest has {longest:,} tokens: {more}",
         ),
         (
             "the same as an earlier row to learn from",
@@ -153,17 +165,17 @@ def findings(
     ]
 
 
-def _key(sample: Sample) -> tuple[str, str]:
+def _key(sample: AnySample) -> tuple[str, str]:
     return sample.prompt_key, sample.reference
 
 
-def _repeated(samples: Sequence[Sample]) -> list[Sample]:
+def _repeated(samples: Sequence[AnySample]) -> list[AnySample]:
     """All but the first of those that are the same; copies that a weight made are one row."""
     first: dict[tuple[str, str], str] = {}
     return [s for s in samples if first.setdefault(_key(s), s.where) != s.where]
 
 
-def _without_answer(samples: Sequence[Sample]) -> list[Sample]:
+def _without_answer(samples: Sequence[AnySample]) -> list[AnySample]:
     return [s for s in samples if s.messages and not s.reference.strip()]
 
 
@@ -173,6 +185,8 @@ def _two_bos(row: TokenizedRow, bos: int | None) -> bool:
 
 def _endless(row: TokenizedRow, special: Sequence[int]) -> bool:
     """Whether an answer that is not cut ends without a special token; some templates do so."""
+    if isinstance(row, LabelledRow):
+        return False  # labels are no text, and a decoder's target is always closed
     following = [*row.labels[1:], row.labels[-1] if row.truncated else IGNORE]
     return any(
         label != IGNORE and after == IGNORE and label not in special

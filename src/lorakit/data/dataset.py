@@ -5,11 +5,11 @@ share) as `notices`, what was found in the rows as `findings`; printing is left 
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import Finding, RowStatistics, findings, statistics
+from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.mixing import DataFacts, Sources, count, each, load_samples, mix
@@ -30,10 +30,10 @@ class PreparedData:
     A row whose source weighs more than 1 stands in `train` more than once.
     """
 
-    train: list[TokenizedRow]
-    eval: list[TokenizedRow]
-    train_samples: list[Sample]
-    eval_samples: list[Sample]
+    train: Sequence[TokenizedRow]
+    eval: Sequence[TokenizedRow]
+    train_samples: Sequence[AnySample]
+    eval_samples: Sequence[AnySample]
     facts: list[DataFacts]
     notices: list[str]
     findings: list[Finding]
@@ -56,6 +56,7 @@ def prepare(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 42,
+    to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] | None = None,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -69,6 +70,8 @@ def prepare(
         columns: maps a format's column names to the files' own.
         limit: use only the first rows of each source, for a quick trial.
         seed: of the split, and of the rows that a weight draws.
+        to_row: makes a row of a sample, with at most `max_length` tokens; None for rows that a
+            causal model learns.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
@@ -86,13 +89,18 @@ def prepare(
         facts += held_out.facts
         notices += held_out.notices
     everything = kept + held
-    if any(sample.messages for sample in everything) and (notice := ensure_template(tokenizer)):
-        notices.append(notice)
-    readings = each(everything, lambda sample: read(sample, tokenizer))
-    rows = each(
-        zip(readings, encode(readings, tokenizer), strict=True),
-        lambda pair: label(*pair, tokenizer, max_length),
-    )
+    if to_row is None:
+        has_messages = any(sample.messages for sample in everything)
+        if has_messages and (notice := ensure_template(tokenizer)):
+            notices.append(notice)
+        readings = each(everything, lambda sample: read(sample, tokenizer))
+        rows = each(
+            zip(readings, encode(readings, tokenizer), strict=True),
+            lambda pair: label(*pair, tokenizer, max_length),
+        )
+    else:
+        make = to_row
+        rows = each(everything, lambda sample: make(sample, tokenizer, max_length))
     train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
     found = findings(
         list(zip(kept, train_rows, strict=True)),

@@ -16,6 +16,8 @@ from lorakit.errors import InputError
 from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.loss import mean_loss
 from lorakit.evaluation.metrics import METRICS, check_metrics
+from lorakit.evaluation.seq2seq import generate_targets, mean_target_loss
+from lorakit.models.inside import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,9 +85,12 @@ def evaluate(
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt_key, []).append(sample)
-    prompts = [group[0].prompt for group in groups.values()] if by_answers else []
+    asked = [group[0] for group in groups.values()] if by_answers else []
+    prompts = [sample.prompt for sample in asked]
     references = [[s.reference for s in group] for group in groups.values()] if by_answers else []
 
+    encoder_decoder = base_model(model).config.is_encoder_decoder
+    loss_of = mean_target_loss if encoder_decoder else mean_loss
     done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
 
     def count(finished: int) -> None:
@@ -96,17 +101,18 @@ def evaluate(
 
     def score() -> tuple[list[str], dict[str, float]]:
         """Answers and scores of the model as it is now."""
-        answers = generate_answers(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_batch=count,
-        )
+        options: Any = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "on_batch": count,
+        }
+        if encoder_decoder:
+            answers = generate_targets(model, tokenizer, asked, **options)
+        else:
+            answers = generate_answers(model, tokenizer, prompts, **options)
         scores = {name: METRICS[name](answers, references) for name in by_answers}
         if "loss" in metrics:
-            scores["loss"] = mean_loss(
+            scores["loss"] = loss_of(
                 model, tokenizer, samples, max_length, batch_size, on_batch=count
             )
         return answers, scores

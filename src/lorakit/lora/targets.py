@@ -120,6 +120,8 @@ def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     found = []
     for wanted in config.modules_to_save or []:
         matches = [name for name in names if _is_suffix(wanted, name)]
+        if not matches and wanted in _HEADS.get(config.task_type or "", ()):
+            continue  # PEFT's files name every head that a task's models may have
         if not matches:
             leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
             raise InputError(

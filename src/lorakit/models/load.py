@@ -1,14 +1,18 @@
 """Loading a base model and its tokenizer, in the dtype that the machine computes fastest.
 
-Where a name leads is `names.py`'s work; adapters are put on by others.
+A task decides which form of the model is loaded, and how many labels its head has. Where a name
+leads is `names.py`'s work; adapters are put on by others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
+from lorakit.models.inside import base_model
 from lorakit.models.names import resolve
 
 if TYPE_CHECKING:
@@ -16,6 +20,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+FORMS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+"""transformers' class for each of PEFT's task types that lorakit trains."""
+
+CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in the form that its task needs.
+
+    `new_modules` are the paths of the modules that an adapter has to train whole: a classifier's
+    head, and whatever the model's files have no weights for. Empty for a causal language model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_modules: list[str]
 
 
 def load_model(
@@ -31,25 +58,62 @@ def load_model(
     Raises:
         InputError: the name leads nowhere, or what lies there cannot be loaded.
     """
+    loaded = load_for_task("CAUSAL_LM", name, dtype, device=device)
+    return loaded.model, loaded.tokenizer
+
+
+def load_for_task(
+    task_type: str,
+    name: str,
+    dtype: str | torch.dtype | None = None,
+    *,
+    device: str | None = None,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> LoadedModel:
+    """The model `name` in its form for `task_type` (a key of `FORMS`), ready for use.
+
+    Args:
+        name, dtype, device: as in `load_model`.
+        labels: the names of a classifier's classes; a place in them is a class's number.
+        seed: of the weights that the model's files lack, which are always the same ones.
+
+    Raises:
+        InputError: as in `load_model`, or the model has no such form.
+    """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()  # loading is a matter of a second
     source = resolve(str(name))
     device = device or best_device()
     chosen = torch_dtype(dtype, device)
+    lacking: set[str] = set()
     try:
         if source.is_gguf:
+            if task_type != "CAUSAL_LM":
+                raise InputError(
+                    f"model: {name} is a GGUF file, which holds a causal language model: "
+                    f"give a model's folder for lora.task_type {task_type}"
+                )
             model, tokenizer = load_gguf(source.path, chosen)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
+        elif task_type == "CAUSAL_LM":
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=chosen, local_files_only=True
             )
+            tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        else:
+            model, lacking = _load_form(source.path, task_type, chosen, labels, seed)
             tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if "Unrecognized configuration class" in str(error) and task_type != "CAUSAL_LM":
+            raise InputError(
+                f"model: {name} has no form for lora.task_type {task_type} (transformers has no "
+                f"{FORMS[task_type]} of its architecture): give another model or task_type"
+            ) from error
         raise InputError(f"model: {name} cannot be loaded: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
@@ -59,7 +123,98 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     model.config._name_or_path = str(name)
     assert isinstance(model, torch.nn.Module)
-    return model.to(device).eval(), tokenizer
+    new: list[str] = []
+    if task_type != "CAUSAL_LM":
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"model: the tokenizer of {name} has no padding token: add one")
+        _set_padding(model, tokenizer.pad_token_id)
+        new = _new_modules(model, lacking, heads=task_type in CLASSIFICATION)
+        _keep_wide(model, new)
+    return LoadedModel(model.to(device).eval(), tokenizer, new)
+
+
+def _load_form(
+    path: Path, task_type: str, dtype: torch.dtype, labels: Sequence[str], seed: int
+) -> tuple[Any, set[str]]:
+    """The model, and the names of the parameters that its files lack or have of another shape."""
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {}
+    if labels:
+        options = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,  # a head for other labels gives way to a new one
+        }
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is new is returned
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = getattr(transformers, FORMS[task_type]).from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            )
+    finally:
+        logging.set_verbosity(said)
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    return model, {*info["missing_keys"], *mismatched}
+
+
+def _set_padding(model: Any, pad_token_id: int) -> None:
+    """By this token a causal model finds the end of a row, which its classifier reads."""
+    model.config.pad_token_id = pad_token_id
+    model.config.get_text_config().pad_token_id = pad_token_id
+
+
+def _new_modules(model: Any, lacking: set[str], heads: bool) -> list[str]:
+    """Paths of a classifier's head (all beside the body that has parameters), and of new modules.
+
+    A model's files may lack more than the head: a BERT without its pooler, say. Left out of the
+    adapter, it would be random again whenever the adapter is loaded.
+    """
+    found = [
+        name
+        for name, child in model.named_children()
+        if heads and child is not model.base_model and any(True for _ in child.parameters())
+    ]
+    for key in sorted(lacking):
+        path = key.rpartition(".")[0]
+        if not any(path == name or path.startswith(f"{name}.") for name in found):
+            found.append(path)
+    return found
+
+
+def _keep_wide(model: Any, paths: Sequence[str]) -> None:
+    """Gives the modules at `paths` at least float32, as adapters have; their input follows."""
+    import torch
+
+    def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in inputs
+        )
+
+    for path in paths:
+        module = model.get_submodule(path)
+        if all(p.element_size() < 4 for p in module.parameters()):
+            module.float().register_forward_pre_hook(widen)
+
+
+def most_tokens(model: Any, wanted: int) -> int:
+    """`wanted`, or the length of the longest row that `model` has positions for."""
+    import torch
+
+    base = base_model(model)
+    own = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa counts positions from behind the padding token's number.
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            own = module.num_embeddings - offset
+            break
+    return min(wanted, own) if isinstance(own, int) and own > 0 else wanted
 
 
 def stored_dtype(name: str) -> torch.dtype:

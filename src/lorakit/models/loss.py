@@ -97,6 +97,10 @@ class SupervisedLoss:
         )
         return total, keep.sum()
 
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """How many of `labels` (batch, seq) the loss is taken on."""
+        return (labels[:, 1:] != IGNORE).sum()
+
 
 def output_layer(model: nn.Module) -> OutputLayer | None:
     """How `model` gets its logits, None where that is not a frozen linear layer and a factor.

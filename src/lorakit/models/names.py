@@ -11,7 +11,7 @@ from pathlib import Path
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models import bundled
 
-ALIASES = {bundled.ALIAS: bundled.bundled_model}
+ALIASES = {bundled.ALIAS: bundled.bundled_model, bundled.ENCODER: bundled.encoder}
 
 
 @dataclass(frozen=True)

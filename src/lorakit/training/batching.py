@@ -7,14 +7,14 @@ meet Trainer's arguments and its dataloader.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from lorakit.data.batches import Collator, LineCollator
+from lorakit.data.batches import Collator, LabelCollator, LineCollator
 from lorakit.data.grouping import (
     Batches,
     by_like_lengths,
@@ -41,17 +41,21 @@ class Batching:
             line (`models.attention.take_lines`).
         pack_length: with it a batch of n is n times so many tokens, filled by best fit; without
             it a batch of n is n rows.
+        own_collator: what makes the tensors of rows that are no causal language model's.
     """
 
     pad_token_id: int | None
     pack_length: int | None = None
+    own_collator: LabelCollator | None = None
 
-    def collator(self) -> Collator | LineCollator:
+    def collator(self) -> Collator | LabelCollator | LineCollator:
         """What makes one batch's tensors."""
+        if self.own_collator is not None:
+            return self.own_collator
         return LineCollator() if self.pad_token_id is None else Collator(self.pad_token_id)
 
     def train_batches(
-        self, rows: list[TokenizedRow], args: TrainingArguments, epoch: int
+        self, rows: Sequence[TokenizedRow], args: TrainingArguments, epoch: int
     ) -> Batches:
         """The batches of `epoch`, as many for every process of the run."""
         lengths, size = [len(row) for row in rows], args.per_device_train_batch_size
@@ -64,7 +68,7 @@ class Batching:
             batches = by_like_lengths(lengths, size, args.seed, epoch, together)
         return evened(batches, args.world_size)
 
-    def eval_batches(self, rows: list[TokenizedRow], args: TrainingArguments) -> Batches:
+    def eval_batches(self, rows: Sequence[TokenizedRow], args: TrainingArguments) -> Batches:
         """The batches of an evaluation, rows of like length together, the longest first."""
         lengths, size = [len(row) for row in rows], args.per_device_eval_batch_size
         if self.pack_length:
@@ -81,7 +85,7 @@ class Batching:
 class BatchDataset(Dataset):
     """Maps the positions of a batch's rows to the batch's tensors."""
 
-    def __init__(self, rows: list[TokenizedRow], batching: Batching) -> None:
+    def __init__(self, rows: Sequence[TokenizedRow], batching: Batching) -> None:
         self.rows, self.collate = rows, batching.collator()
 
     def __len__(self) -> int:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import RowStatistics
+from lorakit.data.checks import AnySample, RowStatistics
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
 from lorakit.lora.parameter_table import ModuleKind, parameter_table
 from lorakit.training.forecast import Forecast, forecast
@@ -52,16 +54,33 @@ def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
         with TemporaryDirectory() as elsewhere, setup.fast():
             setup.arguments.output_dir = elsewhere  # Trainer makes its folder at once
             expected = forecast(
-                LoraTrainer(setup.model, setup.arguments, data.train, data.eval, setup.batching)
+                LoraTrainer(
+                    setup.model,
+                    setup.arguments,
+                    data.train,
+                    data.eval,
+                    setup.batching,
+                    setup.begun.loss,
+                    setup.begun.scorer,
+                )
             )
     return Check(setup, setup.data.statistics(), parameter_table(setup.model), expected)
 
 
 def shown_row(setup: Setup, index: int) -> list[Piece]:
     """Row `index` to learn from, token by token: what is learned, only read, or cut."""
-    row = setup.data.train[index]
-    whole = tokenize(setup.data.train_samples[index], setup.tokenizer, _ENDLESS)
-    return pieces(whole, len(row), setup.tokenizer)
+    row, sample = setup.data.train[index], setup.data.train_samples[index]
+    if isinstance(row, LabelledRow) or isinstance(sample, LabelledSample):
+        return _labelled_pieces(row, sample, setup.tokenizer)
+    return pieces(tokenize(sample, setup.tokenizer, _ENDLESS), len(row), setup.tokenizer)
+
+
+def _labelled_pieces(
+    row: TokenizedRow, sample: AnySample, tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """What is read, and behind it the labels, or the answer, that are learned."""
+    text = tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
+    return [Piece(f"{text} → ", "read"), Piece(sample.reference, "learned")]
 
 
 def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

@@ -193,7 +193,7 @@ def _steps_between_evaluations(args: TrainingArguments, batches: int, steps: int
 
 def _evaluated(trainer: LoraTrainer, batch: Sequence[int]) -> None:
     trainer.model.eval()
-    trainer.loss_of_held_out(list(batch))
+    trainer.sums_of_held_out(list(batch))
     _wait()
     trainer.model.train()
 

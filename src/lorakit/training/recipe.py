@@ -197,6 +197,13 @@ class Recipe(_Strict):
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()
+        if self.task_type != "CAUSAL_LM":
+            for key, given in (("data.packing", self.data.packing), ("compile", self.compile)):
+                if given is True:
+                    raise ValueError(
+                        f"{key} is for causal language models: leave it out with "
+                        f"lora.task_type {self.task_type}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -212,8 +219,8 @@ class Recipe(_Strict):
 
     @property
     def task_type(self) -> str:
-        """PEFT's name of the task."""
-        return self.lora.get("task_type", "CAUSAL_LM")
+        """PEFT's name of the task: `lora.task_type`, or `CAUSAL_LM`."""
+        return str(self.lora.get("task_type") or "CAUSAL_LM")
 
     def filled_in(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with the values of some dotted keys."""
@@ -222,6 +229,7 @@ class Recipe(_Strict):
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
         from lorakit.lora.config import LoraConfig
+        from lorakit.models.load import FORMS
 
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}
@@ -229,8 +237,16 @@ class Recipe(_Strict):
             if name not in known:
                 near = did_you_mean(name, known) or "; known are the fields of LoraConfig"
                 raise InputError(f"lora.{name} is not a recipe key{near}")
+        if self.task_type not in FORMS:
+            near = did_you_mean(self.task_type.upper(), FORMS)
+            raise InputError(
+                f"lora.task_type cannot be {self.task_type}{near}: lorakit trains "
+                f"{', '.join(FORMS)}"
+            )
         try:
-            return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, **self.lora})
+            return LoraConfig(
+                **{"r": 16, "lora_alpha": 32, **self.lora, "task_type": self.task_type}
+            )
         except InputError as error:
             raise InputError(f"lora: {error}") from error
         except (TypeError, AttributeError) as error:

@@ -14,7 +14,7 @@ from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import Counts
 
 METRICS_NAME = "metrics.jsonl"
-_KEPT = ("loss", "eval_loss", "grad_norm", "learning_rate")
+_KEPT = ("loss", "grad_norm", "learning_rate")
 
 
 class Recorder(TrainerCallback):
@@ -52,7 +52,8 @@ class Recorder(TrainerCallback):
         Raises:
             LorakitError: the loss or the gradient is no number.
         """
-        values = {k: v for k, v in (logs or {}).items() if k in _KEPT}
+        logs = logs or {}
+        values = {k: v for k, v in logs.items() if k in _KEPT or k.startswith("eval_")}
         if not values:
             return
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):

@@ -21,6 +21,7 @@ from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError
 from lorakit.lora import LoraModel
+from lorakit.models.loss import SupervisedLoss
 from lorakit.report.page import write_report
 from lorakit.training.forecast import forecast, planned_steps
 from lorakit.training.interrupt import Interrupt
@@ -110,16 +111,24 @@ def train(
     metrics = StepLines(folder / METRICS_NAME, writes=main)
     with _named_failures(folder):
         trainer = LoraTrainer(
-            setup.model, setup.arguments, setup.data.train, setup.data.eval, setup.batching
+            setup.model,
+            setup.arguments,
+            setup.data.train,
+            setup.data.eval,
+            setup.batching,
+            setup.begun.loss,
+            setup.begun.scorer,
         )
-        if trainer.supervised_loss.output is None:
+        loss = trainer.supervised_loss
+        if isinstance(loss, SupervisedLoss) and loss.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
         with _callbacks(trainer, setup, metrics, console), setup.fast():
             if checkpoint is None and _long(trainer):
                 _say(console, [forecast(trainer).line])
             began = time.perf_counter()
-            losses = _fit(trainer, setup.model, checkpoint)
-        manifest = _manifest(setup, trainer, losses, metrics, time.perf_counter() - began)
+            base, tuned = _fit(trainer, setup.model, checkpoint)
+        seconds = time.perf_counter() - began
+        manifest = _manifest(setup, trainer, base, tuned, metrics, seconds)
         if main and setup.own_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
         # All processes help to gather what is spread.
@@ -168,20 +177,21 @@ def _long(trainer: LoraTrainer) -> bool:
 
 def _fit(
     trainer: LoraTrainer, model: LoraModel, checkpoint: Path | None
-) -> dict[str, float | None]:
-    """Trains; returns the held-out loss of the bare base, and of the adapter."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if not trainer.held_out:
-        return {"base": None, "eval": None}
+        return {}, {}
     last: dict[str, float] = next(
         (e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {}
     )
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        tuned = last["eval_loss"]
+        tuned = last
     else:
-        tuned = trainer.evaluate()["eval_loss"]
+        tuned = trainer.evaluate()
     with model.disable_adapter():
-        return {"base": trainer.held_out_loss(), "eval": tuned}
+        base = trainer.held_out_scores()
+    return base, {name: tuned[f"eval_{name}"] for name in base}
 
 
 def _description(setup: Setup) -> Iterator[str]:
@@ -212,11 +222,12 @@ def _description(setup: Setup) -> Iterator[str]:
 def _manifest(
     setup: Setup,
     trainer: LoraTrainer,
-    losses: dict[str, float | None],
+    base: dict[str, float],
+    tuned: dict[str, float],
     metrics: StepLines,
     run_seconds: float,
 ) -> Manifest:
-    counts = trainer.counts
+    counts, labels = trainer.counts, setup.begun.labels
     return Manifest(
         base_model=setup.recipe.model,
         recipe=setup.recipe.to_dict(),
@@ -236,8 +247,11 @@ def _manifest(
         peak_memory_mb=peak_memory_mb(),
         padding_free=setup.batching.pad_token_id is None,
         compiled=setup.compiled,
-        eval_loss=losses["eval"],
-        base_eval_loss=losses["base"],
+        eval_loss=tuned.get("loss"),
+        base_eval_loss=base.get("loss"),
+        eval_scores={k: v for k, v in tuned.items() if k != "loss"} or None,
+        base_eval_scores={k: v for k, v in base.items() if k != "loss"} or None,
+        labels=labels.to_dict() if labels else None,
         versions=versions(),
         seed=setup.recipe.training.seed,
     )

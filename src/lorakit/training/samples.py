@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import atomic
+from lorakit.data.formats import Sample
 from lorakit.evaluation.answers import generate_answers
+from lorakit.evaluation.seq2seq import generate_targets
 from lorakit.training.setup import Setup
 
 SAMPLES_NAME = "samples.json"
@@ -20,12 +22,15 @@ def write_samples(folder: Path, setup: Setup) -> None:
     Held-out rows where there are some, else rows that were learned; plain text has no prompt.
     """
     rows = setup.data.eval_samples or setup.data.train_samples
-    chosen = [sample for sample in rows if sample.messages][: setup.recipe.samples]
+    asking = [sample for sample in rows if isinstance(sample, Sample) and sample.messages]
+    chosen = asking[: setup.recipe.samples]
     if not chosen:
         return
     prompts = [sample.prompt for sample in chosen]
 
     def answers() -> list[str]:
+        if setup.recipe.task_type == "SEQ_2_SEQ_LM":
+            return generate_targets(setup.model, setup.tokenizer, chosen, max_new_tokens=LONGEST)
         return generate_answers(setup.model, setup.tokenizer, prompts, max_new_tokens=LONGEST)
 
     tuned = answers()

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.batches import LabelCollator
+from lorakit.data.dataset import PreparedData
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
-from lorakit.models import load_model
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
@@ -29,6 +29,7 @@ from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
 from lorakit.training.sharded import asks_to_spread, check_fsdp
+from lorakit.training.tasks import Beginning, begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Setup:
 
     Attributes:
         recipe: with what it left out filled in, as `advice` says.
+        begun: what the task decides: loss, scores, labels.
         base_fingerprint: of the base model's weights.
         own_template: the chat template that was put on a tokenizer without one, else None.
         notices: lines for the user.
@@ -47,6 +49,7 @@ class Setup:
 
     recipe: Recipe
     advice: list[Advice]
+    begun: Beginning
     model: LoraModel
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -83,32 +86,26 @@ def set_up(recipe: Recipe) -> Setup:
     spread = asks_to_spread(recipe.training.model_extra or {})
     # A model that is spread over GPUs may not fit into one: each takes its share from here.
     dtype = torch_dtype(recipe.dtype, best_device())
-    model, tokenizer = load_model(recipe.model, dtype, device="cpu" if spread else None)
-    had_template = bool(tokenizer.chat_template)
-    data = prepare(
-        tokenizer,
-        recipe.data.train,
-        recipe.data.eval,
-        max_length=recipe.data.max_length,
-        columns=recipe.data.columns or None,
-        limit=recipe.data.limit,
-        seed=recipe.training.seed,
-    )
+    begun = begin(recipe, dtype, device="cpu" if spread else None)
+    model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = sum(p.numel() for p in model.parameters())
     recipe, advice = advised(recipe, parameters, len(data.train))
-    base_fingerprint = fingerprint(model)
+    base_fingerprint = fingerprint(model, without=begun.new_modules)
     set_seed(recipe.training.seed)
-    adapted = LoraModel(model, recipe.lora_config())
+    adapted = LoraModel(model, begun.lora_config(recipe))
     arguments = training_arguments(recipe, held_out=bool(data.eval))
-    check_fsdp(arguments, recipe.lora_config())
-    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id)
+    check_fsdp(arguments, begun.lora_config(recipe))
+    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id, begun.collator)
     notices += _divided(data, batching, arguments)
     wish = False if spread and recipe.compile == "auto" else recipe.compile
+    if recipe.task_type != "CAUSAL_LM":
+        wish = False
     compiled, notice = choose(wish, adapted, _tokens_to_train(data, batching, arguments))
     notices += [notice] if notice else []
     return Setup(
         recipe=recipe,
         advice=advice,
+        begun=begun,
         model=adapted,
         tokenizer=tokenizer,
         data=data,
@@ -116,7 +113,7 @@ def set_up(recipe: Recipe) -> Setup:
         batching=batching,
         compiled=compiled,
         base_fingerprint=base_fingerprint,
-        own_template=None if had_template else str(tokenizer.chat_template),
+        own_template=None if begun.had_template else str(tokenizer.chat_template),
         notices=[*data.notices, *notices],
     )
 
@@ -159,8 +156,12 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
     return arguments
 
 
-def _batching(recipe: Recipe, model: LoraModel, pad_token_id: int) -> tuple[Batching, list[str]]:
+def _batching(
+    recipe: Recipe, model: LoraModel, pad_token_id: int, collator: LabelCollator | None
+) -> tuple[Batching, list[str]]:
     """How rows become batches, with what to say where that is not as the recipe has it."""
+    if collator:
+        return Batching(pad_token_id, own_collator=collator), []
     pack_length = recipe.data.max_length if recipe.data.packing else None
     if not recipe.data.padding_free:
         return Batching(pad_token_id, pack_length), []

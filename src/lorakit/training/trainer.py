@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,14 +26,17 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
-from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.masking import TokenizedRow
+from lorakit.data.scores import LabelScorer
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
+from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
+from lorakit.training.tasks import Loss
 
 _STAGING = ".saving"
 _COUNTS = "lorakit_counts.json"
@@ -59,6 +62,8 @@ class LoraTrainer(Trainer):
         args: Trainer's own arguments.
         train_rows, eval_rows: the rows; `eval_rows` may be empty.
         batching: how rows become batches.
+        loss: makes the loss; its second argument says that weights are spread over machines.
+        scorer: scores a classifier's held-out rows.
 
     Attributes:
         interrupt: what processes agree on stopping by; None to go on whatever comes.
@@ -71,13 +76,16 @@ class LoraTrainer(Trainer):
         self,
         model: LoraModel,
         args: TrainingArguments,
-        train_rows: list[TokenizedRow],
-        eval_rows: list[TokenizedRow],
+        train_rows: Sequence[TokenizedRow],
+        eval_rows: Sequence[TokenizedRow],
         batching: Batching,
+        loss: Callable[[nn.Module, bool], Loss] = SupervisedLoss,
+        scorer: LabelScorer | None = None,
     ) -> None:
         self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
         self.held_out = batching.eval_batches(eval_rows, args)
         self.counts = Counts()
+        self.scorer = scorer
         self.interrupt: Interrupt | None = None
         super().__init__(
             model=model,
@@ -87,7 +95,7 @@ class LoraTrainer(Trainer):
             data_collator=only,
             callbacks=[self.sampler],
         )
-        self.supervised_loss = SupervisedLoss(model, own_logits=self.is_spread)
+        self.supervised_loss = loss(model, self.is_spread)
         # compute_loss divides by the whole optimiser step's tokens itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -131,27 +139,35 @@ class LoraTrainer(Trainer):
         return total * self.accelerator.num_processes / whole
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """The loss per supervised token over all held-out rows, in nats."""
+    def held_out_scores(self) -> dict[str, float]:
+        """`loss` per supervised token of the held-out rows, in nats, and a classifier's scores."""
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2 + (self.scorer.size if self.scorer else 0), dtype=torch.float64)
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in range(math.ceil(len(batches) / processes)):
             mine = turn * processes + self.args.process_index
-            total, count = self.loss_of_held_out(batches[mine % len(batches)])
+            found = self.sums_of_held_out(batches[mine % len(batches)])
             if mine < len(batches):
-                sums += torch.stack([total.double().cpu(), count.double().cpu()])
-        total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
-        return total / count
+                sums += found
+        sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        total, count = sums[:2].tolist()
+        return {"loss": total / count} | (self.scorer.scores(sums[2:]) if self.scorer else {})
 
     @torch.no_grad()
-    def loss_of_held_out(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of a batch of held-out rows, and their supervised tokens."""
+    def sums_of_held_out(self, rows: list[int]) -> torch.Tensor:
+        """A batch's summed loss, its labels, and what a scorer counts: float64, on the CPU."""
         batch = self._prepare_inputs(self.eval_dataset[rows])
+        loss = self.supervised_loss
+        counts = torch.zeros(0, dtype=torch.float64)
         # Compiled for training, the blocks would be compiled again without gradients.
         with torch.compiler.set_stance("force_eager"):
-            return self.supervised_loss(self.model, batch)
+            if self.scorer and isinstance(loss, LabelLoss):
+                total, count, logits = loss.with_logits(self.model, batch)
+                counts = self.scorer.count(logits.argmax(-1), batch["labels"])
+            else:
+                total, count = loss(self.model, batch)
+        return torch.cat([torch.stack([total.double().cpu(), count.double().cpu()]), counts])
 
     def evaluate(
         self,
@@ -159,8 +175,8 @@ class LoraTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Logs `held_out_loss` as `eval_loss` and returns it, as Trainer expects."""
-        metrics = {f"{metric_key_prefix}_loss": self.held_out_loss()}
+        """Logs and returns what `held_out_scores` gives, as `eval_loss` and so on."""
+        metrics = {f"{metric_key_prefix}_{k}": value for k, value in self.held_out_scores().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -183,7 +199,7 @@ class LoraTrainer(Trainer):
         for batch in batches:
             real = batch.get("attention_mask")
             tokens[0] += batch["input_ids"].numel() if real is None else real.sum()
-            tokens[1] += (batch["labels"][:, 1:] != IGNORE).sum()
+            tokens[1] += self.supervised_loss.count(batch["labels"])
         tokens = self.accelerator.reduce(tokens, "sum")
         self.counts.train_tokens += int(tokens[0])
         self.counts.supervised_tokens += int(tokens[1])

@@ -1,0 +1,84 @@
+"""What an encoder-decoder answers, and what its answers' tokens cost: as for a causal model.
+
+`evaluate.py` puts both beside the bare base; here is only what an encoder needs otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lorakit.data.batches import LabelCollator
+from lorakit.data.formats import Sample
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
+from lorakit.inference.sampling import Sampling, generate, generation_settings
+from lorakit.models.label_loss import LabelLoss
+from lorakit.models.load import most_tokens
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate_targets(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy answer to each sample's prompt; arguments as in `generate_answers`."""
+    settings = generation_settings(model, tokenizer, Sampling(max_new_tokens=max_new_tokens))
+    settings.decoder_start_token_id = model.config.decoder_start_token_id  # type: ignore[union-attr]
+    rows = [LabelledRow(prompt_tokens(s, tokenizer), [], s.where) for s in samples]
+    collate = LabelCollator(int(tokenizer.pad_token_id))
+    device = next(model.parameters()).device
+    answers = [""] * len(rows)
+    model.eval()
+    for chosen in _batches(rows, batch_size):
+        batch = collate([rows[i] for i in chosen])
+        del batch["labels"]
+        output = generate(model, settings, **{k: v.to(device) for k, v in batch.items()})
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+        if on_batch:
+            on_batch(len(chosen))
+    return answers
+
+
+def mean_target_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    max_length: int = 1024,
+    batch_size: int = 8,
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """Cross-entropy in nats per token of the answers; arguments as in `mean_loss`."""
+    import torch
+
+    length = most_tokens(model, max_length)
+    rows = [tokenize_pair(sample, tokenizer, length) for sample in samples]
+    collate, loss = LabelCollator(int(tokenizer.pad_token_id)), LabelLoss(model, targets=True)
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    model.eval()
+    for chosen in _batches(rows, batch_size):
+        batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
+        with torch.inference_mode():
+            batch_total, batch_count = loss(model, batch)
+        total, count = total + batch_total.item(), count + int(batch_count)
+        if on_batch:
+            on_batch(len(chosen))
+    return total / count
+
+
+def _batches(rows: Sequence[LabelledRow], size: int) -> list[list[int]]:
+    """The rows' places in batches, the longest rows first."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    return [order[at : at + size] for at in range(0, len(order), size)]

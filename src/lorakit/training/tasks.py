@@ -1,0 +1,215 @@
+"""What a run begins with, by its task: the model's form, its rows, its batches, loss and scores.
+
+A causal language model is the common case. A classifier's head needs the labels of the rows before
+it can be made, so there the rows are read first; an encoder-decoder reads the prompt and learns
+the answer. From there on a run is the same for all (`run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit.data.batches import LabelCollator
+from lorakit.data.checks import findings
+from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.label_rows import notice_unseen, tokenize_sequence, tokenize_words
+from lorakit.data.labelled import (
+    LabelledSample,
+    Labels,
+    collect_labels,
+    hold_out,
+    notice_labels,
+    read_labelled,
+)
+from lorakit.data.mixing import DataFacts, Source
+from lorakit.data.scores import LabelScorer
+from lorakit.data.seq2seq import tokenize_pair
+from lorakit.data.sources import read_source
+from lorakit.errors import InputError, listed
+from lorakit.models.label_loss import LabelLoss
+from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, most_tokens
+from lorakit.models.loss import SupervisedLoss
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.lora.config import LoraConfig
+    from lorakit.training.recipe import Recipe
+
+
+class Loss(Protocol):
+    """The loss of a batch: a sum and what it is a sum of, so that batches add up exactly."""
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss in nats, and the number of labels that it is taken on."""
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """How many of a batch's labels the loss is taken on."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A model and its rows, ready for an adapter.
+
+    Args:
+        loss: makes the loss of a model; its second argument says that weights are spread over
+            machines.
+        collator: makes a batch's tensors; None where rows may lie in one line too.
+        new_modules: what the adapter trains whole and keeps.
+        labels: the classes, of a classifier.
+        scorer: what predictions are scored by, of a classifier.
+        had_template: whether the tokenizer brought the chat template that rows were rendered with.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    loss: Callable[[nn.Module, bool], Loss] = SupervisedLoss
+    collator: LabelCollator | None = None
+    new_modules: list[str] = field(default_factory=list)
+    labels: Labels | None = None
+    scorer: LabelScorer | None = None
+    had_template: bool = True
+
+    def lora_config(self, recipe: Recipe) -> LoraConfig:
+        """The recipe's, with the new modules among those that are trained whole."""
+        config = recipe.lora_config()
+        if self.new_modules:
+            own = config.modules_to_save or []
+            config.modules_to_save = list(dict.fromkeys([*own, *self.new_modules]))
+        return config
+
+
+def begin(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> Beginning:
+    """Loads the recipe's model and prepares its rows.
+
+    Args:
+        dtype, device: of the model, as in `load_model`.
+
+    Raises:
+        InputError: the model or the rows cannot be used.
+    """
+    if recipe.task_type in CLASSIFICATION:
+        return _classification(recipe, dtype, device)
+    if recipe.task_type == "SEQ_2_SEQ_LM":
+        return _seq2seq(recipe, dtype, device)
+    return _causal(recipe, dtype, device)
+
+
+def _causal(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
+    model, tokenizer = load_model(recipe.model, dtype, device=device)
+    had_template = bool(tokenizer.chat_template)
+    data = prepare(
+        tokenizer,
+        recipe.data.train,
+        recipe.data.eval,
+        max_length=recipe.data.max_length,
+        columns=recipe.data.columns or None,
+        limit=recipe.data.limit,
+        seed=recipe.training.seed,
+    )
+    return Beginning(model, tokenizer, data, had_template=had_template)
+
+
+def _seq2seq(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
+    seed = recipe.training.seed
+    loaded = load_for_task(recipe.task_type, recipe.model, dtype, device=device, seed=seed)
+    data = prepare(
+        loaded.tokenizer,
+        recipe.data.train,
+        recipe.data.eval,
+        max_length=most_tokens(loaded.model, recipe.data.max_length),
+        columns=recipe.data.columns or None,
+        limit=recipe.data.limit,
+        seed=recipe.training.seed,
+        to_row=tokenize_pair,
+    )
+    return Beginning(
+        loaded.model,
+        loaded.tokenizer,
+        data,
+        loss=lambda model, _: LabelLoss(model, targets=True),
+        collator=LabelCollator(loaded.tokenizer.pad_token_id),
+        new_modules=loaded.new_modules,
+    )
+
+
+def _classification(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
+    one_label = recipe.task_type == "SEQ_CLS"
+    train, held, facts, notices = _labelled_samples(recipe)
+    labels = collect_labels(train, held)
+    notices += notice_labels(labels, len(train))
+    loaded = load_for_task(
+        recipe.task_type,
+        recipe.model,
+        dtype,
+        device=device,
+        labels=labels.names,
+        seed=recipe.training.seed,
+    )
+    notices.append(
+        f"trained whole and saved with the adapter: {listed(loaded.new_modules)} "
+        f"({recipe.task_type})"
+    )
+    length = most_tokens(loaded.model, recipe.data.max_length)
+    to_row = tokenize_sequence if one_label else tokenize_words
+    rows = [to_row(s, loaded.tokenizer, length, labels.number_of) for s in (*train, *held)]
+    notices += notice_unseen(rows)
+    train_rows, held_rows = rows[: len(train)], rows[len(train) :]
+    found = findings(
+        list(zip(train, train_rows, strict=True)),
+        list(zip(held, held_rows, strict=True)),
+        loaded.tokenizer,
+        length,
+        positions=length if length < recipe.data.max_length else None,
+    )
+    return Beginning(
+        loaded.model,
+        loaded.tokenizer,
+        PreparedData(train_rows, held_rows, train, held, facts, notices, found),
+        loss=lambda model, _: LabelLoss(model),
+        collator=LabelCollator(loaded.tokenizer.pad_token_id, one_label),
+        new_modules=loaded.new_modules,
+        labels=labels,
+        scorer=LabelScorer(labels.names, words=not one_label),
+    )
+
+
+def _labelled_samples(
+    recipe: Recipe,
+) -> tuple[list[LabelledSample], list[LabelledSample], list[DataFacts], list[str]]:
+    """Training and held-out samples, what they were read from, and notices."""
+    data = recipe.data
+
+    def read(sources: Any, key: str) -> tuple[list[LabelledSample], list[DataFacts]]:
+        given = sources if isinstance(sources, list) else [sources]
+        samples: list[LabelledSample] = []
+        facts = []
+        for source in given:
+            part = source if isinstance(source, Source) else Source(str(source))
+            if part.weight != 1:
+                raise InputError(
+                    f"{key}: {part.path} has a weight, which only causal language models and "
+                    "SEQ_2_SEQ_LM learn by; remove it"
+                )
+            columns = part.columns if part.columns is not None else data.columns
+            contents = read_source(part.path, full_names=len(given) > 1)
+            found = read_labelled(contents.rows, recipe.task_type, columns, data.limit)
+            samples += found
+            facts.append(DataFacts(part.path, len(found), contents.sha256))
+            notices.extend(contents.notices)
+        return samples, facts
+
+    notices: list[str] = []
+    samples, facts = read(data.train, "data.train")
+    if isinstance(data.eval, (int, float)):
+        train, held, said = hold_out(samples, data.eval, recipe.training.seed)
+        return train, held, facts, [*notices, *said]
+    held, held_facts = read(data.eval, "data.eval")
+    return samples, held, facts + held_facts, notices
