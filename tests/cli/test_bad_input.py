@@ -165,7 +165,6 @@ def test_a_merge_into_a_folder_that_is_there_is_refused_before_anything_is_loade
         (["train", "--modle", "x"], ["--modle", "--model"]),
         (["train"], ["model is missing", "output_dir is missing"]),
         (["eval", "adapter"], ["--data"]),
-        (["eval", "adapter", "--data", "x", "--metrics", "blue"], ["'blue'", "'bleu'"]),
         (["eval", "adapter", "--data", "x", "--limit", "0"], ["--limit"]),
         (["merge", "adapter"], ["--output"]),
     ],
@@ -174,6 +173,11 @@ def test_a_wrong_command_line_is_one_line_too(
     lorakit_command: Command, arguments: list[str], words: list[str]
 ):
     refused(lorakit_command(*arguments), *words)
+
+
+def test_an_unknown_metric_is_named_with_the_nearest(lorakit_command: Command, tiny_adapter: Path):
+    result = lorakit_command("eval", tiny_adapter, "--data", "x", "--metrics", "blue")
+    refused(result, "'blue'", "'bleu'")
 
 
 def test_debug_shows_the_traceback(lorakit_command: Command):
@@ -204,6 +208,7 @@ def test_a_full_disk_while_training_is_said_and_leaves_no_half_checkpoint(
     assert {path.name for path in (small_disk / "run").iterdir()} <= {
         "lorakit-run.json",
         "metrics.jsonl",
+        "monitor.jsonl",
     }
 
 

@@ -90,9 +90,12 @@ def refused(result: "subprocess.CompletedProcess[str]", *words: str) -> None:
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in DATA if c.name in FEW])
-def test_the_command_says_the_same_of_data_and_leaves_with_2(case: Case, tmp_path: Path) -> None:
-    # Of all verbs this one reads data first, before a model is loaded.
-    refused(run_lorakit(tmp_path, "eval", "adapter", "--data", case.write(tmp_path)), *case.words)
+def test_the_command_says_the_same_of_data_and_leaves_with_2(
+    case: Case, tiny_model: Path, tmp_path: Path
+) -> None:
+    given = ("--model", tiny_model, "--data", case.write(tmp_path), "--output-dir", "run")
+    refused(run_lorakit(tmp_path, "train", *given), *case.words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

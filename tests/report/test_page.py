@@ -164,7 +164,7 @@ def test_a_monitor_file_that_names_no_modules_is_left_out(tmp_path: Path, head: 
 
 
 def test_extra_keys_of_an_unknown_form_are_left_out_and_said(tmp_path: Path):
-    extra = {"warnings": "none", "data_statistics": {"train": [1]}, "advice": [{"key": 1}]}
+    extra = {"warnings": [{"a": 1}], "data_statistics": {"train": {}}, "advice": [{"key": 1}]}
     report = write_report(save_run(tmp_path / "run", **extra))
     assert [notice.split(":")[1].split()[0] for notice in report.notices] == [
         "data_statistics",

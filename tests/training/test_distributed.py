@@ -95,7 +95,10 @@ def losses(folder: Path) -> list[list[float]]:
 
 def assert_same_run(one: Path, two: Path) -> None:
     """The same curve and record but for rounding, the same files, and every tensor."""
-    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    files = [{p.name for p in folder.iterdir()} for folder in (one, two)]
+    # Where weights are spread, no process can measure an adapter or answer alone.
+    assert files[0] - files[1] <= {"monitor.jsonl", "samples.json"}
+    assert files[1] <= files[0]
     first, second = losses(one), losses(two)
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,10 @@ def started(values: dict, tmp_path: Path, *more: str) -> "subprocess.Popen[str]"
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "lorakit", "train", str(path), *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # As a terminal starts it; a shell behind `&` may have this process ignore Ctrl-C.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, preexec_fn=hears)
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -66,13 +71,13 @@ def test_going_on_behind_a_stop_gives_the_bytes_of_an_undisturbed_run(
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
-    import threading
-
+    # As in a terminal; a shell behind `&` may have set it to be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=stop_soon).start()
     with pytest.raises(lorakit.errors.LorakitError, match="stopped after step") as error:
         lorakit.train(stopped, quiet=True)
     assert error.value.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     results = [lorakit.train(stopped, resume=True, quiet=True), lorakit.train(whole, quiet=True)]
     one, two = ((r.output_dir / "adapter_model.safetensors").read_bytes() for r in results)
     assert one == two

@@ -22,7 +22,7 @@ while True:
     if child == 0:
         run.train(values, resume=True, quiet=True)
         os._exit(0)
-    deadline = time.monotonic() + moments.uniform(0.1, 2)
+    deadline = time.monotonic() + moments.uniform(0.1, 1.5)
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -40,14 +40,14 @@ while True:
 def test_whenever_a_run_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_one(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
-    values = recipe(tiny_model, rows, tmp_path / "killed", max_steps=24, save_steps=1)
+    values = recipe(tiny_model, rows, tmp_path / "killed", max_steps=40, save_steps=1)
     values["lora"]["lora_dropout"] = 0.1
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(values), "7"], capture_output=True, text=True
     )
     assert driver.returncode == 0, driver.stderr
     seen = json.loads(driver.stdout.splitlines()[-1])
-    assert seen["kills"] >= 5, seen
+    assert seen["kills"] >= 3, seen
 
     undisturbed = lorakit.train(values | {"output_dir": str(tmp_path / "undisturbed")}, quiet=True)
     name = "adapter_model.safetensors"

@@ -36,6 +36,7 @@ def test_a_run_leaves_an_adapter_its_record_its_metrics_and_its_checkpoints(
         "metrics.jsonl",
         "monitor.jsonl",
         "samples.json",
+        "report.html",
         "README.md",
         "checkpoint-4",
         "checkpoint-6",

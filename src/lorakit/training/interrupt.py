@@ -48,7 +48,9 @@ class Interrupt(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        # What is ignored already (by nohup, or a shell behind `&`) stays so.
+        heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._ask) for number in heard}
         try:
             yield
         finally:

@@ -271,7 +271,8 @@ def _named_failures(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise LorakitError(f"cannot write {folder}: {error.strerror or error}. {cure}") from error
     except RuntimeError as error:
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        # torch.save's own words for it, which differ with how far it came.
+        if any(w in str(error) for w in ("inline_container", "PytorchStreamWriter", "iostream")):
             raise LorakitError(f"cannot write {folder}: is the disk full? {cure}") from error
         raise
 
