@@ -83,7 +83,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("runs") / "orders-of-a-shop-with-a-name-that-is-long",
         layers=6,
         steps=120,
-        warnings=[{"step": 40, "name": "w", "message": "the loss rises", "cure": "w" * 300}],
+        warnings=[{"step": 40, "warning": "w", "message": "the loss rises", "cure": "w" * 300}],
     )
     save_samples(folder, [("<script>alert(1)</script>", "r" * 400, "{" * 300, "好的，" * 100)] * 3)
     return write_report(folder).path

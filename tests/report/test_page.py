@@ -81,7 +81,7 @@ def test_text_of_the_run_never_becomes_markup(tmp_path: Path):
         tmp_path / "run",
         base_model=EVIL,
         notices=[EVIL],
-        warnings=[{"step": 1, "name": EVIL, "message": EVIL, "cure": EVIL}],
+        warnings=[{"step": 1, "warning": EVIL, "message": EVIL, "cure": EVIL}],
         advice=[{"key": EVIL, "value": EVIL, "why": EVIL}],
         recipe={"model": EVIL, EVIL: {EVIL: EVIL}},
         versions={EVIL: EVIL},

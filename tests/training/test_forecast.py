@@ -7,10 +7,9 @@ import torch
 
 import lorakit
 from lorakit.training.check import check
-from lorakit.training.forecast import Forecast, forecast
+from lorakit.training.forecast import Forecast, _all_batches, forecast, planned_steps
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
-from lorakit.training.trainer import LoraTrainer
 from small_runs import lines, recipe
 
 
@@ -43,15 +42,13 @@ def test_weights_random_numbers_and_mode_are_left_as_they_were(
     values = recipe(tiny_model, rows, tmp_path / "run")
     values["lora"] |= {"lora_dropout": 0.2, "init_lora_weights": False}
     setup = set_up(load_recipe(values))
-    data = setup.data
-    trainer = LoraTrainer(setup.model, setup.arguments, data.train, data.eval, setup.batching)
+    trainer = setup.trainer()
     before = {name: p.clone() for name, p in setup.model.named_parameters()}
     random = torch.get_rng_state()
     result = forecast(trainer)
     assert 0 < result.train_seconds < result.seconds
     assert result.error > 0
-    assert result.longest_tokens >= max(map(len, data.train))
-    assert result.fits
+    assert result.longest_tokens >= max(map(len, setup.data.train))
     assert torch.equal(torch.get_rng_state(), random)
     for name, parameter in setup.model.named_parameters():
         assert torch.equal(parameter.view(torch.int32), before[name].view(torch.int32)), name
@@ -70,6 +67,25 @@ def test_a_run_with_a_forecast_gives_the_bytes_of_one_without(
     without = trained("without")
     monkeypatch.setattr("lorakit.training.run.FORECAST_FROM", 1)
     assert trained("with") == without
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_the_tokens_of_a_forecast_are_those_that_the_run_trains(
+    accumulation: int, tiny_model: Path, rows: Path, tmp_path: Path
+):
+    values = recipe(
+        *(tiny_model, rows, tmp_path / "run"),
+        max_steps=-1,
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer = set_up(load_recipe(values)).trainer()
+    steps = planned_steps(trainer.args, len(trainer.sampler))
+    lengths = [len(row) for row in trainer.train_dataset.rows]
+    forecast_tokens = sum(lengths[i] for batch in _all_batches(trainer, steps) for i in batch)
+    manifest = lorakit.train(values, quiet=True).manifest
+    assert (steps, forecast_tokens) == (manifest.steps, manifest.train_tokens)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,35 @@ def test_another_adapter_than_the_recorded_one_is_not_reproduced(
     assert [line for line in result.changed if line.startswith("torch was 1.0 and is ")]
 
 
+def test_a_run_that_went_on_with_other_values_says_so_and_is_not_made_again(
+    tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = recipe(tiny_model, rows, tmp_path / "run")
+    lorakit.train(first, quiet=True)
+    longer = recipe(tiny_model, rows, tmp_path / "run", max_steps=9)
+    with pytest.raises(InputError, match=r"max_steps was 6 and is 9.*--continue"):
+        lorakit.train(longer, resume=True, quiet=True)
+
+    # Stopped behind its last checkpoint, it is neither the old run nor finished.
+    with monkeypatch.context() as patch:
+        patch.setattr("lorakit.training.run.write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lorakit.train(longer, resume=True, accept_changes=True, quiet=True)
+    with pytest.raises(InputError, match=r"max_steps was 9 and is 6"):
+        lorakit.train(first, resume=True, quiet=True)
+
+    result = lorakit.train(longer, resume=True, quiet=True)
+    [went_on] = result.manifest.continued
+    assert went_on["step"] == 6
+    assert "training.max_steps was 6 and is 9" in went_on["changes"]
+    with pytest.raises(InputError, match="behind step 6: no one recipe makes it again"):
+        reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_changed_data_and_a_folder_without_a_record_are_refused(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):

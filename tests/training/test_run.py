@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,19 @@ def test_a_model_without_a_template_gets_a_stated_one_that_travels_with_the_adap
     result = lorakit.train(recipe(bare, rows, tmp_path / "run", max_steps=1))
     assert "no chat template" in capsys.readouterr().err
     assert "### Assistant:" in str(open_adapter(result.output_dir).tokenizer.chat_template)
+
+
+def test_plain_text_for_a_model_without_a_template_leaves_no_template(
+    tiny_model: Path, tmp_path: Path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").unlink()
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(f'{{"text": "line {n}"}}\n' for n in range(12)))
+    result = lorakit.train(recipe(folder, path, tmp_path / "run"), quiet=True)
+    assert not (result.output_dir / "chat_template.jinja").exists()
+    assert open_adapter(result.output_dir).tokenizer.chat_template is None
 
 
 def test_what_a_model_cannot_is_said_and_done_otherwise(

@@ -1,5 +1,6 @@
 """What is watched while a run goes on: measurements, warnings with a cure, early stopping."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ def test_a_run_that_learns_by_heart_is_warned_of_and_can_be_stopped_early(
     assert len(warned) == 1
     assert "early_stopping_patience=2" in warned[0]
 
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the rows are being learned by heart" in page
+    values["training"]["save_total_limit"] = 4
     values |= {"early_stopping_patience": 2, "output_dir": str(tmp_path / "stopped")}
     stopped = lorakit.train(values, quiet=True)
     losses = {
@@ -81,8 +85,22 @@ def test_a_run_that_learns_by_heart_is_warned_of_and_can_be_stopped_early(
         if "eval_loss" in line
     }
     best = min(losses, key=losses.__getitem__)
-    assert stopped.manifest.steps == best + 2 * 3 < 60
+    end = stopped.manifest.steps
+    assert end == best + 2 * 3 < 60
     assert stopped.eval_loss == pytest.approx(losses[best])
+
+    # Cut off before its end, or in the evaluation behind it, it ends in the same place.
+    for name, last in (("cut", end - 3), ("ended", end)):
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+        (tmp_path / name / "lorakit.json").unlink()
+        for checkpoint in (tmp_path / name).glob("checkpoint-*"):
+            if int(checkpoint.name.rpartition("-")[2]) > last:
+                shutil.rmtree(checkpoint)
+        values["output_dir"] = str(tmp_path / name)
+        resumed = lorakit.train(values, resume=True, quiet=True)
+        assert (resumed.manifest.steps, resumed.eval_loss) == (end, stopped.eval_loss), name
+        tensors = [tmp_path / n / "adapter_model.safetensors" for n in ("stopped", name)]
+        assert tensors[0].read_bytes() == tensors[1].read_bytes()
 
 
 def state(**values: float) -> AdapterState:

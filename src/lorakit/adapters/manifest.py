@@ -14,6 +14,11 @@ from lorakit.errors import InputError
 
 MANIFEST_NAME = "lorakit.json"
 
+# What else a run leaves beside the adapter.
+METRICS_NAME = "metrics.jsonl"
+MONITOR_NAME = "monitor.jsonl"
+SAMPLES_NAME = "samples.json"
+
 
 class Manifest(BaseModel):
     """The record of one training run.
@@ -23,7 +28,8 @@ class Manifest(BaseModel):
     the first step (after resuming, the first one then) to the last evaluation. Losses are in nats
     per supervised token on the held-out rows, None when none were held out. `advice` is what the
     recipe left out and got (key, value, why); `notices` and `warnings` are what was said before
-    and during training. A classifier has `labels` (`id2label`, `label2id`, and the training rows'
+    and during training; `continued` the steps behind which the recipe or the data changed. A
+    classifier has `labels` (`id2label`, `label2id`, and the training rows'
     `counts`), and scores (accuracy, macro F1): its own, and those of the untrained head.
     """
 
@@ -38,6 +44,8 @@ class Manifest(BaseModel):
     advice: list[dict[str, Any]] = []
     notices: list[str] = []
     warnings: list[dict[str, Any]] = []
+    continued: list[dict[str, Any]] = []
+    processes: int = 1
     steps: int
     train_seconds: float
     run_seconds: float | None = None

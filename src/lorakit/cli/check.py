@@ -40,9 +40,13 @@ def check(
 
     from rich.console import Console
 
+    from lorakit.errors import InputError, one_line
     from lorakit.training.check import check as run
     from lorakit.training.check import shown_row
+    from lorakit.training.processes import process_count
 
+    if process_count() > 1:
+        raise InputError("lorakit check looks at one process: start it without torchrun")
     console = Console(highlight=False, soft_wrap=True)
     result = run(recipe, with_forecast=forecast)
     setup = result.setup
@@ -51,12 +55,13 @@ def check(
     _show_rows(console, result.statistics)
     for finding in setup.data.findings:
         line = f"! {finding.line}" if finding.count else f"✓ no row is {finding.what}"
-        console.print(line, style="yellow" if finding.count else "", markup=False)
+        style = "yellow" if finding.count else ""
+        console.print(one_line(line), style=style, markup=False)
     trained, total = setup.model.get_nb_trainable_parameters()
     _show_modules(console, result.modules, trained, total)
     lines = [f"chosen: {advice.line}" for advice in setup.advice] + setup.notices
     for line in [*lines, *([result.forecast.line] if result.forecast else [])]:
-        console.print(line, markup=False)
+        console.print(one_line(line), markup=False)
 
 
 def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:

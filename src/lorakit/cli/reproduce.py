@@ -13,10 +13,13 @@ def reproduce(
     ] = None,
 ) -> None:
     """Train again what an adapter's record says, and compare; exit code 1 when it differs."""
+    from lorakit.training.machine import is_main_process
     from lorakit.training.reproduce import reproduce as run
 
     folder = output_dir or adapter.with_name(f"{adapter.resolve().name}-again")
     result = run(adapter, folder)
+    if not is_main_process():
+        return
     for line in result.changed:
         typer.echo(f"changed: {line}")
     for name, (before, after) in result.losses.items():

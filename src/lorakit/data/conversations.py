@@ -46,6 +46,7 @@ SHAREGPT_ROLES = {
 }
 
 _DEEPEST = 32
+_MOST_MESSAGES = 1000  # finding the answers among them takes seconds, and grows as the square
 
 
 def kind_of_value(value: object) -> str:
@@ -303,6 +304,11 @@ def exchange(question: str, answer: str) -> list[Message]:
 def check_conversation(row: Row, messages: list[Message]) -> None:
     """Refuses a conversation that nothing can be learned from. Raises InputError."""
     roles = [message["role"] for message in messages]
+    if len(roles) > _MOST_MESSAGES:
+        raise InputError(
+            f"{row.where}: {len(roles):,} messages are more than the {_MOST_MESSAGES:,} that a row "
+            "may have; divide it"
+        )
     if roles[:2] == ["system", "system"]:
         raise InputError(
             f"{row.where}: a system message in the 'system' column and in the messages; remove one"

@@ -5,6 +5,7 @@ samples, labels get their numbers, and some rows are held out. How a sample beco
 `lorakit.data.label_rows`' work, how predictions are scored `lorakit.data.scores`'.
 """
 
+import dataclasses
 import json
 import random
 import re
@@ -122,7 +123,7 @@ def _columns(row: Row, task_type: str, columns: Mapping[str, str]) -> tuple[Row,
         if all(name in values for name in form) and columns.keys() <= {*form, *_optional(form)}
     ]
     if len(fitting) == 1:
-        return Row(values, row.path, row.line), fitting[0]
+        return dataclasses.replace(row, values=values), fitting[0]
     accepted = " or ".join("+".join(form) for form in forms)
     if fitting:
         [first, *_] = fitting

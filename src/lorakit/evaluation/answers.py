@@ -6,7 +6,7 @@ What ends an answer is told in `lorakit.inference.sampling`; what it is worth, i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
 from lorakit.inference.sampling import Sampling, generate, generation_settings, prompt_tokens
@@ -22,6 +22,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
     *,
+    tools: Sequence[Sequence[dict[str, Any]]] = (),
     max_new_tokens: int = 256,
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
@@ -32,6 +33,7 @@ def generate_answers(
     batch too large for the memory fails at once. A batch runs until its longest answer ends.
 
     Args:
+        tools: of each conversation, those that the model is shown; none when left out.
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time.
         on_batch: called after each batch with the number of its answers.
@@ -40,7 +42,8 @@ def generate_answers(
         InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
     """
     settings = generation_settings(model, tokenizer, Sampling(max_new_tokens=max_new_tokens))
-    rows = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    shown = tools or [()] * len(prompts)
+    rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     device = next(model.parameters()).device
     answers = [""] * len(rows)

@@ -109,7 +109,9 @@ def evaluate(
         if encoder_decoder:
             answers = generate_targets(model, tokenizer, asked, **options)
         else:
-            answers = generate_answers(model, tokenizer, prompts, **options)
+            answers = generate_answers(
+                model, tokenizer, prompts, tools=[s.tools for s in asked], **options
+            )
         scores = {name: METRICS[name](answers, references) for name in by_answers}
         if "loss" in metrics:
             scores["loss"] = loss_of(

@@ -21,13 +21,19 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
-def prompt_tokens(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_tokens(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[int]:
     """The conversation as token ids, up to where the model's answer begins.
+
+    `tools` are the descriptions of functions that the template shows to the model.
 
     Raises:
         InputError: the chat template refuses the conversation, or there is no template.
     """
-    text = render(messages, tokenizer, add_generation_prompt=True)
+    text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
     # The template has written the special tokens, a BOS among them.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

@@ -6,9 +6,10 @@ What a causal model's tokens cost is in `loss.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lorakit.errors import InputError
 from lorakit.models.inside import base_model
 from lorakit.models.loss import IGNORE
 
@@ -27,7 +28,7 @@ class LabelLoss:
 
     def __init__(self, model: nn.Module, targets: bool = False) -> None:
         base = base_model(model)
-        self.decoder_inputs = base.prepare_decoder_input_ids_from_labels if targets else None
+        self.decoder_inputs = _shift(base) if targets else None
         self.caches = "use_cache" in inspect.signature(base.forward).parameters
 
     def __call__(
@@ -65,3 +66,23 @@ class LabelLoss:
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of `labels` the loss is taken on."""
         return (labels != IGNORE).sum()
+
+
+def _shift(model: Any) -> Callable[..., torch.Tensor]:
+    """How `model` makes a decoder's input of its labels (batch, places): one place later."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or pad is None:
+        raise InputError(
+            f"{type(model).__name__} does not say what its decoder begins with: set "
+            "decoder_start_token_id and pad_token_id in its config.json"
+        )
+
+    def shifted(labels: torch.Tensor) -> torch.Tensor:
+        inputs = labels.new_full(labels.shape, start)
+        inputs[:, 1:] = labels[:, :-1]
+        return inputs.masked_fill(inputs == IGNORE, pad)
+
+    return shifted

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lorakit.adapters.manifest import (
+    MANIFEST_NAME,
+    METRICS_NAME,
+    MONITOR_NAME,
+    SAMPLES_NAME,
+    Manifest,
+    read_manifest,
+)
 from lorakit.adapters.spectrum import Skipped, Spectrum, spectra
 from lorakit.lora.checkpoint import read_adapter, read_initial
 
 if TYPE_CHECKING:
     from lorakit.lora.config import LoraConfig
-
-METRICS_NAME = "metrics.jsonl"
-MONITOR_NAME = "monitor.jsonl"
-SAMPLES_NAME = "samples.json"
 
 _TOO_LARGE = 1e100  # sums and squares of what is below stay finite
 
@@ -47,7 +50,7 @@ class TrainingWarning(BaseModel):
     """What was noticed while the run went on, with its cure."""
 
     step: int
-    name: str
+    name: str = Field(alias="warning")
     message: str
     cure: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,11 @@ from lorakit.lora.parameter_table import ModuleKind, parameter_table
 from lorakit.training.forecast import Forecast, forecast
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import Setup, set_up
-from lorakit.training.trainer import LoraTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_BEHIND = 8  # tokens before one that are decoded with it
 _ENDLESS = 2**30  # tokens: a row is shown whole
 
 
@@ -50,20 +51,9 @@ def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
     setup = set_up(recipe)
     expected = None
     if with_forecast:
-        data = setup.data
         with TemporaryDirectory() as elsewhere, setup.fast():
             setup.arguments.output_dir = elsewhere  # Trainer makes its folder at once
-            expected = forecast(
-                LoraTrainer(
-                    setup.model,
-                    setup.arguments,
-                    data.train,
-                    data.eval,
-                    setup.batching,
-                    setup.begun.loss,
-                    setup.begun.scorer,
-                )
-            )
+            expected = forecast(setup.trainer())
     return Check(setup, setup.data.statistics(), parameter_table(setup.model), expected)
 
 
@@ -90,11 +80,14 @@ def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -
         whole: the row before cutting.
         kept: how many of its tokens are kept.
     """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     found: list[Piece] = []
     waiting: list[int] = []
     for at, (token, label) in enumerate(zip(whole.input_ids, whole.labels, strict=True)):
         waiting.append(token)
-        text = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        # Behind tokens before it: alone, a token may lose the space that it begins with.
+        before = whole.input_ids[max(0, at + 1 - len(waiting) - _BEHIND) : at + 1 - len(waiting)]
+        text = decode([*before, *waiting])[len(decode(before)) :]
         if "\ufffd" in text and len(waiting) < 8:  # half of a character: the rest follows
             continue
         state = "cut" if at >= kept else "read" if label == IGNORE else "learned"

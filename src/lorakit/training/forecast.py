@@ -20,11 +20,13 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.errors import LorakitError
-from lorakit.training.machine import memory_mb, peak_memory_mb
+from lorakit.training.machine import LESS_MEMORY, memory_mb, peak_memory_mb
 from lorakit.training.trainer import LoraTrainer
 
 TRIED, EVALUATED = 8, 3
 """Batches that are timed, of training and of the held-out rows."""
+
+TIGHT = 0.9  # of the memory: what else runs may need the rest
 
 LEAST_ERROR = 0.05  # of the time: a machine is not the same from minute to minute
 
@@ -53,19 +55,16 @@ class Forecast:
     memory_mb: float
 
     @property
-    def fits(self) -> bool:
-        """Whether the memory is enough."""
-        return self.peak_memory_mb <= self.memory_mb
-
-    @property
     def line(self) -> str:
         """The forecast as one line, with the time of day at which the run will be done."""
         end = datetime.now() + timedelta(seconds=self.seconds)
+        tight = self.peak_memory_mb > TIGHT * self.memory_mb
         done = end.strftime("%H:%M" if self.seconds < 20 * 3600 else "%d %B, %H:%M")
         return (
             f"forecast: {self.steps:,} steps and {self.evaluations} evaluations in "
             f"{_duration(self.seconds)} ± {_duration(self.error)} (done at {done}), peak memory "
             f"{self.peak_memory_mb / 1e3:.1f} of {self.memory_mb / 1e3:.0f} GB"
+            + (f", which is tight: {LESS_MEMORY}" if tight else "")
         )
 
 
@@ -96,10 +95,8 @@ def forecast(trainer: LoraTrainer) -> Forecast:
         except torch.OutOfMemoryError as error:
             tokens = sum(lengths[i] for i in largest)
             raise LorakitError(
-                f"the largest batch ({len(largest)} rows, {tokens:,} tokens) does not fit into "
-                f"{memory_mb() / 1e3:.0f} GB: lower training.per_device_train_batch_size and raise "
-                "training.gradient_accumulation_steps instead, lower data.max_length, "
-                "or set training.gradient_checkpointing=true"
+                f"the GPU's {memory_mb() / 1e3:.0f} GB are not enough for the largest batch "
+                f"({len(largest)} rows, {tokens:,} tokens) and the evaluation: {LESS_MEMORY}"
             ) from error
     train_seconds = rate * sum(lengths[i] for batch in batches for i in batch)
     seconds = train_seconds + eval_seconds * evaluations
@@ -118,13 +115,15 @@ def forecast(trainer: LoraTrainer) -> Forecast:
 
 def _all_batches(trainer: LoraTrainer, steps: int) -> list[list[int]]:
     """The batches of the whole run."""
-    wanted = steps * trainer.args.gradient_accumulation_steps
+    together = trainer.args.gradient_accumulation_steps
     batches: list[list[int]] = []
     epoch = 0
-    while len(batches) < wanted:
-        batches += trainer.sampler.plan(epoch)
+    while steps > 0:
+        # The last step of an epoch takes what is left.
+        batches += trainer.sampler.plan(epoch)[: steps * together]
+        steps -= math.ceil(len(trainer.sampler) / together)
         epoch += 1
-    return batches[:wanted]
+    return batches
 
 
 @contextmanager

@@ -22,6 +22,14 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
+LESS_MEMORY = (
+    "lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
+    "training.per_device_eval_batch_size or data.max_length, or set "
+    "training.gradient_checkpointing=true"
+)
+"""What to do where the memory is not enough."""
+
+
 def settle_in() -> None:
     """Sets threads and memory for training in this process; what the user has set stays."""
     if "OMP_NUM_THREADS" not in os.environ:

@@ -114,7 +114,7 @@ class LoraMonitor(TrainerCallback):
         A0, B0 = (torch.stack([self._start[n][i].float() for n in names]) for i in (0, 1))
         moved = torch.hypot((A - A0).norm(dim=(1, 2)), (B - B0).norm(dim=(1, 2)))
         scaling = [self._layers[name].scaling[self._adapter] for name in names]
-        update = _product_change(A, B, A0, B0) * torch.tensor(scaling, device=A.device)
+        update = _product_change(A, B, A0, B0).to(moved) * torch.tensor(scaling).to(moved)
         columns = torch.stack([self._gradient_norms(names).to(A.device), moved, update])
         return {
             name: AdapterState(gradient, change, norm, self._weight_norms[name])
@@ -122,7 +122,7 @@ class LoraMonitor(TrainerCallback):
         }
 
     def _gradient_norms(self, names: list[str]) -> torch.Tensor:
-        zero = torch.zeros(())
+        zero = torch.zeros((), device=self._start[names[0]][0].device)
         norms = []
         for name in names:
             trained = self._layers[name].adapter_tensors(self._adapter).values()
@@ -156,6 +156,8 @@ def _product_change(
     """
     if B0.any():
         # Two products that are almost the same: their difference needs float64.
+        if B.device.type == "mps":  # has no float64
+            A, B, A0, B0 = (tensor.cpu() for tensor in (A, B, A0, B0))
         L, R = torch.cat([B, -B0], dim=2).double(), torch.cat([A, A0], dim=1).double()
     else:
         L, R = B, A

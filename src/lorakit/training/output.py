@@ -12,13 +12,14 @@ from lorakit.adapters.manifest import MANIFEST_NAME, Manifest
 from lorakit.errors import InputError, listed
 
 RUN_NAME = "lorakit-run.json"
+_CONTINUED = "continued"
 
 
 def check_output(folder: Path, *, resume: bool) -> None:
     """Raises InputError unless a run may start, or with `resume` go on, in `folder`."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir: {folder} is a file")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(not _left_over(path) for path in folder.iterdir()):
         return
     if not (folder / RUN_NAME).is_file():
         raise InputError(f"output_dir: {folder} holds something else: give an empty or new folder")
@@ -36,20 +37,23 @@ def claim_output(
     data: list[dict[str, Any]],
     processes: int = 1,
     *,
+    step: int = 0,
     accept_changes: bool = False,
 ) -> list[str]:
     """Marks `folder` as this run's; when it is already, recipe and data must be the same.
 
     Args:
         processes: so many make the run, which decides how many rows a step has.
-        accept_changes: let them differ.
+        step: the one that the run goes on from.
+        accept_changes: let them differ. What differed is kept, and what had been finished no
+            longer counts as that.
 
     Returns: what differs.
 
     Raises:
         InputError: the run in `folder` had another recipe, other data or other processes.
     """
-    now = _identity(recipe, data) | {"processes": processes}
+    now = _identity(recipe, data, processes)
     path = folder / RUN_NAME
     changes: list[str] = []
     if path.is_file():
@@ -57,6 +61,7 @@ def claim_output(
             before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged: start anew in another folder") from error
+        continued = before.pop(_CONTINUED, [])
         changes = list(_differences(_as_json(before), _as_json(now)))
         if changes and not accept_changes:
             raise InputError(
@@ -66,6 +71,8 @@ def claim_output(
             )
         if not changes:
             return []
+        now[_CONTINUED] = [*continued, {"step": step, "changes": changes}]
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
     atomic.write_file(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
     return changes
 
@@ -76,14 +83,28 @@ def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> 
         raise InputError(f"the data are not those that were learned: {listed(changes, 4)}")
 
 
-def same_run(manifest: Manifest, recipe: dict[str, Any], data: list[dict[str, Any]]) -> bool:
-    """Whether the finished run of `manifest` had this recipe and these data."""
-    before = _identity(manifest.recipe, manifest.data)
-    return not any(_differences(_as_json(before), _as_json(_identity(recipe, data))))
+def same_run(
+    manifest: Manifest, recipe: dict[str, Any], data: list[dict[str, Any]], processes: int
+) -> bool:
+    """Whether the finished run of `manifest` had this recipe, these data and processes."""
+    before = _identity(manifest.recipe, manifest.data, manifest.processes)
+    return not any(_differences(_as_json(before), _as_json(_identity(recipe, data, processes))))
 
 
-def _identity(recipe: dict[str, Any], data: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"recipe": {k: v for k, v in recipe.items() if k != "output_dir"}, "data": data}
+def read_continued(folder: Path) -> list[dict[str, Any]]:
+    """The steps from which the run in `folder` went on with other values, and what changed."""
+    path = folder / RUN_NAME
+    return json.loads(path.read_text(encoding="utf-8")).get(_CONTINUED, [])
+
+
+def _identity(recipe: dict[str, Any], data: list[dict[str, Any]], processes: int) -> dict[str, Any]:
+    kept = {k: v for k, v in recipe.items() if k != "output_dir"}
+    return {"recipe": kept, "data": data, "processes": processes}
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a kill has left `path`, a file that was still being written (`atomic.py`)."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _as_json(values: dict[str, Any]) -> Any:

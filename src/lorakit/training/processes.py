@@ -82,13 +82,13 @@ def first_to_fail() -> bool:
         return False
 
 
-def require_same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
-    """Raises InputError unless all processes of the run see this checkpoint in `folder`."""
+def require_same_view(found: str | None, folder: Path) -> None:
+    """Raises InputError unless all processes of the run have `found` the same in `folder`."""
     if process_count() == 1:
         return
     from accelerate.utils import gather_object
 
-    names: list[Any] = gather_object([checkpoint and checkpoint.name])
+    names: list[Any] = gather_object([found])
     if len(set(names)) > 1:
         seen = ", ".join(f"process {i} sees {name or 'none'}" for i, name in enumerate(names))
         raise InputError(

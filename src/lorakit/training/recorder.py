@@ -13,7 +13,6 @@ from lorakit.errors import LorakitError
 from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import Counts
 
-METRICS_NAME = "metrics.jsonl"
 _KEPT = ("loss", "grad_norm", "learning_rate")
 
 

@@ -58,6 +58,11 @@ def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = Fals
         raise InputError(
             f"{adapter} has no {MANIFEST_NAME}: only what lorakit trained can be run again"
         )
+    if before.continued:
+        raise InputError(
+            f"{adapter} went on with another recipe or other data behind step "
+            f"{before.continued[0]['step']}: no one recipe makes it again"
+        )
     _, old = read_adapter(adapter)
     recipe = load_recipe({**before.recipe, "output_dir": str(output_dir)})
     after = train(recipe, quiet=quiet, expected_data=before.data).manifest
@@ -86,6 +91,8 @@ def _changed(before: Manifest, after: Manifest) -> list[str]:
         for name, version in before.versions.items()
         if now.get(name) != version
     ]
+    if before.processes != after.processes:
+        changed.append(f"it had {before.processes} processes and has {after.processes}")
     if before.base_fingerprint != after.base_fingerprint:
         changed.append(f"{before.base_model} has other weights than it had")
     return changed

@@ -11,31 +11,44 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit import atomic
-from lorakit.adapters.manifest import Manifest, read_manifest, write_manifest
+from lorakit.adapters.manifest import (
+    METRICS_NAME,
+    MONITOR_NAME,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.data.templates import template_sha256
-from lorakit.errors import LorakitError
-from lorakit.lora import LoraModel
+from lorakit.errors import LorakitError, one_line
 from lorakit.models.loss import SupervisedLoss
 from lorakit.report.page import write_report
+from lorakit.training.early_stopping import EarlyStopping, stopped_before
 from lorakit.training.forecast import forecast, planned_steps
 from lorakit.training.interrupt import Interrupt
-from lorakit.training.machine import is_main_process, peak_memory_mb
-from lorakit.training.output import check_output, claim_output, require_data, same_run
-from lorakit.training.processes import join, require_same_checkpoint
+from lorakit.training.machine import LESS_MEMORY, is_main_process, memory_mb, peak_memory_mb
+from lorakit.training.output import (
+    check_output,
+    claim_output,
+    read_continued,
+    require_data,
+    same_run,
+)
+from lorakit.training.processes import join, require_same_view
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
-from lorakit.training.recorder import METRICS_NAME, Recorder
+from lorakit.training.recorder import Recorder
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation, last_checkpoint
-from lorakit.training.watch import MONITOR_NAME, Watch
+from lorakit.training.watch import Watch
 
 FORECAST_FROM = 200
 """Optimiser steps of a run that is worth the few that a forecast takes."""
@@ -91,34 +104,29 @@ def train(
         check_output(folder, resume=resume)
 
     setup = set_up(recipe)
-    now = setup.recipe.to_dict(), setup.data_facts
-    if resume and (finished := read_manifest(folder)) and same_run(finished, *now):
-        _say(console, [f"{folder} is finished already: nothing is left to do"])
-        return TrainResult(folder, finished)
+    now = setup.recipe.to_dict(), setup.data_facts, setup.arguments.world_size
     if expected_data is not None:
         require_data(expected_data, setup.data_facts)
-    if main:
-        processes = setup.arguments.world_size
-        changes = claim_output(folder, *now, processes, accept_changes=accept_changes)
-        _say(console, (f"goes on although it changed: {change}" for change in changes))
-
     checkpoint = last_checkpoint(folder) if resume else None
     if resume:
-        require_same_checkpoint(checkpoint, folder)
+        finished = read_manifest(folder)
+        finished = finished if finished and same_run(finished, *now) else None
+        last = checkpoint.name if checkpoint else None
+        require_same_view("the finished run" if finished else last, folder)
+        if finished:
+            _say(console, [f"{folder} is finished already: nothing is left to do"])
+            return TrainResult(folder, finished)
+    if main:
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        changes = claim_output(folder, *now, step=step, accept_changes=accept_changes)
+        _say(console, (f"goes on although it changed: {change}" for change in changes))
+    if resume:
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
     _say(console, _description(setup))
     metrics = StepLines(folder / METRICS_NAME, writes=main)
     with _named_failures(folder):
-        trainer = LoraTrainer(
-            setup.model,
-            setup.arguments,
-            setup.data.train,
-            setup.data.eval,
-            setup.batching,
-            setup.begun.loss,
-            setup.begun.scorer,
-        )
+        trainer = setup.trainer()
         loss = trainer.supervised_loss
         if isinstance(loss, SupervisedLoss) and loss.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
@@ -126,7 +134,7 @@ def train(
             if checkpoint is None and _long(trainer):
                 _say(console, [forecast(trainer).line])
             began = time.perf_counter()
-            base, tuned = _fit(trainer, setup.model, checkpoint)
+            base, tuned = _fit(trainer, setup, checkpoint)
         seconds = time.perf_counter() - began
         manifest = _manifest(setup, trainer, base, tuned, metrics, seconds)
         if main and setup.own_template:  # so that chat and serve use the same
@@ -134,9 +142,9 @@ def train(
         # All processes help to gather what is spread.
         setup.model.save_pretrained(folder, is_main_process=main)
         if main:
-            if not trainer.is_spread:
-                write_samples(folder, setup)
             write_manifest(folder, manifest)  # its presence says that the run is finished
+            if not trainer.is_spread:
+                _say(console, write_samples(folder, setup))
             _say(console, write_report(folder).notices)
     return TrainResult(folder, manifest)
 
@@ -156,7 +164,7 @@ def _callbacks(
         measured = StepLines(metrics.path.with_name(MONITOR_NAME), writes=metrics.writes)
         looking.append(Watch(setup.model, measured, metrics, lambda line: _say(console, [line])))
     if patience := setup.recipe.early_stopping_patience:
-        looking.append(EarlyStoppingCallback(patience))
+        looking.append(EarlyStopping(patience))
     trainer.remove_callback(PrinterCallback)
     for callback in (*looking, interrupt, SaveAfterEvaluation()):
         trainer.add_callback(callback)
@@ -176,10 +184,14 @@ def _long(trainer: LoraTrainer) -> bool:
 
 
 def _fit(
-    trainer: LoraTrainer, model: LoraModel, checkpoint: Path | None
+    trainer: LoraTrainer, setup: Setup, checkpoint: Path | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    patience = setup.recipe.early_stopping_patience
+    if checkpoint and patience and stopped_before(checkpoint, trainer.args, patience):
+        trainer.take_up(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if not trainer.held_out:
         return {}, {}
     last: dict[str, float] = next(
@@ -189,7 +201,7 @@ def _fit(
         tuned = last
     else:
         tuned = trainer.evaluate()
-    with model.disable_adapter():
+    with setup.model.disable_adapter():
         base = trainer.held_out_scores()
     return base, {name: tuned[f"eval_{name}"] for name in base}
 
@@ -238,6 +250,8 @@ def _manifest(
         advice=[asdict(advice) for advice in setup.advice],
         notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],
         warnings=[line for line in metrics.read() if "warning" in line],
+        continued=read_continued(Path(setup.recipe.output_dir)),
+        processes=setup.arguments.world_size,
         steps=trainer.state.global_step,
         train_seconds=round(counts.seconds, 2),
         run_seconds=round(run_seconds, 2),
@@ -259,7 +273,7 @@ def _manifest(
 
 def _say(console: Console, lines: Iterable[str]) -> None:
     for line in lines:
-        console.print(line, markup=False)
+        console.print(one_line(line), markup=False)
 
 
 @contextmanager
@@ -270,6 +284,11 @@ def _named_failures(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise LorakitError(f"cannot write {folder}: {error.strerror or error}. {cure}") from error
+    except torch.OutOfMemoryError as error:
+        raise LorakitError(
+            f"the GPU's {memory_mb() / 1e3:.0f} GB are not enough: {LESS_MEMORY}. "
+            "What is saved can be gone on with by --continue"
+        ) from error
     except RuntimeError as error:
         # torch.save's own words for it, which differ with how far it came.
         if any(w in str(error) for w in ("inline_container", "PytorchStreamWriter", "iostream")):

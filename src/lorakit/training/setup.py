@@ -30,6 +30,7 @@ from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
 from lorakit.training.sharded import asks_to_spread, check_fsdp
 from lorakit.training.tasks import Beginning, begin
+from lorakit.training.trainer import LoraTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ class Setup:
         recipe: with what it left out filled in, as `advice` says.
         begun: what the task decides: loss, scores, labels.
         base_fingerprint: of the base model's weights.
-        own_template: the chat template that was put on a tokenizer without one, else None.
+        own_template: the chat template that was put on a tokenizer without one, where rows needed
+            it, else None.
         notices: lines for the user.
     """
 
@@ -64,6 +66,19 @@ class Setup:
     def data_facts(self) -> list[dict[str, Any]]:
         """The files that were read, as plain JSON types."""
         return [asdict(fact) for fact in self.data.facts]
+
+    def trainer(self) -> LoraTrainer:
+        """What trains the model on the rows."""
+        data, begun = self.data, self.begun
+        return LoraTrainer(
+            self.model,
+            self.arguments,
+            data.train,
+            data.eval,
+            self.batching,
+            begun.loss,
+            begun.scorer,
+        )
 
     @contextmanager
     def fast(self) -> Iterator[None]:
@@ -102,6 +117,8 @@ def set_up(recipe: Recipe) -> Setup:
         wish = False
     compiled, notice = choose(wish, adapted, _tokens_to_train(data, batching, arguments))
     notices += [notice] if notice else []
+    if recipe.early_stopping_patience:
+        notices.append("early stopping: saved whenever it is evaluated, and the best is kept")
     return Setup(
         recipe=recipe,
         advice=advice,
@@ -113,7 +130,7 @@ def set_up(recipe: Recipe) -> Setup:
         batching=batching,
         compiled=compiled,
         base_fingerprint=base_fingerprint,
-        own_template=None if begun.had_template else str(tokenizer.chat_template),
+        own_template=None if begun.had_template else tokenizer.chat_template,
         notices=[*data.notices, *notices],
     )
 
@@ -142,7 +159,9 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
     if recipe.early_stopping_patience:
         # The best weights must have been saved when they were evaluated.
         every = values.get("eval_steps") or values["logging_steps"]
-        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        values["load_best_model_at_end"] = True
+        if "metric_for_best_model" not in values:
+            values |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
         values |= {"save_strategy": values["eval_strategy"], "save_steps": every}
     if values.get("deepspeed") and not find_spec("deepspeed"):
         raise InputError("training.deepspeed needs DeepSpeed: pip install deepspeed")

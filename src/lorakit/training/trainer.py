@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerCallback, TrainerControl
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
@@ -150,7 +150,8 @@ class LoraTrainer(Trainer):
             found = self.sums_of_held_out(batches[mine % len(batches)])
             if mine < len(batches):
                 sums += found
-        sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        if processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         total, count = sums[:2].tolist()
         return {"loss": total / count} | (self.scorer.scores(sums[2:]) if self.scorer else {})
 
@@ -167,7 +168,7 @@ class LoraTrainer(Trainer):
                 counts = self.scorer.count(logits.argmax(-1), batch["labels"])
             else:
                 total, count = loss(self.model, batch)
-        return torch.cat([torch.stack([total.double().cpu(), count.double().cpu()]), counts])
+        return torch.cat([torch.stack([total.cpu().double(), count.cpu().double()]), counts])
 
     def evaluate(
         self,
@@ -296,6 +297,12 @@ class LoraTrainer(Trainer):
         config, tensors = read_adapter(folder)
         parameters = adapter_parameters(wrapped.get_base_model(), name, config.bias)
         load_tensors(parameters, tensors, folder)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """State, counts and best weights of a run that had ended when `checkpoint` was written."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        vars(self.counts).update(json.loads((checkpoint / _COUNTS).read_text()))
+        self._load_best_model()
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -18,8 +18,6 @@ from lorakit.lora.model import LoraModel
 from lorakit.training.monitor import AdapterState, LoraMonitor
 from lorakit.training.step_lines import StepLines
 
-MONITOR_NAME = "monitor.jsonl"
-
 EXPLODES = 10.0  # times the median of the gradients before
 SEEN_BEFORE = 5  # gradients that make a median worth comparing with
 STILL = 1e-7  # of the frozen weight's norm, which float32 adds without a trace
