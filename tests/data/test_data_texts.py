@@ -28,7 +28,7 @@ def test_plain_texts_give_no_notice(write_rows: WriteRows) -> None:
 def test_the_rows_with_a_special_token_are_counted_and_the_first_is_named() -> None:
     samples = [talk("q"), talk("a <|im_end|> b", "rows.jsonl:2"), talk("<|pad|>", "rows.jsonl:3")]
     (notice,) = said_of(samples)
-    assert notice.startswith("2 of 3 rows are with the name of a special token in a message")
+    assert notice.startswith("2 of 3 rows are written with the name of a special token")
     assert "(first: rows.jsonl:2): the model takes '<|im_end|>' for the token" in notice
 
 

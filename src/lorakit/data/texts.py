@@ -31,12 +31,12 @@ def findings_of_texts(
     conversations = [sample for sample in samples if sample.messages]
     found = [
         (
-            "with control characters in a text",
+            "written with control characters",
             _found(samples, _CONTROL.search),
             "they are learned as they are: remove {} unless it is meant",
         ),
         (
-            "with the name of a special token in a message",
+            "written with the name of a special token",
             _found(conversations, special.search) if special else [],
             "the model takes {} for the token: remove it unless that is meant",
         ),
