@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from plain_adapters import KINDS, save_adapter, updates
 from lorakit.adapters.export.vllm import export_vllm
 from lorakit.errors import InputError
+from plain_adapters import KINDS, save_adapter, updates
 
 
 @pytest.mark.parametrize("kind", KINDS)

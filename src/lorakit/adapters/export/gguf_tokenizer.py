@@ -105,7 +105,7 @@ def _token_types(
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece's scores: the pair with the largest is joined first, so it is minus the rank."""
+    """SentencePiece's scores: the largest is joined first, so they are the ranks' negatives."""
     rank: dict[str, int] = {}
     for place, pair in enumerate(merges):
         rank.setdefault("".join(pair), place)
@@ -129,8 +129,8 @@ def _pre_tokenizer(rules: dict[str, Any], family: Family, model: str) -> str:
     name = names.get(tuple(step for step in map(_step, steps) if step))
     if name is None or whole_first != (name in ("llama-bpe", "tekken", "glm4")):
         raise InputError(
-            f"the tokenizer of {model} cuts text into words by a rule that lorakit has no llama.cpp "
-            "name for: lorakit merge, then llama.cpp's convert_hf_to_gguf.py"
+            f"the tokenizer of {model} cuts text into words by a rule that lorakit has no "
+            "llama.cpp name for: lorakit merge, then llama.cpp's convert_hf_to_gguf.py"
         )
     return name
 
