@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from command import Command
 
@@ -32,11 +30,7 @@ def test_every_target_is_written_and_its_command_shown(
     [
         (["--to", "onnx", "-o", "x"], "'onnx' is not one of 'gguf', 'ollama', 'vllm', 'mlx'"),
         (["--to", "vllm", "-o", "x", "--merged"], "--merged has no effect with --to vllm"),
-        (["--to", "mlx", "-o", "x", "--dtype", "float16"], "--dtype has no effect"),
-        (["--to", "gguf", "-o", "x.gguf", "--system", "hi"], "--system has no effect"),
         (["--to", "gguf", "-o", "x"], "a GGUF file's name ends in .gguf"),
-        (["--to", "gguf", "-o", "x.gguf", "--dtype", "q4"], "--dtype of an adapter must be"),
-        (["--to", "vllm", "-o", "."], "already exists"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(
@@ -50,7 +44,7 @@ def test_what_cannot_be_exported_is_one_line(
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_damaged_adapter_and_a_file_of_nobodys_are_one_line(
+def test_a_damaged_adapter_is_one_line(
     lorakit_command: Command, tiny_adapter: Path, tmp_path: Path
 ):
     broken = Path(shutil.copytree(tiny_adapter, tmp_path / "broken"))
@@ -59,7 +53,3 @@ def test_a_damaged_adapter_and_a_file_of_nobodys_are_one_line(
     result = lorakit_command("export", broken, "--to", "gguf", "-o", "a.gguf")
     assert result.returncode == 2
     assert "damaged or cut off" in result.stderr
-    save_file({"weight": torch.ones(2)}, tmp_path / "w.safetensors")
-    result = lorakit_command("import", "w.safetensors", "-o", "out", "--base", "nowhere")
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1

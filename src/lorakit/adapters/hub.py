@@ -18,6 +18,7 @@ from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME, read_adapter
 from lorakit.lora.config import CONFIG_NAME
+from lorakit.models.names import ALIASES
 
 FILES = (
     CONFIG_NAME,
@@ -67,10 +68,10 @@ def selection(adapter: str | Path, with_record: bool = False) -> Selection:
         what = "is uploaded, and" if with_record else "stays here (--with-record uploads it), as it"
         notices.append(f"{MANIFEST_NAME} {what} names the recipe and the data: {paths}")
     base = config.base_model_name_or_path or ""
-    if Path(base).is_absolute() or Path(base).exists():
+    if base in ALIASES or Path(base).is_absolute() or Path(base).exists():
+        what = "lorakit's alias" if base in ALIASES else "a path of this machine"
         notices.append(
-            f"{CONFIG_NAME} names the base model by a path of this machine, {base}: nobody else "
-            "finds it there"
+            f"{CONFIG_NAME} names the base model by {what}, {base}: others do not find it by that"
         )
     return Selection(files, tuple(left_out), tuple(notices))
 
@@ -163,6 +164,9 @@ def _require_name(repo: str) -> None:
 @contextmanager
 def _named_failures(what: str) -> Iterator[None]:
     """Turns what the hub or the network refuses into one line."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
     try:
         yield
     except (LorakitError, KeyboardInterrupt):
@@ -171,7 +175,7 @@ def _named_failures(what: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         lines = str(error).strip().splitlines()
         reason = (lines[0] if lines else type(error).__name__)[:200]
+        if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+            reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub does not answer"
         cure = "; log in: hf auth login" if status == 401 else ""
-        if type(error).__name__ == "OfflineModeIsEnabled":
-            reason, cure = "HF_HUB_OFFLINE is set", ""
         raise LorakitError(f"{what}: {reason}{cure}") from error

@@ -7,6 +7,7 @@ named in `keys` in the last `num_layers` layers (`mlx_lm/tuner/utils.py`).
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.export.gguf_adapter import read_base_config
-from lorakit.adapters.export.plain import Pair, PlainAdapter, read_plain
+from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain
 from lorakit.errors import InputError, listed
 from lorakit.models.names import resolve
 
@@ -83,7 +84,10 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
     with atomic.new_folder(output) as folder:
         atomic.write_file(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "mlx"}))
         atomic.write_file(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
-    command = f"mlx_lm.generate --model {plain.base_model} --adapter-path {output} --prompt …"
+    command = (
+        f"mlx_lm.generate --model {shlex.quote(found_at(plain.base_model))} "
+        f"--adapter-path {shlex.quote(str(output))} --prompt …"
+    )
     return MlxExport(str(output), r, scale, len(plain.pairs), command, plain.notices)
 
 

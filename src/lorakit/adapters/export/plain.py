@@ -16,6 +16,7 @@ from lorakit.adapters.manifest import read_manifest
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
+from lorakit.models.names import ALIASES, resolve
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -86,6 +87,11 @@ def read_plain(folder: str | Path, target: str, base: str | None = None) -> Plai
     if not pairs:
         raise InputError(f"{folder} holds no pair of matrices A and B")
     return PlainAdapter(config, pairs, name, notices)
+
+
+def found_at(base_model: str) -> str:
+    """The base model's name as other programs find it: an alias is lorakit's own word."""
+    return str(resolve(base_model).path) if base_model in ALIASES else base_model
 
 
 def _require_plain(

@@ -16,12 +16,11 @@ import torch
 from torch.nn.functional import pad
 
 from lorakit import atomic
-from lorakit.adapters.export.plain import Pair, read_plain
+from lorakit.adapters.export.plain import Pair, found_at, read_plain
 from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.models.names import ALIASES, resolve
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # what vLLM's models name as adaptable
@@ -76,13 +75,10 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
         template = Path(adapter) / TEMPLATE_NAME
         if template.is_file():
             shutil.copyfile(template, folder / TEMPLATE_NAME)
-    served = (
-        str(resolve(plain.base_model).path) if plain.base_model in ALIASES else plain.base_model
-    )
     name = f"{Path(output).name}={output}"
     command = (
-        f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules {shlex.quote(name)} "
-        f"--max-lora-rank {r}"
+        f"vllm serve {shlex.quote(found_at(plain.base_model))} --enable-lora "
+        f"--lora-modules {shlex.quote(name)} --max-lora-rank {r}"
     )
     return VllmExport(str(output), r, len(plain.pairs), command, plain.notices)
 
