@@ -1,11 +1,21 @@
 """Tiny models of every family that lorakit writes as GGUF, with a tokenizer that has merges."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     Glm4Config,
     Glm4ForCausalLM,
@@ -36,6 +46,11 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 RULES: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": lambda: pre_tokenizers.Sequence(
@@ -43,8 +58,9 @@ RULES: dict[str, Callable[[], Any]] = {
     ),
     "qwen2": lambda: _split(_WORDS.replace("{1,3}", "")),
     "dbrx": lambda: _split(_WORDS),
+    "tekken": lambda: _split(_TEKKEN),
 }
-"""Rules that cut text into words, by llama.cpp's names."""
+"""Rules that cut text into words."""
 
 
 def _byte_level(use_regex: bool) -> Any:
@@ -76,6 +92,53 @@ def merging_tokenizer(rule: str = "gpt-2", **options: Any) -> PreTrainedTokenize
         pad_token="<|endoftext|>",
         chat_template=CHATML,
     )
+
+
+def piece_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE over characters with bytes for those it lacks, as SentencePiece makes for Llama 2."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    learner.train_from_iterator(TEXTS[:2], trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*first, *sorted(learned["vocab"], key=learned["vocab"].get)]
+    model = models.BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in learned["merges"]],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "gpt-2": lambda: merging_tokenizer("gpt-2"),
+    "smollm": lambda: merging_tokenizer("smollm"),
+    "qwen2": lambda: merging_tokenizer("qwen2"),
+    "dbrx": lambda: merging_tokenizer("dbrx"),
+    "llama-bpe": lambda: merging_tokenizer("dbrx", ignore_merges=True),
+    "tekken": lambda: merging_tokenizer("tekken", ignore_merges=True),
+    "default": piece_tokenizer,
+}
+"""A tokenizer of every kind, by llama.cpp's name for the rule that cuts its words."""
 
 
 _SIZES: dict[str, Any] = {
@@ -130,7 +193,7 @@ UNREAD = ("glm", "glm4", "llama with biases", "llama 3")
 """What transformers does not read from GGUF, or without biases or rotary factors."""
 
 
-def save_family(folder: Path, family: str) -> Path:
+def save_family(folder: Path, family: str, tokenizer: str = "gpt-2") -> Path:
     """Writes a random model of the family, in float32; its norms and biases are random too."""
     torch.manual_seed(0)
     model = FAMILIES[family]()
@@ -140,5 +203,5 @@ def save_family(folder: Path, family: str) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
                 assert "norm" in name or "ln_" in name or name.endswith("bias")
     model.save_pretrained(folder)
-    merging_tokenizer().save_pretrained(folder)
+    TOKENIZERS[tokenizer]().save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """GGUF files read back are what was exported, and whoever knows the format computes the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gguf_models import FAMILIES, RULES, TEXTS, UNREAD, merging_tokenizer, save_family
+from gguf_models import FAMILIES, TEXTS, TOKENIZERS, UNREAD, merging_tokenizer, save_family
 from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
 from lorakit.adapters.export.gguf_model import export_gguf_model, write_gguf
 from lorakit.adapters.open import open_adapter
@@ -151,12 +152,29 @@ def test_the_model_file_has_the_tokenizer(tmp_path: Path):
     assert value(path, "glm4.block_count") == 2
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", TOKENIZERS)
 def test_the_rule_that_cuts_words_is_known_by_llama_cpps_name(rule: str, tmp_path: Path):
-    base = save_family(tmp_path / "base", "llama")
-    merging_tokenizer(rule).save_pretrained(base)
+    base = save_family(tmp_path / "base", "llama", rule)
     write_gguf(base, tmp_path / "base.gguf", "float32", "base")
     assert value(tmp_path / "base.gguf", "tokenizer.ggml.pre") == rule
+    kind = "llama" if rule == "default" else "gpt2"
+    assert value(tmp_path / "base.gguf", "tokenizer.ggml.model") == kind
+
+
+def test_pieces_have_scores_bytes_and_a_space_in_front(tmp_path: Path):
+    base = save_family(tmp_path / "base", "llama", "default")
+    path = tmp_path / "base.gguf"
+    write_gguf(base, path, "float32", "base")
+    tokens = value(path, "tokenizer.ggml.tokens")
+    types = value(path, "tokenizer.ggml.token_type")
+    scores = dict(zip(tokens, value(path, "tokenizer.ggml.scores"), strict=True))
+    assert types[0] == gguf.TokenType.UNKNOWN
+    assert types[3:259] == [gguf.TokenType.BYTE] * 256
+    assert types.count(gguf.TokenType.UNUSED) == 320 - len(AutoTokenizer.from_pretrained(base))
+    merges = json.loads((base / "tokenizer.json").read_text())["model"]["merges"]
+    assert [scores["".join(pair)] for pair in merges[:3]] == [0, -1, -2]
+    assert value(path, "tokenizer.ggml.add_space_prefix") is True
+    assert value(path, "tokenizer.ggml.add_bos_token") is True
 
 
 def test_a_rule_without_a_known_name_is_refused(tmp_path: Path):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from gguf_models import FAMILIES, TEXTS, save_family
+from gguf_models import FAMILIES, TEXTS, TOKENIZERS, save_family
 from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
 from lorakit.adapters.export.gguf_model import export_gguf_model, write_gguf
 from lorakit.adapters.open import open_adapter
@@ -73,6 +74,18 @@ def test_a_tiny_model_of_every_family(family: str, tmp_path: Path):
         base, tmp_path / "adapter", r=3, lora_alpha=5, target_modules="all-linear"
     )
     compare(base, adapter, tmp_path, list(TEXTS))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_kind_of_tokenizer_reads_the_same_tokens(kind: str, tmp_path: Path):
+    base = save_family(tmp_path / "base", "llama", kind)
+    write_gguf(base, tmp_path / "base.gguf", "float32", "base")
+    engine = llama_cpp.Llama(str(tmp_path / "base.gguf"), vocab_only=True, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    more = ["  two  spaces\n\n\nand 3.14, 2026 don't WE'LL", "a", "\t\tx = y[1:2]\r\n", "éÀ කාල"]
+    for text in (*TEXTS, *more):
+        assert engine.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
+    engine.close()
 
 
 @pytest.mark.slow
