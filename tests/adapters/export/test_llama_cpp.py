@@ -1,9 +1,11 @@
 """llama.cpp itself answers as base + adapter do here, with either of the two GGUF forms."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -86,6 +88,21 @@ def test_every_kind_of_tokenizer_reads_the_same_tokens(kind: str, tmp_path: Path
     for text in (*TEXTS, *more):
         assert engine.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
     engine.close()
+
+
+def test_q8_0_is_what_llama_cpp_itself_makes_of_the_float32_file(tmp_path: Path):
+    base = save_family(tmp_path / "base", "llama")
+    write_gguf(base, tmp_path / "wide.gguf", "float32", "base")
+    write_gguf(base, tmp_path / "ours.gguf", "q8_0", "base")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, 1
+    wide, theirs = (str(tmp_path / name).encode() for name in ("wide.gguf", "theirs.gguf"))
+    assert llama_cpp.llama_model_quantize(wide, theirs, ctypes.byref(settings)) == 0
+    own, other = (
+        {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+        for path in (tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+    )
+    assert own == other
 
 
 @pytest.mark.slow

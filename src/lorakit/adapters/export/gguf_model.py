@@ -7,6 +7,7 @@ the file is written tensor by tensor, so that no more than one of them is in mem
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -74,11 +75,13 @@ def export_gguf_model(
     recorded = manifest.base_model if manifest else read_config(adapter).base_model_name_or_path
     if name := base or recorded:  # what cannot be written is said before anything is merged
         family_of(read_base_config(resolve(name)), name)
-    parent = Path(output).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{Path(output).name}.", dir=parent) as folder:
+    with (
+        atomic.replacing_file(output) as path,
+        TemporaryDirectory(prefix=f".{Path(output).name}.", dir=path.parent) as folder,
+    ):
         merge(adapter, Path(folder) / "merged", base=base, dtype="float32")
-        return write_gguf(Path(folder) / "merged", output, dtype, name or str(adapter))
+        report = write_gguf(Path(folder) / "merged", path, dtype, name or str(adapter))
+    return replace(report, output=str(output))
 
 
 def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufExport:
@@ -86,7 +89,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufE
 
     Args:
         dtype: one of `DTYPES`.
-        name: what the model is called in messages.
+        name: what the model is called, in messages too.
 
     Raises:
         InputError: its architecture or tokenizer has no known form in llama.cpp.
@@ -99,7 +102,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufE
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(Path(output).stem)
+        writer.add_name(Path(name).name)
         add_hyperparameters(writer, family, config)
         writer.add_file_type(_FILE_TYPES[dtype])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
