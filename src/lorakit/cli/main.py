@@ -15,6 +15,9 @@ from lorakit.cli.chat import chat
 from lorakit.cli.check import check
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
+from lorakit.cli.export import export
+from lorakit.cli.hub import pull, push
+from lorakit.cli.import_adapter import import_adapter
 from lorakit.cli.merge import merge
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
@@ -43,6 +46,10 @@ app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)
 app.command()(merge)
+app.command()(export)
+app.command("import")(import_adapter)
+app.command()(push)
+app.command()(pull)
 app.command()(reproduce)
 app.command()(demo)
 

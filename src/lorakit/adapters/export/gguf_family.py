@@ -1,0 +1,178 @@
+"""Which models can be written as GGUF, and what of theirs is called and laid out otherwise there.
+
+Names come from the `gguf` package's own tables. What a table does not say is here: rotary halves
+that llama.cpp wants interleaved, GPT-2's transposed weights, hyperparameters, and what llama.cpp
+computes otherwise than transformers, which is refused or named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import torch
+
+from lorakit.errors import InputError, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one of transformers' model types stands in llama.cpp.
+
+    `interleaves` is whether llama.cpp rotates neighbouring pairs where transformers rotates
+    halves, so that the rows of the query and key projections change places.
+    """
+
+    arch: gguf.MODEL_ARCH
+    activations: tuple[str, ...] = ("silu",)
+    interleaves: bool = False
+
+    @property
+    def name(self) -> str:
+        """llama.cpp's word for it."""
+        return str(gguf.MODEL_ARCH_NAMES[self.arch])
+
+
+FAMILIES = {
+    "llama": Family(gguf.MODEL_ARCH.LLAMA, interleaves=True),  # SmolLM2 too
+    "mistral": Family(gguf.MODEL_ARCH.LLAMA, interleaves=True),
+    "qwen2": Family(gguf.MODEL_ARCH.QWEN2),
+    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
+    "gpt2": Family(gguf.MODEL_ARCH.GPT2, ("gelu_new", "gelu_pytorch_tanh")),
+    "glm": Family(gguf.MODEL_ARCH.CHATGLM),
+    "glm4": Family(gguf.MODEL_ARCH.GLM4),
+}
+"""By `config.model_type`."""
+
+_TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2's Conv1D
+
+
+def family_of(config: PreTrainedConfig, model: str) -> Family:
+    """The family of a model with this configuration.
+
+    Raises:
+        InputError: it is of none, or computes something that llama.cpp does not.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise InputError(
+            f"{model} is a {config.model_type} model, which lorakit cannot write as GGUF: it knows "
+            f"{listed(FAMILIES)}. llama.cpp's own convert_hf_to_gguf.py may: merge first"
+        )
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")
+    unlike = [
+        f"the activation {activation}" if activation not in family.activations else "",
+        "scale_attn_by_inverse_layer_idx"
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False)
+        else "",
+        f"the rotary scaling {_rope_type(config)}" if not _rotates_alike(config, family) else "",
+    ]
+    if found := [what for what in unlike if what]:
+        raise InputError(f"{model} uses {found[0]}, which llama.cpp does not for {family.name}")
+    return family
+
+
+def tensor_name(family: Family, config: PreTrainedConfig, name: str) -> str:
+    """llama.cpp's name for the tensor `name` (`model.layers.0.self_attn.q_proj.weight`).
+
+    Raises:
+        InputError: there is no such tensor in llama.cpp's model.
+    """
+    table = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+    found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise InputError(
+            f"{name} has no place in llama.cpp's {family.name} with {config.num_hidden_layers} "
+            "layers: is the adapter for another base model?"
+        )
+    return str(found)
+
+
+def laid_out(
+    family: Family, config: PreTrainedConfig, name: str, tensor: torch.Tensor
+) -> torch.Tensor:
+    """The model's tensor as llama.cpp has it: (d_out, d_in), rotary rows interleaved."""
+    if family.arch == gguf.MODEL_ARCH.GPT2 and name.endswith(_TRANSPOSED):
+        return tensor.T
+    return interleaved(family, config, name.rpartition(".")[0], tensor)
+
+
+def interleaved(
+    family: Family, config: PreTrainedConfig, path: str, rows: torch.Tensor
+) -> torch.Tensor:
+    """`rows` (d_out, …) of the module at `path` in llama.cpp's order.
+
+    Of each head's rows the two halves go in turns: transformers rotates row i with row i + d/2,
+    llama.cpp row 2 i with row 2 i + 1.
+    """
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "k_proj": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    }.get(path.rpartition(".")[2])
+    if heads is None or not family.interleaves:
+        return rows
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def add_hyperparameters(writer: gguf.GGUFWriter, family: Family, config: PreTrainedConfig) -> None:
+    """Writes the sizes and settings that llama.cpp builds the model from."""
+    hidden: int = config.hidden_size
+    head_dim: int = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner or 4 * hidden)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if family.arch == gguf.MODEL_ARCH.GPT2:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope: dict[str, Any] = config.rope_parameters
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if _rope_type(config) == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def extra_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Tensors of llama.cpp's that are settings in transformers: Llama 3's rotary factors."""
+    if _rope_type(config) != "llama3":
+        return {}
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    dim = 2 * len(scaled)
+    theta: float = config.rope_parameters["rope_theta"]
+    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return {"rope_freqs.weight": plain / scaled}
+
+
+def differences(config: PreTrainedConfig, model: str) -> list[str]:
+    """What llama.cpp computes otherwise than transformers, in lines for the user."""
+    window = getattr(config, "sliding_window", None)
+    if not window or window >= config.max_position_embeddings:
+        return []
+    return [
+        f"{model} attends to the last {window} tokens, llama.cpp to all: the same up to that length"
+    ]
+
+
+def _rope_type(config: PreTrainedConfig) -> str:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
+def _rotates_alike(config: PreTrainedConfig, family: Family) -> bool:
+    known = {"default", "linear"}
+    if family.arch == gguf.MODEL_ARCH.LLAMA:
+        known.add("llama3")
+    return _rope_type(config) in known

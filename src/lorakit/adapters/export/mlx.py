@@ -1,0 +1,122 @@
+"""An adapter in the form of mlx-lm: `adapters.safetensors`, and a configuration of its own.
+
+mlx-lm has one rank and one scale for all modules, its factors are transposed, and it wraps what is
+named in `keys` in the last `num_layers` layers (`mlx_lm/tuner/utils.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch.nn.functional import pad
+
+from lorakit import atomic
+from lorakit.adapters.export.gguf_adapter import read_base_config
+from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain
+from lorakit.errors import InputError, listed
+from lorakit.models.names import resolve
+
+WEIGHTS_NAME = "adapters.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+_SAME_NAMES = ("gemma", "gemma2", "glm4", "llama", "mistral", "phi3", "qwen2", "qwen3")
+_LAYERS = "model.layers."
+
+
+@dataclass(frozen=True)
+class MlxExport:
+    """What was written."""
+
+    output: str
+    r: int
+    scale: float
+    modules: int
+    command: str
+    notices: tuple[str, ...] = ()
+
+
+def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = None) -> MlxExport:
+    """Writes the folder `output`, which mlx-lm takes as `--adapter-path`.
+
+    Where ranks or scalings differ, smaller ranks are filled with zeros and scalings go into
+    `lora_b`, so that ΔW is the same.
+
+    Raises:
+        InputError: the adapter is more than mlx-lm can hold, its base is not known to have the
+            same names there, or `output` exists.
+    """
+    atomic.require_free(output)
+    plain = read_plain(adapter, "mlx-lm", base)
+    config = read_base_config(resolve(plain.base_model))
+    if config.model_type not in _SAME_NAMES:
+        raise InputError(
+            f"{plain.base_model} is a {config.model_type} model, whose modules mlx-lm may name "
+            f"otherwise: lorakit exports adapters of {listed(_SAME_NAMES)}"
+        )
+    ends = [path for path in plain.pairs if not path.startswith(_LAYERS)]
+    if ends and config.tie_word_embeddings:
+        raise InputError(
+            f"the adapter changes {listed(ends)}, and {plain.base_model} uses one weight as "
+            "embedding and as head, which mlx-lm cannot adapt apart"
+        )
+    scalings = {pair.scaling for pair in plain.pairs.values()}
+    r = max(pair.r for pair in plain.pairs.values())
+    scale = scalings.pop() if len(scalings) == 1 else 1.0
+    tensors: dict[str, torch.Tensor] = {}
+    for path, pair in plain.pairs.items():
+        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = _factors(pair, r, scale)
+    values = {
+        "fine_tune_type": "lora",
+        "model": plain.base_model,
+        "num_layers": _layers(plain, config.num_hidden_layers),
+        "lora_parameters": {
+            "rank": r,
+            "scale": scale,
+            "dropout": plain.config.lora_dropout,
+            "keys": _keys(plain),
+        },
+    }
+    with atomic.new_folder(output) as folder:
+        atomic.write_file(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "mlx"}))
+        atomic.write_file(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+    command = (
+        f"mlx_lm.generate --model {shlex.quote(found_at(plain.base_model))} "
+        f"--adapter-path {shlex.quote(str(output))} --prompt …"
+    )
+    return MlxExport(str(output), r, scale, len(plain.pairs), command, plain.notices)
+
+
+def _factors(pair: Pair, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """mlx-lm's `lora_a` (d_in, r) and `lora_b` (r, d_out); an embedding's d_in are its tokens."""
+    missing = r - pair.r
+    A, B = pad(pair.A, (0, 0, 0, missing)), pad(pair.folded(scale), (0, missing))
+    return A.T.contiguous(), B.T.contiguous()
+
+
+def _keys(plain: PlainAdapter) -> list[str]:
+    """Modules by their path inside a layer, or their whole path where they are in none."""
+    inside = (
+        path.removeprefix(_LAYERS).partition(".")[2] if path.startswith(_LAYERS) else path
+        for path in plain.pairs
+    )
+    return sorted(set(inside))
+
+
+def _layers(plain: PlainAdapter, total: int) -> int:
+    """How many of the last layers hold all that is adapted."""
+    numbers = [
+        int(path.removeprefix(_LAYERS).partition(".")[0])
+        for path in plain.pairs
+        if path.startswith(_LAYERS)
+    ]
+    if numbers and max(numbers) >= total:
+        raise InputError(
+            f"the adapter has a layer {max(numbers)}, and {plain.base_model} only {total}: "
+            "it is for another base model"
+        )
+    return total - min(numbers, default=total - 1)

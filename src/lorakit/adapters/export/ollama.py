@@ -1,0 +1,179 @@
+"""A folder that `ollama create` makes a model of: GGUF files, and a Modelfile beside them.
+
+The chat template goes over in Go's template language, which Ollama has instead of Jinja; what can
+be translated is `chat_form.py`'s. Format: Ollama's docs/modelfile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit import atomic
+from lorakit.adapters.export.chat_form import ChatForm, chat_form
+from lorakit.adapters.export.gguf_adapter import DTYPES, export_gguf_adapter
+from lorakit.adapters.export.gguf_model import export_gguf_model
+from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.open import TEMPLATE_NAME
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import read_config
+from lorakit.models.names import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GUARDED = '"""'
+
+
+@dataclass(frozen=True)
+class OllamaExport:
+    """What was written: the folder, its files, and the family of the chat template."""
+
+    output: str
+    files: tuple[str, ...]
+    family: str
+    command: str
+    notices: tuple[str, ...] = ()
+
+
+def export_ollama(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    merged: bool = False,
+    dtype: str | None = None,
+    system: str | None = None,
+) -> OllamaExport:
+    """Writes the folder `output` with a `Modelfile` and the GGUF file that it names.
+
+    Args:
+        base: the base model, when it is not the recorded one.
+        merged: write base + adapter as one model; else the adapter alone, on the base where it
+            lies (a GGUF file, or a folder that Ollama converts).
+        dtype: of the written weights: float16 for a merged model and float32 for an adapter,
+            if None.
+        system: the system message that is used when a conversation brings none.
+
+    Raises:
+        InputError: the adapter, the base, its chat template or `output` cannot be used.
+    """
+    atomic.require_free(output)
+    dtype = dtype or ("float16" if merged else "float32")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    manifest = read_manifest(adapter)
+    recorded = manifest.base_model if manifest else read_config(adapter).base_model_name_or_path
+    name = base or recorded
+    if not name:
+        raise InputError(f"{adapter} does not say which base model it is for: give --base")
+    tokenizer = _tokenizer(adapter, name)
+    ids = tokenizer("a").input_ids
+    adds_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    form = chat_form(tokenizer, adds_bos)
+    if system is not None and not form.takes_system:
+        raise InputError(f"--system: the chat template of {name} takes no system message")
+    with atomic.new_folder(output) as folder:
+        if merged:
+            written = export_gguf_model(adapter, folder / "model.gguf", base=base, dtype=dtype)
+            source, second = "./model.gguf", None
+        else:
+            written = export_gguf_adapter(adapter, folder / "adapter.gguf", base=base, dtype=dtype)
+            source, second = str(resolve(name).path.absolute()), "./adapter.gguf"
+        text = modelfile(form, source, second, _stops(form, tokenizer), system)
+        atomic.write_file(folder / "Modelfile", text)
+    notices = list(written.notices)
+    if form.trims:
+        notices.append("the chat template takes off space around messages, Ollama's cannot")
+    if not form.takes_system:
+        notices.append("the chat template takes no system message: Ollama leaves one out")
+    name = Path(output).name
+    return OllamaExport(
+        str(output),
+        ("Modelfile", Path(written.output).name),
+        form.family,
+        f"ollama create {name} -f {Path(output) / 'Modelfile'}",
+        tuple(notices),
+    )
+
+
+def modelfile(
+    form: ChatForm,
+    source: str,
+    adapter: str | None,
+    stops: list[str],
+    system: str | None = None,
+) -> str:
+    """The text of a Modelfile.
+
+    Raises:
+        InputError: a text cannot be quoted in one.
+    """
+    lines = [f"FROM {source}"]
+    if adapter:
+        lines.append(f"ADAPTER {adapter}")
+    lines.append(f"TEMPLATE {_quoted('TEMPLATE', go_template(form))}")
+    said = form.default_system if system is None else system
+    if said is not None:
+        lines.append(f"SYSTEM {_quoted('--system', said)}")
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    return "\n".join(lines) + "\n"
+
+
+def go_template(form: ChatForm) -> str:
+    """The form in Go's template language, over Ollama's `.Messages` and `.System`.
+
+    Raises:
+        InputError: a fixed string of the form means something in that language.
+    """
+    system = folded = ""
+    if form.system:
+        before, after = form.system
+        system = f'{{{{ if eq .Role "system" }}}}{before}{{{{ .Content }}}}{after}{{{{ else }}}}'
+    if form.folded:
+        # With a system message the first user's turn is number 1.
+        which = {"first": "(eq $i 1)", "last": "(eq (len (slice $.Messages $i)) 1)"}[form.folded]
+        folded = f"{{{{ if and $.System {which} }}}}{{{{ $.System }}}}{form.separator}{{{{ end }}}}"
+    user = f"{form.user[0]}{folded}{{{{ .Content }}}}{form.user[1]}"
+    assistant = f"{form.assistant[0]}{{{{ .Content }}}}{form.assistant[1]}"
+    for text in (form.head, *form.user, *form.assistant, *(form.system or ()), form.generation):
+        if "{{" in text or "}}" in text:
+            raise InputError(f"the chat template writes {text!r}, which a Go template cannot")
+    return (
+        f"{form.head}{{{{ range $i, $_ := .Messages }}}}{system}"
+        f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{assistant}'
+        f"{{{{ end }}}}{'{{ end }}' if system else ''}{{{{ end }}}}{form.generation}"
+    )
+
+
+def _stops(form: ChatForm, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The token that ends an answer in the template, and the tokenizer's own."""
+    vocabulary = tokenizer.get_vocab()
+    found = [form.assistant[1].strip(), str(tokenizer.eos_token or "")]
+    return list(dict.fromkeys(stop for stop in found if stop in vocabulary))
+
+
+def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the adapter's chat template, if it has one."""
+    from transformers import AutoTokenizer
+
+    from lorakit.data.templates import ensure_template
+
+    source = resolve(base)
+    where: dict[str, Any] = {"local_files_only": True}
+    folder = source.path
+    if source.is_gguf:
+        folder, where["gguf_file"] = source.path.parent, source.path.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    template = Path(adapter) / TEMPLATE_NAME
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    ensure_template(tokenizer)
+    return tokenizer
+
+
+def _quoted(what: str, text: str) -> str:
+    if _GUARDED in text or text.endswith('"'):
+        raise InputError(f'{what}: a Modelfile cannot hold """ or a text that ends in "')
+    return f"{_GUARDED}{text}{_GUARDED}"

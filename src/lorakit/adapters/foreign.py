@@ -1,0 +1,284 @@
+"""Adapters of other tools into PEFT's files: mlx-lm's, loralib's, and kohya's of language models.
+
+Each file is told by its keys, and every key must mean one module of the base model: what does not
+fit, or could mean two things, is refused by name. Only safetensors is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from lorakit import atomic
+from lorakit.errors import InputError, listed
+from lorakit.lora.checkpoint import PREFIX, write_adapter
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.targets import suffixes_for
+from lorakit.models.names import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
+_KOHYA = re.compile(r"lora_(?P<path>.+?)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
+_OTHER_MODELS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written, and out of which tool's files it came."""
+
+    output: str
+    tool: str
+    modules: int
+    ranks: dict[int, int]
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """One module's A (r, d_in) and B (d_out, r), and the alpha of `alpha / r`."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    alpha: float
+
+
+def import_adapter(
+    source: str | Path, output: str | Path, *, base: str | None = None, alpha: float | None = None
+) -> Imported:
+    """Writes the adapter in `source`, a file or mlx-lm's folder, to the new folder `output`.
+
+    Args:
+        base: the base model; mlx-lm's folder may name it itself.
+        alpha: loralib's `lora_alpha`, which its files do not have.
+
+    Raises:
+        InputError: the file is of no known kind, damaged, a pickle, or for another base model.
+    """
+    atomic.require_free(output)
+    path, settings = _locate(Path(source))
+    tensors = _load(path)
+    base = base or settings.get("model")
+    if not base:
+        raise InputError(f"{source} does not say which base model it is for: give --base")
+    model = _skeleton(base)
+    notices: tuple[str, ...] = ()
+    if any(key.startswith("lora_") for key in tensors):
+        tool, found = "kohya", _from_kohya(path, tensors, model)
+    elif any(key.endswith(".lora_a") for key in tensors):
+        tool, found = "mlx-lm", _from_mlx(path, tensors, settings)
+    elif any(key.endswith(".lora_A") for key in tensors):
+        tool, (found, notices) = "loralib", _from_loralib(path, tensors, alpha)
+    else:
+        raise InputError(
+            f"{path} holds no adapter that lorakit knows: no key is mlx-lm's (….lora_a), "
+            f"loralib's (….lora_A) or kohya's (lora_….lora_down.weight). It has "
+            f"{listed(sorted(tensors), 3)}"
+        )
+    if alpha is not None and tool != "loralib":
+        raise InputError(f"--alpha: {tool}'s files say it themselves")
+    config, own = _as_peft(path, found, model, base)
+    with atomic.new_folder(output) as folder:
+        write_adapter(folder, config, own)
+    ranks = Counter(factors.A.shape[0] for factors in found.values())
+    return Imported(str(output), tool, len(found), dict(sorted(ranks.items())), notices)
+
+
+def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The safetensors file, and mlx-lm's settings where they lie beside it."""
+    path = source / "adapters.safetensors" if source.is_dir() else source
+    if path.suffix in _PICKLES:
+        raise InputError(
+            f"{path} may be a pickle, which can run any program and is never loaded: where you "
+            "trust it, write its tensors with safetensors.torch.save_file"
+        )
+    if not path.is_file():
+        what = "holds no adapters.safetensors" if source.is_dir() else "is not there"
+        raise InputError(f"{source} {what}: give a .safetensors file or mlx-lm's adapter folder")
+    config = path.with_name("adapter_config.json")
+    if not config.is_file():
+        return path, {}
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{config} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{config} must hold one JSON object")
+    return path, values
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no safetensors file, damaged or cut off ({error})") from error
+
+
+def _skeleton(base: str) -> PreTrainedModel:
+    """The base model without its weights: names and shapes."""
+    from transformers import AutoModelForCausalLM
+
+    from lorakit.adapters.export.gguf_adapter import read_base_config
+
+    config = read_base_config(resolve(base))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError(f"{base} is no causal language model: {config.model_type}") from error
+
+
+def _from_mlx(
+    path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, _Factors]:
+    """mlx-lm's `lora_a` (d_in, r), `lora_b` (r, d_out), and one scale for all."""
+    kind = settings.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise InputError(f"{path} is mlx-lm's {kind}, and only its lora can be imported")
+    scale = (settings.get("lora_parameters") or {}).get("scale")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+        raise InputError(
+            f"{path.with_name('adapter_config.json')} must say lora_parameters.scale, "
+            f"a number above 0, not {scale!r}"
+        )
+    pairs = _paired(path, tensors, ".lora_a", ".lora_b")
+    return {name: _Factors(a.T, b.T, float(scale) * a.shape[-1]) for name, (a, b) in pairs.items()}
+
+
+def _from_loralib(
+    path: Path, tensors: Mapping[str, torch.Tensor], alpha: float | None
+) -> tuple[dict[str, _Factors], tuple[str, ...]]:
+    """loralib's `lora_A` (r, d_in) and `lora_B` (d_out, r), beside the model's own weights."""
+    if alpha is None:
+        raise InputError(f"{path} is loralib's, which does not hold lora_alpha: give --alpha")
+    if not alpha > 0:
+        raise InputError(f"--alpha must be a number above 0, not {alpha!r}")
+    own = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    others = len(tensors) - len(own)
+    notices = (
+        (
+            f"left out {others} tensors that are the model's own: if they were saved in evaluation "
+            "mode, loralib had merged the update into them"
+        ),
+    )
+    pairs = _paired(path, own, ".lora_A", ".lora_B")
+    return {name: _Factors(A, B, alpha) for name, (A, B) in pairs.items()}, notices[: others > 0]
+
+
+def _from_kohya(
+    path: Path, tensors: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[str, _Factors]:
+    """kohya's `lora_down` (r, d_in), `lora_up` (d_out, r) and alpha; without one it is r."""
+    if foreign := [key for key in tensors if key.startswith(_OTHER_MODELS)]:
+        raise InputError(
+            f"{path} is an adapter of an image model ({foreign[0]}), not of a language model"
+        )
+    if unknown := [key for key in tensors if not _KOHYA.fullmatch(key)]:
+        raise InputError(f"{path}: {listed(sorted(unknown), 3)} means no part of a plain LoRA")
+    meanings: dict[str, list[str]] = {}
+    for name, _ in model.named_modules():
+        meanings.setdefault(name.replace(".", "_"), []).append(name)
+    renamed: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _KOHYA.fullmatch(key)
+        assert match is not None
+        meant = meanings.get(match["path"], [])
+        if len(meant) != 1:
+            what = f"could mean {listed(meant)}" if meant else "names no module of the base model"
+            raise InputError(f"{path}: {key} {what}")
+        renamed[f"{meant[0]}.{match['part']}"] = tensor
+    alphas = {k.removesuffix(".alpha"): t for k, t in renamed.items() if k.endswith(".alpha")}
+    factors = {k: t for k, t in renamed.items() if not k.endswith(".alpha")}
+    pairs = _paired(path, factors, ".lora_down.weight", ".lora_up.weight")
+    if orphans := alphas.keys() - pairs.keys():
+        raise InputError(f"{path}: {sorted(orphans)[0]} has an alpha and no factors")
+    return {
+        name: _Factors(A, B, float(alphas[name]) if name in alphas else float(A.shape[0]))
+        for name, (A, B) in pairs.items()
+    }
+
+
+def _paired(
+    path: Path, tensors: Mapping[str, torch.Tensor], first: str, second: str
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Both factors of every module; a key that is neither, or has no partner, is refused."""
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        stem, end = (
+            (key.removesuffix(first), second)
+            if key.endswith(first)
+            else (key.removesuffix(second), first)
+        )
+        if stem == key:
+            raise InputError(f"{path}: {key} is no part of a plain LoRA")
+        if stem + end not in tensors:
+            raise InputError(f"{path}: {key} has no partner {stem + end}")
+        if tensor.dim() != 2:
+            raise InputError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}, and only matrices are imported"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {key} holds values that are not finite")
+        if key.endswith(first):
+            pairs[stem] = tensor, tensors[stem + end]
+    return pairs
+
+
+def _as_peft(
+    path: Path, found: Mapping[str, _Factors], model: nn.Module, base: str
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The configuration and the tensors under PEFT's keys, every shape compared with the base."""
+    modules = dict(model.named_modules())
+    tensors: dict[str, torch.Tensor] = {}
+    for name, factors in found.items():
+        module = modules.get(name)
+        A, B = factors.A, factors.B
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise InputError(f"{path}: {name} is no layer of {base} that an adapter can change")
+        if A.shape[0] != B.shape[1]:
+            raise InputError(
+                f"{path}: {name} has factors of ranks {A.shape[0]} and {B.shape[1]}: several "
+                "updates stacked into one (loralib's MergedLinear) cannot be imported"
+            )
+        as_linear = isinstance(module, nn.Linear)
+        shape = tuple(weight.shape) if as_linear else tuple(weight.shape[::-1])
+        if (B.shape[0], A.shape[1]) != shape:
+            raise InputError(
+                f"{path}: {name} has an update of shape {(B.shape[0], A.shape[1])}, and {base} a "
+                f"weight of {shape} there: it is for another base model"
+            )
+        if isinstance(module, nn.Embedding):
+            ends = "lora_embedding_A", "lora_embedding_B"
+        else:
+            ends = "lora_A.weight", "lora_B.weight"
+        tensors |= {f"{PREFIX}{name}.{ends[0]}": A, f"{PREFIX}{name}.{ends[1]}": B}
+    r, ranks = _usual({name: factors.A.shape[0] for name, factors in found.items()})
+    alpha, alphas = _usual({name: factors.alpha for name, factors in found.items()})
+    config = LoraConfig(
+        r=int(r),
+        lora_alpha=alpha,
+        rank_pattern={name: int(rank) for name, rank in ranks.items()},
+        alpha_pattern=alphas,
+        target_modules=suffixes_for(list(found), model),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+    return config, tensors
+
+
+def _usual(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most frequent value, and by an expression for their module those that differ."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {re.escape(name): value for name, value in values.items() if value != usual}

@@ -1,0 +1,30 @@
+"""`lorakit import`: another tool's adapter as PEFT's files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_adapter(
+    source: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or the folder of mlx-lm's adapter.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the adapter.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, when the folder does not name it.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="loralib's lora_alpha, which its files do not hold.")
+    ] = None,
+) -> None:
+    """Read an adapter of mlx-lm, loralib or kohya (language models) into PEFT's files."""
+    from lorakit.adapters.foreign import import_adapter as run
+
+    imported = run(source, output, base=base, alpha=alpha)
+    ranks = ", ".join(f"rank {r}: {count}" for r, count in imported.ranks.items())
+    typer.echo(
+        f"adapter: {imported.output} (from {imported.tool}, {imported.modules} modules, {ranks})"
+    )
+    for notice in imported.notices:
+        typer.echo(notice)

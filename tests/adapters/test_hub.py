@@ -1,0 +1,233 @@
+"""Pushing sends what was shown and nothing else; pulling takes known files, whole or not at all."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from lorakit.adapters.hub import pull, push, selection
+from lorakit.errors import InputError
+from plain_adapters import save_adapter, updates
+
+MANIFEST = {
+    "base_model": "BASE",
+    "recipe": {"data": {"train": "/home/ada/secret/rows.jsonl"}},
+    "data": [{"path": "/home/ada/secret/rows.jsonl"}],
+    "steps": 1,
+    "train_seconds": 1.0,
+    "train_tokens": 1,
+    "supervised_tokens": 1,
+    "tokens_per_second": 1.0,
+    "peak_memory_mb": 1.0,
+    "eval_loss": None,
+    "base_eval_loss": None,
+    "versions": {},
+    "seed": 0,
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub of one repository, `ada/orders`, in memory; as much of the protocol as is needed."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.files: dict[str, bytes] = {}
+        self.branches: list[str] = []
+        self.private: bool | None = None
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(repr(self.files).encode()).hexdigest()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _json(self, value: Any) -> None:
+        self._bytes(json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _bytes(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_POST(self) -> None:
+        body, path = self._body(), unquote(self.path.partition("?")[0])
+        here = f"http://127.0.0.1:{self.server.server_port}"
+        if path == "/api/repos/create":
+            wanted = json.loads(body)  # older clients say private, newer ones visibility
+            self.server.private = wanted.get("private") or wanted.get("visibility") == "private"
+            self._json({"url": f"{here}/ada/orders"})
+        elif path.startswith("/api/models/ada/orders/branch/"):
+            self.server.branches.append(path.rpartition("/")[2])
+            self._json({})
+        elif path.startswith("/api/models/ada/orders/preupload/"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self._json({"files": files})
+        elif path.startswith("/api/models/ada/orders/commit/"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.server.files[line["value"]["path"]] = content
+            self._json(
+                {"success": True, "commitOid": "0" * 40, "commitUrl": f"{here}/ada/orders/commit/0"}
+            )
+        elif path == "/api/validate-yaml":
+            self._json({"warnings": [], "errors": []})
+        else:
+            self._bytes(b"{}", {}, 404)
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if path.startswith("/api/models/ada/orders/tree/"):
+            files = self.server.files.items()
+            self._json([{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files])
+        elif path.startswith("/api/models/ada/orders"):
+            siblings = [{"rfilename": name} for name in self.server.files]
+            self._json({"id": "ada/orders", "sha": self.server.sha, "siblings": siblings})
+        elif (name := path.rpartition("/")[2]) in self.server.files and "/resolve/" in path:
+            headers = {"ETag": f'"{name}"', "X-Repo-Commit": self.server.sha}
+            self._bytes(self.server.files[name], headers)
+        else:
+            self._bytes(b"{}", {"X-Error-Code": "RepoNotFound"}, 404)
+
+    do_HEAD = do_GET  # noqa: N815 (http.server's name)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    """An adapter's folder as training leaves one."""
+    folder = save_adapter(tiny_model, tmp_path / "adapter", r=2)
+    (folder / "lorakit.json").write_text(json.dumps(MANIFEST))
+    (folder / "samples.json").write_text("[]")
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.pt").write_bytes(b"x")
+    return folder
+
+
+def command(
+    tmp_path: Path, endpoint: str, *arguments: str | Path
+) -> "subprocess.CompletedProcess[str]":
+    """The real command with the hub at `endpoint`, which is settled when Python starts."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_test"}
+    return subprocess.run(
+        [sys.executable, "-m", "lorakit", *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, **settings},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_is_uploaded_comes_back_and_nothing_else_went(
+    hub: Hub, adapter: Path, tiny_model: Path, tmp_path: Path
+):
+    where = f"http://127.0.0.1:{hub.server_port}"
+    pushed = command(tmp_path, where, "push", adapter, "ada/orders", "--private", "--yes")
+    assert pushed.returncode == 0, pushed.stderr
+    assert "stays here: checkpoint-5/, lorakit.json, metrics.jsonl, samples.json" in pushed.stdout
+    assert "/home/ada/secret/rows.jsonl" in pushed.stdout  # it is said what the record has
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert hub.files.keys() == names
+    assert hub.private is True
+    assert not any(b"secret" in content for content in hub.files.values())
+
+    pulled = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    assert pulled.returncode == 0, pulled.stderr
+    assert {path.name for path in (tmp_path / "back").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes()
+    assert updates(tmp_path / "back", tiny_model).keys() == updates(adapter, tiny_model).keys()
+
+
+def test_the_record_goes_up_when_asked_for_and_to_a_branch(hub: Hub, adapter: Path, tmp_path: Path):
+    where = f"http://127.0.0.1:{hub.server_port}"
+    arguments = ("--with-record", "--revision", "v2", "-y")
+    pushed = command(tmp_path, where, "push", adapter, "ada/orders", *arguments)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "lorakit.json is uploaded, and names the recipe and the data" in pushed.stdout
+    assert "lorakit.json" in hub.files
+    assert hub.branches == ["v2"]
+
+
+def test_without_an_answer_nothing_is_sent(hub: Hub, adapter: Path, tmp_path: Path):
+    where = f"http://127.0.0.1:{hub.server_port}"
+    asked = command(tmp_path, where, "push", adapter, "ada/orders")
+    assert asked.returncode == 2
+    assert "adapter_model.safetensors (" in asked.stdout
+    assert asked.stderr == "error: nobody is there to be asked: --yes uploads without asking\n"
+    assert not hub.files
+    assert push(adapter, "ada/orders", confirm=lambda chosen: False) is None
+
+
+def test_a_hub_that_is_not_there_is_one_line(adapter: Path, tmp_path: Path):
+    nowhere = "http://127.0.0.1:9"
+    pushed = command(tmp_path, nowhere, "push", adapter, "ada/orders", "--yes")
+    pulled = command(tmp_path, nowhere, "pull", "ada/orders", "-o", "back")
+    for result, what in ((pushed, "was not uploaded"), (pulled, "was not fetched")):
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"error: ada/orders {what}: ")
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_is_no_adapter_is_not_pulled(hub: Hub, adapter: Path, tmp_path: Path):
+    where = f"http://127.0.0.1:{hub.server_port}"
+    hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.bin": b"pickle"}
+    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    assert result.returncode == 2
+    assert "ada/orders holds no adapter_model.safetensors" in result.stderr
+    hub.files = {"config.json": b"{}"}
+    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back2")
+    assert "holds no adapter: there is no adapter_config.json" in result.stderr
+    assert not (tmp_path / "back").exists()
+
+
+def test_names_and_folders_that_cannot_be_are_refused(adapter: Path, tmp_path: Path):
+    for repo in ("orders", "a/b/c", "ada/or ders"):
+        with pytest.raises(InputError, match="is no name of a repository"):
+            push(adapter, repo)
+        with pytest.raises(InputError, match="is no name of a repository"):
+            pull(repo, tmp_path / "x")
+    with pytest.raises(InputError, match="already exists"):
+        pull("ada/orders", adapter)
+    with pytest.raises(InputError, match="holds no adapter"):
+        push(tmp_path, "ada/orders")
+
+
+def test_a_base_named_by_a_path_of_this_machine_is_said(adapter: Path, tiny_model: Path):
+    chosen = selection(adapter)
+    assert any(f"by a path of this machine, {tiny_model}" in line for line in chosen.notices)
