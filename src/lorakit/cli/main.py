@@ -15,6 +15,7 @@ from lorakit.cli.chat import chat
 from lorakit.cli.check import check
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
+from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
@@ -43,6 +44,7 @@ app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)
 app.command()(merge)
+app.command()(inspect)
 app.command()(reproduce)
 app.command()(demo)
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 
 from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
-from lorakit.adapters.spectrum import Skipped, Spectrum, spectra
+from lorakit.adapters.spectrum import Spectrum, spectra
+from lorakit.adapters.updates import Skipped
 from lorakit.lora.checkpoint import read_adapter, read_initial
 
 if TYPE_CHECKING:
