@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import lorakit
 from lorakit.adapters.inspect import inspect
 from lorakit.errors import InputError
-from made import change, make_adapter
+from random_adapters import change, make_adapter
 from tiny import save_tiny_encoder, save_tiny_model
 
 
