@@ -13,6 +13,7 @@ import typer
 from lorakit import __version__
 from lorakit.cli.chat import chat
 from lorakit.cli.check import check
+from lorakit.cli.combine import combine
 from lorakit.cli.demo import demo
 from lorakit.cli.eval import evaluate
 from lorakit.cli.inspect import inspect
@@ -45,6 +46,7 @@ app.command()(report)
 app.command()(chat)
 app.command()(merge)
 app.command()(inspect)
+app.command()(combine)
 app.command()(reproduce)
 app.command()(demo)
 
