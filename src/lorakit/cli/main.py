@@ -20,6 +20,7 @@ from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
+from lorakit.cli.resize import resize
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 from lorakit.training.processes import first_to_fail
@@ -47,6 +48,7 @@ app.command()(chat)
 app.command()(merge)
 app.command()(inspect)
 app.command()(combine)
+app.command()(resize)
 app.command()(reproduce)
 app.command()(demo)
 
