@@ -15,7 +15,9 @@ from lorakit.cli.chat import chat
 from lorakit.cli.check import check
 from lorakit.cli.combine import combine
 from lorakit.cli.demo import demo
+from lorakit.cli.diff import diff
 from lorakit.cli.eval import evaluate
+from lorakit.cli.extract import extract
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.report import report
@@ -49,6 +51,8 @@ app.command()(merge)
 app.command()(inspect)
 app.command()(combine)
 app.command()(resize)
+app.command()(extract)
+app.command()(diff)
 app.command()(reproduce)
 app.command()(demo)
 

@@ -9,7 +9,7 @@ PEFT combines `A` and `B` apart from one another for all methods without `_svd` 
 which for `linear` gives cross terms between the adapters; that form is `linear_factors` here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 
 from lorakit.errors import InputError, did_you_mean
 from lorakit.lora.decomposition import leading_directions
+
+_CACHED = 1 << 15  # entries of one adapter
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def combine(updates: Sequence[Update], settings: Settings) -> Combined:
             )
         if settings.method == "knots":
             L, R = _knots(updates, settings)
-            return truncate(L, R, settings.rank or R.shape[0])
+            return Combined(R, L) if settings.rank is None else truncate(L, R, settings.rank)
         linear_factors = settings.method == "linear_factors"
         return _linear_factors(updates) if linear_factors else _exact(updates)
     ranks = [u.A.shape[0] for u in updates]
@@ -129,10 +131,11 @@ def truncate_matrix(delta: torch.Tensor, rank: int) -> Combined:
     _, Vh = leading_directions(delta, rank)
     if not len(Vh):  # an update of zeros has no directions, and a rank still
         return Combined(delta.new_zeros(rank, delta.shape[1]), delta.new_zeros(len(delta), rank))
-    U, S, turned = torch.linalg.svd((delta @ Vh.T).double(), full_matrices=False)
+    projected = delta @ Vh.T
+    U, S, turned = torch.linalg.svd(projected.double(), full_matrices=False)
     found = _cut(U, S, turned @ Vh.double(), rank, delta.dtype)
-    energy = torch.linalg.vector_norm(delta, dtype=torch.float64).square().item()
-    return Combined(found.A, found.B, energy, max(0.0, energy - found.energy))
+    rest = torch.linalg.vector_norm(delta - projected @ Vh, dtype=torch.float64).square().item()
+    return Combined(found.A, found.B, found.energy + rest, rest)
 
 
 def check_settings(settings: Settings) -> None:
@@ -203,9 +206,9 @@ def _knots(updates: Sequence[Update], settings: Settings) -> tuple[torch.Tensor,
         return exact.B, exact.A
     U, S = U[:, something], S[something]
     V = [U.T @ part @ u.A.double() / S[:, None] for part, u in zip(parts, updates, strict=True)]
-    trimmed = torch.stack([_largest(v, settings.density) for v in V])
+    merged = _elected((_largest(v, settings.density) for v in V), updates, settings)
     dtype = updates[0].A.dtype
-    return (Q @ U * S).to(dtype), _elected(trimmed, updates, settings).to(dtype)
+    return (Q @ U * S).to(dtype), merged.to(dtype)
 
 
 def _ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
@@ -213,31 +216,52 @@ def _ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
 
     Entries whose sign is not the elected one are left out; the mean is over the others.
     """
-    trimmed = torch.stack([_largest(u.delta(), settings.density) for u in updates])
-    return _elected(trimmed, updates, settings)
+    return _elected((_largest(u.delta(), settings.density) for u in updates), updates, settings)
 
 
 def _dare_ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
-    dropped = torch.stack([_dropped(u.delta(), settings) for u in updates])
-    return _elected(dropped, updates, settings)
+    return _elected((_dropped(u.delta(), settings) for u in updates), updates, settings)
 
 
 def _dare_linear(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
     """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, scale up what stays."""
-    return torch.stack([u.weight * _dropped(u.delta(), settings) for u in updates]).sum(0)
+    return _weighted_sum((_dropped(u.delta(), settings) for u in updates), updates)
 
 
 def _magnitude_prune(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
-    return torch.stack([u.weight * _largest(u.delta(), settings.density) for u in updates]).sum(0)
+    return _weighted_sum((_largest(u.delta(), settings.density) for u in updates), updates)
 
 
-def _elected(deltas: torch.Tensor, updates: Sequence[Update], settings: Settings) -> torch.Tensor:
-    weights = torch.tensor([u.weight for u in updates], dtype=deltas.dtype, device=deltas.device)
-    weighted = deltas * weights[:, None, None]
-    votes = weighted if settings.majority_sign == "total" else weighted.sign()
-    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
-    agree = (weighted.sign() == elected) & (weighted != 0)
-    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+def _weighted_sum(deltas: Iterable[torch.Tensor], updates: Sequence[Update]) -> torch.Tensor:
+    """One matrix after the other, so that only two are held."""
+    total = torch.zeros(())
+    for delta, update in zip(deltas, updates, strict=True):
+        total = total.to(delta) + update.weight * delta
+    return total
+
+
+def _elected(
+    deltas: Iterable[torch.Tensor], updates: Sequence[Update], settings: Settings
+) -> torch.Tensor:
+    """The mean of the weighted entries that have the elected sign.
+
+    A few rows at a time: what is computed on the way stays in the processor's cache.
+    """
+    all_deltas = list(deltas)
+    elected = torch.empty_like(all_deltas[0])
+    by_sum = settings.majority_sign == "total"
+    step = max(1, _CACHED // elected.shape[1])
+    for at in range(0, len(elected), step):
+        parts = torch.stack([delta[at : at + step] for delta in all_deltas])
+        for part, update in zip(parts, updates, strict=True):
+            part *= update.weight
+        votes = parts.sum(0) if by_sum else parts.sign().sum(0)
+        # Turned so that what agrees is above 0, and back.
+        sign = torch.where(votes >= 0, 1.0, -1.0).to(parts)
+        parts.mul_(sign).clamp_(min=0)
+        count = parts.count_nonzero(0).clamp_(min=1)
+        elected[at : at + step] = parts.sum(0).div_(count).mul_(sign)
+    return elected
 
 
 def _largest(delta: torch.Tensor, density: float | None) -> torch.Tensor:
