@@ -73,6 +73,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: str | Path) -> Manifest | None:
     """The manifest in an adapter's folder; None when lorakit did not train it.
 
+    What `combine` and its like leave there is no training run's: see `derived.py`.
+
     Raises:
         InputError: there is one, and it is damaged.
     """
@@ -80,6 +82,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return None if "made_by" in values else Manifest.model_validate(values)
+    except (ValidationError, OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: remove it, or train the adapter again") from error

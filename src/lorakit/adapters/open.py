@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.adapters.derived import TEMPLATE_NAME, Derivation, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.errors import InputError
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.lora import LoraModel
-
-TEMPLATE_NAME = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,19 @@ def open_adapter(
 
     config, tensors = read_adapter(folder)  # a damaged adapter is said before a model is loaded
     manifest = read_manifest(folder)
-    name = base or (manifest.base_model if manifest else config.base_model_name_or_path)
+    record = manifest or read_derivation(folder)
+    name = base or (record.base_model if record else None) or config.base_model_name_or_path
     if not name:
         raise InputError(f"{folder} does not say which base model it is for: give --base")
     task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
     labels: tuple[str, ...] = ()
     if task_type in CLASSIFICATION:
-        labels = _labels(manifest, tensors, folder)
+        labels = _labels(record, tensors, folder)
     seed = manifest.seed if manifest else 0
     loaded = load_for_task(str(task_type), name, dtype, labels=labels, seed=seed)
     model, tokenizer = loaded.model, loaded.tokenizer
     own = fingerprint(model, without=loaded.new_modules)
-    if manifest and manifest.base_fingerprint not in (None, own):
+    if record and record.base_fingerprint not in (None, own):
         warnings.warn(
             f"{folder} was trained on other weights than those of {name}: "
             "its answers may be worse than when it was trained",
@@ -81,15 +81,17 @@ def open_adapter(
 
 
 def _labels(
-    manifest: Manifest | None, tensors: Mapping[str, torch.Tensor], folder: str | Path
+    record: Manifest | Derivation | None,
+    tensors: Mapping[str, torch.Tensor],
+    folder: str | Path,
 ) -> tuple[str, ...]:
-    """A classifier's labels by number: the manifest's, or as many as its head has outputs.
+    """A classifier's labels by number: the record's, or as many as its head has outputs.
 
     Raises:
         InputError: neither says.
     """
-    if manifest and manifest.labels:
-        names = manifest.labels["id2label"]
+    if record and record.labels:
+        names = record.labels["id2label"]
         return tuple(names[str(i)] for i in range(len(names)))
     outputs = [
         tensor.shape[0]

@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.adapters.updates import COPY, LENGTHS, ModuleUpdate, Skipped, split
 from lorakit.lora.checkpoint import PREFIX
 
 if TYPE_CHECKING:
     from lorakit.lora.config import LoraConfig
-
-# A factor's ending in PEFT's files, and that of its partner.
-_PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-_PARTNERS = set(_PAIRS.values())
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,6 @@ class Spectrum:
         return len(squares)
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A part of the adapter that has no spectrum here, and why."""
-
-    path: str
-    reason: str
-
-
 def spectra(
     config: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
@@ -95,59 +84,28 @@ def spectra(
 
     Returns: the spectra, and what has none with the reason.
     """
-    initial = initial or {}
-    found: list[Spectrum] = []
-    skipped: list[Skipped] = []
-    for key in sorted(tensors, key=_by_number):
-        A = tensors[key]
-        ending = next((end for end in (*_PAIRS, *_PARTNERS) if key.endswith(f".{end}")), None)
-        if ending is None:
-            if not key.endswith((".lora_B.bias", ".lora_magnitude_vector")):
-                copied = key.endswith(".base_layer.weight")
-                reason = "a copy of the base's weight" if copied else "trained whole, not as B A"
-                skipped.append(Skipped(key.removeprefix(PREFIX), reason))
-            continue
-        if ending in _PARTNERS:
-            continue
-        stored = key.removeprefix(PREFIX).removesuffix(f".{ending}")
-        path = stored.replace("base_layer.", "").removesuffix(".base_layer")
-        B = tensors.get(key.removesuffix(ending) + _PAIRS[ending])
-        start = initial.get(f"{stored}.A"), initial.get(f"{stored}.B")
-        if B is None or (reason := _obstacle(config, path, A, B, start[0] is not None)):
-            skipped.append(Skipped(path, "its factor B is missing" if B is None else reason))
-            continue
-        scaling = config.scaling_for(path)
-        shape = B.shape[0], A.shape[1]
-        r = A.shape[0]
-        if start[0] is not None and start[1] is not None:
-            A, B = torch.cat([A, start[0].to(A)]), torch.cat([B, -start[1].to(B)], dim=1)
-        found.append(Spectrum(path, r, shape, scaling, _singular_values(A, B, scaling)))
+    updates, others, skipped = split(config, tensors, initial)
+    found = []
+    for update in updates:
+        if update.is_matrix:
+            found.append(spectrum(update))
+        else:
+            reason = "a convolution: its update is no matrix"
+            skipped.append(Skipped(update.path, reason))
+    for key in others:
+        if not key.endswith(LENGTHS):
+            copied = key.endswith(COPY)
+            reason = "a copy of the base's weight" if copied else "trained whole, not as B A"
+            skipped.append(Skipped(key.removeprefix(PREFIX), reason))
     return found, skipped
 
 
-def _by_number(key: str) -> list[tuple[int, str]]:
-    """The order of a model's modules; a file's is that of the alphabet."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
-
-
-def _obstacle(
-    config: LoraConfig, path: str, A: torch.Tensor, B: torch.Tensor, has_start: bool
-) -> str:
-    """Why this module's update is not `scaling` times the product of two matrices; or empty."""
-    if A.dim() != 2 or B.dim() != 2:
-        return "a convolution: its update is no matrix"
-    if A.shape[0] != B.shape[1]:
-        return f"its factors do not fit: A has rank {A.shape[0]}, B {B.shape[1]}"
-    if A.shape[0] != (r := config.rank_for(path)):
-        if config.target_parameters and A.shape[0] % r == 0:
-            return f"a stack of {A.shape[0] // r} matrices (experts), each with its own update"
-        return f"has rank {A.shape[0]} in the file and {r} in the configuration"
-    if config.takes_start_off and not has_start:
-        how = config.init_lora_weights
-        return f"started from {how} factors that are not in the folder, so its change is unknown"
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        return "holds values that are not finite"
-    return ""
+def spectrum(update: ModuleUpdate) -> Spectrum:
+    """The spectrum of one module's update; a convolution's kernels are flattened into d_in."""
+    A, B = update.factors()
+    shape = B.shape[0], A.shape[1]
+    values = _singular_values(A, B, update.scaling)
+    return Spectrum(update.path, update.r, shape, update.scaling, values)
 
 
 def _singular_values(A: torch.Tensor, B: torch.Tensor, scaling: float) -> tuple[float, ...]:

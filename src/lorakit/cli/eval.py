@@ -4,12 +4,14 @@ For a language model that is its bare base, for a classifier the most frequent l
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lorakit.cli.tables import print_table
 
 if TYPE_CHECKING:
     from lorakit.adapters.open import OpenAdapter
@@ -115,7 +117,7 @@ def _show(result: "Evaluation") -> None:
         (name, f"{score['base']:.4f}", f"{score['tuned']:.4f}")
         for name, score in result.scores.items()
     ]
-    _print_table(title, ("metric", "base", "tuned"), scores)
+    print_table(title, ("metric", "base", "tuned"), scores)
 
 
 def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
@@ -127,25 +129,12 @@ def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
         if not metrics or name in metrics
     ]
     usual = f"always {result.most_frequent}"
-    _print_table(f"{result.rows} rows, {result.seconds:.0f} s", ("metric", usual, "tuned"), scores)
+    print_table(f"{result.rows} rows, {result.seconds:.0f} s", ("metric", usual, "tuned"), scores)
     classes = [
         (c.label, str(c.rows), f"{c.precision:.4f}", f"{c.recall:.4f}", f"{c.f1:.4f}")
         for c in result.classes
     ]
-    _print_table("", ("label", "number", "precision", "recall", "f1"), classes)
-
-
-def _print_table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title or None)
-    for i, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    print_table("", ("label", "number", "precision", "recall", "f1"), classes)
 
 
 def _names(metrics: str | None) -> list[str]:

@@ -13,14 +13,19 @@ import typer
 from lorakit import __version__
 from lorakit.cli.chat import chat
 from lorakit.cli.check import check
+from lorakit.cli.combine import combine
 from lorakit.cli.demo import demo
+from lorakit.cli.diff import diff
 from lorakit.cli.eval import evaluate
 from lorakit.cli.export import export
+from lorakit.cli.extract import extract
 from lorakit.cli.hub import pull, push
 from lorakit.cli.import_adapter import import_adapter
+from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
+from lorakit.cli.resize import resize
 from lorakit.cli.train import train
 from lorakit.errors import LorakitError
 from lorakit.training.processes import first_to_fail
@@ -50,6 +55,11 @@ app.command()(export)
 app.command("import")(import_adapter)
 app.command()(push)
 app.command()(pull)
+app.command()(inspect)
+app.command()(combine)
+app.command()(resize)
+app.command()(extract)
+app.command()(diff)
 app.command()(reproduce)
 app.command()(demo)
 

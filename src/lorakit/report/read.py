@@ -22,7 +22,8 @@ from lorakit.adapters.manifest import (
     Manifest,
     read_manifest,
 )
-from lorakit.adapters.spectrum import Skipped, Spectrum, spectra
+from lorakit.adapters.spectrum import Spectrum, spectra
+from lorakit.adapters.updates import Skipped
 from lorakit.lora.checkpoint import read_adapter, read_initial
 
 if TYPE_CHECKING:

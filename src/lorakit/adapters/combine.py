@@ -1,0 +1,345 @@
+"""Several adapters' folders into one, on their updates ΔW, module by module, without a model.
+
+The methods themselves are `lora/combine.py`'s; here is what can be combined, and what the new
+adapter's files say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorakit import atomic
+from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
+from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.updates import AdapterFile, read_updates
+from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.lora import combine as methods
+from lorakit.lora.config import LoraConfig
+
+METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
+_EXACT = ("linear", "cat")
+_BY_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+# Fields that say which of the modules that match are adapted: lists of targets with the same ones
+# can be united.
+_SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """A written combination.
+
+    `kinds` has ranks and losses by kind of module; `lost` is the share of ‖ΔW‖², over all modules,
+    that was cut off to reach the rank, 0 for exact methods.
+    """
+
+    output: str
+    method: str
+    modules: int
+    parameters: int
+    lost: float
+    kinds: list[KindRanks]
+    notices: list[str]
+
+
+def combine(
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float],
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    base: str | None = None,
+) -> CombineReport:
+    """Writes the combination of `adapters` to the new folder `output`.
+
+    Args:
+        weights: one an adapter.
+        method: one of `METHODS`. `linear` and `cat` are the weighted sum itself, of the ranks'
+            sum; all others but `knots` keep the largest rank among the adapters.
+        rank: at most this rank a module; the best approximation of it, with what that loses.
+        density: the share of entries that are kept, for `ties`, `dare_…`, `magnitude_prune` and
+            `knots`.
+        seed: of what `dare_…` drops; None is 0.
+        base: the base model that the result is for, where the adapters name different ones.
+
+    Raises:
+        InputError: something cannot be combined, or a setting has no effect or is out of range.
+        LorakitError: the folder cannot be written.
+    """
+    atomic.require_free(output)
+    _check(adapters, weights, method, rank, density, seed)
+    files = [read_updates(folder) for folder in adapters]
+    notices: list[str] = []
+    _require_combinable(files)
+    base_model, base_fingerprint = _common_base(files, base)
+    whole = _whole(files, notices)
+    paths = list(dict.fromkeys(path for file in files for path in file.updates))
+    _check_rank(files, paths, method, rank, notices)
+
+    lora_method = f"{method}_svd" if method in _BY_ENTRIES else method
+    if method in _EXACT and rank is not None:
+        lora_method = "svd"
+    generator = torch.Generator().manual_seed(seed or 0)
+    settings = methods.Settings(lora_method, rank, density, generator=generator)
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    losses: dict[str, tuple[float, float]] = {}
+    has_bias = any(file.config.lora_bias for file in files)
+    for path in paths:
+        parts = [
+            (file.updates[path], weight)
+            for file, weight in zip(files, weights, strict=True)
+            if path in file.updates
+        ]
+        updates = [methods.Update(*u.factors(), u.scaling, weight) for u, weight in parts]
+        found = methods.combine(updates, settings)
+        first = parts[0][0]
+        bias = first.B.new_zeros(first.B.shape[0], dtype=found.B.dtype) if has_bias else None
+        for update, weight in parts:
+            if bias is not None and update.bias is not None:
+                bias += weight * update.scaling * update.bias
+        tensors |= first.tensors(found.A, found.B, bias)
+        ranks[path] = found.A.shape[0]
+        losses[path] = found.energy, found.lost
+    if not ranks:
+        raise InputError(f"{listed(map(str, adapters))}: no adapter changes a module by B A")
+    shared = sum(1 for path in paths if all(path in file.updates for file in files))
+    if shared < len(paths):
+        notices.append(f"{len(paths) - shared} of {len(paths)} modules are not in all adapters")
+    energy, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
+    derivation = Derivation(
+        made_by="combine",
+        sources=[source(file.folder) for file in files],
+        options={
+            "method": method,
+            "weights": list(weights),
+            **{
+                key: value
+                for key, value in (("rank", rank), ("density", density), ("seed", seed))
+                if value is not None
+            },
+        },
+        figures={"lost": lost / energy if energy else 0.0},
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        labels=origin(files[0].folder, files[0].config).labels,
+    )
+    template = common_template([file.folder for file in files], notices)
+    derivation.notices = notices
+    config = set_ranks(_config(files, paths, base_model), ranks)
+    write_derived(output, config, tensors | whole, derivation, template)
+    return CombineReport(
+        str(output),
+        method,
+        len(paths),
+        sum(tensor.numel() for tensor in (tensors | whole).values()),
+        derivation.figures["lost"],
+        by_kind(ranks, losses),
+        notices,
+    )
+
+
+def _check(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float],
+    method: str,
+    rank: int | None,
+    density: float | None,
+    seed: int | None,
+) -> None:
+    """Raises InputError for what needs no file to be wrong."""
+    if method not in METHODS:
+        raise InputError(
+            f"'{method}' is not a way to combine adapters{did_you_mean(method, METHODS)}: "
+            f"there are {', '.join(METHODS)}"
+        )
+    if not adapters:
+        raise InputError("give at least one adapter's folder")
+    if len(weights) != len(adapters):
+        raise InputError(
+            f"there are {len(adapters)} adapters and {len(weights)} weights: give a weight for each"
+        )
+    for weight, folder in zip(weights, adapters, strict=True):
+        if not math.isfinite(weight) or weight == 0:
+            cure = "leave the adapter out" if weight == 0 else "give a number"
+            raise InputError(f"the weight of {folder} is {weight:g}: {cure}")
+    places = [Path(folder).resolve() for folder in adapters]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise InputError(f"{adapters[i]} is given twice: give it once, with the weights' sum")
+    needs_density = method in (*_BY_ENTRIES, "knots")
+    if density is not None and not needs_density:
+        raise InputError(f"--density has no effect with {method}, which keeps all entries")
+    if seed is not None and not method.startswith("dare"):
+        raise InputError(f"--seed has no effect with {method}, which draws nothing")
+    methods.check_settings(methods.Settings(method, rank, density))
+
+
+def _require_combinable(files: Sequence[AdapterFile]) -> None:
+    for file in files:
+        if file.has_lengths:
+            raise InputError(
+                f"{file.folder} is a DoRA adapter: its update needs the base's weights, and "
+                "lengths do not add up. Merge it with lorakit merge, or combine in Python with "
+                "LoraModel.add_weighted_adapter(combination_type='svd')"
+            )
+        if file.config.bias != "none":
+            raise InputError(
+                f"{file.folder} trains biases of the base itself (bias={file.config.bias}), "
+                "which do not add up"
+            )
+        if file.config.target_parameters:
+            raise InputError(
+                f"{file.folder} adapts parameters themselves (target_parameters), which is not "
+                "combined yet: merge it with lorakit merge"
+            )
+        file.require_updates()
+    first = files[0]
+    for file in files[1:]:
+        for field in ("task_type", "trainable_token_indices", "layer_replication"):
+            ours, theirs = getattr(first.config, field), getattr(file.config, field)
+            if ours != theirs and (field == "layer_replication" or None not in (ours, theirs)):
+                raise InputError(
+                    f"{first.folder} has {field} {ours} and {file.folder} has {theirs}: these do "
+                    "not go together"
+                )
+    known: dict[str, tuple[AdapterFile, tuple[torch.Size, torch.Size]]] = {}
+    for file in files:
+        for path, update in file.updates.items():
+            shape = update.A.shape[1:], update.B.shape[:1]
+            other, before = known.setdefault(path, (file, shape))
+            if before != shape:
+                sizes = [f"{out[0]} × {inside.numel()}" for inside, out in (before, shape)]
+                raise InputError(
+                    f"{other.folder} and {file.folder} are for different base models: {path} is "
+                    f"{sizes[0]} in one and {sizes[1]} in the other"
+                )
+
+
+def _common_base(files: Sequence[AdapterFile], base: str | None) -> tuple[str | None, str | None]:
+    """The base that all adapters are for, and its fingerprint if one of them knows it.
+
+    Raises:
+        InputError: they are for different ones.
+    """
+    origins = [origin(file.folder, file.config) for file in files]
+    prints = {o.base_fingerprint: f for o, f in zip(origins, files, strict=True)}
+    prints.pop(None, None)
+    if len(prints) > 1:
+        one, other, *_ = (file.folder for file in prints.values())
+        raise InputError(
+            f"{one} and {other} were trained on different weights (by fingerprint), "
+            "so their updates do not belong together"
+        )
+    names = dict.fromkeys(o.base_model for o in origins if o.base_model)
+    same_weights = all(o.base_fingerprint for o in origins)
+    if len(names) > 1 and not same_weights and base is None:
+        raise InputError(
+            f"the adapters are for different base models ({listed(names)}): if these are the same, "
+            "say which one with --base"
+        )
+    return base or next(iter(names), None), next(iter(prints), None)
+
+
+def _whole(files: Sequence[AdapterFile], notices: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors that are no factor, which are carried along where only one adapter has them.
+
+    Raises:
+        InputError: two adapters have different ones for the same place.
+    """
+    found: dict[str, torch.Tensor] = {}
+    owner: dict[str, AdapterFile] = {}
+    adapted = {path for file in files for path in file.updates}
+    for file in files:
+        for key, tensor in file.others.items():
+            if key in found and not torch.equal(found[key], tensor):
+                raise InputError(
+                    f"{owner[key].folder} and {file.folder} each have their own {key} "
+                    "(modules_to_save or trained tokens), and these do not add up: train one "
+                    "without it"
+                )
+            for path in adapted:
+                if f".{path}." in f".{key}" and not key.endswith(".base_layer.weight"):
+                    raise InputError(
+                        f"{file.folder} trains {path} whole, and another adapter by B A: "
+                        "these do not add up"
+                    )
+            found[key], owner[key] = tensor, file
+    for file in files if len(files) > 1 else ():
+        own = [key for key in file.others if owner[key] is file]
+        if own:
+            notices.append(
+                f"{len(own)} tensors that {file.folder} trained whole are carried along as they "
+                "are, without its weight"
+            )
+    return found
+
+
+def _check_rank(
+    files: Sequence[AdapterFile],
+    paths: Sequence[str],
+    method: str,
+    rank: int | None,
+    notices: list[str],
+) -> None:
+    """Raises InputError when no module can have `rank`; says how many have less."""
+    if rank is None:
+        return
+    possible = []
+    for path in paths:
+        factors = [file.updates[path].factors() for file in files if path in file.updates]
+        A, B = factors[0]
+        together = sum(len(a) for a, _ in factors)
+        limits = (A.shape[1], B.shape[0]) if method in _BY_ENTRIES else (together, *A.shape[1:])
+        possible.append(min(*limits, B.shape[0]))
+    if possible and rank > max(possible):
+        raise InputError(
+            f"--rank {rank} is more than any module can have: the largest is {max(possible)}"
+        )
+    if fewer := sum(1 for most in possible if most < rank):
+        notices.append(f"{fewer} of {len(paths)} modules have fewer than {rank} directions")
+
+
+def _config(files: Sequence[AdapterFile], paths: list[str], base: str | None) -> LoraConfig:
+    configs = [file.config for file in files]
+    first = configs[0]
+    saved = [name for config in configs for name in config.modules_to_save or []]
+    tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
+    return LoraConfig(
+        **_targets(configs, paths),
+        fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+        lora_bias=any(config.lora_bias for config in configs),
+        modules_to_save=list(dict.fromkeys(saved)) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+        ensure_weight_tying=any(config.ensure_weight_tying for config in configs),
+        layer_replication=first.layer_replication,
+        task_type=next((config.task_type for config in configs if config.task_type), None),
+        base_model_name_or_path=base,
+        revision=first.revision,
+    )
+
+
+def _targets(configs: Sequence[LoraConfig], paths: list[str]) -> dict[str, object]:
+    """The fields that find the modules at `paths` again, in any reader of PEFT's files.
+
+    Where all adapters select alike their lists of names can be united; otherwise the paths are
+    named one by one.
+    """
+    first = configs[0]
+    alike = all(getattr(c, f) == getattr(first, f) for c in configs for f in _SELECTION)
+    selection = {field: getattr(first, field) for field in _SELECTION}
+    targets = [config.target_modules for config in configs]
+    if alike and all(isinstance(target, list) for target in targets):
+        names = dict.fromkeys(name for target in targets for name in target or [])
+        return {"target_modules": list(names), **selection}
+    if alike and all(target == targets[0] for target in targets):
+        return {"target_modules": targets[0], **selection}
+    return {"target_modules": paths}

@@ -1,0 +1,139 @@
+"""An adapter made out of others or out of models, without training: its folder and its record.
+
+Its `lorakit.json` says what it was made of, and never pretends to be a training run's: that is
+`manifest.py`'s. What the verbs put into the folder is their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorakit import __version__, atomic
+from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import WEIGHTS_NAME, write_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.lora.config import LoraConfig
+
+TEMPLATE_NAME = "chat_template.jinja"
+
+
+class Source(BaseModel):
+    """What an adapter was made of: where it lay, and the SHA-256 of its weights' file or files."""
+
+    path: str
+    sha256: str | None = None
+
+
+class Derivation(BaseModel):
+    """How an adapter came about that no run trained.
+
+    `options` are the verb's, `figures` what it measured; `base_fingerprint` and `labels` are the
+    sources', where these know them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    made_by: Literal["combine", "resize", "extract"]
+    sources: list[Source]
+    options: dict[str, Any] = {}
+    figures: dict[str, float] = {}
+    notices: list[str] = []
+    base_model: str | None = None
+    base_fingerprint: str | None = None
+    labels: dict[str, Any] | None = None
+    versions: dict[str, str] = {"lorakit": __version__}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter's folder says of its base; None where it does not."""
+
+    base_model: str | None
+    base_fingerprint: str | None
+    labels: dict[str, Any] | None
+
+
+def read_derivation(folder: str | Path) -> Derivation | None:
+    """The record of an adapter that was made out of others; None for every other adapter.
+
+    Raises:
+        InputError: there is one, and it is damaged.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Derivation.model_validate(values) if "made_by" in values else None
+    except (ValueError, OSError, TypeError, RecursionError, ValidationError) as error:
+        raise InputError(f"{path} is damaged: remove it, or make the adapter again") from error
+
+
+def origin(folder: str | Path, config: LoraConfig) -> Origin:
+    """What is known of the base of the adapter in `folder`, whoever made it."""
+    record = read_manifest(folder) or read_derivation(folder)
+    if record is None:
+        return Origin(config.base_model_name_or_path, None, None)
+    name = record.base_model or config.base_model_name_or_path
+    return Origin(name, record.base_fingerprint, record.labels)
+
+
+def source(folder: Path) -> Source:
+    """The adapter in `folder` as a source."""
+    return Source(path=str(folder), sha256=sha256(folder / WEIGHTS_NAME))
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_derived(
+    output: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    derivation: Derivation,
+    template: str | None,
+) -> None:
+    """Writes the adapter and its record into the new folder `output`, in one step.
+
+    Args:
+        template: the chat template that it is asked with, if it has its own.
+
+    Raises:
+        InputError: `output` is taken.
+    """
+    with atomic.new_folder(output) as folder:
+        write_adapter(folder, config, tensors)
+        record = json.dumps(derivation.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        (folder / MANIFEST_NAME).write_text(record + "\n", encoding="utf-8")
+        if template is not None:
+            (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+
+
+def common_template(folders: Sequence[Path], notices: list[str]) -> str | None:
+    """The chat template of adapters; where they have different ones the first's, with a notice."""
+    found = [
+        (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
+        if (folder / TEMPLATE_NAME).is_file()
+        else None
+        for folder in folders
+    ]
+    if len(set(found)) > 1:
+        notices.append(
+            f"the adapters were trained with different chat templates: that of {folders[0]} is "
+            "carried along"
+        )
+    return found[0]

@@ -1,0 +1,249 @@
+"""An adapter out of a full fine-tune: the difference of two models, cut to a low rank.
+
+Both are read from their files one tensor at a time; neither is loaded. What is no matrix of a
+linear layer has no low-rank form in PEFT's files, and is kept whole (`modules_to_save`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit import atomic
+from lorakit.adapters.derived import TEMPLATE_NAME, Derivation, Source, sha256, write_derived
+from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.resize import check_size
+from lorakit.errors import InputError, listed
+from lorakit.lora.checkpoint import PREFIX
+from lorakit.lora.combine import Combined, truncate_matrix
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers import LoraLinear, layer_class
+from lorakit.lora.layers.linear import is_conv1d
+from lorakit.lora.presets import output_head
+from lorakit.lora.targets import suffixes_for
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorakit.models.weight_files import WeightFiles
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """A written extraction.
+
+    `kinds` has ranks and losses by kind of module, `retained` the share of ‖ΔW‖² that is kept by
+    module's path; `error` is ‖ΔW - ΔW'‖ / ‖ΔW‖ over all of these. `whole` are the modules that
+    are kept as they are.
+    """
+
+    output: str
+    modules: int
+    parameters: int
+    error: float
+    kinds: list[KindRanks]
+    retained: dict[str, float]
+    whole: list[str]
+    notices: list[str]
+
+
+@torch.no_grad()
+def extract(
+    base: str,
+    tuned: str,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> ExtractReport:
+    """Writes `tuned - base` as an adapter for `base` to the new folder `output`.
+
+    Args:
+        base, tuned: models of one architecture, with safetensors files.
+        rank: at most this rank a module. Where it is less than half of what a matrix can have,
+            the decomposition is by subspace iteration, which finds a difference of that rank or
+            less exactly.
+        energy: the share of each module's ‖ΔW‖² to keep, in (0, 1], by a full decomposition;
+            each gets the least rank that does. None, without a rank, is 0.95.
+
+    Raises:
+        InputError: the two do not go together, do not differ, or differ in what an adapter
+            cannot hold.
+        LorakitError: the folder cannot be written.
+    """
+    from lorakit.models.weight_files import WeightFiles, blank_model, file_keys
+
+    atomic.require_free(output)
+    if rank is None and energy is None:
+        energy = 0.95
+    check_size(rank, energy)
+    before, after = WeightFiles(base), WeightFiles(tuned)
+    model = blank_model(base)
+    keys = file_keys(model, before)
+    _require_same(model, keys, before, after)
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    losses: dict[str, tuple[float, float]] = {}
+    whole: list[str] = []
+    notices: list[str] = []
+    limit = 0
+    for name, key in keys.items():
+        old, new = before[key], after[key]
+        if torch.equal(old, new.to(old.dtype)) and old.dtype == new.dtype:
+            continue
+        delta = new.float() - old.float()
+        if not torch.isfinite(delta).all():
+            raise InputError(f"{tuned}: {key} holds values that are not finite")
+        if not delta.any():
+            continue
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        is_linear = layer_class(module) is LoraLinear and module is not output_head(model)
+        if own == "weight" and is_linear:
+            delta = delta.T if is_conv1d(module) else delta  # which is stored (d_in, d_out)
+            limit = max(limit, min(delta.shape))
+            found = _cut(delta, rank, energy)
+            ranks[path], losses[path] = found.A.shape[0], (found.energy, found.lost)
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = found.A
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = found.B
+        else:
+            whole.append(path)
+    whole = list(dict.fromkeys(whole))
+    if not ranks:
+        raise InputError(
+            f"{tuned} and {base} have the same linear layers: there is nothing to extract"
+            + (f" (they differ in {listed(whole, 3)}, which has no low-rank form)" if whole else "")
+        )
+    if rank is not None and rank > limit:
+        raise InputError(f"--rank {rank} is more than any module can have: the largest is {limit}")
+    both = [path for path in whole if path in ranks]
+    if both:
+        raise InputError(
+            f"{tuned} has other biases than {base} beside its linear layers ({listed(both, 3)}), "
+            "which an adapter for these layers cannot hold: keep the tuned model as it is"
+        )
+    if whole:
+        notices.append(
+            f"{len(whole)} modules that differ have no low-rank form and are kept whole "
+            f"(modules_to_save): {listed(whole, 4)}"
+        )
+    for path in whole:
+        for name, _ in model.get_submodule(path).named_parameters():
+            tensors[f"{PREFIX}{path}.{name}"] = after[keys[f"{path}.{name}"]].clone()
+    for path, others in _tied(model).items():
+        if path in whole:  # a copy that is not tied any more takes the head's place too
+            whole += others
+            tensors |= {
+                f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
+            }
+    config = LoraConfig(
+        target_modules=suffixes_for(list(ranks), model),
+        modules_to_save=whole or None,  # in full: PEFT takes any name that ends like it
+        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    total, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
+    error = math.sqrt(lost / total)
+    derivation = Derivation(
+        made_by="extract",
+        sources=[_source(files) for files in (before, after)],
+        options={"rank": rank} if rank is not None else {"energy": energy},
+        figures={"error": error},
+        base_model=base,
+        notices=notices,
+    )
+    template = after.folder / TEMPLATE_NAME
+    text = template.read_text(encoding="utf-8") if template.is_file() else None
+    write_derived(output, set_ranks(config, ranks), tensors, derivation, text)
+    return ExtractReport(
+        str(output),
+        len(ranks),
+        sum(tensor.numel() for tensor in tensors.values()),
+        error,
+        by_kind(ranks, losses),
+        {path: 1 - lost / energy for path, (energy, lost) in losses.items()},
+        whole,
+        notices,
+    )
+
+
+def _cut(delta: torch.Tensor, rank: int | None, energy: float | None) -> Combined:
+    if rank is not None:
+        return truncate_matrix(delta, rank)
+    most = min(delta.shape)
+    found = truncate_matrix(delta, most)  # of the full rank, so by a full decomposition
+    # The factors share the singular values evenly: each has their roots as lengths.
+    squares = found.A.double().square().sum(dim=1).square()
+    held = squares.cumsum(0) >= (energy or 1.0) * squares.sum() * (1 - 1e-12)
+    keep = min(most, int(torch.nonzero(held)[0]) + 1)
+    lost = squares[keep:].sum().item()
+    return Combined(found.A[:keep].clone(), found.B[:, :keep].clone(), found.energy, lost)
+
+
+def _require_same(
+    model: nn.Module, keys: dict[str, str], before: WeightFiles, after: WeightFiles
+) -> None:
+    """Raises InputError unless both files have the model's parameters, of the same shapes."""
+    parameters = dict(model.named_parameters())
+    if lacking := [name for name in parameters if name not in keys]:
+        raise InputError(
+            f"{before.name} names its weights otherwise than its model does ({listed(lacking, 3)} "
+            "are not in its files): load it and save it again with transformers"
+        )
+    if lacking := [key for key in keys.values() if key not in after]:
+        raise InputError(
+            f"{after.name} is no fine-tune of {before.name}: it lacks {listed(lacking, 3)}"
+        )
+    # A head that is tied in the base and has a weight of its own in the tuned model.
+    ties = _tied(model)
+    extra = [k for k in after if k not in keys.values() and k.rpartition(".")[0] not in ties]
+    extra = [key for key in extra if key not in before]
+    if extra:
+        raise InputError(
+            f"{after.name} is no fine-tune of {before.name}: it has {listed(sorted(extra), 3)} too"
+        )
+    for path, others in ties.items():
+        own = [f"{p}.weight" for p in (path, *others) if f"{p}.weight" in after]
+        if len(own) > 1 and not torch.equal(after[own[0]], after[own[1]]):
+            raise InputError(
+                f"{after.name} has untied {own[0]} and {own[1]}, which are one in {before.name}: "
+                "save the base with tie_word_embeddings=false first"
+            )
+    for name, key in keys.items():
+        old, new = before.shape(key), after.shape(key)
+        if old == new:
+            continue
+        if len(old) == 2 and old[1] == new[1] and new[0] != old[0] and "embed" in name.lower():
+            raise InputError(
+                f"{after.name} has {new[0]} tokens and {before.name} {old[0]}: an adapter goes on "
+                "the base as it is, so resize the base first (model.resize_token_embeddings"
+                f"({new[0]}), with the tokenizer of {after.name}), save it, and extract from that"
+            )
+        raise InputError(
+            f"{after.name} is no fine-tune of {before.name}: {key} is {new} and not {old}"
+        )
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """The paths of other modules that share their weight, by the first one's path."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter):
+            name = first.setdefault(id(weight), path)
+            if name != path:
+                found.setdefault(name, []).append(path)
+    return found
+
+
+def _source(files: WeightFiles) -> Source:
+    """A model as a source; the digest is of its only file, or of its shards' digests."""
+    shards = sorted(files.folder.glob("*.safetensors"))
+    digests = [sha256(shard) for shard in shards]
+    return Source(path=files.name, sha256=digests[0] if len(digests) == 1 else ",".join(digests))

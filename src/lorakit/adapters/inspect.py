@@ -1,0 +1,262 @@
+"""What an adapter is, read from its folder alone, and whether it fits a given base model.
+
+Singular values are `spectrum.py`'s; a run's curves and answers are drawn by `lorakit report`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.adapters.derived import origin, read_derivation
+from lorakit.adapters.manifest import Manifest, read_manifest
+from lorakit.adapters.spectrum import Spectrum, spectrum
+from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, load_tensors, read_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+# The share of ‖ΔW‖² whose directions are counted.
+SHARE = 0.9
+
+# What tools write into the card's tags, or into their own models' names.
+_MAKERS = ("unsloth", "axolotl", "llama-factory", "swift", "torchtune", "trl")
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One module's update.
+
+    `norm` is ‖ΔW‖ (Frobenius), `effective_rank` exp of the entropy of the singular values, and
+    `directions` how many of the largest hold `SHARE` of ‖ΔW‖².
+    """
+
+    path: str
+    r: int
+    shape: tuple[int, int]
+    scaling: float
+    norm: float
+    effective_rank: float
+    directions: int
+
+    @classmethod
+    def of(cls, s: Spectrum) -> ModuleFacts:
+        """The facts of one spectrum."""
+        found = s.norm, s.effective_rank, s.directions(SHARE)
+        return cls(s.path, s.r, s.shape, s.scaling, *found)
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor that is no factor: a module trained whole, rows of tokens, DoRA's lengths."""
+
+    key: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the adapter fits the base model `base`, and if not, why.
+
+    `same_weights` compares fingerprints: None where the adapter has none, or the base's cannot be
+    taken from its files.
+    """
+
+    base: str
+    fits: bool
+    reason: str
+    same_weights: bool | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of an adapter.
+
+    `parameters` are all in its file (copies of base weights are not counted), `bytes` the size of
+    the weights' file; `run` are the main facts of the training run or of what it was made of.
+    """
+
+    folder: str
+    base_model: str | None
+    task_type: str | None
+    made_by: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+    target_modules: list[str] | str | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    modules_to_save: list[str] | None
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    modules: list[ModuleFacts]
+    whole: list[WholeTensor]
+    skipped: list[Skipped]
+    run: dict[str, Any]
+    fit: Fit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as plain JSON types."""
+        return asdict(self)
+
+
+def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
+    """Reads the adapter in `folder`.
+
+    Args:
+        base: a base model; whether the adapter fits it is found from its configuration, without
+            loading it.
+
+    Raises:
+        InputError: it is no adapter's folder, it is damaged, or there is no such base.
+    """
+    file = read_updates(folder)
+    config = file.config
+    tensors = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
+    tensors += [tensor for key, tensor in file.others.items() if not key.endswith(COPY)]
+    skipped = list(file.skipped)
+    skipped += [
+        Skipped(key.removeprefix(PREFIX), "a copy of the base's weight")
+        for key in file.others
+        if key.endswith(COPY)
+    ]
+    return Inspection(
+        folder=str(folder),
+        base_model=origin(folder, config).base_model,
+        task_type=config.task_type,
+        made_by=_maker(file),
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights,
+        target_modules=config.target_modules,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        modules_to_save=config.modules_to_save,
+        parameters=sum(tensor.numel() for tensor in tensors),
+        bytes=(file.folder / WEIGHTS_NAME).stat().st_size,
+        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
+        modules=[ModuleFacts.of(spectrum(update)) for update in file.updates.values()],
+        whole=[
+            WholeTensor(key.removeprefix(PREFIX), tuple(tensor.shape), tensor.numel())
+            for key, tensor in file.others.items()
+            if not key.endswith(COPY)
+        ],
+        skipped=skipped,
+        run=_facts(file.folder),
+        fit=fit(folder, base) if base else None,
+    )
+
+
+def fit(folder: str | Path, base: str) -> Fit:
+    """Whether the adapter in `folder` goes onto the base model `base`: names, shapes, weights.
+
+    The base is built on the meta device and the adapter is put on it with the checks of loading.
+
+    Raises:
+        InputError: there is no such base, or no adapter.
+    """
+    from lorakit.lora import LoraModel
+    from lorakit.models.weight_files import blank_model
+
+    config, tensors = read_adapter(folder)
+    known = origin(folder, config)
+    labels = len((known.labels or {}).get("id2label", ())) or _outputs(tensors)
+    model = blank_model(base, config.task_type, labels)
+    # Where an adapter starts from does not change which tensors it has.
+    plain = dataclasses.replace(config, init_lora_weights=True)
+    try:
+        wrapped = LoraModel(model, plain, initialize=False)
+        kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(COPY)}
+        load_tensors(wrapped.adapter_tensors("default"), kept, folder)
+    except InputError as error:
+        return Fit(base, False, str(error), None)
+    own = known.base_fingerprint and _fingerprint(base, config.task_type, labels)
+    return Fit(base, True, "", own == known.base_fingerprint if own else None)
+
+
+def _outputs(tensors: dict[str, torch.Tensor]) -> int:
+    """How many labels a classifier's head in the file has, 0 where there is none."""
+    ends = (".classifier.weight", ".score.weight", ".out_proj.weight")
+    return next((len(t) for k, t in tensors.items() if k.endswith(ends) and "lora_" not in k), 0)
+
+
+def _fingerprint(base: str, task_type: str | None, labels: int) -> str | None:
+    """The base's fingerprint from its files, None where they name weights otherwise."""
+    from lorakit.models.fingerprint import fingerprint_of
+    from lorakit.models.load import CLASSIFICATION
+    from lorakit.models.weight_files import WeightFiles, blank_model, file_keys
+
+    try:
+        files = WeightFiles(base)
+    except InputError:  # a GGUF file, say
+        return None
+    model = blank_model(base, task_type, labels)
+    keys = file_keys(model, files)
+    lacking = [name for name, _ in model.named_parameters() if name not in keys]
+    if lacking and task_type not in CLASSIFICATION:  # a classifier's new head is not of the base
+        return None
+    return fingerprint_of((name, files[key]) for name, key in keys.items())
+
+
+def _maker(file: AdapterFile) -> str:
+    """Who made it, by what its files say."""
+    if derivation := read_derivation(file.folder):
+        return f"lorakit {derivation.versions.get('lorakit', '')} ({derivation.made_by})"
+    if manifest := read_manifest(file.folder):
+        return f"lorakit {manifest.versions.get('lorakit', '')} (train)"
+    tags = _tags(file.folder)
+    name = str(file.config.base_model_name_or_path or "").lower()
+    makers = [maker for maker in _MAKERS if maker in tags or name.startswith(f"{maker}/")]
+    version = file.config.peft_version
+    if version:
+        makers.append(f"PEFT {version}")
+    elif "lorakit" in tags:
+        makers.append("lorakit")
+    return " with ".join(makers) or "unknown (its files do not say)"
+
+
+def _tags(folder: Path) -> set[str]:
+    """The tags of the model card, lower case; none where there is no readable card."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(folder / "README.md")
+    except (OSError, ValueError):
+        return set()
+    return {str(tag).lower() for tag in card.data.get("tags") or []}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The main facts of `lorakit.json`; empty without one."""
+    if derivation := read_derivation(folder):
+        sources = ", ".join(source.path for source in derivation.sources)
+        return {"made of": sources, **derivation.options, **derivation.figures}
+    manifest = read_manifest(folder)
+    return _run(manifest) if manifest else {}
+
+
+def _run(manifest: Manifest) -> dict[str, Any]:
+    training = manifest.recipe.get("training") or {}
+    facts: dict[str, Any] = {
+        "data": ", ".join(str(d.get("path")) for d in manifest.data if d.get("path")),
+        "steps": manifest.steps,
+        "epochs": training.get("num_train_epochs"),
+        "learning_rate": training.get("learning_rate"),
+        "seed": manifest.seed,
+        "train_tokens": manifest.train_tokens,
+        "base_eval_loss": manifest.base_eval_loss,
+        "eval_loss": manifest.eval_loss,
+        **{f"eval_{name}": score for name, score in (manifest.eval_scores or {}).items()},
+    }
+    return {key: value for key, value in facts.items() if value not in (None, "")}

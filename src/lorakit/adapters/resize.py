@@ -1,0 +1,135 @@
+"""An adapter with other ranks: every module's update cut to its best approximation.
+
+Which directions a module keeps is decided by its singular values alone; what that does to answers
+is measured by those who have rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorakit import atomic
+from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
+from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.spectrum import spectrum
+from lorakit.adapters.updates import COPY, read_updates
+from lorakit.errors import InputError
+from lorakit.lora.combine import truncate
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """A resized adapter.
+
+    `kinds` has ranks and errors by kind of module; `error` is ‖ΔW - ΔW'‖ / ‖ΔW‖ over all modules.
+    `before` and `after` count parameters.
+    """
+
+    output: str
+    modules: int
+    before: int
+    after: int
+    error: float
+    kinds: list[KindRanks]
+    notices: list[str]
+
+
+def resize(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> ResizeReport:
+    """Writes the adapter with other ranks to the new folder `output`.
+
+    Args:
+        rank: at most this rank a module.
+        energy: the share of each module's ‖ΔW‖² to keep, in (0, 1]; each gets the least rank
+            that does. A module that changes nothing gets rank 1.
+
+    Raises:
+        InputError: the adapter cannot be resized, or not exactly one of `rank` and `energy` is
+            given, or it is out of range.
+        LorakitError: the folder cannot be written.
+    """
+    atomic.require_free(output)
+    check_size(rank, energy)
+    file = read_updates(adapter)
+    if file.config.target_parameters:
+        raise InputError(
+            f"{adapter} adapts parameters themselves (target_parameters), which is not resized yet"
+        )
+    file.require_updates()
+    if not file.updates:
+        raise InputError(f"{adapter} changes no module by B A: there is nothing to resize")
+    possible = {path: min(*map(len, _sides(u.factors()))) for path, u in file.updates.items()}
+    if rank is not None and rank > max(possible.values()):
+        raise InputError(
+            f"--rank {rank} is more than any module has: the largest is {max(possible.values())}"
+        )
+    notices = []
+    if rank is not None and (fewer := sum(1 for most in possible.values() if most < rank)):
+        notices.append(f"{fewer} of {len(possible)} modules have fewer than {rank} directions")
+    if file.has_lengths:
+        notices.append(
+            "this is a DoRA adapter: its lengths stay as they are, and errors are those of B A, "
+            "before lengths are applied"
+        )
+    tensors: dict[str, torch.Tensor] = dict(file.others)
+    ranks: dict[str, int] = {}
+    losses: dict[str, tuple[float, float]] = {}
+    for path, update in file.updates.items():
+        A, B = update.factors()
+        wanted = rank if rank is not None else max(1, spectrum(update).directions(energy or 1.0))
+        found = truncate(update.scaling * B, A, wanted)
+        bias = None if update.bias is None else update.scaling * update.bias
+        tensors |= update.tensors(found.A, found.B, bias)
+        ranks[path] = found.A.shape[0]
+        losses[path] = found.energy, found.lost
+    total, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
+    known = origin(file.folder, file.config)
+    error = math.sqrt(lost / total) if total else 0.0
+    derivation = Derivation(
+        made_by="resize",
+        sources=[source(file.folder)],
+        options={"rank": rank} if rank is not None else {"energy": energy},
+        figures={"error": error},
+        base_model=known.base_model,
+        base_fingerprint=known.base_fingerprint,
+        labels=known.labels,
+        notices=notices,
+    )
+    template = common_template([file.folder], notices)
+    write_derived(output, set_ranks(file.config, ranks), tensors, derivation, template)
+    stored = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
+    rest = sum(t.numel() for key, t in file.others.items() if not key.endswith(COPY))
+    return ResizeReport(
+        str(output),
+        len(ranks),
+        rest + sum(tensor.numel() for tensor in stored),
+        sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(COPY)),
+        error,
+        by_kind(ranks, losses),
+        notices,
+    )
+
+
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Raises InputError unless exactly one of the two is given, and in range."""
+    if (rank is None) == (energy is None):
+        raise InputError("give either --rank or --energy")
+    if rank is not None and rank < 1:
+        raise InputError(f"--rank must be at least 1, not {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"--energy must be a share in (0, 1], not {energy:g}")
+
+
+def _sides(factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Tensors whose lengths bound the rank of the product: n, d_in and d_out."""
+    A, B = factors
+    return A, A.T, B

@@ -1,0 +1,79 @@
+"""`lorakit combine`: several adapters to one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lorakit.adapters.ranks import KindRanks
+
+
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="The adapters' folders.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
+    weights: Annotated[
+        str, typer.Option(help="One an adapter, with commas between: 0.7,0.3 (or 1,-1).")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear or cat (the weighted sum, exact), svd, ties, dare_linear, dare_ties, "
+            "magnitude_prune, knots."
+        ),
+    ] = "linear",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="At most, a module. Default: linear, cat and knots the sum, others the largest."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The share of entries to keep, in (0, 1].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what dare drops. Default: 0.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where the adapters name it differently.")
+    ] = None,
+) -> None:
+    """Combine adapters of one base model into one, without loading the model."""
+    from lorakit.adapters.combine import combine as run
+
+    report = run(
+        adapters,
+        output,
+        weights=_numbers(weights),
+        method=method,
+        rank=rank,
+        density=density,
+        seed=seed,
+        base=base,
+    )
+    for notice in report.notices:
+        typer.echo(notice, err=True)
+    show_kinds(report.kinds)
+    typer.echo(
+        f"combined by {report.method}: {report.output} ({report.modules} modules, "
+        f"{report.parameters:,} parameters)"
+    )
+    exact = "nothing was cut off" if report.lost == 0 else f"{report.lost:.3%} of ‖ΔW‖² is lost"
+    typer.echo(f"{exact} to the rank")
+
+
+def show_kinds(kinds: "list[KindRanks]") -> None:
+    """Prints ranks and losses by kind of module."""
+    from lorakit.cli.tables import print_table, spread
+
+    rows = [
+        (k.kind, str(k.modules), spread(k.ranks), f"{k.lost:.3%}", f"{k.error:.3%}") for k in kinds
+    ]
+    print_table("", ("module", "number", "rank", "‖ΔW‖² lost", "error of ΔW"), rows)
+
+
+def _numbers(text: str) -> list[float]:
+    from lorakit.errors import InputError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--weights {text!r} are not numbers with commas between") from error

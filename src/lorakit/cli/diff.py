@@ -1,0 +1,121 @@
+"""`lorakit diff`: two adapters beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lorakit.adapters.diff import Diff, ModuleDiff, Summary
+    from lorakit.evaluation.compare import ChangedAnswer
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    second: Annotated[Path, typer.Argument(help="Another one's.")],
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Every module, not only layers and kinds.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to answer by both: what changes is shown.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model for --data, when not the recorded one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Compare the updates of two adapters, and with --data their answers."""
+    from lorakit.adapters.diff import diff as run
+    from lorakit.errors import InputError
+
+    if data is None and (limit is not None or base is not None):
+        raise InputError("--limit and --base are for --data, which is not given")
+    found = run(first, second)
+    changed: list[ChangedAnswer] = []
+    asked = 0
+    if data is not None:
+        from lorakit.data.dataset import load_samples
+        from lorakit.evaluation.compare import changed_answers
+
+        samples = load_samples(data, None, limit)
+        changed, asked = changed_answers(
+            first, second, samples, base=base, max_new_tokens=max_new_tokens
+        )
+    if as_json:
+        answers = {"prompts": asked, "changed": [answer.to_dict() for answer in changed]}
+        values = {**found.to_dict(), **({"answers": answers} if data else {})}
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        return
+    _show(found, modules)
+    if data is not None:
+        _show_answers(changed, asked)
+
+
+def _show(found: Diff, every_module: bool) -> None:
+    from lorakit.cli.tables import print_table
+
+    for letter, name, base in zip("AB", found.adapters, found.bases, strict=True):
+        typer.echo(f"{letter}: {name}, for {base or 'a base that it does not say'}")
+    if found.same_weights is False:
+        typer.echo("they were trained on different weights (by fingerprint)", err=True)
+    if found.identical:
+        typer.echo("both make the same updates to the bit")
+    for field, (mine, theirs) in found.settings.items():
+        typer.echo(f"{field}: {_short(mine)} in A, {_short(theirs)} in B")
+    for letter, only in zip("AB", found.only, strict=True):
+        if only:
+            typer.echo(f"only in {letter}: {len(only)} modules, such as {only[0]}")
+    for letter, parts in zip("AB", found.skipped, strict=True):
+        for part in parts:
+            typer.echo(f"not compared, in {letter}: {part.path}: {part.reason}")
+    tables = [("kind", found.by_kind()), ("layer", found.by_layer())]
+    for heading, summaries in tables:
+        rows = [_row(s.name, s, s.chance) for s in summaries]
+        if heading == "kind":
+            rows.append(_row("all", found.overall(), found.overall().chance))
+        print_table("", (heading, *_HEADINGS), rows)
+    if every_module:
+        rows = [_row(m.path, m, sum(m.chance) / 2) for m in found.modules]
+        print_table("", ("module", *_HEADINGS), rows)
+    typer.echo("overlaps are of the directions with 90% of ‖ΔW‖²; by chance: of random ones")
+
+
+_HEADINGS = ("‖ΔW‖ A", "‖ΔW‖ B", "cosine", "outputs", "inputs", "chance")
+
+
+def _row(name: str, s: Summary | ModuleDiff, chance: float) -> tuple[str, ...]:
+    overlaps = f"{s.output_overlap:.2f}", f"{s.input_overlap:.2f}", f"{chance:.2f}"
+    return name, f"{s.norms[0]:.3g}", f"{s.norms[1]:.3g}", f"{s.cosine:+.3f}", *overlaps
+
+
+def _show_answers(changed: list[ChangedAnswer], asked: int) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    typer.echo(f"{len(changed)} of {asked} answers differ")
+    if not changed:
+        return
+    table = Table(show_lines=True)
+    for heading in ("prompt", "A", "B", "row's answer"):
+        table.add_column(heading, overflow="fold")
+    for answer in changed:
+        last = answer.prompt[-1].get("content") if answer.prompt else ""
+        texts = (str(last), answer.first, answer.second, answer.reference)
+        table.add_row(*(escape(_visible(text)) for text in texts))
+    Console(highlight=False).print(table)
+
+
+def _visible(text: str) -> str:
+    """Without control characters, which could do things to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]} …"

@@ -1,0 +1,43 @@
+"""`lorakit extract`: an adapter out of a full fine-tune."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit.cli.combine import show_kinds
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="The base model: alias, folder, or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The model that was trained whole.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
+    rank: Annotated[int | None, typer.Option(help="At most, a module.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="The share of each module's ‖ΔW‖² to keep. Default: 0.95."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what every module keeps, as JSON.")
+    ] = False,
+) -> None:
+    """Write the difference of two models as an adapter, reading both tensor by tensor."""
+    from dataclasses import asdict
+
+    from lorakit.adapters.extract import extract as run
+
+    report = run(base, tuned, output, rank=rank, energy=energy)
+    for notice in report.notices:
+        typer.echo(notice, err=True)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        return
+    show_kinds(report.kinds)
+    least = sorted(report.retained.items(), key=lambda pair: pair[1])[:3]
+    shown = ", ".join(f"{path} {share:.2%}" for path, share in least)
+    typer.echo(f"least energy is retained in {shown} (--json has every module)")
+    typer.echo(
+        f"extracted: {report.output} ({report.modules} modules, {report.parameters:,} parameters), "
+        f"error of ΔW over all: {report.error:.3%}"
+    )

@@ -1,0 +1,119 @@
+"""`lorakit inspect`: what an adapter is, and whether it fits a base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lorakit.adapters.inspect import Fit, Inspection
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    base: Annotated[str | None, typer.Option(help="A base model: does the adapter fit it?")] = None,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Every module, not only their kinds.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what an adapter is, from its files alone; exit code 1 when it does not fit --base."""
+    from lorakit.adapters.inspect import inspect as run
+
+    found = run(adapter, base=base)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show(found, modules)
+    if found.fit and not found.fit.fits:
+        raise typer.Exit(1)
+
+
+def _show(found: Inspection, every_module: bool) -> None:
+    for name, value in _facts(found).items():
+        typer.echo(f"{name + ':':<12} {value}")
+    if found.run:
+        facts = ", ".join(f"{key} {_short(value)}" for key, value in found.run.items())
+        typer.echo(f"{'record:':<12} {facts}")
+    _show_modules(found, every_module)
+    for whole in found.whole[:20]:
+        size = " × ".join(map(str, whole.shape))
+        typer.echo(f"whole: {whole.key} ({size}, {whole.parameters:,} parameters)")
+    if len(found.whole) > 20:
+        typer.echo(f"whole: and {len(found.whole) - 20} more tensors (--json has them all)")
+    for part in found.skipped:
+        typer.echo(f"no spectrum: {part.path}: {part.reason}")
+    if found.fit:
+        typer.echo(_fit(found.fit))
+
+
+def _facts(found: Inspection) -> dict[str, str]:
+    from lorakit.cli.tables import spread
+
+    targets = found.target_modules
+    shown = targets if isinstance(targets, str) else ", ".join(targets or [])
+    scaling = spread(module.scaling for module in found.modules)
+    extras = [
+        name for name, is_set in (("rsLoRA", found.use_rslora), ("DoRA", found.use_dora)) if is_set
+    ]
+    ranks = spread([module.r for module in found.modules] or [found.r])
+    alpha = spread([found.lora_alpha, *found.alpha_pattern.values()])
+    facts = {
+        "base": found.base_model or "not said",
+        "task": found.task_type or "not said",
+        "made by": found.made_by,
+        "method": ", ".join(["LoRA", *extras, f"init_lora_weights={found.init_lora_weights}"]),
+        "rank": f"{ranks}, alpha {alpha}, so B A is multiplied by {scaling}",
+        "targets": shown if len(shown) <= 200 else f"{shown[:200]} …",
+        "size": f"{found.parameters:,} parameters in {found.bytes:,} bytes, "
+        + ", ".join(f"{number} tensors {name}" for name, number in found.dtypes.items()),
+    }
+    if found.modules_to_save:
+        facts["whole"] = ", ".join(found.modules_to_save)
+    return facts
+
+
+def _show_modules(found: Inspection, every_module: bool) -> None:
+    from statistics import fmean
+
+    from lorakit.adapters.inspect import SHARE
+    from lorakit.cli.tables import print_table, spread
+
+    headings = ("module", "number", "shape", "r", "‖ΔW‖", "effective rank", f"{SHARE:.0%} in")
+    groups: dict[str, list[Any]] = {}
+    for module in found.modules:
+        key = module.path if every_module else module.path.rpartition(".")[2]
+        groups.setdefault(key, []).append(module)
+    rows = [
+        (
+            kind,
+            str(len(group)),
+            " ".join(dict.fromkeys(f"{m.shape[0]}×{m.shape[1]}" for m in group)),
+            spread(m.r for m in group),
+            spread((m.norm for m in group), "{:.3g}"),
+            f"{fmean(m.effective_rank for m in group):.1f}",
+            spread(m.directions for m in group),
+        )
+        for kind, group in groups.items()
+    ]
+    if rows:
+        print_table("", headings, rows)
+
+
+def _fit(fit: Fit) -> str:
+    if not fit.fits:
+        return f"does not fit {fit.base}: {fit.reason}"
+    weights = {
+        True: "its weights are those that it was trained on (fingerprint)",
+        False: "but its weights are not those that it was trained on (fingerprint): "
+        "answers may be worse",
+        None: "whether its weights are those that it was trained on is not known (no fingerprint)",
+    }[fit.same_weights]
+    return f"fits {fit.base} (names and shapes); {weights}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,32 @@
+"""Tables on the terminal: the verbs that look at adapters show their numbers alike."""
+
+from collections.abc import Iterable
+
+
+def print_table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Prints a table: the first column is text on the left, the others are numbers.
+
+    Into a pipe it is as wide as its content, so that nothing is cut.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title) or None, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(80, console.measure(table).maximum)
+    console.print(table)
+
+
+def spread(values: Iterable[float], form: str = "{:g}") -> str:
+    """`8`, or `4 to 16` where values differ; `-` where there are none."""
+    all_values = list(values)
+    if not all_values:
+        return "-"
+    low, high = form.format(min(all_values)), form.format(max(all_values))
+    return low if low == high else f"{low} to {high}"
