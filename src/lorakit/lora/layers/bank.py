@@ -7,7 +7,7 @@ PEFT's structure: `base_layer` is the frozen original, `lora_A[name].weight` (r,
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -23,12 +23,15 @@ from lorakit.lora.initialize import (
     initialize_bias,
     initialize_loftq,
 )
-from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, merged_rows, row_blocks
 from lorakit.lora.routing import Routing
 
 
 class LayerBank(Mergeable):
     """One frozen layer and its adapters: a bank that adapters join, leave, merge into."""
+
+    stored_transposed = False
+    """Whether the base stores its weight as (d_in, d_out)."""
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
@@ -254,23 +257,56 @@ class LayerBank(Mergeable):
 
     # --- merging --------------------------------------------------------------------------
 
-    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
-        merged = {self.weight_name: self._merged_weight(names)}
-        biases = [b for name in names if (b := self.bias_update(name)) is not None]
-        if biases:
-            if self.base_bias is None:
-                raise InputError("an adapter with lora_bias cannot be merged: the base has no bias")
-            merged[self.bias_name] = self._unmerged(self.bias_name) + sum(biases)
-        return merged
+    def changed_parameters(self, names: Sequence[str]) -> list[str]:
+        if all(self.bias_update(name) is None for name in names):
+            return [self.weight_name]
+        if self.base_bias is None:
+            raise InputError("an adapter with lora_bias cannot be merged: the base has no bias")
+        return [self.weight_name, self.bias_name]
 
-    def _merged_weight(self, names: list[str]) -> torch.Tensor:
-        """The stored weight with `names` added to it, not yet rounded."""
-        W = self._unmerged(self.weight_name)
-        dtype = torch.promote_types(W.dtype, self.factors(names[0])[0].dtype)
-        total = W.to(dtype)
-        for name in names:
-            total = total + self._weight_update(name).to(dtype)
+    @torch.no_grad()
+    def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
+        before = self._unmerged(parameter).detach()
+        if parameter == self.bias_name:
+            biases = [b for name in names if (b := self.bias_update(name)) is not None]
+            return before + sum(biases)
+        dtype = torch.promote_types(before.dtype, self.factors(names[0])[0].dtype)
+        updates = self.row_updates(parameter, names)
+        if updates is None:
+            W = before.to(dtype)
+            return W + sum(self._weight_update(name).to(dtype) for name in names)
+        total = torch.empty(before.shape, dtype=dtype, device=before.device)
+        for rows in row_blocks(before.shape):
+            total[rows] = merged_rows(before[rows], rows, updates, dtype)
         return total
+
+    @torch.no_grad()
+    def row_updates(self, parameter: str, names: Sequence[str]) -> list[RowUpdate] | None:
+        if parameter != self.weight_name:
+            return None
+        updates = [self._row_update_of(name) for name in names]
+        return None if None in updates else updates  # type: ignore[return-value]
+
+    def _row_update_of(self, name: str) -> RowUpdate | None:
+        """What adapter `name` adds to rows of the stored weight."""
+        A, B = (factor.detach() for factor in self.factors(name))
+        scaled = B * self.scaling[name]
+        magnitude = self._magnitude(name)
+        if self.stored_transposed:
+            return None if magnitude is not None else lambda _, rows: A[:, rows].T @ scaled.T
+        shape = self.base_weight.shape[1:]
+        if magnitude is None:
+            return lambda _, rows: (scaled[rows] @ A).view(-1, *shape)
+        lengths, scaling = magnitude.detach().flatten(), self.scaling[name]
+
+        def update(W: torch.Tensor, rows: slice) -> torch.Tensor:
+            """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
+            matrix = self._as_matrix(W)
+            norms = channel_norms(matrix.to(A.dtype), A, B[rows], scaling)
+            turned = matrix + scaled[rows] @ A
+            return ((lengths[rows] / norms)[:, None] * turned - matrix).view_as(W)
+
+        return update
 
     def _weight_update(self, name: str) -> torch.Tensor:
         """All that adapter `name` changes in the stored weight, DoRA's lengths included."""

@@ -8,6 +8,7 @@ from torch import nn
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear
+from lorakit.lora.layers.mergeable import RowUpdate
 
 
 class LoraTiedHead(LoraLinear):
@@ -31,6 +32,10 @@ class LoraTiedHead(LoraLinear):
 
     def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         """Nothing: the embedding has done it."""
+
+    def _row_update_of(self, name: str) -> RowUpdate | None:
+        # The embedding's own, to the last bit: merged, the two are still one.
+        return self._embedding[0]._row_update_of(name)
 
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
         A, B = self.matrices(name)
