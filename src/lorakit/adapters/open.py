@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.lora import LoraModel
+    from lorakit.lora import LoraConfig, LoraModel
 
 TEMPLATE_NAME = "chat_template.jinja"
 
@@ -37,6 +37,46 @@ class OpenAdapter:
     labels: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's folder holds, read and checked, and the base model that it is for.
+
+    Fields are those of `OpenAdapter`, and the configuration and tensors under PEFT's keys.
+    """
+
+    folder: Path
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    base_model: str
+    manifest: Manifest | None
+    task_type: str
+    labels: tuple[str, ...]
+
+
+def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
+    """Reads the adapter in `folder`, and no model.
+
+    Args:
+        base: the base model to use in place of the recorded one.
+
+    Raises:
+        InputError: there is no usable adapter, or it does not say its base.
+    """
+    from lorakit.lora.checkpoint import read_adapter
+    from lorakit.models.load import CLASSIFICATION, FORMS
+
+    config, tensors = read_adapter(folder)
+    manifest = read_manifest(folder)
+    name = base or (manifest.base_model if manifest else config.base_model_name_or_path)
+    if not name:
+        raise InputError(f"{folder} does not say which base model it is for: give --base")
+    task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+    if task_type in CLASSIFICATION:
+        labels = _labels(manifest, tensors, folder)
+    return AdapterFiles(Path(folder), config, tensors, name, manifest, str(task_type), labels)
+
+
 def open_adapter(
     folder: str | Path, *, base: str | None = None, dtype: str | torch.dtype | None = None
 ) -> OpenAdapter:
@@ -50,21 +90,13 @@ def open_adapter(
         InputError: there is no usable adapter or base, or the two do not fit.
     """
     from lorakit.lora import LoraModel
-    from lorakit.lora.checkpoint import read_adapter
     from lorakit.models.fingerprint import fingerprint
-    from lorakit.models.load import CLASSIFICATION, FORMS, load_for_task
+    from lorakit.models.load import load_for_task
 
-    config, tensors = read_adapter(folder)  # a damaged adapter is said before a model is loaded
-    manifest = read_manifest(folder)
-    name = base or (manifest.base_model if manifest else config.base_model_name_or_path)
-    if not name:
-        raise InputError(f"{folder} does not say which base model it is for: give --base")
-    task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
-    labels: tuple[str, ...] = ()
-    if task_type in CLASSIFICATION:
-        labels = _labels(manifest, tensors, folder)
+    files = read_files(folder, base)  # a damaged adapter is said before a model is loaded
+    manifest, name = files.manifest, files.base_model
     seed = manifest.seed if manifest else 0
-    loaded = load_for_task(str(task_type), name, dtype, labels=labels, seed=seed)
+    loaded = load_for_task(files.task_type, name, dtype, labels=files.labels, seed=seed)
     model, tokenizer = loaded.model, loaded.tokenizer
     own = fingerprint(model, without=loaded.new_modules)
     if manifest and manifest.base_fingerprint not in (None, own):
@@ -77,7 +109,7 @@ def open_adapter(
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     adapted = LoraModel.from_pretrained(model, folder).eval()
-    return OpenAdapter(adapted, tokenizer, name, manifest, str(task_type), labels)
+    return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels)
 
 
 def _labels(
