@@ -78,26 +78,33 @@ def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
 
 
 def open_adapter(
-    folder: str | Path, *, base: str | None = None, dtype: str | torch.dtype | None = None
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    dequantize: bool = False,
 ) -> OpenAdapter:
     """Loads the adapter in `folder` and the base model that it was trained on.
 
     Args:
         base: the base model to use in place of the recorded one.
         dtype: as in `load_model`.
+        dequantize: a quantised base is unpacked into plain weights of this dtype.
 
     Raises:
         InputError: there is no usable adapter or base, or the two do not fit.
     """
     from lorakit.lora import LoraModel
     from lorakit.models.fingerprint import fingerprint
-    from lorakit.models.load import load_for_task
+    from lorakit.models.load import dequantized, load_for_task
 
     files = read_files(folder, base)  # a damaged adapter is said before a model is loaded
     manifest, name = files.manifest, files.base_model
     seed = manifest.seed if manifest else 0
     loaded = load_for_task(files.task_type, name, dtype, labels=files.labels, seed=seed)
     model, tokenizer = loaded.model, loaded.tokenizer
+    if dequantize:
+        model = dequantized(model, dtype)
     own = fingerprint(model, without=loaded.new_modules)
     if manifest and manifest.base_fingerprint not in (None, own):
         warnings.warn(

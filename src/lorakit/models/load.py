@@ -254,6 +254,24 @@ def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def dequantized(model: Any, dtype: str | torch.dtype | None) -> Any:
+    """`model` with plain weights of `dtype`, where they are quantised.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    try:
+        model = model.dequantize()
+    except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(
+            f"model: {model.config._name_or_path} is quantised in a way that transformers cannot "
+            f"take back ({_first_line(error)}): give the model that it was made of"
+        ) from error
+    return model.to(torch_dtype(dtype, str(model.device)))
+
+
 def best_device() -> str:
     """`cuda`, `mps` or `cpu`, the first that is there."""
     import torch

@@ -40,18 +40,14 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 _CODES = {name: code for code, name in _DTYPES.items()}
-_CHUNK = 1 << 23  # bytes at a time where a tensor is only copied
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor's bytes lie: from `begin` to `end` in the file `path`."""
+class NewTensor:
+    """A tensor that is going to be written: its dtype in the format's words, and its shape."""
 
-    path: Path
     code: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,21 +59,27 @@ class StoredTensor:
         import torch
 
         if (name := _DTYPES.get(self.code)) is None:
-            raise InputError(f"{self.path}: lorakit cannot compute with the dtype {self.code}")
+            raise InputError(f"lorakit cannot read or write the dtype {self.code} of safetensors")
         return getattr(torch, name)
+
+    @property
+    def size(self) -> int:
+        """How many bytes it takes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class NewTensor:
-    """A tensor that is going to be written: dtype and shape."""
+class StoredTensor(NewTensor):
+    """A tensor in the file `path`, whose bytes lie from `begin` to `end`."""
 
-    dtype: torch.dtype | str
-    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    end: int
 
-    @property
-    def code(self) -> str:
-        """The format's word for the dtype; a word that was given is one already."""
-        return _CODES.get(str(self.dtype).removeprefix("torch."), str(self.dtype))
+
+def code_of(dtype: torch.dtype) -> str:
+    """The format's word for a dtype."""
+    return _CODES[str(dtype).removeprefix("torch.")]
 
 
 def find_shards(folder: Path) -> dict[str, list[str]]:
@@ -153,9 +155,9 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     start = 8 + length
     return {
         name: StoredTensor(
-            path,
             entry["dtype"],
             tuple(entry["shape"]),
+            path,
             *(start + offset for offset in entry["data_offsets"]),
         )
         for name, entry in header.items()
@@ -195,14 +197,6 @@ class ShardReader:
             self._fill(tensor.path, begin, values.view(-1).view(torch.uint8).numpy())
         return values
 
-    def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        """The tensor's bytes, some megabytes at a time; each piece is valid until the next."""
-        buffer = memoryview(bytearray(min(_CHUNK, tensor.end - tensor.begin)))
-        for begin in range(tensor.begin, tensor.end, _CHUNK):
-            piece = buffer[: min(_CHUNK, tensor.end - begin)]
-            self._fill(tensor.path, begin, piece)
-            yield piece
-
     def _fill(self, path: Path, begin: int, buffer: Any) -> None:
         try:
             file = self._files.get(path)
@@ -228,7 +222,7 @@ class ShardWriter:
         offset = 0
         self._ends: dict[str, int] = {}
         for name, tensor in tensors.items():
-            end = offset + number_of_bytes(tensor)
+            end = offset + tensor.size
             header[name] = {
                 "dtype": tensor.code,
                 "shape": list(tensor.shape),
@@ -240,13 +234,11 @@ class ShardWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._start = self._file.tell()
 
-    def write(self, values: torch.Tensor | memoryview) -> None:
-        """Appends values: a tensor's, or bytes."""
+    def write(self, values: torch.Tensor) -> None:
+        """Appends values of the tensor that is next in the header."""
         import torch
 
-        if isinstance(values, torch.Tensor):
-            values = values.contiguous().view(-1).view(torch.uint8).numpy().data
-        rest = memoryview(values)
+        rest = values.contiguous().view(-1).view(torch.uint8).numpy().data
         while len(rest):
             rest = rest[self._file.write(rest) :]
 
@@ -269,26 +261,8 @@ def write_index(folder: Path, shards: Mapping[str, Mapping[str, NewTensor]]) -> 
     index = {
         "metadata": {
             "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
-            "total_size": sum(number_of_bytes(tensor) for tensor in tensors.values()),
+            "total_size": sum(tensor.size for tensor in tensors.values()),
         },
         "weight_map": {name: file for file, shard in shards.items() for name in sorted(shard)},
     }
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def number_of_bytes(tensor: NewTensor) -> int:
-    """How many bytes the tensor takes in a file."""
-    return math.prod(tensor.shape) * item_size(tensor.code)
-
-
-def item_size(code: str) -> int:
-    """The bytes of one value of this dtype (the format's word).
-
-    Raises:
-        InputError: it is not known here.
-    """
-    import torch
-
-    if (name := _DTYPES.get(code)) is None:
-        raise InputError(f"lorakit cannot write the dtype {code}: use --in-memory")
-    return getattr(torch, name).itemsize

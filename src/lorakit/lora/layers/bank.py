@@ -170,7 +170,7 @@ class LayerBank(Mergeable):
             fresh: False when values are loaded next, and only need a place.
         """
         A, B = self.initial_places(name)
-        if fresh or config.starts_from_weight:
+        if fresh or (config.starts_from_weight and not self.base_weight.is_meta):
             start = vars(self.get_base_layer()).pop(START, None)
             W = self._as_matrix(self.base_weight)
             initial = initialize(A, B, W, self.scaling[name], config, start)
