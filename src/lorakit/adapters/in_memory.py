@@ -14,7 +14,7 @@ import torch
 
 from lorakit.adapters.survival import Survival
 from lorakit.errors import LorakitError
-from lorakit.lora.layers import Mergeable
+from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
 
 if TYPE_CHECKING:
     from lorakit.lora import LoraModel
@@ -29,12 +29,13 @@ def merge_loaded(
     Args:
         dtypes: of single parameters, by name in the plain model; the others get `default`.
 
-    Returns: the model, what of the updates survived the rounding, and the modules that changed.
+    Returns: the model, what of the updates survived the rounding, and the number of layers that
+    merged adapters into themselves.
 
     Raises:
         LorakitError: merged values are not finite.
     """
-    survival, modules = Survival(), set()
+    survival, modules = Survival(), 0
     layers = [
         (path.replace(".base_layer", ""), module)
         for path, module in model.get_base_model().named_modules()
@@ -46,8 +47,8 @@ def merge_loaded(
         base = layer.get_base_layer()
         before = {one: getattr(base, one).detach() for one in changed}
         layer.merge(here, keep_backup=False)
+        modules += bool(changed) and not isinstance(layer, (LoraTiedHead, LoraTiedEmbedding))
         for one, old in before.items():
-            modules.add(path)
             new = getattr(base, one).detach()
             rounded = new.to(dtypes.get(f"{path}.{one}", default))
             if not survival.add(path, old, new, rounded):
@@ -61,7 +62,7 @@ def merge_loaded(
     for key, buffer in merged.named_buffers():
         if buffer.is_floating_point() and key in dtypes:
             buffer.data = buffer.data.to(dtypes[key])
-    return merged, survival, len(modules)
+    return merged, survival, modules
 
 
 def save_loaded(model: Any, folder: Path, default: torch.dtype) -> None:

@@ -34,7 +34,7 @@ class MergeReport:
 
     Attributes:
         dtype: the one that most of the written values have.
-        modules: the number of modules whose weights the adapters changed.
+        modules: the number of layers into which adapters were merged.
         streamed: whether the model was merged file by file, and not in memory.
         survived: the share of ΔW that rounding to the written dtype left, over all modules.
         survived_by_module: the same of every module, by path.

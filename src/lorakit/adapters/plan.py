@@ -84,8 +84,8 @@ class Plan:
 
     @property
     def modules(self) -> int:
-        """The number of modules whose parameters change."""
-        return len({change.path for change in self.changes.values()})
+        """The number of layers that merge adapters into themselves."""
+        return len({c.same_as for c in self.changes.values() if c.layer is not None})
 
 
 def find_changes(

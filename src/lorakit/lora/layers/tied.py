@@ -39,6 +39,8 @@ class LoraTiedHead(LoraLinear):
 
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
         A, B = self.matrices(name)
+        if A.is_meta:  # values are put in the place of tensors that no view holds on to
+            A, B = torch.empty_like(A), torch.empty_like(B)
         return {"lora_A.weight": A, "lora_B.weight": B}
 
     def bias_update(self, name: str) -> None:
