@@ -8,16 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
+from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.adapters.survival import Survival
+from lorakit.adapters.together import add_others
 from lorakit.errors import LorakitError
+from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
+from lorakit.models.load import stored_dtype
+from lorakit.models.shards import all_tensors, read_shards
+from lorakit.models.skeleton import file_names
 
-if TYPE_CHECKING:
-    from lorakit.lora import LoraModel
+
+def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
+    """The base with all adapters on it, unquantised, in the dtype in which sums are made.
+
+    Returns: it, and the adapters' names in it.
+
+    Raises:
+        InputError: the base cannot be loaded, or adapters do not fit it.
+    """
+    stored = {} if job.path.is_file() else all_tensors(read_shards(job.path))
+    exact = exact_dtype(job, stored)
+    opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
+    return opened, add_others(opened.model, job.adapters, job.weights)
+
+
+def merge_in_memory(
+    job: MergeJob, opened: OpenAdapter, names: Sequence[str], folder: Path
+) -> Written:
+    """Merges the model that `open_all` gave, and writes it into `folder` as transformers does.
+
+    Raises:
+        LorakitError: merged values are not finite.
+    """
+    base: Any = opened.model.get_base_model()
+    default = job.dtype or stored_dtype(opened.base_model)
+    dtypes: dict[str, torch.dtype] = {}
+    if job.dtype is None and not job.quantization:
+        tensors = all_tensors(read_shards(job.path))
+        stored = file_names(base, tensors).stored
+        dtypes = {key: tensors[name].dtype for key, name in stored.items()}
+    merged, survival, modules = merge_loaded(opened.model, names, dtypes, default)
+    merged.save_pretrained(folder)
+    merged.config.dtype = default
+    merged.config.save_pretrained(folder)
+    if job.path.is_file() or copy_others(job, folder) is not None:
+        opened.tokenizer.save_pretrained(folder)
+    return Written(type(merged), default, modules, survival, [])
 
 
 @torch.no_grad()
@@ -63,10 +105,3 @@ def merge_loaded(
         if buffer.is_floating_point() and key in dtypes:
             buffer.data = buffer.data.to(dtypes[key])
     return merged, survival, modules
-
-
-def save_loaded(model: Any, folder: Path, default: torch.dtype) -> None:
-    """Writes a merged model as transformers does; the configuration names the usual dtype."""
-    model.save_pretrained(folder)
-    model.config.dtype = default
-    model.config.save_pretrained(folder)

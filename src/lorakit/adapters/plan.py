@@ -23,7 +23,7 @@ from lorakit.lora.layers import (
     ModulesToSaveWrapper,
     TiedModule,
 )
-from lorakit.models.shards import NewTensor, StoredTensor, code_of
+from lorakit.models.shards import NewTensor, StoredTensor, all_tensors, code_of
 
 if TYPE_CHECKING:
     from lorakit.models.skeleton import FileNames
@@ -87,6 +87,11 @@ class Plan:
         """The number of layers that merge adapters into themselves."""
         return len({c.same_as for c in self.changes.values() if c.layer is not None})
 
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """The dtype that most of the written values have."""
+        return NewTensor(_usual(self.shards), ()).dtype
+
 
 def find_changes(
     model: nn.Module, own: Mapping[str, torch.Tensor], names: Sequence[str]
@@ -137,7 +142,7 @@ def start_plan(
         InputError: base and adapters do not fit, or cannot be merged.
         NotStreamable: the model must be loaded.
     """
-    in_files = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    in_files = all_tensors(shards)
     sources = {key: in_files[name] for key, name in stored.stored.items()}
     plan = Plan(find_changes(model, own, names), sources)
     for key, tensor in sources.items():

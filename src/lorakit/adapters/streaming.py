@@ -9,16 +9,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.adapters.plan import Change, Entry, Plan
+from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
+from lorakit.adapters.plan import Change, Entry, Plan, finish_plan, start_plan
 from lorakit.adapters.survival import Survival
-from lorakit.errors import InputError, LorakitError
+from lorakit.adapters.together import add_others
+from lorakit.errors import InputError, LorakitError, listed
+from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
 from lorakit.lora.layers.mergeable import merged_rows, row_blocks
-from lorakit.models.shards import ShardReader, StoredTensor, new_shard, write_index
+from lorakit.models.load import set_padding
+from lorakit.models.shards import (
+    ShardReader,
+    StoredTensor,
+    all_tensors,
+    new_shard,
+    read_shards,
+    write_index,
+)
+from lorakit.models.skeleton import file_names, skeleton
+
+
+def stream(job: MergeJob, folder: Path) -> Written:
+    """Writes the merged model into `folder`, file by file.
+
+    Raises:
+        InputError: the base cannot be read, or adapters do not fit it.
+        LorakitError: merged values are not finite.
+        NotStreamable: the model must be loaded; nothing is written.
+    """
+    shards = read_shards(job.path)
+    tensors = all_tensors(shards)
+    model = skeleton(job.first.task_type, job.path, exact_dtype(job, tensors), job.first.labels)
+    stored = file_names(model, tensors)
+    own = dict(model.state_dict(keep_vars=True))
+    adapted = LoraModel.from_pretrained(model, job.first.folder)
+    names = add_others(adapted, job.adapters, job.weights)
+    with ShardReader() as reader:
+        plan = start_plan(adapted.get_base_model(), own, shards, stored, names)
+        for adapter in job.adapters:
+            check_copies(plan, adapter.tensors, adapter.folder, reader)
+        apart = come_apart(plan, reader)
+        finish_plan(plan, own, shards, stored, apart, job.dtype)
+        survival = write_merged(folder, plan, reader)
+    config: Any = model.config
+    if apart:
+        config.tie_word_embeddings = False
+        plan.notices.append(
+            f"{listed(apart)} shared its values with another module and has its own now: "
+            "tie_word_embeddings is false"
+        )
+    usual = plan.usual_dtype
+    config.dtype, config.architectures = usual, [type(model).__name__]
+    tokenizer = copy_others(job, folder)
+    if tokenizer is not None:
+        set_padding(model, tokenizer.pad_token_id)
+    config.save_pretrained(folder)
+    return Written(type(model), usual, plan.modules, survival, plan.notices)
 
 
 @torch.no_grad()
@@ -37,9 +88,10 @@ def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
             for name, entry in entries.items():
                 for before, total in _parts(entry, reader):
                     rounded = total.to(entry.new.dtype)
-                    if entry.change is None or before is None:
-                        _require_finite(name, entry, rounded)
-                    elif not survival.add(entry.change.path, before, total, rounded):
+                    change, finite = entry.change, False
+                    if change is not None and before is not None:
+                        finite = survival.add(change.path, before, total, rounded)
+                    if not finite:
                         _require_finite(name, entry, rounded)
                     shard.write(rounded)
                 shard.finish(name)

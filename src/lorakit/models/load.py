@@ -269,6 +269,7 @@ def dequantized(model: Any, dtype: str | torch.dtype | None) -> Any:
             f"model: {model.config._name_or_path} is quantised in a way that transformers cannot "
             f"take back ({_first_line(error)}): give the model that it was made of"
         ) from error
+    model._weight_conversions = None  # those of reading packed weights: they cannot be reversed
     return model.to(torch_dtype(dtype, str(model.device)))
 
 

@@ -135,6 +135,11 @@ def read_shards(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     return found
 
 
+def all_tensors(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """The tensors of all files by name."""
+    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
