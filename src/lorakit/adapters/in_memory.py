@@ -14,11 +14,12 @@ import torch
 
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
 from lorakit.adapters.open import OpenAdapter, open_adapter
-from lorakit.adapters.survival import Survival
+from lorakit.adapters.survival import Survival, sum_of_squares
 from lorakit.adapters.together import add_others
 from lorakit.errors import LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
+from lorakit.lora.layers.mergeable import row_blocks
 from lorakit.models.load import stored_dtype
 from lorakit.models.shards import all_tensors, read_shards
 from lorakit.models.skeleton import file_names
@@ -92,12 +93,16 @@ def merge_loaded(
         modules += bool(changed) and not isinstance(layer, (LoraTiedHead, LoraTiedEmbedding))
         for one, old in before.items():
             new = getattr(base, one).detach()
-            rounded = new.to(dtypes.get(f"{path}.{one}", default))
-            if not survival.add(path, old, new, rounded):
-                raise LorakitError(
-                    f"the merged model is not base + adapter: {path}.{one} has values that are "
-                    "not finite, or beyond the dtype. Nothing was written; try --dtype float32"
-                )
+            written = dtypes.get(f"{path}.{one}", default)
+            for rows in row_blocks(old.shape):
+                total = new[rows].clone()
+                delta = sum_of_squares(total - old[rows])
+                if not survival.add(path, delta, sum_of_squares(total.sub_(total.to(written)))):
+                    raise LorakitError(
+                        f"the merged model is not base + adapter: {path}.{one} has values that "
+                        "are not finite, or beyond the dtype. Nothing was written; try --dtype "
+                        "float32"
+                    )
     merged: Any = model.merge_and_unload(adapter_names=names)
     for key, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(key, default))

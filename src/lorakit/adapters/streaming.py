@@ -7,21 +7,28 @@ the bytes of a merge in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
 from lorakit.adapters.plan import Change, Entry, Plan, finish_plan, start_plan
-from lorakit.adapters.survival import Survival
+from lorakit.adapters.survival import Survival, sum_of_squares
 from lorakit.adapters.together import add_others
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
-from lorakit.lora.layers.mergeable import merged_rows, row_blocks
+from lorakit.lora.layers.mergeable import RowUpdate, row_blocks, update_of_rows
 from lorakit.models.load import set_padding
 from lorakit.models.shards import (
     ShardReader,
@@ -32,6 +39,8 @@ from lorakit.models.shards import (
     write_index,
 )
 from lorakit.models.skeleton import file_names, skeleton
+
+_MOST_THREADS = 8
 
 
 def stream(job: MergeJob, folder: Path) -> Written:
@@ -49,7 +58,7 @@ def stream(job: MergeJob, folder: Path) -> Written:
     own = dict(model.state_dict(keep_vars=True))
     adapted = LoraModel.from_pretrained(model, job.first.folder)
     names = add_others(adapted, job.adapters, job.weights)
-    with ShardReader() as reader:
+    with ShardReader(tensor.path for tensor in tensors.values()) as reader:
         plan = start_plan(adapted.get_base_model(), own, shards, stored, names)
         for adapter in job.adapters:
             check_copies(plan, adapter.tensors, adapter.folder, reader)
@@ -72,9 +81,8 @@ def stream(job: MergeJob, folder: Path) -> Written:
     return Written(type(model), usual, plan.modules, survival, plan.notices)
 
 
-@torch.no_grad()
 def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
-    """Writes the merged model's weights into `folder`.
+    """Writes the merged model's weights into `folder`: several threads compute, this one writes.
 
     Returns: what of the updates survived the rounding.
 
@@ -83,42 +91,36 @@ def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
         LorakitError: merged values are not finite, or beyond the written dtype.
     """
     survival = Survival()
-    for file, entries in plan.shards.items():
-        with new_shard(folder / file, {name: e.new for name, e in entries.items()}) as shard:
-            for name, entry in entries.items():
-                for before, total in _parts(entry, reader):
-                    rounded = total.to(entry.new.dtype)
-                    change, finite = entry.change, False
-                    if change is not None and before is not None:
-                        finite = survival.add(change.path, before, total, rounded)
-                    if not finite:
-                        _require_finite(name, entry, rounded)
-                    shard.write(rounded)
-                shard.finish(name)
+    with _threads() as threads:
+        for file, entries in plan.shards.items():
+            jobs = (
+                partial(_round, name, entry, part)
+                for name, entry in entries.items()
+                for part in _parts(entry.source, entry.change, reader)
+            )
+            with new_shard(folder / file, {n: e.new for n, e in entries.items()}) as shard:
+                for rounded in _in_order(threads, jobs):
+                    shard.write(rounded.name, rounded.values)
+                    change = entries[rounded.name].change
+                    if change is not None and rounded.delta is not None:
+                        survival.add(change.path, rounded.delta, rounded.error)
     if len(plan.shards) > 1:
         write_index(
             folder,
-            {f: {n: entry.new for n, entry in shard.items()} for f, shard in plan.shards.items()},
+            {f: {n: e.new for n, e in entries.items()} for f, entries in plan.shards.items()},
         )
     return survival
 
 
 def come_apart(plan: Plan, reader: ShardReader) -> list[str]:
     """The parameters that were one with others in the base, and differ in the merged model."""
-    return [
-        other
-        for one, other in plan.pairs
-        if not all(
-            torch.equal(a, b)
-            for (_, a), (_, b) in zip(
-                *(
-                    _parts_of(plan.sources[key], plan.changes.get(key), reader)
-                    for key in (one, other)
-                ),
-                strict=True,
-            )
-        )
-    ]
+    apart = []
+    for pair in plan.pairs:
+        one, other = (_parts(plan.sources[key], plan.changes.get(key), reader) for key in pair)
+        same = (torch.equal(a().values, b().values) for a, b in zip(one, other, strict=True))
+        if not all(same):
+            apart.append(pair[1])
+    return apart
 
 
 def check_copies(
@@ -142,42 +144,103 @@ def check_copies(
                 )
 
 
-def _parts(entry: Entry, reader: ShardReader) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
-    if entry.source is not None:
-        yield from _parts_of(entry.source, entry.change, reader)
-    elif entry.change is not None and entry.change.replaced is not None:
-        yield None, entry.change.replaced
+@dataclass(frozen=True)
+class _Merged:
+    """Some rows of a tensor, not yet rounded, and ‖ΔW‖² where something was added to them."""
+
+    values: torch.Tensor
+    delta: float | None = None
 
 
-def _parts_of(
-    source: StoredTensor, change: Change | None, reader: ShardReader
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of a tensor as they were, and with its change, not yet rounded."""
-    if not source.shape:
-        before = reader.read(source)
-        yield before, before if change is None or change.replaced is None else change.replaced
+class _Rounded(NamedTuple):
+    """Some rows of the tensor `name` as they are written, ‖ΔW‖², and the square of the error."""
+
+    name: str
+    values: torch.Tensor
+    delta: float | None
+    error: float
+
+
+_Part = Callable[[], _Merged]
+
+
+def _parts(
+    source: StoredTensor | None, change: Change | None, reader: ShardReader
+) -> Iterator[_Part]:
+    """What has to be done for one tensor, row by row as far as that is possible."""
+    if change is not None and change.replaced is not None:
+        replaced = change.replaced
+        if source is None or not source.shape:
+            yield lambda: _Merged(replaced.clone())
+            return
+        for rows in row_blocks(source.shape):
+            yield partial(_replaced, source, replaced, rows, reader)
         return
+    assert source is not None
     if change is None or change.layer is None:
-        for rows in row_blocks(source.shape):
-            before = reader.read(source, rows)
-            yield before, before if change is None else change.replaced[rows]  # type: ignore[index]
+        for part in row_blocks(source.shape) if source.shape else [None]:
+            yield partial(_unchanged, source, part, reader)
         return
-    layer, parameter, names = change.layer, change.parameter, change.names
-    module = layer.get_base_layer()
-    place: nn.Parameter = getattr(module, parameter)
-    updates = layer.row_updates(parameter, names)
-    if updates is not None:
-        for rows in row_blocks(source.shape):
-            before = reader.read(source, rows)
-            yield before, merged_rows(before, rows, updates, place.dtype)
+    updates = change.layer.row_updates(change.parameter, change.names)
+    if updates is None:
+        yield partial(_whole, source, change, reader)
         return
-    before = reader.read(source)
+    dtype = getattr(change.layer.get_base_layer(), change.parameter).dtype
+    for rows in row_blocks(source.shape):
+        yield partial(_added, source, rows, updates, dtype, reader)
+
+
+def _unchanged(source: StoredTensor, rows: slice | None, reader: ShardReader) -> _Merged:
+    return _Merged(reader.read(source, rows))
+
+
+def _replaced(
+    source: StoredTensor, replaced: torch.Tensor, rows: slice, reader: ShardReader
+) -> _Merged:
+    total = replaced[rows].clone()
+    return _Merged(total, sum_of_squares(total - reader.read(source, rows)))
+
+
+def _added(
+    source: StoredTensor,
+    rows: slice,
+    updates: list[RowUpdate],
+    dtype: torch.dtype,
+    reader: ShardReader,
+) -> _Merged:
+    W = reader.read(source, rows)
+    update = update_of_rows(W, rows, updates, dtype)
+    delta = sum_of_squares(update)
+    return _Merged(update.add_(W), delta)
+
+
+def _whole(source: StoredTensor, change: Change, reader: ShardReader) -> _Merged:
+    """For a layer whose rows depend on each other: it gets its weight for a moment."""
+    assert change.layer is not None
+    module = change.layer.get_base_layer()
+    place: nn.Parameter = getattr(module, change.parameter)
+    before = reader.read(source).to(place.dtype) if place.is_meta else place.detach()
+    setattr(module, change.parameter, nn.Parameter(before, requires_grad=False))
     try:
-        if place.is_meta:
-            setattr(module, parameter, nn.Parameter(before.to(place.dtype), requires_grad=False))
-        yield before, layer.merged_parameter(parameter, names)
+        total = change.layer.merged_parameter(change.parameter, change.names)
     finally:
-        setattr(module, parameter, place)
+        setattr(module, change.parameter, place)
+    delta = sum(sum_of_squares(total[r] - before[r]) for r in row_blocks(source.shape))
+    return _Merged(total, delta)
+
+
+@torch.no_grad()
+def _round(name: str, entry: Entry, part: _Part) -> _Rounded:
+    """Computes a part, rounds it, and checks that it is finite."""
+    merged = part()
+    total, delta = merged.values, merged.delta
+    values = total.to(entry.new.dtype)
+    error = 0.0
+    if delta is not None and values is not total:
+        error = sum_of_squares(total.sub_(values))  # not finite where a value is not
+    if delta is None or values is total or not math.isfinite(error):
+        _require_finite(name, entry, values)
+    return _Rounded(name, values, delta, error)
 
 
 def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
@@ -195,3 +258,32 @@ def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
 def _is_finite(values: torch.Tensor) -> bool:
     # A sum is quicker; it may overflow where no value has.
     return bool(torch.isfinite(values.sum(dtype=torch.float32)) or torch.isfinite(values).all())
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads of which each computes its own rows, so that torch needs none of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_order(
+    threads: ThreadPoolExecutor, jobs: Iterable[Callable[[], _Rounded]]
+) -> Iterator[_Rounded]:
+    """The results in the order of the jobs, of which only a few are computed ahead."""
+    running: deque[Future[_Rounded]] = deque()
+    try:
+        for job in jobs:
+            running.append(threads.submit(job))
+            if len(running) > 2 * _MOST_THREADS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for job_left in running:
+            job_left.cancel()

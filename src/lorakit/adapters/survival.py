@@ -18,15 +18,11 @@ class Survival:
     def __init__(self) -> None:
         self._squares: dict[str, tuple[float, float]] = {}
 
-    def add(
-        self, module: str, before: torch.Tensor, total: torch.Tensor, rounded: torch.Tensor
-    ) -> bool:
-        """Counts part of a weight: as it was, merged, and merged and rounded.
+    def add(self, module: str, delta: float, error: float) -> bool:
+        """Counts part of a weight: the sums of squares of what was added, and of the error.
 
-        Returns: whether all of it is finite.
+        Returns: whether both are finite.
         """
-        delta = _square(total - before)
-        error = _square(rounded.to(total.dtype) - total)
         sums = self._squares.get(module, (0.0, 0.0))
         self._squares[module] = sums[0] + delta, sums[1] + error
         return math.isfinite(error) and math.isfinite(delta)
@@ -43,7 +39,8 @@ class Survival:
         return {module: _share(*squares) for module, squares in self._squares.items()}
 
 
-def _square(values: torch.Tensor) -> float:
+def sum_of_squares(values: torch.Tensor) -> float:
+    """‖values‖²."""
     flat = values.flatten()
     return torch.dot(flat, flat).item()
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -171,11 +172,14 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class ShardReader:
-    """Open files of a model, from which tensors are read in pieces."""
+    """Open files of a model, from which several threads may read tensors in pieces."""
 
-    def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
-        self._opened = ExitStack()
+    def __init__(self, paths: Iterable[Path]) -> None:
+        with ExitStack() as opened:
+            self._files: dict[Path, BinaryIO] = {
+                path: opened.enter_context(path.open("rb", buffering=0)) for path in set(paths)
+            }
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -191,73 +195,64 @@ class ShardReader:
         """
         import torch
 
-        shape = tensor.shape
-        begin, end = tensor.begin, tensor.end
+        shape, begin = tensor.shape, tensor.begin
         if rows is not None:
-            width = (end - begin) // shape[0]
-            begin, end = begin + rows.start * width, begin + rows.stop * width
+            begin += rows.start * ((tensor.end - tensor.begin) // shape[0])
             shape = (rows.stop - rows.start, *shape[1:])
         values = torch.empty(shape, dtype=tensor.dtype)
-        if end > begin:
-            self._fill(tensor.path, begin, values.view(-1).view(torch.uint8).numpy())
-        return values
-
-    def _fill(self, path: Path, begin: int, buffer: Any) -> None:
+        rest = values.view(-1).view(torch.uint8).numpy().data
         try:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = self._opened.enter_context(path.open("rb", buffering=0))
-            file.seek(begin)
-            view, got = memoryview(buffer), 0
-            while got < len(view):
-                if not (count := file.readinto(view[got:])):  # type: ignore[attr-defined]
-                    raise OSError("the file ends too early")
-                got += count
+            handle = self._files[tensor.path].fileno()
+            while len(rest):
+                if not (count := os.preadv(handle, [rest], begin)):
+                    raise OSError("it ends too early")
+                rest, begin = rest[count:], begin + count
         except OSError as error:
-            raise InputError(f"model: {path} cannot be read: {error}") from error
+            raise InputError(f"model: {tensor.path} cannot be read: {error}") from error
+        return values
 
 
 class ShardWriter:
-    """One safetensors file that is written tensor by tensor, in the order of its header."""
+    """One safetensors file that is written piece by piece, in the order of its header."""
 
     def __init__(self, file: BinaryIO, tensors: Mapping[str, NewTensor]) -> None:
         assert sys.byteorder == "little", "safetensors files are little-endian"
         self._file = file
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
         self._ends: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name, tensor in tensors.items():
-            end = offset + tensor.size
-            header[name] = {
-                "dtype": tensor.code,
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            self._ends[name] = offset = end
+            begin, end = end, end + tensor.size
+            shape = list(tensor.shape)
+            header[name] = {"dtype": tensor.code, "shape": shape, "data_offsets": [begin, end]}
+            self._ends[name] = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
         self._file.write(len(text).to_bytes(8, "little") + text)
-        self._start = self._file.tell()
+        self._written, self._size = 0, end
 
-    def write(self, values: torch.Tensor) -> None:
-        """Appends values of the tensor that is next in the header."""
+    def write(self, name: str, values: torch.Tensor) -> None:
+        """Appends values of the tensor `name`, whose turn it must be."""
         import torch
 
         rest = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        self._written += len(rest)
+        assert self._written <= self._ends[name], f"{name} is longer than its header says"
         while len(rest):
             rest = rest[self._file.write(rest) :]
 
-    def finish(self, name: str) -> None:
-        """Checks that exactly the tensor `name` has been written up to here."""
-        written = self._file.tell() - self._start
-        assert written == self._ends[name], f"{name}: {written} bytes, not {self._ends[name]}"
+    def close(self) -> None:
+        """Checks that all has been written."""
+        assert self._written == self._size, f"{self._written} bytes, not {self._size}"
 
 
 @contextmanager
 def new_shard(path: Path, tensors: Mapping[str, NewTensor]) -> Iterator[ShardWriter]:
     """A new file for these tensors, in this order; wider dtypes must come first."""
     with path.open("wb", buffering=0) as file:
-        yield ShardWriter(file, tensors)
+        writer = ShardWriter(file, tensors)
+        yield writer
+        writer.close()
 
 
 def write_index(folder: Path, shards: Mapping[str, Mapping[str, NewTensor]]) -> None:

@@ -23,7 +23,7 @@ from lorakit.lora.initialize import (
     initialize_bias,
     initialize_loftq,
 )
-from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, merged_rows, row_blocks
+from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, row_blocks, update_of_rows
 from lorakit.lora.routing import Routing
 
 
@@ -277,7 +277,8 @@ class LayerBank(Mergeable):
             return W + sum(self._weight_update(name).to(dtype) for name in names)
         total = torch.empty(before.shape, dtype=dtype, device=before.device)
         for rows in row_blocks(before.shape):
-            total[rows] = merged_rows(before[rows], rows, updates, dtype)
+            W = before[rows]
+            total[rows] = update_of_rows(W, rows, updates, dtype).add_(W)
         return total
 
     @torch.no_grad()
@@ -301,8 +302,8 @@ class LayerBank(Mergeable):
 
         def update(W: torch.Tensor, rows: slice) -> torch.Tensor:
             """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
-            matrix = self._as_matrix(W)
-            norms = channel_norms(matrix.to(A.dtype), A, B[rows], scaling)
+            matrix = self._as_matrix(W.to(A.dtype))
+            norms = channel_norms(matrix, A, B[rows], scaling)
             turned = matrix + scaled[rows] @ A
             return ((lengths[rows] / norms)[:, None] * turned - matrix).view_as(W)
 

@@ -15,26 +15,26 @@ from lorakit.errors import InputError
 from lorakit.lora.routing import Route, Routing
 
 RowUpdate = Callable[[torch.Tensor, slice], torch.Tensor]
-"""From rows of a stored weight, in the dtype of the sum, and where they lie, to what they gain."""
+"""From rows of a stored weight, and where they lie, to what is added to them: a new tensor."""
 
-_BLOCK = 1 << 20  # values at a time: what is computed of them stays in the processor's cache
+_BLOCK = 1 << 18  # values at a time: what is computed of them stays in the processor's cache
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """The rows of a stored weight of this shape, about a million values at a time."""
+    """The rows of a stored weight of this shape, about 2**18 values at a time."""
     rows, width = shape[0], math.prod(shape[1:])
     step = max(1, _BLOCK // max(1, width))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def merged_rows(
+def update_of_rows(
     W: torch.Tensor, rows: slice, updates: Sequence[RowUpdate], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `W` of a stored weight with all updates added to them, in `dtype`, not yet rounded."""
-    total = W = W.detach().to(dtype)
-    for update in updates:
-        total = total + update(W, rows)
-    return total
+    """What all updates together add to rows `W` of a stored weight, in `dtype`: a new tensor."""
+    first, *others = (update(W, rows).to(dtype) for update in updates)
+    for other in others:
+        first += other
+    return first
 
 
 class Mergeable(nn.Module, ABC):
