@@ -1,5 +1,6 @@
 """A merge file by file has the bytes of one in memory, and is PEFT's, for every kind of layer."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
 import lorakit
 from families import (
+    Attention,
+    Convolutions,
     make_gpt2,
     make_gpt_oss,
     make_llama,
@@ -22,6 +25,10 @@ from families import (
     make_tied,
     wrap,
 )
+from lorakit.adapters.plan import finish_plan, start_plan
+from lorakit.adapters.streaming import write_merged
+from lorakit.models.shards import WEIGHTS_NAME, ShardReader, read_shards
+from lorakit.models.skeleton import FileNames
 from tiny import byte_tokenizer
 
 LINEAR: dict[str, Any] = {"target_modules": "all-linear", "r": 4}
@@ -149,3 +156,154 @@ def test_in_float32_every_merge_is_pefts(case: str, tmp_path: Path):
     assert ours.keys() == state.keys()
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, state[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "dora"),
+    [
+        (Convolutions, ["one", "two", "three", "look_up"], False),
+        (Convolutions, ["one", "two", "three", "look_up"], True),
+        (Attention, ["attention", "head"], False),
+    ],
+)
+def test_convolutions_and_attention_are_merged_to_the_same_bytes_as_in_memory(
+    make: Callable[[], nn.Module], targets: list[str], dora: bool, tmp_path: Path
+):
+    torch.manual_seed(1)
+    model = make()
+    save_file(model.state_dict(), tmp_path / WEIGHTS_NAME)
+    fields = {"target_modules": targets, "r": 2, "use_dora": dora}
+    wrap(copy.deepcopy(model), **fields).save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    loaded = lorakit.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    with torch.device("meta"):
+        bare = make()
+    own = dict(bare.state_dict(keep_vars=True))
+    names = FileNames({key: key for key in own}, frozenset(), frozenset())
+    adapted = lorakit.PeftModel.from_pretrained(bare, tmp_path / "adapter")
+    shards = read_shards(tmp_path)
+    plan = start_plan(adapted.get_base_model(), own, shards, names, ["default"])
+    finish_plan(plan, own, shards, names, [], None)
+    (tmp_path / "out").mkdir()
+    with ShardReader([tmp_path / WEIGHTS_NAME]) as reader:
+        write_merged(tmp_path / "out", plan, reader)
+    streamed = tensors_in(tmp_path / "out")
+    expected = theirs.merge_and_unload().state_dict()
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(streamed[key], tensor), key
+        if not key.endswith("out_proj.weight"):  # into which PEFT merges twice
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_several_adapters_are_merged_with_their_weights(tmp_path: Path):
+    torch.manual_seed(1)
+    base = save_base(make_llama(), tmp_path / "base", torch.float32)
+    other = {"target_modules": ["q_proj", "up_proj"], "r": 3, "use_rslora": True}
+    folders = [
+        save_adapter(base, tmp_path / "a", LINEAR),
+        save_adapter(base, tmp_path / "b", other),
+    ]
+    weights = [0.75, -0.5]
+    for name, options in {"one": {}, "two": {"in_memory": True}}.items():
+        lorakit.merge(folders, tmp_path / name, weights=weights, verify=False, **options)
+    same_bytes(tmp_path / "one", tmp_path / "two")
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    expected = {key: tensor.clone() for key, tensor in before.items()}
+    for i, (folder, weight) in enumerate(zip(folders, weights, strict=True)):
+        lorakit.merge(folder, tmp_path / str(i), verify=False)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / str(i)).state_dict()
+        for key, tensor in alone.items():
+            expected[key] += weight * (tensor - before[key])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_float64_stays_float64(tmp_path: Path):
+    base = save_base(make_llama(), tmp_path / "base", torch.float64)
+    adapter = save_adapter(base, tmp_path / "adapter", LINEAR)
+    lorakit.merge(adapter, tmp_path / "merged", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(model, adapter).double().merge_and_unload()
+    merged = tensors_in(tmp_path / "merged")
+    for key, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-12, atol=1e-14, msg=key)
+
+
+def test_files_keep_their_names_and_layout_and_what_is_not_adapted_its_bytes(tmp_path: Path):
+    torch.manual_seed(1)
+    base = save_base(make_llama(), tmp_path / "base", torch.bfloat16, "4KB")
+    adapter = save_adapter(base, tmp_path / "adapter", SMALL)
+    lorakit.merge(adapter, tmp_path / "merged", verify=False)
+    before, after = read_shards(base), read_shards(tmp_path / "merged")
+    assert len(before) > 2
+    assert {f: sorted(t) for f, t in before.items()} == {f: sorted(t) for f, t in after.items()}
+    old, new = tensors_in(base), tensors_in(tmp_path / "merged")
+    assert {key for key in old if not torch.equal(old[key], new[key])} == {
+        f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)
+    }
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_file_without_the_bodys_prefix_is_merged_under_its_own_names(tmp_path: Path):
+    """As the first GPT-2's files: `h.0.attn…` for the model's `transformer.h.0.attn…`."""
+    torch.manual_seed(1)
+    base = save_base(make_gpt2(), tmp_path / "base", torch.float32, "5GB")
+    adapter = save_adapter(base, tmp_path / "adapter", {"target_modules": ["c_attn"]})
+    lorakit.merge(adapter, tmp_path / "with", verify=False)
+    old = load_file(base / WEIGHTS_NAME)
+    short = {key.removeprefix("transformer."): tensor for key, tensor in old.items()}
+    save_file(short, base / WEIGHTS_NAME, metadata={"format": "pt"})
+    report = lorakit.merge(adapter, tmp_path / "without", verify=False)
+    assert report.streamed
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("with", "without")
+    )
+    assert tensors_in(tmp_path / "without").keys() == short.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_experts_that_files_hold_in_parts_are_merged_in_memory_with_a_notice(tmp_path: Path):
+    make, fields = LOADED["experts (out, in)"]
+    base = save_base(make(), tmp_path / "base", torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", fields)
+    report = lorakit.merge(adapter, tmp_path / "merged", verify=False)
+    assert not report.streamed
+    assert "merged in memory: the base's files do not hold" in report.notices[0]
+    assert "experts.down_proj as the model has it" in report.notices[0]
+
+
+def test_where_embedding_and_head_come_to_differ_they_are_untied(tmp_path: Path):
+    torch.manual_seed(1)
+    base = save_base(make_tied(), tmp_path / "base", torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", {"target_modules": ["embed_tokens"]})
+    report = lorakit.merge(adapter, tmp_path / "merged", verify=False)
+    assert "tie_word_embeddings is false" in report.notices[0]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    old = AutoModelForCausalLM.from_pretrained(base)
+    assert not merged.config.tie_word_embeddings
+    assert torch.equal(merged.lm_head.weight, old.lm_head.weight)
+    assert not torch.equal(merged.model.embed_tokens.weight, old.model.embed_tokens.weight)
+
+
+def test_of_an_update_of_a_hundredth_of_the_weight_bfloat16_keeps_about_83_percent(tmp_path: Path):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=40,
+    )  # fmt: skip
+    base = save_base(LlamaForCausalLM(config), tmp_path / "base", torch.bfloat16, "5GB")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ours = wrap(model, target_modules=["up_proj"], r=64, lora_alpha=64)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        norm = layer.base_weight.norm() / layer.get_delta_weight("default").norm()
+        layer.lora_B["default"].weight.mul_(norm * 0.01)
+    ours.save_pretrained(tmp_path / "adapter")
+    half = lorakit.merge(tmp_path / "adapter", tmp_path / "half", verify=False)
+    assert half.survived == pytest.approx(0.83, abs=0.03)
+    assert half.survived_by_module == {"model.layers.0.mlp.up_proj": half.survived}
+    whole = lorakit.merge(tmp_path / "adapter", tmp_path / "f32", verify=False, dtype="float32")
+    assert whole.survived == 1
