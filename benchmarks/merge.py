@@ -165,9 +165,14 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=8.0)
     parser.add_argument("--peft-gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["write", *SIDES], help=argparse.SUPPRESS)
     options = parser.parse_args()
     base, adapter, output = (options.dir / name for name in ("base", "adapter", "output"))
+    if options.side == "write":
+        size = write_base(base, options.gb)
+        write_lora(adapter, base)
+        print(json.dumps({"gb": size}))
+        return
     if options.side:
         print(json.dumps(measure(options.side, base, adapter, output)))
         return
@@ -180,9 +185,11 @@ def main() -> None:
             continue
         options.dir.mkdir(parents=True, exist_ok=True)
         try:
-            size = write_base(base, gigabytes)
-            write_lora(adapter, base)
-            found = take_turns("benchmarks.merge", sides, [f"--dir={options.dir}"], options.rounds)
+            # In a process of its own, since a child's peak is at least what its parent has.
+            where = f"--dir={options.dir}"
+            made = take_turns("benchmarks.merge", ["write"], [where, f"--gb={gigabytes}"], 1)
+            size = made["write"]["gb"]
+            found = take_turns("benchmarks.merge", sides, [where], options.rounds)
         finally:
             for folder in (base, adapter, output):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit
 from command import Command
+from lorakit.errors import InputError, LorakitError
 from lorakit.models.shards import INDEX_NAME
+from tiny import save_tiny_model
 
 FIRST = "model-00001-of-"
 
@@ -105,20 +108,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_base_is_refused_and_nothing_is_written(
-    damage: str, lorakit_command: Command, base: Path, tiny_adapter: Path, tmp_path: Path
+    damage: str, base: Path, tiny_adapter: Path, tmp_path: Path
 ):
     harm, words = DAMAGES[damage]
     harm(base)
     before = contents(base)
-    code = 1 if "NaN in" in damage and is_adapted(base) else 2
-    arguments = ("--base", base, "-o", "merged", "--no-verify")
-    refused(lorakit_command("merge", tiny_adapter, *arguments), *words, code=code)
+    with pytest.raises(LorakitError) as error:
+        lorakit.merge(tiny_adapter, tmp_path / "merged", base=str(base), verify=False)
+    assert all(word in str(error.value) for word in words), error.value
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     assert contents(base) == before
-
-
-def is_adapted(base: Path) -> bool:
-    return "proj" in sorted(load_file(shard(base)))[0]
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -129,60 +128,59 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 
 def test_an_adapter_with_nan_or_for_another_base_is_refused(
-    lorakit_command: Command,
-    base: Path,
-    tiny_adapter: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    base: Path, tiny_adapter: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    from tiny import save_tiny_model
-
-    adapter = tmp_path_factory.mktemp("nan") / "adapter"
-    shutil.copytree(tiny_adapter, adapter)
+    broken = tmp_path_factory.mktemp("broken")
+    adapter = shutil.copytree(tiny_adapter, broken / "adapter")
     weights = adapter / "adapter_model.safetensors"
     tensors = load_file(weights)
     next(iter(tensors.values()))[0, 0] = torch.nan
     save_file(tensors, weights)
-    more = ("-o", "merged", "--no-verify")
-    refused(lorakit_command("merge", adapter, *more, "--base", base), "not finite")
-    wide = save_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=64)
-    refused(
-        lorakit_command("merge", tiny_adapter, *more, "--base", wide),
-        "adapter for another base model",
-    )
-    circle = tmp_path_factory.mktemp("circle") / "adapter"
-    circle.symlink_to(circle)
-    refused(lorakit_command("merge", circle, *more), "is not a folder")
+    in_a_circle(broken / "circle")
+    wide = save_tiny_model(broken / "wide", hidden_size=64)
+    for folder, on, words in (
+        (adapter, base, "not finite"),
+        (tiny_adapter, wide, "adapter for another base model"),
+        (broken / "circle", base, "is not a folder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            lorakit.merge(folder, tmp_path / "merged", base=str(on), verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_the_command_says_it_in_one_line(
+    lorakit_command: Command, base: Path, tiny_adapter: Path, tmp_path: Path
+):
+    gone = shard(base)
+    gone.unlink()
+    result = lorakit_command("merge", tiny_adapter, "--base", base, "-o", "merged", "--no-verify")
+    refused(result, gone.name, "is missing")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("options", "words"),
     [
-        (["--weights", "1,x"], ["--weights", "1,x"]),
-        (["--weights", "1,2"], ["2 numbers for 1 adapters"]),
-        (["--weights", "nan"], ["--weights", "nan"]),
-        (["--dtype", "int4"], ["--dtype must be one of"]),
+        ({"weights": [1, 2]}, "2 numbers for 1 adapters"),
+        ({"weights": [float("nan")]}, "nan is no weight"),
+        ({"dtype": "int4"}, "--dtype must be one of"),
     ],
 )
-def test_a_wrong_option_is_one_line(
-    lorakit_command: Command, tiny_adapter: Path, arguments: list[str], words: list[str]
+def test_a_wrong_option_is_refused(
+    tiny_adapter: Path, tmp_path: Path, options: dict[str, Any], words: str
 ):
-    refused(lorakit_command("merge", tiny_adapter, "-o", "merged", *arguments), *words)
+    with pytest.raises(InputError, match=words):
+        lorakit.merge(tiny_adapter, tmp_path / "merged", **options)
 
 
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}])
 def test_what_was_trained_whole_has_no_part(
-    lorakit_command: Command, tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, fields: dict[str, Any]
 ):
-    for name, fields in {
-        "saved": {"modules_to_save": ["lm_head"]},
-        "dora": {"use_dora": True},
-    }.items():
-        model, _ = lorakit.load_model(tiny_model)
-        config = lorakit.LoraConfig(target_modules=["q_proj"], **fields)
-        lorakit.get_peft_model(model, config).save_pretrained(tmp_path / name)
-        result = lorakit_command("merge", name, "-o", "merged", "--weights", "0.5")
-        refused(result, f"{name} has {next(iter(fields))}", "give it the weight 1")
+    model, _ = lorakit.load_model(tiny_model)
+    config = lorakit.LoraConfig(target_modules=["q_proj"], **fields)
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="of which there is no part: give it the weight 1"):
+        lorakit.merge(tmp_path / "adapter", tmp_path / "merged", weights=[0.5])
 
 
 @pytest.fixture
@@ -206,19 +204,18 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.mark.parametrize("options", ["size=64k", "ro"])
 def test_a_disk_that_is_full_or_read_only_is_said_and_nothing_is_left(
-    options: str,
-    lorakit_command: Command,
-    tiny_adapter: Path,
-    mounted: Callable[[str], Path],
+    options: str, tiny_adapter: Path, mounted: Callable[[str], Path]
 ):
     disk = mounted(options)
-    result = lorakit_command("merge", tiny_adapter, "-o", disk / "merged", "--no-verify")
-    refused(result, "cannot write", str(disk / "merged"), code=1)
+    with pytest.raises(LorakitError, match="cannot write") as error:
+        lorakit.merge(tiny_adapter, disk / "merged", verify=False)
+    assert error.value.exit_code == 1
+    assert str(disk / "merged") in str(error.value)
     assert list(disk.iterdir()) == []
 
 
 def test_a_merge_that_was_killed_leaves_nothing_in_the_way_of_the_next(
-    lorakit_command: Command, base: Path, tiny_adapter: Path, tmp_path: Path
+    base: Path, tiny_adapter: Path, tmp_path: Path
 ):
     before = contents(base)
     script = (
@@ -236,7 +233,6 @@ def test_a_merge_that_was_killed_leaves_nothing_in_the_way_of_the_next(
     process.wait()
     assert not out.exists()
     assert list(tmp_path.glob(".merged.*"))
-    result = lorakit_command("merge", tiny_adapter, "--base", base, "-o", "merged")
-    assert result.returncode == 0, result.stderr
+    assert lorakit.merge(tiny_adapter, out, base=str(base)).passed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
     assert contents(base) == before

@@ -55,6 +55,8 @@ def merge_in_memory(
         stored = file_names(base, tensors).stored
         dtypes = {key: tensors[name].dtype for key, name in stored.items()}
     merged, survival, modules = merge_loaded(opened.model, names, dtypes, default)
+    if any(adapter.config.layer_replication for adapter in job.adapters):
+        _separate(merged)
     merged.save_pretrained(folder)
     merged.config.dtype = default
     merged.config.save_pretrained(folder)
@@ -110,3 +112,15 @@ def merge_loaded(
         if buffer.is_floating_point() and key in dtypes:
             buffer.data = buffer.data.to(dtypes[key])
     return merged, survival, modules
+
+
+def _separate(model: Any) -> None:
+    """Gives layers that are copies of others parameters of their own, as files need."""
+    embedding = model.get_input_embeddings().weight  # the head may go on sharing it
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen and parameter is not embedding:
+                copied = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(module, name, copied)
+            seen.add(id(parameter))
