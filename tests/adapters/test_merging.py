@@ -200,3 +200,25 @@ def test_a_gguf_base_is_unpacked_and_merged(tmp_path: Path):
     assert report.passed
     assert "quantised (GGUF)" in report.notices[0]
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_a_merge_without_verifying_tells_of_other_weights_too(base: Path, tmp_path: Path):
+    from lorakit.models.fingerprint import fingerprint
+
+    model, _ = lorakit.load_model(base, "bfloat16")
+    own = fingerprint(model)
+    config = lorakit.LoraConfig(target_modules=["q_proj"])
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    record = {
+        **dict.fromkeys(("steps", "train_tokens", "supervised_tokens", "seed"), 1),
+        **dict.fromkeys(("train_seconds", "tokens_per_second", "peak_memory_mb"), 1.0),
+        "base_model": str(base), "recipe": {}, "data": [], "versions": {}, "eval_loss": None,
+        "base_eval_loss": None, "base_fingerprint": own,
+    }  # fmt: skip
+    (tmp_path / "adapter" / "lorakit.json").write_text(json.dumps(record))
+    assert lorakit.merge(tmp_path / "adapter", tmp_path / "same", verify=False).notices == ()
+    (tmp_path / "adapter" / "lorakit.json").write_text(
+        json.dumps({**record, "base_fingerprint": "x"})
+    )
+    report = lorakit.merge(tmp_path / "adapter", tmp_path / "other", verify=False)
+    assert "was trained on other weights" in report.notices[0]

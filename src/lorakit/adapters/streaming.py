@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
+from lorakit.adapters.open import AdapterFiles
 from lorakit.adapters.plan import Change, Entry, Plan, finish_plan, start_plan
 from lorakit.adapters.survival import Survival, sum_of_squares
 from lorakit.adapters.together import add_others
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
-from lorakit.lora.layers.mergeable import RowUpdate, row_blocks, update_of_rows
+from lorakit.lora.layers.mergeable import RowUpdate, merged_rows, row_blocks
+from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.load import set_padding
 from lorakit.models.shards import (
     ShardReader,
@@ -56,12 +58,14 @@ def stream(job: MergeJob, folder: Path) -> Written:
     model = skeleton(job.first.task_type, job.path, exact_dtype(job, tensors), job.first.labels)
     stored = file_names(model, tensors)
     own = dict(model.state_dict(keep_vars=True))
+    parameters = [name for name, _ in model.named_parameters()]
     adapted = LoraModel.from_pretrained(model, job.first.folder)
     names = add_others(adapted, job.adapters, job.weights)
     with ShardReader(tensor.path for tensor in tensors.values()) as reader:
         plan = start_plan(adapted.get_base_model(), own, shards, stored, names)
         for adapter in job.adapters:
             check_copies(plan, adapter.tensors, adapter.folder, reader)
+            check_fingerprint(plan, parameters, adapter, reader)
         apart = come_apart(plan, reader)
         finish_plan(plan, own, shards, stored, apart, job.dtype)
         survival = write_merged(folder, plan, reader)
@@ -121,6 +125,22 @@ def come_apart(plan: Plan, reader: ShardReader) -> list[str]:
         if not all(same):
             apart.append(pair[1])
     return apart
+
+
+def check_fingerprint(
+    plan: Plan, parameters: Sequence[str], adapter: AdapterFiles, reader: ShardReader
+) -> None:
+    """Adds a notice where the adapter's record tells of other weights than the base's."""
+    expected = adapter.manifest and adapter.manifest.base_fingerprint
+    there = {name: plan.sources[name] for name in parameters if name in plan.sources}
+    new = {key for key, change in plan.changes.items() if change.replaced is not None}
+    if not expected or not set(parameters) <= there.keys() | new:
+        return
+    if fingerprint_of_files(there, reader) != expected:
+        plan.notices.append(
+            f"{adapter.folder} was trained on other weights than those of "
+            f"{adapter.base_model}: its answers may be worse than when it was trained"
+        )
 
 
 def check_copies(
@@ -186,8 +206,10 @@ def _parts(
         yield partial(_whole, source, change, reader)
         return
     dtype = getattr(change.layer.get_base_layer(), change.parameter).dtype
+    energy = change.layer.update_energy(change.names)
     for rows in row_blocks(source.shape):
-        yield partial(_added, source, rows, updates, dtype, reader)
+        yield partial(_added, source, rows, updates, dtype, energy, reader)
+        energy = energy and 0.0  # the whole weight's is counted once
 
 
 def _unchanged(source: StoredTensor, rows: slice | None, reader: ShardReader) -> _Merged:
@@ -206,12 +228,12 @@ def _added(
     rows: slice,
     updates: list[RowUpdate],
     dtype: torch.dtype,
+    energy: float | None,
     reader: ShardReader,
 ) -> _Merged:
     W = reader.read(source, rows)
-    update = update_of_rows(W, rows, updates, dtype)
-    delta = sum_of_squares(update)
-    return _Merged(update.add_(W), delta)
+    total = merged_rows(W, rows, updates, dtype)
+    return _Merged(total, sum_of_squares(total - W) if energy is None else energy)
 
 
 def _whole(source: StoredTensor, change: Change, reader: ShardReader) -> _Merged:

@@ -23,7 +23,7 @@ from lorakit.lora.initialize import (
     initialize_bias,
     initialize_loftq,
 )
-from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, row_blocks, update_of_rows
+from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, merged_rows, row_blocks
 from lorakit.lora.routing import Routing
 
 
@@ -277,8 +277,7 @@ class LayerBank(Mergeable):
             return W + sum(self._weight_update(name).to(dtype) for name in names)
         total = torch.empty(before.shape, dtype=dtype, device=before.device)
         for rows in row_blocks(before.shape):
-            W = before[rows]
-            total[rows] = update_of_rows(W, rows, updates, dtype).add_(W)
+            total[rows] = merged_rows(before[rows], rows, updates, dtype)
         return total
 
     @torch.no_grad()
@@ -288,26 +287,39 @@ class LayerBank(Mergeable):
         updates = [self._row_update_of(name) for name in names]
         return None if None in updates else updates  # type: ignore[return-value]
 
+    def update_energy(self, names: Sequence[str]) -> float | None:
+        if any(self._magnitude(name) is not None for name in names):
+            return None
+        factors = [(*self.factors(name), self.scaling[name]) for name in names]
+        A = torch.cat([A.detach().double() for A, _, _ in factors])
+        B = torch.cat([B.detach().double() * scaling for _, B, scaling in factors], dim=1)
+        # ‖B A‖² = tr(Aᵀ Bᵀ B A), the sum over the products of two matrices of r × r.
+        return max(0.0, ((B.T @ B) * (A @ A.T)).sum().item())
+
     def _row_update_of(self, name: str) -> RowUpdate | None:
         """What adapter `name` adds to rows of the stored weight."""
         A, B = (factor.detach() for factor in self.factors(name))
-        scaled = B * self.scaling[name]
-        magnitude = self._magnitude(name)
+        dtype = torch.promote_types(self.base_weight.dtype, A.dtype)  # that of the sum
+        A, B = A.to(dtype), B.to(dtype)
+        scaling, magnitude = self.scaling[name], self._magnitude(name)
+        scaled = B * scaling
         if self.stored_transposed:
-            return None if magnitude is not None else lambda _, rows: A[:, rows].T @ scaled.T
-        shape = self.base_weight.shape[1:]
+            if magnitude is not None:
+                return None
+            return lambda total, _, rows: total.addmm_(A[:, rows].T, scaled.T)
         if magnitude is None:
-            return lambda _, rows: (scaled[rows] @ A).view(-1, *shape)
-        lengths, scaling = magnitude.detach().flatten(), self.scaling[name]
+            return lambda total, _, rows: total.flatten(1).addmm_(scaled[rows], A)
+        lengths = magnitude.detach().flatten()
 
-        def update(W: torch.Tensor, rows: slice) -> torch.Tensor:
+        def add(total: torch.Tensor, W: torch.Tensor, rows: slice) -> None:
             """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
-            matrix = self._as_matrix(W.to(A.dtype))
+            matrix = self._as_matrix(W.to(dtype))
             norms = channel_norms(matrix, A, B[rows], scaling)
             turned = matrix + scaled[rows] @ A
-            return ((lengths[rows] / norms)[:, None] * turned - matrix).view_as(W)
+            update = (lengths[rows] / norms)[:, None] * turned - matrix
+            total.add_(update.view_as(total))
 
-        return update
+        return add
 
     def _weight_update(self, name: str) -> torch.Tensor:
         """All that adapter `name` changes in the stored weight, DoRA's lengths included."""

@@ -14,8 +14,11 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.routing import Route, Routing
 
-RowUpdate = Callable[[torch.Tensor, slice], torch.Tensor]
-"""From rows of a stored weight, and where they lie, to what is added to them: a new tensor."""
+RowUpdate = Callable[[torch.Tensor, torch.Tensor, slice], object]
+"""Adds an update, in place, to a sum over some rows of a stored weight.
+
+It takes the sum, the rows as they are stored, and where they lie.
+"""
 
 _BLOCK = 1 << 18  # values at a time: what is computed of them stays in the processor's cache
 
@@ -27,14 +30,14 @@ def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def update_of_rows(
+def merged_rows(
     W: torch.Tensor, rows: slice, updates: Sequence[RowUpdate], dtype: torch.dtype
 ) -> torch.Tensor:
-    """What all updates together add to rows `W` of a stored weight, in `dtype`: a new tensor."""
-    first, *others = (update(W, rows).to(dtype) for update in updates)
-    for other in others:
-        first += other
-    return first
+    """Rows `W` of a stored weight with all updates added to them, in `dtype`, not yet rounded."""
+    total = W.to(dtype, copy=True)
+    for update in updates:
+        update(total, W, rows)
+    return total
 
 
 class Mergeable(nn.Module, ABC):
@@ -197,6 +200,10 @@ class Mergeable(nn.Module, ABC):
         Where there are some, `merged_parameter` is made of them, so that a weight merged in parts
         has the same bytes as one that was merged whole.
         """
+        return None
+
+    def update_energy(self, names: Sequence[str]) -> float | None:
+        """‖ΔW‖² of what `names` together add to the weight; None where it has to be measured."""
         return None
 
     def _as_parameter(self, total: torch.Tensor, before: nn.Parameter) -> nn.Parameter:
