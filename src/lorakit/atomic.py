@@ -3,6 +3,7 @@
 Everything is written to a temporary sibling, flushed to the disk, and renamed into place.
 """
 
+import glob
 import os
 import shutil
 import tempfile
@@ -46,6 +47,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; when the block succeeds it becomes `path`.
 
+    What a process that was killed while writing the same `path` has left is removed.
+
     Raises:
         InputError: if `path` exists and is not an empty folder.
         LorakitError: if the disk is full or the place cannot be written.
@@ -54,7 +57,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     require_free(path)
     with _named_failures(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        lock = _lock(temporary)
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
@@ -67,6 +72,31 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Removes temporary folders for `path` whose process is gone, and with it its lock."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if folder.is_dir() and (lock := _lock(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a folder for as long as the returned handle is open; None where that cannot be."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def require_free(path: str | Path) -> None:

@@ -144,3 +144,81 @@ def test_a_base_that_is_gone_is_said(adapter: Path, tmp_path: Path):
     )
     with pytest.raises(InputError, match="nowhere"):
         open_adapter(gone)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_unpacked_and_written_plain(kind: str, tmp_path: Path):
+    from transformers import BitsAndBytesConfig
+
+    settings = {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }
+    plain = save_tiny_model(tmp_path / "plain", hidden_size=64)
+    packed = tmp_path / "packed"
+    AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=settings[kind], dtype=torch.bfloat16
+    ).save_pretrained(packed)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(packed)
+    model, _ = lorakit.load_model(packed)
+    config = lorakit.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    report = lorakit.merge(tmp_path / "adapter", tmp_path / "merged")
+    assert report.passed
+    assert report.dtype == "bfloat16"
+    assert "the base is quantised (bitsandbytes); it is written unquantised" in report.notices[0]
+    assert "quantization" not in (tmp_path / "merged" / "config.json").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_an_adapter_that_replicates_layers_is_merged_into_the_deeper_model(
+    base: Path, tmp_path: Path
+):
+    model, _ = lorakit.load_model(base, "float32")
+    config = lorakit.LoraConfig(
+        target_modules=["q_proj"], init_lora_weights=False, layer_replication=[[0, 2], [1, 2]]
+    )
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    report = lorakit.merge(tmp_path / "adapter", tmp_path / "merged")
+    assert report.passed
+    assert "layer_replication" in report.notices[0]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_hidden_layers == len(merged.model.layers) == 3
+
+
+@pytest.mark.slow
+def test_a_gguf_base_is_unpacked_and_merged(tmp_path: Path):
+    from lorakit.models.bundled import _gguf_file
+
+    model, _ = lorakit.load_model(str(_gguf_file()), "float32")
+    config = lorakit.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    report = lorakit.merge(
+        tmp_path / "adapter", tmp_path / "merged", base=str(_gguf_file()), dtype="bfloat16"
+    )
+    assert report.passed
+    assert "quantised (GGUF)" in report.notices[0]
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_a_merge_without_verifying_tells_of_other_weights_too(base: Path, tmp_path: Path):
+    from lorakit.models.fingerprint import fingerprint
+
+    model, _ = lorakit.load_model(base, "bfloat16")
+    own = fingerprint(model)
+    config = lorakit.LoraConfig(target_modules=["q_proj"])
+    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    record = {
+        **dict.fromkeys(("steps", "train_tokens", "supervised_tokens", "seed"), 1),
+        **dict.fromkeys(("train_seconds", "tokens_per_second", "peak_memory_mb"), 1.0),
+        "base_model": str(base), "recipe": {}, "data": [], "versions": {}, "eval_loss": None,
+        "base_eval_loss": None, "base_fingerprint": own,
+    }  # fmt: skip
+    (tmp_path / "adapter" / "lorakit.json").write_text(json.dumps(record))
+    assert lorakit.merge(tmp_path / "adapter", tmp_path / "same", verify=False).notices == ()
+    (tmp_path / "adapter" / "lorakit.json").write_text(
+        json.dumps({**record, "base_fingerprint": "x"})
+    )
+    report = lorakit.merge(tmp_path / "adapter", tmp_path / "other", verify=False)
+    assert "was trained on other weights" in report.notices[0]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.lora import LoraModel
+    from lorakit.lora import LoraConfig, LoraModel
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,35 @@ class OpenAdapter:
     labels: tuple[str, ...] = ()
 
 
-def open_adapter(
-    folder: str | Path, *, base: str | None = None, dtype: str | torch.dtype | None = None
-) -> OpenAdapter:
-    """Loads the adapter in `folder` and the base model that it was trained on.
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's folder holds, read and checked, and the base model that it is for.
+
+    Fields are those of `OpenAdapter`, and the configuration and tensors under PEFT's keys.
+    """
+
+    folder: Path
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    base_model: str
+    manifest: Manifest | None
+    task_type: str
+    labels: tuple[str, ...]
+
+
+def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
+    """Reads the adapter in `folder`, and no model.
 
     Args:
         base: the base model to use in place of the recorded one.
-        dtype: as in `load_model`.
 
     Raises:
-        InputError: there is no usable adapter or base, or the two do not fit.
+        InputError: there is no usable adapter, or it does not say its base.
     """
-    from lorakit.lora import LoraModel
     from lorakit.lora.checkpoint import read_adapter
-    from lorakit.models.fingerprint import fingerprint
-    from lorakit.models.load import CLASSIFICATION, FORMS, load_for_task
+    from lorakit.models.load import CLASSIFICATION, FORMS
 
-    config, tensors = read_adapter(folder)  # a damaged adapter is said before a model is loaded
+    config, tensors = read_adapter(folder)
     manifest = read_manifest(folder)
     record = manifest or read_derivation(folder)
     name = base or (record.base_model if record else None) or config.base_model_name_or_path
@@ -63,9 +74,38 @@ def open_adapter(
     labels: tuple[str, ...] = ()
     if task_type in CLASSIFICATION:
         labels = _labels(record, tensors, folder)
+    return AdapterFiles(Path(folder), config, tensors, name, manifest, str(task_type), labels)
+
+
+def open_adapter(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    dequantize: bool = False,
+) -> OpenAdapter:
+    """Loads the adapter in `folder` and the base model that it was trained on.
+
+    Args:
+        base: the base model to use in place of the recorded one.
+        dtype: as in `load_model`.
+        dequantize: a quantised base is unpacked into plain weights of this dtype.
+
+    Raises:
+        InputError: there is no usable adapter or base, or the two do not fit.
+    """
+    from lorakit.lora import LoraModel
+    from lorakit.models.fingerprint import fingerprint
+    from lorakit.models.load import dequantized, load_for_task
+
+    files = read_files(folder, base)  # a damaged adapter is said before a model is loaded
+    manifest, name = files.manifest, files.base_model
+    record = manifest or read_derivation(folder)
     seed = manifest.seed if manifest else 0
-    loaded = load_for_task(str(task_type), name, dtype, labels=labels, seed=seed)
+    loaded = load_for_task(files.task_type, name, dtype, labels=files.labels, seed=seed)
     model, tokenizer = loaded.model, loaded.tokenizer
+    if dequantize:
+        model = dequantized(model, dtype)
     own = fingerprint(model, without=loaded.new_modules)
     if record and record.base_fingerprint not in (None, own):
         warnings.warn(
@@ -77,7 +117,7 @@ def open_adapter(
     if template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     adapted = LoraModel.from_pretrained(model, folder).eval()
-    return OpenAdapter(adapted, tokenizer, name, manifest, str(task_type), labels)
+    return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels)
 
 
 def _labels(

@@ -1,13 +1,23 @@
-"""`lorakit merge`: an adapter and its base to a plain model."""
+"""`lorakit merge`: adapters and their base to a plain model."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.errors import InputError
+
+if TYPE_CHECKING:
+    from lorakit.adapters.merge import MergeReport
+
+_FEW = 3  # modules that are named, those that lost most
+_MUCH = 0.95  # less of ΔW than this is worth a hint
+
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    adapter: Annotated[list[Path], typer.Argument(help="The adapter's folder, or several.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the model.")],
     base: Annotated[
         str | None, typer.Option(help="The base model, when it is not the recorded one.")
@@ -15,16 +25,51 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="Of the written weights; default: that of the base.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="What each adapter is multiplied by, as 1.0,0.5.")
+    ] = None,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Load the whole model, merge and save it.")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Load both, and compare what they answer.")] = True,
 ) -> None:
-    """Merge an adapter into its base model and compare the result with both together."""
+    """Merge adapters into their base model, file by file, and compare the result with both."""
     from lorakit.adapters.merge import merge as run
 
-    report = run(adapter, output, base=base, dtype=dtype)
-    typer.echo(f"merged model: {report.output} ({report.modules} modules, {report.dtype})")
-    typer.echo(
-        f"read back and compared with base + adapter over {report.positions} positions: "
-        f"largest logit difference {report.largest_difference:.3g} "
-        f"(the adapter itself moves logits by {report.adapter_effect:.3g}; "
-        f"{report.lost_share:.1%} of that is lost to rounding), "
-        f"top-1 agreement {report.top1_agreement:.1%}"
+    report = run(
+        adapter,
+        output,
+        base=base,
+        dtype=dtype,
+        weights=None if weights is None else _numbers(weights),
+        in_memory=in_memory,
+        verify=verify,
     )
+    for notice in report.notices:
+        typer.echo(notice, err=True)
+    typer.echo(f"merged model: {report.output} ({report.modules} modules, {report.dtype})")
+    typer.echo(_survived(report))
+    if report.passed is not None:
+        typer.echo(
+            f"read back and compared with base + adapter over {report.positions} positions: "
+            f"largest logit difference {report.largest_difference:.3g} "
+            f"(the adapter itself moves logits by {report.adapter_effect:.3g}; "
+            f"{report.lost_share:.1%} of that is lost to rounding), "
+            f"KL {report.kl:.2g} nats, top-1 agreement {report.top1_agreement:.1%}"
+        )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--weights: {text!r} is no list of numbers, as 1.0,0.5") from error
+
+
+def _survived(report: MergeReport) -> str:
+    line = f"{report.survived:.1%} of the update survived the rounding to {report.dtype}"
+    if report.survived >= _MUCH:
+        return line
+    worst = sorted(report.survived_by_module.items(), key=lambda item: item[1])[:_FEW]
+    named = ", ".join(f"{module} {share:.1%}" for module, share in worst)
+    return f"{line} (least: {named}); --dtype float32 keeps all of it, in a larger model"

@@ -234,10 +234,17 @@ def load_tensors(
                 parameter.copy_(spread_like(parameter, tensors[key]))
 
 
+def same_values(copied: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a copy of `own`, perhaps in a narrower dtype, is one."""
+    return torch.equal(copied.to(own), own.to(copied).to(own))
+
+
 def without_base_copies(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path
 ) -> dict[str, torch.Tensor]:
     """`tensors` without the copies of frozen weights that PEFT adds for embeddings and heads.
+
+    Of a model on the meta device only the shapes are compared.
 
     Raises:
         InputError: a copy differs from the base's own weight, so it was resized or trained.
@@ -248,7 +255,7 @@ def without_base_copies(
         if copied is None or not isinstance(module, LoraLayer):
             continue
         own = module.base_weight.detach()
-        if copied.shape != own.shape or not torch.equal(copied.to(own), own.to(copied).to(own)):
+        if copied.shape != own.shape or not (own.is_meta or same_values(copied, own)):
             raise InputError(
                 f"{folder} brings its own {path} weight, of shape {tuple(copied.shape)}: "
                 "it was resized or trained, which lorakit does not load yet"

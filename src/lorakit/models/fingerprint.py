@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from lorakit.models.shards import ShardReader, StoredTensor
 
 _SAMPLED = 64  # values of each tensor: milliseconds for any model, and no two models agree
 
@@ -31,11 +34,35 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
 
 def fingerprint_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     """As `fingerprint`, of parameters by name, wherever they come from."""
+    shapes, values = {}, {}
+    for name, parameter in parameters:
+        shapes[name] = tuple(parameter.shape)
+        values[name] = parameter.detach().flatten()[:_SAMPLED]
+    return _digest(shapes, values)
+
+
+def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReader) -> str:
+    """The same of a model that is not loaded.
+
+    Args:
+        tensors: where the values of every parameter are, by the names that the model gives them.
+    """
+    values = {}
+    for name, tensor in tensors.items():
+        rows = None
+        if tensor.shape:
+            width = max(1, math.prod(tensor.shape[1:]))
+            rows = slice(0, min(-(-_SAMPLED // width), tensor.shape[0]))
+        values[name] = reader.read(tensor, rows).flatten()[:_SAMPLED]
+    return _digest({name: tensor.shape for name, tensor in tensors.items()}, values)
+
+
+def _digest(shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, torch.Tensor]) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters, key=lambda pair: pair[0]):
-        values = parameter.detach().flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
+    for name, first in sorted(values.items()):
+        digest.update(f"{name}{shapes[name]}".encode())
+        rounded = first.to("cpu", torch.bfloat16)
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -127,7 +127,7 @@ def load_for_task(
     if task_type != "CAUSAL_LM":
         if tokenizer.pad_token_id is None:
             raise InputError(f"model: the tokenizer of {name} has no padding token: add one")
-        _set_padding(model, tokenizer.pad_token_id)
+        set_padding(model, tokenizer.pad_token_id)
         new = _new_modules(model, lacking, heads=task_type in CLASSIFICATION)
         _keep_wide(model, new)
     return LoadedModel(model.to(device).eval(), tokenizer, new)
@@ -141,13 +141,9 @@ def _load_form(
     import transformers
     from transformers.utils import logging
 
-    options: dict[str, Any] = {}
+    options = label_options(labels)
     if labels:
-        options = {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,  # a head for other labels gives way to a new one
-        }
+        options["ignore_mismatched_sizes"] = True  # a head for other labels gives way to a new one
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # what is new is returned
     try:
@@ -162,7 +158,17 @@ def _load_form(
     return model, {*info["missing_keys"], *mismatched}
 
 
-def _set_padding(model: Any, pad_token_id: int) -> None:
+def label_options(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields of a model's configuration that name a classifier's classes."""
+    if not labels:
+        return {}
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
+def set_padding(model: Any, pad_token_id: int) -> None:
     """By this token a causal model finds the end of a row, which its classifier reads."""
     model.config.pad_token_id = pad_token_id
     model.config.get_text_config().pad_token_id = pad_token_id
@@ -246,6 +252,25 @@ def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:
     model.hf_quantizer = None
     model.is_quantized = False
     return model, tokenizer
+
+
+def dequantized(model: Any, dtype: str | torch.dtype | None) -> Any:
+    """`model` with plain weights of `dtype`, where they are quantised.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    try:
+        model = model.dequantize()
+    except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(
+            f"model: {model.config._name_or_path} is quantised in a way that transformers cannot "
+            f"take back ({_first_line(error)}): give the model that it was made of"
+        ) from error
+    model._weight_conversions = None  # those of reading packed weights: they cannot be reversed
+    return model.to(torch_dtype(dtype, str(model.device)))
 
 
 def best_device() -> str:

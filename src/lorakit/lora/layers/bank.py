@@ -7,7 +7,7 @@ PEFT's structure: `base_layer` is the frozen original, `lora_A[name].weight` (r,
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -23,12 +23,15 @@ from lorakit.lora.initialize import (
     initialize_bias,
     initialize_loftq,
 )
-from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, merged_rows, row_blocks
 from lorakit.lora.routing import Routing
 
 
 class LayerBank(Mergeable):
     """One frozen layer and its adapters: a bank that adapters join, leave, merge into."""
+
+    stored_transposed = False
+    """Whether the base stores its weight as (d_in, d_out)."""
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
@@ -167,7 +170,7 @@ class LayerBank(Mergeable):
             fresh: False when values are loaded next, and only need a place.
         """
         A, B = self.initial_places(name)
-        if fresh or config.starts_from_weight:
+        if fresh or (config.starts_from_weight and not self.base_weight.is_meta):
             start = vars(self.get_base_layer()).pop(START, None)
             W = self._as_matrix(self.base_weight)
             initial = initialize(A, B, W, self.scaling[name], config, start)
@@ -254,23 +257,69 @@ class LayerBank(Mergeable):
 
     # --- merging --------------------------------------------------------------------------
 
-    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
-        merged = {self.weight_name: self._merged_weight(names)}
-        biases = [b for name in names if (b := self.bias_update(name)) is not None]
-        if biases:
-            if self.base_bias is None:
-                raise InputError("an adapter with lora_bias cannot be merged: the base has no bias")
-            merged[self.bias_name] = self._unmerged(self.bias_name) + sum(biases)
-        return merged
+    def changed_parameters(self, names: Sequence[str]) -> list[str]:
+        if all(self.bias_update(name) is None for name in names):
+            return [self.weight_name]
+        if self.base_bias is None:
+            raise InputError("an adapter with lora_bias cannot be merged: the base has no bias")
+        return [self.weight_name, self.bias_name]
 
-    def _merged_weight(self, names: list[str]) -> torch.Tensor:
-        """The stored weight with `names` added to it, not yet rounded."""
-        W = self._unmerged(self.weight_name)
-        dtype = torch.promote_types(W.dtype, self.factors(names[0])[0].dtype)
-        total = W.to(dtype)
-        for name in names:
-            total = total + self._weight_update(name).to(dtype)
+    @torch.no_grad()
+    def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
+        before = self._unmerged(parameter).detach()
+        if parameter == self.bias_name:
+            biases = [b for name in names if (b := self.bias_update(name)) is not None]
+            return before + sum(biases)
+        dtype = torch.promote_types(before.dtype, self.factors(names[0])[0].dtype)
+        updates = self.row_updates(parameter, names)
+        if updates is None:
+            W = before.to(dtype)
+            return W + sum(self._weight_update(name).to(dtype) for name in names)
+        total = torch.empty(before.shape, dtype=dtype, device=before.device)
+        for rows in row_blocks(before.shape):
+            total[rows] = merged_rows(before[rows], rows, updates, dtype)
         return total
+
+    @torch.no_grad()
+    def row_updates(self, parameter: str, names: Sequence[str]) -> list[RowUpdate] | None:
+        if parameter != self.weight_name:
+            return None
+        updates = [self._row_update_of(name) for name in names]
+        return None if None in updates else updates  # type: ignore[return-value]
+
+    def update_energy(self, names: Sequence[str]) -> float | None:
+        if any(self._magnitude(name) is not None for name in names):
+            return None
+        factors = [(*self.factors(name), self.scaling[name]) for name in names]
+        A = torch.cat([A.detach().double() for A, _, _ in factors])
+        B = torch.cat([B.detach().double() * scaling for _, B, scaling in factors], dim=1)
+        # ‖B A‖² = tr(Aᵀ Bᵀ B A), the sum over the products of two matrices of r × r.
+        return max(0.0, ((B.T @ B) * (A @ A.T)).sum().item())
+
+    def _row_update_of(self, name: str) -> RowUpdate | None:
+        """What adapter `name` adds to rows of the stored weight."""
+        A, B = (factor.detach() for factor in self.factors(name))
+        dtype = torch.promote_types(self.base_weight.dtype, A.dtype)  # that of the sum
+        A, B = A.to(dtype), B.to(dtype)
+        scaling, magnitude = self.scaling[name], self._magnitude(name)
+        scaled = B * scaling
+        if self.stored_transposed:
+            if magnitude is not None:
+                return None
+            return lambda total, _, rows: total.addmm_(A[:, rows].T, scaled.T)
+        if magnitude is None:
+            return lambda total, _, rows: total.flatten(1).addmm_(scaled[rows], A)
+        lengths = magnitude.detach().flatten()
+
+        def add(total: torch.Tensor, W: torch.Tensor, rows: slice) -> None:
+            """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
+            matrix = self._as_matrix(W.to(dtype))
+            norms = channel_norms(matrix, A, B[rows], scaling)
+            turned = matrix + scaled[rows] @ A
+            update = (lengths[rows] / norms)[:, None] * turned - matrix
+            total.add_(update.view_as(total))
+
+        return add
 
     def _weight_update(self, name: str) -> torch.Tensor:
         """All that adapter `name` changes in the stored weight, DoRA's lengths included."""

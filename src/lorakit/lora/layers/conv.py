@@ -1,6 +1,6 @@
 """LoRA beside a convolution of one, two or three dimensions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +74,10 @@ class LoraConv(LoraLayer):
     def initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._kernels(name)  # the matrices of a grouped base are no views
 
-    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def changed_parameters(self, names: Sequence[str]) -> list[str]:
         if self.base_layer.groups != 1:
             raise InputError("adapters beside a grouped convolution cannot be merged into it")
-        return super()._merged(names)
+        return super().changed_parameters(names)
 
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.flatten(1)

@@ -21,6 +21,8 @@ class LoraEmbedding(LoraLayer):
     start, and `lora_embedding_B[name]` (embedding_dim, r), normal; there is no dropout.
     """
 
+    stored_transposed = True
+
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
         # (num_embeddings, embedding_dim)

@@ -37,6 +37,7 @@ class LoraLinear(LoraLayer):
     ) -> None:
         super().__init__(base_layer, routing)
         self.fan_in_fan_out = is_conv1d(base_layer) if fan_in_fan_out is None else fan_in_fan_out
+        self.stored_transposed = self.fan_in_fan_out
         self.out_features, self.in_features = self._shape()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()

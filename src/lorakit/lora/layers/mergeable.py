@@ -3,8 +3,9 @@
 One layer's merge is here, a whole model's in `lora/merging.py`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,31 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.routing import Route, Routing
+
+RowUpdate = Callable[[torch.Tensor, torch.Tensor, slice], object]
+"""Adds an update, in place, to a sum over some rows of a stored weight.
+
+It takes the sum, the rows as they are stored, and where they lie.
+"""
+
+_BLOCK = 1 << 18  # values at a time: what is computed of them stays in the processor's cache
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a stored weight of this shape, about 2**18 values at a time."""
+    rows, width = shape[0], math.prod(shape[1:])
+    step = max(1, _BLOCK // max(1, width))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def merged_rows(
+    W: torch.Tensor, rows: slice, updates: Sequence[RowUpdate], dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows `W` of a stored weight with all updates added to them, in `dtype`, not yet rounded."""
+    total = W.to(dtype, copy=True)
+    for update in updates:
+        update(total, W, rows)
+    return total
 
 
 class Mergeable(nn.Module, ABC):
@@ -111,7 +137,8 @@ class Mergeable(nn.Module, ABC):
         new = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
         if not new:
             return
-        merged = self._merged(self.merged_adapters + new)
+        names = self.merged_adapters + new
+        merged = {one: self.merged_parameter(one, names) for one in self.changed_parameters(names)}
         if safe_merge and not all(torch.isfinite(total).all() for total in merged.values()):
             raise InputError(
                 "NaNs detected in the merged weights. The adapter "
@@ -156,8 +183,28 @@ class Mergeable(nn.Module, ABC):
         """Removes everything that adapter `name` has, if there is anything."""
 
     @abstractmethod
-    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """The base's parameters, by name, with `names` added to them, not yet rounded."""
+    def changed_parameters(self, names: Sequence[str]) -> list[str]:
+        """The base's parameters that merging `names` changes.
+
+        Raises:
+            InputError: these adapters cannot be merged into this layer.
+        """
+
+    @abstractmethod
+    def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
+        """One of the base's parameters with `names` added to it, not yet rounded."""
+
+    def row_updates(self, parameter: str, names: Sequence[str]) -> list[RowUpdate] | None:
+        """What `names` add to that parameter, row by row; None where rows depend on each other.
+
+        Where there are some, `merged_parameter` is made of them, so that a weight merged in parts
+        has the same bytes as one that was merged whole.
+        """
+        return None
+
+    def update_energy(self, names: Sequence[str]) -> float | None:
+        """‖ΔW‖² of what `names` together add to the weight; None where it has to be measured."""
+        return None
 
     def _as_parameter(self, total: torch.Tensor, before: nn.Parameter) -> nn.Parameter:
         """A merged tensor as the base layer's parameter, as the one before is stored."""

@@ -1,5 +1,6 @@
 """LoRA on a parameter itself, such as the stacked weights of a mixture's experts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.initialize import initialize
 from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.mergeable import RowUpdate
 from lorakit.lora.routing import Route, Routing
 
 
@@ -76,6 +78,22 @@ class LoraParameter(LoraLayer):
         B = B.reshape(self.out_features, -1, self.num_experts).permute(2, 0, 1)
         delta = torch.bmm(B * self.scaling[name], A)  # (experts, d_out, d_in)
         return (delta.mT if self._stored_transposed else delta).view_as(self.base_weight)
+
+    def _row_update_of(self, name: str) -> RowUpdate | None:
+        if self.base_weight.dim() == 2:
+            return super()._row_update_of(name)
+        dtype = torch.promote_types(self.base_weight.dtype, self.matrices(name)[0].dtype)
+        A, B = (factor.detach().to(dtype) for factor in self.matrices(name))
+        A = A.reshape(self.num_experts, -1, self.in_features)
+        B = B.reshape(self.out_features, -1, self.num_experts).permute(2, 0, 1)
+        B = B * self.scaling[name]
+        if self._stored_transposed:
+            return lambda total, _, experts: total.baddbmm_(A[experts].mT, B[experts].mT)
+        return lambda total, _, experts: total.baddbmm_(B[experts], A[experts])
+
+    def update_energy(self, names: Sequence[str]) -> float | None:
+        # In a stack each expert has a product of its own.
+        return super().update_energy(names) if self.base_weight.dim() == 2 else None
 
     def get_delta_weight(self, name: str) -> torch.Tensor:
         """`scaling * B A`, in the shape of the parameter; never part of a graph."""

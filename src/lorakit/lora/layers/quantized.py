@@ -1,6 +1,7 @@
 """LoRA beside bitsandbytes' linear layers of 8 and 4 bits (QLoRA)."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ class LoraQuantizedLinear(LoraLinear):
     def _quantize_base(self, name: str, config: LoraConfig) -> None:
         raise InputError("init_lora_weights='loftq' needs a base that is not quantised yet")
 
-    def _merged_weight(self, names: list[str]) -> torch.Tensor:
+    @torch.no_grad()
+    def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
+        if parameter != self.weight_name:
+            return super().merged_parameter(parameter, names)
         W = self._as_matrix(self._unmerged(self.weight_name)).float()
         return W + sum(self._weight_update(name).float() for name in names)
 

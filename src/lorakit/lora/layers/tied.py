@@ -8,6 +8,7 @@ from torch import nn
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear
+from lorakit.lora.layers.mergeable import RowUpdate
 
 
 class LoraTiedHead(LoraLinear):
@@ -32,8 +33,14 @@ class LoraTiedHead(LoraLinear):
     def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         """Nothing: the embedding has done it."""
 
+    def _row_update_of(self, name: str) -> RowUpdate | None:
+        # The embedding's own, to the last bit: merged, the two are still one.
+        return self._embedding[0]._row_update_of(name)
+
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
         A, B = self.matrices(name)
+        if A.is_meta:  # values are put in the place of tensors that no view holds on to
+            A, B = torch.empty_like(A), torch.empty_like(B)
         return {"lora_A.weight": A, "lora_B.weight": B}
 
     def bias_update(self, name: str) -> None:

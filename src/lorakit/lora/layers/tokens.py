@@ -93,12 +93,15 @@ class TrainedTokens(Mergeable):
         if self.token_indices.pop(name, None) is not None:
             del self.trainable_tokens_delta[name]
 
-    def _merged(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def changed_parameters(self, names: Sequence[str]) -> list[str]:
         self._require_apart(names)
-        weight = self._unmerged("weight").detach().clone()
+        return ["weight"]
+
+    def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
+        weight = self._unmerged(parameter).detach().clone()
         for name in names:
             weight[self.token_indices[name]] = self.trainable_tokens_delta[name].to(weight)
-        return {"weight": weight}
+        return weight
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's embeddings of `x` (batch, n), with trained rows where there are some."""
@@ -133,7 +136,7 @@ class TrainedTokens(Mergeable):
         """Raises InputError when two of these adapters train the same token."""
         self._require_apart([name for name in names if name in self.token_indices])
 
-    def _require_apart(self, names: list[str]) -> None:
+    def _require_apart(self, names: Sequence[str]) -> None:
         tokens = [token for name in names for token in self.token_indices[name]]
         if len(set(tokens)) < len(tokens):
             raise InputError(f"{listed(names)} train some of the same tokens: use one at a time")

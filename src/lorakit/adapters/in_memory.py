@@ -1,0 +1,126 @@
+"""Adapters merged into a loaded model: `merge_and_unload`, and the dtypes of the base's files.
+
+For models that cannot be merged file by file: quantised ones, GGUF, those whose files hold the
+weights in another form than the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
+from lorakit.adapters.open import OpenAdapter, open_adapter
+from lorakit.adapters.survival import Survival, sum_of_squares
+from lorakit.adapters.together import add_others
+from lorakit.errors import LorakitError
+from lorakit.lora import LoraModel
+from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
+from lorakit.lora.layers.mergeable import row_blocks
+from lorakit.models.load import stored_dtype
+from lorakit.models.shards import all_tensors, read_shards
+from lorakit.models.skeleton import file_names
+
+
+def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
+    """The base with all adapters on it, unquantised, in the dtype in which sums are made.
+
+    Returns: it, and the adapters' names in it.
+
+    Raises:
+        InputError: the base cannot be loaded, or adapters do not fit it.
+    """
+    stored = {} if job.path.is_file() else all_tensors(read_shards(job.path))
+    exact = exact_dtype(job, stored)
+    opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
+    return opened, add_others(opened.model, job.adapters, job.weights)
+
+
+def merge_in_memory(
+    job: MergeJob, opened: OpenAdapter, names: Sequence[str], folder: Path
+) -> Written:
+    """Merges the model that `open_all` gave, and writes it into `folder` as transformers does.
+
+    Raises:
+        LorakitError: merged values are not finite.
+    """
+    base: Any = opened.model.get_base_model()
+    default = job.dtype or stored_dtype(opened.base_model)
+    dtypes: dict[str, torch.dtype] = {}
+    if job.dtype is None and not job.quantization:
+        tensors = all_tensors(read_shards(job.path))
+        stored = file_names(base, tensors).stored
+        dtypes = {key: tensors[name].dtype for key, name in stored.items()}
+    merged, survival, modules = merge_loaded(opened.model, names, dtypes, default)
+    if any(adapter.config.layer_replication for adapter in job.adapters):
+        _separate(merged)
+    merged.save_pretrained(folder)
+    merged.config.dtype = default
+    merged.config.save_pretrained(folder)
+    if job.path.is_file() or copy_others(job, folder) is not None:
+        opened.tokenizer.save_pretrained(folder)
+    return Written(type(merged), default, modules, survival, [])
+
+
+@torch.no_grad()
+def merge_loaded(
+    model: LoraModel, names: Sequence[str], dtypes: dict[str, torch.dtype], default: torch.dtype
+) -> tuple[Any, Survival, int]:
+    """The plain model with `names` in its weights, rounded.
+
+    Args:
+        dtypes: of single parameters, by name in the plain model; the others get `default`.
+
+    Returns: the model, what of the updates survived the rounding, and the number of layers that
+    merged adapters into themselves.
+
+    Raises:
+        LorakitError: merged values are not finite.
+    """
+    survival, modules = Survival(), 0
+    layers = [
+        (path.replace(".base_layer", ""), module)
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, Mergeable)
+    ]
+    for path, layer in layers:
+        here = [name for name in names if name in layer.adapters]
+        changed = layer.changed_parameters(here) if here else []
+        base = layer.get_base_layer()
+        before = {one: getattr(base, one).detach() for one in changed}
+        layer.merge(here, keep_backup=False)
+        modules += bool(changed) and not isinstance(layer, (LoraTiedHead, LoraTiedEmbedding))
+        for one, old in before.items():
+            new = getattr(base, one).detach()
+            written = dtypes.get(f"{path}.{one}", default)
+            for rows in row_blocks(old.shape):
+                total = new[rows].clone()
+                delta = sum_of_squares(total - old[rows])
+                if not survival.add(path, delta, sum_of_squares(total.sub_(total.to(written)))):
+                    raise LorakitError(
+                        f"the merged model is not base + adapter: {path}.{one} has values that "
+                        "are not finite, or beyond the dtype. Nothing was written; try --dtype "
+                        "float32"
+                    )
+    merged: Any = model.merge_and_unload(adapter_names=names)
+    for key, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(key, default))
+    for key, buffer in merged.named_buffers():
+        if buffer.is_floating_point() and key in dtypes:
+            buffer.data = buffer.data.to(dtypes[key])
+    return merged, survival, modules
+
+
+def _separate(model: Any) -> None:
+    """Gives layers that are copies of others parameters of their own, as files need."""
+    embedding = model.get_input_embeddings().weight  # the head may go on sharing it
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen and parameter is not embedding:
+                copied = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(module, name, copied)
+            seen.add(id(parameter))

@@ -1,0 +1,175 @@
+"""What is merged into what: adapters, their weights, the base's folder, and what goes with it.
+
+Both ways of merging, `streaming.py` and `in_memory.py`, start from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.adapters.open import TEMPLATE_NAME, AdapterFiles, read_files
+from lorakit.adapters.together import check_weights
+from lorakit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.adapters.survival import Survival
+    from lorakit.models.shards import StoredTensor
+
+# What is copied besides the weights; the rest of a model's folder is for other frameworks, or
+# tells of the base.
+_COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+_OWN = {"config.json", "adapter_config.json", "lorakit.json"}
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """The adapters to be merged, and the base's place.
+
+    `weights` multiply each adapter's update; `base` is the base that was asked for in place of
+    the recorded one; `path` its folder, or GGUF file; `dtype` what was asked for the result.
+    """
+
+    adapters: list[AdapterFiles]
+    weights: list[float]
+    base: str | None
+    path: Path
+    dtype: torch.dtype | None
+    quantization: str = ""
+
+    @property
+    def first(self) -> AdapterFiles:
+        """The first adapter, which says the base and the form of the model."""
+        return self.adapters[0]
+
+
+@dataclass
+class Written:
+    """What a way of merging has written.
+
+    `kind` is the model's class, `dtype` the one that most values have, `modules` the number of
+    layers that changed.
+    """
+
+    kind: type
+    dtype: torch.dtype
+    modules: int
+    survival: Survival
+    notices: list[str]
+
+
+def prepare(
+    adapter: str | Path | Sequence[str | Path],
+    base: str | None = None,
+    dtype: str | None = None,
+    weights: Sequence[float] | None = None,
+) -> MergeJob:
+    """Reads the adapters and finds the base.
+
+    Raises:
+        InputError: they cannot be used, or not together.
+    """
+    from lorakit.models.load import DTYPES, torch_dtype
+    from lorakit.models.names import resolve
+
+    folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    if not folders:
+        raise InputError("give an adapter's folder")
+    if dtype is not None and dtype not in DTYPES[1:]:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES[1:])}, not {dtype!r}")
+    adapters = [read_files(folder, base) for folder in folders]
+    numbers = [1.0] * len(adapters) if weights is None else list(weights)
+    check_weights(adapters, numbers)
+    first = adapters[0]
+    for other in adapters[1:]:
+        if first.base_model != other.base_model:
+            raise InputError(
+                f"{first.folder} is for {first.base_model}, and {other.folder} for "
+                f"{other.base_model}: if they are the same model, give it with --base"
+            )
+        if first.task_type != other.task_type:
+            raise InputError(
+                f"{first.folder} is for {first.task_type}, and {other.folder} for "
+                f"{other.task_type}: one model cannot have both forms"
+            )
+    path = resolve(first.base_model).path
+    chosen = None if dtype is None else torch_dtype(dtype, "cpu")
+    return MergeJob(adapters, numbers, base, path, chosen, _quantization(path))
+
+
+def _quantization(path: Path) -> str:
+    """How the files of the model at `path` are quantised; empty where they are not."""
+    from transformers import AutoConfig
+
+    if path.is_file():
+        return "GGUF"
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model: {path} cannot be loaded: {error}") from error
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return ""
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    return str(values.get("quant_method", "in an unknown way"))
+
+
+def obstacle(job: MergeJob) -> str:
+    """Why the base's files cannot be merged one by one; empty where they can."""
+    from lorakit.lora.checkpoint import INITIAL_NAME
+
+    if job.quantization:
+        return f"the base is quantised ({job.quantization}); it is written unquantised"
+    for adapter in job.adapters:
+        config = adapter.config
+        if config.layer_replication:
+            return "layer_replication builds another model than the one in the files"
+        if config.init_lora_weights == "loftq":
+            return "loftq quantises the base's weights anew"
+        if config.takes_start_off and not (adapter.folder / INITIAL_NAME).is_file():
+            return f"{config.init_lora_weights} takes its start out of the loaded weights"
+    return ""
+
+
+def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """In which sums are made: float32, or float64 where the base or an adapter has it."""
+    import torch
+
+    wide = any(t.dtype == torch.float64 for a in job.adapters for t in a.tensors.values())
+    wide = wide or any(tensor.code == "F64" for tensor in stored.values())
+    return torch.float64 if wide else torch.float32
+
+
+def copy_others(job: MergeJob, folder: Path) -> Any:
+    """Copies the base's tokenizer, generation settings and templates, and the adapter's template.
+
+    Returns: the tokenizer with a padding token, where the form of the model needs one; else None.
+
+    Raises:
+        InputError: a file leads nowhere.
+    """
+    for path in sorted(job.path.iterdir()):
+        small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
+        if not small or path.name in _OWN or path.name.endswith(".index.json"):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    template = job.first.folder / TEMPLATE_NAME
+    if template.is_file():
+        shutil.copyfile(template, folder / TEMPLATE_NAME)
+    if job.first.task_type == "CAUSAL_LM":
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.path, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    return tokenizer

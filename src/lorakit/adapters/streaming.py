@@ -1,0 +1,311 @@
+"""Adapters merged into a model's files without loading the model: one tensor after the other.
+
+Every tensor of the base is read in rows, changed as `plan.py` says, rounded once, checked and
+written. What a layer makes of its rows is its own affair (`lora/layers/`), so that the result has
+the bytes of a merge in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
+from lorakit.adapters.open import AdapterFiles
+from lorakit.adapters.plan import Change, Entry, Plan, finish_plan, start_plan
+from lorakit.adapters.survival import Survival, sum_of_squares
+from lorakit.adapters.together import add_others
+from lorakit.errors import InputError, LorakitError, listed
+from lorakit.lora import LoraModel
+from lorakit.lora.checkpoint import PREFIX, same_values
+from lorakit.lora.layers.mergeable import RowUpdate, merged_rows, row_blocks
+from lorakit.models.fingerprint import fingerprint_of_files
+from lorakit.models.load import set_padding
+from lorakit.models.shards import (
+    ShardReader,
+    StoredTensor,
+    all_tensors,
+    new_shard,
+    read_shards,
+    write_index,
+)
+from lorakit.models.skeleton import file_names, skeleton
+
+_MOST_THREADS = 8
+
+
+def stream(job: MergeJob, folder: Path) -> Written:
+    """Writes the merged model into `folder`, file by file.
+
+    Raises:
+        InputError: the base cannot be read, or adapters do not fit it.
+        LorakitError: merged values are not finite.
+        NotStreamable: the model must be loaded; nothing is written.
+    """
+    shards = read_shards(job.path)
+    tensors = all_tensors(shards)
+    model = skeleton(job.first.task_type, job.path, exact_dtype(job, tensors), job.first.labels)
+    stored = file_names(model, tensors)
+    own = dict(model.state_dict(keep_vars=True))
+    parameters = [name for name, _ in model.named_parameters()]
+    adapted = LoraModel.from_pretrained(model, job.first.folder)
+    names = add_others(adapted, job.adapters, job.weights)
+    with ShardReader(tensor.path for tensor in tensors.values()) as reader:
+        plan = start_plan(adapted.get_base_model(), own, shards, stored, names)
+        for adapter in job.adapters:
+            check_copies(plan, adapter.tensors, adapter.folder, reader)
+            check_fingerprint(plan, parameters, adapter, reader)
+        apart = come_apart(plan, reader)
+        finish_plan(plan, own, shards, stored, apart, job.dtype)
+        survival = write_merged(folder, plan, reader)
+    config: Any = model.config
+    if apart:
+        config.tie_word_embeddings = False
+        plan.notices.append(
+            f"{listed(apart)} shared its values with another module and has its own now: "
+            "tie_word_embeddings is false"
+        )
+    usual = plan.usual_dtype
+    config.dtype, config.architectures = usual, [type(model).__name__]
+    tokenizer = copy_others(job, folder)
+    if tokenizer is not None:
+        set_padding(model, tokenizer.pad_token_id)
+    config.save_pretrained(folder)
+    return Written(type(model), usual, plan.modules, survival, plan.notices)
+
+
+def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
+    """Writes the merged model's weights into `folder`: several threads compute, this one writes.
+
+    Returns: what of the updates survived the rounding.
+
+    Raises:
+        InputError: the base's files cannot be read, or hold values that are not finite.
+        LorakitError: merged values are not finite, or beyond the written dtype.
+    """
+    survival = Survival()
+    with _threads() as threads:
+        for file, entries in plan.shards.items():
+            jobs = (
+                partial(_round, name, entry, part)
+                for name, entry in entries.items()
+                for part in _parts(entry.source, entry.change, reader)
+            )
+            with new_shard(folder / file, {n: e.new for n, e in entries.items()}) as shard:
+                for rounded in _in_order(threads, jobs):
+                    shard.write(rounded.name, rounded.values)
+                    change = entries[rounded.name].change
+                    if change is not None and rounded.delta is not None:
+                        survival.add(change.path, rounded.delta, rounded.error)
+    if len(plan.shards) > 1:
+        write_index(
+            folder,
+            {f: {n: e.new for n, e in entries.items()} for f, entries in plan.shards.items()},
+        )
+    return survival
+
+
+def come_apart(plan: Plan, reader: ShardReader) -> list[str]:
+    """The parameters that were one with others in the base, and differ in the merged model."""
+    apart = []
+    for pair in plan.pairs:
+        one, other = (_parts(plan.sources[key], plan.changes.get(key), reader) for key in pair)
+        same = (torch.equal(a().values, b().values) for a, b in zip(one, other, strict=True))
+        if not all(same):
+            apart.append(pair[1])
+    return apart
+
+
+def check_fingerprint(
+    plan: Plan, parameters: Sequence[str], adapter: AdapterFiles, reader: ShardReader
+) -> None:
+    """Adds a notice where the adapter's record tells of other weights than the base's."""
+    expected = adapter.manifest and adapter.manifest.base_fingerprint
+    there = {name: plan.sources[name] for name in parameters if name in plan.sources}
+    new = {key for key, change in plan.changes.items() if change.replaced is not None}
+    if not expected or not set(parameters) <= there.keys() | new:
+        return
+    if fingerprint_of_files(there, reader) != expected:
+        plan.notices.append(
+            f"{adapter.folder} was trained on other weights than those of "
+            f"{adapter.base_model}: its answers may be worse than when it was trained"
+        )
+
+
+def check_copies(
+    plan: Plan, tensors: Mapping[str, torch.Tensor], folder: Path, reader: ShardReader
+) -> None:
+    """Checks the copies of frozen weights that PEFT adds to an adapter for embeddings and heads.
+
+    Raises:
+        InputError: a copy differs from the base's own weight, so it was resized or trained.
+    """
+    for key, copied in tensors.items():
+        path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+        source = plan.sources.get(f"{path}.weight")
+        if source is None or not key.endswith(".base_layer.weight"):
+            continue
+        for rows in row_blocks(source.shape):
+            if not same_values(copied[rows], reader.read(source, rows)):
+                raise InputError(
+                    f"{folder} brings its own {path} weight, which differs from the base's: it "
+                    "was trained, which lorakit does not load yet"
+                )
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Some rows of a tensor, not yet rounded, and ‖ΔW‖² where something was added to them."""
+
+    values: torch.Tensor
+    delta: float | None = None
+
+
+class _Rounded(NamedTuple):
+    """Some rows of the tensor `name` as they are written, ‖ΔW‖², and the square of the error."""
+
+    name: str
+    values: torch.Tensor
+    delta: float | None
+    error: float
+
+
+_Part = Callable[[], _Merged]
+
+
+def _parts(
+    source: StoredTensor | None, change: Change | None, reader: ShardReader
+) -> Iterator[_Part]:
+    """What has to be done for one tensor, row by row as far as that is possible."""
+    if change is not None and change.replaced is not None:
+        replaced = change.replaced
+        if source is None or not source.shape:
+            yield lambda: _Merged(replaced.clone())
+            return
+        for rows in row_blocks(source.shape):
+            yield partial(_replaced, source, replaced, rows, reader)
+        return
+    assert source is not None
+    if change is None or change.layer is None:
+        for part in row_blocks(source.shape) if source.shape else [None]:
+            yield partial(_unchanged, source, part, reader)
+        return
+    updates = change.layer.row_updates(change.parameter, change.names)
+    if updates is None:
+        yield partial(_whole, source, change, reader)
+        return
+    dtype = getattr(change.layer.get_base_layer(), change.parameter).dtype
+    energy = change.layer.update_energy(change.names)
+    for rows in row_blocks(source.shape):
+        yield partial(_added, source, rows, updates, dtype, energy, reader)
+        energy = energy and 0.0  # the whole weight's is counted once
+
+
+def _unchanged(source: StoredTensor, rows: slice | None, reader: ShardReader) -> _Merged:
+    return _Merged(reader.read(source, rows))
+
+
+def _replaced(
+    source: StoredTensor, replaced: torch.Tensor, rows: slice, reader: ShardReader
+) -> _Merged:
+    total = replaced[rows].clone()
+    return _Merged(total, sum_of_squares(total - reader.read(source, rows)))
+
+
+def _added(
+    source: StoredTensor,
+    rows: slice,
+    updates: list[RowUpdate],
+    dtype: torch.dtype,
+    energy: float | None,
+    reader: ShardReader,
+) -> _Merged:
+    W = reader.read(source, rows)
+    total = merged_rows(W, rows, updates, dtype)
+    return _Merged(total, sum_of_squares(total - W) if energy is None else energy)
+
+
+def _whole(source: StoredTensor, change: Change, reader: ShardReader) -> _Merged:
+    """For a layer whose rows depend on each other: it gets its weight for a moment."""
+    assert change.layer is not None
+    module = change.layer.get_base_layer()
+    place: nn.Parameter = getattr(module, change.parameter)
+    before = reader.read(source).to(place.dtype) if place.is_meta else place.detach()
+    setattr(module, change.parameter, nn.Parameter(before, requires_grad=False))
+    try:
+        total = change.layer.merged_parameter(change.parameter, change.names)
+    finally:
+        setattr(module, change.parameter, place)
+    delta = sum(sum_of_squares(total[r] - before[r]) for r in row_blocks(source.shape))
+    return _Merged(total, delta)
+
+
+@torch.no_grad()
+def _round(name: str, entry: Entry, part: _Part) -> _Rounded:
+    """Computes a part, rounds it, and checks that it is finite."""
+    merged = part()
+    total, delta = merged.values, merged.delta
+    values = total.to(entry.new.dtype)
+    error = 0.0
+    if delta is not None and values is not total:
+        error = sum_of_squares(total.sub_(values))  # not finite where a value is not
+    if delta is None or values is total or not math.isfinite(error):
+        _require_finite(name, entry, values)
+    return _Rounded(name, values, delta, error)
+
+
+def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
+    if values.dtype.itemsize == 1 or not values.is_floating_point() or _is_finite(values):
+        return
+    if entry.change is None and entry.source is not None and entry.new.code == entry.source.code:
+        raise InputError(f"model: {entry.source.path}: {name} holds values that are not finite")
+    dtype = str(entry.new.dtype).removeprefix("torch.")
+    raise LorakitError(
+        f"the merged model is not base + adapter: {name} has values that are not finite, or beyond "
+        f"{dtype}. Nothing was written; try --dtype float32"
+    )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # A sum is quicker; it may overflow where no value has.
+    return bool(torch.isfinite(values.sum(dtype=torch.float32)) or torch.isfinite(values).all())
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads of which each computes its own rows, so that torch needs none of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_order(
+    threads: ThreadPoolExecutor, jobs: Iterable[Callable[[], _Rounded]]
+) -> Iterator[_Rounded]:
+    """The results in the order of the jobs, of which only a few are computed ahead."""
+    running: deque[Future[_Rounded]] = deque()
+    try:
+        for job in jobs:
+            running.append(threads.submit(job))
+            if len(running) > 2 * _MOST_THREADS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for job_left in running:
+            job_left.cancel()
