@@ -136,8 +136,10 @@ def _copy(base: Path, output: Path) -> float:
 
 
 def _lorakit(adapter: Path, output: Path) -> float:
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401 (not to be timed)
+
     import lorakit
-    from lorakit.adapters import in_memory, streaming, verify  # noqa: F401 (not to be timed)
+    from lorakit.adapters import in_memory, streaming, verify  # noqa: F401
 
     began = time.perf_counter()
     report = lorakit.merge(adapter, output, verify=False)
