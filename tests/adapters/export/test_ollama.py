@@ -176,6 +176,7 @@ def test_a_bos_that_the_tokenizer_adds_is_left_to_it():
             CHATML.replace("{{ m['content'] }}", "{{ m['content'] | replace('«', '') }}"),
             "each between two fixed strings",
         ),
+        (CHATML + "{{ strftime_now('%d') if messages | length > 99 }}", "the date of the day"),
         (None, "no chat template"),
     ],
 )

@@ -103,6 +103,8 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, bos: bool) -> ChatForm:
         return rendered.removeprefix(lead)
 
     try:
+        if "strftime_now" in tokenizer.chat_template:
+            raise _NotOfThisForm("it writes the date of the day")
         form = _read_off(text)
         _prove(form, tokenizer, lead)
     except _NotOfThisForm as error:
