@@ -7,9 +7,12 @@ adapter's files say.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +27,8 @@ from lorakit.lora.config import LoraConfig
 METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
 _EXACT = ("linear", "cat")
 _BY_ENTRIES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+_LARGE = 1 << 24  # entries of a module's ΔW
 
 # Fields that say which of the modules that match are adapted: lists of targets with the same ones
 # can be united.
@@ -87,18 +92,20 @@ def combine(
     lora_method = f"{method}_svd" if method in _BY_ENTRIES else method
     if method in _EXACT and rank is not None:
         lora_method = "svd"
-    generator = torch.Generator().manual_seed(seed or 0)
-    settings = methods.Settings(lora_method, rank, density, generator=generator)
-    tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    losses: dict[str, tuple[float, float]] = {}
+    draws = torch.Generator().manual_seed(seed or 0)
+    seeds = torch.randint(2**62, (len(paths),), generator=draws).tolist()
     has_bias = any(file.config.lora_bias for file in files)
-    for path in paths:
+
+    def combined(path: str, own_seed: int) -> tuple[methods.Combined, dict[str, torch.Tensor]]:
+        """One module's factors, and its tensors; what is drawn depends on nothing else."""
         parts = [
             (file.updates[path], weight)
             for file, weight in zip(files, weights, strict=True)
             if path in file.updates
         ]
+        settings = methods.Settings(
+            lora_method, rank, density, generator=torch.Generator().manual_seed(own_seed)
+        )
         updates = [methods.Update(*u.factors(), u.scaling, weight) for u, weight in parts]
         found = methods.combine(updates, settings)
         first = parts[0][0]
@@ -106,9 +113,17 @@ def combine(
         for update, weight in parts:
             if bias is not None and update.bias is not None:
                 bias += weight * update.scaling * update.bias
-        tensors |= first.tensors(found.A, found.B, bias)
-        ranks[path] = found.A.shape[0]
-        losses[path] = found.energy, found.lost
+        return found, first.tensors(found.A, found.B, bias)
+
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    losses: dict[str, tuple[float, float]] = {}
+    largest = max((u.A[0].numel() * len(u.B) for f in files for u in f.updates.values()), default=0)
+    with _workers(largest) as pool:
+        for path, (found, own) in zip(paths, pool.map(combined, paths, seeds), strict=True):
+            tensors |= own
+            ranks[path] = found.A.shape[0]
+            losses[path] = found.energy, found.lost
     if not ranks:
         raise InputError(f"{listed(map(str, adapters))}: no adapter changes a module by B A")
     shared = sum(1 for path in paths if all(path in file.updates for file in files))
@@ -145,6 +160,25 @@ def combine(
         by_kind(ranks, losses),
         notices,
     )
+
+
+@contextmanager
+def _workers(largest: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each combine a module, in place of threads within each small product.
+
+    The latter wait for one another more than they compute. Where the largest module has very many
+    entries there is one worker, so that only one module's updates are in memory.
+    """
+    threads = torch.get_num_threads()
+    if largest > _LARGE:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(
@@ -327,7 +361,7 @@ def _config(files: Sequence[AdapterFile], paths: list[str], base: str | None) ->
     )
 
 
-def _targets(configs: Sequence[LoraConfig], paths: list[str]) -> dict[str, object]:
+def _targets(configs: Sequence[LoraConfig], paths: list[str]) -> dict[str, Any]:
     """The fields that find the modules at `paths` again, in any reader of PEFT's files.
 
     Where all adapters select alike their lists of names can be united; otherwise the paths are
