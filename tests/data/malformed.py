@@ -482,7 +482,7 @@ def _odd_but_accepted() -> Iterator[Case]:
         (
             "a special token in a tool",
             {**talk, "tools": [{"name": "f", "description": "<|pad|>"}]},
-            "special token in a message",
+            "name of a special token",
         ),
         ("a row of 200,000 characters", {**GOOD, "completion": "x" * 200_000}, "max_length"),
         ("an empty answer", {**GOOD, "completion": ""}, "without an answer's text"),

@@ -50,6 +50,6 @@ def test_other_texts_that_a_template_shows_are_looked_at_too(place: str) -> None
 def test_control_characters_are_counted(character: str) -> None:
     samples = [talk("q"), talk(f"q{character}", "rows.jsonl:2")]
     (notice,) = said_of(samples)
-    assert notice.startswith("1 of 2 rows is with control characters")
+    assert notice.startswith("1 of 2 rows is written with control characters")
     assert f"(first: rows.jsonl:2): they are learned as they are: remove {character!a}" in notice
     assert notice.isprintable()
