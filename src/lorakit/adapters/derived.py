@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from lorakit import __version__, atomic
-from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
-from lorakit.errors import InputError
+from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
 from lorakit.lora.checkpoint import WEIGHTS_NAME, write_adapter
 
 if TYPE_CHECKING:
@@ -70,14 +69,7 @@ def read_derivation(folder: str | Path) -> Derivation | None:
     Raises:
         InputError: there is one, and it is damaged.
     """
-    path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Derivation.model_validate(values) if "made_by" in values else None
-    except (ValueError, OSError, TypeError, RecursionError, ValidationError) as error:
-        raise InputError(f"{path} is damaged: remove it, or make the adapter again") from error
+    return read_record(folder, Derivation, made=True, again="make")
 
 
 def origin(folder: str | Path, config: LoraConfig) -> Origin:

@@ -5,7 +5,7 @@ Other tools ignore it. lorakit's verbs read it, so that an adapter's path is all
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,6 +13,8 @@ from lorakit import atomic
 from lorakit.errors import InputError
 
 MANIFEST_NAME = "lorakit.json"
+
+Record = TypeVar("Record", bound=BaseModel)
 
 # What else a run leaves beside the adapter.
 METRICS_NAME = "metrics.jsonl"
@@ -78,11 +80,24 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     Raises:
         InputError: there is one, and it is damaged.
     """
+    return read_record(folder, Manifest, made=False, again="train")
+
+
+def read_record(folder: str | Path, form: type[Record], *, made: bool, again: str) -> Record | None:
+    """`lorakit.json` in an adapter's folder, when it is of this form; else None.
+
+    Args:
+        made: whether it is the record of an adapter that was made out of others.
+        again: what to do with the adapter when it is damaged.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return None if "made_by" in values else Manifest.model_validate(values)
+        return form.model_validate(values) if ("made_by" in values) == made else None
     except (ValidationError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: remove it, or train the adapter again") from error
+        raise InputError(f"{path} is damaged: remove it, or {again} the adapter again") from error

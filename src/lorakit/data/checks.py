@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AnySample = Sample | LabelledSample
 
-_SHOWN = 3  # places that a finding names
+SHOWN = 3  # places that a finding names
 _BINS = 12
 _PARTS = {
     "tools": "its tools",
@@ -160,7 +160,7 @@ def findings(
         what = f"learned without {_PARTS[part]}, which the chat template does not show"
         found.append((what, hidden, everything, "use a model whose template has a place for it"))
     return [
-        Finding(what, len(where), len(of), tuple(where[:_SHOWN]), cure)
+        Finding(what, len(where), len(of), tuple(where[:SHOWN]), cure)
         for what, where, of, cure in found
     ]
 

@@ -7,15 +7,14 @@ tokens that makes is decided in `lorakit.data.masking`.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
-from lorakit.data.templates import render
+from lorakit.data.templates import render, special_tokens
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def find_answers(
     mark = "7310582946"  # digits survive upper-casing, trimming and JSON quoting
     while mark in full:
         mark += mark[-3]
-    special = _special_tokens(tokenizer, len(tokenizer))
+    special = special_tokens(tokenizer)
     last = len(messages) - 1
     last_marked = write([*messages[:last], _plain(messages[last], mark)])
     plain_end = last_marked.rpartition(mark)[2]
@@ -216,12 +215,3 @@ def _ignores_tools(
         return render(messages, tokenizer) == full
     except InputError:
         return False
-
-
-@lru_cache(maxsize=2)
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> re.Pattern[str]:
-    """Matches any special token; `size` renews it when tokens were added."""
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    # Without special tokens nothing may match, the empty string least of all.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")

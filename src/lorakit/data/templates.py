@@ -6,7 +6,9 @@ line. Which characters of the text are learned is decided in `lorakit.data.spans
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -147,3 +149,17 @@ def template_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     if not isinstance(template, str):  # several named templates
         template = json.dumps(template, sort_keys=True)
     return hashlib.sha256(template.encode()).hexdigest()
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Matches the name of any special token, the longest where one begins another."""
+    return _special_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=2)
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> re.Pattern[str]:
+    """As `special_tokens`; `size` renews it when tokens were added."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    # Without special tokens nothing may match, the empty string least of all.
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")

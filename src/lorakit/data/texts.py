@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import Finding
+from lorakit.data.checks import SHOWN, Finding
 from lorakit.data.formats import Sample
+from lorakit.data.templates import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SHOWN = 3  # places that a finding names
 
 # C0 without tab and the two line ends, DEL, and C1. NUL never gets here: it is refused.
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -27,7 +26,7 @@ def findings_of_texts(
 
     Special tokens are looked for in messages alone: plain text is often written with them.
     """
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     conversations = [sample for sample in samples if sample.messages]
     found = [
         (
@@ -37,7 +36,7 @@ def findings_of_texts(
         ),
         (
             "written with the name of a special token",
-            _found(conversations, special.search) if special else [],
+            _found(conversations, special.search),
             "the model takes {} for the token: remove it unless that is meant",
         ),
     ]
@@ -46,7 +45,7 @@ def findings_of_texts(
             what,
             len(places),
             len(samples),
-            tuple(where for where, _ in places[:_SHOWN]),
+            tuple(where for where, _ in places[:SHOWN]),
             cure.format(ascii(places[0][1]) if places else "it"),
         )
         for what, places, cure in found
@@ -81,9 +80,3 @@ def _strings(value: object) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _strings(inner)
-
-
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> "re.Pattern[str] | None":
-    added = tokenizer.added_tokens_decoder.values()
-    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(names)))) if names else None

@@ -6,17 +6,20 @@ What is supervised is decided in `lorakit.data.masking`, as in training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.data.batches import Collator
 from lorakit.data.formats import Sample
-from lorakit.data.masking import tokenize
+from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.errors import InputError
 from lorakit.models.loss import SupervisedLoss
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+Row = TypeVar("Row", bound=TokenizedRow)
 
 
 def mean_loss(
@@ -38,24 +41,36 @@ def mean_loss(
     Raises:
         InputError: there are no samples, or one has no token to predict.
     """
-    import torch
-
     if not samples:
         raise InputError("there are no rows to take the loss of")
-    rows = sorted((tokenize(s, tokenizer, max_length) for s in samples), key=len, reverse=True)
+    rows = [tokenize(sample, tokenizer, max_length) for sample in samples]
     pad = tokenizer.pad_token_id
     collate = Collator(pad if isinstance(pad, int) else 0)  # padding is masked: any token will do
-    supervised_loss = SupervisedLoss(model)
+    return mean_over(model, rows, collate, SupervisedLoss(model), batch_size, on_batch)
+
+
+def mean_over(
+    model: nn.Module,
+    rows: Sequence[Row],
+    collate: Callable[[list[Row]], dict[str, torch.Tensor]],
+    loss: Callable[[nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """The summed `loss` of all rows by what it is a sum of; rows of like length share a batch."""
+    import torch
+
+    ordered = sorted(rows, key=len, reverse=True)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     try:
-        for at in range(0, len(rows), batch_size):
-            chosen = rows[at : at + batch_size]
+        for at in range(0, len(ordered), batch_size):
+            chosen = ordered[at : at + batch_size]
             batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
             with torch.inference_mode():
-                batch_total, batch_count = supervised_loss(model, batch)
+                batch_total, batch_count = loss(model, batch)
             total += batch_total.item()
             count += int(batch_count)
             if on_batch:

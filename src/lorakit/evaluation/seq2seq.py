@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.batches import LabelCollator
 from lorakit.data.formats import Sample
+from lorakit.data.grouping import cut
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
+from lorakit.evaluation.loss import mean_over
 from lorakit.inference.sampling import Sampling, generate, generation_settings
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import most_tokens
@@ -38,7 +40,8 @@ def generate_targets(
     device = next(model.parameters()).device
     answers = [""] * len(rows)
     model.eval()
-    for chosen in _batches(rows, batch_size):
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for chosen in cut(order, batch_size):
         batch = collate([rows[i] for i in chosen])
         del batch["labels"]
         output = generate(model, settings, **{k: v.to(device) for k, v in batch.items()})
@@ -60,25 +63,7 @@ def mean_target_loss(
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """Cross-entropy in nats per token of the answers; arguments as in `mean_loss`."""
-    import torch
-
     length = most_tokens(model, max_length)
     rows = [tokenize_pair(sample, tokenizer, length) for sample in samples]
     collate, loss = LabelCollator(int(tokenizer.pad_token_id)), LabelLoss(model, targets=True)
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    model.eval()
-    for chosen in _batches(rows, batch_size):
-        batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
-        with torch.inference_mode():
-            batch_total, batch_count = loss(model, batch)
-        total, count = total + batch_total.item(), count + int(batch_count)
-        if on_batch:
-            on_batch(len(chosen))
-    return total / count
-
-
-def _batches(rows: Sequence[LabelledRow], size: int) -> list[list[int]]:
-    """The rows' places in batches, the longest rows first."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    return [order[at : at + size] for at in range(0, len(order), size)]
+    return mean_over(model, rows, collate, loss, batch_size, on_batch)

@@ -221,9 +221,7 @@ def load_tensors(
                 f"{folder} is an adapter for another base model: it {what} "
                 f"{listed(sorted(missing), 3)}"
             )
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{folder}: {key} holds values that are not finite")
+    require_finite(tensors, folder)
     with torch.no_grad():
         for key, parameter in parameters.items():
             if parameter.is_meta:
@@ -232,6 +230,13 @@ def load_tensors(
                 torch.utils.swap_tensors(parameter, loaded)
             else:
                 parameter.copy_(spread_like(parameter, tensors[key]))
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Raises InputError unless all values of the adapter in `folder` are numbers."""
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: {key} holds values that are not finite")
 
 
 def same_values(copied: torch.Tensor, own: torch.Tensor) -> bool:

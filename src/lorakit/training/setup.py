@@ -202,6 +202,8 @@ def _divided(data: PreparedData, batching: Batching, arguments: TrainingArgument
     if gpus > processes:
         many = f"torchrun --nproc-per-node {gpus} -m lorakit train …"
         notices.append(f"{processes} of {gpus} GPUs used; {many}")
+    if processes == 1:
+        return notices
     if twice := -len(batching.train_batches(data.train, arguments, epoch=0)) % processes:
         notices.append(
             f"{twice} rows are learned twice in an epoch, as batches of one row cannot be divided "

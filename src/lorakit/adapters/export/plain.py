@@ -14,7 +14,7 @@ import torch
 
 from lorakit.adapters.manifest import read_manifest
 from lorakit.errors import InputError, listed
-from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial
+from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
 from lorakit.models.names import ALIASES, resolve
 
@@ -120,9 +120,7 @@ def _require_plain(
             f"{folder} has {listed(found, 2)}, which an adapter for {target} cannot hold: "
             f"lorakit merge {folder} -o MODEL makes a plain model that it can use"
         )
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{folder}: {key} holds values that are not finite")
+    require_finite(tensors, folder)
 
 
 def _pairs(
