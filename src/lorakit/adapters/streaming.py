@@ -43,6 +43,7 @@ from lorakit.models.shards import (
 from lorakit.models.skeleton import file_names, skeleton
 
 _MOST_THREADS = 8
+_AHEAD = _MOST_THREADS  # parts that are computed before their turn to be written
 
 
 def stream(job: MergeJob, folder: Path) -> Written:
@@ -302,7 +303,7 @@ def _in_order(
     try:
         for job in jobs:
             running.append(threads.submit(job))
-            if len(running) > 2 * _MOST_THREADS:
+            if len(running) > _AHEAD:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()

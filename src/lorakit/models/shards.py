@@ -41,6 +41,7 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 _CODES = {name: code for code, name in _DTYPES.items()}
+_AT_ONCE = 1 << 29  # bytes of a file that are sent to the disk together
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
         self._file.write(len(text).to_bytes(8, "little") + text)
-        self._written, self._size = 0, end
+        self._written, self._size, self._sent = 0, end, 0
 
     def write(self, name: str, values: torch.Tensor) -> None:
         """Appends values of the tensor `name`, whose turn it must be."""
@@ -240,6 +241,18 @@ class ShardWriter:
         assert self._written <= self._ends[name], f"{name} is longer than its header says"
         while len(rest):
             rest = rest[self._file.write(rest) :]
+        if self._written - self._sent >= _AT_ONCE:
+            self._send()
+
+    def _send(self) -> None:
+        """Has what was written put on the disk now, while more is computed, and its pages reused.
+
+        Left alone, the system begins when much of the memory holds it, and every page is a new one.
+        """
+        if hasattr(os, "posix_fadvise"):
+            begin, size = self._sent, self._written - self._sent
+            os.posix_fadvise(self._file.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+        self._sent = self._written
 
     def close(self) -> None:
         """Checks that all has been written."""

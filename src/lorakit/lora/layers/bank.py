@@ -313,7 +313,8 @@ class LayerBank(Mergeable):
 
         def add(total: torch.Tensor, W: torch.Tensor, rows: slice) -> None:
             """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
-            matrix = self._as_matrix(W.to(dtype))
+            # A copy: on some processors a product's last bits depend on where its factors lie.
+            matrix = self._as_matrix(W.to(dtype, copy=True))
             norms = channel_norms(matrix, A, B[rows], scaling)
             turned = matrix + scaled[rows] @ A
             update = (lengths[rows] / norms)[:, None] * turned - matrix
