@@ -78,7 +78,7 @@ class ContinuousBatch:
             logits = self._forward_prompt(at, row, tokens)
             row.read += len(tokens)
             if row.read == len(row.prompt):
-                row.advance(logits)
+                self._advance(at, logits)
                 self._writing += 1
 
     def _forward_prompt(self, at: int, row: Row, tokens: Sequence[int]) -> torch.Tensor:
@@ -107,8 +107,16 @@ class ContinuousBatch:
             [row.adapter for row in rows], [[row.last] for row in rows], positions, mask
         )
         likeliest = logits.argmax(-1).tolist()
-        for row, own, best in zip(rows, logits, likeliest, strict=True):
-            row.advance(own, best if row.is_plain else None)
+        for at, (row, best) in enumerate(zip(rows, likeliest, strict=True)):
+            self._advance(at, logits[at], best if row.is_plain else None)
+
+    def _advance(self, at: int, logits: torch.Tensor, likeliest: int | None = None) -> None:
+        if logits.sum().isfinite() or logits.isfinite().all():
+            self.rows[at].advance(logits, likeliest)
+            return
+        # What is not finite would reach whoever gets this place next, through any mask.
+        self._cache.clear(at)
+        self.rows[at].finish("error", "the model computed values that are not finite")
 
     def _forward(
         self,

@@ -7,10 +7,12 @@ cache interface: what a model's attention calls is `update`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -42,6 +44,13 @@ class RowCache(Cache):
         self.place.lengths = torch.tensor(lengths, device=device)
         self.place.longest = max(lengths) + 1
 
+    def clear(self, row: int) -> None:
+        """Puts zeros in the place of a row that was not finite, for the next one's sake."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                if tensor is not None:
+                    tensor[row] = 0
+
     def move(self, source: int, target: int, length: int) -> None:
         """Puts the first `length` positions of a row into the place of another."""
         for layer in self.layers:
@@ -60,10 +69,15 @@ class _RowLayer(CacheLayerMixin):
         self._place, self._rows, self._length = place, rows, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Takes memory, which the system gives page by page, as rows fill it."""
+        """Takes memory. It must not hold values that are not finite, even where a mask hides it."""
 
         def room(like: torch.Tensor) -> torch.Tensor:
-            return like.new_empty(self._rows, like.shape[1], self._length, like.shape[3])
+            shape = self._rows, like.shape[1], self._length, like.shape[3]
+            if like.device.type != "cpu":
+                return like.new_zeros(shape)
+            # NumPy's zeros are pages that the system gives when rows come to fill them.
+            zeros = np.zeros(math.prod(shape) * like.dtype.itemsize, np.uint8)
+            return torch.from_numpy(zeros).view(like.dtype).view(shape)
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True

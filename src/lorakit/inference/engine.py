@@ -204,7 +204,7 @@ class Engine:
             self._batch.add(row)
 
     def _bring(self, row: Row, version: Version | None) -> None:
-        """Puts the row's adapter into the slots, unless it is there, in the place of an idle one."""
+        """Puts the row's adapter into the slots, in the place of an idle one if they are full."""
         if version is None:
             return
         if version not in self._slots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lorakit.adapters.open import open_adapter, read_files
 from lorakit.errors import InputError, listed
@@ -30,7 +31,11 @@ def open_engine(
     Raises:
         InputError: there is no usable base or adapter, or the adapters are for several bases.
     """
-    options = {"max_rows": max_rows, "context_length": context_length, "pool_bytes": pool_bytes}
+    options: dict[str, Any] = {
+        "max_rows": max_rows,
+        "context_length": context_length,
+        "pool_bytes": pool_bytes,
+    }
     if merged:
         if len(adapters) != 1:
             raise InputError(f"merged serves one adapter, not {len(adapters)}")

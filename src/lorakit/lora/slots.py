@@ -48,7 +48,8 @@ class AdapterSlots:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        values = next(p for p in model.parameters() if p.is_floating_point())
+        self.dtype, self.device = values.dtype, values.device
         self.layers: dict[str, SlotLinear] = {}
         self.route: _Shared | _ByRow | None = None
         self.columns = 0
@@ -115,8 +116,7 @@ class AdapterSlots:
             if key is not None:
                 begin, end = self._ranges[key]
                 hidden[row, :, begin:end] = False
-        device = next(self.model.parameters()).device
-        self.route = _ByRow(hidden.to(device))
+        self.route = _ByRow(hidden.to(self.device))
 
     def _free(self, width: int) -> int:
         """Where the first gap of `width` columns begins."""
@@ -195,9 +195,7 @@ class SlotLinear(nn.Module):
             return
         room = max(columns, 2 * there)
         for name, width in (("_A", self._d_in), ("_B", self._d_out)):
-            grown = torch.zeros(
-                room, width, dtype=self._slots.dtype, device=self.base_layer.weight.device
-            )
+            grown = torch.zeros(room, width, dtype=self._slots.dtype, device=self._slots.device)
             grown[:there] = getattr(self, name)[:there].view(there, width)
             setattr(self, name, grown)
 
@@ -215,5 +213,6 @@ def _shape(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
-        return layer.nf, layer.weight.shape[0]
+        d_in, d_out = getattr(layer, "weight").shape  # noqa: B009 (no attribute of every module)
+        return d_out, d_in
     return None
