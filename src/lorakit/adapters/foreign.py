@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +25,7 @@ from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.targets import suffixes_for
 from lorakit.models.names import resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lorakit.models.skeleton import skeleton
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 _KOHYA = re.compile(r"lora_(?P<path>.+?)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
@@ -72,7 +70,7 @@ def import_adapter(
     base = base or settings.get("model")
     if not base:
         raise InputError(f"{source} does not say which base model it is for: give --base")
-    model = _skeleton(base)
+    model = skeleton(resolve(base).path)
     notices: tuple[str, ...] = ()
     if any(key.startswith("lora_") for key in tensors):
         tool, found = "kohya", _from_kohya(path, tensors, model)
@@ -123,20 +121,6 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is no safetensors file, damaged or cut off ({error})") from error
-
-
-def _skeleton(base: str) -> PreTrainedModel:
-    """The base model without its weights: names and shapes."""
-    from transformers import AutoModelForCausalLM
-
-    from lorakit.adapters.export.gguf_adapter import read_base_config
-
-    config = read_base_config(resolve(base))
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise InputError(f"{base} is no causal language model: {config.model_type}") from error
 
 
 def _from_mlx(

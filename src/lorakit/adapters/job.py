@@ -104,15 +104,11 @@ def prepare(
 
 def _quantization(path: Path) -> str:
     """How the files of the model at `path` are quantised; empty where they are not."""
-    from transformers import AutoConfig
+    from lorakit.models.skeleton import read_base_config
 
     if path.is_file():
         return "GGUF"
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: {path} cannot be loaded: {error}") from error
-    settings = getattr(config, "quantization_config", None)
+    settings = getattr(read_base_config(path), "quantization_config", None)
     if settings is None:
         return ""
     values = settings if isinstance(settings, dict) else settings.to_dict()

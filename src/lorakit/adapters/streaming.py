@@ -56,7 +56,7 @@ def stream(job: MergeJob, folder: Path) -> Written:
     """
     shards = read_shards(job.path)
     tensors = all_tensors(shards)
-    model = skeleton(job.first.task_type, job.path, exact_dtype(job, tensors), job.first.labels)
+    model = skeleton(job.path, job.first.task_type, exact_dtype(job, tensors), job.first.labels)
     stored = file_names(model, tensors)
     own = dict(model.state_dict(keep_vars=True))
     parameters = [name for name, _ in model.named_parameters()]

@@ -95,8 +95,8 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
     index = folder / INDEX_NAME
     if not index.is_file():
         raise InputError(
-            f"model: {folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: save the model with "
-            "safetensors, the only files that are read"
+            f"model: {folder} has no {WEIGHTS_NAME}: a folder that holds neither {WEIGHTS_NAME} "
+            f"nor {INDEX_NAME} cannot be used, as only safetensors is read: save the model with it"
         )
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
