@@ -65,6 +65,11 @@ class ModuleUpdate:
         """Whether the base's weight is a matrix, and not a convolution's kernels."""
         return self.A.dim() == 2
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the module is an embedding, whose update is stored transposed."""
+        return self.ending == "lora_embedding_A"
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n, d_in) and B (d_out, n) in at least float32, of which the update is `scaling B A`.
 
