@@ -172,17 +172,6 @@ def test_a_wrong_option_is_refused(
         lorakit.merge(tiny_adapter, tmp_path / "merged", **options)
 
 
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}])
-def test_what_was_trained_whole_has_no_part(
-    tiny_model: Path, tmp_path: Path, fields: dict[str, Any]
-):
-    model, _ = lorakit.load_model(tiny_model)
-    config = lorakit.LoraConfig(target_modules=["q_proj"], **fields)
-    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="of which there is no part: give it the weight 1"):
-        lorakit.merge(tmp_path / "adapter", tmp_path / "merged", weights=[0.5])
-
-
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """`mounted(options)`: a small file system."""

@@ -28,7 +28,7 @@ from lorakit.models.skeleton import file_names
 def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     """The base with all adapters on it, unquantised, in the dtype in which sums are made.
 
-    Returns: it, and the adapters' names in it.
+    Returns: it, and the adapters' names in it; what they change is multiplied by their weights.
 
     Raises:
         InputError: the base cannot be loaded, or adapters do not fit it.
@@ -36,7 +36,7 @@ def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     stored = {} if job.path.is_file() else all_tensors(read_shards(job.path))
     exact = exact_dtype(job, stored)
     opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
-    return opened, add_others(opened.model, job.adapters, job.weights)
+    return opened, list(add_others(opened.model, job.adapters, job.weights))
 
 
 def merge_in_memory(
