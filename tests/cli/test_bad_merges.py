@@ -157,6 +157,10 @@ def test_the_command_says_it_in_one_line(
     refused(result, gone.name, "is missing")
 
 
+def test_a_name_that_is_too_long_is_said_in_one_line(lorakit_command: Command):
+    refused(lorakit_command("merge", "x" * 300, "-o", "merged"), "File name too long")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.derived import TEMPLATE_NAME, Derivation, Source, sha256, write_derived
+from lorakit.adapters.derived import Derivation, Source, read_template, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.errors import InputError, listed
@@ -136,7 +136,8 @@ def _extract(
             continue
         delta = new.float() - old.float()
         if not torch.isfinite(delta).all():
-            raise InputError(f"{tuned}: {key} holds values that are not finite")
+            who, where = (base, own_key) if not torch.isfinite(old.float()).all() else (tuned, key)
+            raise InputError(f"{who}: {where} holds values that are not finite")
         if not delta.any():
             continue
         path, _, own = name.rpartition(".")
@@ -196,9 +197,8 @@ def _extract(
         base_model=base,
         notices=notices,
     )
-    template = after.folder / TEMPLATE_NAME
-    text = template.read_text(encoding="utf-8") if template.is_file() else None
-    write_derived(output, set_ranks(config, ranks), tensors, derivation, text)
+    template = read_template(after.folder)
+    write_derived(output, set_ranks(config, ranks), tensors, derivation, template)
     return ExtractReport(
         str(output),
         len(ranks),
@@ -261,7 +261,7 @@ def _same_parameters(
         old, new = before.tensors[own_key].shape, after.tensors[key].shape
         if old == new:
             continue
-        if len(old) == 2 and old[1] == new[1] and new[0] != old[0] and "embed" in name.lower():
+        if len(old) == len(new) == 2 and old[1] == new[1] and "embed" in name.lower():
             raise InputError(
                 f"{after.name} has {new[0]} tokens and {before.name} {old[0]}: an adapter goes on "
                 "the base as it is, so resize the base first (model.resize_token_embeddings"

@@ -234,12 +234,13 @@ def _maker(file: AdapterFile) -> str:
 def _tags(folder: Path) -> set[str]:
     """The tags of the model card, lower case; none where there is no readable card."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
-        card = ModelCard.load(folder / "README.md")
-    except (OSError, ValueError):
+        tags = ModelCard.load(folder / "README.md").data.get("tags")
+    except (OSError, ValueError, TypeError, YAMLError):
         return set()
-    return {str(tag).lower() for tag in card.data.get("tags") or []}
+    return {str(tag).lower() for tag in tags} if isinstance(tags, list) else set()
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -276,8 +276,12 @@ def _round(name: str, entry: Entry, part: _Part) -> _Rounded:
 def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
     if values.dtype.itemsize == 1 or not values.is_floating_point() or _is_finite(values):
         return
-    if entry.change is None and entry.source is not None and entry.new.code == entry.source.code:
-        raise InputError(f"model: {entry.source.path}: {name} holds values that are not finite")
+    if entry.source is not None:
+        with ShardReader([entry.source.path]) as reader:
+            if not _is_finite(reader.read(entry.source)):
+                raise InputError(
+                    f"model: {entry.source.path}: {name} holds values that are not finite"
+                )
     dtype = str(entry.new.dtype).removeprefix("torch.")
     raise LorakitError(
         f"the merged model is not base + adapter: {name} has values that are not finite, or beyond "

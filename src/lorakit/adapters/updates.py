@@ -130,6 +130,8 @@ class AdapterFile:
                 "configuration can say: merge it with lorakit merge instead"
             )
         for key, tensor in self.others.items():
+            if not key.startswith(PREFIX):
+                raise InputError(f"{self.folder} holds {key}, which is no part of an adapter")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(f"{self.folder}: {key} holds values that are not finite")
 

@@ -145,8 +145,11 @@ def all_tensors(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, S
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        broken = path.is_symlink()
+    try:
+        there, broken = path.is_file(), path.is_symlink()
+    except (OSError, ValueError):  # no name that a file could have
+        there = broken = False
+    if not there:
         why = "is a link that leads nowhere, or in a circle" if broken else "is missing"
         raise InputError(f"model: {path} {why}: copy or fetch the model again")
     try:
