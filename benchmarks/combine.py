@@ -18,7 +18,8 @@ import lorakit
 from lorakit.adapters.combine import METHODS, combine
 from lorakit.lora import LoraModel
 from lorakit.models.bundled import ALIAS
-from lorakit.models.weight_files import blank_model
+from lorakit.models.names import resolve
+from lorakit.models.skeleton import skeleton
 
 DENSITY = 0.2
 
@@ -28,7 +29,7 @@ def make(folder: Path, count: int, rank: int) -> list[Path]:
     config = lorakit.LoraConfig(
         r=rank, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=ALIAS
     )
-    model = LoraModel(blank_model(ALIAS), config, initialize=False)
+    model = LoraModel(skeleton(resolve(ALIAS).path), config, initialize=False)
     made = []
     for seed in range(count):
         torch.manual_seed(seed)

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit
+from families import make_llama
 from lorakit.adapters.combine import METHODS, combine
 from lorakit.adapters.derived import read_derivation, sha256
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
 from random_adapters import change, logits, make_adapter
-from tiny import save_tiny_model
+from tiny import byte_tokenizer, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,26 @@ def weighted(base: Path, adapters: tuple[Path, ...], weights: list[float]) -> An
         name: sum(w * delta[name] for w, delta in zip(weights, changes, strict=True))
         for name in changes[0]
     }
+
+
+def test_biases_of_b_of_one_adapter_become_zeros_elsewhere_and_go_with_no_embedding(tmp_path: Path):
+    torch.manual_seed(0)
+    make_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    biased = {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}
+    one = make_adapter(tmp_path / "base", tmp_path / "one", **biased)
+    other = make_adapter(tmp_path / "base", tmp_path / "two", target_modules=["q_proj", "up_proj"])
+    combine((one, other), tmp_path / "sum", weights=[0.5, 2])
+    tensors = load_file(tmp_path / "sum" / "adapter_model.safetensors")
+    assert len([key for key in tensors if key.endswith("lora_B.bias")]) == len(tensors) // 3 == 6
+    expected = weighted(tmp_path / "base", (one, other), [0.5, 2])
+    found = change(tmp_path / "base", tmp_path / "sum")
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
+    tokens = make_adapter(tmp_path / "base", tmp_path / "t", target_modules=["embed_tokens"])
+    with pytest.raises(InputError, match="embeddings cannot have"):
+        combine((one, tokens), tmp_path / "out", weights=[1, 1])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["linear", "cat"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -161,3 +162,19 @@ def test_what_an_adapter_cannot_hold_is_refused_with_advice(tiny_model: Path, tm
     assert "damaged or cut off" in refusal(tuned)
     weights.unlink()
     assert "has no model.safetensors" in refusal(tuned)
+
+
+def test_files_with_and_without_the_bodys_prefix_go_together(tmp_path: Path):
+    """The first GPT-2's files have `h.0.attn…` where fine-tunes of it have `transformer.h.0…`."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=len(byte_tokenizer()))
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    tuned = tuned_like(tmp_path / "base", tmp_path / "tuned", add_rank(2))
+    weights = tmp_path / "base" / "model.safetensors"
+    short = {key.removeprefix("transformer."): t for key, t in load_file(weights).items()}
+    save_file(short, weights, metadata={"format": "pt"})
+    report = extract(str(tmp_path / "base"), str(tuned), tmp_path / "a", rank=2)
+    assert report.error < 1e-5
+    found = logits(tmp_path / "base", tmp_path / "a")
+    torch.testing.assert_close(found, logits(tuned, None), rtol=1e-4, atol=1e-5)

@@ -182,7 +182,7 @@ def test_convolutions_and_attention_are_merged_to_the_same_bytes_as_in_memory(
     names = FileNames({key: key for key in own}, frozenset(), frozenset())
     adapted = lorakit.PeftModel.from_pretrained(bare, tmp_path / "adapter")
     shards = read_shards(tmp_path)
-    plan = start_plan(adapted.get_base_model(), own, shards, names, ["default"])
+    plan = start_plan(adapted.get_base_model(), own, shards, names, {"default": 1.0})
     finish_plan(plan, own, shards, names, [], None)
     (tmp_path / "out").mkdir()
     with ShardReader([tmp_path / WEIGHTS_NAME]) as reader:

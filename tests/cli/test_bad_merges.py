@@ -157,6 +157,10 @@ def test_the_command_says_it_in_one_line(
     refused(result, gone.name, "is missing")
 
 
+def test_a_name_that_is_too_long_is_said_in_one_line(lorakit_command: Command):
+    refused(lorakit_command("merge", "x" * 300, "-o", "merged"), "File name too long")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -170,17 +174,6 @@ def test_a_wrong_option_is_refused(
 ):
     with pytest.raises(InputError, match=words):
         lorakit.merge(tiny_adapter, tmp_path / "merged", **options)
-
-
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}])
-def test_what_was_trained_whole_has_no_part(
-    tiny_model: Path, tmp_path: Path, fields: dict[str, Any]
-):
-    model, _ = lorakit.load_model(tiny_model)
-    config = lorakit.LoraConfig(target_modules=["q_proj"], **fields)
-    lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="of which there is no part: give it the weight 1"):
-        lorakit.merge(tmp_path / "adapter", tmp_path / "merged", weights=[0.5])
 
 
 @pytest.fixture

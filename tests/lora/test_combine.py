@@ -53,6 +53,34 @@ def test_the_exact_methods_give_the_weighted_sum_of_the_updates(build, family: s
         torch.testing.assert_close(update, expected, rtol=0, atol=1e-12)
 
 
+def test_where_only_one_adapter_has_biases_of_b_every_other_layer_gets_zeros(build, ids, tmp_path):
+    base = build()
+    model = wrap(copy.deepcopy(base), target_modules=["q_proj", "down_proj"], lora_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            parameter.data.normal_()
+    fields = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    model.add_adapter("other", LoraConfig(**fields))
+    model.add_weighted_adapter(["default", "other"], [1, 1], "sum", "linear")
+    tensors = model.adapter_tensors("sum")
+    assert len([key for key in tensors if key.endswith("lora_B.bias")]) == len(tensors) // 3 == 6
+    model.set_adapter(["default", "other"])
+    expected = output(model, ids)
+    model.set_adapter("sum")
+    torch.testing.assert_close(output(model, ids), expected, rtol=0, atol=1e-12)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "sum")
+    torch.testing.assert_close(output(loaded, ids), expected, rtol=0, atol=1e-6)
+
+
+def test_biases_of_b_and_an_embedding_cannot_be_in_one_adapter(build):
+    model = wrap(build(), target_modules=["q_proj"], lora_bias=True)
+    model.add_adapter("other", LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(InputError, match=r"embed_tokens is an embedding.* default has one"):
+        model.add_weighted_adapter(["default", "other"], [1, 1], "sum", "linear")
+    assert model.adapters == ["default", "other"]
+
+
 def test_the_sum_serves_as_both_active_adapters_do_and_goes_through_files(build, ids, tmp_path):
     base = build()
     model = two_adapters(copy.deepcopy(base), TARGETS["llama"], r=2, lora_alpha=7)

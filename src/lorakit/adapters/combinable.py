@@ -43,6 +43,13 @@ def require_combinable(files: Sequence[AdapterFile]) -> None:
                     f"{first.folder} has {field} {ours} and {file.folder} has {theirs}: these do "
                     "not go together"
                 )
+    if biased := [file for file in files if file.config.lora_bias]:
+        for file in files:
+            if embedding := next((p for p, u in file.updates.items() if u.is_embedding), None):
+                raise InputError(
+                    f"{biased[0].folder} has lora_bias, which embeddings cannot have, and "
+                    f"{file.folder} adapts {embedding}: no one adapter can hold both"
+                )
     known: dict[str, tuple[AdapterFile, tuple[torch.Size, torch.Size]]] = {}
     for file in files:
         for path, update in file.updates.items():

@@ -7,6 +7,7 @@ adapter's files say.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -109,6 +110,8 @@ def combine(
         )
         updates = [methods.Update(*u.factors(), u.scaling, weight) for u, weight in parts]
         found = methods.combine(updates, settings)
+        if not (torch.isfinite(found.A).all() and torch.isfinite(found.B).all()):
+            raise InputError(f"{path}: the combination is not finite: give smaller weights")
         first = parts[0][0]
         bias = first.B.new_zeros(first.B.shape[0], dtype=found.B.dtype) if has_bias else None
         for update, weight in parts:
@@ -206,7 +209,7 @@ def _check(
         if not math.isfinite(weight) or weight == 0:
             cure = "leave the adapter out" if weight == 0 else "give a number"
             raise InputError(f"the weight of {folder} is {weight:g}: {cure}")
-    places = [Path(folder).resolve() for folder in adapters]
+    places = [os.path.realpath(folder) for folder in adapters]  # links in a circle are said later
     for i, place in enumerate(places):
         if place in places[:i]:
             raise InputError(f"{adapters[i]} is given twice: give it once, with the weights' sum")
@@ -215,6 +218,8 @@ def _check(
         raise InputError(f"--density has no effect with {method}, which keeps all entries")
     if seed is not None and not method.startswith("dare"):
         raise InputError(f"--seed has no effect with {method}, which draws nothing")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"--seed must be a whole number from 0 to 2**63 - 1, not {seed}")
     methods.check_settings(methods.Settings(method, rank, density))
 
 

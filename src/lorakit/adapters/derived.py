@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lorakit import __version__, atomic
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
+from lorakit.errors import InputError
 from lorakit.lora.checkpoint import WEIGHTS_NAME, write_adapter
 
 if TYPE_CHECKING:
@@ -115,14 +116,24 @@ def write_derived(
             (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
 
 
+def read_template(folder: str | Path) -> str | None:
+    """The chat template in a folder, None where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(folder) / TEMPLATE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
 def common_template(folders: Sequence[Path], notices: list[str]) -> str | None:
     """The chat template of adapters; where they have different ones the first's, with a notice."""
-    found = [
-        (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
-        if (folder / TEMPLATE_NAME).is_file()
-        else None
-        for folder in folders
-    ]
+    found = [read_template(folder) for folder in folders]
     if len(set(found)) > 1:
         notices.append(
             f"the adapters were trained with different chat templates: that of {folders[0]} is "

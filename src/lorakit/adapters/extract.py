@@ -7,6 +7,8 @@ linear layer has no low-rank form in PEFT's files, and is kept whole (`modules_t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.derived import TEMPLATE_NAME, Derivation, Source, sha256, write_derived
+from lorakit.adapters.derived import Derivation, Source, read_template, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.errors import InputError, listed
@@ -25,11 +27,44 @@ from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.presets import output_head
 from lorakit.lora.targets import suffixes_for
+from lorakit.models.names import resolve
+from lorakit.models.shards import ShardReader, StoredTensor, all_tensors, read_shards
+from lorakit.models.skeleton import file_names, skeleton
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
-    from lorakit.models.weight_files import WeightFiles
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's safetensors files; each tensor is read when it is asked for."""
+
+    name: str
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    reader: ShardReader
+
+    @classmethod
+    @contextmanager
+    def of(cls, name: str) -> Iterator[_Model]:
+        """The model that `name` means, its files open within the block.
+
+        Raises:
+            InputError: it has no safetensors files, or they are damaged.
+        """
+        source = resolve(name)
+        if source.is_gguf:
+            raise InputError(
+                f"model: {name} is a GGUF file, whose tensors are packed: give a folder with "
+                "safetensors"
+            )
+        tensors = all_tensors(read_shards(source.path))
+        with ShardReader(tensor.path for tensor in tensors.values()) as reader:
+            yield cls(name, source.path, tensors, reader)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.reader.read(self.tensors[key])
 
 
 @dataclass(frozen=True)
@@ -75,29 +110,34 @@ def extract(
             cannot hold.
         LorakitError: the folder cannot be written.
     """
-    from lorakit.models.weight_files import WeightFiles, blank_model, file_keys
-
     atomic.require_free(output)
     if rank is None and energy is None:
         energy = 0.95
     check_size(rank, energy)
-    before, after = WeightFiles(base), WeightFiles(tuned)
-    model = blank_model(base)
-    keys = file_keys(model, before)
-    _require_same(model, keys, before, after)
+    with _Model.of(base) as before, _Model.of(tuned) as after:
+        return _extract(before, after, output, rank, energy)
+
+
+def _extract(
+    before: _Model, after: _Model, output: str | Path, rank: int | None, energy: float | None
+) -> ExtractReport:
+    base, tuned = before.name, after.name
+    model = skeleton(before.folder)
+    keys = _same_parameters(model, before, after)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     losses: dict[str, tuple[float, float]] = {}
     whole: list[str] = []
     notices: list[str] = []
     limit = 0
-    for name, key in keys.items():
-        old, new = before[key], after[key]
+    for name, (own_key, key) in keys.items():
+        old, new = before[own_key], after[key]
         if torch.equal(old, new.to(old.dtype)) and old.dtype == new.dtype:
             continue
         delta = new.float() - old.float()
         if not torch.isfinite(delta).all():
-            raise InputError(f"{tuned}: {key} holds values that are not finite")
+            who, where = (base, own_key) if not torch.isfinite(old.float()).all() else (tuned, key)
+            raise InputError(f"{who}: {where} holds values that are not finite")
         if not delta.any():
             continue
         path, _, own = name.rpartition(".")
@@ -133,7 +173,7 @@ def extract(
         )
     for path in whole:
         for name, _ in model.get_submodule(path).named_parameters():
-            tensors[f"{PREFIX}{path}.{name}"] = after[keys[f"{path}.{name}"]].clone()
+            tensors[f"{PREFIX}{path}.{name}"] = after[keys[f"{path}.{name}"][1]]
     for path, others in _tied(model).items():
         if path in whole:  # a copy that is not tied any more takes the head's place too
             whole += others
@@ -157,9 +197,8 @@ def extract(
         base_model=base,
         notices=notices,
     )
-    template = after.folder / TEMPLATE_NAME
-    text = template.read_text(encoding="utf-8") if template.is_file() else None
-    write_derived(output, set_ranks(config, ranks), tensors, derivation, text)
+    template = read_template(after.folder)
+    write_derived(output, set_ranks(config, ranks), tensors, derivation, template)
     return ExtractReport(
         str(output),
         len(ranks),
@@ -185,40 +224,44 @@ def _cut(delta: torch.Tensor, rank: int | None, energy: float | None) -> Combine
     return Combined(found.A[:keep].clone(), found.B[:, :keep].clone(), found.energy, lost)
 
 
-def _require_same(
-    model: nn.Module, keys: dict[str, str], before: WeightFiles, after: WeightFiles
-) -> None:
-    """Raises InputError unless both files have the model's parameters, of the same shapes."""
-    parameters = dict(model.named_parameters())
-    if lacking := [name for name in parameters if name not in keys]:
+def _same_parameters(
+    model: PreTrainedModel, before: _Model, after: _Model
+) -> dict[str, tuple[str, str]]:
+    """What both models' files call each of the parameters, which have the same shapes.
+
+    Raises:
+        InputError: the two do not have the same ones.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    ours, theirs = (file_names(model, one.tensors) for one in (before, after))
+    if lacking := [name for name in names if name not in ours.stored]:
         raise InputError(
-            f"{before.name} names its weights otherwise than its model does ({listed(lacking, 3)} "
-            "are not in its files): load it and save it again with transformers"
+            f"{before.name} lacks {listed(lacking, 3)} in its files, or holds it there in another "
+            "form than its model has: such a model is not extracted from"
         )
-    if lacking := [key for key in keys.values() if key not in after]:
+    if lacking := [name for name in names if name not in theirs.stored]:
         raise InputError(
             f"{after.name} is no fine-tune of {before.name}: it lacks {listed(lacking, 3)}"
         )
-    # A head that is tied in the base and has a weight of its own in the tuned model.
-    ties = _tied(model)
-    extra = [k for k in after if k not in keys.values() and k.rpartition(".")[0] not in ties]
-    extra = [key for key in extra if key not in before]
-    if extra:
+    if extra := theirs.unused - ours.unused:
         raise InputError(
             f"{after.name} is no fine-tune of {before.name}: it has {listed(sorted(extra), 3)} too"
         )
-    for path, others in ties.items():
-        own = [f"{p}.weight" for p in (path, *others) if f"{p}.weight" in after]
-        if len(own) > 1 and not torch.equal(after[own[0]], after[own[1]]):
+    for path, others in _tied(model).items():
+        # A head that is tied in the base and has a weight of its own in the tuned model.
+        weights = [f"{p}.weight" for p in (path, *others) if f"{p}.weight" in theirs.stored]
+        first, *rest = (after[theirs.stored[name]] for name in weights)
+        if not all(torch.equal(first, other) for other in rest):
             raise InputError(
-                f"{after.name} has untied {own[0]} and {own[1]}, which are one in {before.name}: "
+                f"{after.name} has untied {listed(weights)}, which are one in {before.name}: "
                 "save the base with tie_word_embeddings=false first"
             )
-    for name, key in keys.items():
-        old, new = before.shape(key), after.shape(key)
+    keys = {name: (ours.stored[name], theirs.stored[name]) for name in names}
+    for name, (own_key, key) in keys.items():
+        old, new = before.tensors[own_key].shape, after.tensors[key].shape
         if old == new:
             continue
-        if len(old) == 2 and old[1] == new[1] and new[0] != old[0] and "embed" in name.lower():
+        if len(old) == len(new) == 2 and old[1] == new[1] and "embed" in name.lower():
             raise InputError(
                 f"{after.name} has {new[0]} tokens and {before.name} {old[0]}: an adapter goes on "
                 "the base as it is, so resize the base first (model.resize_token_embeddings"
@@ -227,6 +270,7 @@ def _require_same(
         raise InputError(
             f"{after.name} is no fine-tune of {before.name}: {key} is {new} and not {old}"
         )
+    return keys
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:
@@ -242,8 +286,7 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def _source(files: WeightFiles) -> Source:
+def _source(model: _Model) -> Source:
     """A model as a source; the digest is of its only file, or of its shards' digests."""
-    shards = sorted(files.folder.glob("*.safetensors"))
-    digests = [sha256(shard) for shard in shards]
-    return Source(path=files.name, sha256=digests[0] if len(digests) == 1 else ",".join(digests))
+    paths = sorted({tensor.path for tensor in model.tensors.values()})
+    return Source(path=model.name, sha256=",".join(sha256(path) for path in paths))

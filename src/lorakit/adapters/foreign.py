@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +26,7 @@ from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.targets import suffixes_for
 from lorakit.models.names import resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lorakit.models.skeleton import skeleton
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 _KOHYA = re.compile(r"lora_(?P<path>.+?)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
@@ -70,9 +69,11 @@ def import_adapter(
     path, settings = _locate(Path(source))
     tensors = _load(path)
     base = base or settings.get("model")
+    if not isinstance(base, (str, NoneType)):
+        raise InputError(f"{source} names the base model {base!r}, which is no text: give --base")
     if not base:
         raise InputError(f"{source} does not say which base model it is for: give --base")
-    model = _skeleton(base)
+    model = skeleton(resolve(base).path)
     notices: tuple[str, ...] = ()
     if any(key.startswith("lora_") for key in tensors):
         tool, found = "kohya", _from_kohya(path, tensors, model)
@@ -111,7 +112,7 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
         return path, {}
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{config} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{config} must hold one JSON object")
@@ -120,23 +121,12 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is no safetensors file, damaged or cut off ({error})") from error
-
-
-def _skeleton(base: str) -> PreTrainedModel:
-    """The base model without its weights: names and shapes."""
-    from transformers import AutoModelForCausalLM
-
-    from lorakit.adapters.export.gguf_adapter import read_base_config
-
-    config = read_base_config(resolve(base))
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise InputError(f"{base} is no causal language model: {config.model_type}") from error
+    if not tensors:
+        raise InputError(f"{path} holds no tensor")
+    return tensors
 
 
 def _from_mlx(
@@ -146,8 +136,9 @@ def _from_mlx(
     kind = settings.get("fine_tune_type", "lora")
     if kind != "lora":
         raise InputError(f"{path} is mlx-lm's {kind}, and only its lora can be imported")
-    scale = (settings.get("lora_parameters") or {}).get("scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+    parameters = settings.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e9:
         raise InputError(
             f"{path.with_name('adapter_config.json')} must say lora_parameters.scale, "
             f"a number above 0, not {scale!r}"
@@ -199,6 +190,9 @@ def _from_kohya(
             raise InputError(f"{path}: {key} {what}")
         renamed[f"{meant[0]}.{match['part']}"] = tensor
     alphas = {k.removesuffix(".alpha"): t for k, t in renamed.items() if k.endswith(".alpha")}
+    for name, tensor in alphas.items():
+        if tensor.numel() != 1:
+            raise InputError(f"{path}: the alpha of {name} is no single number")
     factors = {k: t for k, t in renamed.items() if not k.endswith(".alpha")}
     pairs = _paired(path, factors, ".lora_down.weight", ".lora_up.weight")
     if orphans := alphas.keys() - pairs.keys():
@@ -227,6 +221,11 @@ def _paired(
         if tensor.dim() != 2:
             raise InputError(
                 f"{path}: {key} has shape {tuple(tensor.shape)}, and only matrices are imported"
+            )
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path}: {key} is {dtype}, and only floats of 16 bits or more are read"
             )
         if not torch.isfinite(tensor).all():
             raise InputError(f"{path}: {key} holds values that are not finite")

@@ -16,7 +16,7 @@ from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.adapters.survival import Survival, sum_of_squares
 from lorakit.adapters.together import add_others
-from lorakit.errors import LorakitError
+from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
 from lorakit.lora.layers.mergeable import row_blocks
@@ -28,7 +28,7 @@ from lorakit.models.skeleton import file_names
 def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     """The base with all adapters on it, unquantised, in the dtype in which sums are made.
 
-    Returns: it, and the adapters' names in it.
+    Returns: it, and the adapters' names in it; what they change is multiplied by their weights.
 
     Raises:
         InputError: the base cannot be loaded, or adapters do not fit it.
@@ -36,7 +36,7 @@ def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     stored = {} if job.path.is_file() else all_tensors(read_shards(job.path))
     exact = exact_dtype(job, stored)
     opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
-    return opened, add_others(opened.model, job.adapters, job.weights)
+    return opened, list(add_others(opened.model, job.adapters, job.weights))
 
 
 def merge_in_memory(
@@ -78,6 +78,7 @@ def merge_loaded(
     merged adapters into themselves.
 
     Raises:
+        InputError: the base's values are not finite.
         LorakitError: merged values are not finite.
     """
     survival, modules = Survival(), 0
@@ -99,6 +100,8 @@ def merge_loaded(
             for rows in row_blocks(old.shape):
                 total = new[rows].clone()
                 delta = sum_of_squares(total - old[rows])
+                if not torch.isfinite(old[rows]).all():
+                    raise InputError(f"the base's {path}.{one} holds values that are not finite")
                 if not survival.add(path, delta, sum_of_squares(total.sub_(total.to(written)))):
                     raise LorakitError(
                         f"the merged model is not base + adapter: {path}.{one} has values that "

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.derived import origin, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
+from lorakit.adapters.open import read_files
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, load_tensors, read_adapter
+from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, load_tensors
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
 # The share of ‖ΔW‖² whose directions are counted.
 SHARE = 0.9
@@ -167,46 +168,50 @@ def fit(folder: str | Path, base: str) -> Fit:
         InputError: there is no such base, or no adapter.
     """
     from lorakit.lora import LoraModel
-    from lorakit.models.weight_files import blank_model
+    from lorakit.models.names import resolve
+    from lorakit.models.skeleton import skeleton
 
-    config, tensors = read_adapter(folder)
-    known = origin(folder, config)
-    labels = len((known.labels or {}).get("id2label", ())) or _outputs(tensors)
-    model = blank_model(base, config.task_type, labels)
+    path = resolve(base).path
+    try:
+        adapter = read_files(folder, base)
+    except InputError as error:  # it is readable, so it does not say which labels it has
+        return Fit(base, False, str(error), None)
+    model = skeleton(path, adapter.task_type, labels=adapter.labels)
+    expected = origin(folder, adapter.config).base_fingerprint
+    own = _fingerprint(path, model, adapter.task_type) if expected else None
     # Where an adapter starts from does not change which tensors it has.
-    plain = dataclasses.replace(config, init_lora_weights=True)
+    plain = dataclasses.replace(adapter.config, init_lora_weights=True)
     try:
         wrapped = LoraModel(model, plain, initialize=False)
-        kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(COPY)}
+        kept = {key: t for key, t in adapter.tensors.items() if not key.endswith(COPY)}
         load_tensors(wrapped.adapter_tensors("default"), kept, folder)
     except InputError as error:
         return Fit(base, False, str(error), None)
-    own = known.base_fingerprint and _fingerprint(base, config.task_type, labels)
-    return Fit(base, True, "", own == known.base_fingerprint if own else None)
+    return Fit(base, True, "", own == expected if own else None)
 
 
-def _outputs(tensors: dict[str, torch.Tensor]) -> int:
-    """How many labels a classifier's head in the file has, 0 where there is none."""
-    ends = (".classifier.weight", ".score.weight", ".out_proj.weight")
-    return next((len(t) for k, t in tensors.items() if k.endswith(ends) and "lora_" not in k), 0)
+def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | None:
+    """The fingerprint of the base at `path` from its files, None where they do not give it.
 
-
-def _fingerprint(base: str, task_type: str | None, labels: int) -> str | None:
-    """The base's fingerprint from its files, None where they name weights otherwise."""
-    from lorakit.models.fingerprint import fingerprint_of
+    Args:
+        model: it without weights.
+    """
+    from lorakit.models.fingerprint import fingerprint_of_files
     from lorakit.models.load import CLASSIFICATION
-    from lorakit.models.weight_files import WeightFiles, blank_model, file_keys
+    from lorakit.models.shards import ShardReader, all_tensors, read_shards
+    from lorakit.models.skeleton import file_names
 
     try:
-        files = WeightFiles(base)
+        tensors = all_tensors(read_shards(path))
     except InputError:  # a GGUF file, say
         return None
-    model = blank_model(base, task_type, labels)
-    keys = file_keys(model, files)
-    lacking = [name for name, _ in model.named_parameters() if name not in keys]
-    if lacking and task_type not in CLASSIFICATION:  # a classifier's new head is not of the base
-        return None
-    return fingerprint_of((name, files[key]) for name, key in keys.items())
+    stored = file_names(model, tensors).stored
+    names = [name for name, _ in model.named_parameters()]
+    there = {name: tensors[stored[name]] for name in names if name in stored}
+    if len(there) < len(names) and task_type not in CLASSIFICATION:
+        return None  # a classifier's new head is not of the base
+    with ShardReader(tensor.path for tensor in there.values()) as reader:
+        return fingerprint_of_files(there, reader)
 
 
 def _maker(file: AdapterFile) -> str:
@@ -229,12 +234,13 @@ def _maker(file: AdapterFile) -> str:
 def _tags(folder: Path) -> set[str]:
     """The tags of the model card, lower case; none where there is no readable card."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
-        card = ModelCard.load(folder / "README.md")
-    except (OSError, ValueError):
+        tags = ModelCard.load(folder / "README.md").data.get("tags")
+    except (OSError, ValueError, TypeError, YAMLError):
         return set()
-    return {str(tag).lower() for tag in card.data.get("tags") or []}
+    return {str(tag).lower() for tag in tags} if isinstance(tags, list) else set()
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.open import TEMPLATE_NAME, AdapterFiles, read_files
+from lorakit.adapters.derived import TEMPLATE_NAME
+from lorakit.adapters.open import AdapterFiles, read_files
 from lorakit.adapters.together import check_weights
 from lorakit.errors import InputError
 
@@ -104,15 +105,11 @@ def prepare(
 
 def _quantization(path: Path) -> str:
     """How the files of the model at `path` are quantised; empty where they are not."""
-    from transformers import AutoConfig
+    from lorakit.models.skeleton import read_base_config
 
     if path.is_file():
         return "GGUF"
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: {path} cannot be loaded: {error}") from error
-    settings = getattr(config, "quantization_config", None)
+    settings = getattr(read_base_config(path), "quantization_config", None)
     if settings is None:
         return ""
     values = settings if isinstance(settings, dict) else settings.to_dict()
@@ -137,9 +134,20 @@ def obstacle(job: MergeJob) -> str:
 
 
 def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """In which sums are made: float32, or float64 where the base or an adapter has it."""
+    """In which sums are made: float32, or float64 where the base or an adapter has it.
+
+    Raises:
+        InputError: the base's weights are no plain numbers, and nothing says what they mean.
+    """
     import torch
 
+    for name, tensor in stored.items():
+        plain = tensor.code in ("F64", "F32", "BF16", "F16")
+        if not (plain or job.quantization) and len(tensor.shape) > 1 and name.endswith("weight"):
+            raise InputError(
+                f"model: {tensor.path}: {name} is stored as {tensor.code}, and the configuration "
+                "names no quantisation that would say what it means"
+            )
     wide = any(t.dtype == torch.float64 for a in job.adapters for t in a.tensors.values())
     wide = wide or any(tensor.code == "F64" for tensor in stored.values())
     return torch.float64 if wide else torch.float32

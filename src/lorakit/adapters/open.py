@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import TEMPLATE_NAME, Derivation, read_derivation
+from lorakit.adapters.derived import Derivation, read_derivation, read_template
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.errors import InputError
 
@@ -113,9 +113,8 @@ def open_adapter(
             "its answers may be worse than when it was trained",
             stacklevel=2,
         )
-    template = Path(folder) / TEMPLATE_NAME
-    if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if (template := read_template(folder)) is not None:
+        tokenizer.chat_template = template
     adapted = LoraModel.from_pretrained(model, folder).eval()
     return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels)
 
@@ -131,8 +130,11 @@ def _labels(
         InputError: neither says.
     """
     if record and record.labels:
-        names = record.labels["id2label"]
-        return tuple(names[str(i)] for i in range(len(names)))
+        try:
+            names = record.labels["id2label"]
+            return tuple(str(names[str(i)]) for i in range(len(names)))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder}: its record does not number its labels from 0") from error
     outputs = [
         tensor.shape[0]
         for key, tensor in tensors.items()

@@ -42,6 +42,7 @@ class Change:
     """What happens to a parameter: a layer merges adapters into it, or a tensor replaces it.
 
     `path` is the module's in the plain model, `names` are the adapters that the layer has.
+    `weight` is how much of the way to what was trained whole is gone.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Change:
     parameter: str = ""
     names: tuple[str, ...] = ()
     replaced: torch.Tensor | None = None
+    weight: float = 1.0
 
     @property
     def same_as(self) -> int:
@@ -94,33 +96,39 @@ class Plan:
 
 
 def find_changes(
-    model: nn.Module, own: Mapping[str, torch.Tensor], names: Sequence[str]
+    model: nn.Module, own: Mapping[str, torch.Tensor], weights: Mapping[str, float]
 ) -> dict[str, Change]:
-    """What the adapters `names` change, by the name of the parameter in the plain model.
+    """What adapters change, by the name of the parameter in the plain model.
 
     Args:
+        weights: of the adapters, by name, which the layers have been told.
         own: the plain model's tensors, taken before it was wrapped.
 
     Raises:
         InputError: they cannot be merged.
     """
+    names, first = list(weights), next(iter(weights.values()))
     changes = {
-        key: Change(key.rpartition(".")[0], replaced=tensor)
+        key: Change(key.rpartition(".")[0], replaced=tensor, weight=first)
         for key, tensor in own.items()
-        if not tensor.is_meta  # a bias that the adapter has trained
+        if not tensor.is_meta  # a bias that the only adapter has trained
     }
     for wrapped_path, module in wrapped_modules(model):
         path = wrapped_path.replace(".base_layer", "")
         if isinstance(module, ModulesToSaveWrapper):
-            copy = module.chosen(names)
-            if copy is not module.original_module:
-                for ending, tensor in copy.state_dict(keep_vars=True).items():
-                    changes[f"{path}.{ending}"] = Change(path, replaced=tensor)
+            module.require_together(names)
+            for name in module.adapters:
+                for ending, tensor in module.adapter_tensors(name).items():
+                    changes[f"{path}.{ending}"] = Change(
+                        path, replaced=tensor, weight=weights[name]
+                    )
             continue
         layer = module._embedding[0] if isinstance(module, TiedModule) else module
         here = [name for name in names if name in layer.adapters]
         for parameter in layer.changed_parameters(here) if here else []:
-            changes[f"{path}.{parameter}"] = Change(path, layer, parameter, tuple(here))
+            key = f"{path}.{parameter}"
+            weight = changes[key].weight if key in changes else 1.0  # of a trained bias
+            changes[key] = Change(path, layer, parameter, tuple(here), weight=weight)
     return changes
 
 
@@ -129,13 +137,13 @@ def start_plan(
     own: Mapping[str, torch.Tensor],
     shards: Shards,
     stored: FileNames,
-    names: Sequence[str],
+    weights: Mapping[str, float],
 ) -> Plan:
     """Finds what changes, and where the values before are.
 
     Args:
-        model: on the meta device, wrapped, with the values of the adapters `names`.
-        own: as in `find_changes`.
+        model: on the meta device, wrapped, with the values of the adapters.
+        own, weights: as in `find_changes`.
         shards, stored: the base's files, and what they call the model's tensors.
 
     Raises:
@@ -144,7 +152,7 @@ def start_plan(
     """
     in_files = all_tensors(shards)
     sources = {key: in_files[name] for key, name in stored.stored.items()}
-    plan = Plan(find_changes(model, own, names), sources)
+    plan = Plan(find_changes(model, own, weights), sources)
     for key, tensor in sources.items():
         if tensor.shape != tuple(own[key].shape):
             if key in plan.changes and plan.changes[key].replaced is not None:
@@ -161,6 +169,11 @@ def start_plan(
         if change is None and stored.converted:
             continue  # made of converted tensors, which stay as they are
         if change is not None and change.replaced is not None and not stored.converted:
+            if change.weight != 1:
+                raise InputError(
+                    f"--weights: the base's files have no {key}, so that there is no part of the "
+                    f"adapter's: give it the weight 1, not {change.weight:g}"
+                )
             continue  # new in the adapter
         raise NotStreamable(f"the base's files do not hold {key} as the model has it")
     return plan

@@ -29,7 +29,7 @@ from lorakit.adapters.together import add_others
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
-from lorakit.lora.layers.mergeable import RowUpdate, merged_rows, row_blocks
+from lorakit.lora.layers.mergeable import RowUpdate, in_part, merged_rows, row_blocks
 from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.load import set_padding
 from lorakit.models.shards import (
@@ -56,14 +56,14 @@ def stream(job: MergeJob, folder: Path) -> Written:
     """
     shards = read_shards(job.path)
     tensors = all_tensors(shards)
-    model = skeleton(job.first.task_type, job.path, exact_dtype(job, tensors), job.first.labels)
+    model = skeleton(job.path, job.first.task_type, exact_dtype(job, tensors), job.first.labels)
     stored = file_names(model, tensors)
     own = dict(model.state_dict(keep_vars=True))
     parameters = [name for name, _ in model.named_parameters()]
     adapted = LoraModel.from_pretrained(model, job.first.folder)
-    names = add_others(adapted, job.adapters, job.weights)
+    weights = add_others(adapted, job.adapters, job.weights)
     with ShardReader(tensor.path for tensor in tensors.values()) as reader:
-        plan = start_plan(adapted.get_base_model(), own, shards, stored, names)
+        plan = start_plan(adapted.get_base_model(), own, shards, stored, weights)
         for adapter in job.adapters:
             check_copies(plan, adapter.tensors, adapter.folder, reader)
             check_fingerprint(plan, parameters, adapter, reader)
@@ -191,11 +191,11 @@ def _parts(
     """What has to be done for one tensor, row by row as far as that is possible."""
     if change is not None and change.replaced is not None:
         replaced = change.replaced
-        if source is None or not source.shape:
+        if source is None:
             yield lambda: _Merged(replaced.clone())
             return
-        for rows in row_blocks(source.shape):
-            yield partial(_replaced, source, replaced, rows, reader)
+        for part in row_blocks(source.shape) if source.shape else [None]:
+            yield partial(_replaced, source, replaced, change.weight, part, reader)
         return
     assert source is not None
     if change is None or change.layer is None:
@@ -218,10 +218,15 @@ def _unchanged(source: StoredTensor, rows: slice | None, reader: ShardReader) ->
 
 
 def _replaced(
-    source: StoredTensor, replaced: torch.Tensor, rows: slice, reader: ShardReader
+    source: StoredTensor,
+    replaced: torch.Tensor,
+    weight: float,
+    rows: slice | None,
+    reader: ShardReader,
 ) -> _Merged:
-    total = replaced[rows].clone()
-    return _Merged(total, sum_of_squares(total - reader.read(source, rows)))
+    W = reader.read(source, rows)
+    total = in_part(W.to(replaced), replaced if rows is None else replaced[rows], weight)
+    return _Merged(total, sum_of_squares(total - W))
 
 
 def _added(
@@ -242,7 +247,9 @@ def _whole(source: StoredTensor, change: Change, reader: ShardReader) -> _Merged
     assert change.layer is not None
     module = change.layer.get_base_layer()
     place: nn.Parameter = getattr(module, change.parameter)
-    before = reader.read(source).to(place.dtype) if place.is_meta else place.detach()
+    before = reader.read(source).to(place.dtype)
+    if not place.is_meta:  # a bias that was trained
+        before = in_part(before, place.detach(), change.weight)
     setattr(module, change.parameter, nn.Parameter(before, requires_grad=False))
     try:
         total = change.layer.merged_parameter(change.parameter, change.names)
@@ -269,8 +276,12 @@ def _round(name: str, entry: Entry, part: _Part) -> _Rounded:
 def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
     if values.dtype.itemsize == 1 or not values.is_floating_point() or _is_finite(values):
         return
-    if entry.change is None and entry.source is not None and entry.new.code == entry.source.code:
-        raise InputError(f"model: {entry.source.path}: {name} holds values that are not finite")
+    if entry.source is not None:
+        with ShardReader([entry.source.path]) as reader:
+            if not _is_finite(reader.read(entry.source)):
+                raise InputError(
+                    f"model: {entry.source.path}: {name} holds values that are not finite"
+                )
     dtype = str(entry.new.dtype).removeprefix("torch.")
     raise LorakitError(
         f"the merged model is not base + adapter: {name} has values that are not finite, or beyond "

@@ -2,61 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from lorakit.adapters.open import AdapterFiles
     from lorakit.lora import LoraModel
 
 
 def check_weights(adapters: Sequence[AdapterFiles], weights: Sequence[float]) -> None:
-    """Raises InputError unless each adapter has a weight that it can be multiplied by.
+    """Raises InputError unless each adapter has a weight that it can be multiplied by."""
+    from lorakit.models.load import CLASSIFICATION
 
-    Where a module, a token or a bias was trained whole, and where lengths were (DoRA), there is no
-    update that could be taken by half.
-    """
     if len(weights) != len(adapters):
         raise InputError(f"--weights: {len(weights)} numbers for {len(adapters)} adapters")
     for adapter, weight in zip(adapters, weights, strict=True):
         if not -1e6 < weight < 1e6:
             raise InputError(f"--weights: {weight} is no weight")
-        if weight == 1:
-            continue
-        config = adapter.config
-        for what, has in (
-            ("modules_to_save", config.modules_to_save),
-            ("trainable_token_indices", config.trainable_token_indices),
-            (f"bias='{config.bias}'", config.bias != "none"),
-            ("use_dora", config.use_dora),
-        ):
-            if has:
-                raise InputError(
-                    f"--weights: {adapter.folder} has {what}, of which there is no part: "
-                    f"give it the weight 1, not {weight}"
-                )
+        if weight != 1 and adapter.task_type in CLASSIFICATION:
+            raise InputError(
+                f"--weights: {adapter.folder} brings a classifier's head, of which the base has "
+                f"none, so that there is no part of it: give it the weight 1, not {weight:g}"
+            )
 
 
 def add_others(
     model: LoraModel, adapters: Sequence[AdapterFiles], weights: Sequence[float]
-) -> list[str]:
+) -> dict[str, float]:
     """Loads all but the first of `adapters`, which is there, and makes all of them active.
 
-    Returns: their names in the model.
+    What each changes is multiplied by its weight: of `W` that was trained whole, to `V`,
+    `W + weight (V - W)` is left. Where the model has no values that is `plan.py`'s to do.
+
+    Returns: their weights by their names in the model.
 
     Raises:
         InputError: one does not fit the base, or cannot stand beside the others.
     """
-    from lorakit.lora import LoraLayer
+    from lorakit.lora.injection import wrapped_modules
+    from lorakit.lora.layers import Mergeable
+    from lorakit.lora.layers.mergeable import in_part
 
     names = ["default", *(f"adapter_{i}" for i in range(1, len(adapters)))]
     for name, adapter in list(zip(names, adapters, strict=True))[1:]:
         model.load_adapter(adapter.folder, name)
     model.set_adapter(names, inference_mode=True)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            for name, weight in zip(names, weights, strict=True):
-                layer.set_scale(name, weight)
-    return names
+    by_name = dict(zip(names, weights, strict=True))
+    for _, module in wrapped_modules(model.get_base_model()):
+        if isinstance(module, Mergeable):
+            for name in module.adapters:
+                module.take_part(name, by_name[name])
+    done: set[int] = set()
+    for W, V, weight in _trained_whole(model, by_name):
+        if id(V) not in done and not W.is_meta:  # once, also where an embedding is the head
+            V.data = in_part(W, V.detach(), weight)
+            done.add(id(V))
+    return by_name
+
+
+def _trained_whole(
+    model: LoraModel, weights: Mapping[str, float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """The base's tensors that adapters have trained whole, the trained ones, and the weights."""
+    from lorakit.lora.injection import wrapped_modules
+    from lorakit.lora.layers import ModulesToSaveWrapper
+
+    for _, module in wrapped_modules(model.get_base_model()):
+        if isinstance(module, ModulesToSaveWrapper):
+            before = module.original_module.state_dict(keep_vars=True)
+            for name in module.adapters:
+                for ending, trained in module.adapter_tensors(name).items():
+                    yield before[ending], trained, weights[name]
+    if model.biases is not None:  # those of one adapter, which is alone
+        (weight,) = weights.values()
+        yield from ((*pair, weight) for pair in model.biases.pairs())

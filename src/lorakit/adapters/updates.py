@@ -65,6 +65,11 @@ class ModuleUpdate:
         """Whether the base's weight is a matrix, and not a convolution's kernels."""
         return self.A.dim() == 2
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the module is an embedding, whose update is stored transposed."""
+        return self.ending == "lora_embedding_A"
+
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n, d_in) and B (d_out, n) in at least float32, of which the update is `scaling B A`.
 
@@ -125,6 +130,8 @@ class AdapterFile:
                 "configuration can say: merge it with lorakit merge instead"
             )
         for key, tensor in self.others.items():
+            if not key.startswith(PREFIX):
+                raise InputError(f"{self.folder} holds {key}, which is no part of an adapter")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(f"{self.folder}: {key} holds values that are not finite")
 

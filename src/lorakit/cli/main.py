@@ -3,6 +3,7 @@
 A verb's own file imports nothing heavy until it runs, so that `lorakit --help` is immediate.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -27,7 +28,7 @@ from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
 from lorakit.cli.train import train
-from lorakit.errors import LorakitError
+from lorakit.errors import InputError, LorakitError
 from lorakit.training.processes import first_to_fail
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
@@ -112,6 +113,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            sys.exit(_fail_as_one(f"{error.filename}: {error.strerror}", InputError.exit_code))
         kind = type(error).__name__
         code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
     sys.exit(code)

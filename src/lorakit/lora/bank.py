@@ -142,8 +142,9 @@ class AdapterBank(nn.Module):
             to_meta(own_tensors.values())
         set_trainable(own_tensors.values(), False)  # until it is active
         if config.bias != "none":
-            with_biases = adapter_parameters(model, adapter_name, config.bias)
-            self.biases = TrainedBiases(b for k, b in with_biases.items() if k not in own_tensors)
+            known = {id(tensor) for tensor in own_tensors.values()}  # "all" are B's biases too
+            with_biases = adapter_parameters(model, adapter_name, config.bias).values()
+            self.biases = TrainedBiases(bias for bias in with_biases if id(bias) not in known)
 
     def add_weighted_adapter(
         self,

@@ -18,6 +18,10 @@ class TrainedBiases:
         self._others = [bias.detach().clone() for bias in self.biases]
         self.in_force = True
 
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each bias as it was, and as it is trained, which must be in force."""
+        return zip(self._others, self.biases, strict=True)
+
     @contextmanager
     def using(self, trained: bool) -> Iterator[None]:
         """`use` for the duration of a block."""

@@ -155,11 +155,22 @@ def read_initial(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} is damaged or cut off ({error}): save or copy the adapter again"
         ) from error
+    if not tensors:
+        raise InputError(f"{path} holds no tensor: save or copy the adapter again")
+    for key, tensor in tensors.items():
+        floating = tensor.is_floating_point()
+        if (floating and tensor.itemsize == 1) or (not floating and "lora_" in key):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path}: {key} is {dtype}, and an adapter is float16, bfloat16, float32 or "
+                "float64: save it in one of these"
+            )
+    return tensors
 
 
 def load_initial(

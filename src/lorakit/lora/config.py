@@ -14,6 +14,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Self
 
 from lorakit import atomic
@@ -29,6 +30,7 @@ _INITIALIZATIONS = re.compile(
 _SETTINGS = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
 _TAKEN_OFF_AGAIN = re.compile("pissa.*|olora|corda|lora_ga")
 _OUT_OF_THE_WEIGHT = re.compile("pissa|olora|loftq")
+_HIGHEST_RANK = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -148,6 +150,11 @@ class LoraConfig(CarriedFields):
             _check_names(name, getattr(self, name), or_text=False)
         _check_names("layers_pattern", self.layers_pattern, or_text=True)
         _check_layers(self.layers_to_transform)
+        _check_tokens(self.trainable_token_indices)
+        if not isinstance(self.base_model_name_or_path, (str, Path, NoneType)):
+            raise InputError(
+                f"base_model_name_or_path must be a text, not {self.base_model_name_or_path!r}"
+            )
         for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
             patterns = getattr(self, name) or []
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -292,6 +299,8 @@ def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
     for rank in (r, *rank_pattern.values()):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise InputError(f"r must be a whole number of at least 1, not {rank!r}")
+        if rank > _HIGHEST_RANK:
+            raise InputError(f"r is {rank}, more than any layer has")
 
 
 def _check_names(field_name: str, value: object, *, or_text: bool) -> None:
@@ -316,6 +325,16 @@ def _check_layers(value: object) -> None:
     if value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
         return
     raise InputError(f"layers_to_transform must be indices of layers, not {value!r}")
+
+
+def _check_tokens(value: object) -> None:
+    for tokens in value.values() if isinstance(value, dict) else [value]:
+        numbers = tokens if isinstance(tokens, (list, tuple)) else [None]
+        if value is not None and not all(type(number) is int for number in numbers):
+            raise InputError(
+                "trainable_token_indices must be numbers of tokens, or lists of them by the "
+                f"embedding's name, not {value!r}"
+            )
 
 
 def _check_expression(field_name: str, pattern: str) -> None:

@@ -18,7 +18,7 @@ from lorakit.lora.checkpoint import PREFIX, adapter_parameters
 from lorakit.lora.combine import Settings, Update, check_settings, combine
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
-from lorakit.lora.layers import LoraLayer, LoraParameter
+from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraParameter
 from lorakit.lora.targets import suffixes_for
 
 
@@ -61,6 +61,7 @@ def combination(
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     energy = lost = 0.0
+    with_bias = any(configs[name].lora_bias for name in weights)  # of one layer, then of all
     for path, layer in wrapped_modules(model):
         names = [name for name in weights if name in layer.adapters]
         if not names:
@@ -70,7 +71,9 @@ def combination(
             energy, lost = energy + combined.energy, lost + combined.lost
             ranks[path] = combined.A.shape[0]
             found = _as_parameters(layer, names, combined.A, combined.B)
-            found |= _bias(layer, {name: weights[name] for name in names})
+            if with_bias:
+                bias = _bias(layer, {name: weights[name] for name in names}, combined.B)
+                found["lora_B.bias"] = bias
         else:
             found = layer.adapter_tensors(names[0])
         tensors |= {f"{PREFIX}{path}.{ending}": tensor for ending, tensor in found.items()}
@@ -84,6 +87,7 @@ def _require_combinable(
     for name in weights:
         if configs[name].bias != "none":
             raise InputError(f"'{name}' trains biases of the base itself, so it cannot be combined")
+    with_bias = [name for name in weights if configs[name].lora_bias]
     for path, module in wrapped_modules(model):
         own = [name for name in weights if name in module.adapters]
         if not isinstance(module, LoraLayer) and len(own) > 1:
@@ -92,6 +96,11 @@ def _require_combinable(
             raise InputError(
                 f"{path}: add_weighted_adapter does not support targeting nn.Parameter "
                 "(target_parameters)"
+            )
+        if own and with_bias and isinstance(module, LoraEmbedding):
+            raise InputError(
+                f"{path} is an embedding, which has no lora_bias, and {listed(with_bias)} has one "
+                "elsewhere: PEFT's files cannot hold both in one adapter"
             )
         if own and getattr(getattr(module, "base_layer", None), "groups", 1) != 1:
             raise InputError(f"{path} is a grouped convolution, whose adapters cannot be combined")
@@ -113,10 +122,10 @@ def _as_parameters(
     }
 
 
-def _bias(layer: LoraLayer, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+def _bias(layer: LoraLayer, weights: Mapping[str, float], B: torch.Tensor) -> torch.Tensor:
+    """The sum of the adapters' own biases of B (d_out, r); zero where none of them has one."""
     biases = [(w, layer.bias_update(name)) for name, w in weights.items()]
-    found = [w * bias for w, bias in biases if bias is not None]
-    return {"lora_B.bias": torch.stack(found).sum(0)} if found else {}
+    return sum((w * b for w, b in biases if b is not None), B.new_zeros(B.shape[0]))
 
 
 def _config(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,20 +25,15 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
     Args:
         without: paths of modules that are not of the base: a new head.
     """
-    return fingerprint_of(
-        (name, parameter)
+    parameters = {
+        name: parameter
         for name, parameter in model.named_parameters()
         if not any(name.startswith(f"{path}.") for path in without)
+    }
+    return _digest(
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {name: one.detach().flatten()[:_SAMPLED] for name, one in parameters.items()},
     )
-
-
-def fingerprint_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """As `fingerprint`, of parameters by name, wherever they come from."""
-    shapes, values = {}, {}
-    for name, parameter in parameters:
-        shapes[name] = tuple(parameter.shape)
-        values[name] = parameter.detach().flatten()[:_SAMPLED]
-    return _digest(shapes, values)
 
 
 def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReader) -> str:

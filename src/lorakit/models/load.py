@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import InputError
+from lorakit.errors import InputError, listed
 from lorakit.models.inside import base_model
 from lorakit.models.names import resolve
 
@@ -99,9 +99,14 @@ def load_for_task(
                 )
             model, tokenizer = load_gguf(source.path, chosen)
         elif task_type == "CAUSAL_LM":
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=chosen, local_files_only=True
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=chosen, local_files_only=True, output_loading_info=True
             )
+            if info["missing_keys"]:  # which are random now
+                raise InputError(
+                    f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: "
+                    "copy or fetch the model again"
+                )
             tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         else:
             model, lacking = _load_form(source.path, task_type, chosen, labels, seed)
@@ -310,5 +315,9 @@ def torch_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
 
 
 def _first_line(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):
+        return "its files and its configuration have other shapes"
+    if "backend tokenizer" in str(error):
+        return "its tokenizer's files are missing or damaged"
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -95,8 +95,8 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
     index = folder / INDEX_NAME
     if not index.is_file():
         raise InputError(
-            f"model: {folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: save the model with "
-            "safetensors, the only files that are read"
+            f"model: {folder} has no {WEIGHTS_NAME}: a folder that holds neither {WEIGHTS_NAME} "
+            f"nor {INDEX_NAME} cannot be used, as only safetensors is read: save the model with it"
         )
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -145,8 +145,11 @@ def all_tensors(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, S
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        broken = path.is_symlink()
+    try:
+        there, broken = path.is_file(), path.is_symlink()
+    except (OSError, ValueError):  # no name that a file could have
+        there = broken = False
+    if not there:
         why = "is a link that leads nowhere, or in a circle" if broken else "is missing"
         raise InputError(f"model: {path} {why}: copy or fetch the model again")
     try:

@@ -16,7 +16,7 @@ from lorakit.models.load import FORMS, label_options
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,39 @@ class FileNames:
     unused: frozenset[str]
 
 
-def skeleton(
-    task_type: str, folder: Path, dtype: torch.dtype, labels: Sequence[str] = ()
-) -> PreTrainedModel:
-    """The model in `folder` in its form for `task_type`, on the meta device.
+def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
+    """The configuration of the model at `path`, a folder or a GGUF file.
 
     Args:
+        options: values in place of its own.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    options["local_files_only"] = True
+    if is_gguf := path.is_file():
+        options["gguf_file"] = path.name
+    try:
+        return AutoConfig.from_pretrained(path.parent if is_gguf else path, **options)
+    except Exception as error:  # transformers has a kind of its own for every check
+        raise InputError(
+            f"model: the configuration of {path} cannot be read: {_reason(error)}"
+        ) from error
+
+
+def skeleton(
+    path: Path,
+    task_type: str = "CAUSAL_LM",
+    dtype: torch.dtype | None = None,
+    labels: Sequence[str] = (),
+) -> PreTrainedModel:
+    """The model at `path` in its form for `task_type`, on the meta device.
+
+    Args:
+        path: a folder, or a GGUF file.
+        dtype: None for the configuration's.
         labels: as in `load_for_task`.
 
     Raises:
@@ -46,16 +73,20 @@ def skeleton(
     """
     import torch
     import transformers
-    from transformers import AutoConfig
 
+    config = read_base_config(path, **label_options(labels))
+    form = FORMS[task_type]
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **label_options(labels))
         with torch.device("meta"):
-            model = getattr(transformers, FORMS[task_type]).from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise InputError(f"model: {folder} cannot be loaded: {reason}") from error
+            model = getattr(transformers, form).from_config(config, dtype=dtype)
+    except Exception as error:  # a value in the configuration can fail anywhere
+        raise InputError(f"model: {path} has no form as {form}: {_reason(error)}") from error
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
 
 
 def file_names(model: PreTrainedModel, names: Iterable[str]) -> FileNames:

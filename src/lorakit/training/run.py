@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit import atomic
+from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import (
     METRICS_NAME,
     MONITOR_NAME,
@@ -24,7 +25,6 @@ from lorakit.adapters.manifest import (
     read_manifest,
     write_manifest,
 )
-from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError, one_line
 from lorakit.models.loss import SupervisedLoss

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gguf
 
@@ -17,7 +17,8 @@ from lorakit import atomic
 from lorakit.adapters.export.gguf_family import Family, family_of, interleaved, tensor_name
 from lorakit.adapters.export.plain import PlainAdapter, read_plain
 from lorakit.errors import InputError
-from lorakit.models.names import ModelSource, resolve
+from lorakit.models.names import resolve
+from lorakit.models.skeleton import read_base_config
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def export_gguf_adapter(
             f"--dtype of an adapter must be float32, float16 or bfloat16, not {dtype!r}"
         )
     plain = read_plain(adapter, "llama.cpp", base)
-    config = read_base_config(resolve(plain.base_model))
+    config = read_base_config(resolve(plain.base_model).path)
     family = family_of(config, plain.base_model)
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
@@ -89,27 +90,6 @@ def require_file(output: str | Path) -> None:
     if Path(output).suffix != ".gguf":
         raise InputError(f"-o {output}: a GGUF file's name ends in .gguf")
     atomic.require_free(output)
-
-
-def read_base_config(source: ModelSource) -> PreTrainedConfig:
-    """A base model's configuration, without its weights.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    where: dict[str, Any] = {"local_files_only": True}
-    folder = source.path
-    if source.is_gguf:
-        folder, where["gguf_file"] = source.path.parent, source.path.name
-    try:
-        return AutoConfig.from_pretrained(folder, **where)
-    except (OSError, ValueError, KeyError) as error:
-        line = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"model: the configuration of {source.name} cannot be read: {line}") from (
-            error
-        )
 
 
 def _tensors(

@@ -20,7 +20,6 @@ from lorakit import atomic
 from lorakit.adapters.export.gguf_adapter import (
     DTYPES,
     GgufExport,
-    read_base_config,
     require_file,
 )
 from lorakit.adapters.export.gguf_family import (
@@ -34,7 +33,8 @@ from lorakit.adapters.export.gguf_family import (
 )
 from lorakit.adapters.export.gguf_tokenizer import add_tokenizer
 from lorakit.errors import InputError
-from lorakit.models.names import ModelSource, resolve
+from lorakit.models.names import resolve
+from lorakit.models.skeleton import read_base_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,7 +74,7 @@ def export_gguf_model(
     manifest = read_manifest(adapter)
     recorded = manifest.base_model if manifest else read_config(adapter).base_model_name_or_path
     if name := base or recorded:  # what cannot be written is said before anything is merged
-        family_of(read_base_config(resolve(name)), name)
+        family_of(read_base_config(resolve(name).path), name)
     with (
         atomic.replacing_file(output) as path,
         TemporaryDirectory(prefix=f".{Path(output).name}.", dir=path.parent) as folder,
@@ -96,7 +96,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufE
     """
     from transformers import AutoTokenizer
 
-    config = read_base_config(ModelSource(name, folder))
+    config = read_base_config(folder)
     family = family_of(config, name)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     with atomic.replacing_file(output) as path:

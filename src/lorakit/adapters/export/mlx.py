@@ -16,10 +16,10 @@ from safetensors.torch import save
 from torch.nn.functional import pad
 
 from lorakit import atomic
-from lorakit.adapters.export.gguf_adapter import read_base_config
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain
 from lorakit.errors import InputError, listed
 from lorakit.models.names import resolve
+from lorakit.models.skeleton import read_base_config
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -52,7 +52,7 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
     """
     atomic.require_free(output)
     plain = read_plain(adapter, "mlx-lm", base)
-    config = read_base_config(resolve(plain.base_model))
+    config = read_base_config(resolve(plain.base_model).path)
     if config.model_type not in _SAME_NAMES:
         raise InputError(
             f"{plain.base_model} is a {config.model_type} model, whose modules mlx-lm may name "

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
+from lorakit.adapters.derived import read_template
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.gguf_adapter import DTYPES, export_gguf_adapter
 from lorakit.adapters.export.gguf_model import export_gguf_model
 from lorakit.adapters.manifest import read_manifest
-from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
 from lorakit.models.names import resolve
+from lorakit.models.skeleton import read_base_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,10 +166,15 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
     folder = source.path
     if source.is_gguf:
         folder, where["gguf_file"] = source.path.parent, source.path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-    template = Path(adapter) / TEMPLATE_NAME
-    if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    read_base_config(source.path)  # whose damages it names better
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"model: the tokenizer of {base} is missing or damaged: copy or fetch the model again"
+        ) from error
+    if (template := read_template(adapter)) is not None:
+        tokenizer.chat_template = template
     ensure_template(tokenizer)
     return tokenizer
 

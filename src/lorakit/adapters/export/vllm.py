@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import pad
 
 from lorakit import atomic
+from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.export.plain import Pair, found_at, read_plain
-from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig

@@ -137,6 +137,12 @@ class LayerBank(Mergeable):
         if name in self.r:
             self.scaling[name] = scale * self._own_scaling[name]
 
+    def take_part(self, name: str, share: float) -> None:
+        if name in self.lora_magnitude_vector:  # its update is no multiple of its scaling
+            super().take_part(name, share)
+        else:
+            self.set_scale(name, share)
+
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters by `scale`, on top of what it is."""
         for name in self.active_adapters:
@@ -309,7 +315,7 @@ class LayerBank(Mergeable):
             return lambda total, _, rows: total.addmm_(A[:, rows].T, scaled.T)
         if magnitude is None:
             return lambda total, _, rows: total.flatten(1).addmm_(scaled[rows], A)
-        lengths = magnitude.detach().flatten()
+        lengths, share = magnitude.detach().flatten(), self.shares.get(name, 1.0)
 
         def add(total: torch.Tensor, W: torch.Tensor, rows: slice) -> None:
             """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
@@ -318,7 +324,7 @@ class LayerBank(Mergeable):
             norms = channel_norms(matrix, A, B[rows], scaling)
             turned = matrix + scaled[rows] @ A
             update = (lengths[rows] / norms)[:, None] * turned - matrix
-            total.add_(update.view_as(total))
+            total.add_(update.mul_(share).view_as(total))
 
         return add
 
@@ -336,7 +342,8 @@ class LayerBank(Mergeable):
             return None
         A, B = self.factors(name)
         W = self._as_matrix(self._unmerged(self.weight_name)).to(A.dtype)
-        return self._lengthening(name)[:, None] * (W + self.scaling[name] * B @ A) - W
+        update = self._lengthening(name)[:, None] * (W + self.scaling[name] * B @ A) - W
+        return update.mul_(self.shares.get(name, 1.0))
 
     def bias_update(self, name: str) -> torch.Tensor | None:
         """`scaling` times the bias of `B` (d_out,), None without one."""

@@ -55,7 +55,8 @@ class LoraLayer(LayerBank):
         if self._magnitude(name) is None:
             return update
         factor = self._per_channel(self._lengthening(name)).to(y.dtype)
-        return (factor - 1) * self._base_product(x, y, dropped) + factor * update
+        update = (factor - 1) * self._base_product(x, y, dropped) + factor * update
+        return update * self.shares[name] if name in self.shares else update
 
     def _row_update(
         self, x: torch.Tensor, y: torch.Tensor, names: list[str], route: Route
@@ -77,7 +78,11 @@ class LoraLayer(LayerBank):
         one = torch.ones(B.shape[1], device=y.device)
         factors = [self._lengthening(n) if own else one for n, own in zip(names, dora, strict=True)]
         factor = self._per_channel(torch.stack([*factors, one])[index], y).to(y.dtype)
-        return (factor - 1) * self._base_product(x, y, dropped) + factor * update
+        update = (factor - 1) * self._base_product(x, y, dropped) + factor * update
+        if not self.shares:
+            return update
+        shares = torch.tensor([*(self.shares.get(name, 1.0) for name in names), 1.0]).to(y)
+        return update * shares[index].view(-1, *[1] * (y.dim() - 1))
 
     @abstractmethod
     def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -40,6 +40,16 @@ def merged_rows(
     return total
 
 
+def in_part(W: torch.Tensor, V: torch.Tensor, share: float) -> torch.Tensor:
+    """`W + share (V - W)` of a base's tensor `W` that was trained whole, to `V`; 1 is `V` itself.
+
+    Every operation is rounded by itself, so that parts of tensors have the bytes of whole ones.
+    """
+    if share == 1 or not V.is_floating_point():
+        return V.clone()
+    return (V - W).mul_(share).add_(W)
+
+
 class Mergeable(nn.Module, ABC):
     """A frozen `base_layer`, adapters beside it, and what of them is in its parameters now.
 
@@ -62,6 +72,7 @@ class Mergeable(nn.Module, ABC):
         self.routing = routing or Routing()
         self.training = base_layer.training
         self.merged_adapters: list[str] = []
+        self.shares: dict[str, float] = {}
         self._before_merge: nn.ParameterDict | None = None
         self.base_weight.requires_grad_(False)
 
@@ -78,6 +89,10 @@ class Mergeable(nn.Module, ABC):
     @abstractmethod
     def adapters(self) -> list[str]:
         """The names of the adapters that this layer has."""
+
+    def take_part(self, name: str, share: float) -> None:
+        """Multiplies all that adapter `name` changes by `share`; 1 is as it was trained."""
+        self.shares[name] = share
 
     @property
     def active_adapters(self) -> list[str]:
@@ -172,6 +187,7 @@ class Mergeable(nn.Module, ABC):
             others = [n for n in self.merged_adapters if n != name]
             self.unmerge()
             self.merge(others)
+        self.shares.pop(name, None)
         self._forget(name)
 
     @abstractmethod

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.layers.mergeable import Mergeable, in_part
 from lorakit.lora.routing import Routing
 
 
@@ -100,8 +100,16 @@ class TrainedTokens(Mergeable):
     def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
         weight = self._unmerged(parameter).detach().clone()
         for name in names:
-            weight[self.token_indices[name]] = self.trainable_tokens_delta[name].to(weight)
+            weight[self.token_indices[name]] = self.rows(name).to(weight)
         return weight
+
+    def rows(self, name: str) -> torch.Tensor:
+        """What adapter `name` has in the place of the base's rows, (tokens, dim)."""
+        V, share = self.trainable_tokens_delta[name], self.shares.get(name, 1.0)
+        if share == 1:
+            return V
+        W = self._unmerged(self.weight_name).detach()[self.token_indices[name]]
+        return in_part(W.to(V), V, share)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's embeddings of `x` (batch, n), with trained rows where there are some."""
@@ -147,7 +155,7 @@ class TrainedTokens(Mergeable):
         Returns: rows (n, dim), and slots (vocabulary,), or (batch, vocabulary) where rows of the
         batch have adapters of their own.
         """
-        rows = torch.cat([self.trainable_tokens_delta[name] for name in names])
+        rows = torch.cat([self.rows(name) for name in names])
         route, size = self.routing.route, self.base_weight.shape[0]
         tables = torch.full((len(names) + 1, size), -1, device=x.device)
         first = 0
