@@ -1,0 +1,11 @@
+"""Serving with vLLM: what it can serve is checked, and its command line is written and started.
+
+One entry point, `serve(VllmOptions(...), dry_run=...)`. vLLM itself is never imported, and need
+not be installed for `dry_run`. Options, ranks and refusals were checked with the documentation
+and sources of vLLM 0.27.
+"""
+
+from lorakit.inference.vllm.plan import Plan, VllmOptions, plan
+from lorakit.inference.vllm.start import serve
+
+__all__ = ["Plan", "VllmOptions", "plan", "serve"]
