@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.errors import InputError
 from lorakit.inference.vllm import VllmOptions, plan, serve
+from lorakit.inference.vllm.base import slot_bytes
 from plain_adapters import KINDS, updates
 from random_adapters import change, make_adapter
 from tiny import CHATML, save_tiny_model
@@ -86,10 +87,9 @@ def test_the_command_names_everything_and_takes_adapters_from_where_they_are(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "False",
     }
-    # 14 linear layers of the tiny Llama and its head, each with in + out columns, 2 bytes each.
-    width = 2 * (4 * 32 + 2 * 16 + 2 * 32 + 3 * (32 + 48)) + 32 + 259
-    assert planned.notices == (f"2 slots of rank 32 take {2 * 2 * 32 * width / 1e6:,.0f} MB of the "
-                               "GPU's memory",)  # fmt: skip
+    # Every linear layer and the head with its in + out columns, 2 slots, rank 32, 2 bytes each.
+    size = 2 * 32 * 2 * (2 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)) + 32 + 259)
+    assert planned.notices == (f"2 slots of rank 32 take about {size / 1e6:,.0f} MB of the GPU",)
     assert not (tmp_path / "copies").exists()
 
 
@@ -297,6 +297,22 @@ def test_nothing_and_two_things_of_one_name_are_refused(
         plan(VllmOptions(adapters={str(base): adapter()}))
     with pytest.raises(InputError, match="NAME=PATH"):
         plan(VllmOptions(adapters={"": adapter("second")}))
+
+
+def test_a_slot_has_room_for_every_linear_layer_and_expert():
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.Embedding(7, 3), nn.LayerNorm(5))
+    assert slot_bytes(model, 4) == 2 * 4 * (3 + 5)
+    model.experts = nn.Parameter(torch.zeros(6, 10, 20))
+    assert slot_bytes(model, 4) == 2 * 4 * (3 + 5 + 6 * (10 + 20))
+
+
+def test_an_adapted_head_is_said_as_not_every_model_of_vllm_takes_it(
+    adapter: Adapters, options: Callable[..., VllmOptions]
+):
+    planned = plan(options(adapter(target_modules=["q_proj", "lm_head", "embed_tokens"])))
+    assert any("adapts embed_tokens, lm_head, which vLLM takes" in n for n in planned.notices)
 
 
 def test_many_adapters_share_sixteen_slots(adapter: Adapters, options: Callable[..., VllmOptions]):

@@ -25,7 +25,8 @@ from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # what vLLM's models name as adaptable
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""What some of vLLM's models name as adaptable beside their linear layers."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def read_servable(adapter: str | Path, base: str | None = None) -> Servable:
             "causal language models (CAUSAL_LM) only: leave it out"
         )
     for path, pair in plain.pairs.items():
-        if pair.is_embedding and not path.endswith(_EMBEDDINGS):
+        if pair.is_embedding and not path.endswith(EMBEDDINGS):
             raise InputError(
                 f"{adapter} adapts the embedding {path}, and vLLM takes only "
-                f"{' and '.join(_EMBEDDINGS)}: lorakit merge {adapter} -o MODEL"
+                f"{' and '.join(EMBEDDINGS)}: lorakit merge {adapter} -o MODEL"
             )
     largest = max(pair.r for pair in plain.pairs.values())
     r = next((rank for rank in RANKS if rank >= largest), None)

@@ -5,7 +5,8 @@ not be installed for `dry_run`. Options, ranks and refusals were checked with th
 and sources of vLLM 0.27.
 """
 
-from lorakit.inference.vllm.plan import Plan, VllmOptions, plan
+from lorakit.inference.vllm.options import VllmOptions
+from lorakit.inference.vllm.plan import Plan, plan
 from lorakit.inference.vllm.start import serve
 
 __all__ = ["Plan", "VllmOptions", "plan", "serve"]

@@ -167,14 +167,16 @@ def fingerprint(base: Base, model: Any) -> str | None:
 
 
 def slot_bytes(model: nn.Module, rank: int) -> int:
-    """What one adapter's slot takes of the GPU's memory, with 2 bytes a value.
+    """About what one adapter's slot takes of the GPU's memory, with 2 bytes a value.
 
-    A slot has A (rank, d_in) and B (d_out, rank) for every linear layer, adapted or not.
+    A slot has A (rank, d_in) and B (d_out, rank) for every linear layer and expert, adapted or not.
     """
     from torch import nn
 
-    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return 2 * rank * sum(layer.in_features + layer.out_features for layer in layers)
+    layers = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
+    experts = (p for p in model.parameters() if p.dim() == 3)
+    columns = sum(sum(weight.shape) for weight in layers)
+    return 2 * rank * (columns + sum(p.shape[0] * (p.shape[1] + p.shape[2]) for p in experts))
 
 
 def own_template(base: Base) -> str | None:

@@ -7,17 +7,22 @@ Only an adapter that vLLM would read otherwise than it is meant is written anew.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.derived import Origin, origin, sha256
-from lorakit.adapters.export.vllm import Servable, lora_module, read_servable, write_copy
+from lorakit.adapters.export.vllm import (
+    EMBEDDINGS,
+    Servable,
+    lora_module,
+    read_servable,
+    write_copy,
+)
 from lorakit.adapters.open import TEMPLATE_NAME
 from lorakit.errors import InputError, listed, one_line
 from lorakit.inference.vllm.base import (
@@ -31,37 +36,15 @@ from lorakit.inference.vllm.base import (
     require_lora,
     slot_bytes,
 )
+from lorakit.inference.vllm.options import VllmOptions, is_local, require_sound
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.bundled import home
 
-DTYPES = ("auto", "bfloat16", "float16")
 MOST_SLOTS = 16
 """Adapters in one batch at most: each slot takes memory of the GPU, used or not."""
 LATER = 8
 """Slots in all, at least, where adapters can be loaded later."""
-
-
-@dataclass(frozen=True)
-class VllmOptions:
-    """What is served, and where: the options of `lorakit serve` that vLLM has too.
-
-    `adapters` are folders by the names that clients give as `model`. `model` is the base, by
-    default the one that the adapters record. `adapter_root` and `admin_key` together allow
-    loading adapters later. `workspace` is where copies of adapters are written, by default in
-    lorakit's cache. `context_length` counts tokens, prompt and answer together.
-    """
-
-    model: str | None = None
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    admin_key: str | None = None
-    adapter_root: Path | None = None
-    context_length: int | None = None
-    dtype: str | None = None
-    workspace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +73,7 @@ def plan(options: VllmOptions) -> Plan:
     Raises:
         InputError: vLLM cannot serve it, or the options contradict each other.
     """
-    _require_sound(options)
+    require_sound(options)
     notices: list[str] = []
     servables = {
         name: read_servable(folder, options.model) for name, folder in options.adapters.items()
@@ -124,7 +107,7 @@ def plan(options: VllmOptions) -> Plan:
         command += ["--max-cpu-loras", str(held)]
         if model is not None:
             size = slots * slot_bytes(model, rank) / 1e6
-            notices.append(f"{slots} slots of rank {rank} take {size:,.0f} MB of the GPU's memory")
+            notices.append(f"{slots} slots of rank {rank} take about {size:,.0f} MB of the GPU")
         if len(servables) > slots:
             notices.append(
                 f"a batch holds {slots} of the {len(servables)} adapters: requests for others wait"
@@ -144,41 +127,6 @@ def plan(options: VllmOptions) -> Plan:
         command += ["--lora-modules", *_modules(servables, base, options, notices)]
     environment = _environment(options, notices)
     return Plan(tuple(command), environment, tuple(one_line(notice) for notice in notices))
-
-
-def _require_sound(options: VllmOptions) -> None:
-    """Raises InputError for options that cannot be meant."""
-    if options.model is None and not options.adapters:
-        raise InputError("there is nothing to serve: give adapters, or --model")
-    if "" in options.adapters:
-        raise InputError("an adapter needs a name: NAME=PATH")
-    if not options.host or options.host.startswith("-"):
-        raise InputError(f"--host {options.host!r} is no address")
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise InputError(
-            f"vLLM computes adapters in {listed(DTYPES[1:])}, not in {options.dtype}: leave "
-            "--dtype out, or serve with --engine lorakit"
-        )
-    if "" in (options.api_key, options.admin_key):
-        raise InputError("a key cannot be empty")
-    if options.api_key is None and not _is_local(options.host):
-        raise InputError(
-            f"--host {options.host} can be reached from other machines: give --api-key too"
-        )
-    if (options.adapter_root is None) != (options.admin_key is None):
-        raise InputError("loading adapters later needs both --adapter-root and --admin-key")
-    if options.adapter_root is not None and options.api_key is None:
-        raise InputError(
-            "vLLM has one key, which guards loading adapters too: give --api-key beside "
-            "--adapter-root"
-        )
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _common_base(
@@ -294,6 +242,12 @@ def _modules(
                 f"{name} is served from a copy with the same updates, {folder}, as vLLM would "
                 f"misread it: {listed(servable.needs_copy)}"
             )
+        ends = {path.rpartition(".")[2] for path in servable.plain.pairs}
+        if special := sorted(ends.intersection(EMBEDDINGS)):
+            notices.append(
+                f"{name} adapts {listed(special)}, which vLLM takes for some models only: it says "
+                "so when it starts"
+            )
         modules.append(lora_module(name, str(folder), base.name))
     return modules
 
@@ -319,7 +273,7 @@ def _environment(options: VllmOptions, notices: list[str]) -> dict[str, str]:
         environment["VLLM_API_KEY"] = options.api_key
         notices.append(
             "vLLM asks for the key under /v1 only: let a proxy pass nothing else to other machines"
-            if not _is_local(options.host)
+            if not is_local(options.host)
             else "vLLM asks for the key under /v1 only"
         )
     elif os.environ.get("VLLM_API_KEY"):

@@ -7,7 +7,8 @@ import shutil
 import sys
 
 from lorakit.errors import InputError
-from lorakit.inference.vllm.plan import VllmOptions, plan
+from lorakit.inference.vllm.options import VllmOptions
+from lorakit.inference.vllm.plan import plan
 
 
 def serve(options: VllmOptions, *, dry_run: bool = False) -> None:
