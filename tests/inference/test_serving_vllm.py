@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
 from lorakit.inference.vllm import VllmOptions, plan, serve
 from lorakit.inference.vllm.base import slot_bytes
 from plain_adapters import KINDS, updates
@@ -266,6 +266,32 @@ def test_a_hub_base_that_is_not_here_is_named_and_nothing_fetched(
     assert "ada/none-such is not on this machine: nothing of it was checked" in planned.notices
 
 
+def test_a_hub_base_in_the_cache_is_checked_and_named_by_its_id(
+    base: Path,
+    adapter: Adapters,
+    options: Callable[..., VllmOptions],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--ada--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc")
+    snapshot = model / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    shutil.copy(base / "config.json", snapshot)
+    folder = adapter()
+    record = {"made_by": "resize", "sources": [], "base_model": "ada/tiny"}
+    (folder / "lorakit.json").write_text(json.dumps(record | {"base_fingerprint": "0" * 64}))
+    planned = plan(options(folder, context_length=512))
+    assert parsed(planned.command).model == "ada/tiny"
+    assert not any("weights" in notice for notice in planned.notices)  # they are not here
+    shutil.copytree(base, snapshot, dirs_exist_ok=True)
+    assert any("other weights than those of ada/tiny" in n for n in plan(options(folder)).notices)
+    with pytest.raises(InputError, match="ada/tiny has positions for 512 tokens"):
+        plan(options(folder, context_length=513))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -475,6 +501,15 @@ def test_without_vllm_on_the_path_it_says_what_to_install_and_dry_run_still_prin
     *notices, command = capsys.readouterr().out.splitlines()
     assert all(notice.startswith("# ") for notice in notices)
     assert " vllm serve " in command
+
+
+def test_a_program_that_the_system_cannot_start_is_one_line(
+    base: Path, surroundings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "bin" / "vllm").write_bytes(b"\0not a program")
+    monkeypatch.setenv("PATH", surroundings["PATH"])
+    with pytest.raises(LorakitError, match="vllm cannot be started: Exec format error"):
+        serve(VllmOptions(model=str(base)))
 
 
 def test_a_key_that_is_set_already_is_said(base: Path, monkeypatch: pytest.MonkeyPatch):

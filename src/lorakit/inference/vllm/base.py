@@ -155,8 +155,8 @@ def fingerprint(base: Base, model: Any) -> str | None:
     from lorakit.models.shards import ShardReader, all_tensors, read_shards
     from lorakit.models.skeleton import file_names
 
-    if base.folder is None:
-        return None
+    if base.folder is None or not any(base.folder.glob("*.safetensors")):
+        return None  # the cache may hold a hub model's configuration alone
     tensors = all_tensors(read_shards(base.folder))
     stored = file_names(model, tensors).stored
     names = [name for name, _ in model.named_parameters()]

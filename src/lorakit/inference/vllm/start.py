@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
 from lorakit.inference.vllm.options import VllmOptions
 from lorakit.inference.vllm.plan import plan
 
@@ -25,6 +25,7 @@ def serve(options: VllmOptions, *, dry_run: bool = False) -> None:
 
     Raises:
         InputError: vLLM is not installed here, cannot serve this, or an option is wrong.
+        LorakitError: the system refuses to start it.
     """
     if not dry_run and shutil.which("vllm") is None:
         raise InputError(
@@ -35,4 +36,7 @@ def serve(options: VllmOptions, *, dry_run: bool = False) -> None:
     lines = [*(f"# {notice}" for notice in planned.notices), planned.shown()]
     print(*lines, sep="\n", file=sys.stdout if dry_run else sys.stderr, flush=True)
     if not dry_run:
-        os.execvpe(planned.command[0], planned.command, os.environ | planned.environment)
+        try:
+            os.execvpe(planned.command[0], planned.command, os.environ | planned.environment)
+        except OSError as error:
+            raise LorakitError(f"vllm cannot be started: {error.strerror or error}") from error
