@@ -100,20 +100,7 @@ def plan(options: VllmOptions) -> Plan:
     if base.is_hub_id and revision is not None:
         command += ["--revision", revision]
     if lora:
-        rank = max((servable.r for servable in servables.values()), default=16)
-        slots = _slots(len(servables), options.adapter_root is not None)
-        held = max(len(servables), slots)
-        command += ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(rank)]
-        command += ["--max-cpu-loras", str(held)]
-        if model is not None:
-            size = slots * slot_bytes(model, rank) / 1e6
-            notices.append(f"{slots} slots of rank {rank} take about {size:,.0f} MB of the GPU")
-        if len(servables) > slots:
-            notices.append(
-                f"a batch holds {slots} of the {len(servables)} adapters: requests for others wait"
-            )
-        if options.adapter_root is not None:
-            notices.append(f"adapters that are loaded later can have ranks up to {rank}")
+        command += _limits(servables, model, options, notices)
     # Without this vLLM takes defaults of sampling from the model's generation_config.json.
     command += ["--generation-config", "vllm"]
     if template is not None:
@@ -223,9 +210,25 @@ def _template(servables: Mapping[str, Servable], base: Base, notices: list[str])
     return files[text]
 
 
-def _slots(adapters: int, later: bool) -> int:
-    """How many adapters a batch can hold."""
-    return min(max(adapters, LATER if later else 1), MOST_SLOTS)
+def _limits(
+    servables: Mapping[str, Servable], model: Any | None, options: VllmOptions, notices: list[str]
+) -> list[str]:
+    """The options that size vLLM's memory for adapters: ranks, slots of the GPU, the host's."""
+    later = options.adapter_root is not None
+    rank = max((servable.r for servable in servables.values()), default=16)
+    slots = min(max(len(servables), LATER if later else 1), MOST_SLOTS)
+    if model is not None:
+        size = slots * slot_bytes(model, rank) / 1e6
+        notices.append(f"{slots} slots of rank {rank} take about {size:,.0f} MB of the GPU")
+    if len(servables) > slots:
+        notices.append(
+            f"a batch holds {slots} of the {len(servables)} adapters: requests for others wait"
+        )
+    if later:
+        notices.append(f"adapters that are loaded later can have ranks up to {rank}")
+    limits = {"--max-loras": slots, "--max-lora-rank": rank}
+    limits["--max-cpu-loras"] = max(len(servables), slots)
+    return ["--enable-lora", *(word for name, n in limits.items() for word in (name, str(n)))]
 
 
 def _modules(
