@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.derived import origin
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
@@ -74,8 +74,7 @@ def read_plain(folder: str | Path, target: str, base: str | None = None) -> Plai
         InputError: it is more than pairs, damaged, or does not say what it is for.
     """
     config, tensors = read_adapter(folder)
-    manifest = read_manifest(folder)
-    name = base or (manifest.base_model if manifest else config.base_model_name_or_path)
+    name = base or origin(folder, config).base_model
     if not name:
         raise InputError(f"{folder} does not say which base model it is for: give --base")
     _require_plain(folder, target, config, tensors)
