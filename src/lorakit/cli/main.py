@@ -27,6 +27,7 @@ from lorakit.cli.merge import merge
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
+from lorakit.cli.serve import serve
 from lorakit.cli.train import train
 from lorakit.errors import InputError, LorakitError
 from lorakit.training.processes import first_to_fail
@@ -51,6 +52,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)
+app.command()(serve)
 app.command()(merge)
 app.command()(export)
 app.command("import")(import_adapter)
