@@ -8,11 +8,12 @@ const template = document.querySelector("#answer-template");
 
 export class Answer {
   /** `retry` is called when the person asks for the answer anew; `say` tells the status line. */
-  constructor(model, { retry, say }) {
+  constructor(model, label, { retry, say }) {
     this.model = model;
+    this.label = label;
     this.element = template.content.firstElementChild.cloneNode(true);
-    this.element.setAttribute("aria-label", `Answer of ${model}`);
-    this.part("h3").textContent = model;
+    this.element.setAttribute("aria-label", `Answer of ${label}`);
+    this.part("h3").textContent = label;
     this.part(".copy").addEventListener("click", async () => say(await this.#copied()));
     this.part(".retry").addEventListener("click", retry);
     this.text = "";
@@ -144,6 +145,6 @@ export class Answer {
     const button = this.part(".copy");
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = "Copy"), 1500);
-    return `The answer of ${this.model} is copied.`;
+    return `The answer of ${this.label} is copied.`;
   }
 }

@@ -22,12 +22,18 @@ export function setKey(value) {
   remember("sessionStorage", "key", key);
 }
 
-/** The served models: `[{id, parent}]`, `parent` null for the base. */
+/** The served models: `[{id, base, label}]`, the base first; `label` is what people are shown. */
 export async function listModels() {
   const response = await ask("v1/models", {});
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new Trouble("The server's list of models can't be read.");
-  return data.map(({ id, parent = null }) => ({ id, parent }));
+  const models = data.map(({ id, parent = null }) => ({
+    id,
+    base: parent === null,
+    // A base that is a folder of the server's goes by the folder's name.
+    label: parent === null ? `${/^([./~]|\w:)/.test(id) ? id.match(/[^/\\]*[/\\]*$/)[0] : id} (base)` : id,
+  }));
+  return models.sort((one, other) => other.base - one.base);
 }
 
 /**

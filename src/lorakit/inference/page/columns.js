@@ -26,12 +26,16 @@ export class Columns {
       const served = new Set(models.map(({ id }) => id));
       const left = recall("localStorage", "columns");
       const wanted = (Array.isArray(left) ? left : []).filter((id) => served.has(id)).slice(0, MOST);
-      const adapter = models.find(({ parent }) => parent !== null);
-      const base = models.find(({ parent }) => parent === null);
+      const adapter = models.find(({ base }) => !base);
+      const base = models.find(({ base }) => base);
       const first = [adapter, base].filter(Boolean).map(({ id }) => id);
       for (const id of wanted.length ? wanted : first) this.#add(id);
     }
     this.#update();
+  }
+
+  labelOf(model) {
+    return this.models.find(({ id }) => id === model)?.label ?? model;
   }
 
   #unused() {
@@ -66,7 +70,7 @@ export class Columns {
       select.value = model;
       select.title = model;
       const remove = element.querySelector(".remove");
-      remove.setAttribute("aria-label", `Remove column ${i + 1}, ${model}`);
+      remove.setAttribute("aria-label", `Remove column ${i + 1}, ${this.labelOf(model)}`);
       remove.hidden = this.columns.length === 1;
     });
     this.addButton.hidden = this.models.length === 0 || this.columns.length >= MOST;
@@ -75,9 +79,7 @@ export class Columns {
   }
 
   #options(chosen) {
-    const options = this.models.map(
-      ({ id, parent }) => new Option(parent === null ? `${id} (base)` : id, id),
-    );
+    const options = this.models.map(({ id, label }) => new Option(label, id));
     if (!this.models.some(({ id }) => id === chosen))
       options.push(new Option(`${chosen} (not served now)`, chosen));
     return options;

@@ -44,7 +44,7 @@ function addTurn(text) {
 }
 
 async function ask(turn, column) {
-  const answer = new Answer(column.model, {
+  const answer = new Answer(column.model, columns.labelOf(column.model), {
     retry: () => settings.check() && ask(turn, column),
     say,
   });
