@@ -1,5 +1,6 @@
-"""What tests of several folders share: a tiny model's folder, and that model made to listen."""
+"""What tests of several folders share: a tiny model, that model made to listen, a browser."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from browsers import started_browser
 from tiny import save_tiny_model
 
 
@@ -30,3 +32,9 @@ def attentive_model(tiny_model: Path) -> Any:
             if parameter.dim() == 2:
                 parameter.mul_(8)  # as initialised, its attention is almost uniform
     return model
+
+
+@pytest.fixture(scope="module")  # its driver keeps an event loop running in this thread
+def browser() -> Iterator[Any]:
+    """A real browser; a test that wants one is skipped where there is none."""
+    yield from started_browser()
