@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from browsers import FAINT, LEAST_CONTRAST
 from taught import BASE_SAYS, CONTEXT, ENDLESS_SAYS, PROMPT, SHOP_SAYS, save_taught_models
 
+from browsers import FAINT, LEAST_CONTRAST
 from lorakit.inference.engine import Engine
 from lorakit.inference.open import open_engine
 from lorakit.inference.server.options import Limits, ServerOptions
@@ -261,7 +261,9 @@ def test_stopping_keeps_what_came_and_frees_the_rows(person: Person, engine: Eng
         assert person.shown(".text") == [SHOP_SAYS]
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one(visit: Callable[..., Person], engine: Engine):
+def test_a_key_is_asked_for_where_the_server_wants_one(
+    visit: Callable[..., Person], engine: Engine
+):
     with serving(engine, api_key="right") as (address, _):
         person = visit(address)
         person.expected = "status of 401"

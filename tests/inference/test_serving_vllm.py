@@ -244,7 +244,7 @@ def test_a_base_that_vllm_does_not_adapt_is_refused(
     # Without an adapter there is nothing that vLLM could not do.
     assert "--enable-lora" not in plan(options(model=str(other))).command
     (other / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="has no model.safetensors"):
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
         plan(options(model=str(other)))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import FAINT, LEAST_CONTRAST
 from folders import save_run, save_samples
 
+from browsers import FAINT, LEAST_CONTRAST
 from lorakit.report.page import write_report
 
 WIDE, PHONE = (1280, 900), (390, 844)

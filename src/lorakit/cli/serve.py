@@ -82,7 +82,7 @@ def serve(
         raise InputError("say what to serve: adapters' folders, or --model")
     if engine is EngineName.VLLM:
         _refuse_for_vllm(context)
-        from lorakit.inference import vllm  # type: ignore[attr-defined]
+        from lorakit.inference import vllm
 
         options = vllm.VllmOptions(
             model=model,
