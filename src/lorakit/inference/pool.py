@@ -14,10 +14,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import TEMPLATE_NAME
-from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.derived import TEMPLATE_NAME, origin
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.inference.sampling import end_tokens
 from lorakit.lora.slots import AdapterSlots, Factors
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class Version:
     """One version of an adapter. Requests hold it for as long as they need it."""
 
     info: AdapterInfo
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    stamp: tuple[int, int] = (0, 0)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)  # with the adapter's chat template
+    ends: frozenset[int]  # tokens that end an answer
+    stamp: tuple[int, int]
 
 
 class AdapterPool:
@@ -103,17 +104,18 @@ class AdapterPool:
         if template.is_file():
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = template.read_text(encoding="utf-8")
+        ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(
             name,
             path,
             self._base_model,
             rank=max(A.shape[0] for A, _ in factors.values()),
             size=_size(factors),
-            notice=self._notice(path),
+            notice=self._notice(file),
         )
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
-            version = Version(replace(info, version=number), tokenizer, stamp)
+            version = Version(replace(info, version=number), tokenizer, ends, stamp)
             self._factors.pop(self._versions.get(name, version), None)
             self._versions[name] = version
             self._keep(version, factors)
@@ -205,14 +207,13 @@ class AdapterPool:
             raise InputError(f"{file.folder} does not fit {self._base_model}: {error}") from error
         return factors
 
-    def _notice(self, folder: Path) -> str:
-        record = read_manifest(folder)
-        expected = record.base_fingerprint if record else None
+    def _notice(self, file: AdapterFile) -> str:
+        expected = origin(file.folder, file.config).base_fingerprint
         if None in (expected, self._fingerprint) or expected == self._fingerprint:
             return ""
         return (
-            f"{folder} was trained on other weights than those of {self._base_model}: its answers "
-            "may be worse than when it was trained"
+            f"{file.folder} was trained on other weights than those of {self._base_model}: its "
+            "answers may be worse than when it was trained"
         )
 
 
