@@ -185,9 +185,9 @@ class AdapterPool:
         Raises:
             InputError: it does not fit the base, or changes more than linear layers.
         """
+        require_text(file)
         file.require_updates()
-        reason = _obstacle(file)
-        if reason:
+        if reason := why_not_beside(file):
             raise InputError(
                 f"{file.folder} {reason}, which cannot be served beside other adapters: merge it "
                 "with lorakit merge and serve the result, or serve it alone with --merged"
@@ -217,8 +217,19 @@ class AdapterPool:
         )
 
 
-def _obstacle(file: AdapterFile) -> str:
-    """What the adapter has that is more than a product of two matrices beside a linear layer."""
+def require_text(file: AdapterFile) -> None:
+    """Raises InputError for an adapter of a model that does not write text."""
+    if file.config.task_type not in (None, "CAUSAL_LM"):
+        raise InputError(
+            f"{file.folder} is for {file.config.task_type} and cannot answer with text: score it "
+            "with lorakit eval"
+        )
+
+
+def why_not_beside(file: AdapterFile) -> str:
+    """Why the adapter cannot stand beside others, as it is more than products of two matrices
+    beside linear layers; empty where it can.
+    """
     if file.has_lengths:
         return "is a DoRA adapter"
     if file.config.bias != "none":
