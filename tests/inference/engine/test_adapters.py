@@ -173,7 +173,7 @@ def test_adapters_of_another_base_or_damaged_are_refused_and_harm_none(
     engine = start()
     running = engine.submit(PROMPT, "shop", GREEDY)
     for folder, words in (
-        (other, "does not fit .* another model's"),
+        (other, "does not fit .* adapter for another base model"),
         (cut, "adapter_model.safetensors"),
         (tmp_path / "none", "none"),
     ):
