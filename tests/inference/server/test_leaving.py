@@ -1,6 +1,5 @@
 """Ends before the end: clients that leave free their rows, a server that is told to end drains."""
 
-import os
 import re
 import signal
 import socket
@@ -202,4 +201,4 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
             assert done.stderr.startswith("error: ")
             assert done.stderr.count("\n") == 1
             assert words in done.stderr
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
