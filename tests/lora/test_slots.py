@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from families import make_gpt2, make_llama, make_tied
 from lorakit.errors import InputError
@@ -18,10 +19,8 @@ def factors(model: nn.Module, seed: int, *ranks: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     slots = AdapterSlots(model)
     found = {}
-    paths = [
-        p for p, m in model.named_modules() if type(m) is nn.Linear or "Conv1D" in repr(type(m))
-    ]
-    for at, path in enumerate(p for p in paths if "lm_head" not in p):
+    linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    for at, path in enumerate(p for p in linear if "lm_head" not in p):
         if r := ranks[at % len(ranks)]:
             d_out, d_in = _shape(slots.layer(path))
             A = torch.randn(r, d_in, generator=generator, dtype=torch.float64)
