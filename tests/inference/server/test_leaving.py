@@ -1,6 +1,5 @@
 """Ends before the end: clients that leave free their rows, a server that is told to end drains."""
 
-import os
 import re
 import signal
 import socket
@@ -18,6 +17,7 @@ from command import run_lorakit
 from served import Running, address, head, refused, until
 
 LONG: dict[str, Any] = {"model": "shop", "prompt": "hello", "max_tokens": 4000, "temperature": 0}
+LEFT = 'lorakit_requests_total{route="/v1/completions",status="499"}'
 
 
 def idle(server: Running) -> bool:
@@ -47,7 +47,7 @@ def test_a_client_that_leaves_while_it_waits_for_the_whole_frees_its_rows(
         until(lambda: server.engine.running() == choices)
     until(lambda: idle(server), 3)
     assert server.complete().status_code == 200
-    assert server.figure('lorakit_requests_total{route="/v1/completions",status="499"}') == 1
+    assert server.figure(LEFT) == 1
 
 
 def test_a_client_that_leaves_the_queue_gives_its_place_up(serve: Any) -> None:
@@ -59,6 +59,7 @@ def test_a_client_that_leaves_the_queue_gives_its_place_up(serve: Any) -> None:
         sock.sendall(head(len(body)) + body)
         until(lambda: server.engine.waiting() == 1)
         refused(server.complete(), 429)
+    until(lambda: server.figure(LEFT) == 1)
     with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as third:
         assert third.status_code == 200
     first.close()
@@ -202,4 +203,4 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
             assert done.stderr.startswith("error: ")
             assert done.stderr.count("\n") == 1
             assert words in done.stderr
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
