@@ -298,7 +298,7 @@ def test_a_hub_base_in_the_cache_is_checked_and_named_by_its_id(
         ({"host": "0.0.0.0"}, "can be reached from other machines: give --api-key"),
         ({"host": "server.example"}, "can be reached from other machines: give --api-key"),
         ({"host": "-x"}, "is no address"),
-        ({"api_key": ""}, "a key cannot be empty"),
+        ({"api_key": ""}, "--api-key must be printable ASCII"),
         ({"dtype": "float32"}, "not in float32: leave --dtype out"),
         ({"context_length": 513}, "positions for 512 tokens: give --context-length 512 or less"),
         ({"adapter_root": Path("a")}, "needs both --adapter-root and --admin-key"),
