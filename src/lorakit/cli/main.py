@@ -20,6 +20,7 @@ from lorakit.cli.diff import diff
 from lorakit.cli.eval import evaluate
 from lorakit.cli.export import export
 from lorakit.cli.extract import extract
+from lorakit.cli.generate import generate
 from lorakit.cli.hub import pull, push
 from lorakit.cli.import_adapter import import_adapter
 from lorakit.cli.inspect import inspect
@@ -52,6 +53,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)
+app.command()(generate)
 app.command()(serve)
 app.command()(merge)
 app.command()(export)

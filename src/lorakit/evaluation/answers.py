@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
-from lorakit.inference.sampling import Sampling, generate, generation_settings, prompt_tokens
+from lorakit.inference.sampling import generate, greedy_settings, prompt_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def generate_answers(
     Raises:
         InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
     """
-    settings = generation_settings(model, tokenizer, Sampling(max_new_tokens=max_new_tokens))
+    settings = greedy_settings(model, tokenizer, max_new_tokens)
     shown = tools or [()] * len(prompts)
     rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)

@@ -22,7 +22,6 @@ from transformers import (
 
 from lorakit.inference.sampling import Sampling
 
-
 _COLDEST = 1e-5
 """The temperature below which only the likeliest token is left; logits over less overflow."""
 _LARGEST = 1e30

@@ -21,7 +21,7 @@ from lorakit.inference.batch import Batch, ContinuousBatch
 from lorakit.inference.carries import why_not_carried
 from lorakit.inference.plain_batch import PlainBatch
 from lorakit.inference.pool import AdapterPool, Version
-from lorakit.inference.requests import Ticket
+from lorakit.inference.requests import Piece, Ticket
 from lorakit.inference.rows import Row
 from lorakit.inference.sampling import Sampling, end_tokens
 from lorakit.lora.slots import AdapterSlots, Factors
@@ -71,7 +71,13 @@ class Engine:
         known = fingerprint(model)
         self._slots = AdapterSlots(model)
         self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
-        self._batch = self._make_batch()
+        self._only_plain = why_not_carried(model)
+        if self._only_plain:
+            self.notices.append(
+                f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
+                "that begin together are written together, later ones wait for them"
+            )
+        self._batch = self._new_batch()
         self._used: dict[Version, None] = {}  # adapters in the slots, the latest used last
         self._queue: deque[tuple[Ticket, Version | None, Factors | None]] = deque()
         self._changed = Condition()
@@ -80,15 +86,10 @@ class Engine:
         self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
         self._thread.start()
 
-    def _make_batch(self) -> Batch:
-        reason = why_not_carried(self._model)
-        if not reason:
-            return ContinuousBatch(self._model, self._slots, self.max_rows, self.context_length)
-        self.notices.append(
-            f"{self.model_name} is computed by transformers' generate ({reason}): answers that "
-            "begin together are written together, later ones wait for them"
-        )
-        return PlainBatch(self._model, self._slots, self.max_rows)
+    def _new_batch(self) -> Batch:
+        if self._only_plain:
+            return PlainBatch(self._model, self._slots, self.max_rows)
+        return ContinuousBatch(self._model, self._slots, self.max_rows, self.context_length)
 
     # --- for those who ask ------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ class Engine:
                 done = not (self._queue or self._batch.rows)
                 if self._closing and (done or time.monotonic() > self._deadline):
                     break
+            self._let_go()
             self._admit()
             if self._batch.rows:
                 self._step()
@@ -184,28 +186,39 @@ class Engine:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             for row in rows:
                 row.finish("error", f"the model failed while answering: {reason}")
-            self._batch = self._make_batch()
+            self._batch = self._new_batch()
+
+    def _let_go(self) -> None:
+        """Ends requests that were cancelled while they waited, so that they take no room there."""
+        if not any(ticket.cancelled.is_set() for ticket, _, _ in list(self._queue)):
+            return
+        with self._changed:
+            waiting, self._queue = self._queue, deque()
+            for ticket, version, factors in waiting:
+                if ticket.cancelled.is_set():
+                    ticket.put(Piece(finish_reason="cancelled"))
+                else:
+                    self._queue.append((ticket, version, factors))
 
     def _admit(self) -> None:
         """Lets waiting requests join, in their order."""
         while self._queue and self._batch.has_room():
             ticket, version, factors = self._queue.popleft()
-            tokenizer = self.tokenizer
-            row = Row(ticket, version, factors, tokenizer, self._ends, self._model.device)
-            if ticket.cancelled.is_set():
-                row.finish("cancelled")
-                continue
             try:
-                self._bring(row, version)
+                self._bring(version, factors)
+                self._batch.add(self._row(ticket, version))
             except Exception as error:
-                row.finish("error", str(error).strip().partition("\n")[0])
-                continue
-            row.factors = None
-            self._batch.add(row)
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                ticket.put(Piece(finish_reason="error", error=reason))
 
-    def _bring(self, row: Row, version: Version | None) -> None:
-        """Puts the row's adapter into the slots, in the place of an idle one if they are full."""
+    def _row(self, ticket: Ticket, version: Version | None) -> Row:
         if version is None:
+            return Row(ticket, None, self.tokenizer, self._ends, self._model.device)
+        return Row(ticket, version, version.tokenizer, version.ends, self._model.device)
+
+    def _bring(self, version: Version | None, factors: Factors | None) -> None:
+        """Puts an adapter into the slots, in the place of an idle one if they are full."""
+        if version is None or factors is None:
             return
         if version not in self._slots:
             in_use = {row.adapter for row in self._batch.rows}
@@ -214,8 +227,7 @@ class Engine:
             for other in idle[: max(0, len(self._used) - self.max_rows + 1)]:
                 self._slots.remove(other)
                 del self._used[other]
-            assert row.factors is not None
-            self._slots.put(version, row.factors)
+            self._slots.put(version, factors)
         self._used.pop(version, None)
         self._used[version] = None
 
@@ -223,11 +235,9 @@ class Engine:
         for row in self._batch.rows:
             row.finish("cancelled")
         with self._changed:
-            left, self._queue = list(self._queue), deque()
-        for ticket, version, factors in left:
-            Row(ticket, version, factors, self.tokenizer, self._ends, self._model.device).finish(
-                "cancelled"
-            )
+            left, self._queue = self._queue, deque()
+        for ticket, _, _ in left:
+            ticket.put(Piece(finish_reason="cancelled"))
 
 
 def _context_length(model: PreTrainedModel, wanted: int | None) -> int:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.open import open_adapter, read_files
+from lorakit.adapters.updates import read_updates
 from lorakit.errors import InputError, listed
 from lorakit.inference.engine import POOL_BYTES, Engine
+from lorakit.inference.pool import require_text, why_not_beside
 from lorakit.models.load import load_model
 
 
@@ -55,10 +57,28 @@ def open_engine(
     return engine
 
 
+def open_with(
+    model: str | None, name: str, folder: Path, *, dtype: str | None = None, max_rows: int = 16
+) -> Engine:
+    """The engine for one adapter: beside its base, or merged into it where only that is possible.
+
+    Raises:
+        InputError: as `open_engine`.
+    """
+    file = read_updates(folder)
+    require_text(file)
+    reason = why_not_beside(file)
+    engine = open_engine(model, {name: folder}, dtype=dtype, max_rows=max_rows, merged=bool(reason))
+    if reason:
+        engine.notices.append(
+            f"{folder} {reason}, so it is merged into the base, which cannot answer without it"
+        )
+    return engine
+
+
 def _merged(model: str | None, name: str, folder: Path, dtype: str | None, options: dict) -> Engine:
+    require_text(read_updates(folder))
     opened = open_adapter(folder, base=model, dtype=dtype)
-    if opened.task_type != "CAUSAL_LM":
-        raise InputError(f"{folder} is for {opened.task_type}, and what is served writes text")
     plain = opened.model.merge_and_unload()
     engine = Engine(plain, opened.tokenizer, name, **options)
     engine.pool.closed_because = (

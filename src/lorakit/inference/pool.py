@@ -14,10 +14,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import TEMPLATE_NAME
-from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.derived import TEMPLATE_NAME, origin
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.inference.sampling import end_tokens
 from lorakit.lora.slots import AdapterSlots, Factors
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class Version:
     """One version of an adapter. Requests hold it for as long as they need it."""
 
     info: AdapterInfo
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    stamp: tuple[int, int] = (0, 0)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)  # with the adapter's chat template
+    ends: frozenset[int]  # tokens that end an answer
+    stamp: tuple[int, int]
 
 
 class AdapterPool:
@@ -103,17 +104,18 @@ class AdapterPool:
         if template.is_file():
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = template.read_text(encoding="utf-8")
+        ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(
             name,
             path,
             self._base_model,
             rank=max(A.shape[0] for A, _ in factors.values()),
             size=_size(factors),
-            notice=self._notice(path),
+            notice=self._notice(file),
         )
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
-            version = Version(replace(info, version=number), tokenizer, stamp)
+            version = Version(replace(info, version=number), tokenizer, ends, stamp)
             self._factors.pop(self._versions.get(name, version), None)
             self._versions[name] = version
             self._keep(version, factors)
@@ -183,9 +185,9 @@ class AdapterPool:
         Raises:
             InputError: it does not fit the base, or changes more than linear layers.
         """
+        require_text(file)
         file.require_updates()
-        reason = _obstacle(file)
-        if reason:
+        if reason := why_not_beside(file):
             raise InputError(
                 f"{file.folder} {reason}, which cannot be served beside other adapters: merge it "
                 "with lorakit merge and serve the result, or serve it alone with --merged"
@@ -205,19 +207,29 @@ class AdapterPool:
             raise InputError(f"{file.folder} does not fit {self._base_model}: {error}") from error
         return factors
 
-    def _notice(self, folder: Path) -> str:
-        record = read_manifest(folder)
-        expected = record.base_fingerprint if record else None
+    def _notice(self, file: AdapterFile) -> str:
+        expected = origin(file.folder, file.config).base_fingerprint
         if None in (expected, self._fingerprint) or expected == self._fingerprint:
             return ""
         return (
-            f"{folder} was trained on other weights than those of {self._base_model}: its answers "
-            "may be worse than when it was trained"
+            f"{file.folder} was trained on other weights than those of {self._base_model}: its "
+            "answers may be worse than when it was trained"
         )
 
 
-def _obstacle(file: AdapterFile) -> str:
-    """What the adapter has that is more than a product of two matrices beside a linear layer."""
+def require_text(file: AdapterFile) -> None:
+    """Raises InputError for an adapter of a model that does not write text."""
+    if file.config.task_type not in (None, "CAUSAL_LM"):
+        raise InputError(
+            f"{file.folder} is for {file.config.task_type} and cannot answer with text: score it "
+            "with lorakit eval"
+        )
+
+
+def why_not_beside(file: AdapterFile) -> str:
+    """Why the adapter cannot stand beside others, as it is more than products of two matrices
+    beside linear layers; empty where it can.
+    """
     if file.has_lengths:
         return "is a DoRA adapter"
     if file.config.bias != "none":

@@ -6,7 +6,7 @@ The engine's thread puts pieces in; one listener takes them out, a thread or a c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock
@@ -85,7 +85,7 @@ class Ticket:
                 except RuntimeError:
                     self.cancel()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Generator[Piece]:
         """The pieces until the answer ends. Who stops listening early cancels it."""
         ended = False
         try:

@@ -14,15 +14,12 @@ from lorakit.inference.text import AnswerText
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.lora.slots import Factors
-
 
 class Row:
     """A request in a batch.
 
     Attributes:
         adapter: the key of its adapter in the slots; None for the base alone.
-        factors: the adapter's, for when it is not in the slots.
         read: how many tokens of the prompt the model has seen.
         last: the newest token of the answer, which the model has not seen yet.
         new_tokens: how many tokens the answer has.
@@ -33,12 +30,11 @@ class Row:
         self,
         ticket: Ticket,
         adapter: Hashable | None,
-        factors: Factors | None,
         tokenizer: PreTrainedTokenizerBase,
         ends: frozenset[int],
         device: torch.device,
     ) -> None:
-        self.ticket, self.adapter, self.factors = ticket, adapter, factors
+        self.ticket, self.adapter = ticket, adapter
         self.prompt = ticket.prompt
         self.read = self.new_tokens = self.last = 0
         self.finished = False

@@ -97,28 +97,24 @@ class Sampling:
             raise InputError(f"logprobs must be 0 or more, not {self.logprobs}")
 
 
-def generation_settings(
-    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+def greedy_settings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """`sampling` as settings for `model.generate`, which end an answer at any of `end_tokens`."""
+    """Settings for `model.generate`: the likeliest tokens up to any of `end_tokens`.
+
+    Raises:
+        InputError: `max_new_tokens` is below 1.
+    """
     from transformers import GenerationConfig
 
     ends = end_tokens(model, tokenizer)
     own_pad = tokenizer.pad_token_id
-    settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+    return GenerationConfig(
+        max_new_tokens=Sampling(max_new_tokens=max_new_tokens).max_new_tokens,
         eos_token_id=ends or None,
         # Padding is masked, so any token will do.
         pad_token_id=own_pad if isinstance(own_pad, int) else (ends or [0])[0],
     )
-    if sampling.temperature > 0:
-        settings.update(
-            do_sample=True,
-            temperature=float(sampling.temperature),
-            top_p=float(sampling.top_p),
-            top_k=0,
-        )
-    return settings
 
 
 def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Tensor:

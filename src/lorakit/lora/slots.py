@@ -79,7 +79,9 @@ class AdapterSlots:
         try:
             return self.model.get_submodule(path)
         except AttributeError as error:
-            raise InputError(f"the base model has no module {path}") from error
+            raise InputError(
+                f"the base model has no module {path}: this is an adapter for another base model"
+            ) from error
 
     def require_fitting(self, factors: Factors) -> None:
         """Raises InputError where a module is missing, is no linear layer, or has another shape."""
@@ -90,10 +92,10 @@ class AdapterSlots:
                     f"{path} is a {type(layer).__name__}, and adapters are served beside linear "
                     "layers alone: merge this adapter (lorakit merge) and serve the result"
                 )
-            if (B.shape[0], A.shape[1]) != shape:
+            if (own := (B.shape[0], A.shape[1])) != shape:
                 raise InputError(
-                    f"{path} has the shape {shape} in the base model, and the adapter is for "
-                    f"{(B.shape[0], A.shape[1])}: it is another model's"
+                    f"{path} has the shape {shape} in the base model, and {own} here: this is an "
+                    "adapter for another base model"
                 )
 
     def put(self, key: Hashable, factors: Factors) -> None:

@@ -232,8 +232,7 @@ def test_paths_and_methods_that_are_not_there(served: Running) -> None:
         "/v1/completions/",
         "/docs",
         "/v1/embeddings",
-        "/page/none",
-        "/page/../v1/models",
+        "/page/no",
         "/%00",
     ):
         refused(served.http.get(path), 404)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import InputError
-from lorakit.inference.adapter_names import named_adapters
 from lorakit.inference.access import is_loopback
+from lorakit.inference.adapter_names import named_adapters
 from lorakit.inference.server.options import Limits, ServerOptions
 from served import Running, address, refused
 

@@ -10,7 +10,10 @@ export class Settings {
     this.form = form;
     this.button = button;
     this.summary = summary;
-    button.addEventListener("click", () => this.#open(form.hidden));
+    button.addEventListener("click", () => {
+      this.#open(form.hidden);
+      if (!form.hidden) form.elements.system.focus();
+    });
     this.#fill({ ...PRESET, ...recall("localStorage", "settings") });
     this.form.addEventListener("input", () => this.#changed());
     this.form.addEventListener("submit", (event) => event.preventDefault());
