@@ -431,7 +431,7 @@ def test_what_is_started_is_what_is_printed_even_with_hostile_names(
     values = {
         "model": str(hostile.relative_to(tmp_path)),
         "adapters": dict.fromkeys(HOSTILE, str(folder)),
-        "api_key": "s3cret key",
+        "api_key": "s3cret$key'",
         "workspace": str(tmp_path / "my $(copies)"),
     }
     call = [sys.executable, "-c", SERVE, json.dumps(values)]
@@ -451,13 +451,13 @@ def test_what_is_started_is_what_is_printed_even_with_hostile_names(
     assert started["pid"] == process.pid
     assert (stdout, stderr) == ("", dry.stdout)
     assert "s3cret" not in " ".join(started["argv"])
-    assert started["environment"]["VLLM_API_KEY"] == "s3cret key"
+    assert started["environment"]["VLLM_API_KEY"] == "s3cret$key'"
 
     record.unlink()
     line = subprocess.run(
         ["sh", "-c", dry.stdout],
         capture_output=True,
-        env={**surroundings, "VLLM_API_KEY": "s3cret key"},
+        env={**surroundings, "VLLM_API_KEY": "s3cret$key'"},
         **where,
     )
     assert line.returncode == 7, line.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lorakit.errors import did_you_mean
@@ -21,10 +21,10 @@ MAX_ITEMS = 4096
 
 Item = TypeVar("Item")
 # Checking holds everyone else up: a body of a million wrong things is refused at the first.
-Items = Annotated[list[Item], Field(max_length=MAX_ITEMS), FailFast()]
+Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1), FailFast()]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
@@ -142,7 +142,9 @@ class CompletionRequest(SamplingFields):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES), FailFast()]
+        | Annotated[
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+        ]
     )
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
