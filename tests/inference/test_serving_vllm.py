@@ -298,7 +298,7 @@ def test_a_hub_base_in_the_cache_is_checked_and_named_by_its_id(
         ({"host": "0.0.0.0"}, "can be reached from other machines: give --api-key"),
         ({"host": "server.example"}, "can be reached from other machines: give --api-key"),
         ({"host": "-x"}, "is no address"),
-        ({"api_key": ""}, "a key cannot be empty"),
+        ({"api_key": ""}, "--api-key must be printable ASCII"),
         ({"dtype": "float32"}, "not in float32: leave --dtype out"),
         ({"context_length": 513}, "positions for 512 tokens: give --context-length 512 or less"),
         ({"adapter_root": Path("a")}, "needs both --adapter-root and --admin-key"),
@@ -431,7 +431,7 @@ def test_what_is_started_is_what_is_printed_even_with_hostile_names(
     values = {
         "model": str(hostile.relative_to(tmp_path)),
         "adapters": dict.fromkeys(HOSTILE, str(folder)),
-        "api_key": "s3cret key",
+        "api_key": "s3cret$key'",
         "workspace": str(tmp_path / "my $(copies)"),
     }
     call = [sys.executable, "-c", SERVE, json.dumps(values)]
@@ -451,13 +451,13 @@ def test_what_is_started_is_what_is_printed_even_with_hostile_names(
     assert started["pid"] == process.pid
     assert (stdout, stderr) == ("", dry.stdout)
     assert "s3cret" not in " ".join(started["argv"])
-    assert started["environment"]["VLLM_API_KEY"] == "s3cret key"
+    assert started["environment"]["VLLM_API_KEY"] == "s3cret$key'"
 
     record.unlink()
     line = subprocess.run(
         ["sh", "-c", dry.stdout],
         capture_output=True,
-        env={**surroundings, "VLLM_API_KEY": "s3cret key"},
+        env={**surroundings, "VLLM_API_KEY": "s3cret$key'"},
         **where,
     )
     assert line.returncode == 7, line.stderr

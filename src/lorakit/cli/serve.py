@@ -127,7 +127,7 @@ def serve(
     opened = open_engine(
         model, named, dtype=dtype, max_rows=max_rows, context_length=context_length, merged=merged
     )
-    for notice in [*opened.notices, *(i.notice for i in opened.pool.infos() if i.notice)]:
+    for notice in opened.notices:
         typer.echo(notice, err=True)
     names = ", ".join(named) if named and not merged else ""
 

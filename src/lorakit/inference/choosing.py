@@ -22,6 +22,11 @@ from transformers import (
 
 from lorakit.inference.sampling import Sampling
 
+_COLDEST = 1e-5
+"""The temperature below which only the likeliest token is left; logits over less overflow."""
+_LARGEST = 1e30
+"""Where logits end that a tiny repetition penalty made large: over `_COLDEST` it is finite."""
+
 
 class Chooser:
     """Chooses the tokens of one answer."""
@@ -37,7 +42,7 @@ class Chooser:
         )
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature >= _COLDEST:
             self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k:
                 self._warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -64,7 +69,7 @@ class Chooser:
         """
         if self._repetition is not None:
             seen = torch.tensor([[*self._prompt, *self._counts]], device=self._device)
-            logits = self._repetition(seen, logits[None])[0]
+            logits = self._repetition(seen, logits[None])[0].clamp_(-_LARGEST, _LARGEST)
         if self._penalised and self._counts:
             ids = torch.tensor(list(self._counts), device=self._device)
             times = torch.tensor(list(self._counts.values()), device=self._device)

@@ -226,7 +226,15 @@ def test_what_the_template_refuses_is_a_bad_request(served: Running) -> None:
 
 
 def test_paths_and_methods_that_are_not_there(served: Running) -> None:
-    for path in ("/nope", "/v1/", "/v1/completions/", "/docs", "/v1/embeddings", "/%00"):
+    for path in (
+        "/nope",
+        "/v1/",
+        "/v1/completions/",
+        "/docs",
+        "/v1/embeddings",
+        "/page/no",
+        "/%00",
+    ):
         refused(served.http.get(path), 404)
     response = served.http.get(TEXTS)
     assert "Allow" in response.headers

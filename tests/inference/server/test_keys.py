@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from lorakit.errors import InputError
+from lorakit.inference.access import is_loopback
 from lorakit.inference.adapter_names import named_adapters
-from lorakit.inference.server.options import Limits, ServerOptions, is_loopback
+from lorakit.inference.server.options import Limits, ServerOptions
 from served import Running, address, refused
 
 TEXT = {"model": "shop", "prompt": "a", "max_tokens": 2}
@@ -94,6 +95,8 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         ServerOptions(api_key="k", admin_key="k")
     with pytest.raises(InputError, match="is not a folder"):
         ServerOptions(adapter_root=tmp_path / "none")
+    with pytest.raises(InputError, match="needs --admin-key"):
+        ServerOptions(adapter_root=tmp_path)
     with pytest.raises(InputError, match="--drain"):
         ServerOptions(drain=-1)
     for name in ("body_bytes", "requests", "connections", "request_seconds", "header_seconds"):

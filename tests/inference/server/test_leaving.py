@@ -17,6 +17,7 @@ from command import run_lorakit
 from served import Running, address, head, refused, until
 
 LONG: dict[str, Any] = {"model": "shop", "prompt": "hello", "max_tokens": 4000, "temperature": 0}
+LEFT = 'lorakit_requests_total{route="/v1/completions",status="499"}'
 
 
 def idle(server: Running) -> bool:
@@ -46,7 +47,7 @@ def test_a_client_that_leaves_while_it_waits_for_the_whole_frees_its_rows(
         until(lambda: server.engine.running() == choices)
     until(lambda: idle(server), 3)
     assert server.complete().status_code == 200
-    assert server.figure('lorakit_requests_total{route="/v1/completions",status="499"}') == 1
+    assert server.figure(LEFT) == 1
 
 
 def test_a_client_that_leaves_the_queue_gives_its_place_up(serve: Any) -> None:
@@ -58,6 +59,7 @@ def test_a_client_that_leaves_the_queue_gives_its_place_up(serve: Any) -> None:
         sock.sendall(head(len(body)) + body)
         until(lambda: server.engine.waiting() == 1)
         refused(server.complete(), 429)
+    until(lambda: server.figure(LEFT) == 1)
     with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as third:
         assert third.status_code == 200
     first.close()

@@ -119,7 +119,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     elif kind == UNKNOWN_FIELD:
         place.append(given["name"])
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)[1:]
-    where = param[:_SHOWN] or "the body"
+    param = param[:_SHOWN]
+    where = param or "the body"
     if kind == "missing":
         return bad_field(f"{where} is missing", param, "missing_required_parameter")
     if kind == UNKNOWN_FIELD:

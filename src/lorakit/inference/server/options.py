@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lorakit.errors import InputError
+from lorakit.inference.access import check_key, require_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +67,14 @@ class ServerOptions:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        _check_key("--api-key", self.api_key)
-        _check_key("--admin-key", self.admin_key)
-        if self.api_key is None and not is_loopback(self.host):
-            raise InputError(
-                f"{self.host} can be reached by others: give --api-key, or leave --host out to "
-                "serve this machine alone"
-            )
+        check_key("--api-key", self.api_key)
+        check_key("--admin-key", self.admin_key)
+        require_key(self.host, self.api_key)
         if self.admin_key is not None and self.admin_key == self.api_key:
             raise InputError("--admin-key must differ from --api-key: users would be admins")
         if self.adapter_root is not None and not self.adapter_root.is_dir():
             raise InputError(f"--adapter-root {self.adapter_root} is not a folder")
+        if self.adapter_root is not None and self.admin_key is None:
+            raise InputError("--adapter-root needs --admin-key, which loading adapters asks for")
         if not 0 <= self.drain < float("inf"):
             raise InputError(f"--drain must be 0 seconds or more, not {self.drain}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_key(option: str, key: str | None) -> None:
-    if key is not None and not re.fullmatch(r"[!-~]+", key):
-        raise InputError(f"{option} must be printable ASCII without spaces, and not empty")

@@ -6,7 +6,7 @@ the API's description says so. What is accepted and changes no answer stands und
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,10 +17,14 @@ from lorakit.inference.server.errors import UNKNOWN_FIELD
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_ITEMS = 4096
 
+Item = TypeVar("Item")
+# Checking holds everyone else up: a body of a million wrong things is refused at the first.
+Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
@@ -138,7 +142,9 @@ class CompletionRequest(SamplingFields):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+        ]
     )
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -198,9 +204,9 @@ class ChatMessage(Payload):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     # What clients send back with an earlier answer.
     refusal: None = None
@@ -261,16 +267,16 @@ class ChatRequest(SamplingFields):
     `tools` are shown to the model by its template; what it writes comes as text, calls too.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     prediction: NoEntries = None
     audio: None = None
     functions: Nothing = None

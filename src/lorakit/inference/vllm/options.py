@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.errors import InputError, listed
+from lorakit.inference.access import check_key, require_key
 
 DTYPES = ("auto", "bfloat16", "float16")
 
@@ -47,12 +47,9 @@ def require_sound(options: VllmOptions) -> None:
             f"vLLM computes adapters in {listed(DTYPES[1:])}, not in {options.dtype}: leave "
             "--dtype out, or serve with --engine lorakit"
         )
-    if "" in (options.api_key, options.admin_key):
-        raise InputError("a key cannot be empty")
-    if options.api_key is None and not is_local(options.host):
-        raise InputError(
-            f"--host {options.host} can be reached from other machines: give --api-key too"
-        )
+    check_key("--api-key", options.api_key)
+    check_key("--admin-key", options.admin_key)
+    require_key(options.host, options.api_key)
     if (options.adapter_root is None) != (options.admin_key is None):
         raise InputError("loading adapters later needs both --adapter-root and --admin-key")
     if options.adapter_root is not None and options.api_key is None:
@@ -60,11 +57,3 @@ def require_sound(options: VllmOptions) -> None:
             "vLLM has one key, which guards loading adapters too: give --api-key beside "
             "--adapter-root"
         )
-
-
-def is_local(host: str) -> bool:
-    """Whether the address is reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
