@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.errors import InputError, listed
+from lorakit.inference.server.options import is_loopback
 
 DTYPES = ("auto", "bfloat16", "float16")
 
@@ -49,7 +49,7 @@ def require_sound(options: VllmOptions) -> None:
         )
     if "" in (options.api_key, options.admin_key):
         raise InputError("a key cannot be empty")
-    if options.api_key is None and not is_local(options.host):
+    if options.api_key is None and not is_loopback(options.host):
         raise InputError(
             f"--host {options.host} can be reached from other machines: give --api-key too"
         )
@@ -60,11 +60,3 @@ def require_sound(options: VllmOptions) -> None:
             "vLLM has one key, which guards loading adapters too: give --api-key beside "
             "--adapter-root"
         )
-
-
-def is_local(host: str) -> bool:
-    """Whether the address is reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -35,7 +35,8 @@ from lorakit.inference.vllm.base import (
     require_lora,
     slot_bytes,
 )
-from lorakit.inference.vllm.options import VllmOptions, is_local, require_sound
+from lorakit.inference.server.options import is_loopback
+from lorakit.inference.vllm.options import VllmOptions, require_sound
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.bundled import home
@@ -275,7 +276,7 @@ def _environment(options: VllmOptions, notices: list[str]) -> dict[str, str]:
         environment["VLLM_API_KEY"] = options.api_key
         notices.append(
             "vLLM asks for the key under /v1 only: let a proxy pass nothing else to other machines"
-            if not is_local(options.host)
+            if not is_loopback(options.host)
             else "vLLM asks for the key under /v1 only"
         )
     elif os.environ.get("VLLM_API_KEY"):
