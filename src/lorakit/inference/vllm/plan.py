@@ -24,6 +24,7 @@ from lorakit.adapters.export.vllm import (
     write_copy,
 )
 from lorakit.errors import InputError, listed, one_line
+from lorakit.inference.server.options import is_loopback
 from lorakit.inference.vllm.base import (
     Base,
     blank,
@@ -35,7 +36,6 @@ from lorakit.inference.vllm.base import (
     require_lora,
     slot_bytes,
 )
-from lorakit.inference.server.options import is_loopback
 from lorakit.inference.vllm.options import VllmOptions, require_sound
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
