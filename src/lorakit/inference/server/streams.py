@@ -87,9 +87,7 @@ async def _events(
         if closing is not None:
             yield event(closing())
     except ApiError as error:  # the status is out already
-        yield event(
-            error_content(error.status_code, error.detail, error.code or str(error.status_code))
-        )
+        yield event(error_content(error.status_code, error.detail, str(error.status_code)))
     yield _DONE
 
 
