@@ -77,7 +77,7 @@ def test_many_clients_that_leave_at_once_leave_nothing_behind(serve: Any) -> Non
         for sock in socks:
             sock.close()
     until(lambda: idle(server), 5)
-    assert not server.server._desk.busy
+    until(lambda: server.server._desk.inside == 0)
     assert server.complete().status_code == 200
 
 
@@ -134,14 +134,16 @@ def test_on_sigterm_running_answers_finish_and_new_requests_are_refused(start: A
     process = start("--drain", "60")
     with httpx.Client(base_url=process.url, timeout=60) as client:
         body = {**LONG, "max_tokens": 1500, "stream": True}
-        with client.stream("POST", "/v1/completions", json=body) as stream:
+        with (
+            client.stream("POST", "/v1/completions", json=body) as stream,
+            httpx.Client(base_url=process.url, timeout=60) as late,
+        ):
             lines = stream.iter_lines()
             next(lines)
             process.process.send_signal(signal.SIGTERM)
-            with httpx.Client(base_url=process.url, timeout=60) as late:
-                until(lambda: late.get("/health").status_code == 503)
-                error = refused(late.post("/v1/completions", json=LONG), 503)
-                assert error["code"] == "shutdown"
+            until(lambda: late.get("/health").status_code == 503)
+            error = refused(late.post("/v1/completions", json=LONG), 503)
+            assert error["code"] == "shutdown"
             events = [line for line in lines if line]
     assert events[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in events[-2]
@@ -165,11 +167,12 @@ def test_a_second_signal_ends_at_once(start: Any) -> None:
     process = start("--drain", "60")
     with (
         httpx.Client(base_url=process.url, timeout=60) as client,
-        client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream,
+        client.stream("POST", "/v1/completions", json={**LONG, "n": 4, "stream": True}) as stream,
+        httpx.Client(base_url=process.url, timeout=60) as late,
     ):
         next(stream.iter_lines())
         process.process.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(f"{process.url}/health").status_code == 503)
+        until(lambda: late.get("/health").status_code == 503)
         started = time.monotonic()
         process.process.send_signal(signal.SIGTERM)
         assert process.end()[0] == 0

@@ -37,9 +37,14 @@ class Shelf:
             cards.append(self._card(info.name, str(info.folder), base, created))
         return {"object": "list", "data": cards}
 
-    def model(self, name: str) -> ModelCard | None:
-        """The model of this name, if there is one."""
-        return next((card for card in self.models()["data"] if card["id"] == name), None)
+    def model(self, name: str) -> ModelCard:
+        """The model of this name.
+
+        Raises:
+            ApiError: 404, there is none.
+        """
+        adapter_named(self._engine, name)
+        return next(card for card in self.models()["data"] if card["id"] == name)
 
     async def load(self, asked: LoadAdapterRequest) -> str:
         """Loads an adapter, or a new version of one, and says so.
@@ -57,10 +62,10 @@ class Shelf:
         except InputError as error:
             raise bad_field(str(error), "lora_name") from error
         async with self._one_at_a_time:
-            there = self.model(name)
-            if there is not None and there["parent"] is None:
+            if name == self._engine.model_name:
                 raise bad_field(f"'{name}' is the base model's name", "lora_name")
-            if there is not None and not asked.load_inplace:
+            there = any(info.name == name for info in self._engine.pool.infos())
+            if there and not asked.load_inplace:
                 raise bad_field(
                     f"the adapter '{name}' is loaded already: unload it first, or give "
                     "load_inplace: true to replace it",
@@ -105,6 +110,21 @@ class Shelf:
             "parent": parent,
             "max_model_len": self._engine.context_length,
         }
+
+
+def adapter_named(engine: Engine, model: str) -> str | None:
+    """The adapter that a request means by `model`; None for the base.
+
+    Raises:
+        ApiError: 404, it is neither.
+    """
+    if model == engine.model_name:
+        return None
+    try:
+        engine.pool.version(model)
+    except InputError as error:
+        raise ApiError(404, str(error), code="model_not_found", param="model") from error
+    return model
 
 
 def folder_below(root: Path, wanted: str) -> Path:

@@ -12,8 +12,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from lorakit.errors import InputError
 from lorakit.inference.engine import Engine
 from lorakit.inference.requests import ChosenToken, Piece, Ticket
+from lorakit.inference.server.adapters import adapter_named
 from lorakit.inference.server.errors import ApiError, bad_field
 from lorakit.inference.server.metrics import Metrics
 from lorakit.inference.server.options import Limits
@@ -157,18 +159,16 @@ class Desk:
 
     Attributes:
         draining: whether the server ends and takes nothing new.
+        inside: how many requests are under way, from their head to the end of the reply.
     """
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
         self.engine, self.limits, self.metrics = engine, limits, metrics
         self.draining = False
+        self.inside = 0
+        self._stopped: ApiError | None = None
         self._open: set[Answers] = set()
         self._rows = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether any answer is under way."""
-        return bool(self._open)
 
     async def hand_in(
         self, prompts: Sequence[Sequence[int]], adapter: str | None, asked: SamplingFields
@@ -176,7 +176,8 @@ class Desk:
         """Hands `asked.choices` requests a prompt to the engine.
 
         Raises:
-            ApiError: 400 when a prompt does not fit the context, 429 when too much waits.
+            ApiError: 400 when a prompt does not fit the context, 404 when the adapter was unloaded
+                meanwhile, 429 when too much waits.
             InputError: the engine refuses one.
         """
         limits = [self._token_limit(prompt, asked.token_limit) for prompt in prompts]
@@ -210,13 +211,17 @@ class Desk:
             # An adapter that is not in memory is read when it is asked for, which takes a while.
             at_once = adapter is None or adapter in self._in_memory()
             tickets = submit() if at_once else await asyncio.to_thread(submit)
-        except BaseException:
+        except BaseException as error:
             self._rows -= rows
+            if isinstance(error, InputError) and adapter is not None:
+                adapter_named(self.engine, adapter)  # it may have been unloaded meanwhile
             raise
         tokens = sum(map(len, prompts))
         self.metrics.prompt_tokens.inc(tokens)
         answers = Answers(self, tickets, tokens, self.limits.request_seconds)
         self._open.add(answers)
+        if self._stopped is not None:  # meanwhile
+            answers.cut(self._stopped)
         return answers
 
     def forget(self, answers: Answers) -> None:
@@ -226,9 +231,10 @@ class Desk:
             self._rows -= len(answers)
 
     def stop(self) -> None:
-        """Cuts off what is under way: the server ends."""
+        """Cuts off what is under way, and what still comes: the server ends."""
+        self._stopped = ApiError(503, "the server ends before this answer", code="shutdown")
         for answers in list(self._open):
-            answers.cut(ApiError(503, "the server ends before this answer", code="shutdown"))
+            answers.cut(self._stopped)
 
     def _in_memory(self) -> set[str]:
         return {info.name for info in self.engine.pool.infos() if info.loaded}

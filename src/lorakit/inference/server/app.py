@@ -142,11 +142,7 @@ def create_app(
     )
     async def model(model: str) -> ModelCard:
         """One of them."""
-        card = shelf.model(model)
-        if card is None:
-            prompts.adapter(model)  # raises, and names the nearest
-            raise ApiError(404, f"there is no model '{model[:200]}'", code="model_not_found")
-        return card
+        return shelf.model(model)
 
     @router.post(
         "/v1/load_lora_adapter",

@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from lorakit.inference.requests import ChosenToken, Piece, TokenLogprob
+from lorakit.inference.server.adapters import adapter_named
 from lorakit.inference.server.answers import Answer, Desk, finish_reason
 from lorakit.inference.server.payloads import ChatRequest
 from lorakit.inference.server.prompts import Prompts
@@ -31,7 +32,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = prompts.adapter(asked.model)
+    adapter = adapter_named(desk.engine, asked.model)
     prompt = await prompts.of_chat(adapter, asked)
     answers = await desk.hand_in([prompt], adapter, asked)
     ident, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())

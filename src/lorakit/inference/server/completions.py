@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from lorakit.inference.requests import ChosenToken, Piece
+from lorakit.inference.server.adapters import adapter_named
 from lorakit.inference.server.answers import Answer, Desk, finish_reason
 from lorakit.inference.server.chat import finite
 from lorakit.inference.server.payloads import CompletionRequest
@@ -26,7 +27,7 @@ async def complete(
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = prompts.adapter(asked.model)
+    adapter = adapter_named(desk.engine, asked.model)
     tokens = await prompts.of_texts(adapter, asked.prompts())
     answers = await desk.hand_in(tokens, adapter, asked)
     ident, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())

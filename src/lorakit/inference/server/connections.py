@@ -23,6 +23,7 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
     class Connection(H11Protocol):
         _reading: asyncio.TimerHandle | None = None
         _writing: asyncio.TimerHandle | None = None
+        _closing: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -40,6 +41,8 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_expecting()
             self.resume_writing()
+            if self._closing is not None:
+                self._closing.cancel()
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
@@ -52,6 +55,15 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
             if self._writing is not None:
                 self._writing.cancel()
                 self._writing = None
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.transport.is_closing():
+                self._close()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._close()
 
         def send_400_response(self, msg: str) -> None:
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -67,7 +79,7 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
                     h11.EndOfMessage(),
                 ):
                     self.transport.write(self.conn.send(event) or b"")
-            self.transport.close()
+            self._close()
 
         def _in_request(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
@@ -83,7 +95,13 @@ def connection_class(limits: Limits) -> type[asyncio.Protocol]:
         def _head_is_late(self) -> None:
             self._reading = None
             if not self._in_request():
-                self.transport.close()
+                self._close()
+
+        def _close(self) -> None:
+            # A closed transport waits for its last bytes to be taken, however long that is.
+            self.transport.close()
+            if self._closing is None:
+                self._closing = self.loop.call_later(limits.write_seconds, self.transport.abort)
 
     return Connection
 

@@ -25,6 +25,9 @@ _TYPES = {
 UNKNOWN_FIELD = "unknown_field"
 """pydantic's type of the error for a field that no payload has; its context has the `name`."""
 
+CLIENT_LEFT = 499
+"""The status, for the figures alone, of what nobody waits for any more."""
+
 _SHOWN = 1000
 
 

@@ -11,7 +11,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.inference.server.answers import Desk
-from lorakit.inference.server.errors import ApiError, error_response
+from lorakit.inference.server.errors import CLIENT_LEFT, ApiError, error_response
 from lorakit.inference.server.keys import Keys
 
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
@@ -36,14 +36,13 @@ class Gate:
 
     def __init__(self, app: ASGIApp, desk: Desk, keys: Keys) -> None:
         self._app, self._desk, self._keys = app, desk, keys
-        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         route = _route(scope["path"])
-        status = 500  # of what raises without an answer
+        status = CLIENT_LEFT  # unless something is answered
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -57,11 +56,14 @@ class Gate:
             except ApiError as error:
                 await error_response(error)(scope, receive, noted)
                 return
-            self._inside += 1
+            self._desk.inside += 1
             try:
                 await self._enter(scope, receive, noted)
             finally:
-                self._inside -= 1
+                self._desk.inside -= 1
+        except Exception:
+            status = 500
+            raise
         finally:
             self._desk.metrics.requests.labels(route, str(status)).inc()
 
@@ -76,7 +78,7 @@ class Gate:
         if route not in _WITHOUT_KEY:
             self._keys.check(scope["headers"], admin=route in ADMIN_ROUTES)
         limit = self._desk.limits.requests
-        if self._inside >= limit and route not in _ALWAYS:
+        if self._desk.inside >= limit and route not in _ALWAYS:
             raise ApiError(
                 429,
                 f"{limit} requests are under way, and no more are taken at once: ask again later",

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from lorakit.errors import did_you_mean, listed
 from lorakit.inference.engine import Engine
 from lorakit.inference.sampling import prompt_tokens
-from lorakit.inference.server.errors import ApiError, bad_field
+from lorakit.inference.server.errors import bad_field
 from lorakit.inference.server.payloads import ChatRequest
 
 
@@ -24,26 +23,6 @@ class Prompts:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, "lorakit-prompts")
-
-    def adapter(self, model: str) -> str | None:
-        """The adapter that `model` names; None for the base.
-
-        Raises:
-            ApiError: 404, it is neither.
-        """
-        if model == self._engine.model_name:
-            return None
-        names = [info.name for info in self._engine.pool.infos()]
-        if model in names:
-            return model
-        known = [self._engine.model_name, *names]
-        raise ApiError(
-            404,
-            f"there is no model '{model[:200]}'{did_you_mean(model, known)}; there are: "
-            f"{listed(known)}",
-            code="model_not_found",
-            param="model",
-        )
 
     async def of_chat(self, adapter: str | None, asked: ChatRequest) -> list[int]:
         """The conversation in the template of the adapter, up to where the answer begins.

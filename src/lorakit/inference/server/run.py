@@ -122,9 +122,9 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def _quiet(self, seconds: float) -> bool:
-        """Whether all answers end within so many seconds."""
+        """Whether all requests end within so many seconds."""
         until = time.monotonic() + seconds
-        while self._desk.busy:
+        while self._desk.inside:
             if time.monotonic() >= until:
                 return False
             await asyncio.sleep(0.05)

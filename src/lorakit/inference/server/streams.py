@@ -13,10 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.inference.requests import Piece
 from lorakit.inference.server.answers import Answer, Answers
-from lorakit.inference.server.errors import ApiError, error_content
+from lorakit.inference.server.errors import CLIENT_LEFT, ApiError, error_content
 from lorakit.inference.server.replies import event
 
-_CLIENT_LEFT = 499  # for the metrics; nobody reads it
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -33,7 +32,7 @@ async def whole_response(
     try:
         await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            return Response(status_code=_CLIENT_LEFT)
+            return Response(status_code=CLIENT_LEFT)
         return JSONResponse(content(work.result()))
     finally:
         answers.close()
