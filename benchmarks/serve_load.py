@@ -75,7 +75,7 @@ async def stream(
         async for line in reply.aiter_lines():
             if line.startswith('data: {"error"'):
                 return "error event"
-            if not line.startswith("data: {") or '"content"' not in line:
+            if '"content":"' not in line or '"content":""' in line:
                 continue
             now = time.monotonic()
             (seen.between if events else seen.first).append(now - before)
