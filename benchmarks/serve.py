@@ -27,13 +27,14 @@ import torch
 from transformers import GenerationConfig
 
 import lorakit
+from benchmarks.combine import make
 from lorakit.inference.engine import Engine
 from lorakit.inference.open import open_engine
-from lorakit.inference.sampling import Sampling, generate, prompt_tokens
+from lorakit.inference.sampling import Sampling, generate, pad_left, prompt_tokens
 from lorakit.inference.server.options import Limits, ServerOptions
 from lorakit.inference.server.run import listen, make_server
+from lorakit.models.bundled import ALIAS as MODEL
 
-MODEL = "smollm2-135m-instruct"
 QUESTIONS = [
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -46,17 +47,9 @@ QUESTIONS = [
 ]
 
 
-def save_adapters(folder: Path, count: int = 8) -> list[Path]:
-    """Random adapters of rank 16 on all linear layers, made once."""
-    folders = [folder / f"a{i}" for i in range(count)]
-    for seed, path in enumerate(folders):
-        if path.is_dir():
-            continue
-        torch.manual_seed(seed)
-        model, _ = lorakit.load_model(MODEL, "bfloat16")
-        config = lorakit.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-        lorakit.get_peft_model(model, config).save_pretrained(path)
-    return folders
+def save_adapters(folder: Path) -> list[Path]:
+    """Eight random adapters of rank 16 on all linear layers, made once."""
+    return make(folder, 8, 16)
 
 
 @contextmanager
@@ -70,13 +63,7 @@ def endless() -> Iterator[None]:
 
 
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return dict(zip(("input_ids", "attention_mask"), pad_left(rows, 0), strict=True))
 
 
 class Sides:

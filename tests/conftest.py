@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from browsers import started_browser
-from tiny import save_tiny_model
+from tiny import make_attentive, save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +27,7 @@ def tokenizer(tiny_model: Path) -> Any:
 def attentive_model(tiny_model: Path) -> Any:
     """The tiny model with its weights scaled up, so that answers depend on every token."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)  # as initialised, its attention is almost uniform
+    make_attentive(model)
     return model
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lorakit.inference.engine import Engine
 from lorakit.inference.open import open_engine
 from random_adapters import make_adapter
-from tiny import save_tiny_model
+from tiny import make_attentive, save_tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "shop": {"r": 4},
@@ -30,10 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with its weights scaled up, so that answers depend on every token."""
     folder = save_tiny_model(tmp_path_factory.mktemp("attentive"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
+    make_attentive(model)
     model.save_pretrained(folder)
     return folder
 

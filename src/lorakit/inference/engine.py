@@ -183,9 +183,8 @@ class Engine:
             self._batch.step()
         except Exception as error:
             # What one row's request broke cannot be told, and the engine goes on for the next.
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             for row in rows:
-                row.finish("error", f"the model failed while answering: {reason}")
+                row.finish("error", f"the model failed while answering: {_reason(error)}")
             self._batch = self._new_batch()
 
     def _let_go(self) -> None:
@@ -208,8 +207,7 @@ class Engine:
                 self._bring(version, factors)
                 self._batch.add(self._row(ticket, version))
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                ticket.put(Piece(finish_reason="error", error=reason))
+                ticket.put(Piece(finish_reason="error", error=_reason(error)))
 
     def _row(self, ticket: Ticket, version: Version | None) -> Row:
         if version is None:
@@ -238,6 +236,11 @@ class Engine:
             left, self._queue = self._queue, deque()
         for ticket, _, _ in left:
             ticket.put(Piece(finish_reason="cancelled"))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _context_length(model: PreTrainedModel, wanted: int | None) -> int:

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from lorakit.inference.rows import Row
-from lorakit.inference.sampling import generate
+from lorakit.inference.sampling import generate, pad_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,12 +38,7 @@ class PlainBatch:
     def step(self) -> None:
         """Writes the answers of all rows to their ends."""
         rows = self.rows
-        longest = max(len(row.prompt) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
-            mask[i, longest - len(row.prompt) :] = 1
+        ids, mask = pad_left([row.prompt for row in rows], 0)
         self._slots.use([row.adapter for row in rows])
         settings = GenerationConfig(
             max_new_tokens=max(row.ticket.sampling.max_new_tokens for row in rows), pad_token_id=0

@@ -14,16 +14,15 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import TEMPLATE_NAME, origin
+from lorakit.adapters.derived import origin, other_weights, read_template
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.inference.sampling import end_tokens
+from lorakit.lora.checkpoint import WEIGHTS_NAME
 from lorakit.lora.slots import AdapterSlots, Factors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_STAMPED = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,10 @@ class AdapterPool:
         stamp = _stamp(path)
         file = read_updates(path)
         factors = self._check(file)
-        template = path / TEMPLATE_NAME
         tokenizer = self._tokenizer
-        if template.is_file():
+        if (template := read_template(path)) is not None:
             tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.chat_template = template
         ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(
             name,
@@ -136,6 +134,11 @@ class AdapterPool:
         """All adapters, in the order of their registration."""
         with self._lock:
             return [replace(v.info, loaded=v in self._factors) for v in self._versions.values()]
+
+    def holds(self, name: str) -> bool:
+        """Whether the adapter `name` is in memory."""
+        with self._lock:
+            return self._versions.get(name) in self._factors
 
     def version(self, name: str) -> Version:
         """The version in force of the adapter `name`.
@@ -211,10 +214,7 @@ class AdapterPool:
         expected = origin(file.folder, file.config).base_fingerprint
         if None in (expected, self._fingerprint) or expected == self._fingerprint:
             return ""
-        return (
-            f"{file.folder} was trained on other weights than those of {self._base_model}: its "
-            "answers may be worse than when it was trained"
-        )
+        return other_weights(file.folder, self._base_model)
 
 
 def require_text(file: AdapterFile) -> None:
@@ -248,7 +248,7 @@ def why_not_beside(file: AdapterFile) -> str:
 def _stamp(folder: Path) -> tuple[int, int]:
     """When an adapter's weights were written, and their size: changed files show in these."""
     try:
-        found = (folder / _STAMPED).stat()
+        found = (folder / WEIGHTS_NAME).stat()
     except OSError:
         return (0, 0)
     return found.st_mtime_ns, found.st_size

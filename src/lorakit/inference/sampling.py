@@ -117,6 +117,16 @@ def greedy_settings(
     )
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each int64 of shape (len(rows), longest row)."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return input_ids, mask
+
+
 def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Tensor:
     """`model.generate` by `settings` and nothing else: (batch, prompt + answer) token ids.
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorakit.inference.server.options import Limits, ServerOptions
 from random_adapters import make_adapter
 from served import Running, running
+from tiny import make_attentive
 
 Serve = Callable[..., Running]
 
@@ -25,10 +26,8 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model.config.max_position_embeddings = 4096
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    make_attentive(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)  # as initialised, its attention is almost uniform
         model.lm_head.weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

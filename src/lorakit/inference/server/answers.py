@@ -209,7 +209,7 @@ class Desk:
         self._rows += rows
         try:
             # An adapter that is not in memory is read when it is asked for, which takes a while.
-            at_once = adapter is None or adapter in self._in_memory()
+            at_once = adapter is None or self.engine.pool.holds(adapter)
             tickets = submit() if at_once else await asyncio.to_thread(submit)
         except BaseException as error:
             self._rows -= rows
@@ -235,9 +235,6 @@ class Desk:
         self._stopped = ApiError(503, "the server ends before this answer", code="shutdown")
         for answers in list(self._open):
             answers.cut(self._stopped)
-
-    def _in_memory(self) -> set[str]:
-        return {info.name for info in self.engine.pool.infos() if info.loaded}
 
     def _token_limit(self, prompt: Sequence[int], wanted: int | None) -> int:
         """How many tokens an answer to `prompt` may have.

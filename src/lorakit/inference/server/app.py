@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -85,9 +84,7 @@ class _StrictRoute(APIRoute):
         return strictly
 
 
-def create_app(
-    engine: Engine, options: ServerOptions, page_folder: Path = page.FOLDER
-) -> tuple[FastAPI, Desk]:
+def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     """The application over `engine`, and the desk where its requests lie."""
     metrics = Metrics(engine)
     desk = Desk(engine, options.limits, metrics)
@@ -182,8 +179,7 @@ def create_app(
         return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
     app.include_router(router)
-    if page_folder.is_dir():
-        page.install(app, page_folder)
+    page.install(app)
     return app, desk
 
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-FOLDER = Path(__file__).parent.parent / "page"
+_FOLDER = Path(__file__).parent.parent / "page"
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -23,14 +23,14 @@ HEADERS = {
 }
 
 
-def install(app: FastAPI, folder: Path = FOLDER) -> None:
-    """Has `app` serve `folder`: its index.html at `/`, all files below `/page/`."""
+def install(app: FastAPI) -> None:
+    """Has `app` serve the page: index.html at `/`, all files below `/page/`."""
 
     @app.get("/", include_in_schema=False)
     async def index() -> FileResponse:
-        return FileResponse(folder / "index.html", headers=HEADERS)
+        return FileResponse(_FOLDER / "index.html", headers=HEADERS)
 
-    app.mount("/page", _Files(directory=folder))
+    app.mount("/page", _Files(directory=_FOLDER))
 
 
 class _Files(StaticFiles):

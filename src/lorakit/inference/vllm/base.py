@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.derived import TEMPLATE_NAME
+from lorakit.adapters.derived import read_template
 from lorakit.errors import InputError, listed
 from lorakit.models.names import ALIASES, resolve
 
@@ -151,19 +151,12 @@ def require_context(length: int, model: Any, base: Base) -> None:
 
 def fingerprint(base: Base, model: Any) -> str | None:
     """The fingerprint of the base's weights in its files, None where these do not tell."""
-    from lorakit.models.fingerprint import fingerprint_of_files
-    from lorakit.models.shards import ShardReader, all_tensors, read_shards
-    from lorakit.models.skeleton import file_names
+    from lorakit.models.fingerprint import fingerprint_of_skeleton
+    from lorakit.models.shards import all_tensors, read_shards
 
     if base.folder is None or not any(base.folder.glob("*.safetensors")):
         return None  # the cache may hold a hub model's configuration alone
-    tensors = all_tensors(read_shards(base.folder))
-    stored = file_names(model, tensors).stored
-    names = [name for name, _ in model.named_parameters()]
-    if not stored.keys() >= set(names):
-        return None
-    with ShardReader(tensor.path for tensor in tensors.values()) as reader:
-        return fingerprint_of_files({name: tensors[stored[name]] for name in names}, reader)
+    return fingerprint_of_skeleton(model, all_tensors(read_shards(base.folder)))
 
 
 def slot_bytes(model: nn.Module, rank: int) -> int:
@@ -183,9 +176,8 @@ def own_template(base: Base) -> str | None:
     """The base's own chat template, None where there is none or it is not here."""
     if base.folder is None:
         return None
-    file = base.folder / TEMPLATE_NAME
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if (template := read_template(base.folder)) is not None:
+        return template
     tokenizer = base.folder / "tokenizer_config.json"
     template = _json(tokenizer).get("chat_template") if tokenizer.is_file() else None
     return template if isinstance(template, str) else None

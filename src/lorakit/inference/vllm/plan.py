@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.derived import TEMPLATE_NAME, Origin, origin, sha256
+from lorakit.adapters.derived import (
+    TEMPLATE_NAME,
+    Origin,
+    origin,
+    other_weights,
+    read_template,
+    sha256,
+)
 from lorakit.adapters.export.vllm import (
     EMBEDDINGS,
     Servable,
@@ -158,10 +165,7 @@ def _other_weights(origins: Mapping[str, Origin], base: Base, model: Any | None)
     for name, found in origins.items():
         if own is not None and found.base_fingerprint is not None:
             if found.base_fingerprint != own:
-                notices.append(
-                    f"{name} was trained on other weights than those of {base.name}: its answers "
-                    "may be worse than when it was trained"
-                )
+                notices.append(other_weights(name, base.name))
         elif found.base_model is not None and not _same(found.base_model, base):
             notices.append(
                 f"{name} was trained on {found.base_model}: its answers are right only if "
@@ -191,12 +195,12 @@ def _template(servables: Mapping[str, Servable], base: Base, notices: list[str])
     found: dict[str | None, str] = {}
     files: dict[str | None, Path] = {}
     for name, servable in servables.items():
-        file = servable.folder / TEMPLATE_NAME
-        text = file.read_text(encoding="utf-8") if file.is_file() else own
+        trained_with = read_template(servable.folder)
+        text = own if trained_with is None else trained_with
         text = text and text.strip()
         found.setdefault(text, name)
-        if file.is_file():
-            files.setdefault(text, file.absolute())
+        if trained_with is not None:
+            files.setdefault(text, (servable.folder / TEMPLATE_NAME).absolute())
     if len(found) > 1:
         one, other, *_ = found.values()
         raise InputError(
