@@ -52,6 +52,19 @@ _REASONS = {
     503: "The server ends, or the engine failed.",
 }
 
+_TEXT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+_STREAMED = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "A chunk, or [DONE]."}},
+            "required": ["data"],
+        }
+    }
+}
+
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
@@ -110,12 +123,11 @@ def create_app(
     key = Security(HTTPBearer(auto_error=False, scheme_name="API key"))
     admin_key = Security(HTTPBearer(auto_error=False, scheme_name="Admin key"))
     router = APIRouter(route_class=_StrictRoute)
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
 
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: {"content": streamed}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
         dependencies=[key],
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
@@ -125,7 +137,7 @@ def create_app(
     @router.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: {"content": streamed}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
         dependencies=[key],
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
@@ -146,8 +158,8 @@ def create_app(
 
     @router.post(
         "/v1/load_lora_adapter",
-        response_class=PlainTextResponse,
-        responses=_errors(400, 401, 403, 408, 413, 429, 503),
+        response_class=Response,  # a class with a type would give it to the errors too
+        responses=_TEXT | _errors(400, 401, 403, 408, 413, 429, 503),
         dependencies=[admin_key],
     )
     async def load_lora_adapter(asked: LoadAdapterRequest) -> PlainTextResponse:
@@ -156,8 +168,8 @@ def create_app(
 
     @router.post(
         "/v1/unload_lora_adapter",
-        response_class=PlainTextResponse,
-        responses=_errors(400, 401, 403, 404, 408, 413, 429, 503),
+        response_class=Response,  # a class with a type would give it to the errors too
+        responses=_TEXT | _errors(400, 401, 403, 404, 408, 413, 429, 503),
         dependencies=[admin_key],
     )
     async def unload_lora_adapter(asked: UnloadAdapterRequest) -> PlainTextResponse:
@@ -173,8 +185,8 @@ def create_app(
 
     @router.get(
         "/metrics",
-        response_class=PlainTextResponse,
-        responses=_errors(401),
+        response_class=Response,  # a class with a type would give it to the errors too
+        responses=_TEXT | _errors(401),
         dependencies=[key],
     )
     async def figures() -> Response:
