@@ -52,9 +52,6 @@ _REASONS = {
     503: "The server ends, or the engine failed.",
 }
 
-_TEXT: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/plain": {"schema": {"type": "string"}}}}
-}
 _STREAMED = {
     "text/event-stream": {
         "itemSchema": {
@@ -158,8 +155,8 @@ def create_app(
 
     @router.post(
         "/v1/load_lora_adapter",
-        response_class=Response,  # a class with a type would give it to the errors too
-        responses=_TEXT | _errors(400, 401, 403, 408, 413, 429, 503),
+        response_class=PlainTextResponse,
+        responses=_errors(400, 401, 403, 408, 413, 429, 503, beside_text=True),
         dependencies=[admin_key],
     )
     async def load_lora_adapter(asked: LoadAdapterRequest) -> PlainTextResponse:
@@ -168,8 +165,8 @@ def create_app(
 
     @router.post(
         "/v1/unload_lora_adapter",
-        response_class=Response,  # a class with a type would give it to the errors too
-        responses=_TEXT | _errors(400, 401, 403, 404, 408, 413, 429, 503),
+        response_class=PlainTextResponse,
+        responses=_errors(400, 401, 403, 404, 408, 413, 429, 503, beside_text=True),
         dependencies=[admin_key],
     )
     async def unload_lora_adapter(asked: UnloadAdapterRequest) -> PlainTextResponse:
@@ -185,8 +182,8 @@ def create_app(
 
     @router.get(
         "/metrics",
-        response_class=Response,  # a class with a type would give it to the errors too
-        responses=_TEXT | _errors(401),
+        response_class=PlainTextResponse,
+        responses=_errors(401, beside_text=True),
         dependencies=[key],
     )
     async def figures() -> Response:
@@ -199,11 +196,13 @@ def create_app(
     return app, desk
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _errors(*statuses: int, beside_text: bool = False) -> dict[int | str, dict[str, Any]]:
+    form: dict[str, Any] = {"model": ErrorReply}
+    if beside_text:  # FastAPI would give the errors of such a route the type of its text
+        schema = {"$ref": f"#/components/schemas/{ErrorReply.__name__}"}
+        form = {"content": {"application/json": {"schema": schema}}}
     # "4XX" also keeps FastAPI from adding its own 422, which is never sent here.
-    replies: dict[int | str, dict[str, Any]] = {
-        "4XX": {"model": ErrorReply, "description": "Refused."}
-    }
+    replies: dict[int | str, dict[str, Any]] = {"4XX": {**form, "description": "Refused."}}
     for status in statuses:
-        replies[status] = {"model": ErrorReply, "description": _REASONS[status]}
+        replies[status] = {**form, "description": _REASONS[status]}
     return replies

@@ -105,10 +105,19 @@ class Gate:
         """The request's body; None when the client leaves meanwhile.
 
         Raises:
-            ApiError: 413, it is too large; 408, it does not come.
+            ApiError: 400, it is not clear where it ends; 413, it is too large; 408, it does not
+                come.
         """
         limit, seconds = self._desk.limits.body_bytes, self._desk.limits.header_seconds
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        head = dict(scope["headers"])
+        if b"content-length" in head and b"transfer-encoding" in head:
+            # A proxy may go by the other, and take the rest for a request (RFC 9112, 6.1).
+            raise ApiError(
+                400,
+                "give the body's Content-Length or Transfer-Encoding, not both",
+                headers={"Connection": "close"},
+            )
+        length = head.get(b"content-length", b"0")
         too_large = ApiError(
             413,
             f"the body is larger than the {limit} bytes that are taken",
