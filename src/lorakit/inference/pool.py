@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import TEMPLATE_NAME, origin
+from lorakit.adapters.derived import origin, read_template
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.inference.sampling import end_tokens
@@ -99,11 +99,11 @@ class AdapterPool:
         stamp = _stamp(path)
         file = read_updates(path)
         factors = self._check(file)
-        template = path / TEMPLATE_NAME
+        template = read_template(path)
         tokenizer = self._tokenizer
-        if template.is_file():
+        if template is not None:
             tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.chat_template = template
         ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(
             name,
