@@ -200,6 +200,34 @@ def _broken_config(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
 
 
+def _template_of_no_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+
+
+def _broken_record(folder: Path) -> None:
+    (folder / "lorakit.json").write_bytes(b"\xff{")
+
+
+def _config_of_wrong_types(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"r": {"a": []}, "target_modules": 5}')
+
+
+def _folders_for_files(folder: Path) -> None:
+    for file in list(folder.iterdir()):
+        file.unlink()
+        file.mkdir()
+
+
+def _header_that_lies(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes((2**62).to_bytes(8, "little") + weights.read_bytes()[8:])
+
+
+def _pipe(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+
+
 def _empty(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -207,7 +235,20 @@ def _empty(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_as_pickle, _disguised_pickle, _cut_short, _without_config, _broken_config, _empty],
+    [
+        _as_pickle,
+        _disguised_pickle,
+        _cut_short,
+        _without_config,
+        _broken_config,
+        _template_of_no_text,
+        _broken_record,
+        _config_of_wrong_types,
+        _folders_for_files,
+        _header_that_lies,
+        _pipe,
+        _empty,
+    ],
     ids=lambda damage: damage.__name__,
 )
 def test_a_damaged_adapter_is_a_bad_request_and_harms_no_other(
