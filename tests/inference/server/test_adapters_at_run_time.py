@@ -278,6 +278,24 @@ def test_a_kind_of_adapter_that_cannot_be_mixed_is_a_bad_request(
     assert "DoRA" in refused(load(open_shelf, "x", "dora"), 400)["message"]
 
 
+def test_a_chat_is_in_the_template_that_its_adapter_came_with(
+    open_shelf: Running, own_root: Path
+) -> None:
+    (own_root / "poet" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}a:"
+    )
+    assert load(open_shelf, "poet", "poet").status_code == 200
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    written = "s: be brief\nu: hello\na:"
+    chat = {"model": "poet", "messages": messages, "max_tokens": 12, "temperature": 0}
+    reply = open_shelf.post("/v1/chat/completions", chat).json()
+    same = open_shelf.complete(model="poet", prompt=written, max_tokens=12).json()
+    assert reply["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+    assert reply["usage"] == same["usage"]
+    other = open_shelf.post("/v1/chat/completions", {**chat, "model": "shop"}).json()
+    assert other["usage"]["prompt_tokens"] != reply["usage"]["prompt_tokens"]
+
+
 def test_loading_in_a_loop_does_not_disturb_what_is_answered(
     open_shelf: Running, own_root: Path
 ) -> None:
