@@ -99,6 +99,8 @@ def serve(
         return
     if dry_run:
         raise InputError("--dry-run prints vLLM's command: give --engine vllm too")
+    if merged and adapter_root is not None:
+        raise InputError("--merged serves one adapter and no other: leave --adapter-root out")
     try:
         from lorakit.inference.server.options import Limits, ServerOptions
         from lorakit.inference.server.run import run

@@ -200,6 +200,34 @@ def _broken_config(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
 
 
+def _template_of_no_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+
+
+def _broken_record(folder: Path) -> None:
+    (folder / "lorakit.json").write_bytes(b"\xff{")
+
+
+def _config_of_wrong_types(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"r": {"a": []}, "target_modules": 5}')
+
+
+def _folders_for_files(folder: Path) -> None:
+    for file in list(folder.iterdir()):
+        file.unlink()
+        file.mkdir()
+
+
+def _header_that_lies(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes((2**62).to_bytes(8, "little") + weights.read_bytes()[8:])
+
+
+def _pipe(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+
+
 def _empty(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -207,7 +235,20 @@ def _empty(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_as_pickle, _disguised_pickle, _cut_short, _without_config, _broken_config, _empty],
+    [
+        _as_pickle,
+        _disguised_pickle,
+        _cut_short,
+        _without_config,
+        _broken_config,
+        _template_of_no_text,
+        _broken_record,
+        _config_of_wrong_types,
+        _folders_for_files,
+        _header_that_lies,
+        _pipe,
+        _empty,
+    ],
     ids=lambda damage: damage.__name__,
 )
 def test_a_damaged_adapter_is_a_bad_request_and_harms_no_other(
@@ -235,6 +276,24 @@ def test_a_kind_of_adapter_that_cannot_be_mixed_is_a_bad_request(
 ) -> None:
     make_adapter(base, own_root / "dora", use_dora=True)
     assert "DoRA" in refused(load(open_shelf, "x", "dora"), 400)["message"]
+
+
+def test_a_chat_is_in_the_template_that_its_adapter_came_with(
+    open_shelf: Running, own_root: Path
+) -> None:
+    (own_root / "poet" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}a:"
+    )
+    assert load(open_shelf, "poet", "poet").status_code == 200
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    written = "s: be brief\nu: hello\na:"
+    chat = {"model": "poet", "messages": messages, "max_tokens": 12, "temperature": 0}
+    reply = open_shelf.post("/v1/chat/completions", chat).json()
+    same = open_shelf.complete(model="poet", prompt=written, max_tokens=12).json()
+    assert reply["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+    assert reply["usage"] == same["usage"]
+    other = open_shelf.post("/v1/chat/completions", {**chat, "model": "shop"}).json()
+    assert other["usage"]["prompt_tokens"] != reply["usage"]["prompt_tokens"]
 
 
 def test_loading_in_a_loop_does_not_disturb_what_is_answered(

@@ -4,6 +4,7 @@ Some of each draw is made to reach the engine or the adapters: a name that is se
 drawn one.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from schemathesis.specs.openapi import checks
 
 from lorakit.inference.server.options import Limits, ServerOptions
+from lorakit.inference.server.replies import ChatChunk, Completion
 from served import Running, running, until
 
 KNOWN: dict[str, tuple[Any, ...]] = {
@@ -26,6 +29,10 @@ KNOWN: dict[str, tuple[Any, ...]] = {
 """What is served, can be loaded, or makes sense beside the other fields, by field."""
 DEPENDENT = ("stream_options", "top_logprobs", "best_of", "max_tokens")
 """Fields that are refused beside some values of others, which the description cannot say."""
+CHUNKS: dict[str, TypeAdapter[Any]] = {
+    "/v1/chat/completions": TypeAdapter(ChatChunk),
+    "/v1/completions": TypeAdapter(Completion),
+}
 CHECKS: list[Any] = [
     checks.status_code_conformance,
     checks.content_type_conformance,
@@ -78,6 +85,7 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
     operation = _schema(fuzzed)[path][method]
     wrong = mode is WRONG
     statuses: list[int] = []
+    streamed: list[bool] = []
 
     @given(operation.as_strategy(generation_mode=mode), st.data())
     @settings(
@@ -93,6 +101,8 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
             for field in set(KNOWN) & set(case.body):
                 known = st.sampled_from(KNOWN[field])
                 case.body[field] = data.draw(st.one_of(known, known, st.just(case.body[field])))
+            if path in CHUNKS:
+                case.body["stream"] = data.draw(st.booleans())
             if data.draw(st.booleans()):
                 case.body = {k: v for k, v in case.body.items() if k not in DEPENDENT}
         reply = case.call(base_url=fuzzed.url, headers={"Authorization": "Bearer admin"})
@@ -102,10 +112,27 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
         more = [checks.negative_data_rejection] if wrong else []
         case.validate_response(reply, checks=[*CHECKS, *more])
 
+        if reply.headers["content-type"][0].startswith("text/event-stream"):
+            _require_chunks(reply.text, CHUNKS[path])
+            streamed.append(True)
+
     ask()
     if not wrong:
         assert 200 in statuses or path == "/v1/models/{model}", "no draw came through"
+        assert streamed or path not in CHUNKS, "no draw was streamed"
     until(lambda: fuzzed.engine.running() + fuzzed.engine.waiting() == 0)
+
+
+def _require_chunks(text: str, kind: TypeAdapter[Any]) -> None:
+    *events, _ = text.split("\n\n")
+    for number, event in enumerate(events):
+        data = event.removeprefix("data: ")
+        if number == len(events) - 1 and data == "[DONE]":  # schemathesis leaves a long stream
+            continue
+        if data.startswith('{"error"'):  # its time was over
+            assert set(json.loads(data)["error"]) == {"message", "type", "param", "code"}
+        else:
+            kind.validate_json(data, strict=True, extra="forbid")
 
 
 def test_after_all_of_it_the_server_answers(fuzzed: Running) -> None:

@@ -130,6 +130,23 @@ def test_the_command_says_what_it_serves_and_where(start: Any, base: Path) -> No
     assert process.end() == (0, "")
 
 
+def test_a_merged_adapter_is_served_alone_and_answers_as_beside_its_base(
+    start: Any, served: Running
+) -> None:
+    process = start("--merged")
+    assert process.line.startswith("serving shop at http://127.0.0.1:")
+    body = {**LONG, "max_tokens": 12, "logprobs": 0}
+    with httpx.Client(base_url=process.url) as client:
+        cards = client.get("/v1/models").json()["data"]
+        assert [(card["id"], card["parent"]) for card in cards] == [("shop", None)]
+        merged = client.post("/v1/completions", json=body).json()["choices"][0]
+        refused(client.post("/v1/completions", json={**body, "model": "poet"}), 404)
+    beside = served.post("/v1/completions", body).json()["choices"][0]
+    assert merged["text"] == beside["text"]
+    figures = merged["logprobs"]["token_logprobs"]
+    assert figures == pytest.approx(beside["logprobs"]["token_logprobs"], rel=1e-3, abs=1e-3)
+
+
 def test_on_sigterm_running_answers_finish_and_new_requests_are_refused(start: Any) -> None:
     process = start("--drain", "60")
     with httpx.Client(base_url=process.url, timeout=60) as client:
@@ -195,6 +212,11 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
             (("--model", base, "--host", "0.0.0.0"), "give --api-key"),
             (("--model", base, "--port", port), f"cannot listen on 127.0.0.1, port {port}"),
             (("--model", base, "--dry-run"), "--engine vllm"),
+            (("--model", base, "--merged"), "merged serves one adapter, not 0"),
+            (
+                (root / "shop", "--merged", "--adapter-root", root, "--admin-key", "k"),
+                "--merged serves one adapter and no other",
+            ),
             (("--model", base, "--max-rows", "2", "--engine", "vllm"), "is for --engine lorakit"),
             ((root / "shop", root / "shop"), "are both named shop"),
             ((tmp_path / "none",), "none"),

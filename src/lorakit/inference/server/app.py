@@ -51,6 +51,16 @@ _REASONS = {
     503: "The server ends, or the engine failed.",
 }
 
+_STREAMED = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "A chunk, or [DONE]."}},
+            "required": ["data"],
+        }
+    }
+}
+
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
@@ -107,12 +117,11 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     key = Security(HTTPBearer(auto_error=False, scheme_name="API key"))
     admin_key = Security(HTTPBearer(auto_error=False, scheme_name="Admin key"))
     router = APIRouter(route_class=_StrictRoute)
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
 
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: {"content": streamed}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
         dependencies=[key],
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
@@ -122,7 +131,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @router.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: {"content": streamed}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
         dependencies=[key],
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:

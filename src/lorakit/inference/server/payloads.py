@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lorakit.errors import did_you_mean
@@ -22,6 +22,14 @@ MAX_ITEMS = 4096
 Item = TypeVar("Item")
 # Checking holds everyone else up: a body of a million wrong things is refused at the first.
 Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]
+
+
+def _whole(value: Any) -> Any:
+    """5.0 as 5: to JSON they are one, and languages with one kind of number write either."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -78,15 +86,15 @@ class SamplingFields(Ignored):
     """
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = 1
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -146,9 +154,9 @@ class CompletionRequest(SamplingFields):
             list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
         ]
     )
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(
         None, description="Only n: the best of more than are wanted is not looked for."
     )
     echo: Literal[False] | None = False
@@ -197,7 +205,7 @@ class ToolCall(Payload):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
+    index: Annotated[int, WHOLE] | None = None
 
 
 class ChatMessage(Payload):
@@ -268,10 +276,10 @@ class ChatRequest(SamplingFields):
     """
 
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -323,4 +331,4 @@ class UnloadAdapterRequest(Payload):
     """`POST /v1/unload_lora_adapter`, vLLM's."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
-    lora_int_id: int | None = None
+    lora_int_id: Annotated[int, WHOLE] | None = None
