@@ -99,10 +99,13 @@ function update() {
   $(shown).hidden = false;
   $(other).hidden = true;
   if (focused) $(shown).focus();
-  $("#clear").disabled = turns.length === 0;
-  $("#empty").hidden = turns.length > 0 || columns.columns.length === 0;
-  document.body.dataset.columns = String(Math.max(columns.columns.length, 1));
-  $("#differences-label").hidden = columns.columns.length < 2 || turns.length === 0;
+  const count = columns.columns.length;
+  $("#clear").hidden = turns.length === 0;
+  $("#empty").hidden = turns.length > 0 || count === 0;
+  $("#empty").textContent = howToBegin(count);
+  prompt.placeholder = count > 1 ? "Ask every model" : "Ask the model";
+  document.body.dataset.columns = String(Math.max(count, 1));
+  $("#differences-label").hidden = count < 2 || turns.length === 0;
   for (const turn of turns)
     for (const [column, answer] of turn.answers) {
       answer.allowRetry(turn === turns.at(-1));
@@ -110,6 +113,12 @@ function update() {
     }
   markDifferences();
   follow();
+}
+
+function howToBegin(count) {
+  if (count > 1) return "Each model above gets the same prompt, and goes on with its own conversation.";
+  if (columns.models.length > 1) return "Add a model to see answers to the same prompt side by side.";
+  return "One model is served here. Start lorakit serve with adapters to compare them side by side.";
 }
 
 // Each answer against that of the first column; with two, that one against the other as well.
@@ -185,6 +194,8 @@ const on = (selector, event, act) =>
     if (event === "submit") happened.preventDefault();
     act(happened);
   });
+// While an input method composes, Enter chooses a word and Escape drops it; 229 is Safari's sign.
+const composes = (event) => event.isComposing || event.keyCode === 229;
 on("#composer", "submit", send);
 on("#key-form", "submit", useKey);
 on("#stop", "click", stop);
@@ -194,13 +205,12 @@ on("#differences", "change", update);
 on("#turns", "grown", follow);
 on("#prompt", "input", fitPrompt);
 on("#prompt", "keydown", (event) => {
-  // While an input method composes, Enter chooses a word.
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
   event.preventDefault();
   send();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
+  if (event.key === "Escape" && !composes(event)) stop();
 });
 document.addEventListener("scroll", () => {
   const end = document.documentElement.scrollHeight - innerHeight;
