@@ -148,7 +148,9 @@ def test_answers_beyond_rows_and_queue_are_refused_with_when_to_retry(serve: Any
     assert server.complete(n=3).status_code == 200
 
 
-def test_requests_beyond_the_limit_are_refused_and_health_and_figures_are_not(serve: Any) -> None:
+def test_requests_beyond_the_limit_are_refused_but_for_health_figures_and_the_page(
+    serve: Any,
+) -> None:
     server = serve({"requests": 1})
     first = in_background(server, max_tokens=600)
     until(lambda: server.engine.running() == 1)
@@ -157,6 +159,8 @@ def test_requests_beyond_the_limit_are_refused_and_health_and_figures_are_not(se
     assert "Retry-After" in response.headers
     assert server.http.get("/health").status_code == 200
     assert server.figure("lorakit_answers_running") == 1
+    for path in ("/", "/page/page.js"):
+        assert server.http.get(path).status_code == 200
     assert first() == 200
 
 

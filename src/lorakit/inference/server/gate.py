@@ -25,8 +25,10 @@ _ROUTES = ADMIN_ROUTES | {
     "/v1/models",
 }
 _PARENTS = {"/page/": "/page/{path}", "/v1/models/": "/v1/models/{model}"}
-_WITHOUT_KEY = frozenset({"/health", "/", "/page/{path}"})
+_PAGE = frozenset({"/", "/page/{path}"})
+_WITHOUT_KEY = _PAGE | {"/health"}
 _ALWAYS = frozenset({"/health", "/metrics"})
+_UNCOUNTED = _PAGE | _ALWAYS  # a busy server's page still opens, and says that it is busy
 _PASSED_OVER = 4  # so many times the limit is read of a body that is too large
 _SECONDS_TO_PASS_OVER = 2.0
 
@@ -78,7 +80,7 @@ class Gate:
         if route not in _WITHOUT_KEY:
             self._keys.check(scope["headers"], admin=route in ADMIN_ROUTES)
         limit = self._desk.limits.requests
-        if self._desk.inside >= limit and route not in _ALWAYS:
+        if self._desk.inside >= limit and route not in _UNCOUNTED:
             raise ApiError(
                 429,
                 f"{limit} requests are under way, and no more are taken at once: ask again later",

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-_FOLDER = Path(__file__).parent.parent / "page"
+FOLDER = Path(__file__).parent.parent / "page"
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -28,9 +28,9 @@ def install(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> FileResponse:
-        return FileResponse(_FOLDER / "index.html", headers=HEADERS)
+        return FileResponse(FOLDER / "index.html", headers=HEADERS)
 
-    app.mount("/page", _Files(directory=_FOLDER))
+    app.mount("/page", _Files(directory=FOLDER))
 
 
 class _Files(StaticFiles):
