@@ -19,7 +19,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
     """Raises InputError unless a run may start, or with `resume` go on, in `folder`."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir: {folder} is a file")
-    if not folder.is_dir() or not any(not _left_over(path) for path in folder.iterdir()):
+    if not folder.is_dir() or not any(not left_over(path) for path in folder.iterdir()):
         return
     if not (folder / RUN_NAME).is_file():
         raise InputError(f"output_dir: {folder} holds something else: give an empty or new folder")
@@ -62,7 +62,7 @@ def claim_output(
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged: start anew in another folder") from error
         continued = before.pop(_CONTINUED, [])
-        changes = list(_differences(_as_json(before), _as_json(now)))
+        changes = list(differences(_as_json(before), _as_json(now)))
         if changes and not accept_changes:
             raise InputError(
                 f"the run in {folder} cannot go on with another recipe, other data or other "
@@ -79,7 +79,7 @@ def claim_output(
 
 def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> None:
     """Raises InputError unless `data` are the files and rows that are `expected`."""
-    if changes := list(_differences({"data": expected}, _as_json({"data": data}))):
+    if changes := list(differences({"data": expected}, _as_json({"data": data}))):
         raise InputError(f"the data are not those that were learned: {listed(changes, 4)}")
 
 
@@ -88,7 +88,7 @@ def same_run(
 ) -> bool:
     """Whether the finished run of `manifest` had this recipe, these data and processes."""
     before = _identity(manifest.recipe, manifest.data, manifest.processes)
-    return not any(_differences(_as_json(before), _as_json(_identity(recipe, data, processes))))
+    return not any(differences(_as_json(before), _as_json(_identity(recipe, data, processes))))
 
 
 def read_continued(folder: Path) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def _identity(recipe: dict[str, Any], data: list[dict[str, Any]], processes: int
     return {"recipe": kept, "data": data, "processes": processes}
 
 
-def _left_over(path: Path) -> bool:
+def left_over(path: Path) -> bool:
     """Whether a kill has left `path`, a file that was still being written (`atomic.py`)."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
@@ -111,10 +111,10 @@ def _as_json(values: dict[str, Any]) -> Any:
     return json.loads(json.dumps(values))
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}):
             inner = f"{key}.{name}".removeprefix(".").removeprefix("recipe.")
-            yield from _differences(before.get(name), now.get(name), inner)
+            yield from differences(before.get(name), now.get(name), inner)
     elif before != now:
         yield f"{key} was {before!r} and is {now!r}"

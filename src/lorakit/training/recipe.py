@@ -103,13 +103,14 @@ class _Strict(_Numbers):
 
 
 class DataRecipe(_Strict):
-    """Which rows are learned, and which are held out."""
+    """Which rows are learned, and which are held out: by `seed`, or the training's where None."""
 
     train: Annotated[_Name | _List, Discriminator(_branch)]
     eval: Annotated[_Share | _Name | _List, Discriminator(_branch)] = 0.1
     max_length: Annotated[int, Field(ge=2, le=_LARGEST)] = 1024
     columns: dict[str, str] = {}
     limit: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     padding_free: bool = True
     packing: bool = False
 
@@ -216,6 +217,11 @@ class Recipe(_Strict):
                 "leave data.eval above 0 and training.eval_strategy on"
             )
         return self
+
+    @property
+    def data_seed(self) -> int:
+        """What decides which rows are held out, and which ones a weight draws."""
+        return self.training.seed if self.data.seed is None else self.data.seed
 
     @property
     def task_type(self) -> str:

@@ -91,17 +91,21 @@ class Setup:
                 yield
 
 
-def set_up(recipe: Recipe) -> Setup:
+def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
     """Loads the model and the rows, and settles what the recipe leaves open.
+
+    Args:
+        begun: model and rows that are loaded already; the model has no adapter.
 
     Raises:
         InputError: the recipe, the model or the rows cannot be used.
     """
     settle_in()
     spread = asks_to_spread(recipe.training.model_extra or {})
-    # A model that is spread over GPUs may not fit into one: each takes its share from here.
-    dtype = torch_dtype(recipe.dtype, best_device())
-    begun = begin(recipe, dtype, device="cpu" if spread else None)
+    if begun is None:
+        # A model that is spread over GPUs may not fit into one: each takes its share from here.
+        dtype = torch_dtype(recipe.dtype, best_device())
+        begun = begin(recipe, dtype, device="cpu" if spread else None)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = sum(p.numel() for p in model.parameters())
     recipe, advice = advised(recipe, parameters, len(data.train))

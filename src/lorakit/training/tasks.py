@@ -112,7 +112,7 @@ def _causal(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning
         max_length=recipe.data.max_length,
         columns=recipe.data.columns or None,
         limit=recipe.data.limit,
-        seed=recipe.training.seed,
+        seed=recipe.data_seed,
     )
     return Beginning(model, tokenizer, data, had_template=had_template)
 
@@ -127,7 +127,7 @@ def _seq2seq(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginnin
         max_length=most_tokens(loaded.model, recipe.data.max_length),
         columns=recipe.data.columns or None,
         limit=recipe.data.limit,
-        seed=recipe.training.seed,
+        seed=recipe.data_seed,
         to_row=tokenize_pair,
     )
     return Beginning(
@@ -209,7 +209,7 @@ def _labelled_samples(
     notices: list[str] = []
     samples, facts = read(data.train, "data.train")
     if isinstance(data.eval, (int, float)):
-        train, held, said = hold_out(samples, data.eval, recipe.training.seed)
+        train, held, said = hold_out(samples, data.eval, recipe.data_seed)
         return train, held, facts, [*notices, *said]
     held, held_facts = read(data.eval, "data.eval")
     return samples, held, facts + held_facts, notices

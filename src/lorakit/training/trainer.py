@@ -279,7 +279,7 @@ class LoraTrainer(Trainer):
         if checkpoint is None:
             return
         # In place: the callbacks hold the same counts.
-        vars(self.counts).update(json.loads((Path(checkpoint) / _COUNTS).read_text()))
+        vars(self.counts).update(vars(read_counts(Path(checkpoint))))
         if not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -299,10 +299,13 @@ class LoraTrainer(Trainer):
         load_tensors(parameters, tensors, folder)
 
     def take_up(self, checkpoint: Path) -> None:
-        """State, counts and best weights of a run that had ended when `checkpoint` was written."""
+        """State, counts and weights of a run that had ended when `checkpoint` was written.
+
+        The best weights, where the run has kept them.
+        """
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        vars(self.counts).update(json.loads((checkpoint / _COUNTS).read_text()))
-        self._load_best_model()
+        vars(self.counts).update(vars(read_counts(checkpoint)))
+        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -331,6 +334,11 @@ class SaveAfterEvaluation(TrainerCallback):
         """Saves, behind the evaluation."""
         control.should_save |= self._postponed
         self._postponed = False
+
+
+def read_counts(checkpoint: Path) -> Counts:
+    """What a run had consumed when `checkpoint` was written."""
+    return Counts(**json.loads((checkpoint / _COUNTS).read_text()))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,0 +1,1 @@
+"""Many configurations of one adapter: trained on one base, the losers stopped, the best proved."""

@@ -1,0 +1,116 @@
+"""How sure a mean over held-out rows is, and a difference of two of them: percentile bootstrap.
+
+Rows with the same prompt are drawn together, as they are not independent. Differences are paired:
+both configurations are looked at on the same draws, so that what makes a row hard for both of them
+cancels (Efron and Tibshirani 1993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+DRAWS = 2000
+LEVEL = 0.95
+"""The share of draws within an interval."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the ends within which 95% of the draws are."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        """Half of its width."""
+        return (self.high - self.low) / 2
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether nothing says that the value is not zero."""
+        return self.low <= 0 <= self.high
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+
+def mean_loss(rows: Sequence[tuple[float, int]]) -> float:
+    """Nats per supervised token of rows of (summed nats, tokens)."""
+    return sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
+
+
+def loss_interval(rows: Sequence[tuple[float, int]], units: Sequence[int], seed: int) -> Interval:
+    """The mean loss of rows of (summed nats, tokens), and its interval.
+
+    Args:
+        units: the number of each row's prompt.
+    """
+    nats, tokens = _by_unit(rows, units)
+    draws = _draws(len(nats), seed)
+    return _interval(mean_loss(rows), nats[draws].sum(1) / tokens[draws].sum(1))
+
+
+def loss_difference(
+    rows: Sequence[tuple[float, int]],
+    others: Sequence[tuple[float, int]],
+    units: Sequence[int],
+    seed: int,
+) -> Interval:
+    """The mean loss of `rows` less that of `others`, the same held-out rows both times."""
+    nats, tokens = _by_unit(rows, units)
+    other_nats, other_tokens = _by_unit(others, units)
+    draws = _draws(len(nats), seed)
+    differences = nats[draws].sum(1) / tokens[draws].sum(1)
+    differences -= other_nats[draws].sum(1) / other_tokens[draws].sum(1)
+    return _interval(mean_loss(rows) - mean_loss(others), differences)
+
+
+def score_interval(score: Callable[[list[int]], float], units: int, seed: int) -> Interval:
+    """The value of `score` over all of so many units, and its interval over draws of them.
+
+    Args:
+        score: of the units whose numbers it is given, some of them more than once.
+    """
+    draws = _draws(units, seed, count=200)  # a corpus is scored anew for each
+    values = torch.tensor([score(draw) for draw in draws.tolist()], dtype=torch.float64)
+    return _interval(score(list(range(units))), values)
+
+
+def score_difference(
+    score: Callable[[list[int]], float],
+    other: Callable[[list[int]], float],
+    units: int,
+    seed: int,
+) -> Interval:
+    """`score` less `other` over the same draws."""
+    return score_interval(lambda which: score(which) - other(which), units, seed)
+
+
+def _by_unit(
+    rows: Sequence[tuple[float, int]], units: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nats and the tokens of each unit, each (units,)."""
+    values = torch.tensor(rows, dtype=torch.float64)
+    where = torch.tensor(units)
+    sums = torch.zeros(int(where.max()) + 1, 2, dtype=torch.float64)
+    sums.index_add_(0, where, values)
+    return sums[:, 0], sums[:, 1]
+
+
+def _draws(units: int, seed: int, count: int = DRAWS) -> torch.Tensor:
+    """`count` draws of so many units, with repetition: (count, units)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(units, (count, units), generator=generator)
+
+
+def _interval(mean: float, values: torch.Tensor) -> Interval:
+    outside = (1 - LEVEL) / 2
+    ends = torch.quantile(values, torch.tensor([outside, 1 - outside], dtype=torch.float64))
+    return Interval(mean, float(ends[0]), float(ends[1]))
