@@ -35,7 +35,12 @@ def _shape(layer: Any) -> tuple[int, int]:
     return layer.nf, layer.weight.shape[0]
 
 
-def with_weights(model: Any, change: Factors) -> torch.Tensor:
+def logits(model: Any) -> list[torch.Tensor]:
+    """Of rows with several tokens, and with one, which are multiplied in different forms."""
+    return [model(IDS).logits, model(IDS[:, :1]).logits]
+
+
+def with_weights(model: Any, change: Factors) -> list[torch.Tensor]:
     """The logits with B A added to the weights themselves."""
     weights = {path: model.get_submodule(path).weight for path in change}
     before = {path: weight.data.clone() for path, weight in weights.items()}
@@ -43,7 +48,7 @@ def with_weights(model: Any, change: Factors) -> torch.Tensor:
         turned = isinstance(model.get_submodule(path), Conv1D)
         weights[path].data += (B @ A).T if turned else B @ A
     try:
-        return model(IDS).logits
+        return logits(model)
     finally:
         for path, weight in weights.items():
             weight.data = before[path]
@@ -59,14 +64,15 @@ def model(request: pytest.FixtureRequest) -> Any:
 def test_each_row_gets_its_own_adapters_product(model: Any):
     made = {"a": factors(model, 1, 3), "b": factors(model, 2, 1, 5, 0), "c": factors(model, 3, 2)}
     expected = {name: with_weights(model, change) for name, change in made.items()}
-    expected[None] = model(IDS).logits  # type: ignore[index]
+    expected[None] = logits(model)  # type: ignore[index]
     slots = AdapterSlots(model)
 
     def check(*names: str | None) -> None:
         slots.use(names)
-        found = model(IDS).logits
-        for row, name in enumerate(names):
-            assert torch.allclose(found[row], expected[name][row], rtol=0, atol=1e-10)  # type: ignore[index]
+        for form, found in enumerate(logits(model)):
+            for row, name in enumerate(names):
+                wanted = expected[name][form][row]  # type: ignore[index]
+                assert torch.allclose(found[row], wanted, rtol=0, atol=1e-10)
 
     slots.put("a", made["a"])
     check("a", "a", "a", "a")
@@ -74,6 +80,7 @@ def test_each_row_gets_its_own_adapters_product(model: Any):
     slots.put("b", made["b"])
     slots.put("c", made["c"])
     check("a", "b", None, "c")
+    check("a", "b", "b", "a")
     check("b", "b", "b", "b")
     check(None, None, None, None)
     slots.remove("b")  # a gap between two that stay

@@ -152,6 +152,10 @@ class Engine:
         """How many answers are being written."""
         return len(self._batch.rows)
 
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
     def close(self, drain: float = 0.0) -> None:
         """Takes no more requests, and ends the running ones after at most `drain` seconds."""
         with self._changed:
@@ -162,20 +166,25 @@ class Engine:
 
     # --- the thread that computes -----------------------------------------------------------
 
-    @torch.inference_mode()
     def _work(self) -> None:
+        try:
+            self._answer()
+        finally:  # whatever happened: nobody waits for a thread that has ended
+            self._end_all()
+
+    @torch.inference_mode()
+    def _answer(self) -> None:
         while True:
             with self._changed:
                 while not (self._queue or self._batch.rows or self._closing):
                     self._changed.wait()
                 done = not (self._queue or self._batch.rows)
                 if self._closing and (done or time.monotonic() > self._deadline):
-                    break
+                    return
             self._let_go()
             self._admit()
             if self._batch.rows:
                 self._step()
-        self._end_all()
 
     def _step(self) -> None:
         rows = list(self._batch.rows)
@@ -230,10 +239,11 @@ class Engine:
         self._used[version] = None
 
     def _end_all(self) -> None:
+        with self._changed:
+            self._closing = True
+            left, self._queue = self._queue, deque()
         for row in self._batch.rows:
             row.finish("cancelled")
-        with self._changed:
-            left, self._queue = self._queue, deque()
         for ticket, _, _ in left:
             ticket.put(Piece(finish_reason="cancelled"))
 
