@@ -26,6 +26,7 @@ from lorakit.inference.rows import Row
 from lorakit.inference.sampling import Sampling, end_tokens
 from lorakit.lora.slots import AdapterSlots, Factors
 from lorakit.models.fingerprint import fingerprint
+from lorakit.models.head import copy_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,9 @@ class Engine:
         self._slots = AdapterSlots(model)
         self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
         self._only_plain = why_not_carried(model)
-        if self._only_plain:
+        if not self._only_plain:
+            copy_once(model)
+        else:
             self.notices.append(
                 f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
                 "that begin together are written together, later ones wait for them"

@@ -127,7 +127,7 @@ class SlotLinear(nn.Module):
 
     Args:
         alone: whether no other module has its weight. That is then kept with the factors B in one
-            matrix, transposed, so that both take one product.
+            matrix, so that both take one product.
     """
 
     def __init__(
@@ -140,21 +140,21 @@ class SlotLinear(nn.Module):
         self._d_out, self._d_in = shape
         object.__setattr__(self, "_slots", slots)  # no submodule: it holds the whole model
         self._group, self._number = group, group.join()
-        self._weight = self._own_weight() if alone else None
-        self._below = self._d_in if self._weight is not None else 0
-        self._stack = self._weight if self._weight is not None else slots.empty(0, self._d_out)
-        """(d_in +) columns, d_out: the weight's transpose, if it is here, and every B's."""
+        weight = self._own_weight() if alone else None
+        self._before = 0 if weight is None else self._d_in
+        self._stack = slots.empty(self._d_out, 0) if weight is None else weight
+        """d_out, (d_in +) columns: the weight, if it is here, and every B."""
         self._parts: Sequence[Part] = ()
         self._of_parts: list[torch.Tensor] = []
 
     def _own_weight(self) -> torch.Tensor | None:
-        """The weight as (d_in, d_out), where it is a plain matrix of the model's dtype."""
+        """The weight as (d_out, d_in), where it is a plain matrix of the model's dtype."""
         weight: torch.Tensor = self.base_layer.weight
-        if type(self.base_layer) is nn.Linear and weight.dtype == self._slots.dtype:
-            return weight.data.T.contiguous()
-        if type(self.base_layer).__name__ == "Conv1D" and weight.dtype == self._slots.dtype:
+        if weight.dtype != self._slots.dtype:
+            return None
+        if type(self.base_layer) is nn.Linear:
             return weight.data
-        return None
+        return weight.data.T if type(self.base_layer).__name__ == "Conv1D" else None
 
     def put(
         self,
@@ -170,11 +170,11 @@ class SlotLinear(nn.Module):
         """
         self._grow(room)
         A, B = factors or (None, None)
-        self._group.put(self._number, begin, len(self._stack) - self._below, width, A)
-        place = self._below + begin
-        self._stack[place : place + width] = 0
+        self._group.put(self._number, begin, self._stack.shape[1] - self._before, width, A)
+        columns = self._stack[:, self._before + begin :][:, :width]
+        columns.zero_()
         if B is not None:
-            self._stack[place : place + B.shape[1]] = B.T
+            columns[:, : B.shape[1]] = B
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (rows, …, d_in) to (rows, …, d_out)."""
@@ -182,39 +182,38 @@ class SlotLinear(nn.Module):
         if route is None:
             return self.base_layer(x)
         inner = self._group.inner(x, self._number, route)
-        mixes = route.mixes(x)
-        parts = route.whole if mixes else route.parts
+        with_weight = route.mixes(x) and self._before > 0
+        parts = route.whole if route.mixes(x) else route.parts
         if parts is not self._parts:
-            self._parts = parts
-            with_weight = mixes and self._below
+            self._parts, before = parts, self._before
             self._of_parts = [
-                self._stack[0 if with_weight else self._below + p.begin : self._below + p.end]
-                for p in parts
+                self._stack[:, 0 if with_weight else before + part.begin : before + part.end]
+                for part in parts
             ]
-        if mixes and self._below:
+        if with_weight:
             both = torch.cat((x.reshape(-1, self._d_in), *inner), dim=1)
-            bias, (stack,) = self.base_layer.bias, self._of_parts
-            y = both @ stack if bias is None else torch.addmm(bias, both, stack)
+            (weight_and_Bs,) = self._of_parts
+            y = nn.functional.linear(both, weight_and_Bs, self.base_layer.bias)
             return y.view(*x.shape[:-1], self._d_out)
         y = self.base_layer(x)
         tokens = y.view(-1, self._d_out)
         for part, product, B in zip(parts, inner, self._of_parts, strict=True):
-            tokens[route.tokens(part, len(tokens))].addmm_(product, B)
+            tokens[route.tokens(part, len(tokens))].addmm_(product, B.T)
         return y
 
     def _grow(self, columns: int) -> None:
         """Makes room for so many columns; at least twice what there was, so that it is rare."""
-        there = len(self._stack) - self._below
+        there = self._stack.shape[1] - self._before
         if columns <= there:
             return
-        grown = self._slots.empty(self._below + max(columns, 2 * there), self._d_out)
-        grown[: len(self._stack)] = self._stack
-        grown[len(self._stack) :] = 0
+        grown = self._slots.empty(self._d_out, self._before + max(columns, 2 * there))
+        grown[:, : self._stack.shape[1]] = self._stack
+        grown[:, self._stack.shape[1] :] = 0
         self._stack = grown
-        if self._below:
-            weight = grown[: self._d_in]
+        if self._before:
+            weight = grown[:, : self._d_in]
             plain = type(self.base_layer) is nn.Linear
-            self.base_layer.weight.data = weight.T if plain else weight
+            self.base_layer.weight.data = weight if plain else weight.T
 
     def __getattr__(self, name: str) -> Any:
         try:
