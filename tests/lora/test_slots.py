@@ -1,5 +1,6 @@
 """Adapters side by side in slots: the same product as each alone, whoever comes and goes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from families import make_gpt2, make_llama, make_tied
 from lorakit.errors import InputError
-from lorakit.lora.slots import AdapterSlots, Factors
+from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 
 IDS = torch.arange(12).view(4, 3)
 
@@ -54,18 +55,26 @@ def with_weights(model: Any, change: Factors) -> list[torch.Tensor]:
             weight.data = before[path]
 
 
+@pytest.fixture(autouse=True)
+def memory_that_nobody_filled_is_not_a_number() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=[make_llama, make_gpt2, make_tied])
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     return request.param().double().eval()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @torch.no_grad()
-def test_each_row_gets_its_own_adapters_product(model: Any):
+def test_each_row_gets_its_own_adapters_product(model: Any, together: bool):
     made = {"a": factors(model, 1, 3), "b": factors(model, 2, 1, 5, 0), "c": factors(model, 3, 2)}
     expected = {name: with_weights(model, change) for name, change in made.items()}
     expected[None] = logits(model)  # type: ignore[index]
-    slots = AdapterSlots(model)
+    slots = AdapterSlots(model, same_inputs(model, lambda: model(IDS)) if together else ())
 
     def check(*names: str | None) -> None:
         slots.use(names)
@@ -74,10 +83,11 @@ def test_each_row_gets_its_own_adapters_product(model: Any):
                 wanted = expected[name][form][row]  # type: ignore[index]
                 assert torch.allclose(found[row], wanted, rtol=0, atol=1e-10)
 
-    slots.put("a", made["a"])
-    check("a", "a", "a", "a")
-    check("a", None, "a", None)
     slots.put("b", made["b"])
+    check("b", "b", None, "b")
+    slots.put("a", made["a"])  # for layers too that b has nothing for
+    check("a", "a", "a", "a")
+    check("a", None, "b", None)
     slots.put("c", made["c"])
     check("a", "b", None, "c")
     check("a", "b", "b", "a")

@@ -24,7 +24,7 @@ from lorakit.inference.pool import AdapterPool, Version
 from lorakit.inference.requests import Piece, Ticket
 from lorakit.inference.rows import Row
 from lorakit.inference.sampling import Sampling, end_tokens
-from lorakit.lora.slots import AdapterSlots, Factors
+from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.head import copy_once
 
@@ -70,16 +70,18 @@ class Engine:
         self._model = model.eval().requires_grad_(False)
         self._ends = frozenset(end_tokens(model, tokenizer))
         known = fingerprint(model)
-        self._slots = AdapterSlots(model)
-        self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
+        families: list[list[str]] = []
         self._only_plain = why_not_carried(model)
         if not self._only_plain:
             copy_once(model)
+            families = same_inputs(model, lambda: model(input_ids=_one_token(model)))
         else:
             self.notices.append(
                 f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
                 "that begin together are written together, later ones wait for them"
             )
+        self._slots = AdapterSlots(model, families)
+        self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
         self._batch = self._new_batch()
         self._used: dict[Version, None] = {}  # adapters in the slots, the latest used last
         self._queue: deque[tuple[Ticket, Version | None, Factors | None]] = deque()
@@ -254,6 +256,10 @@ class Engine:
 def _reason(error: Exception) -> str:
     """The first line of what an error says."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _one_token(model: PreTrainedModel) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
 
 def _context_length(model: PreTrainedModel, wanted: int | None) -> int:

@@ -7,14 +7,22 @@ parameters. Here there are none, and adapters come and go while others are in us
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.slot_layers import Group, Part, Route, SlotLinear, linear_shape
+from lorakit.lora.slot_layers import (
+    Family,
+    Part,
+    Route,
+    SlotLinear,
+    can_be_fused,
+    linear_shape,
+)
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """By module's path: A (r, d_in) and B (d_out, r) with the scaling in it; the update is B A."""
@@ -24,14 +32,21 @@ class AdapterSlots:
     """The adapters that are beside `model` now, and which row has which.
 
     The model is changed in place: layers are wrapped when the first adapter for them comes.
+
+    Args:
+        families: the paths of layers that get the same input, as `same_inputs` finds them. They
+            share products.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, families: Iterable[Sequence[str]] = ()) -> None:
         self.model = model
         values = next(p for p in model.parameters() if p.is_floating_point())
         self.dtype, self.device = values.dtype, values.device
         self.layers: dict[str, SlotLinear] = {}
-        self._groups: dict[tuple[str, int], Group] = {}
+        self._families: dict[Family, Sequence[str]] = {}
+        self._together = {path: family for family in families for path in family}
+        self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        """By a parameter's id, how many modules have it."""
         self.route: Route | None = None
         self._routes: tuple[list[Hashable | None], Route | None] = [], None
         self.columns = 0
@@ -77,10 +92,10 @@ class AdapterSlots:
         begin = self._free(width)
         for path in factors:
             if path not in self.layers:
-                self._wrap(path)
+                self._wrap(self._together.get(path, (path,)))
         room = max(self.columns, begin + width)
-        for path, layer in self.layers.items():
-            layer.put(begin, width, room, factors.get(path))
+        for family, paths in self._families.items():
+            family.put(begin, width, room, [factors.get(path) for path in paths])
         self._ranges[key] = begin, begin + width
         self._count()
 
@@ -130,17 +145,51 @@ class AdapterSlots:
         self._routes = [], None
         self.columns = max((end for _, end in self._ranges.values()), default=0)
 
-    def _wrap(self, path: str) -> None:
-        parent, _, name = path.rpartition(".")
-        base = self.layer(path)
-        _, d_in = linear_shape(base) or (0, 0)
-        group = self._groups.setdefault((parent, d_in), Group(d_in, self))
-        alone = sum(base.weight is p for p in _all_parameters(self.model)) == 1
-        layer = SlotLinear(base, self, group, alone)
-        self.layers[path] = layer  # first, as another thread may ask for what is beneath it
-        setattr(self.model.get_submodule(parent), name, layer)
+    def _wrap(self, paths: Sequence[str]) -> None:
+        """Puts layers that get the same input into one family, but those that must stay as is."""
+        own = [path for path in paths if not self._is_fusible(path)]
+        together = [path for path in paths if path not in own]
+        for family_paths in (together, *([path] for path in own)):
+            if not family_paths:
+                continue
+            layers = [self.layer(path) for path in family_paths]
+            family = Family(layers, self, fused=family_paths is together)
+            self._families[family] = family_paths
+            for number, path in enumerate(family_paths):
+                parent, _, name = path.rpartition(".")
+                layer = SlotLinear(family, number)
+                self.layers[path] = layer  # first: another thread may ask for what is beneath it
+                setattr(self.model.get_submodule(parent), name, layer)
+
+    def _is_fusible(self, path: str) -> bool:
+        layer = self.layer(path)
+        return self._users[id(layer.weight)] == 1 and can_be_fused(layer, self.dtype)
 
 
-def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every module's parameters, those that several modules share as often as they do."""
-    return (p for module in model.modules() for p in module._parameters.values() if p is not None)
+@torch.no_grad()
+def same_inputs(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
+    """The paths of linear layers that get one and the same tensor while `run` calls the model.
+
+    Layers that are called several times are left out.
+    """
+    calls: list[tuple[str, torch.Tensor]] = []
+
+    def note(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, given: calls.append((path, given[0]))
+
+    handles = [
+        module.register_forward_pre_hook(note(path))
+        for path, module in model.named_modules()
+        if linear_shape(module) is not None
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(path for path, _ in calls)
+    found: dict[int, list[str]] = {}  # the tensors live as long as `calls`, so no id comes twice
+    for path, x in calls:
+        if times[path] == 1:
+            found.setdefault(id(x), []).append(path)
+    return [paths for paths in found.values() if len(paths) > 1]
