@@ -153,7 +153,7 @@ def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, fl
 def registered(
     folders: Sequence[Path], prompts: Sequence[Sequence[int]], tokens: int
 ) -> dict[str, float]:
-    """Eight running rows of 2, 16 and 64 adapters; which ones goes round."""
+    """Eight running rows of 2, 16 and 64 adapters, all read before; which ones goes round."""
     sides: dict[str, Callable[[], int]] = {}
     engines = []
     for count in (2, 16, 64):
@@ -161,6 +161,11 @@ def registered(
         with endless():
             engine = open_engine(MODEL, named, dtype="bfloat16", max_rows=8, context_length=2048)
         engines.append(engine)
+        began = time.perf_counter()
+        for name in named:
+            answered(engine, prompts[:1], [name], 1)
+        seconds = (time.perf_counter() - began) / count
+        print(f"{count} registered: {seconds:.2f} s for the first token of each", file=sys.stderr)
         turn = iter(range(1 << 30))
 
         def run(engine: Engine = engine, count: int = count, turn: Iterator[int] = turn) -> int:
@@ -170,7 +175,7 @@ def registered(
 
         sides[f"{count} registered"] = run
     try:
-        return take_turns(sides, 9)  # so that 64 come round once
+        return take_turns(sides, 8)  # so that 64 come round once more
     finally:
         for engine in engines:
             engine.close()
