@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lorakit import atomic
+from lorakit.adapters.added_tokens import common_tokenizer
 from lorakit.adapters.combinable import common_base, require_combinable, whole_tensors
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
@@ -151,10 +152,12 @@ def combine(
         base_fingerprint=base_fingerprint,
         labels=origin(files[0].folder, files[0].config).labels,
     )
-    template = common_template([file.folder for file in files], notices)
+    folders = [file.folder for file in files]
+    template = common_template(folders, notices)
+    tokenizer = common_tokenizer(folders, notices)
     derivation.notices = notices
     config = set_ranks(_config(files, paths, base_model), ranks)
-    write_derived(output, config, tensors | whole, derivation, template)
+    write_derived(output, config, tensors | whole, derivation, template, tokenizer)
     return CombineReport(
         str(output),
         method,

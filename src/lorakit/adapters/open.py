@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.adapters.added_tokens import add_rows, own_tokenizer
 from lorakit.adapters.derived import Derivation, other_weights, read_derivation, read_template
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.errors import InputError
@@ -26,6 +27,7 @@ class OpenAdapter:
 
     `base_model` is the base's name or path, `manifest` is None when lorakit did not train it.
     `task_type` is PEFT's word, one of `models.load.FORMS`; `labels` are a classifier's classes.
+    `added_tokens` is how many tokens the base got for the adapter: the last ones.
     """
 
     model: LoraModel
@@ -34,6 +36,7 @@ class OpenAdapter:
     manifest: Manifest | None
     task_type: str = "CAUSAL_LM"
     labels: tuple[str, ...] = ()
+    added_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,13 @@ def open_adapter(
     own = fingerprint(model, without=loaded.new_modules)
     if record and record.base_fingerprint not in (None, own):
         warnings.warn(other_weights(folder, name), stacklevel=2)
+    added = add_rows(model, files)
+    rows = len(model.get_input_embeddings().weight)
+    tokenizer = own_tokenizer(files.folder, tokenizer, rows) or tokenizer
     if (template := read_template(folder)) is not None:
         tokenizer.chat_template = template
     adapted = LoraModel.from_pretrained(model, folder).eval()
-    return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels)
+    return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels, added)
 
 
 def _labels(

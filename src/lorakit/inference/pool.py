@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from lorakit.adapters.added_tokens import own_tokenizer
 from lorakit.adapters.derived import origin, other_weights, read_template
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
@@ -98,9 +99,9 @@ class AdapterPool:
         stamp = _stamp(path)
         file = read_updates(path)
         factors = self._check(file)
-        tokenizer = self._tokenizer
+        rows = len(self._slots.model.get_input_embeddings().weight)
+        tokenizer = own_tokenizer(path, self._tokenizer, rows) or copy.copy(self._tokenizer)
         if (template := read_template(path)) is not None:
-            tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = template
         ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(

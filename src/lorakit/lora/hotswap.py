@@ -9,10 +9,11 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.bank import AdapterBank
-from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter, without_base_copies
+from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.folders import locate
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.vocabulary import load_frozen
 
 
 def hotswap_adapter(
@@ -37,7 +38,8 @@ def hotswap_adapter(
     """
     folder = locate(model_name_or_path, subfolder, **hub)
     config, tensors = read_adapter(folder)
-    tensors = without_base_copies(model.get_base_model(), tensors, folder)
+    own = model.adapter_tensors(adapter_name)
+    tensors = load_frozen(model.get_base_model(), tensors, own, folder, alone=False)
     layers = {
         path: layer
         for path, layer in wrapped_modules(model.get_base_model())

@@ -23,10 +23,10 @@ from lorakit.lora.checkpoint import (
     load_tensors,
     read_adapter,
     read_initial,
-    without_base_copies,
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.folders import locate, save_adapters, upload
+from lorakit.lora.vocabulary import load_frozen, require_vocabulary
 
 
 class StoredBank(AdapterBank):
@@ -156,8 +156,10 @@ class StoredBank(AdapterBank):
         self, name: str, tensors: dict[str, torch.Tensor], folder: Path, ignore_mismatched: bool
     ) -> None:
         base = self.get_base_model()
-        tensors = without_base_copies(base, tensors, folder)
+        if not ignore_mismatched:
+            require_vocabulary(base, tensors, folder)
         own = self.adapter_tensors(name)
+        tensors = load_frozen(base, tensors, own, folder, alone=self.adapters == [name])
         other_shape = {k for k, t in tensors.items() if k in own and own[k].shape != t.shape}
         if other_shape and ignore_mismatched:
             message = f"{folder}: {listed(sorted(other_shape), 3)} have another shape: left out"

@@ -1,0 +1,123 @@
+"""The embedding and the head in an adapter's file: how many tokens they are for, and whose.
+
+Where a model got more tokens before it got its adapter, PEFT saves its embedding and its head with
+the adapter (`save_embedding_layers`), under other names for each kind of wrapped module. They are
+the base's own: here they are told apart from the adapter's tensors, and put into the base.
+"""
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import PREFIX, same_values, spread_like
+from lorakit.lora.layers import TiedModule
+from lorakit.lora.presets import output_head
+from lorakit.lora.targets import base_modules, unwrapped
+
+_PLACES = ("", "base_layer.", "token_adapter.base_layer.")
+_TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """The embedding that reads tokens and the head that writes them, if any, by their paths."""
+    ends = [end for end in (_input_embedding(model), output_head(model)) if end is not None]
+    return {path: m for path, m in base_modules(model) if any(m is end for end in ends)}
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
+def rows_in_file(tensors: Mapping[str, torch.Tensor], path: str) -> int | None:
+    """For how many tokens the file has rows of the embedding or head at `path`; None for none."""
+    for place in _PLACES:
+        if (weight := tensors.get(f"{PREFIX}{path}.{place}weight")) is not None:
+            return weight.shape[0]
+    return None
+
+
+def require_vocabulary(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path
+) -> None:
+    """Raises InputError for an adapter in `folder` that is for more tokens than `model` has."""
+    for path, module in embeddings(model).items():
+        rows = rows_in_file(tensors, path)
+        own = 0 if rows is None else len(unwrapped(module).weight)  # 0 too where ZeRO-3 has it
+        if rows is not None and rows > own > 0:
+            raise InputError(
+                f"{folder} is an adapter for a model with {rows} tokens ({path}), and this one has "
+                f"{own}: call model.resize_token_embeddings({rows}) before loading it"
+            )
+
+
+def load_frozen(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    own: Container[str],
+    folder: str | Path,
+    *,
+    alone: bool,
+) -> dict[str, torch.Tensor]:
+    """`tensors` without the base's own weights, which are put into `model` as PEFT does.
+
+    Args:
+        model: the wrapped model. On the meta device weights that a layer adapts stay there.
+        own: the keys of the adapter's own tensors.
+        alone: whether no other adapter is there, so that the base's weights may change.
+
+    Raises:
+        InputError: they are another base's, or would change what another adapter has.
+    """
+    kept = dict(tensors)
+    for path, module in embeddings(model).items():
+        for key, place, name in (
+            (f"{PREFIX}{path}.{place}{name}", place, name)
+            for place in _PLACES
+            for name in ("weight", "bias")
+        ):
+            if key in kept and key not in own:
+                weight = getattr(unwrapped(module), name)
+                _put(weight, kept.pop(key), f"{folder} brings its own {path} {name}", place, alone)
+        if isinstance(module, TiedModule):  # PEFT writes the embedding's rows here once more
+            kept.pop(f"{PREFIX}{path}.{_TOKENS}", None)
+    return kept
+
+
+@torch.no_grad()
+def _put(own: torch.Tensor, copied: torch.Tensor, what: str, place: str, alone: bool) -> None:
+    if copied.shape != own.shape:
+        shapes = f"of shape {tuple(copied.shape)}, and this model's is {tuple(own.shape)}"
+        raise InputError(f"{what}, {shapes}: it is an adapter for another base model")
+    if own.is_meta:
+        if place:
+            return
+        if alone:
+            loaded = nn.Parameter(copied.to(own.dtype, copy=True), requires_grad=False)
+            torch.utils.swap_tensors(own, loaded)
+            return
+    elif same_values(copied, own.detach()):
+        return
+    elif alone:
+        require_same_base(copied[:1], own.detach()[:1], what)
+        own.copy_(spread_like(own, copied))
+        return
+    raise InputError(f"{what}, which another adapter does not have: load it before the other one")
+
+
+def require_same_base(copied: torch.Tensor, own: torch.Tensor, what: str) -> None:
+    """Raises InputError unless the first rows of a copy and of the base's weight are the same.
+
+    Tokens are added behind the others, so that only the last rows of a resized weight are new.
+    """
+    if not same_values(copied, own):
+        raise InputError(
+            f"{what}, which differs from the base's in its first row: it is an adapter for another "
+            "base model"
+        )
