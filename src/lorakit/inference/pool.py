@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.added_tokens import own_tokenizer
 from lorakit.adapters.derived import origin, other_weights, read_template
@@ -99,7 +99,8 @@ class AdapterPool:
         stamp = _stamp(path)
         file = read_updates(path)
         factors = self._check(file)
-        rows = len(self._slots.model.get_input_embeddings().weight)
+        model: Any = self._slots.model
+        rows = len(model.get_input_embeddings().weight)
         tokenizer = own_tokenizer(path, self._tokenizer, rows) or copy.copy(self._tokenizer)
         if (template := read_template(path)) is not None:
             tokenizer.chat_template = template
