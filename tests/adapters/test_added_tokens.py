@@ -189,7 +189,7 @@ PEFTS: dict[str, dict[str, Any]] = {
     + [("tied", c) for c in PEFTS if c != "embedding saved"],
 )
 def test_what_peft_trained_on_a_resized_model_opens_and_merges(
-    kind: str, case: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    kind: str, case: str, tmp_path: Path
 ):
     base = save_base(kind, tmp_path / "base")
     model = loaded(base)

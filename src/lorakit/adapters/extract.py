@@ -176,21 +176,22 @@ def _extract(
         )
     if whole:
         notices.append(
-            f"{len(whole)} modules that differ have no low-rank form and are kept whole "
-            f"(modules_to_save): {listed(whole, 4)}"
+            "kept whole (modules_to_save), as what differs there has no low-rank form: "
+            f"{listed(whole, 4)}"
         )
     for path in whole:
         for name, _ in model.get_submodule(path).named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = after[keys[f"{path}.{name}"][1]]
-    for path, others in _tied(model).items():
-        if path in whole:  # a copy that is not tied any more takes the head's place too
-            whole += others
-            tensors |= {
-                f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
-            }
+    tied = {path: others for path, others in _tied(model).items() if path in whole}
+    for path, others in tied.items():  # by name, for readers that do not know of tying
+        whole += others
+        tensors |= {
+            f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
+        }
     config = LoraConfig(
         target_modules=suffixes_for(list(ranks), model),
         modules_to_save=whole or None,  # in full: PEFT takes any name that ends like it
+        ensure_weight_tying=bool(tied),
         fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
