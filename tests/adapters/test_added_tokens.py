@@ -29,7 +29,7 @@ from lorakit.adapters.resize import resize
 from lorakit.errors import InputError
 from lorakit.inference.open import open_engine, open_with
 from lorakit.inference.sampling import Sampling
-from lorakit.lora.checkpoint import read_adapter
+from lorakit.lora.checkpoint import read_adapter, write_adapter
 from random_adapters import make_adapter
 from tiny import byte_tokenizer
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_done_with_more_tokens_is_said(extracted: Path, tmp_path:
     config, tensors = read_adapter(a)
     config.modules_to_save = ["embed_tokens"]
     del tensors["base_model.model.lm_head.weight"]
-    lorakit.lora.checkpoint.write_adapter(tmp_path / "half", config, tensors)
+    write_adapter(tmp_path / "half", config, tensors)
     assert "does not bring their rows of lm_head" in refusal(open_adapter, tmp_path / "half")
 
 
@@ -338,6 +338,45 @@ def test_a_tokenizer_beside_an_adapter_that_has_no_rows_for_it_is_not_used(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == SIZE
     (adapter / "tokenizer.json").write_text("{")
     assert "is missing or damaged" in refusal(open_adapter, adapter)
+
+
+def test_tokens_in_rows_that_the_base_has_already_come_with_the_tokenizer(tmp_path: Path):
+    """As padded models have: the new tokens need no new rows."""
+    base, tuned = save_base("untied", tmp_path / "base"), tmp_path / "tuned"
+    model = loaded(base)
+    model.resize_token_embeddings(320)
+    model.save_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0] += 1
+    model.save_pretrained(tuned)
+    larger_tokenizer().save_pretrained(tuned)
+    report = extract(str(base), str(tuned), tmp_path / "a", rank=1)
+    assert report.whole == []
+    assert open_adapter(tmp_path / "a").added_tokens == 0
+    with closing(open_engine(str(base), {"a": tmp_path / "a"}, dtype="float32")) as engine:
+        assert engine.tokenizer_of("a")("<tool>").input_ids == [SIZE]
+        assert len(engine.tokenizer_of(None)) == SIZE
+    merge(tmp_path / "a", tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("<tool>").input_ids == [SIZE]
+
+
+def test_adapters_of_one_resized_base_are_added_up(extracted: Path, tmp_path: Path):
+    resized = loaded(extracted / "base")
+    resized.resize_token_embeddings(SIZE + 2)
+    resized.save_pretrained(tmp_path / "resized")
+    byte_tokenizer().save_pretrained(tmp_path / "resized")
+    adapters = [make_adapter(tmp_path / "resized", tmp_path / f"{seed}", seed) for seed in (0, 1)]
+    merge(adapters, tmp_path / "expected")
+    for adapter in adapters:  # as PEFT saves them beside a base that has not been saved
+        config, tensors = read_adapter(adapter)
+        config.base_model_name_or_path = str(extracted / "base")
+        tensors["base_model.model.model.embed_tokens.weight"] = embeddings_of(resized)[0].detach()
+        tensors["base_model.model.lm_head.weight"] = embeddings_of(resized)[1].detach()
+        write_adapter(adapter, config, tensors)
+    for in_memory in (False, True):
+        report = merge(adapters, tmp_path / f"{in_memory}", in_memory=in_memory)
+        assert report.streamed != in_memory
+        same_tensors(tmp_path / f"{in_memory}", tmp_path / "expected")
 
 
 def test_a_frozen_embedding_of_another_base_is_refused(tmp_path: Path):

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.added_tokens import common_tokenizer
 from lorakit.adapters.combinable import common_base, require_combinable, whole_tensors
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora import combine as methods

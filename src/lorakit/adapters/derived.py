@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from lorakit import __version__, atomic
-from lorakit.adapters.added_tokens import copy_tokenizer
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
+from lorakit.adapters.tokenizer import copy_tokenizer
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import WEIGHTS_NAME, write_adapter
 

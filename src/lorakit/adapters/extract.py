@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.added_tokens import tokenizer_to_keep
 from lorakit.adapters.derived import Derivation, Source, read_template, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
+from lorakit.adapters.tokenizer import tokenizer_to_keep
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.combine import Combined, truncate_matrix

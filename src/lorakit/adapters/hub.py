@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit import atomic
-from lorakit.adapters.added_tokens import TOKENIZER_FILES
 from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
+from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME, read_adapter
 from lorakit.lora.config import CONFIG_NAME

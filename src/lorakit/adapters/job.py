@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.added_tokens import (
+from lorakit.adapters.derived import TEMPLATE_NAME
+from lorakit.adapters.open import AdapterFiles, read_files
+from lorakit.adapters.together import check_weights
+from lorakit.adapters.tokenizer import (
     TOKENIZER_FILES,
     copy_tokenizer,
     has_tokenizer,
     load_tokenizer,
     own_tokenizer,
 )
-from lorakit.adapters.derived import TEMPLATE_NAME
-from lorakit.adapters.open import AdapterFiles, read_files
-from lorakit.adapters.together import check_weights
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
         InputError: a file leads nowhere.
     """
     own = None
-    if has_tokenizer(job.first.folder) and has_tokenizer(job.path):
+    if has_tokenizer(job.first.folder):
         own = own_tokenizer(job.first.folder, load_tokenizer(job.path), rows)
     for path in sorted(job.path.iterdir()):
         small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))

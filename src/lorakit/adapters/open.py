@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.added_tokens import add_rows, own_tokenizer
+from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.derived import Derivation, other_weights, read_derivation, read_template
 from lorakit.adapters.manifest import Manifest, read_manifest
+from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.added_tokens import common_tokenizer
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.spectrum import spectrum
+from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
 from lorakit.lora.combine import truncate

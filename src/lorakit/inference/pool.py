@@ -14,8 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.added_tokens import own_tokenizer
 from lorakit.adapters.derived import origin, other_weights, read_template
+from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.inference.sampling import end_tokens

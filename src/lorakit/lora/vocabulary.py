@@ -92,23 +92,22 @@ def load_frozen(
 
 @torch.no_grad()
 def _put(own: torch.Tensor, copied: torch.Tensor, what: str, place: str, alone: bool) -> None:
+    """Puts `copied` into the weight `own`, if it is not there; `place` is empty if it is bare."""
     if copied.shape != own.shape:
-        shapes = f"of shape {tuple(copied.shape)}, and this model's is {tuple(own.shape)}"
-        raise InputError(f"{what}, {shapes}: it is an adapter for another base model")
+        raise InputError(
+            f"{what}, of shape {tuple(copied.shape)}, and this model's is {tuple(own.shape)}: it "
+            "is an adapter for another base model"
+        )
+    if (own.is_meta and place) or (not own.is_meta and same_values(copied, own)):
+        return
+    if not alone:
+        raise InputError(f"{what}, which other adapters do not have: load it before them")
     if own.is_meta:
-        if place:
-            return
-        if alone:
-            loaded = nn.Parameter(copied.to(own.dtype, copy=True), requires_grad=False)
-            torch.utils.swap_tensors(own, loaded)
-            return
-    elif same_values(copied, own.detach()):
+        loaded = nn.Parameter(copied.to(own.dtype, copy=True), requires_grad=False)
+        torch.utils.swap_tensors(own, loaded)
         return
-    elif alone:
-        require_same_base(copied[:1], own.detach()[:1], what)
-        own.copy_(spread_like(own, copied))
-        return
-    raise InputError(f"{what}, which another adapter does not have: load it before the other one")
+    require_same_base(copied[:1], own[:1], what)
+    own.copy_(spread_like(own, copied))
 
 
 def require_same_base(copied: torch.Tensor, own: torch.Tensor, what: str) -> None:

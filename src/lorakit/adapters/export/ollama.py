@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
-from lorakit.adapters.added_tokens import add_rows, has_tokenizer, own_tokenizer
+from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.derived import read_template
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.gguf_adapter import DTYPES, export_gguf_adapter
 from lorakit.adapters.export.gguf_model import export_gguf_model
 from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import read_files
+from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
 from lorakit.models.names import resolve
