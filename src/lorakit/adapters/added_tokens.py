@@ -13,7 +13,7 @@ import torch
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.targets import tied_modules
-from lorakit.lora.vocabulary import embeddings, rows_in_file
+from lorakit.lora.vocabulary import embeddings, rows_in_file, vocabulary_size
 
 if TYPE_CHECKING:
     from lorakit.adapters.open import AdapterFiles
@@ -33,7 +33,7 @@ def add_rows(model: Any, adapter: AdapterFiles) -> int:
     """
     ends = {path: rows_in_file(adapter.tensors, path) for path in embeddings(model)}
     rows = max(filter(None, ends.values()), default=0)
-    before = len(model.get_input_embeddings().weight)
+    before = vocabulary_size(model)
     if rows <= before:
         return 0
     # The base's own weight is that of the modules tied to it too; one that is trained is not.

@@ -306,7 +306,7 @@ def _tokens(
             f"{after.name} has {listed(str(new) for _, new in rows)} rows in "
             f"{listed(key for _, key in pairs)}: embedding and head must have the same tokens"
         )
-    old, new = rows[0]
+    old, new = max(rows, default=(0, 0))
     return new, new - old
 
 

@@ -21,6 +21,7 @@ from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
 from lorakit.lora.layers.mergeable import row_blocks
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.load import stored_dtype
 from lorakit.models.shards import all_tensors, read_shards
 from lorakit.models.skeleton import file_names
@@ -62,7 +63,7 @@ def merge_in_memory(
     merged.save_pretrained(folder)
     merged.config.dtype = default
     merged.config.save_pretrained(folder)
-    rows = merged.config.get_text_config().vocab_size
+    rows = vocabulary_size(merged)
     if job.path.is_file() or copy_others(job, folder, rows) is not None:
         opened.tokenizer.save_pretrained(folder)
     added = opened.added_tokens

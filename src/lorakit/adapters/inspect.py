@@ -170,7 +170,7 @@ def fit(folder: str | Path, base: str) -> Fit:
         InputError: there is no such base, or no adapter.
     """
     from lorakit.lora import LoraModel
-    from lorakit.lora.vocabulary import load_frozen
+    from lorakit.lora.vocabulary import put_frozen, split_frozen
     from lorakit.models.names import resolve
     from lorakit.models.skeleton import skeleton
 
@@ -188,8 +188,9 @@ def fit(folder: str | Path, base: str) -> Fit:
         added = add_rows(model, adapter)
         wrapped = LoraModel(model, plain, initialize=False)
         tensors = wrapped.adapter_tensors("default")
-        kept = load_frozen(model, adapter.tensors, tensors, folder, alone=True)
+        kept, frozen = split_frozen(model, adapter.tensors, tensors)
         load_tensors(tensors, kept, folder)
+        put_frozen(model, frozen, folder, alone=True)
     except InputError as error:
         return Fit(base, False, str(error), None)
     return Fit(base, True, "", own == expected if own else None, added)

@@ -99,6 +99,7 @@ def open_adapter(
         InputError: there is no usable adapter or base, or the two do not fit.
     """
     from lorakit.lora import LoraModel
+    from lorakit.lora.vocabulary import vocabulary_size
     from lorakit.models.fingerprint import fingerprint
     from lorakit.models.load import dequantized, load_for_task
 
@@ -114,8 +115,7 @@ def open_adapter(
     if record and record.base_fingerprint not in (None, own):
         warnings.warn(other_weights(folder, name), stacklevel=2)
     added = add_rows(model, files)
-    rows = len(model.get_input_embeddings().weight)
-    tokenizer = own_tokenizer(files.folder, tokenizer, rows) or tokenizer
+    tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
     if (template := read_template(folder)) is not None:
         tokenizer.chat_template = template
     adapted = LoraModel.from_pretrained(model, folder).eval()

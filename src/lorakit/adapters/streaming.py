@@ -34,7 +34,7 @@ from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
 from lorakit.lora.layers.mergeable import RowUpdate, in_part, merged_rows, row_blocks
-from lorakit.lora.vocabulary import require_same_base
+from lorakit.lora.vocabulary import require_same_base, vocabulary_size
 from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.load import set_padding
 from lorakit.models.shards import (
@@ -87,7 +87,7 @@ def stream(job: MergeJob, folder: Path) -> Written:
     config.dtype, config.architectures = usual, [type(model).__name__]
     if added:
         plan.notices.append(said_added(added, job.first))
-    tokenizer = copy_others(job, folder, config.get_text_config().vocab_size)
+    tokenizer = copy_others(job, folder, vocabulary_size(model))
     if tokenizer is not None:
         set_padding(model, tokenizer.pad_token_id)
     config.save_pretrained(folder)

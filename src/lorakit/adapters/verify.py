@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.load import most_tokens
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def expect(model: LoraModel, tokenizer: PreTrainedTokenizerBase, added_tokens: i
     places = most_tokens(model, 1024)
     probes = [tokenizer(text, return_tensors="pt").input_ids[:, :places] for text in _PROBES]
     if added_tokens:
-        rows = model.config.get_text_config().vocab_size
+        rows = vocabulary_size(model.get_base_model())
         probes.append(torch.arange(rows - added_tokens, rows)[None, :places])
     adapted = _logits(model, probes)
     with model.disable_adapter():

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.adapters.derived import origin, other_weights, read_template
 from lorakit.adapters.tokenizer import own_tokenizer
@@ -21,6 +21,7 @@ from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.inference.sampling import end_tokens
 from lorakit.lora.checkpoint import WEIGHTS_NAME
 from lorakit.lora.slots import AdapterSlots, Factors
+from lorakit.lora.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,8 +100,7 @@ class AdapterPool:
         stamp = _stamp(path)
         file = read_updates(path)
         factors = self._check(file)
-        model: Any = self._slots.model
-        rows = len(model.get_input_embeddings().weight)
+        rows = vocabulary_size(self._slots.model)
         tokenizer = own_tokenizer(path, self._tokenizer, rows) or copy.copy(self._tokenizer)
         if (template := read_template(path)) is not None:
             tokenizer.chat_template = template

@@ -13,7 +13,7 @@ from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.folders import locate
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
-from lorakit.lora.vocabulary import load_frozen
+from lorakit.lora.vocabulary import put_frozen, split_frozen
 
 
 def hotswap_adapter(
@@ -38,8 +38,9 @@ def hotswap_adapter(
     """
     folder = locate(model_name_or_path, subfolder, **hub)
     config, tensors = read_adapter(folder)
-    own = model.adapter_tensors(adapter_name)
-    tensors = load_frozen(model.get_base_model(), tensors, own, folder, alone=False)
+    base = model.get_base_model()
+    tensors, frozen = split_frozen(base, tensors, model.adapter_tensors(adapter_name))
+    put_frozen(base, frozen, folder, alone=False)
     layers = {
         path: layer
         for path, layer in wrapped_modules(model.get_base_model())

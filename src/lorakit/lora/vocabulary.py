@@ -6,19 +6,22 @@ the base's own: here they are told apart from the adapter's tensors, and put int
 """
 
 from collections.abc import Container, Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import PREFIX, same_values, spread_like
+from lorakit.lora.checkpoint import PREFIX, require_finite, same_values, spread_like
 from lorakit.lora.layers import TiedModule
 from lorakit.lora.presets import output_head
 from lorakit.lora.targets import base_modules, unwrapped
 
 _PLACES = ("", "base_layer.", "token_adapter.base_layer.")
-_TOKENS = "token_adapter.trainable_tokens_delta"
+
+Frozen = dict[tuple[str, str], torch.Tensor]
+"""Weights of the base by the path of their module and their name in it."""
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
@@ -33,6 +36,12 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
         return get() if callable(get) else None
     except NotImplementedError:
         return None
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """For how many tokens the model has embeddings; 0 where it does not say."""
+    embedding = _input_embedding(model)
+    return 0 if embedding is None else len(unwrapped(embedding).weight)
 
 
 def rows_in_file(tensors: Mapping[str, torch.Tensor], path: str) -> int | None:
@@ -57,57 +66,64 @@ def require_vocabulary(
             )
 
 
-def load_frozen(
-    model: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    own: Container[str],
-    folder: str | Path,
-    *,
-    alone: bool,
-) -> dict[str, torch.Tensor]:
-    """`tensors` without the base's own weights, which are put into `model` as PEFT does.
+def split_frozen(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], own: Container[str]
+) -> tuple[dict[str, torch.Tensor], Frozen]:
+    """`tensors` without the weights of the base, and these.
 
     Args:
-        model: the wrapped model. On the meta device weights that a layer adapts stay there.
+        model: the wrapped model.
         own: the keys of the adapter's own tensors.
-        alone: whether no other adapter is there, so that the base's weights may change.
-
-    Raises:
-        InputError: they are another base's, or would change what another adapter has.
     """
-    kept = dict(tensors)
+    kept, frozen = dict(tensors), {}
     for path, module in embeddings(model).items():
-        for key, place, name in (
-            (f"{PREFIX}{path}.{place}{name}", place, name)
-            for place in _PLACES
-            for name in ("weight", "bias")
-        ):
+        for place, name in product(_PLACES, ("weight", "bias")):
+            key = f"{PREFIX}{path}.{place}{name}"
             if key in kept and key not in own:
-                weight = getattr(unwrapped(module), name)
-                _put(weight, kept.pop(key), f"{folder} brings its own {path} {name}", place, alone)
+                frozen[path, name] = kept.pop(key)
         if isinstance(module, TiedModule):  # PEFT writes the embedding's rows here once more
-            kept.pop(f"{PREFIX}{path}.{_TOKENS}", None)
-    return kept
+            kept.pop(f"{PREFIX}{path}.token_adapter.trainable_tokens_delta", None)
+    return kept, frozen
 
 
 @torch.no_grad()
-def _put(own: torch.Tensor, copied: torch.Tensor, what: str, place: str, alone: bool) -> None:
-    """Puts `copied` into the weight `own`, if it is not there; `place` is empty if it is bare."""
-    if copied.shape != own.shape:
-        raise InputError(
-            f"{what}, of shape {tuple(copied.shape)}, and this model's is {tuple(own.shape)}: it "
-            "is an adapter for another base model"
-        )
-    if (own.is_meta and place) or (not own.is_meta and same_values(copied, own)):
-        return
-    if not alone:
-        raise InputError(f"{what}, which other adapters do not have: load it before them")
-    if own.is_meta:
-        loaded = nn.Parameter(copied.to(own.dtype, copy=True), requires_grad=False)
-        torch.utils.swap_tensors(own, loaded)
-        return
-    require_same_base(copied[:1], own[:1], what)
-    own.copy_(spread_like(own, copied))
+def put_frozen(model: nn.Module, frozen: Frozen, folder: str | Path, *, alone: bool) -> None:
+    """Puts weights of the base that an adapter brings into `model`, as PEFT does.
+
+    Of a model on the meta device those that a layer adapts are left out.
+
+    Args:
+        alone: whether no other adapter is there, so that the base's weights may change.
+
+    Raises:
+        InputError: they are another base's, or would change what other adapters have; nothing is
+            changed.
+    """
+    new = []
+    for (path, name), copied in frozen.items():
+        module = model.get_submodule(path)
+        own, what = getattr(unwrapped(module), name), f"{folder} brings its own {path} {name}"
+        if copied.shape != own.shape:
+            raise InputError(
+                f"{what}, of shape {tuple(copied.shape)}, and this model's is {tuple(own.shape)}: "
+                "it is an adapter for another base model"
+            )
+        if not own.is_meta and same_values(copied, own):
+            continue
+        if own.is_meta and module is not unwrapped(module):
+            continue
+        if not alone:
+            raise InputError(f"{what}, which other adapters do not have: load it before them")
+        if not own.is_meta:
+            require_same_base(copied[:1], own[:1], what)
+        new.append((own, copied))
+    require_finite({f"{path}.{name}": copied for (path, name), copied in frozen.items()}, folder)
+    for own, copied in new:
+        if own.is_meta:
+            loaded = nn.Parameter(copied.to(own.dtype, copy=True), requires_grad=False)
+            torch.utils.swap_tensors(own, loaded)
+        else:
+            own.copy_(spread_like(own, copied))
 
 
 def require_same_base(copied: torch.Tensor, own: torch.Tensor, what: str) -> None:

@@ -21,6 +21,7 @@ from lorakit.adapters.open import read_files
 from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config, skeleton
 
@@ -179,8 +180,7 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
     if has_tokenizer(Path(adapter)):
         model = skeleton(source.path)
         add_rows(model, read_files(adapter, base))
-        rows = len(model.get_input_embeddings().weight)
-        tokenizer = own_tokenizer(Path(adapter), tokenizer, rows) or tokenizer
+        tokenizer = own_tokenizer(Path(adapter), tokenizer, vocabulary_size(model)) or tokenizer
     if (template := read_template(adapter)) is not None:
         tokenizer.chat_template = template
     ensure_template(tokenizer)
