@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.open import AdapterFiles, read_files
 from lorakit.adapters.together import check_weights
+from lorakit.adapters.tokenizer import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    has_tokenizer,
+    load_tokenizer,
+    own_tokenizer,
+)
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -153,30 +160,40 @@ def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtyp
     return torch.float64 if wide else torch.float32
 
 
-def copy_others(job: MergeJob, folder: Path) -> Any:
+def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
     """Copies the base's tokenizer, generation settings and templates, and the adapter's template.
+
+    The adapter's tokenizer takes the place of the base's where it has more tokens.
+
+    Args:
+        rows: for how many tokens the merged model has embeddings.
 
     Returns: the tokenizer with a padding token, where the form of the model needs one; else None.
 
     Raises:
         InputError: a file leads nowhere.
     """
+    own = None
+    if has_tokenizer(job.first.folder):
+        own = own_tokenizer(job.first.folder, load_tokenizer(job.path), rows)
     for path in sorted(job.path.iterdir()):
         small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if not small or path.name in _OWN or path.name.endswith(".index.json"):
+            continue
+        if own is not None and path.name in TOKENIZER_FILES:
             continue
         if path.is_symlink() and not path.exists():
             raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    if own is not None:
+        copy_tokenizer(job.first.folder, folder)
     template = job.first.folder / TEMPLATE_NAME
     if template.is_file():
         shutil.copyfile(template, folder / TEMPLATE_NAME)
     if job.first.task_type == "CAUSAL_LM":
         return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(job.path, local_files_only=True)
+    tokenizer = own or load_tokenizer(job.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
