@@ -63,6 +63,7 @@ class Span:
     Args:
         p: the share of the entries that the adapter does not see.
         stream: where that is drawn from; None is PyTorch's own generator.
+        rows: the positions are rows of so many tokens, of which the adapter gets so many.
     """
 
     begin: int
@@ -70,11 +71,22 @@ class Span:
     scaling: float
     p: float = 0.0
     stream: Stream | None = None
+    rows: tuple[int, int] | None = None
 
-    @property
-    def place(self) -> slice:
-        """The positions as a slice."""
-        return slice(self.begin, self.end)
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's positions of `x` (positions, d): (n, d), a copy where there is filling."""
+        part = x[self.begin : self.end]
+        if self.rows is None:
+            return part
+        length, width = self.rows
+        return part.view(-1, length, x.shape[-1])[:, :width].reshape(-1, x.shape[-1])
+
+    def put(self, part: torch.Tensor, x: torch.Tensor) -> None:
+        """Puts what `of(x)` gave, changed in place, back into `x`."""
+        if self.rows is not None:
+            length, width = self.rows
+            rows = x[self.begin : self.end].view(-1, length, x.shape[-1])
+            rows[:, :width] = part.view(-1, width, x.shape[-1])
 
 
 class LoraSpansFunction(torch.autograd.Function):
@@ -98,10 +110,11 @@ class LoraSpansFunction(torch.autograd.Function):
         y = F.linear(rows, W, b)
         kept: list[torch.Tensor | None] = []
         for span, A, B in zip(spans, factors[::2], factors[1::2], strict=True):
-            part = rows[span.place]
+            part = span.of(y)
             drawn_from = span.stream.drawing(x.device) if span.stream and span.p else nullcontext()
             with drawn_from:
-                kept += _add_update(y[span.place], part, A, B, span.scaling, span.p)
+                kept += _add_update(part, span.of(rows), A, B, span.scaling, span.p)
+            span.put(part, y)
         ctx.save_for_backward(x, W, *factors, *kept)
         ctx.spans = spans
         return y.view(*x.shape[:-1], W.shape[0])
@@ -116,18 +129,14 @@ class LoraSpansFunction(torch.autograd.Function):
         found: list[torch.Tensor | None] = []
         for i, span in enumerate(ctx.spans):
             (A, B), (xA, mask) = factors[2 * i : 2 * i + 2], kept[2 * i : 2 * i + 2]
+            part = None if dx is None else span.of(dx)
+            needed = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+            seen, kept_share = span.of(rows), 1 - span.p
             found += _gradients(
-                None if dx is None else dx[span.place],
-                G[span.place],
-                rows[span.place],
-                xA,
-                A,
-                B,
-                mask,
-                span.scaling,
-                1 - span.p,
-                ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i],
+                part, span.of(G), seen, xA, A, B, mask, span.scaling, kept_share, needed
             )
+            if dx is not None and part is not None:
+                span.put(part, dx)
         return None if dx is None else dx.view(x.shape), None, None, None, *found
 
 

@@ -33,6 +33,8 @@ class Route:
         sizes: each of `rows` stands for so many neighbouring rows of the batch, or tokens of a
             batch that is one line; None for one row each. Layers then compute every such part by
             itself, as they would a batch of its own.
+        widths: of the rows of each of these parts only so many tokens are its own, and what comes
+            behind them is filling, which its adapter does not see; None where all are.
         streams: what the adapter of each of `rows` draws its dropout from; empty where that is
             PyTorch's own generator.
     """
@@ -41,6 +43,7 @@ class Route:
     rows: tuple[str, ...] | None = None
     shape: tuple[int, int] | None = None
     sizes: tuple[int, ...] | None = None
+    widths: tuple[int, ...] | None = None
     streams: tuple[Stream | None, ...] = ()
 
     @cached_property
@@ -102,6 +105,23 @@ class Route:
             "which it cannot be told whose they are: adapt other modules, or run one adapter at "
             "a time"
         )
+
+    def own_widths(self, x: torch.Tensor) -> tuple[int | None, ...]:
+        """How many tokens of its rows each part has for its own; None for all of them.
+
+        Shapes: x (batch, tokens, …) or (batch * tokens, d).
+
+        Raises:
+            InputError: some have filling, and it cannot be told where in `x` that is.
+        """
+        if self.widths is None or self.shape is None:
+            return (None,) * len(self.rows or ())
+        if tuple(x.shape[:2]) != self.shape and x.shape[0] != self.shape[0] * self.shape[1]:
+            raise InputError(
+                "adapters share a batch of rows of different lengths, and a layer does not get "
+                "these rows: adapt other modules, or run one adapter at a time"
+            )
+        return tuple(None if width == self.shape[1] else width for width in self.widths)
 
     def drawn_from(self) -> tuple[Stream | None, ...]:
         """One stream, or None, for each of `rows`."""

@@ -299,10 +299,16 @@ class LoraTrainer(Trainer):
         load_tensors(parameters, tensors, folder)
 
     def take_up(self, checkpoint: Path) -> None:
-        """State, counts and best weights of a run that had ended when `checkpoint` was written."""
+        """State, counts and weights of a run that had stopped when `checkpoint` was written.
+
+        Where the best weights are kept, it is those.
+        """
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         vars(self.counts).update(json.loads((checkpoint / _COUNTS).read_text()))
-        self._load_best_model()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

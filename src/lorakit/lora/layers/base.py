@@ -56,19 +56,24 @@ class LoraLayer(LayerBank):
         y = self.base_layer(x, *args, **kwargs)
         dim, sizes = route.parts(x)
         total = []
-        for part, output, name, stream in zip(
+        for part, output, name, width, stream in zip(
             x.split(sizes, dim),
             y.split(sizes, dim),
             route.rows or (),
+            route.own_widths(x),
             route.drawn_from(),
             strict=True,
         ):
             if name not in self.r:
                 total.append(output)
                 continue
+            own, seen, filling = output, part, None
+            if width is not None:
+                own, seen, filling = output[:, :width], part[:, :width], output[:, width:]
             draws = stream is not None and getattr(self.lora_dropout[name], "p", 0.0) > 0
             with stream.drawing(x.device) if stream and draws else nullcontext():
-                total.append(output + self._update(part, output, name).to(y.dtype))
+                own = own + self._update(seen, own, name).to(y.dtype)
+            total.append(own if filling is None else torch.cat([own, filling], 1))
         return torch.cat(total, dim)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:

@@ -87,14 +87,16 @@ class LoraLinear(LoraLayer):
         dim, sizes = route.parts(x)
         # Parts of rows are as many positions as the rows have; a line has one each.
         each = math.prod(x.shape[dim + 1 : -1])
-        spans, factors = [], []
         ends = accumulate(each * size for size in sizes)
-        for name, size, end, stream in zip(
-            route.rows or (), sizes, ends, route.drawn_from(), strict=True
+        spans: list[Span] = []
+        factors: list[torch.Tensor] = []
+        for name, size, end, width, stream in zip(
+            route.rows or (), sizes, ends, route.own_widths(x), route.drawn_from(), strict=True
         ):
             if name in self.r:
-                p = self._share_dropped(name)
-                spans.append(Span(end - each * size, end, self.scaling[name], p, stream))
+                rows = None if width is None or route.shape is None else (route.shape[1], width)
+                scaling, p = self.scaling[name], self._share_dropped(name)
+                spans.append(Span(end - each * size, end, scaling, p, stream, rows))
                 factors += self.factors(name)
         return lora_spans(x, self.base_weight, self.base_layer.bias, spans, factors)
 

@@ -1,0 +1,1 @@
+"""Many configurations of one recipe: trained, compared, and the best one proved."""
