@@ -20,6 +20,7 @@ MIXED: list[dict[str, Any]] = [
     {"training.per_device_train_batch_size": 3, "training.gradient_accumulation_steps": 2},
     {"training.max_grad_norm": 0.05, "training.seed": 7, "lora.lora_dropout": 0.1},
     {"training.optim": "sgd", "training.weight_decay": 0.1, "training.max_steps": 6},
+    {"training.loraplus_lr_ratio": 8, "lora.r": 3},
     {"lora.init_lora_weights": "pissa", "training.max_steps": -1, "training.num_train_epochs": 0.4},
 ]
 

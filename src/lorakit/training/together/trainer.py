@@ -57,6 +57,7 @@ class ConfigurationTrainer(LoraTrainer):
             setup.data.eval,
             setup.batching,
             lambda model, spread: loss,
+            loraplus_lr_ratio=setup.recipe.training.loraplus_lr_ratio,
         )
         self.interrupt = interrupt
         self.lines = StepLines(Path(setup.recipe.output_dir) / METRICS_NAME)
