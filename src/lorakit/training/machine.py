@@ -73,6 +73,17 @@ def peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
+def used_memory_mb() -> float:
+    """What the process holds now: resident, or on the GPU when there is one; in MB of 10**6."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):  # another system: at most its peak
+        return peak_memory_mb()
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def keep_freed_memory() -> bool:
     """Lets freed blocks of memory be used again instead of going back to the system.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.trainer_utils import get_last_checkpoint
@@ -17,6 +18,7 @@ from lorakit.adapters.manifest import write_manifest
 from lorakit.lora.model import LoraModel
 from lorakit.lora.streams import Stream
 from lorakit.models.loss import SupervisedLoss
+from lorakit.training.batching import BatchDataset
 from lorakit.training.early_stopping import stopped_before
 from lorakit.training.forecast import planned_steps
 from lorakit.training.interrupt import Interrupt, StoppedError
@@ -26,9 +28,13 @@ from lorakit.training.sweep.runner import Configuration, Progress
 from lorakit.training.together.batch import Part, step_together
 from lorakit.training.together.evaluate import RowLosses
 from lorakit.training.together.resident import Resident
+from lorakit.training.together.room import in_passes
 from lorakit.training.together.share import AdapterShare
 from lorakit.training.together.trainer import ConfigurationTrainer, DivergedError
 from lorakit.training.together.turns import Wait, take_turns
+
+FindRoom = Callable[[Sequence[Part], Callable[[Sequence[Part]], None]], int | None]
+"""Gives the tokens of a pass, out of the largest batches and a function that tries a pass out."""
 
 
 class Member:
@@ -81,6 +87,21 @@ class Member:
         patience = self.configuration.recipe.early_stopping_patience
         early = patience and stopped_before(self.checkpoint, self.setup.arguments, patience)
         return _step(self.checkpoint) >= self.target or bool(early)
+
+    def make_ready(self) -> None:
+        """Switches on what training does on the model, as its trainer will."""
+        args: Any = self.setup.arguments
+        if args.activation_checkpointing:
+            self.setup.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+
+    def largest_part(self) -> Part:
+        """The batch with most tokens of the first epoch, with no stream: it is for trials."""
+        rows, batching = self.setup.data.train, self.setup.batching
+        batches = batching.train_batches(rows, self.setup.arguments, epoch=0)
+        largest = max(batches, key=lambda batch: sum(len(rows[i]) for i in batch))
+        batch = BatchDataset(rows, batching)[largest]
+        placed = {name: tensor.to(self.resident.device) for name, tensor in batch.items()}
+        return Part(self.adapter, placed, max(1, sum(rows[i].supervised for i in largest)))
 
     def train(self, wait: Wait | None = None) -> None:
         """Trains up to the target, or takes up what is there already.
@@ -135,8 +156,12 @@ def advance_group(
     configurations: Sequence[Configuration],
     to: float,
     interrupt: Interrupt,
+    room: FindRoom,
 ) -> dict[str, Progress]:
     """Trains a group in shared batches, or a single configuration by itself.
+
+    Args:
+        room: the tokens of a pass, as `measure_room` finds them; None for all in one pass.
 
     Raises:
         InputError: an adapter does not fit the base, or a folder is another run's.
@@ -156,7 +181,7 @@ def advance_group(
         if alone:
             _train_alone(members["default"])
         else:
-            _train_together(resident, model, loss, members)
+            _train_together(resident, model, loss, members, room)
         return _evaluated(resident, model, loss, members)
 
 
@@ -168,20 +193,41 @@ def _train_alone(member: Member) -> None:
 
 
 def _train_together(
-    resident: Resident, model: LoraModel, loss: SupervisedLoss, members: Mapping[str, Member]
+    resident: Resident,
+    model: LoraModel,
+    loss: SupervisedLoss,
+    members: Mapping[str, Member],
+    room: FindRoom,
 ) -> None:
-    def step(requests: Mapping[str, Part]) -> Mapping[str, torch.Tensor]:
+    def run(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
         model.train()
-        began = time.perf_counter()
-        found = step_together(model, loss, list(requests.values()), resident.pad_token_id)
+        found = step_together(model, loss, parts, resident.pad_token_id)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is timed must have happened
-        seconds = time.perf_counter() - began
-        tokens = sum(part.tokens for part in requests.values())
-        for name, part in requests.items():
-            members[name].trainer.counts.seconds += seconds * part.tokens / tokens
         return found
 
+    def try_out(parts: Sequence[Part]) -> None:
+        with torch.random.fork_rng():
+            run(parts)
+        model.zero_grad()
+
+    def step(requests: Mapping[str, Part]) -> Mapping[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for parts in in_passes(list(requests.values()), tokens):
+            began = time.perf_counter()
+            found |= run(parts)
+            seconds = time.perf_counter() - began
+            whole = sum(part.tokens for part in parts)
+            for part in parts:
+                members[part.name].trainer.counts.seconds += seconds * part.tokens / whole
+        return found
+
+    waiting = {name: member for name, member in members.items() if not member.stands}
+    tokens = None
+    if len(waiting) > 1:
+        for member in waiting.values():
+            member.make_ready()
+        tokens = room([member.largest_part() for member in waiting.values()], try_out)
     bodies: dict[str, Callable[[Wait], None]] = {name: m.train for name, m in members.items()}
     ended = take_turns(
         bodies, step, lambda name: members[name].turn(), (DivergedError, StoppedError)

@@ -115,6 +115,15 @@ class Resident:
                     self.model.activation_checkpointing_disable()
                 model.unload()
 
+    def trained_parameters(self, recipe: Recipe) -> int:
+        """How many parameters a configuration trains; they are counted without being made."""
+        config = self.begun.lora_config(recipe)
+        model = LoraModel(self.model, config, low_cpu_mem_usage=True)
+        try:
+            return model.get_nb_trainable_parameters()[0]
+        finally:
+            model.unload()
+
     def losses(
         self, model: LoraModel, loss: SupervisedLoss, names: Sequence[str], recipe: Recipe
     ) -> list[dict[str, RowLosses]]:
