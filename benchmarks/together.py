@@ -2,14 +2,18 @@
 
     python -m benchmarks.together [--count 8 --batch 4 --steps 3 --rounds 3]
 
-Both sides are a sweep's runner on the bundled model; what is timed are the training steps. The
-memory of one configuration alone is the third side. Rows are short, as instructions are.
+All sides are a sweep's runner on the bundled model; what is timed are the training steps.
+"together" measures how much goes through the model at a time, "one pass" is all configurations in
+each pass, and the memory of one configuration by itself is what theirs is compared with. Rows are
+short, as instructions are.
 """
 
 import argparse
 import json
 import random
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.turns import Figures, peak_memory_mb, take_turns
 
-SIDES = ("together", "in turn", "one alone")
+SIDES = ("together", "one pass", "in turn", "one alone")
 RANKS = (4, 8, 16, 32)
 
 
@@ -63,8 +67,9 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
             configurations.append(Configuration(f"c{i}", own, recipe))
         base = load_recipe(values)
         begun = begin(base, torch_dtype(base.dtype, best_device()))
-        at_once = options.count if side == "together" else 1
-        runner = TogetherRunner(begun, {}, at_once=at_once)
+        at_once = {"together": None, "one pass": options.count}.get(side, 1)
+        say = partial(print, file=sys.stderr)
+        runner = TogetherRunner(begun, {}, at_once=at_once, say=say)
         found = runner.advance(configurations, 1.0)
         tokens = len(found) * sum(len(row) for row in begun.data.train)
         seconds = sum(progress.seconds for progress in found.values())
@@ -95,13 +100,11 @@ def main() -> None:
         table.add_row(side, f"{rate:.0f}", f"{memory:.0f}")
     Console().print(table)
     ratios = {}
-    if {"together", "in turn"} <= found.keys():
-        rates = (found[side]["tokens_per_second"] for side in ("together", "in turn"))
-        together, in_turn = rates
-        ratios["times the tokens/s of in turn"] = round(together / in_turn, 3)
-    if {"together", "one alone"} <= found.keys():
-        memory, alone = (found[side]["peak_memory_mb"] for side in ("together", "one alone"))
-        ratios["times the memory of one alone"] = round(memory / alone, 3)
+    for side in ("together", "one pass"):
+        for other, figure in (("in turn", "tokens_per_second"), ("one alone", "peak_memory_mb")):
+            if {side, other} <= found.keys():
+                ratio = found[side][figure] / found[other][figure]
+                ratios[f"{side}, {figure} against {other}"] = round(ratio, 3)
     print(json.dumps({"benchmark": "together", **vars(options), **ratios}))
 
 

@@ -1,8 +1,12 @@
 """Groups that stop and go on: at a share, in another runner, after kills; and what diverges."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError
 from lorakit.evaluation.loss import mean_loss
+from lorakit.training.interrupt import StoppedError
 from small_runs import lines, weights
 from training.together.sweeps import configurations, distance, runner_for, small, solo
 
@@ -67,6 +72,39 @@ def test_a_configuration_that_diverges_is_dropped_alone(
         assert found[name].diverged is None
         own, wanted = (weights(tmp_path / folder / name) for folder in ("with", "without"))
         assert distance(own, wanted) < 1e-4
+
+
+def test_weights_that_are_no_numbers_are_neither_saved_nor_gone_on_from(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    values = small(tiny_model, rows, tmp_path / "base", max_steps=2)
+    wild = {"training.learning_rate": 1e39, "training.lr_scheduler_type": "constant"}
+    sweep = configurations(values, tmp_path, [wild | {"training.warmup_steps": 0}, {}])
+    for _ in range(2):
+        found = runner_for(values).advance(sweep, 0.5)
+        assert found["c00"].diverged == "a weight is no number at step 1"
+        assert found["c01"].diverged is None
+        assert not list((tmp_path / "c00").glob("checkpoint-*"))
+
+
+def test_a_signal_stops_all_behind_a_step_with_checkpoints(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    values = small(tiny_model, rows, tmp_path / "base", max_steps=5000, save_strategy="no")
+    sweep = configurations(values, tmp_path, [{"lora.r": 2}, {"lora.r": 3}])
+
+    def stop_when_it_has_begun() -> None:
+        while not (tmp_path / "c01" / "metrics.jsonl").is_file():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_it_has_begun).start()
+    with pytest.raises(StoppedError):
+        runner_for(values, at_once=2).advance(sweep, 1.0)
+    for name in ("c00", "c01"):
+        [checkpoint] = (tmp_path / name).glob("checkpoint-*")
+        assert int(checkpoint.name.rpartition("-")[2]) < 5000
+    assert not [t for t in threading.enumerate() if t.name.startswith("part")]
 
 
 def test_a_whole_run_leaves_an_adapter_with_the_losses_that_were_returned(

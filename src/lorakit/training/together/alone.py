@@ -27,7 +27,8 @@ def why_alone(
     return (
         _draws_itself(base)
         or _changes_more(config)
-        or _looks_elsewhere(recipe, args)
+        or evaluates_itself(recipe, args)
+        or _needs_its_own_process(args)
         or _adapts_other_modules(base, config)
     )
 
@@ -55,25 +56,35 @@ def _changes_more(config: LoraConfig) -> str | None:
     return None
 
 
-def _looks_elsewhere(recipe: Recipe, args: TrainingArguments) -> str | None:
-    """What a run does by what only its own evaluations or its own model can tell."""
+def evaluates_itself(recipe: Recipe, args: TrainingArguments) -> str | None:
+    """What a run does by evaluations of its own, if there is anything."""
     if recipe.early_stopping_patience or args.load_best_model_at_end:
         return "it keeps its best weights by evaluations of its own"
-    if str(args.save_strategy) == "SaveStrategy.BEST":
+    if _name(args.save_strategy) == "best":
         return "it saves by evaluations of its own"
-    scheduler = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if scheduler in ("reduce_lr_on_plateau", "greedy"):
-        return f"the schedule {scheduler} goes by evaluations of its own"
-    optimizer = str(getattr(args.optim, "value", args.optim))
+    if (schedule := _name(args.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
+        return f"the schedule {schedule} goes by evaluations of its own"
+    return None
+
+
+def _needs_its_own_process(args: TrainingArguments) -> str | None:
+    """What reaches beyond an adapter's own parameters while it trains."""
+    optimizer = _name(args.optim)
     if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
         return f"the optimiser {optimizer} steps while gradients are made"
     if args.neftune_noise_alpha:
         return "neftune_noise_alpha draws noise for a whole batch"
     if args.use_liger_kernel:
         return "use_liger_kernel changes the model"
+    if args.report_to:
+        return f"{args.report_to[0]} follows one run of a process at a time"
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         return "use_reentrant computes again without knowing whose rows they are"
     return None
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def _adapts_other_modules(base: nn.Module, config: LoraConfig) -> str | None:

@@ -63,7 +63,7 @@ class Member:
         recipe = configuration.recipe
         self.folder = Path(recipe.output_dir)
         own = model if alone else AdapterShare(model, adapter)
-        self.setup = resident.setup(recipe, own, evaluates=alone)
+        self.setup = resident.setup(recipe, own)
         args, rows = self.setup.arguments, self.setup.data.train
         batches = self.setup.batching.train_batches(rows, args, epoch=0)
         self.planned = planned_steps(args, len(batches))
@@ -248,9 +248,15 @@ def _evaluated(
     found: dict[str, dict[str, RowLosses]] = {}
     if healthy:
         found = dict(zip(healthy, resident.losses(model, loss, healthy, recipe), strict=True))
-    for name, losses in found.items():
-        if members[name].target == members[name].planned:
-            members[name].finish(resident.base_losses(model, loss, recipe), losses)
+    for name in healthy:
+        member, losses = members[name], found[name]
+        for split, rows in losses.items():
+            if not all(math.isfinite(nats) for nats, _ in rows):
+                step = member.trainer.state.global_step
+                member.diverged = f"the loss of the {split} rows is no number at step {step}"
+                found[name] = {}
+        if member.diverged is None and member.target == member.planned:
+            member.finish(resident.base_losses(model, loss, recipe), losses)
     return {m.configuration.name: m.progress(found.get(n, {})) for n, m in members.items()}
 
 

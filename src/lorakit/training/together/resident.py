@@ -21,7 +21,9 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import Batching
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import Setup, training_arguments
+from lorakit.training.sharded import asks_to_spread
 from lorakit.training.tasks import Beginning
+from lorakit.training.together.alone import evaluates_itself
 from lorakit.training.together.evaluate import RowLosses, row_losses
 
 
@@ -57,17 +59,25 @@ class Resident:
             return Batching(self.pad_token_id, pack_length), [notice]
         return Batching(None, pack_length), []
 
-    def setup(self, recipe: Recipe, model: Any, *, evaluates: bool) -> Setup:
+    def setup(self, recipe: Recipe, model: Any) -> Setup:
         """A run of `recipe` on `model`, ready to begin.
 
         Args:
             model: the base with an adapter of its own, or an adapter's share of one.
-            evaluates: whether it takes the held-out loss while it trains.
+
+        Raises:
+            InputError: it asks for several processes.
         """
+        if asks_to_spread(recipe.training.model_extra or {}):
+            raise InputError(
+                "a sweep keeps its base in one process: leave out training.fsdp and deepspeed"
+            )
         begun = self.begun
         batching, notices = self.batching(recipe)
         template = None if begun.had_template else begun.tokenizer.chat_template
-        arguments = training_arguments(recipe, held_out=evaluates and bool(begun.data.eval))
+        arguments = training_arguments(recipe, held_out=True)
+        if not evaluates_itself(recipe, arguments):  # who trains it evaluates it
+            arguments = training_arguments(recipe, held_out=False)
         if arguments.world_size > 1:
             raise InputError(
                 "configurations train together in one process: start it without torchrun"

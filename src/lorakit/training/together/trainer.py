@@ -97,6 +97,16 @@ class ConfigurationTrainer(LoraTrainer):
         self._require_number("norm of the gradient", norm)
         return norm
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As LoraTrainer's; weights that are no numbers are not kept: nobody could go on from them.
+
+        Raises:
+            DivergedError: there are such weights.
+        """
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise DivergedError(f"a weight is no number at step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
     def _require_number(self, what: str, value: Any) -> None:
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
         if not math.isfinite(number):
