@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import lorakit.training.together.runner as runner_module
 from lorakit.errors import InputError
+from lorakit.training.forecast import TIGHT
 from lorakit.training.together.batch import Part
 from lorakit.training.together.room import fewest_worth, in_passes, measure_room
 from small_runs import weights
@@ -94,6 +96,34 @@ def test_who_cannot_share_batches_trains_by_itself_and_gives_the_weights_of_its_
     for configuration in sweep:
         own = weights(Path(configuration.recipe.output_dir))
         assert distance(own, solo(configuration, tmp_path / "solo")) < 1e-9, configuration.changes
+
+
+def test_the_parameters_of_a_configuration_are_counted_without_making_them(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    values = small(tiny_model, rows, tmp_path / "base")
+    changes = [{}, {"lora.r": 3, "lora.target_modules": ["embed_tokens", "q_proj", "up_proj"]}]
+    resident = runner_for(values).resident
+    for configuration in configurations(values, tmp_path, changes):
+        with resident.adapted({"default": configuration.recipe}) as model:
+            made = model.get_nb_trainable_parameters()[0]
+        assert resident.factor_parameters(configuration.recipe) == made
+
+
+def test_groups_are_no_larger_than_memory_allows(
+    tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    values = small(tiny_model, rows, tmp_path / "base", max_steps=2)
+    sweep = configurations(values, tmp_path, [{}, {"lora.r": 2}, {"lora.r": 3}])
+    said: list[str] = []
+    runner = runner_for(values, say=said.append)
+    each = 16e-6 * runner.resident.factor_parameters(sweep[0].recipe)
+    # Room for two and a half of the largest.
+    monkeypatch.setattr(runner_module, "memory_mb", lambda: 5 * each / TIGHT)
+    monkeypatch.setattr(runner_module, "used_memory_mb", lambda: 0.0)
+    found = runner.advance(sweep, 1.0)
+    assert said[0].startswith("2 of 3 configurations train at once: each takes ")
+    assert [progress.step for progress in found.values()] == [2, 2, 2]
 
 
 def test_configurations_of_other_models_or_rows_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -229,14 +230,30 @@ def _train_together(
             member.make_ready()
         tokens = room([member.largest_part() for member in waiting.values()], try_out)
     bodies: dict[str, Callable[[Wait], None]] = {name: m.train for name, m in members.items()}
-    ended = take_turns(
-        bodies, step, lambda name: members[name].turn(), (DivergedError, StoppedError)
-    )
+    with _quick_collections():
+        ended = take_turns(
+            bodies, step, lambda name: members[name].turn(), (DivergedError, StoppedError)
+        )
     for name, error in ended.items():
         if isinstance(error, DivergedError):
             members[name].diverged = str(error)
     if stopped := [error for error in ended.values() if isinstance(error, StoppedError)]:
         raise stopped[0]
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Within this block garbage is looked for among new objects alone.
+
+    Each trainer that begins has accelerate collect all garbage, which takes as long as there are
+    objects, and most of them are the libraries' own.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _evaluated(

@@ -14,6 +14,7 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import BASE
+from lorakit.lora.targets import resolve_targets
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
@@ -125,14 +126,16 @@ class Resident:
                     self.model.activation_checkpointing_disable()
                 model.unload()
 
-    def trained_parameters(self, recipe: Recipe) -> int:
-        """How many parameters a configuration trains; they are counted without being made."""
+    def factor_parameters(self, recipe: Recipe) -> int:
+        """How many parameters the factors of a configuration have that can share batches."""
         config = self.begun.lora_config(recipe)
-        model = LoraModel(self.model, config, low_cpu_mem_usage=True)
-        try:
-            return model.get_nb_trainable_parameters()[0]
-        finally:
-            model.unload()
+        count = 0
+        for path in resolve_targets(self.model, config):
+            module: Any = self.model.get_submodule(path)
+            linear = hasattr(module, "in_features")
+            widths = (module.in_features, module.out_features) if linear else module.weight.shape
+            count += config.rank_for(path) * sum(widths)
+        return count
 
     def losses(
         self, model: LoraModel, loss: SupervisedLoss, names: Sequence[str], recipe: Recipe

@@ -7,6 +7,7 @@ as that pays.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def measure_room(parts: Sequence[Part], run: Callable[[Sequence[Part]], None]) -
     while True:
         tried = ordered[:count]
         try:
-            run(tried)  # takes the memory, and what only the first pass takes
+            if count == 1:
+                run(tried)  # takes what only the first pass takes
             rates[count] = _tokens(tried) / min(_seconds(run, tried) for _ in range(REPEATS))
         except torch.OutOfMemoryError:
             if count == 1:
@@ -65,6 +67,9 @@ def measure_room(parts: Sequence[Part], run: Callable[[Sequence[Part]], None]) -
         if count == len(ordered):
             break
         following = min(2 * count, len(ordered))
+        if _expected(rates, ordered, following) < PAYS * rates[count]:
+            why = f"{following} would hardly be faster"
+            break
         if needs := _too_much(peaks, count, following):
             why = f"{following} would need {needs / 1e3:.1f} of {memory_mb() / 1e3:.0f} GB"
             break
@@ -109,6 +114,21 @@ def _too_much(peaks: Mapping[int, float], count: int, following: int) -> float |
     each = (peaks[count] - peaks[0]) / count
     needs = peaks[0] + each * following
     return needs if needs > TIGHT * memory_mb() else None
+
+
+def _expected(rates: Mapping[int, float], ordered: Sequence[Part], following: int) -> float:
+    """The tokens a second of `following`, if a pass takes some time and each token its own.
+
+    Trying it would take its memory. With one measurement there is nothing to go by: infinite.
+    """
+    if len(rates) < 2:
+        return math.inf
+    *_, one, two = sorted(rates)
+    tokens = [_tokens(ordered[:number]) for number in (one, two, following)]
+    seconds = [tokens[0] / rates[one], tokens[1] / rates[two]]
+    each = (seconds[1] - seconds[0]) / (tokens[1] - tokens[0])
+    more = seconds[1] + max(each, 0.0) * (tokens[2] - tokens[1])
+    return tokens[2] / more
 
 
 def _before(count: int, rates: Mapping[int, float]) -> int:

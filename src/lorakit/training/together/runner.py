@@ -110,7 +110,7 @@ class TogetherRunner:
 
     def _most_at_once(self, members: Sequence[Configuration]) -> int:
         """How many of these the memory holds, with gradients and the optimiser's two averages."""
-        largest = max(self.resident.trained_parameters(c.recipe) for c in members)
+        largest = max(self.resident.factor_parameters(c.recipe) for c in members)
         each = 16e-6 * largest  # MB; adapters are float32
         free = TIGHT * memory_mb() - used_memory_mb()
         most = max(1, int(FOR_ADAPTERS * free / each))

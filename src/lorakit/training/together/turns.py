@@ -2,7 +2,7 @@
 
 Every one has a thread of its own, so that it can be a training loop that knows nothing of the
 others; but no two ever run at the same time, and the order is always the same. What they wait for
-is done in the calling thread.
+is done in the calling thread, with all cores; they themselves have one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
+
+import torch
 
 Wait = Callable[[Any], Any]
 """What a function calls with a request; it returns with the answer when all have one."""
@@ -36,6 +38,8 @@ class _Player(threading.Thread):
     def run(self) -> None:
         self._go.acquire()
         try:
+            # A second pool of threads would leave the caller's asleep between its operations.
+            torch.set_num_threads(1)
             if not self._closing:
                 self._body(self._wait)
         except BaseException as error:  # it is the caller who decides what becomes of it
@@ -81,6 +85,7 @@ def take_turns(
 
     Returns: the tolerated errors, by name.
     """
+    threads = torch.get_num_threads()
     players = [_Player(name, body) for name, body in bodies.items()]
     for player in players:
         player.start()
@@ -98,4 +103,5 @@ def take_turns(
     finally:
         for player in players:
             player.close()
+        torch.set_num_threads(threads)  # of threads to come too, which they had set
     return {player.name: player.error for player in players if player.error is not None}
