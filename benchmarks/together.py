@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.turns import Figures, peak_memory_mb, take_turns
 
 SIDES = ("together", "one pass", "in turn", "one alone")
-RANKS = (4, 8, 16, 32)
+RANKS = (16,)
 
 
 def write_rows(path: Path, count: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 # glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BLOCK, _KEPT_BEFORE_2_35 = 2**30, 2**25  # older releases refuse more
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
@@ -98,4 +98,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
     kept = any(mallopt(_M_MMAP_THRESHOLD, block) for block in (_KEPT_BLOCK, _KEPT_BEFORE_2_35))
-    return kept and bool(mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1))
+    # What one thread has freed is for the others too.
+    return kept and bool(
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1) and mallopt(_M_ARENA_MAX, 1)
+    )
