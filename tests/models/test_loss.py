@@ -78,3 +78,15 @@ def test_what_is_not_supervised_has_no_part_in_it(batch):
     batch["input_ids"][1, 7] = 5  # padding
     again, _ = SupervisedLoss(model)(model, batch)
     torch.testing.assert_close(total, again, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_losses_of_tokens_come_row_after_row(frozen: bool, batch):
+    model = build("plain")
+    model.lm_head.weight.requires_grad_(not frozen)
+    loss = SupervisedLoss(model)
+    found = loss.of_tokens(model, batch)
+    counts = [loss.count(batch["labels"][i : i + 1]).item() for i in range(3)]
+    for i, own in enumerate(found.split(counts)):
+        one = {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        torch.testing.assert_close(own.sum(), loss(model, one)[0])

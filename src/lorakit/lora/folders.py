@@ -90,15 +90,22 @@ def save_adapters(
     """
     for name in names:
         folder = Path(directory) if name == "default" else Path(directory) / name
-        config, tensors = bank.peft_config[name], bank.adapter_tensors(name)
-        initial = initial_factors(bank, name)
-        if initial and plain:
-            config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
-        tensors = {key: whole(tensor) for key, tensor in tensors.items()}
-        if write:
-            write_adapter(folder, config, tensors, initial)
+        save_adapter(bank, folder, name, plain, write)
     if write:
         write_card(directory, bank.get_base_model())
+
+
+def save_adapter(
+    bank: AdapterBank, folder: Path, name: str, plain: bool = False, write: bool = True
+) -> None:
+    """Writes one adapter into a folder, whatever its name; arguments as for `save_adapters`."""
+    config, tensors = bank.peft_config[name], bank.adapter_tensors(name)
+    initial = initial_factors(bank, name)
+    if initial and plain:
+        config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
+    tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+    if write:
+        write_adapter(folder, config, tensors, initial)
 
 
 def write_card(directory: str | Path, base: nn.Module) -> None:

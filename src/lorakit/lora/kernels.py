@@ -1,15 +1,20 @@
-"""The fused product of a frozen linear layer and one low-rank adapter.
+"""The fused product of a frozen linear layer and a low-rank adapter, or several side by side.
 
 Written as one autograd function because PyTorch's graph of the same formula keeps and moves
 more than is needed: here the low-rank product is accumulated into the base's output, and only
 `x` and `x A^T` are kept for the backward pass (with dropout one byte an entry of `x` more).
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from lorakit.lora.streams import Stream
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -34,11 +39,7 @@ class LoraLinearFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, W, b)
-        mask = None
-        if p > 0:
-            rows, mask = torch.native_dropout(rows, p, True)
-        xA = rows @ A.to(x.dtype).T
-        y.addmm_(xA, B.to(x.dtype).T, alpha=scaling)
+        xA, mask = _add_update(y, rows, A, B, scaling, p)
         ctx.save_for_backward(x, xA, W, A, B, mask)
         ctx.scaling, ctx.kept = scaling, 1 - p
         return y.view(*x.shape[:-1], W.shape[0])
@@ -48,24 +49,139 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, xA, W, A, B, mask = ctx.saved_tensors
         G = grad.reshape(-1, grad.shape[-1])
-        GB = (G @ B.to(G.dtype)).mul_(ctx.scaling)  # (N, r)
-        dA = dB = dx = None
-        if ctx.needs_input_grad[3]:
-            rows = x.reshape(-1, x.shape[-1])
-            if mask is not None:
-                rows = (rows * mask).div_(ctx.kept)
-            dA = (GB.T @ rows).to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            # The narrow factor first: a CPU takes half the time or less for the same numbers.
-            dB = (xA.T @ G).T.mul(ctx.scaling).to(B.dtype)
-        if ctx.needs_input_grad[0]:
-            dx = G @ W
-            if mask is None:
-                dx.addmm_(GB, A.to(G.dtype))
-            else:
-                dx.addcmul_(GB @ A.to(G.dtype), mask.to(G.dtype), value=1 / ctx.kept)
-            dx = dx.view(x.shape)
-        return dx, None, None, dA, dB, None, None
+        dx = G @ W if ctx.needs_input_grad[0] else None
+        rows = x.reshape(-1, x.shape[-1])
+        needed = ctx.needs_input_grad[3:5]
+        dA, dB = _gradients(dx, G, rows, xA, A, B, mask, ctx.scaling, ctx.kept, needed)
+        return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Positions [begin, end) of a batch, and how their adapter is added there.
+
+    Args:
+        p: the share of the entries that the adapter does not see.
+        stream: where that is drawn from; None is PyTorch's own generator.
+        rows: the positions are rows of so many tokens, of which the adapter gets so many.
+    """
+
+    begin: int
+    end: int
+    scaling: float
+    p: float = 0.0
+    stream: Stream | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's positions of `x` (positions, d): (n, d), a copy where there is filling."""
+        part = x[self.begin : self.end]
+        if self.rows is None:
+            return part
+        length, width = self.rows
+        return part.view(-1, length, x.shape[-1])[:, :width].reshape(-1, x.shape[-1])
+
+    def put(self, part: torch.Tensor, x: torch.Tensor) -> None:
+        """Puts what `of(x)` gave, changed in place, back into `x`."""
+        if self.rows is not None:
+            length, width = self.rows
+            rows = x[self.begin : self.end].view(-1, length, x.shape[-1])
+            rows[:, :width] = part.view(-1, width, x.shape[-1])
+
+
+class LoraSpansFunction(torch.autograd.Function):
+    """As `LoraLinearFunction` with an adapter for each of several spans of positions.
+
+    `factors` are A and B of the first span, of the second, and so on; ranks may differ. Positions
+    outside of all spans get the base's output. What an adapter computes, and its gradients, come
+    of its own positions alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        spans: Sequence[Span],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, W, b)
+        kept: list[torch.Tensor | None] = []
+        for span, A, B in zip(spans, factors[::2], factors[1::2], strict=True):
+            part = span.of(y)
+            drawn_from = span.stream.drawing(x.device) if span.stream and span.p else nullcontext()
+            with drawn_from:
+                kept += _add_update(part, span.of(rows), A, B, span.scaling, span.p)
+            span.put(part, y)
+        ctx.save_for_backward(x, W, *factors, *kept)
+        ctx.spans = spans
+        return y.view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, W, *saved = ctx.saved_tensors
+        G, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = G @ W if ctx.needs_input_grad[0] else None
+        factors, kept = saved[: 2 * len(ctx.spans)], saved[2 * len(ctx.spans) :]
+        found: list[torch.Tensor | None] = []
+        for i, span in enumerate(ctx.spans):
+            (A, B), (xA, mask) = factors[2 * i : 2 * i + 2], kept[2 * i : 2 * i + 2]
+            part = None if dx is None else span.of(dx)
+            needed = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+            seen, kept_share = span.of(rows), 1 - span.p
+            found += _gradients(
+                part, span.of(G), seen, xA, A, B, mask, span.scaling, kept_share, needed
+            )
+            if dx is not None and part is not None:
+                span.put(part, dx)
+        return None if dx is None else dx.view(x.shape), None, None, None, *found
+
+
+def _add_update(
+    y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, p: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Adds an adapter's update of `x` (n, d_in) to `y` (n, d_out), in place.
+
+    Returns: x' A^T (n, r), and what was kept by dropout (n, d_in).
+    """
+    mask = None
+    if p > 0:
+        x, mask = torch.native_dropout(x, p, True)
+    xA = x @ A.to(x.dtype).T
+    y.addmm_(xA, B.to(x.dtype).T, alpha=scaling)
+    return xA, mask
+
+
+def _gradients(
+    dx: torch.Tensor | None,
+    G: torch.Tensor,
+    x: torch.Tensor,
+    xA: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    kept: float,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dA and dB, those that are `needed`; what the adapter adds to `dx` is added in place."""
+    GB = (G @ B.to(G.dtype)).mul_(scaling)  # (n, r)
+    dA = dB = None
+    if needed[0]:
+        seen = x if mask is None else (x * mask).div_(kept)
+        dA = (GB.T @ seen).to(A.dtype)
+    if needed[1]:
+        # The narrow factor first: a CPU takes half the time or less for the same numbers.
+        dB = (xA.T @ G).T.mul(scaling).to(B.dtype)
+    if dx is not None:
+        if mask is None:
+            dx.addmm_(GB, A.to(G.dtype))
+        else:
+            dx.addcmul_(GB @ A.to(G.dtype), mask.to(G.dtype), value=1 / kept)
+    return dA, dB
 
 
 def lora_linear(
@@ -85,3 +201,21 @@ def lora_linear(
     Shapes as in `LoraLinearFunction`. Returns (..., d_out) in x's dtype.
     """
     return LoraLinearFunction.apply(x, W, b, A, B, scaling, p)
+
+
+def lora_spans(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    spans: Sequence[Span],
+    factors: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """`x W^T + b` for a frozen `W` and `b`, with the adapter of each span added to its positions.
+
+    Args:
+        spans: of the positions of x, all dimensions but the last in one line.
+        factors: A (r, d_in) and B (d_out, r) of each span, one after the other.
+
+    Shapes as in `LoraLinearFunction`. Returns (..., d_out) in x's dtype.
+    """
+    return LoraSpansFunction.apply(x, W, b, spans, *factors)

@@ -5,15 +5,18 @@ out, adding several up, and giving every row its own are one assignment each. Th
 the route; nothing else decides what they compute.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from lorakit.errors import InputError
+from lorakit.lora.streams import Stream
 
 BASE = "__base__"
 """The name that stands for "no adapter" in a list of names, one a row (PEFT's word)."""
@@ -27,11 +30,21 @@ class Route:
         shared: the names whose updates are added up for every row; empty is the base alone.
         rows: one name a row, `"__base__"` for none; None when `shared` holds for all rows.
         shape: the model's input, as (batch, tokens in a row), where that is known.
+        sizes: each of `rows` stands for so many neighbouring rows of the batch, or tokens of a
+            batch that is one line; None for one row each. Layers then compute every such part by
+            itself, as they would a batch of its own.
+        widths: of the rows of each of these parts only so many tokens are its own, and what comes
+            behind them is filling, which its adapter does not see; None where all are.
+        streams: what the adapter of each of `rows` draws its dropout from; empty where that is
+            PyTorch's own generator.
     """
 
     shared: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
     shape: tuple[int, int] | None = None
+    sizes: tuple[int, ...] | None = None
+    widths: tuple[int, ...] | None = None
+    streams: tuple[Stream | None, ...] = ()
 
     @cached_property
     def row_names(self) -> tuple[str, ...]:
@@ -50,7 +63,7 @@ class Route:
             InputError: it cannot be told which row each of these belongs to, as when a mixture of
                 experts sends each expert some tokens, or several copies of all.
         """
-        rows, batch = self.rows or (), x.shape[0]
+        rows, batch = self._names(), x.shape[0]
         known = (
             {len(rows)} if self.shape is None else {self.shape[0], self.shape[0] * self.shape[1]}
         )
@@ -62,6 +75,63 @@ class Route:
         position = {name: i for i, name in enumerate(present)}
         index = torch.tensor([position.get(name, len(present)) for name in rows], device=x.device)
         return index.repeat_interleave(batch // len(rows))
+
+    def _names(self) -> tuple[str, ...]:
+        """One name for each row of the batch."""
+        if self.sizes is None:
+            return self.rows or ()
+        named = zip(self.rows or (), self.sizes, strict=True)
+        return tuple(name for name, size in named for _ in range(size))
+
+    def parts(self, x: torch.Tensor) -> tuple[int, list[int]]:
+        """The dimension of `x` along which the parts of `sizes` lie, and how long each is there.
+
+        Shapes: x (batch, …), (1, tokens, …) for a line, or (batch * tokens, d).
+
+        Raises:
+            InputError: it cannot be told which part each position belongs to.
+        """
+        sizes, lead = list(self.sizes or ()), tuple(x.shape[:2])
+        total = sum(sizes)
+        if lead[0] == total:
+            return 0, sizes
+        if lead == (1, total):
+            return 1, sizes
+        if self.shape is not None and lead[0] == self.shape[0] * self.shape[1]:
+            each = lead[0] // total
+            return 0, [each * size for size in sizes]
+        raise InputError(
+            f"adapters share a batch of {total} rows or tokens, and a layer got {lead[0]}, of "
+            "which it cannot be told whose they are: adapt other modules, or run one adapter at "
+            "a time"
+        )
+
+    def own_widths(self, x: torch.Tensor) -> tuple[int | None, ...]:
+        """How many tokens of its rows each part has for its own; None for all of them.
+
+        Shapes: x (batch, tokens, …) or (batch * tokens, d).
+
+        Raises:
+            InputError: some have filling, and it cannot be told where in `x` that is.
+        """
+        if self.widths is None or self.shape is None:
+            return (None,) * len(self.rows or ())
+        if tuple(x.shape[:2]) != self.shape and x.shape[0] != self.shape[0] * self.shape[1]:
+            raise InputError(
+                "adapters share a batch of rows of different lengths, and a layer does not get "
+                "these rows: adapt other modules, or run one adapter at a time"
+            )
+        return tuple(None if width == self.shape[1] else width for width in self.widths)
+
+    def drawn_from(self) -> tuple[Stream | None, ...]:
+        """One stream, or None, for each of `rows`."""
+        return self.streams or (None,) * len(self.rows or ())
+
+    def again(self) -> Route:
+        """This route with streams that give the same numbers once more from here on."""
+        if not any(self.streams):
+            return self
+        return replace(self, streams=tuple(stream and stream.copy() for stream in self.streams))
 
 
 class Routing:
@@ -86,7 +156,8 @@ class Routing:
     def checkpointing_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for `torch.utils.checkpoint`: what is computed again takes the same route.
 
-        That happens in the backward pass, when another route may be in force. The older,
+        That happens in the backward pass, when another route may be in force, and draws the same
+        numbers for dropout again. The older,
         re-entrant form knows nothing of it; with that, rows cannot choose adapters in training.
         """
         self.recomputes_route = not options.get("use_reentrant")
@@ -95,7 +166,7 @@ class Routing:
         return {**options, "use_reentrant": False, "context_fn": self._recomputing}
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self.using(self.route)
+        return nullcontext(), self.using(self.route.again())
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:

@@ -16,10 +16,10 @@ CHUNK_ELEMENTS = 2**23
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy, in nats, of `post(h W^T + b)` for the target classes.
+    """The cross-entropy, in nats, of `post(h W^T + b)` for the target classes.
 
     `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap.
-    Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,). Returns a scalar, in float32 or wider.
+    Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,). Returns (n,), in float32 or wider.
     """
 
     @staticmethod
@@ -33,7 +33,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=h.device)
+        losses = torch.empty(h.shape[0], dtype=wide, device=h.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         rows = max(1, CHUNK_ELEMENTS // W.shape[0])
         for at in range(0, h.shape[0], rows):
@@ -49,7 +49,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # gradient is there too, in half the time of a log-softmax and its exponential.
             grad = torch.softmax(logits, dim=-1, dtype=wide)
             log_sums = logits.amax(-1, keepdim=True).to(wide) - grad.amax(-1, keepdim=True).log_()
-            total += (log_sums - logits.gather(1, chosen)).sum()
+            losses[at : at + rows] = (log_sums - logits.gather(1, chosen)).squeeze(1)
             if dh is None:
                 continue
             grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, -1))
@@ -59,13 +59,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad *= scale
             dh[at : at + rows] = grad.to(h.dtype) @ W
         ctx.save_for_backward(dh)
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dh,) = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), None, None, None, None, None
+        return dh * grad[:, None].to(dh.dtype), None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -76,7 +76,7 @@ def chunked_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Summed cross-entropy of positions with hidden states `h`, for a frozen `W` and `b`.
+    """Cross-entropy of each position with hidden states `h`, for a frozen `W` and `b`.
 
     Shapes as in `ChunkedCrossEntropy`. Gradients reach `h` alone.
     """

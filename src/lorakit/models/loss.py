@@ -65,6 +65,14 @@ class SupervisedLoss:
         """The sum over the batch (float32 or wider) and the number of supervised tokens (int64).
 
         Args:
+            batch: as in `of_tokens`.
+        """
+        return self.of_tokens(model, batch).sum(), self.count(batch["labels"])
+
+    def of_tokens(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of every supervised token (n,), row after row, in float32 or wider.
+
+        Args:
             batch: `input_ids` and `labels` (batch, seq), and what else the model's forward takes.
                 A position predicts the label after it.
         """
@@ -87,15 +95,14 @@ class SupervisedLoss:
                 logits = logits[keep]
                 if logits.element_size() < 4:
                     logits = logits.float()
-                return F.cross_entropy(logits, targets[keep], reduction="sum"), keep.sum()
+                return F.cross_entropy(logits, targets[keep], reduction="none")
             with _stopped_before(self.output.linear) as reached:
                 model(**inputs, use_cache=False)
         [h] = reached
         linear, scale, softcap = self.output.linear, self.output.scale, self.output.softcap
-        total = chunked_cross_entropy(
+        return chunked_cross_entropy(
             h[:, :-1][keep], linear.weight, linear.bias, targets[keep], scale, softcap
         )
-        return total, keep.sum()
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of `labels` (batch, seq) the loss is taken on."""

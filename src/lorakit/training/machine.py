@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 # glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BLOCK, _KEPT_BEFORE_2_35 = 2**30, 2**25  # older releases refuse more
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
@@ -73,6 +73,17 @@ def peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
+def used_memory_mb() -> float:
+    """What the process holds now: resident, or on the GPU when there is one; in MB of 10**6."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):  # another system: at most its peak
+        return peak_memory_mb()
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def keep_freed_memory() -> bool:
     """Lets freed blocks of memory be used again instead of going back to the system.
 
@@ -87,4 +98,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
     kept = any(mallopt(_M_MMAP_THRESHOLD, block) for block in (_KEPT_BLOCK, _KEPT_BEFORE_2_35))
-    return kept and bool(mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1))
+    # What one thread has freed is for the others too.
+    return kept and bool(
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1) and mallopt(_M_ARENA_MAX, 1)
+    )

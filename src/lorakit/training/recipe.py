@@ -131,7 +131,10 @@ class DataRecipe(_Strict):
 
 
 class TrainingRecipe(_Numbers):
-    """`TrainingArguments`, by their own names. Those listed here have lorakit's defaults."""
+    """`TrainingArguments`, by their own names. Those listed here have lorakit's defaults.
+
+    `loraplus_lr_ratio` is none of them: with it `B` learns so many times faster than `A` (LoRA+).
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -152,6 +155,7 @@ class TrainingRecipe(_Numbers):
     save_total_limit: Annotated[int, Field(ge=1)] | None = 2
     report_to: str | list[str] = "none"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
     @field_validator("max_steps")
     @classmethod

@@ -136,7 +136,7 @@ def train(
             began = time.perf_counter()
             base, tuned = _fit(trainer, setup, checkpoint)
         seconds = time.perf_counter() - began
-        manifest = _manifest(setup, trainer, base, tuned, metrics, seconds)
+        manifest = manifest_of(setup, trainer, base, tuned, metrics, seconds)
         if main and setup.own_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
         # All processes help to gather what is spread.
@@ -231,7 +231,7 @@ def _description(setup: Setup) -> Iterator[str]:
     yield from (finding.line for finding in data.findings if finding.count)
 
 
-def _manifest(
+def manifest_of(
     setup: Setup,
     trainer: LoraTrainer,
     base: dict[str, float],
@@ -239,6 +239,11 @@ def _manifest(
     metrics: StepLines,
     run_seconds: float,
 ) -> Manifest:
+    """The record of a run that has ended.
+
+    Args:
+        base, tuned: the held-out loss and scores of the bare base, and of the adapter.
+    """
     counts, labels = trainer.counts, setup.begun.labels
     return Manifest(
         base_model=setup.recipe.model,

@@ -78,6 +78,7 @@ class Setup:
             self.batching,
             begun.loss,
             begun.scorer,
+            self.recipe.training.loraplus_lr_ratio,
         )
 
     @contextmanager
@@ -156,7 +157,7 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         # Unless told so, accelerate would start no process group without a GPU.
         "use_cpu": not torch.accelerator.is_available(),
-        **recipe.training.model_dump(),
+        **recipe.training.model_dump(exclude={"loraplus_lr_ratio"}),  # the trainer's own
     }
     if not held_out:
         values["eval_strategy"] = "no"

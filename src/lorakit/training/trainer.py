@@ -35,6 +35,7 @@ from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.interrupt import Interrupt
+from lorakit.training.loraplus import over_loraplus_groups
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
 from lorakit.training.tasks import Loss
 
@@ -64,6 +65,7 @@ class LoraTrainer(Trainer):
         batching: how rows become batches.
         loss: makes the loss; its second argument says that weights are spread over machines.
         scorer: scores a classifier's held-out rows.
+        loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
 
     Attributes:
         interrupt: what processes agree on stopping by; None to go on whatever comes.
@@ -81,11 +83,13 @@ class LoraTrainer(Trainer):
         batching: Batching,
         loss: Callable[[nn.Module, bool], Loss] = SupervisedLoss,
         scorer: LabelScorer | None = None,
+        loraplus_lr_ratio: float | None = None,
     ) -> None:
         self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
         self.held_out = batching.eval_batches(eval_rows, args)
         self.counts = Counts()
         self.scorer = scorer
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
         super().__init__(
             model=model,
@@ -118,6 +122,15 @@ class LoraTrainer(Trainer):
                 "DeepSpeed's ZeRO stage 3 is not supported: use stage 2, or training.fsdp: true, "
                 "which spreads the weights too"
             )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, over the groups of LoRA+ where these are asked for."""
+        if self.loraplus_lr_ratio and self.optimizer is None:
+            trained = self.model if model is None else model
+            chosen = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            ratio = self.loraplus_lr_ratio
+            self.optimizer_cls_and_kwargs = over_loraplus_groups(trained, self.args, ratio, *chosen)
+        return super().create_optimizer(model)
 
     # --- loss -----------------------------------------------------------------------------
 
@@ -299,13 +312,16 @@ class LoraTrainer(Trainer):
         load_tensors(parameters, tensors, folder)
 
     def take_up(self, checkpoint: Path) -> None:
-        """State, counts and weights of a run that had ended when `checkpoint` was written.
+        """State, counts and weights of a run that had stopped when `checkpoint` was written.
 
-        The best weights, where the run has kept them.
+        Where the best weights are kept, it is those.
         """
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         vars(self.counts).update(vars(read_counts(checkpoint)))
-        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -5,6 +5,7 @@ layers is `targets.py`'s work, putting them into a model `injection.py`'s.
 """
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class LoraLayer(LayerBank):
             return self._forward_shared(x, names, *args, **kwargs)
         if self.merged:
             raise InputError("rows cannot choose adapters while one is merged: unmerge first")
+        if route.sizes is not None:
+            return self._forward_parts(x, route, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         names = self._on_route()
         return y + self._row_update(x, y, names, route).to(y.dtype) if names else y
@@ -45,6 +48,33 @@ class LoraLayer(LayerBank):
         for name in names:
             total = total + self._update(x, y, name).to(y.dtype)
         return total
+
+    def _forward_parts(
+        self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The output when neighbouring positions have one adapter, as `route.sizes` says."""
+        y = self.base_layer(x, *args, **kwargs)
+        dim, sizes = route.parts(x)
+        total = []
+        for part, output, name, width, stream in zip(
+            x.split(sizes, dim),
+            y.split(sizes, dim),
+            route.rows or (),
+            route.own_widths(x),
+            route.drawn_from(),
+            strict=True,
+        ):
+            if name not in self.r:
+                total.append(output)
+                continue
+            own, seen, filling = output, part, None
+            if width is not None:
+                own, seen, filling = output[:, :width], part[:, :width], output[:, width:]
+            draws = stream is not None and getattr(self.lora_dropout[name], "p", 0.0) > 0
+            with stream.drawing(x.device) if stream and draws else nullcontext():
+                own = own + self._update(seen, own, name).to(y.dtype)
+            total.append(own if filling is None else torch.cat([own, filling], 1))
+        return torch.cat(total, dim)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
         """What adapter `name` adds to the base's output `y` of `x`."""

@@ -1,5 +1,7 @@
 """LoRA beside a linear layer, `nn.Linear` or GPT-2's `Conv1D`."""
 
+import math
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.kernels import lora_linear
+from lorakit.lora.kernels import Span, lora_linear, lora_spans
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Route, Routing
 
@@ -73,11 +75,34 @@ class LoraLinear(LoraLayer):
     ) -> torch.Tensor:
         if len(names) != 1 or not self._fusable(x, names[0]):
             return super()._forward_shared(x, names, *args, **kwargs)
-        dropout = self.lora_dropout[names[0]]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        scaling = self.scaling[names[0]]
+        scaling, p = self.scaling[names[0]], self._share_dropped(names[0])
         factors = self.factors(names[0])
         return lora_linear(x, self.base_weight, self.base_layer.bias, *factors, scaling, p)
+
+    def _forward_parts(
+        self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if not all(self._fusable(x, name) for name in self._on_route()):
+            return super()._forward_parts(x, route, *args, **kwargs)
+        dim, sizes = route.parts(x)
+        # Parts of rows are as many positions as the rows have; a line has one each.
+        each = math.prod(x.shape[dim + 1 : -1])
+        ends = accumulate(each * size for size in sizes)
+        spans: list[Span] = []
+        factors: list[torch.Tensor] = []
+        for name, size, end, width, stream in zip(
+            route.rows or (), sizes, ends, route.own_widths(x), route.drawn_from(), strict=True
+        ):
+            if name in self.r:
+                rows = None if width is None or route.shape is None else (route.shape[1], width)
+                scaling, p = self.scaling[name], self._share_dropped(name)
+                spans.append(Span(end - each * size, end, scaling, p, stream, rows))
+                factors += self.factors(name)
+        return lora_spans(x, self.base_weight, self.base_layer.bias, spans, factors)
+
+    def _share_dropped(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
         A, B = self.factors(name)

@@ -1,0 +1,1 @@
+"""Several LoRA configurations trained at once on one resident base model."""
