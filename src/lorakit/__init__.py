@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.models.load import load_model as load_model
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
+    from lorakit.training.sweep.run import sweep as sweep
 
     PeftConfig = LoraConfig
     PeftModel = LoraModel
@@ -76,6 +77,7 @@ _BY_MODULE = {
     "lorakit.models.load": ["load_model"],
     "lorakit.training.monitor": ["LoraMonitor"],
     "lorakit.training.run": ["train"],
+    "lorakit.training.sweep.run": ["sweep"],
 }
 _TASKS = (
     "CausalLM",

@@ -29,6 +29,7 @@ from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
 from lorakit.cli.serve import serve
+from lorakit.cli.sweep import sweep
 from lorakit.cli.train import train
 from lorakit.errors import InputError, LorakitError
 from lorakit.training.processes import first_to_fail
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(train)
+app.command()(sweep)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)

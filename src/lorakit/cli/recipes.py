@@ -42,14 +42,14 @@ def recipe_from(
     Raises:
         InputError: it is no valid recipe.
     """
-    recipe, overrides = _split(arguments or [])
+    recipe, overrides = split_arguments(arguments or [])
     overrides += [(key, value) for key, value in options.items() if value is not None]
     from lorakit.training.recipe import load_recipe
 
     return load_recipe(recipe, overrides, defaults or {})
 
 
-def _split(arguments: list[str]) -> tuple[Path | None, list[str | tuple[str, str]]]:
+def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str | tuple[str, str]]]:
     """The recipe's path, if one is given, and the overrides."""
     paths = [a for a in arguments if "=" not in a or _is_file(a)]
     if len(paths) > 1:

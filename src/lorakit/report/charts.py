@@ -16,7 +16,7 @@ from lorakit.report.numbers import figures
 MOST_POINTS = 1000
 """A curve of more points is thinned to at most so many."""
 _LOG_FROM = 30  # the ratio of largest to smallest value from which a scale is logarithmic
-_WIDTH, _HEIGHT = 1000.0, 400.0  # of the drawing, in its own units
+WIDTH, HEIGHT = 1000.0, 400.0  # of the drawing, in its own units
 _MOST_HITS = 60  # places that can be pointed at
 
 Point = tuple[float, float]
@@ -62,12 +62,12 @@ class Chart:
     hits: list[Hit] = field(default_factory=list)
     mark: Tick | None = None
     notes: list[str] = field(default_factory=list)
-    width: float = _WIDTH
-    height: float = _HEIGHT
+    width: float = WIDTH
+    height: float = HEIGHT
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """From values to the share of an axis, 0 to 1."""
 
     low: float
@@ -93,16 +93,16 @@ def line_chart(
     if not lines:
         return None
     values = [y for line in lines for _, y in line.points]
-    y = _scale(min(values), max(values), from_zero)
-    x = _scale(0, max(max(line.points[-1][0] for line in lines), 1), True, snug=True)
+    y = scale(min(values), max(values), from_zero)
+    x = scale(0, max(max(line.points[-1][0] for line in lines), 1), True, snug=True)
     notes = ["log scale"] if y.log else []
-    tick = _plain if text is figures else text
+    tick = plain if text is figures else text
     paths = []
     for line in lines:
         shown = thinned(line.points)
         if len(shown) < len(line.points):
             notes.append(f"{line.name}: {len(shown)} of {len(line.points)} points are drawn")
-        spots = [(x(a) * _WIDTH, (1 - y(b)) * _HEIGHT) for a, b in shown]
+        spots = [(x(a) * WIDTH, (1 - y(b)) * HEIGHT) for a, b in shown]
         if line.kind.startswith("dots") or len(spots) == 1:
             # A stroke without length has round ends only: a dot that stretching leaves round.
             paths.append((f"{line.kind} dot", "".join(f"M{a:.1f} {b:.1f}h0" for a, b in spots)))
@@ -143,13 +143,13 @@ def histogram(
         right = max(right, cut)
     elif cut:
         notes.append(f"rows would be cut at {cut:,g} tokens, far to the right of this")
-    x = _scale(0, right, True, snug=True)
-    y = _scale(0, max(n for _, _, n in bins), True)
+    x = scale(0, right, True, snug=True)
+    y = scale(0, max(n for _, _, n in bins), True)
     bars, hits = [], []
     for low, high, n in bins:
         left, width, height = x(low), x(high) - x(low), y(n)
-        gap = min(2.0, 0.1 * width * _WIDTH)
-        bars.append((left * _WIDTH, (1 - height) * _HEIGHT, width * _WIDTH - gap, height * _HEIGHT))
+        gap = min(2.0, 0.1 * width * WIDTH)
+        bars.append((left * WIDTH, (1 - height) * HEIGHT, width * WIDTH - gap, height * HEIGHT))
         says = [f"{low:,g} to {high - 1:,g} tokens", f"{n:,} {'row' if n == 1 else 'rows'}"]
         hits.append(Hit(100 * left, 100 * width, says))
     shown_cut = cut if cut and not notes else None
@@ -188,7 +188,7 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
     return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
 
 
-def _hits(lines: Sequence[Line], x: _Scale, text: Callable) -> list[Hit]:
+def _hits(lines: Sequence[Line], x: Scale, text: Callable) -> list[Hit]:
     """Strips around at most 60 of the steps, each saying the values that are logged there."""
     steps = sorted({a for line in lines for a, _ in line.points})
     steps = steps[:: math.ceil(len(steps) / _MOST_HITS)]
@@ -204,14 +204,14 @@ def _hits(lines: Sequence[Line], x: _Scale, text: Callable) -> list[Hit]:
     ]
 
 
-def _scale(low: float, high: float, from_zero: bool, snug: bool = False) -> _Scale:
+def scale(low: float, high: float, from_zero: bool, snug: bool = False) -> Scale:
     """An axis with round ticks; `snug` ends it at `high` and not at the tick after it."""
     if low > 0 and high / low >= _LOG_FROM and not from_zero:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         ticks = [10.0**n for n in range(first, last + 1)]
         ticks = ticks[:: math.ceil(len(ticks) / 6)]
         low, high = max(ticks[0], low / 1.5), min(10.0**last, high * 1.5)
-        return _Scale(low, high, [t for t in ticks if low <= t <= high], log=True)
+        return Scale(low, high, [t for t in ticks if low <= t <= high], log=True)
     if from_zero:
         low = min(low, 0.0)
     if high <= low:
@@ -220,11 +220,11 @@ def _scale(low: float, high: float, from_zero: bool, snug: bool = False) -> _Sca
     start, stop = math.floor(low / step), math.ceil(high / step - 1e-9)
     ticks = [n * step for n in range(start, stop + 1)]
     if snug:
-        return _Scale(low, high, [t for t in ticks if low <= t <= high])
-    return _Scale(ticks[0], ticks[-1], ticks)
+        return Scale(low, high, [t for t in ticks if low <= t <= high])
+    return Scale(ticks[0], ticks[-1], ticks)
 
 
-def _plain(value: float) -> str:
+def plain(value: float) -> str:
     """A tick's label: no more figures than it has."""
     return f"{value:,.6g}".replace("e-0", "e-").replace("e+0", "e")
 

@@ -60,14 +60,18 @@ def write_report(adapter: str | Path, output: str | Path | None = None) -> Repor
 
 def render(run: RunRecord) -> str:
     """The page as text."""
-    environment = Environment(
+    return environment().get_template("report.html.jinja").render(_content(run))
+
+
+def environment() -> Environment:
+    """Templates that escape what they are given, and take nothing that is not given."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(_content(run))
 
 
 def _check_place(path: Path) -> None:

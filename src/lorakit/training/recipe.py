@@ -322,6 +322,8 @@ def load_recipe(
     for override in overrides:
         _apply(values, override)
     values = {**(defaults or {}), **values}
+    if "sweep" in values:
+        raise InputError(f"{where}: the sweep block is for lorakit sweep: remove it, or run that")
     try:
         return Recipe.model_validate(values)
     except InputError as error:

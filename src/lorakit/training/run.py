@@ -125,7 +125,7 @@ def train(
         _say(console, [start])
     _say(console, _description(setup))
     metrics = StepLines(folder / METRICS_NAME, writes=main)
-    with _named_failures(folder):
+    with named_failures(folder):
         trainer = setup.trainer()
         loss = trainer.supervised_loss
         if isinstance(loss, SupervisedLoss) and loss.output is None:
@@ -282,7 +282,7 @@ def _say(console: Console, lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def _named_failures(folder: Path) -> Iterator[None]:
+def named_failures(folder: Path) -> Iterator[None]:
     """Turns a full disk, however a library reports it, into one line."""
     cure = "The last checkpoint is whole: make room and go on with --resume"
     try:

@@ -1,6 +1,7 @@
 """How much goes through the model at a time, and who trains in which group."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,7 @@ def test_the_largest_batches_are_tried_until_more_do_not_fit():
         tried.append([p.name for p in parts])
         if len(parts) > 2:
             raise torch.OutOfMemoryError
-        time_passes = torch.randn(200 * len(parts) ** 0, 200)  # as long for two as for one
-        for _ in range(200):
-            time_passes @ time_passes.T
+        time.sleep(0.05)  # as long for two as for one
 
     room = measure_room([part("small", 10), part("large", 40), part("middle", 20)], run)
     assert tried[0] == ["large"]

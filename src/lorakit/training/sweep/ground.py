@@ -1,7 +1,6 @@
 """What all configurations of a sweep share: the base model, the rows, and the held-out splits.
 
-The data is read and tokenised once, and the base is held once; a start that changes the base's own
-weights (PiSSA, LoftQ) has it loaded again.
+The data is read and tokenised once, and the base is held once.
 """
 
 from __future__ import annotations
@@ -10,17 +9,21 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+
+from torch import nn
 
 from lorakit.data.checks import AnySample
 from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
+from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.training.advice import advised
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
+from lorakit.training.sweep.row_losses import SplitLosses, losses_of
 from lorakit.training.sweep.space.configurations import changed
 from lorakit.training.tasks import Beginning, begin
 
@@ -62,8 +65,13 @@ class Ground:
         settle_in()
         self.recipe = recipe
         self.begun = self._begin(recipe)
-        self.base_fingerprint = self._fingerprint()
+        self.base_fingerprint = fingerprint(self.begun.model, without=self.begun.new_modules)
         self._seed = recipe.training.seed  # a new head's values are drawn with it
+        self._in_lines = (
+            self.begun.collator is None
+            and recipe.data.padding_free
+            and take_lines(self.begun.model) is None
+        )
         self.parameters = sum(p.numel() for p in self.begun.model.parameters())
         data = self.begun.data
         self.splits = split(data.eval, data.eval_samples, selection, seed)
@@ -82,22 +90,29 @@ class Ground:
         return full
 
     def beginning(self, recipe: Recipe) -> Beginning:
-        """What a configuration begins with: these rows, and the base as it was loaded."""
-        other_head = bool(self.begun.new_modules) and recipe.training.seed != self._seed
-        if other_head or self._fingerprint() != self.base_fingerprint:
+        """What a configuration begins with: these rows, and the base.
+
+        A base with a new head is loaded again for another seed, which draws the head's values.
+        """
+        if self.begun.new_modules and recipe.training.seed != self._seed:
             fresh = self._begin(changed(self.recipe, {"training.seed": recipe.training.seed}))
             self.begun = replace(self.begun, model=fresh.model)
             self._seed = recipe.training.seed
         return self.begun
 
     @contextmanager
-    def with_adapter(self, folder: Any, recipe: Recipe) -> Iterator[LoraModel]:
+    def with_adapter(self, folder: Path, recipe: Recipe) -> Iterator[LoraModel]:
         """The base with the adapter in `folder`, to evaluate; bare again behind the block."""
         model = LoraModel.from_pretrained(self.beginning(recipe).model, folder).eval()
         try:
             yield model
         finally:
             model.unload()
+
+    def losses(self, model: nn.Module) -> SplitLosses:
+        """Those of the held-out rows, with the adapters that are active in `model`."""
+        size = self.recipe.training.per_device_eval_batch_size
+        return losses_of(model, self.begun, self.held_out, size, in_lines=self._in_lines)
 
     def trained_parameters(self, recipe: Recipe) -> int:
         """How many parameters a configuration trains; they are counted without being made.
@@ -114,9 +129,6 @@ class Ground:
 
     def _begin(self, recipe: Recipe) -> Beginning:
         return begin(recipe, torch_dtype(recipe.dtype, best_device()))
-
-    def _fingerprint(self) -> str:
-        return fingerprint(self.begun.model, without=self.begun.new_modules)
 
 
 def split(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,24 +21,28 @@ from lorakit.data.templates import template_sha256
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.training.machine import peak_memory_mb
-from lorakit.training.recipe import Recipe
 from lorakit.training.run import versions
 from lorakit.training.step_lines import StepLines
 from lorakit.training.sweep.choosing.bootstrap import mean_loss
-from lorakit.training.sweep.ground import REPORT, Ground
+from lorakit.training.sweep.ground import Ground
 from lorakit.training.sweep.output import RECIPE_NAME
 from lorakit.training.sweep.records import Record
-from lorakit.training.sweep.row_losses import RowLosses
+from lorakit.training.sweep.row_losses import SplitLosses, all_rows
+from lorakit.training.sweep.runner import Configuration
 from lorakit.training.trainer import last_checkpoint, read_counts
 
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 
 
-def publish(record: Record, ground: Ground, base: RowLosses) -> None:
+def publish(record: Record, ground: Ground, base: SplitLosses) -> None:
     """Makes the folder of a configuration one that `chat`, `eval` and `merge` take.
 
-    Losses in its record are those of the report rows, which choosing has not seen.
+    One that has diverged leaves no adapter.
+
+    Losses in its record are those of all held-out rows, as `lorakit train` has them.
     """
+    if record.diverged is not None:
+        return
     recipe = record.configuration.recipe
     folder = Path(recipe.output_dir)
     checkpoint = last_checkpoint(folder)
@@ -71,8 +75,8 @@ def publish(record: Record, ground: Ground, base: RowLosses) -> None:
             supervised_tokens=counts.supervised_tokens,
             tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
             peak_memory_mb=peak_memory_mb(),
-            eval_loss=mean_loss(record.last.losses[REPORT]),
-            base_eval_loss=mean_loss(base[REPORT]),
+            eval_loss=mean_loss(all_rows(record.last.losses)),
+            base_eval_loss=mean_loss(all_rows(base)),
             labels=begun.labels.to_dict() if begun.labels else None,
             versions=versions(),
             seed=recipe.training.seed,
@@ -80,25 +84,32 @@ def publish(record: Record, ground: Ground, base: RowLosses) -> None:
     )
 
 
-def write_recipe(folder: Path, recipe: Recipe, winner: str) -> None:
+def write_recipe(folder: Path, winner: Configuration) -> None:
     """Writes the winner's recipe, ready for `lorakit train`, into the sweep's folder."""
-    values = recipe.to_dict()
-    values["output_dir"] = f"{folder}-{winner}"
-    values["data"] = {key: value for key, value in values["data"].items() if value is not None}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=88)
+    values = winner.recipe.to_dict()
+    values["output_dir"] = f"{folder}-{winner.name}"
     head = (
-        f"# {winner}, the winner of the sweep in {folder}: lorakit train {folder / RECIPE_NAME}\n"
+        f"# {winner.name}, the winner of the sweep in {folder}: "
+        f"lorakit train {folder / RECIPE_NAME}\n"
     )
+    text = yaml.safe_dump(_said(values), sort_keys=False, allow_unicode=True, width=88)
     atomic.write_file(folder / RECIPE_NAME, head + text)
 
 
-def clean_up(folder: Path, names: Mapping[str, Recipe]) -> None:
+def clean_up(folder: Path) -> None:
     """Removes what only going on would need: checkpoints, and what a kill has left."""
-    for recipe in names.values():
-        for checkpoint in Path(recipe.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    for left in folder.glob(".ranks-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+    for pattern in ("*/checkpoint-*", ".ranks-*.tmp"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what is nothing: a recipe leaves it out."""
+    return {
+        key: _said(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _write_curves(folder: Path, record: Record) -> None:
@@ -106,6 +117,6 @@ def _write_curves(folder: Path, record: Record) -> None:
     logged = [x for x in StepLines(folder / METRICS_NAME).read() if "eval_loss" not in x]
     lines = logged or [{"step": step, "loss": loss} for step, loss in record.train_losses]
     for rung in record.rungs:
-        lines.append({"step": rung.step, "eval_loss": mean_loss(rung.losses[REPORT])})
+        lines.append({"step": rung.step, "eval_loss": mean_loss(all_rows(rung.losses))})
     lines.sort(key=lambda line: line["step"])
     atomic.write_file(folder / METRICS_NAME, "".join(f"{json.dumps(x)}\n" for x in lines))

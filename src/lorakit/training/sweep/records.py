@@ -14,11 +14,10 @@ from typing import Any
 
 from lorakit import atomic
 from lorakit.errors import InputError
+from lorakit.training.sweep.choosing.bootstrap import mean_loss
 from lorakit.training.sweep.runner import Configuration, Progress
 
 RECORD_NAME = "sweep-progress.json"
-
-RowLosses = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class Rung:
 
     share: float
     step: int
-    losses: dict[str, RowLosses]
-    seconds: float
+    losses: dict[str, list[tuple[float, int]]]
 
 
 class Record:
@@ -39,6 +37,8 @@ class Record:
         planned: the optimiser steps of its whole run; 0 when it has not begun.
         diverged: what was no number, or None.
         train_losses: step and mean nats per supervised token.
+        seconds: what its training took.
+        step: where it stands.
     """
 
     def __init__(self, configuration: Configuration) -> None:
@@ -66,18 +66,18 @@ class Record:
 
     @property
     def last(self) -> Rung:
-        """The last rung that was reached."""
+        """The last rung that was reached, by one that has not diverged."""
         return self.rungs[-1]
 
     def add(self, share: float, progress: Progress) -> None:
         """Takes over what a runner says, and writes it."""
         self.planned, self.diverged = progress.planned, progress.diverged
         self.train_losses = list(progress.train_losses)
-        self.seconds += progress.seconds
+        self.seconds = progress.seconds
         self.step = progress.step
         if progress.diverged is None:
             losses = {name: list(rows) for name, rows in progress.losses.items()}
-            self.rungs.append(Rung(share, progress.step, losses, progress.seconds))
+            self.rungs.append(Rung(share, progress.step, losses))
         values = {
             "changes": dict(self.configuration.changes),
             "planned": self.planned,
@@ -114,13 +114,11 @@ def read_record(configuration: Configuration) -> Record:
 
 def _rung(values: dict[str, Any]) -> Rung:
     losses = {k: [(nats, tokens) for nats, tokens in rows] for k, rows in values["losses"].items()}
-    return Rung(values["share"], values["step"], losses, values["seconds"])
+    return Rung(values["share"], values["step"], losses)
 
 
 def mean_at(records: Sequence[Record], share: float, split: str) -> dict[str, float]:
     """The mean loss on a split, by name, of those that reached `share`."""
-    from lorakit.training.sweep.choosing.bootstrap import mean_loss
-
     return {
         record.configuration.name: mean_loss(rung.losses[split])
         for record in records

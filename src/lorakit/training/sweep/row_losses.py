@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.data.batches import Collator, LabelCollator
+from lorakit.data.batches import Collator, LabelCollator, LineCollator
 from lorakit.data.masking import TokenizedRow
+from lorakit.models.loss import SupervisedLoss
+from lorakit.training.together.evaluate import RowLosses, in_batches
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.training.tasks import Beginning, Loss
+    from lorakit.training.tasks import Beginning
 
-RowLosses = dict[str, list[tuple[float, int]]]
+SplitLosses = dict[str, RowLosses]
+"""By split, of each of its rows."""
 
 
 def losses_of(
-    model: nn.Module, begun: Beginning, splits: Mapping[str, Sequence[TokenizedRow]]
-) -> RowLosses:
-    """The losses of the rows of each split, by the model as it is now, with its active adapters."""
+    model: nn.Module,
+    begun: Beginning,
+    splits: Mapping[str, Sequence[TokenizedRow]],
+    batch_size: int,
+    *,
+    in_lines: bool = False,
+) -> SplitLosses:
+    """The losses of the rows of each split, by the model as it is now, with its active adapters.
+
+    Args:
+        batch_size: rows at a time, of a causal language model.
+        in_lines: whether the model takes rows in one line (`models.attention.take_lines`).
+    """
+    if begun.collator is not None:
+        own = begun.collator
+        return {name: _one_by_one(model, begun, own, rows) for name, rows in splits.items()}
     pad = begun.tokenizer.pad_token_id
-    collate = begun.collator or Collator(pad if isinstance(pad, int) else 0, 1)
-    loss = begun.loss(model, False)
-    return {name: row_losses(model, rows, collate, loss) for name, rows in splits.items()}
+    collate = LineCollator() if in_lines else Collator(pad if isinstance(pad, int) else 0)
+    loss = SupervisedLoss(model)
+    return {
+        name: in_batches(model, rows, collate, batch_size, lambda b: [loss.of_tokens(model, b)])[0]
+        for name, rows in splits.items()
+    }
+
+
+def all_rows(losses: Mapping[str, RowLosses]) -> RowLosses:
+    """The losses of all splits together."""
+    return [row for rows in losses.values() for row in rows]
 
 
 @torch.no_grad()
-def row_losses(
-    model: nn.Module,
-    rows: Sequence[TokenizedRow],
-    collate: Callable[[list[Any]], dict[str, torch.Tensor]] | Collator | LabelCollator,
-    loss: Loss,
-) -> list[tuple[float, int]]:
-    """For each row its summed nats and its labels; a row at a time, so that none rounds another."""
+def _one_by_one(
+    model: nn.Module, begun: Beginning, collate: LabelCollator, rows: Sequence[TokenizedRow]
+) -> RowLosses:
+    """Losses of other tasks are sums over a batch, so that each row is one."""
     device = next(model.parameters()).device
+    loss = begun.loss(model, False)
     was_training = model.training
     model.eval()
     found = []

@@ -38,7 +38,7 @@ class Progress:
         losses: by split, for each held-out row its summed nats and its supervised tokens.
         diverged: what was no number and at which step, else None.
         train_losses: step and mean nats per supervised token, since the start.
-        seconds: its share of the wall time.
+        seconds: its share of the time that training took since the start.
     """
 
     step: int

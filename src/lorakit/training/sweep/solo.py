@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from lorakit.training.recorder import Recorder
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
 from lorakit.training.sweep.ground import Ground
-from lorakit.training.sweep.row_losses import RowLosses, losses_of
+from lorakit.training.sweep.row_losses import SplitLosses
 from lorakit.training.sweep.runner import Configuration, Progress
 from lorakit.training.trainer import Counts, LoraTrainer, last_checkpoint
 
@@ -45,7 +44,6 @@ class SoloRunner:
         return {c.name: self._advance(c, to) for c in configurations}
 
     def _advance(self, configuration: Configuration, to: float) -> Progress:
-        began = time.perf_counter()
         begun = self.ground.beginning(configuration.recipe)
         # Held-out rows are the sweep's to look at, and not Trainer's.
         alone = replace(begun, data=replace(begun.data, eval=[], eval_samples=[]))
@@ -54,9 +52,10 @@ class SoloRunner:
             trainer = setup.trainer()
             planned = planned_steps(trainer.args, len(trainer.sampler))
             diverged = self._train(trainer, setup, step_at(to, planned))
-            step, losses = trainer.state.global_step, {}
+            step = trainer.state.global_step
+            losses: SplitLosses = {}
             if diverged is None:
-                losses = losses_of(setup.model, setup.begun, self.ground.held_out)
+                losses = self.ground.losses(setup.model)
                 diverged = broken(losses, step)
             if to == 1 and diverged is None:
                 setup.model.save_pretrained(configuration.recipe.output_dir)
@@ -72,7 +71,7 @@ class SoloRunner:
                 for entry in trainer.state.log_history
                 if math.isfinite(entry.get("loss", math.nan))
             ],
-            seconds=time.perf_counter() - began,
+            seconds=trainer.counts.seconds,
         )
 
     def _train(self, trainer: LoraTrainer, setup: Setup, target: int) -> str | None:
@@ -101,7 +100,7 @@ def step_at(share: float, planned: int) -> int:
     return min(planned, max(1, math.ceil(share * planned - 1e-9)))
 
 
-def broken(losses: RowLosses, step: int) -> str | None:
+def broken(losses: SplitLosses, step: int) -> str | None:
     """What is no number among held-out losses, or None."""
     for name, rows in losses.items():
         if not all(math.isfinite(nats) for nats, _ in rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from lorakit.data.masking import TokenizedRow
 from lorakit.lora.model import LoraModel
@@ -16,7 +17,6 @@ RowLosses = list[tuple[float, int]]
 """Of each row: summed nats, supervised tokens."""
 
 
-@torch.no_grad()
 def row_losses(
     model: LoraModel,
     loss: SupervisedLoss,
@@ -32,8 +32,29 @@ def row_losses(
         names: the adapters, and `BASE` for the bare base.
         batch_size: rows at a time, each of which is computed for every adapter.
     """
+
+    def of_each(batch: Batch) -> list[torch.Tensor]:
+        return _losses(model, loss, names, batch, pad_token_id)
+
+    return in_batches(model, rows, collate, batch_size, of_each, len(names))
+
+
+@torch.no_grad()
+def in_batches(
+    model: nn.Module,
+    rows: Sequence[TokenizedRow],
+    collate: Callable[[list[TokenizedRow]], Batch],
+    batch_size: int,
+    losses_of: Callable[[Batch], list[torch.Tensor]],
+    count: int = 1,
+) -> list[RowLosses]:
+    """The losses of all `rows`, in their order, so many times as `losses_of` takes them.
+
+    Args:
+        losses_of: the losses of a batch's supervised tokens, row after row, `count` times.
+    """
     device = next(model.parameters()).device
-    found: list[RowLosses] = [[(0.0, 0)] * len(rows) for _ in names]
+    found: list[RowLosses] = [[(0.0, 0)] * len(rows) for _ in range(count)]
     # Rows of like length together, so that little is padded; the longest first, so that memory
     # that is enough for them is enough.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
@@ -44,10 +65,10 @@ def row_losses(
             chosen = order[at : at + batch_size]
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
             counts = [rows[i].supervised for i in chosen]
-            losses_by_name = _losses(model, loss, names, batch, pad_token_id)
-            for own, losses in zip(found, losses_by_name, strict=True):
-                for i, count, part in zip(chosen, counts, losses.split(counts), strict=True):
-                    own[i] = (part.double().sum().item(), count)
+            for own, losses in zip(found, losses_of(batch), strict=True):
+                parts = losses.cpu().split(counts)
+                for i, tokens, part in zip(chosen, counts, parts, strict=True):
+                    own[i] = (part.double().sum().item(), tokens)
     finally:
         model.train(was_training)
     return found
@@ -60,10 +81,10 @@ def _losses(
     batch: Batch,
     pad_token_id: int,
 ) -> list[torch.Tensor]:
-    """The losses of the batch's supervised tokens with each adapter, on the CPU."""
+    """The losses of the batch's supervised tokens with each adapter."""
     if len(names) > 1:
         parts = [Part(name, batch) for name in names]
-        return [own.cpu() for own in losses_of(model, loss, parts, pad_token_id)]
+        return losses_of(model, loss, parts, pad_token_id)
     [name] = names
     with model.routing.using(Route(shared=() if name == BASE else (name,))):
-        return [loss.of_tokens(model, batch).cpu()]
+        return [loss.of_tokens(model, batch)]

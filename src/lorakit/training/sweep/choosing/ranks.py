@@ -18,7 +18,7 @@ from lorakit.errors import InputError
 from lorakit.training.sweep.choosing.bootstrap import Interval, loss_difference, mean_loss
 from lorakit.training.sweep.ground import REPORT, SELECTION, Ground
 from lorakit.training.sweep.records import Record
-from lorakit.training.sweep.row_losses import RowLosses, losses_of
+from lorakit.training.sweep.row_losses import SplitLosses
 
 KEPT = 0.99
 """The share of the gain that a smaller rank has to keep."""
@@ -68,7 +68,7 @@ class RankChoice:
 
 
 def rank_choice(
-    winner: Record, base: RowLosses, ground: Ground, seed: int, say: Callable[[str], None]
+    winner: Record, base: SplitLosses, ground: Ground, seed: int, say: Callable[[str], None]
 ) -> RankChoice | None:
     """Truncates the winner by SVD to smaller ranks and evaluates each.
 
@@ -94,7 +94,7 @@ def rank_choice(
                 say(f"smaller ranks are not looked at: {error}")
                 return None
             with ground.with_adapter(small, recipe) as model:
-                found = losses_of(model, ground.begun, ground.held_out)
+                found = ground.losses(model)
             kept = {n: (mean_loss(base[n]) - mean_loss(found[n])) / gains[n] for n in gains}
             units = ground.splits[REPORT].units
             difference = loss_difference(found[REPORT], losses[REPORT], units, seed)

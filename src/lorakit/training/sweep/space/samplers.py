@@ -41,11 +41,10 @@ _NEEDS = {"gp": "scipy", "qmc": "scipy", "cmaes": "cmaes"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a draw: its loss (lower is better), and whether it was stopped early."""
+    """What came of a draw: the loss where its training ended or was stopped."""
 
     changes: Changes
     value: float
-    stopped: bool
 
 
 class Sampler(Protocol):

@@ -1,0 +1,145 @@
+"""Values against what they gave: one setting beside a loss, and all settings side by side.
+
+As in `charts`, what is drawn is geometry in per cent of the plot, which a template places.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from lorakit.report.charts import HEIGHT, WIDTH, Chart, Hit, Tick, plain, scale
+from lorakit.report.numbers import figures, power
+
+MOST_PLACES = 8
+"""Values of a setting that have a place each; more numbers lie on a scale."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One configuration: its value of a setting, what it gave, and the class it is drawn with."""
+
+    name: str
+    value: Any
+    result: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the values of a setting lie, from 0 to 1, and what is written there."""
+
+    name: str
+    place: Callable[[Any], float]
+    ticks: list[Tick]
+
+
+@dataclass(frozen=True)
+class ParallelChart:
+    """Upright axes from left to right, and a line through each configuration's values."""
+
+    summary: str
+    axes: list[tuple[float, Axis]]
+    paths: list[tuple[str, str]]
+    width: float = WIDTH
+    height: float = HEIGHT
+
+
+def axis_of(name: str, values: Sequence[Any]) -> Axis:
+    """An axis for these values: places for a few, a scale for many numbers."""
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    distinct = sorted(set(numbers))
+    if len(numbers) == len(values) and len(distinct) > MOST_PLACES:
+        by = scale(distinct[0], distinct[-1], False)
+        return Axis(name, by, [Tick(100 * by(tick), plain(tick)) for tick in by.ticks])
+    if len(numbers) == len(values):
+        texts = [value_text(value) for value in distinct]
+    else:
+        texts = list(dict.fromkeys(value_text(value) for value in values))
+    at = {text: (i + 0.5) / len(texts) for i, text in enumerate(texts)}
+    ticks = [Tick(100 * place, text) for text, place in at.items()]
+    return Axis(name, lambda value: at[value_text(value)], ticks)
+
+
+def value_text(value: Any) -> str:
+    """A value as it is written in a recipe."""
+    if isinstance(value, float):
+        return power(value) if value and not 1e-2 <= abs(value) < 1e5 else f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def scatter(title: str, spots: Sequence[Spot], text: Callable[[float], str] = figures) -> Chart:
+    """What each value of a setting gave, a dot a configuration."""
+    axis = axis_of(title, [spot.value for spot in spots])
+    results = [spot.result for spot in spots]
+    y = scale(min(results), max(results), False)
+    paths = [
+        (
+            f"{spot.kind} dot",
+            f"M{axis.place(spot.value) * WIDTH:.1f} {(1 - y(spot.result)) * HEIGHT:.1f}h0",
+        )
+        for spot in spots
+    ]
+    return Chart(
+        title,
+        f"{title}: {text(min(results))} to {text(max(results))} over {len(spots)} configurations",
+        paths=paths,
+        x_ticks=axis.ticks,
+        y_ticks=[Tick(100 * (1 - y(value)), plain(value)) for value in y.ticks],
+        hits=_hits(spots, axis, text),
+        notes=["log scale"] if y.log else [],
+    )
+
+
+def parallel(
+    names: Sequence[str], rows: Sequence[tuple[str, Sequence[Any], float]], result: str
+) -> ParallelChart:
+    """All settings side by side, the result as the last axis.
+
+    Args:
+        names: of the settings.
+        rows: of each configuration the class it is drawn with, its values, and its result.
+        result: what the last axis is called; a smaller one is higher up.
+    """
+    axes = [axis_of(name, [values[i] for _, values, _ in rows]) for i, name in enumerate(names)]
+    results = [value for _, _, value in rows]
+    by = scale(min(results), max(results), False)
+    axes.append(
+        Axis(result, lambda v: 1 - by(v), [Tick(100 - 100 * by(t), plain(t)) for t in by.ticks])
+    )
+    across = [i / (len(axes) - 1) for i in range(len(axes))]
+    paths = []
+    for kind, values, value in rows:
+        spots = [
+            f"{x * WIDTH:.1f} {(1 - axis.place(v)) * HEIGHT:.1f}"
+            for x, axis, v in zip(across, axes, [*values, value], strict=True)
+        ]
+        paths.append((kind, "M" + "L".join(spots)))
+    turned = [
+        (100 * x, Axis(a.name, a.place, [Tick(100 - tick.at, tick.label) for tick in a.ticks]))
+        for x, a in zip(across, axes, strict=True)
+    ]
+    return ParallelChart(f"{len(rows)} configurations over {', '.join(names)}", turned, paths)
+
+
+def _hits(spots: Sequence[Spot], axis: Axis, text: Callable[[float], str]) -> list[Hit]:
+    """A strip around each value, saying what its configurations gave, the least first."""
+    by_place: dict[float, list[Spot]] = {}
+    for spot in spots:
+        by_place.setdefault(axis.place(spot.value), []).append(spot)
+    places = sorted(by_place)
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), 1.0]
+    return [
+        Hit(
+            100 * left,
+            100 * (right - left),
+            [
+                f"{text(spot.result)} {spot.name}"
+                for spot in sorted(by_place[place], key=lambda spot: spot.result)[:12]
+            ],
+        )
+        for place, (left, right) in zip(places, pairwise(edges), strict=True)
+    ]
