@@ -139,6 +139,16 @@ def _said(changes: Mapping[str, Any]) -> str:
 
 
 def _identity(recipe: Recipe) -> str:
+    """The same for recipes that mean the same: what is left out has its default, and 0.0 is 0."""
     values = recipe.to_dict()
     del values["output_dir"]
-    return json.dumps(values, sort_keys=True)
+    values["lora"] = json.loads(recipe.lora_config().to_json())
+    return json.dumps(_plain(values), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
