@@ -44,8 +44,10 @@ def sweep(
         int | None, typer.Option(help="Of draws and of the split; default is training.seed.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="together (shared batches) or solo (one after the other).")
+        str | None,
+        typer.Option(help="together (shared batches), solo (one after the other) or ray."),
     ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the sweep in the output folder.")
     ] = False,
@@ -65,6 +67,7 @@ def sweep(
         "selection": selection,
         "seed": seed,
         "engine": engine,
+        "workers": workers,
     }
     from lorakit.training.sweep.space.settings import load_sweep
 

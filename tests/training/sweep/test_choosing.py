@@ -29,6 +29,8 @@ def test_the_best_share_goes_on_in_the_order_in_which_it_was_drawn():
     # A later round is measured by all that reached the rung before it.
     assert promoted(losses | {"f": 1.5}, ["f"], 3) == ["f"]
     assert promoted(losses | {"f": 2.2}, ["f"], 3) == []
+    assert promoted({"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}, list("abcd"), 3) == ["b"]
+    assert promoted({"a": 2.0}, ["a"], 3) == ["a"]
 
 
 def rows_of(count, level, seed):

@@ -86,7 +86,7 @@ def _identity(
     """All that decides a sweep's numbers, as JSON has it."""
     values = recipe.model_dump(mode="json", exclude_unset=True)
     values.pop("output_dir", None)
-    asked = settings.model_dump(mode="json", exclude={"engine"})
+    asked = settings.model_dump(mode="json", exclude={"engine", "workers"})
     known = {} if ground is None else {"ground": ground}
     return json.loads(json.dumps({"recipe": values, "sweep": asked, **known}))
 

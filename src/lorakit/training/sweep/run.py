@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lorakit.errors import LorakitError, one_line
+from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.report.sweep import write_sweep_page
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import named_failures
+from lorakit.training.setup import training_arguments
 from lorakit.training.sweep.choosing.bootstrap import loss_interval
 from lorakit.training.sweep.choosing.halving import rungs
 from lorakit.training.sweep.choosing.objective import Objective, check_objective
 from lorakit.training.sweep.choosing.ranks import rank_choice
 from lorakit.training.sweep.choosing.standings import standings
+from lorakit.training.sweep.engines import Say, engine, require_engine
 from lorakit.training.sweep.ground import SELECTION, Ground
 from lorakit.training.sweep.leaderboard import leaderboard, read_leaderboard, write_leaderboard
 from lorakit.training.sweep.output import check_disk, check_folder, claim_folder, require_same
 from lorakit.training.sweep.publish import clean_up, publish, write_recipe
-from lorakit.training.sweep.runner import Configuration, Runner
+from lorakit.training.sweep.runner import Configuration
 from lorakit.training.sweep.search import Search
-from lorakit.training.sweep.solo import SoloRunner
 from lorakit.training.sweep.space.configurations import check_keys, configurations
 from lorakit.training.sweep.space.samplers import Changes, sampler_of
 from lorakit.training.sweep.space.settings import SweepSettings, load_sweep
-from lorakit.training.together.runner import TogetherRunner
 
 FEW = 50
 """Prompts of a split: with fewer, it is said how sure a mean over them is."""
-
-Say = Callable[[str], None]
 
 
 def sweep(
@@ -80,6 +78,7 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
     """As `sweep`, with what `load_sweep` has read; returns all of the leaderboard."""
     folder = Path(recipe.output_dir)
     seed = recipe.training.seed if settings.seed is None else settings.seed
+    require_engine(settings)
     check_keys(recipe, list(settings.over))
     sampler = sampler_of(settings, seed)
     draws = sampler.draw([], [])
@@ -98,7 +97,9 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
         return configurations(recipe, draws, ground.complete, taken)
 
     total = settings.trials or len(draws)
-    check_disk(folder, make(draws, []), ground.trained_parameters, total)
+    first = make(draws, [])
+    _check_training(first)
+    check_disk(folder, first, ground.trained_parameters, total)
     facts = [asdict(fact) for fact in ground.begun.data.facts]
     claim_folder(folder, recipe, settings, {"data": facts, "base": ground.base_fingerprint})
     shares = rungs(total, settings.reduction_factor) if settings.prune else [1.0]
@@ -109,9 +110,9 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
         notices = _doubts(ground, base[SELECTION], seed)
         for line in notices:
             say(line)
-        runner = _runner(settings, ground, say)
-        search = Search(sampler, make, runner, shares, settings.reduction_factor, say)
-        records = search.run()
+        with engine(settings, ground, seed, say) as runner:
+            search = Search(sampler, make, runner, shares, settings.reduction_factor, say)
+            records = search.run()
         if not any(record.finished and record.diverged is None for record in records):
             raise LorakitError(
                 "every configuration diverged: lower the learning rates, or max_grad_norm"
@@ -134,12 +135,13 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
     return table
 
 
-def _runner(settings: SweepSettings, ground: Ground, say: Say) -> Runner:
-    if settings.engine == "together" and ground.begun.collator is None:
-        return TogetherRunner(ground.begun, ground.held_out, say=say)
-    if settings.engine == "together":
-        say(f"configurations of {ground.recipe.task_type} are trained one after the other")
-    return SoloRunner(ground, say)
+def _check_training(configurations: Sequence[Configuration]) -> None:
+    """Raises InputError for what only transformers finds wrong."""
+    for configuration in configurations:
+        try:
+            training_arguments(configuration.recipe, held_out=False)
+        except InputError as error:
+            raise InputError(f"{configuration.name}: {error}") from error
 
 
 def _description(ground: Ground, total: int, shares: Sequence[float]) -> Iterable[str]:

@@ -73,7 +73,7 @@ class Search:
             chosen = promoted(losses, names, self.reduction_factor)
             best = min(names, key=lambda name: losses[name])
             self.say(
-                f"{len(chosen)} of {len(entrants)} go on behind {share:.0%} of their steps; "
+                f"behind {share:.0%} of the steps {len(chosen)} of {len(entrants)} go on; "
                 f"the best is {best} with a loss of {losses[best]:.4f}"
             )
             entrants = [r for r in entrants if r.configuration.name in chosen]
@@ -82,6 +82,10 @@ class Search:
         waiting = [record for record in records if record.diverged is None]
         if not waiting:
             return
+        what = (
+            waiting[0].configuration.name if len(waiting) == 1 else f"{len(waiting)} configurations"
+        )
+        self.say(f"training up to {share:.0%} of the steps: {what}")
         progress = self.runner.advance([record.configuration for record in waiting], share)
         for record in waiting:
             record.add(share, progress[record.configuration.name])

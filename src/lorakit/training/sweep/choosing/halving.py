@@ -8,15 +8,14 @@ rung so far. All of a round are waited for, so that the same losses give the sam
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 
 def rungs(configurations: int, reduction_factor: int) -> list[float]:
     """The shares of a whole run at which losers are stopped, and 1.0 at the end.
 
-    So many rungs that the last of them leaves one or a few: 12 configurations and a factor of 3
-    give 1/9, 1/3 and 1.
+    So many rungs that one or a few are left at the end: 12 configurations and a factor of 3 give
+    1/9, 1/3 and 1, which 12, 4 and 1 of them reach.
     """
     count, left = 0, configurations
     while left >= reduction_factor:
@@ -35,5 +34,5 @@ def promoted(
         candidates: those of this round that are in `losses`.
     """
     ranked = sorted(losses, key=lambda name: losses[name])  # stable: the earlier one wins a tie
-    best = set(ranked[: math.ceil(len(ranked) / reduction_factor)])
+    best = set(ranked[: max(1, round(len(ranked) / reduction_factor))])
     return [name for name in candidates if name in best]

@@ -158,7 +158,7 @@ class _Optuna:
         for package in ("optuna", _NEEDS.get(name, "optuna")):
             if not find_spec(package):
                 raise InputError(
-                    f"the sampler {name} needs {package}: pip install 'lorakit[sweep]' {package}"
+                    f"the sampler {name} needs {package}: pip install 'lorakit[sweep]'"
                 )
         self.over, self.trials, self.seed, self.name = over, trials, seed, name
 

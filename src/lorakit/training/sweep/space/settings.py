@@ -18,7 +18,7 @@ from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recipe_errors import in_one_line
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
-Engine = Literal["together", "solo"]
+Engine = Literal["together", "solo", "ray"]
 
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "qmc", "nsgaii")
 """The grid, random draws, and Optuna's samplers by its own names for them."""
@@ -69,7 +69,9 @@ class SweepSettings(BaseModel):
         objective: what the best is chosen by: `loss`, or a metric of `lorakit eval`.
         selection: the share of the held-out rows that choosing sees; the others are reported on.
         seed: of draws and of the split of held-out rows; None for the recipe's.
-        engine: `together` trains groups in shared batches, `solo` one after the other.
+        engine: `together` trains groups in shared batches, `solo` one after the other, `ray` groups
+            on the workers of a cluster.
+        workers: of the engine `ray`; None for one a GPU, or one a node where there are none.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -83,6 +85,7 @@ class SweepSettings(BaseModel):
     selection: Annotated[float, Field(gt=0, lt=1)] = 0.5
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     engine: Engine = "together"
+    workers: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -98,6 +101,8 @@ class SweepSettings(BaseModel):
             raise ValueError("sweep.trials is for a sampler that draws: add --sampler random")
         if self.sampler != "grid" and self.trials is None:
             raise ValueError(f"sweep.trials is missing: how many draws of {self.sampler}?")
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError("sweep.workers is for the engine ray: add --engine ray")
         return self
 
 
