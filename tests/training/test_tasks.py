@@ -194,7 +194,7 @@ def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
         {"input_ids": row.input_ids, "token_type_ids": [0] * len(row), "labels": row.labels[0]}
         for row in begun.data.train
     ]
-    settings = load_recipe(values).training.model_dump()
+    settings = load_recipe(values).training.model_dump(exclude={"loraplus_lr_ratio"})
     trainer = transformers.Trainer(
         theirs,
         transformers.TrainingArguments(tmp_path / "trainer", use_cpu=True, **settings),
