@@ -27,8 +27,9 @@ from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.presets import output_head
 from lorakit.lora.targets import suffixes_for
+from lorakit.models.folders import shards_in
 from lorakit.models.names import resolve
-from lorakit.models.shards import ShardReader, StoredTensor, all_tensors, read_shards
+from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
 from lorakit.models.skeleton import file_names, skeleton
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class _Model:
                 f"model: {name} is a GGUF file, whose tensors are packed: give a folder with "
                 "safetensors"
             )
-        tensors = all_tensors(read_shards(source.path))
+        tensors = all_tensors(shards_in(source.path))
         with ShardReader(tensor.path for tensor in tensors.values()) as reader:
             yield cls(name, source.path, tensors, reader)
 

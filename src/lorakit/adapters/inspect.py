@@ -197,12 +197,13 @@ def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | No
         model: it without weights.
     """
     from lorakit.models.fingerprint import fingerprint_of_files
+    from lorakit.models.folders import shards_in
     from lorakit.models.load import CLASSIFICATION
-    from lorakit.models.shards import ShardReader, all_tensors, read_shards
+    from lorakit.models.shards import ShardReader, all_tensors
     from lorakit.models.skeleton import file_names
 
     try:
-        tensors = all_tensors(read_shards(path))
+        tensors = all_tensors(shards_in(path))
     except InputError:  # a GGUF file, say
         return None
     stored = file_names(model, tensors).stored

@@ -161,7 +161,34 @@ def copy_others(job: MergeJob, folder: Path) -> Any:
     Raises:
         InputError: a file leads nowhere.
     """
-    for path in sorted(job.path.iterdir()):
+    from lorakit.models.chatglm.config import is_original, read_original
+    from lorakit.models.folders import tokenizer_in
+
+    if is_original(job.path):
+        from lorakit.models.chatglm.convert import write_companions
+
+        write_companions(read_original(job.path), folder)
+    else:
+        _copy_small(job.path, folder)
+    template = job.first.folder / TEMPLATE_NAME
+    if template.is_file():
+        shutil.copyfile(template, folder / TEMPLATE_NAME)
+    if job.first.task_type == "CAUSAL_LM":
+        return None
+    tokenizer = tokenizer_in(job.path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _copy_small(source: Path, folder: Path) -> None:
+    """Copies what goes with a model's weights.
+
+    Raises:
+        InputError: a file leads nowhere.
+    """
+    for path in sorted(source.iterdir()):
         small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if not small or path.name in _OWN or path.name.endswith(".index.json"):
             continue
@@ -169,15 +196,3 @@ def copy_others(job: MergeJob, folder: Path) -> Any:
             raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
-    template = job.first.folder / TEMPLATE_NAME
-    if template.is_file():
-        shutil.copyfile(template, folder / TEMPLATE_NAME)
-    if job.first.task_type == "CAUSAL_LM":
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(job.path, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)
-    return tokenizer

@@ -15,6 +15,7 @@ from lorakit import __version__
 from lorakit.cli.chat import chat
 from lorakit.cli.check import check
 from lorakit.cli.combine import combine
+from lorakit.cli.convert import convert
 from lorakit.cli.demo import demo
 from lorakit.cli.diff import diff
 from lorakit.cli.eval import evaluate
@@ -56,6 +57,7 @@ app.command()(export)
 app.command("import")(import_adapter)
 app.command()(push)
 app.command()(pull)
+app.command()(convert)
 app.command()(inspect)
 app.command()(combine)
 app.command()(resize)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
+from lorakit.models.folders import config_in
 from lorakit.models.load import FORMS, label_options
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    options["local_files_only"] = True
-    if is_gguf := path.is_file():
-        options["gguf_file"] = path.name
     try:
-        return AutoConfig.from_pretrained(path.parent if is_gguf else path, **options)
+        if path.is_file():
+            return AutoConfig.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, **options
+            )
+        return config_in(path, **options)
+    except InputError:
+        raise
     except Exception as error:  # transformers has a kind of its own for every check
         raise InputError(
             f"model: the configuration of {path} cannot be read: {_reason(error)}"

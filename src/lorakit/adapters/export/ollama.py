@@ -160,15 +160,17 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     from lorakit.data.templates import ensure_template
+    from lorakit.models.folders import tokenizer_in
 
-    source = resolve(base)
-    where: dict[str, Any] = {"local_files_only": True}
-    folder = source.path
-    if source.is_gguf:
-        folder, where["gguf_file"] = source.path.parent, source.path.name
-    read_base_config(source.path)  # whose damages it names better
+    path = resolve(base).path
+    read_base_config(path)  # whose damages it names better
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        if path.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True
+            )
+        else:
+            tokenizer = tokenizer_in(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"model: the tokenizer of {base} is missing or damaged: copy or fetch the model again"

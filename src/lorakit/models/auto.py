@@ -1,0 +1,62 @@
+"""transformers' `AutoModelForCausalLM` and `AutoTokenizer`, which read ChatGLM's folders too.
+
+For scripts: `from lorakit import AutoModelForCausalLM, AutoTokenizer`. Everything but a folder in
+ChatGLM's original layout goes to transformers unchanged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from lorakit.models.chatglm.config import is_original
+from lorakit.models.folders import model_in, tokenizer_in
+
+
+class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
+    """transformers' class; a folder in ChatGLM's original layout becomes its GLM."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            InputError: a ChatGLM's folder is damaged.
+        """
+        if (folder := _original(pretrained_model_name_or_path)) is not None:
+            return model_in(folder, "AutoModelForCausalLM", **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+class AutoTokenizer(transformers.AutoTokenizer):
+    """transformers' class; a folder in ChatGLM's original layout gives a fast tokenizer."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            InputError: a ChatGLM's folder is damaged.
+        """
+        if (folder := _original(pretrained_model_name_or_path)) is not None:
+            return tokenizer_in(folder, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def _original(name: Any) -> Path | None:
+    """The folder that `name` means, where it is in ChatGLM's layout: a path, or a cached hub id."""
+    if not isinstance(name, str | Path):
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir() and isinstance(name, str) and name.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return None
+        path = Path(cached).parent if isinstance(cached, str) else path
+    return path if is_original(path) else None
