@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit import atomic
 from lorakit.adapters.derived import read_template
@@ -171,6 +171,8 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
             )
         else:
             tokenizer = tokenizer_in(path)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"model: the tokenizer of {base} is missing or damaged: copy or fetch the model again"

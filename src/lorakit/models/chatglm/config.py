@@ -25,7 +25,7 @@ HUB_OPTIONS = (
     *("variant", "use_safetensors", "trust_remote_code", "code_revision", "weights_only"),
     "use_fast",
 )
-"""Options of `from_pretrained` that have no meaning here: they say where files are, or whose code."""
+"""Options of `from_pretrained` without a meaning here: where files are, or whose code is run."""
 
 _BASE = 10000.0  # of the rotary embedding
 

@@ -23,15 +23,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPACE = "\u2581"
-_GUARD = "\ufdd0"  # no character of any text (Unicode keeps it for programs' own use)
-_ROUND = r"\[Round \d"  # what ChatGLM2's chats have behind their first marks
+_HIDDEN = "\ufdd0"  # no character of any text (Unicode keeps it for programs' own use)
 
 
 def sentencepiece_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
     """The model file at `path` as a fast tokenizer; `marks` get the ids behind its pieces.
 
-    A mark that is a bare word (`sop`) would be found inside others, as in "philosophy". It is only
-    one where it stands alone between marks, or before ChatGLM2's `[Round 1]`.
+    A mark that is a bare word (`sop`) is one only where no letter stands beside it, so that
+    "philosophy" is text.
 
     Raises:
         InputError: the file is missing or damaged, or of a kind with no such form.
@@ -39,16 +38,10 @@ def sentencepiece_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 
     file = read_sentencepiece(path)
-    words = [mark for mark in marks if mark.isalnum()]
     tokenizer = Tokenizer(_model(path, file, marks))
     steps: list[Any] = [normalizers.Precompiled(file.charsmap)] if file.charsmap else []
     if file.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(_regex(" {2,}"), " ")]
-    for word in words:
-        steps += [
-            normalizers.Replace(_regex(rf"\A{word}\z"), _GUARD + word + _GUARD),
-            normalizers.Replace(_regex(rf"\A{word}(?={_ROUND})"), f"{_GUARD}{word}{_GUARD} "),
-        ]
     if file.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -70,7 +63,7 @@ def sentencepiece_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
         )
         tokenizer.add_tokens([AddedToken(t, normalized=False) for t in given])
     tokenizer.add_special_tokens(
-        [AddedToken(mark, normalized=mark in words, special=True) for mark in marks]
+        [AddedToken(m, normalized=False, special=True, single_word=m.isalpha()) for m in marks]
     )
     ids = [tokenizer.token_to_id(mark) for mark in marks]
     if ids != list(range(len(file.pieces), len(file.pieces) + len(marks))):
@@ -83,7 +76,7 @@ def _model(path: Path, file: SentencePieceFile, marks: Sequence[str]) -> Any:
     from tokenizers import models
 
     # A piece that is written as a mark keeps its number, but not its text, which is the mark's.
-    texts = [piece.text + _GUARD * (piece.text in marks) for piece in file.pieces]
+    texts = [piece.text + _HIDDEN * (piece.text in marks) for piece in file.pieces]
     vocabulary = {text: i for i, text in enumerate(texts)}
     if len(vocabulary) != len(texts):
         raise InputError(f"model: {path} is damaged: it has a piece twice")

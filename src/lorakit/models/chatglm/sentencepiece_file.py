@@ -105,9 +105,10 @@ def read_sentencepiece(path: Path) -> SentencePieceFile:
 def _piece(message: int | bytes) -> Piece:
     fields = dict(_fields(message))
     text, score = fields.get(1, b""), fields.get(2, b"\0\0\0\0")
-    if not isinstance(text, bytes) or not isinstance(score, bytes):
-        raise ValueError("a piece with values of other types")
-    return Piece(text.decode(), struct.unpack("<f", score)[0], Kind(fields.get(3, Kind.NORMAL)))
+    kind = fields.get(3, int(Kind.NORMAL))
+    if isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int):
+        return Piece(text.decode(), struct.unpack("<f", score)[0], Kind(kind))
+    raise ValueError("a piece with values of other types")
 
 
 def _only(fields: list[tuple[int, int | bytes]], number: int) -> int | bytes:

@@ -1,6 +1,7 @@
 """Small random checkpoints in the layout in which ChatGLM2, ChatGLM3 and GLM-4 were published."""
 
 import base64
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ SIZES = {
     "padded_vocab_size": 768,
     "seq_length": 256,
 }
-TEXT = Path(__file__).parents[3] / "README.md", Path(__file__).parents[3] / "README.zh-CN.md"
+TEXT = Path(__file__).parents[1] / "README.md", Path(__file__).parents[1] / "README.zh-CN.md"
 
 
 def config(**changed: Any) -> dict[str, Any]:
@@ -88,13 +89,11 @@ def tensors(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[
 
 
 @cache
-def sentencepiece_model(**changed: Any) -> bytes:
+def sentencepiece_model(extra: str = "", **changed: Any) -> bytes:
     """A model of English and Chinese text with the settings of ChatGLM's, as a file's content."""
-    import io
-
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()),
+        sentence_iterator=iter([*corpus(), extra] if extra else corpus()),
         model_writer=written,
         **{
             "vocab_size": 700,
