@@ -21,6 +21,7 @@ from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combine import Settings
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.fused_names import fused_targets
 from lorakit.lora.injection import inject, remove, wrapped_modules
 from lorakit.lora.layers import LoraLayer, LoraParameter, Mergeable
 from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
@@ -129,6 +130,8 @@ class AdapterBank(nn.Module):
         if heads := task_heads(model, config):
             own = config.modules_to_save or []
             config.modules_to_save = [*own, *(head for head in heads if head not in own)]
+        if isinstance(config.target_modules, list):
+            config.target_modules = fused_targets(model, config.target_modules)
         found = inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
         names = config.target_modules
         if names is None or names in PRESETS or (isinstance(names, list) and len(names) >= _MANY):
