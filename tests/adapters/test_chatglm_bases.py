@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorakit
 from chatglm_folders import write_original
 from command import run_lorakit
+from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.merge import merge
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
@@ -89,6 +90,15 @@ def test_a_base_of_bin_files_is_merged_after_it_was_converted(tmp_path: Path):
     report = merge(adapter, tmp_path / "merged", base=str(tmp_path / "native"))
     assert report.passed
     assert report.streamed
+
+
+def test_vllm_is_given_the_converted_base(chatglm: Path, adapter: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"lorakit convert .* -o DIR, and give --base DIR"):
+        export_vllm(adapter, tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+    convert(chatglm, tmp_path / "native")
+    report = export_vllm(adapter, tmp_path / "served", base=str(tmp_path / "native"))
+    assert report.command.startswith(f"vllm serve {tmp_path / 'native'} ")
 
 
 def test_training_evaluating_and_inspecting_take_the_original_folder(chatglm: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.export.plain import Pair, found_at, read_plain
+from lorakit.adapters.export.plain import Pair, read_plain
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
@@ -72,7 +72,7 @@ def export_chatglm(
         )
     ranks = Counter(pair.r for pair in found.values())
     command = (
-        f"PeftModel.from_pretrained(AutoModel.from_pretrained({found_at(plain.base_model)!r}, "
+        f"PeftModel.from_pretrained(AutoModel.from_pretrained({plain.base_model!r}, "
         f"trust_remote_code=True), {str(output)!r})"
     )
     return ChatGLMExport(

@@ -48,6 +48,7 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
     """
     atomic.require_free(output)
     plain = read_plain(adapter, "vLLM", base)
+    served = found_at(plain.base_model)
     for path, pair in plain.pairs.items():
         if pair.is_embedding and not path.endswith(_EMBEDDINGS):
             raise InputError(
@@ -77,7 +78,7 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
             shutil.copyfile(template, folder / TEMPLATE_NAME)
     name = f"{Path(output).name}={output}"
     command = (
-        f"vllm serve {shlex.quote(found_at(plain.base_model))} --enable-lora "
+        f"vllm serve {shlex.quote(served)} --enable-lora "
         f"--lora-modules {shlex.quote(name)} --max-lora-rank {r}"
     )
     return VllmExport(str(output), r, len(plain.pairs), command, plain.notices)
