@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models import bundled
+from lorakit.models.chatglm.weights import lacks_weights
 
 ALIASES = {bundled.ALIAS: bundled.bundled_model, bundled.ENCODER: bundled.encoder}
 
@@ -62,7 +63,9 @@ def _from_hub(name: str) -> Path:
 
     wanted = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+        if not lacks_weights(folder):
+            return folder
     except HFValidationError as error:
         raise InputError(f"model: '{name}' is neither a folder nor a hub id") from error
     except LocalEntryNotFoundError:
@@ -70,7 +73,10 @@ def _from_hub(name: str) -> Path:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise InputError(f"model: '{name}' is not in the local cache, and HF_HUB_OFFLINE is set")
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if lacks_weights(folder):
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # every kind of network and hub failure means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, listed
-from lorakit.models.chatglm.config import Original
+from lorakit.models.chatglm.config import Original, is_original
 from lorakit.models.chatglm.layout import UNUSED, parts, stored_shapes
 from lorakit.models.shards import (
     INDEX_NAME,
@@ -56,6 +56,14 @@ class Rows:
 def has_safetensors(path: Path) -> bool:
     """Whether the weights in the folder are safetensors, which are then the ones that are read."""
     return (path / WEIGHTS_NAME).is_file() or (path / INDEX_NAME).is_file()
+
+
+def lacks_weights(path: Path) -> bool:
+    """Whether the folder is in the original layout, and no file of weights lies there.
+
+    chatglm2-6b has `.bin` files alone, which are fetched where there is nothing else.
+    """
+    return is_original(path) and not has_safetensors(path) and not any(path.glob("*.bin"))
 
 
 def native_shards(original: Original) -> dict[str, dict[str, StoredTensor]]:
