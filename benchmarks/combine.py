@@ -25,19 +25,23 @@ DENSITY = 0.2
 
 
 def make(folder: Path, count: int, rank: int) -> list[Path]:
-    """Writes random adapters that fit the bundled model, which is never loaded."""
+    """Writes random adapters that fit the bundled model, which is never loaded.
+
+    Those that are there already stay as they are.
+    """
     config = lorakit.LoraConfig(
         r=rank, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=ALIAS
     )
     model = LoraModel(skeleton(resolve(ALIAS).path), config, initialize=False)
-    made = []
-    for seed in range(count):
+    made = [folder / f"a{seed}" for seed in range(count)]
+    for seed, path in enumerate(made):
+        if path.is_dir():
+            continue
         torch.manual_seed(seed)
         for tensor in model.adapter_tensors("default").values():
             values = torch.nn.Parameter(torch.randn(tensor.shape) * 0.02)
             torch.utils.swap_tensors(tensor, values)
-        model.save_pretrained(folder / str(seed))
-        made.append(folder / str(seed))
+        model.save_pretrained(path)
     return made
 
 

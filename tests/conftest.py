@@ -1,5 +1,6 @@
-"""What tests of several folders share: a tiny model's folder, and that model made to listen."""
+"""What tests of several folders share: a tiny model, that model made to listen, a browser."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import save_tiny_model
+from browsers import started_browser
+from tiny import make_attentive, save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +27,11 @@ def tokenizer(tiny_model: Path) -> Any:
 def attentive_model(tiny_model: Path) -> Any:
     """The tiny model with its weights scaled up, so that answers depend on every token."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)  # as initialised, its attention is almost uniform
+    make_attentive(model)
     return model
+
+
+@pytest.fixture(scope="module")  # its driver keeps an event loop running in this thread
+def browser() -> Iterator[Any]:
+    """A real browser; a test that wants one is skipped where there is none."""
+    yield from started_browser()

@@ -56,6 +56,14 @@ def save_tiny_model(folder: Path, hidden_size: int = 32) -> Path:
     return folder
 
 
+def make_attentive(model: torch.nn.Module) -> None:
+    """Scales up the weights of a random model, so that its answers depend on every token."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)  # as initialised, its attention is almost uniform
+
+
 def letter_tokenizer() -> PreTrainedTokenizerFast:
     """WordPiece with a token a letter, in BERT's form: `[CLS] a [SEP]`, `[CLS] a [SEP] b [SEP]`."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"

@@ -43,4 +43,6 @@ def test_a_classifier_is_trained_scored_and_kept_out_of_a_chat(
 
     done = lorakit_command("chat", "run")
     assert done.returncode == 2
-    assert "run is for SEQ_CLS and cannot chat: score it with lorakit eval" in done.stderr
+    assert (
+        "run is for SEQ_CLS and cannot answer with text: score it with lorakit eval" in done.stderr
+    )

@@ -1,27 +1,48 @@
 """The chat: answers that stream, a history that fits, commands, interruptions and pipes."""
 
 import io
+import shutil
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.answers import generate_answers
-from lorakit.inference.chat import HELP, ChatSession, Sampling, run
-from lorakit.inference.sampling import prompt_tokens
-from lorakit.inference.streaming import _Streamer
-from lorakit.lora import LoraModel
+from lorakit.inference.chat import HELP, ChatSession, run
+from lorakit.inference.engine import Engine
+from lorakit.inference.open import open_engine
+from lorakit.inference.sampling import Sampling, prompt_tokens
+from served import until
 
 SHORT = Sampling(max_new_tokens=8)
+Start = Callable[..., Engine]
+
+
+@pytest.fixture
+def engine(start: Start) -> Engine:
+    return start(max_rows=1)
 
 
 def said(session: ChatSession, text: str) -> str:
     return "".join(session.answer(text))
+
+
+def counted(engine: Engine, each: Callable[[int], object] = lambda _: None) -> list[None]:
+    """Grows with every forward pass of the model."""
+    calls: list[None] = []
+
+    def count(*_: Any) -> None:
+        calls.append(None)
+        each(len(calls))
+
+    engine._model.register_forward_hook(count)
+    return calls
 
 
 def transcript(session: ChatSession, *lines: str) -> str:
@@ -31,20 +52,24 @@ def transcript(session: ChatSession, *lines: str) -> str:
 
 
 @pytest.fixture
-def session(model: LoraModel, tokenizer: Any) -> ChatSession:
-    return ChatSession(model, tokenizer, SHORT)
+def session(engine: Engine) -> ChatSession:
+    return ChatSession(engine, "shop", SHORT)
 
 
-def test_a_streamed_answer_is_the_greedy_one(session: ChatSession, tokenizer: Any) -> None:
+def test_a_streamed_answer_is_the_greedy_one(
+    session: ChatSession, adapters: dict[str, Path]
+) -> None:
+    opened = open_adapter(adapters["shop"], dtype="float32")
     wanted = [{"role": "user", "content": "hello"}]
-    whole = generate_answers(session.model, tokenizer, [wanted], max_new_tokens=8)[0]
-    assert said(session, "hello") == whole
+    assert generate_answers(opened.model, opened.tokenizer, [wanted], max_new_tokens=8) == [
+        said(session, "hello")
+    ]
 
 
 def test_an_answer_sees_the_system_message_and_what_was_said_before(
-    model: LoraModel, tokenizer: Any
+    engine: Engine, adapters: dict[str, Path]
 ) -> None:
-    session = ChatSession(model, tokenizer, SHORT, system="be brief")
+    session = ChatSession(engine, "poet", SHORT, system="be brief")
     first = said(session, "one")
     second = said(session, "two")
     conversation = [
@@ -53,13 +78,16 @@ def test_an_answer_sees_the_system_message_and_what_was_said_before(
         {"role": "assistant", "content": first},
         {"role": "user", "content": "two"},
     ]
-    assert generate_answers(model, tokenizer, [conversation], max_new_tokens=8) == [second]
+    opened = open_adapter(adapters["poet"], dtype="float32")
+    assert second == "".join(
+        generate_answers(opened.model, opened.tokenizer, [conversation], max_new_tokens=8)
+    )
     session.command("/reset")
     assert said(session, "one") == first
 
 
 def test_adapters_are_chosen_by_name_and_the_base_answers_without_any(
-    session: ChatSession, plain: Any, tokenizer: Any
+    session: ChatSession, engine: Engine
 ) -> None:
     def fresh() -> str:
         session.reset()
@@ -75,20 +103,22 @@ def test_adapters_are_chosen_by_name_and_the_base_answers_without_any(
     assert session.command("/adapter shop") == "the adapter 'shop' answers now"
     assert fresh() == shop
     assert len({shop, poet, base}) == 3
-    bare = ChatSession(session.model.unload(), tokenizer, SHORT)
-    assert said(bare, "hello") == base
+    assert said(ChatSession(engine, None, SHORT), "hello") == base
 
 
 def test_an_adapters_folder_is_loaded_once_under_its_name(
-    session: ChatSession, tmp_path: Path
+    session: ChatSession, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    session.model.save_pretrained(tmp_path, ["poet"])
-    poet = tmp_path / "poet"
-    poet.rename(tmp_path / "other.v2")
+    folder = Path(shutil.copytree(adapters["poet"], tmp_path / "other.v2"))
     for _ in range(2):
-        reply = session.command(f"/adapter {tmp_path / 'other.v2'}")
-        assert reply == "the adapter 'other-v2' answers now"
-    assert session.adapters == ["shop", "poet", "other-v2"]
+        assert session.command(f"/adapter {folder}") == "the adapter 'other.v2' answers now"
+    assert session.adapters == [*adapters, "other.v2"]
+    before = said(session, "hello")
+    (folder / "adapter_model.safetensors").write_bytes(b"damaged")
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    assert "damaged" in str(session.command(f"/adapter {damaged}"))
+    session.reset()
+    assert said(session, "hello") == before
 
 
 def test_an_unknown_command_or_adapter_is_told_with_the_nearest(session: ChatSession) -> None:
@@ -96,15 +126,36 @@ def test_an_unknown_command_or_adapter_is_told_with_the_nearest(session: ChatSes
         "there is no command /rest (did you mean '/reset'?); /help shows them"
     )
     assert "did you mean 'poet'" in str(session.command("/adapter poe"))
-    assert session.command("/adapter") == "the adapter 'shop' answers now; there are: shop, poet"
+    assert session.command("/adapter") == (
+        "the adapter 'shop' answers now; there are: shop, poet, few, mixed"
+    )
     assert session.command("/help") == HELP
 
 
-def test_a_plain_model_says_that_it_has_no_adapter(plain: Any, tokenizer: Any) -> None:
-    session = ChatSession(plain, tokenizer, SHORT)
-    assert "no adapter" in str(session.command("/base"))
-    assert "no adapter" in str(session.command("/adapter shop"))
-    assert said(session, "hello")
+def test_without_an_adapter_the_base_answers_and_one_can_be_loaded(
+    start: Start, adapters: dict[str, Path]
+) -> None:
+    session = ChatSession(start(adapters={}), None, SHORT)
+    assert "there is no adapter" in str(session.command("/base"))
+    assert "there is no adapter" in str(session.command("/adapter"))
+    assert "no model 'shop'" in str(session.command("/adapter shop"))
+    base = said(session, "hello")
+    assert session.command(f"/adapter {adapters['shop']}") == "the adapter 'shop' answers now"
+    session.reset()
+    assert said(session, "hello") != base
+
+
+def test_an_adapter_that_is_merged_into_the_base_says_why_there_is_no_other(
+    base: Path, adapters: dict[str, Path]
+) -> None:
+    engine = open_engine(None, {"shop": adapters["shop"]}, dtype="float32", merged=True)
+    with closing(engine):
+        session = ChatSession(engine, None, SHORT)
+        for command in ("/base", "/adapter", f"/adapter {adapters['poet']}"):
+            assert "shop is merged into the model" in str(session.command(command))
+        merged = said(session, "hello")
+    with closing(open_engine(None, {"shop": adapters["shop"]}, dtype="float32")) as engine:
+        assert said(ChatSession(engine, "shop", SHORT), "hello") == merged
 
 
 def test_old_turns_are_dropped_with_a_notice_when_the_context_is_full(
@@ -131,62 +182,31 @@ def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(
     assert [m["content"] for m in session.history if m["role"] == "user"] == ["hello"]
 
 
-def test_an_answer_never_runs_past_the_context(plain: Any, tokenizer: Any) -> None:
-    session = ChatSession(plain, tokenizer, Sampling(max_new_tokens=10_000))
-    prompt = len(prompt_tokens([{"role": "user", "content": "x" * 400}], tokenizer))
-    tokens = 0
-
-    def count(*_: Any) -> None:
-        nonlocal tokens
-        tokens += 1
-
-    plain.register_forward_hook(count)
+def test_an_answer_never_runs_past_the_context(engine: Engine) -> None:
+    session = ChatSession(engine, None, Sampling(max_new_tokens=10_000))
+    question = {"role": "user", "content": "x" * 400}
+    prompt = len(prompt_tokens([question], engine.tokenizer))
+    calls = counted(engine)
     said(session, "x" * 400)
-    assert 0 < tokens <= 512 - prompt
+    assert 0 < len(calls) <= 512 - prompt
 
 
-def test_text_without_spaces_streams_and_characters_stay_whole(tokenizer: Any) -> None:
-    text = '{"city":"Malmö","item":"茶杯"}'
-    streamer = _Streamer(tokenizer)
-    streamer.put(torch.tensor([[1, 2, 3]]))
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        streamer.put(torch.tensor([token]))
-    streamer.put(torch.tensor([tokenizer.eos_token_id]))
-    streamer.end()
-    pieces = [streamer.pieces.get() for _ in range(streamer.pieces.qsize())]
-    assert pieces == list(text)  # a token a byte: so a piece a character
-
-
-def test_closing_an_answer_stops_the_model_and_keeps_what_was_said(
-    model: LoraModel, tokenizer: Any
-) -> None:
-    session = ChatSession(model, tokenizer, Sampling(max_new_tokens=250))
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    model.get_base_model().register_forward_hook(count)
+def test_closing_an_answer_stops_the_model_and_keeps_what_was_said(engine: Engine) -> None:
+    session = ChatSession(engine, "shop", Sampling(max_new_tokens=400))
+    calls = counted(engine)
     with closing(session.answer("hello")) as pieces:
         first = next(pieces)
     assert session.history[-1] == {"role": "assistant", "content": first}
-    assert calls < 250
-    assert not any(t.name == "lorakit-generate" for t in threading.enumerate())
+    until(lambda: engine.running() == 0)
+    assert len(calls) < 400
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(model: LoraModel, tokenizer: Any) -> None:
-    session = ChatSession(model, tokenizer, Sampling(max_new_tokens=250))
+def test_ctrl_c_stops_the_answer_and_not_the_chat(engine: Engine) -> None:
+    session = ChatSession(engine, "shop", Sampling(max_new_tokens=400))
     main = threading.main_thread().ident
-    calls = 0
-
-    def interrupt(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            signal.pthread_kill(main or 0, signal.SIGINT)
-
-    model.get_base_model().register_forward_hook(interrupt)
+    calls = counted(
+        engine, lambda times: times == 5 and signal.pthread_kill(main or 0, signal.SIGINT)
+    )
     # A shell starts what it puts into the background with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -194,8 +214,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(model: LoraModel, tokenizer: A
     finally:
         signal.signal(signal.SIGINT, before)
     assert " (stopped)\n" in shown
-    assert shown.endswith("the adapter 'shop' answers now; there are: shop, poet\n")
-    assert calls < 250
+    assert "the adapter 'shop' answers now; there are: shop, poet" in shown
+    assert len(calls) < 400
 
 
 def test_ctrl_c_between_answers_ends_the_chat(session: ChatSession) -> None:
@@ -210,19 +230,18 @@ def test_ctrl_c_between_answers_ends_the_chat(session: ChatSession) -> None:
 
 @pytest.mark.parametrize("use_base", [True, False])
 def test_what_fails_in_the_model_is_raised_to_the_caller(
-    session: ChatSession, use_base: bool
+    session: ChatSession, engine: Engine, use_base: bool
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory\nand more")
 
     session.use_base = use_base
-    hook = session.model.get_base_model().register_forward_hook(fail)
+    hook = engine._model.register_forward_hook(fail)
     with pytest.raises(LorakitError, match=r"failed while answering: out of memory$"):
         said(session, "hello")
     assert session.history == []
     hook.remove()
     assert said(session, "hello")
-    assert session.model.active_adapter == "shop"
 
 
 def test_a_pipe_is_answered_line_by_line_without_a_prompt(session: ChatSession) -> None:
@@ -238,10 +257,10 @@ def test_quit_ends_the_chat_before_the_lines_do(session: ChatSession) -> None:
     assert session.history == []
 
 
-def test_a_seed_repeats_a_sampled_conversation(model: LoraModel, tokenizer: Any) -> None:
+def test_a_seed_repeats_a_sampled_conversation(engine: Engine) -> None:
     def talk(seed: int) -> list[str]:
         sampling = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=8, seed=seed)
-        session = ChatSession(model, tokenizer, sampling)
+        session = ChatSession(engine, "shop", sampling)
         first = [said(session, "hello"), said(session, "again")]
         session.reset()
         assert [said(session, "hello"), said(session, "again")] == first
@@ -249,17 +268,3 @@ def test_a_seed_repeats_a_sampled_conversation(model: LoraModel, tokenizer: Any)
 
     assert talk(1) == talk(1)
     assert talk(1) != talk(2)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "line"),
-    [
-        ({"temperature": -1}, "temperature must be 0"),
-        ({"top_p": 0}, "top_p must be above 0"),
-        ({"top_p": 1.1}, "top_p must be above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-    ],
-)
-def test_sampling_out_of_range_is_refused(wrong: dict[str, Any], line: str) -> None:
-    with pytest.raises(InputError, match=line):
-        Sampling(**wrong)

@@ -1,7 +1,6 @@
 """The page as a person sees it: in a real browser, wide and narrow, light and dark."""
 
 import base64
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,43 +9,11 @@ from typing import Any
 import pytest
 from folders import save_run, save_samples
 
+from browsers import FAINT, LEAST_CONTRAST
 from lorakit.report.page import write_report
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 WIDE, PHONE = (1280, 900), (390, 844)
 LOOKS = [(size, scheme) for size in (WIDE, PHONE) for scheme in ("light", "dark")]
-LEAST_CONTRAST = 4.5  # WCAG 2.2, 1.4.3, level AA
-
-# Every visible text with its contrast, where that is below `least`.
-_FAINT = """least => {
-  const numbers = color => color.match(/[\\d.]+/g).map(Number);
-  const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
-    .map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const behind = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const color = numbers(getComputedStyle(e).backgroundColor);
-      if (color.length === 3 || color[3] === 1) return color;
-    }
-    return [255, 255, 255];
-  };
-  const faint = [];
-  let seen = 0;
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) {
-    const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !element.checkVisibility({visibilityProperty: true}))
-      continue;
-    seen += 1;
-    const pair = [getComputedStyle(element).color, null].map((c, i) =>
-      luminance(i ? behind(element) : numbers(c))).sort((a, b) => b - a);
-    const ratio = (pair[0] + .05) / (pair[1] + .05);
-    if (ratio < least) faint.push([texts.currentNode.data.trim(), ratio]);
-  }
-  return {seen, faint};
-}"""
-
 # The colours of a PNG: at points, and how many pixels have each.
 _COLORS = """async ([png, points]) => {
   const image = new Image();
@@ -62,18 +29,6 @@ _COLORS = """async ([png, points]) => {
   const place = ([x, y]) => 4 * (Math.round(y) * image.width + Math.round(x));
   return {at: points.map(point => at(place(point))), counts};
 }"""
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(names)} is on the path")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +83,7 @@ def test_everything_fits_the_screen_and_can_be_read(shown: Any, tmp_path: Path):
     )
     shown.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert shown.evaluate("document.documentElement.scrollWidth") == width
-    found = shown.evaluate(_FAINT, LEAST_CONTRAST)
+    found = shown.evaluate(FAINT, LEAST_CONTRAST)
     assert found["seen"] > 200
     assert found["faint"] == []
 

@@ -82,6 +82,14 @@ def origin(folder: str | Path, config: LoraConfig) -> Origin:
     return Origin(name, record.base_fingerprint, record.labels)
 
 
+def other_weights(adapter: str | Path, base: str) -> str:
+    """What is said of an adapter whose base had another fingerprint than `base` has."""
+    return (
+        f"{adapter} was trained on other weights than those of {base}: its answers may be worse "
+        "than when it was trained"
+    )
+
+
 def source(folder: Path) -> Source:
     """The adapter in `folder` as a source."""
     return Source(path=str(folder), sha256=sha256(folder / WEIGHTS_NAME))

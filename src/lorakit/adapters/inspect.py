@@ -196,23 +196,17 @@ def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | No
     Args:
         model: it without weights.
     """
-    from lorakit.models.fingerprint import fingerprint_of_files
+    from lorakit.models.fingerprint import fingerprint_of_skeleton
     from lorakit.models.folders import shards_in
     from lorakit.models.load import CLASSIFICATION
-    from lorakit.models.shards import ShardReader, all_tensors
-    from lorakit.models.skeleton import file_names
+    from lorakit.models.shards import all_tensors
 
     try:
         tensors = all_tensors(shards_in(path))
     except InputError:  # a GGUF file, say
         return None
-    stored = file_names(model, tensors).stored
-    names = [name for name, _ in model.named_parameters()]
-    there = {name: tensors[stored[name]] for name in names if name in stored}
-    if len(there) < len(names) and task_type not in CLASSIFICATION:
-        return None  # a classifier's new head is not of the base
-    with ShardReader(tensor.path for tensor in there.values()) as reader:
-        return fingerprint_of_files(there, reader)
+    # A classifier's new head is not of the base.
+    return fingerprint_of_skeleton(model, tensors, partly=task_type in CLASSIFICATION)
 
 
 def _maker(file: AdapterFile) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import Derivation, read_derivation, read_template
+from lorakit.adapters.derived import Derivation, other_weights, read_derivation, read_template
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.errors import InputError
 
@@ -108,11 +108,7 @@ def open_adapter(
         model = dequantized(model, dtype)
     own = fingerprint(model, without=loaded.new_modules)
     if record and record.base_fingerprint not in (None, own):
-        warnings.warn(
-            f"{folder} was trained on other weights than those of {name}: "
-            "its answers may be worse than when it was trained",
-            stacklevel=2,
-        )
+        warnings.warn(other_weights(folder, name), stacklevel=2)
     if (template := read_template(folder)) is not None:
         tokenizer.chat_template = template
     adapted = LoraModel.from_pretrained(model, folder).eval()

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lorakit.adapters.derived import other_weights
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
 from lorakit.adapters.open import AdapterFiles
 from lorakit.adapters.plan import Change, Entry, Plan, finish_plan, start_plan
@@ -138,10 +139,7 @@ def check_fingerprint(
     if not expected or not set(parameters) <= there.keys() | new:
         return
     if fingerprint_of_files(there, reader) != expected:
-        plan.notices.append(
-            f"{adapter.folder} was trained on other weights than those of "
-            f"{adapter.base_model}: its answers may be worse than when it was trained"
-        )
+        plan.notices.append(other_weights(adapter.folder, adapter.base_model))
 
 
 def check_copies(

@@ -22,23 +22,26 @@ def chat(
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
 ) -> None:
     """Chat with an adapter; /help shows the commands. Reads a pipe too."""
-    from lorakit.adapters.open import open_adapter
-    from lorakit.errors import InputError
-    from lorakit.inference.chat import ChatSession, Sampling, run
+    from lorakit.inference.chat import ChatSession, run
+    from lorakit.inference.open import open_with
+    from lorakit.inference.sampling import Sampling
 
-    opened = open_adapter(adapter, base=base, dtype=dtype)
-    if opened.task_type != "CAUSAL_LM":
-        raise InputError(
-            f"{adapter} is for {opened.task_type} and cannot chat: score it with lorakit eval"
-        )
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    session = ChatSession(opened.model, opened.tokenizer, sampling, system)
-    typed = sys.stdin.isatty()
-    if typed:
-        with suppress(ImportError):  # some builds of Python lack it
-            import readline  # noqa: F401 (gives the prompt editing and history)
-        typer.echo(f"{opened.base_model} with {adapter}. /help shows the commands.")
-    run(session, _typed_lines() if typed else sys.stdin, _write)
+    name = adapter.resolve().name
+    engine = open_with(base, name, adapter, dtype=dtype, max_rows=1)
+    try:
+        for notice in engine.notices:
+            typer.echo(notice, err=True)
+        answering = name if engine.pool.infos() else None  # else it is merged into the base
+        session = ChatSession(engine, answering, sampling, system)
+        typed = sys.stdin.isatty()
+        if typed:
+            with suppress(ImportError):  # some builds of Python lack it
+                import readline  # noqa: F401 (gives the prompt editing and history)
+            typer.echo(f"{engine.model_name} with {adapter}. /help shows the commands.")
+        run(session, _typed_lines() if typed else sys.stdin, _write)
+    finally:
+        engine.close()
 
 
 def _typed_lines() -> Iterator[str]:

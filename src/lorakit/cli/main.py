@@ -21,6 +21,7 @@ from lorakit.cli.diff import diff
 from lorakit.cli.eval import evaluate
 from lorakit.cli.export import export
 from lorakit.cli.extract import extract
+from lorakit.cli.generate import generate
 from lorakit.cli.hub import pull, push
 from lorakit.cli.import_adapter import import_adapter
 from lorakit.cli.inspect import inspect
@@ -28,6 +29,7 @@ from lorakit.cli.merge import merge
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
+from lorakit.cli.serve import serve
 from lorakit.cli.train import train
 from lorakit.errors import InputError, LorakitError
 from lorakit.training.processes import first_to_fail
@@ -52,6 +54,8 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(chat)
+app.command()(generate)
+app.command()(serve)
 app.command()(merge)
 app.command()(export)
 app.command("import")(import_adapter)

@@ -192,8 +192,8 @@ def _read_pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
     return read
 
 
-def _system(row: Row) -> list[Message]:
-    """The optional `system` column; null and empty mean that there is none."""
+def system_message(row: Row) -> list[Message]:
+    """The message in the optional `system` column; null and empty mean that there is none."""
     value = row.values.get("system")
     if value is None or value == "":
         return []
@@ -223,7 +223,7 @@ class Format:
         if self.read is None:
             text = string(row, row.values["text"], "'text'", empty=False)
             return Sample((), text, row.where)
-        messages = [*_system(row), *self.read(row)]
+        messages = [*system_message(row), *self.read(row)]
         check_conversation(row, messages)
         return Sample(tuple(messages), None, row.where, tools(row))
 

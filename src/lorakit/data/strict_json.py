@@ -6,6 +6,7 @@ they stand is damaged or means something else, so here they are errors.
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 
@@ -19,7 +20,7 @@ def decode(text: str, at: int = 0) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, at)
     except RecursionError as error:
-        raise ValueError("nested too deeply; a row is a flat object") from error
+        raise ValueError("nested too deeply") from error
 
 
 def parse(text: str) -> Any:
@@ -38,8 +39,8 @@ def parse(text: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in values if names.count(name) > 1)
+        times = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in times.items() if count > 1)
         raise ValueError(f"the key '{twice}' occurs twice in one object")
     return values
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
-from lorakit.inference.sampling import Sampling, generate, generation_settings, prompt_tokens
+from lorakit.inference.sampling import generate, greedy_settings, pad_left, prompt_tokens
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +40,7 @@ def generate_answers(
     Raises:
         InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
     """
-    settings = generation_settings(model, tokenizer, Sampling(max_new_tokens=max_new_tokens))
+    settings = greedy_settings(model, tokenizer, max_new_tokens)
     shown = tools or [()] * len(prompts)
     rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
@@ -52,7 +51,7 @@ def generate_answers(
     try:
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            input_ids, mask = _pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
+            input_ids, mask = pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
             output = generate(
                 model,
                 settings,
@@ -68,13 +67,3 @@ def generate_answers(
     finally:
         model.train(was_training)
     return answers
-
-
-def _pad_left(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, each int64 of shape (len(rows), longest row)."""
-    import torch
-
-    width = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return input_ids, mask

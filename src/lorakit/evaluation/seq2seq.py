@@ -14,7 +14,7 @@ from lorakit.data.grouping import cut
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
 from lorakit.evaluation.loss import mean_over
-from lorakit.inference.sampling import Sampling, generate, generation_settings
+from lorakit.inference.sampling import generate, greedy_settings
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import most_tokens
 
@@ -33,7 +33,7 @@ def generate_targets(
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each sample's prompt; arguments as in `generate_answers`."""
-    settings = generation_settings(model, tokenizer, Sampling(max_new_tokens=max_new_tokens))
+    settings = greedy_settings(model, tokenizer, max_new_tokens)
     settings.decoder_start_token_id = model.config.decoder_start_token_id  # type: ignore[union-attr]
     rows = [LabelledRow(prompt_tokens(s, tokenizer), [], s.where) for s in samples]
     collate = LabelCollator(int(tokenizer.pad_token_id))

@@ -1,24 +1,21 @@
 """A conversation with a model and its adapters: history, commands, and what still fits.
 
 Nothing here knows a terminal: `run` needs lines to read and a function to write, so a pipe and a
-test serve as well as a keyboard. How an answer streams is `streaming.py`'s business.
+test serve as well as a keyboard. The answers are an engine's.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
-from lorakit.errors import InputError, did_you_mean, listed
-from lorakit.inference.sampling import Sampling, generation_settings, prompt_tokens
-from lorakit.inference.streaming import stream_answer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from lorakit.errors import InputError, LorakitError, did_you_mean, listed
+from lorakit.inference.engine import Engine
+from lorakit.inference.requests import Ticket
+from lorakit.inference.sampling import Sampling, prompt_tokens
 
 HELP = """\
 /reset          forget the conversation
@@ -29,54 +26,51 @@ HELP = """\
 
 
 class ChatSession:
-    """A model, what was said so far, and which adapter answers.
+    """An engine, what was said so far, and which adapter answers.
 
     Attributes:
+        adapter: the adapter's name in the engine's pool; None without one.
         history: the turns so far, user and assistant alternating, without the system message.
         use_base: whether the adapter is left out.
         notices: lines for the user about the latest answer.
 
     Args:
-        model: a `LoraModel`, or a plain transformers model; it is put in evaluation mode.
+        sampling: with a seed, the same conversation is answered the same.
         system: a system message that opens every conversation.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        adapter: str | None = None,
         sampling: Sampling | None = None,
         system: str | None = None,
     ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.adapter = adapter
         self.sampling = sampling or Sampling()
         self.use_base = False
         self.history: list[Message] = []
         self.notices: list[str] = []
+        self._engine = engine
         self._opening = [{"role": "system", "content": system}] if system else []
-        self._settings = generation_settings(model, tokenizer, self.sampling)
-        self.reset()
+        self._answers = 0  # since the conversation began
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the model's adapters, none for a plain model."""
-        return list(getattr(self.model, "adapters", []))
+        """The names of the engine's adapters."""
+        return [info.name for info in self._engine.pool.infos()]
 
     def reset(self) -> None:
-        """Forgets the conversation, and starts the random numbers anew when there is a seed."""
+        """Forgets the conversation; with a seed, the next one is answered as this one was."""
         self.history = []
-        if self.sampling.seed is not None:
-            import torch
-
-            torch.manual_seed(self.sampling.seed)  # `generate` draws from the global generator
+        self._answers = 0
 
     # --- answering ------------------------------------------------------------------------
 
     def answer(self, text: str) -> Generator[str]:
         """The answer to `text` in pieces, as they are written; then both are in the history.
 
-        Closing the iterator stops the model; what it said so far is kept, and an answer without
+        Closing the iterator stops the answer; what was said so far is kept, and an answer without
         any text leaves no trace. `notices` tells whether old turns had to be dropped.
 
         Raises:
@@ -85,56 +79,57 @@ class ChatSession:
         """
         question = {"role": "user", "content": text}
         self.notices = []
-        input_ids = self._fit(question)
-        settings = copy.copy(self._settings)
-        if limit := self._context_length():
-            settings.max_new_tokens = min(settings.max_new_tokens, limit - len(input_ids))
-        return self._stream(question, input_ids, settings)
+        prompt = self._fit(question)
+        sampling = self.sampling
+        if sampling.seed is not None:  # no two turns draw the same numbers
+            sampling = replace(sampling, seed=(sampling.seed + self._answers) % 2**63)
+        self._answers += 1
+        return self._stream(question, self._engine.submit(prompt, self._who(), sampling))
 
-    def _stream(self, question: Message, input_ids: list[int], settings: Any) -> Generator[str]:
-        around = self.model.disable_adapter() if self.use_base else None
+    def _stream(self, question: Message, ticket: Ticket) -> Generator[str]:
         written: list[str] = []
-        pieces = stream_answer(self.model, self.tokenizer, input_ids, settings, around)
+        pieces = iter(ticket)
         try:
             with closing(pieces):
                 for piece in pieces:
-                    written.append(piece)
-                    yield piece
+                    if piece.text:
+                        written.append(piece.text)
+                        yield piece.text
+                    if piece.error:
+                        raise LorakitError(piece.error)
         finally:
             if written:
                 self.history += [question, {"role": "assistant", "content": "".join(written)}]
+
+    def _who(self) -> str | None:
+        return None if self.use_base else self.adapter
 
     def _fit(self, question: Message) -> list[int]:
         """Token ids of the conversation with `question`, after dropping what leaves no room.
 
         Room is `max_new_tokens`, or half of the context where that is less.
         """
-        limit = self._context_length()
-        input_ids = self._tokens(question)
-        if not limit:
-            return input_ids
+        limit = self._engine.context_length
+        prompt = self._tokens(question)
         room = min(self.sampling.max_new_tokens, limit // 2)
         dropped = 0
-        while self.history and len(input_ids) + room > limit:
+        while self.history and len(prompt) + room > limit:
             del self.history[:2]
             dropped += 1
-            input_ids = self._tokens(question)
+            prompt = self._tokens(question)
         if dropped:
             turns = "the oldest turn" if dropped == 1 else f"the {dropped} oldest turns"
             self.notices.append(f"dropped {turns}: the model reads at most {limit} tokens")
-        if len(input_ids) >= limit:
+        if len(prompt) >= limit:
             raise InputError(
-                f"this message makes {len(input_ids)} tokens and the model reads at most {limit}: "
+                f"this message makes {len(prompt)} tokens and the model reads at most {limit}: "
                 "shorten it"
             )
-        return input_ids
+        return prompt
 
     def _tokens(self, question: Message) -> list[int]:
-        return prompt_tokens([*self._opening, *self.history, question], self.tokenizer)
-
-    def _context_length(self) -> int | None:
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        tokenizer = self._engine.tokenizer_of(self._who())
+        return prompt_tokens([*self._opening, *self.history, question], tokenizer)
 
     # --- commands -------------------------------------------------------------------------
 
@@ -157,36 +152,41 @@ class ChatSession:
         return "the conversation is forgotten"
 
     def _base(self, _: str) -> str:
-        if not self.adapters:
-            return "this model has no adapter: the base answers already"
+        if self.adapter is None:
+            return self._no_adapter()
         self.use_base = not self.use_base
         return self._who_answers()
 
     def _adapter(self, name: str) -> str:
-        if not self.adapters:
-            return "this model has no adapter: start the chat with an adapter's folder"
         if not name:
+            if self.adapter is None:
+                return self._no_adapter()
             return f"{self._who_answers()}; there are: {listed(self.adapters)}"
         try:
             if name not in self.adapters and Path(name).is_dir():
                 name = self._load(Path(name))
-            self.model.set_adapter(name, inference_mode=True)
+            self._engine.pool.version(name)
         except InputError as error:
             return str(error)
-        self.use_base = False
+        self.adapter, self.use_base = name, False
         return self._who_answers()
 
     def _load(self, folder: Path) -> str:
         """Loads the adapter in `folder` under the folder's name, once."""
-        name = folder.resolve().name.replace(".", "-")  # a module's name may hold no dot
+        name = folder.resolve().name
         if name not in self.adapters:
-            self.model.load_adapter(folder, adapter_name=name)
+            self._engine.pool.register(name, folder)
         return name
+
+    def _no_adapter(self) -> str:
+        return self._engine.pool.closed_because or (
+            "the base answers, as there is no adapter: load one with /adapter FOLDER"
+        )
 
     def _who_answers(self) -> str:
         if self.use_base:
             return "the base answers now, without the adapter; /base brings it back"
-        return f"the adapter '{self.model.active_adapter}' answers now"
+        return f"the adapter '{self.adapter}' answers now"
 
 
 def run(session: ChatSession, lines: Iterable[str], write: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ unset. Here it is put aside, so that the same call means the same on every model
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,14 @@ class Sampling:
         top_p: sample from the likeliest tokens that together reach this probability, in (0, 1].
         max_new_tokens: at most so many tokens an answer, at least 1.
         seed: makes sampled answers repeatable.
+        top_k: sample from so many of the likeliest tokens; 0 from all.
+        min_p: sample from tokens at least this share as likely as the likeliest, in [0, 1].
+        repetition_penalty: what the logits of tokens that are there already are divided by (those
+            below 0 multiplied; Keskar et al. 2019, arXiv:1909.05858).
+        presence_penalty: taken off the logits of tokens that the answer has, in [-2, 2] (OpenAI's).
+        frequency_penalty: as many times as the answer has them, in [-2, 2].
+        stop: texts that end an answer, and are no part of it.
+        logprobs: log-probabilities of each token, and of so many of its likeliest rivals.
 
     Raises:
         InputError: a value is out of its range.
@@ -56,38 +65,66 @@ class Sampling:
     top_p: float = 1.0
     max_new_tokens: int = 512
     seed: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be from 0 to 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise InputError(f"{name} must be from -2 to 2, not {getattr(self, name)}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"seed must fit 64 bits, and {self.seed} does not")
+        if any(not text for text in self.stop):
+            raise InputError("stop must not hold an empty text, which would end every answer")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InputError(f"logprobs must be 0 or more, not {self.logprobs}")
 
 
-def generation_settings(
-    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+def greedy_settings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """`sampling` as settings for `model.generate`, which end an answer at any of `end_tokens`."""
+    """Settings for `model.generate`: the likeliest tokens up to any of `end_tokens`.
+
+    Raises:
+        InputError: `max_new_tokens` is below 1.
+    """
     from transformers import GenerationConfig
 
     ends = end_tokens(model, tokenizer)
     own_pad = tokenizer.pad_token_id
-    settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+    return GenerationConfig(
+        max_new_tokens=Sampling(max_new_tokens=max_new_tokens).max_new_tokens,
         eos_token_id=ends or None,
         # Padding is masked, so any token will do.
         pad_token_id=own_pad if isinstance(own_pad, int) else (ends or [0])[0],
     )
-    if sampling.temperature > 0:
-        settings.update(
-            do_sample=True,
-            temperature=float(sampling.temperature),
-            top_p=float(sampling.top_p),
-            top_k=0,
-        )
-    return settings
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each int64 of shape (len(rows), longest row)."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return input_ids, mask
 
 
 def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from lorakit.models.chatglm.config import is_original
+from lorakit.models.chatglm.config import original_folder
 from lorakit.models.folders import model_in, tokenizer_in
 
 
@@ -49,14 +49,4 @@ def _original(name: Any) -> Path | None:
     """The folder that `name` means, where it is in ChatGLM's layout: a path, or a cached hub id."""
     if not isinstance(name, str | Path):
         return None
-    path = Path(name).expanduser()
-    if not path.is_dir() and isinstance(name, str) and name.count("/") == 1:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:
-            return None
-        path = Path(cached).parent if isinstance(cached, str) else path
-    return path if is_original(path) else None
+    return original_folder(name)

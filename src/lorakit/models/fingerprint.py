@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from lorakit.models.shards import ShardReader, StoredTensor
 
@@ -50,6 +51,27 @@ def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReade
             rows = slice(0, min(-(-_SAMPLED // width), tensor.shape[0]))
         values[name] = reader.read(tensor, rows).flatten()[:_SAMPLED]
     return _digest({name: tensor.shape for name, tensor in tensors.items()}, values)
+
+
+def fingerprint_of_skeleton(
+    model: PreTrainedModel, tensors: Mapping[str, StoredTensor], partly: bool = False
+) -> str | None:
+    """The same of a model without weights; None where its files do not hold every parameter as is.
+
+    Args:
+        tensors: all that the files hold, by their names there.
+        partly: parameters that are not in the files are no part of it.
+    """
+    from lorakit.models.shards import ShardReader
+    from lorakit.models.skeleton import file_names
+
+    stored = file_names(model, tensors).stored
+    names = [name for name, _ in model.named_parameters()]
+    there = {name: tensors[stored[name]] for name in names if name in stored}
+    if len(there) < len(names) and not partly:
+        return None
+    with ShardReader(tensor.path for tensor in there.values()) as reader:
+        return fingerprint_of_files(there, reader)
 
 
 def _digest(shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, torch.Tensor]) -> str:

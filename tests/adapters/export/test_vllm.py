@@ -61,6 +61,40 @@ def test_the_command_names_base_adapter_and_rank(tiny_model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("folder", "value"),
+    [
+        ("plain name", "'plain name={}'"),
+        ("a=b", """'{{"name": "a=b", "path": "{}"}}'"""),  # vLLM cuts at every =
+        ("a,b", """'{{"name": "a,b", "path": "{}"}}'"""),  # and takes a comma for JSON
+        ("-x", """'{{"name": "-x", "path": "{}"}}'"""),
+    ],
+)
+def test_a_name_that_vllm_would_misread_is_given_as_json(
+    folder: str, value: str, tiny_model: Path, tmp_path: Path
+):
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    report = export_vllm(adapter, tmp_path / folder)
+    assert f" --lora-modules {value.format(tmp_path / folder)} --max-lora-rank 8" in report.command
+
+
+def test_a_gguf_base_is_said_to_be_none_for_vllm(tiny_model: Path, tmp_path: Path):
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    report = export_vllm(adapter, tmp_path / "served", base="model.gguf")
+    (notice,) = report.notices
+    assert "model.gguf is a GGUF file: give vLLM the folder or hub id" in notice
+
+
+def test_the_base_of_an_adapter_made_of_others_is_in_its_record(tiny_model: Path, tmp_path: Path):
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    record = {"made_by": "resize", "sources": [], "base_model": str(tiny_model)}
+    (adapter / "lorakit.json").write_text(json.dumps(record))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert f"vllm serve {tiny_model} " in export_vllm(adapter, tmp_path / "served").command
+
+
+@pytest.mark.parametrize(
     ("config", "word"),
     [
         ({"use_dora": True}, "DoRA"),

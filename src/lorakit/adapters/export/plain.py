@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.derived import origin
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
-from lorakit.models.chatglm.config import is_original
+from lorakit.models.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -75,8 +75,7 @@ def read_plain(folder: str | Path, target: str, base: str | None = None) -> Plai
         InputError: it is more than pairs, damaged, or does not say what it is for.
     """
     config, tensors = read_adapter(folder)
-    manifest = read_manifest(folder)
-    name = base or (manifest.base_model if manifest else config.base_model_name_or_path)
+    name = base or origin(folder, config).base_model
     if not name:
         raise InputError(f"{folder} does not say which base model it is for: give --base")
     _require_plain(folder, target, config, tensors)
@@ -98,7 +97,7 @@ def found_at(base_model: str) -> str:
     """
     if base_model in ALIASES:
         return str(resolve(base_model).path)
-    if is_original(Path(base_model)):
+    if original_folder(base_model) is not None:
         raise InputError(
             f"model: {base_model} is in ChatGLM's original layout, whose modules have other names: "
             f"lorakit convert {base_model} -o DIR, and give --base DIR"

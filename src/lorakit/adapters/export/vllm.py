@@ -2,11 +2,13 @@
 
 vLLM reads `r`, `lora_alpha` and `use_rslora` from the configuration and neither pattern
 (`vllm/lora/peft_helper.py`), so ranks and alphas of single modules would silently be wrong there.
-Its ranks are those of `vllm/config/lora.py`.
+Its ranks are those of `vllm/config/lora.py`. Checked with the pages of 0.26 and 0.27 and main.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -17,13 +19,28 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.derived import TEMPLATE_NAME
-from lorakit.adapters.export.plain import Pair, found_at, read_plain
+from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # what vLLM's models name as adaptable
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""What some of vLLM's models name as adaptable beside their linear layers."""
+
+
+@dataclass(frozen=True)
+class Servable:
+    """An adapter that vLLM can serve, read and checked.
+
+    `r` is the least `--max-lora-rank` that it needs. `needs_copy` are the reasons why vLLM would
+    serve another model from the files as they are; without any it reads them as they are meant.
+    """
+
+    folder: Path
+    plain: PlainAdapter
+    r: int
+    needs_copy: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,23 +54,26 @@ class VllmExport:
     notices: tuple[str, ...] = ()
 
 
-def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> VllmExport:
-    """Writes `output`, an adapter with the same ΔW in every module, as vLLM reads it.
+def read_servable(adapter: str | Path, base: str | None = None) -> Servable:
+    """Reads the adapter, and no model.
 
-    The largest rank is rounded up to one of `RANKS` and smaller ones are filled with zeros;
-    every module's scaling goes into its `B`.
+    Args:
+        base: the base model, when it is not the recorded one.
 
     Raises:
-        InputError: vLLM cannot serve the adapter, or `output` exists.
+        InputError: vLLM cannot serve the adapter, or it is damaged.
     """
-    atomic.require_free(output)
     plain = read_plain(adapter, "vLLM", base)
-    served = found_at(plain.base_model)
+    if plain.config.task_type not in (None, "CAUSAL_LM"):
+        raise InputError(
+            f"{adapter} is an adapter for {plain.config.task_type}, and vLLM serves adapters of "
+            "causal language models (CAUSAL_LM) only: leave it out"
+        )
     for path, pair in plain.pairs.items():
-        if pair.is_embedding and not path.endswith(_EMBEDDINGS):
+        if pair.is_embedding and not path.endswith(EMBEDDINGS):
             raise InputError(
                 f"{adapter} adapts the embedding {path}, and vLLM takes only "
-                f"{' and '.join(_EMBEDDINGS)}: lorakit merge {adapter} -o MODEL"
+                f"{' and '.join(EMBEDDINGS)}: lorakit merge {adapter} -o MODEL"
             )
     largest = max(pair.r for pair in plain.pairs.values())
     r = next((rank for rank in RANKS if rank >= largest), None)
@@ -62,6 +82,19 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
             f"{adapter} has rank {largest}, and vLLM serves at most {RANKS[-1]}: "
             f"lorakit merge {adapter} -o MODEL"
         )
+    return Servable(Path(adapter), plain, r, _misread(plain))
+
+
+def write_copy(servable: Servable, output: str | Path) -> None:
+    """Writes `output`, an adapter with the same ΔW in every module, as vLLM reads it.
+
+    The largest rank is rounded up to one of `RANKS` and smaller ones are filled with zeros;
+    every module's scaling goes into its `B`.
+
+    Raises:
+        InputError: `output` exists.
+    """
+    plain, r = servable.plain, servable.r
     config = LoraConfig(
         r=r,
         lora_alpha=r,
@@ -73,15 +106,60 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
     tensors = {key: t for path, pair in plain.pairs.items() for key, t in _padded(path, pair, r)}
     with atomic.new_folder(output) as folder:
         write_adapter(folder, config, tensors)
-        template = Path(adapter) / TEMPLATE_NAME
+        template = servable.folder / TEMPLATE_NAME
         if template.is_file():
             shutil.copyfile(template, folder / TEMPLATE_NAME)
-    name = f"{Path(output).name}={output}"
+
+
+def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> VllmExport:
+    """Writes the adapter for vLLM into the new folder `output`, whether it needs that or not.
+
+    Raises:
+        InputError: vLLM cannot serve the adapter, or `output` exists.
+    """
+    atomic.require_free(output)
+    servable = read_servable(adapter, base)
+    served = found_at(servable.plain.base_model)
+    write_copy(servable, output)
+    plain, r = servable.plain, servable.r
+    notices = list(plain.notices)
+    if plain.base_model.endswith(".gguf"):
+        notices.append(
+            f"{plain.base_model} is a GGUF file: give vLLM the folder or hub id it was made from"
+        )
     command = (
-        f"vllm serve {shlex.quote(served)} --enable-lora "
-        f"--lora-modules {shlex.quote(name)} --max-lora-rank {r}"
+        f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules "
+        f"{shlex.quote(lora_module(Path(output).name, str(output)))} --max-lora-rank {r}"
     )
-    return VllmExport(str(output), r, len(plain.pairs), command, plain.notices)
+    return VllmExport(str(output), r, len(plain.pairs), command, tuple(notices))
+
+
+def lora_module(name: str, path: str, base_model: str | None = None) -> str:
+    """A value of `--lora-modules`, as JSON where `NAME=PATH` would be misread.
+
+    vLLM cuts `NAME=PATH` at every `=`, and takes a value with a comma for JSON.
+    """
+    plain = f"{name}={path}"
+    misread = plain.count("=") > 1 or "," in plain or plain.startswith("-")
+    if base_model is None and not misread:
+        return plain
+    parent = {} if base_model is None else {"base_model_name": base_model}
+    return json.dumps({"name": name, "path": path, **parent})
+
+
+def _misread(plain: PlainAdapter) -> tuple[str, ...]:
+    """What vLLM would read otherwise than it is meant."""
+    config = plain.config
+    if config.takes_start_off:
+        return (f"it starts from a part of the weight ({config.init_lora_weights})",)
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    pairs = plain.pairs.values()
+    reasons = [
+        (any(pair.r != config.r for pair in pairs), "its ranks differ (rank_pattern)"),
+        (any(pair.scaling != scaling for pair in pairs), "its scalings differ between modules"),
+        (bool(plain.notices), "it brings copies of the base's own weights"),
+    ]
+    return tuple(reason for present, reason in reasons if present)
 
 
 def _padded(path: str, pair: Pair, r: int) -> list[tuple[str, torch.Tensor]]:

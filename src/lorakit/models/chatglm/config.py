@@ -91,6 +91,21 @@ def is_original(path: Path) -> bool:
     return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
+def original_folder(name: str | Path) -> Path | None:
+    """The folder that `name` means, a path or a cached hub id, if it is in the original layout."""
+    path = Path(name).expanduser()
+    if not path.is_dir() and isinstance(name, str) and name.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return None
+        path = Path(cached).parent if isinstance(cached, str) else path
+    return path if is_original(path) else None
+
+
 def read_original(path: Path) -> Original:
     """The configuration of the original folder at `path`.
 

@@ -1,0 +1,297 @@
+"""Eight prompts, each by another adapter: lorakit's engine beside PEFT, the bare base, and HTTP.
+
+All sides have one process and the same base in bfloat16, and take turns; answers are greedy and of
+one length. `switching` is what serving many adapters is without any of this: PEFT with one request
+after the other, the adapter switched before each.
+
+    python -m benchmarks.serve [--tokens 64] [--rounds 5] [--adapters DIR]
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx
+import torch
+from transformers import GenerationConfig
+
+import lorakit
+from benchmarks.combine import make
+from lorakit.inference.engine import Engine
+from lorakit.inference.open import open_engine
+from lorakit.inference.sampling import Sampling, generate, pad_left, prompt_tokens
+from lorakit.inference.server.options import Limits, ServerOptions
+from lorakit.inference.server.run import listen, make_server
+from lorakit.models.bundled import ALIAS as MODEL
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain photosynthesis to a child in a few sentences.",
+    "List three uses of a paperclip.",
+    "Who wrote Hamlet, and when?",
+    "Give me a recipe for pancakes with blueberries.",
+    "Translate 'good morning' into Spanish, German and Italian, please.",
+    "What is 17 times 23? Show your work.",
+]
+
+
+def save_adapters(folder: Path) -> list[Path]:
+    """Eight random adapters of rank 16 on all linear layers, made once."""
+    return make(folder, 8, 16)
+
+
+@contextmanager
+def endless() -> Iterator[None]:
+    """No token ends an answer meanwhile, so that all have one length."""
+    with (
+        patch("lorakit.inference.engine.end_tokens", return_value=[]),
+        patch("lorakit.inference.pool.end_tokens", return_value=[]),
+    ):
+        yield
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    return dict(zip(("input_ids", "attention_mask"), pad_left(rows, 0), strict=True))
+
+
+class Sides:
+    """What takes turns; each returns how many tokens it wrote."""
+
+    def __init__(self, folders: Sequence[Path], tokens: int) -> None:
+        import peft
+
+        self.tokens = tokens
+        self.names = [path.name for path in folders]
+        with endless():
+            self.engine = open_engine(
+                MODEL,
+                dict(zip(self.names, folders, strict=True)),
+                dtype="bfloat16",
+                max_rows=8,
+                context_length=2048,
+            )
+        turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        self.prompts = [prompt_tokens(turn, self.engine.tokenizer) for turn in turns]
+        self.settings = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+        )
+        self.base, _ = lorakit.load_model(MODEL, "bfloat16")
+        other, _ = lorakit.load_model(MODEL, "bfloat16")
+        self.peft: Any = peft.PeftModel.from_pretrained(other, folders[0], self.names[0])
+        for name, path in zip(self.names[1:], folders[1:], strict=True):
+            self.peft.load_adapter(path, name)
+        self.base.eval()
+        self.peft.eval()
+
+    def peers(self) -> dict[str, Callable[[], int]]:
+        return {
+            "the bare base's generate": self.the_bare_base,
+            "PEFT, adapter_names": self.peft_adapter_names,
+            "PEFT, switching": self.peft_switching,
+            "engine, the base": self.engine_base,
+            "engine, one adapter": self.engine_one_adapter,
+            "engine, eight adapters": self.engine_eight_adapters,
+        }
+
+    def the_bare_base(self) -> int:
+        return generate(self.base, self.settings, **padded(self.prompts))[:, -self.tokens :].numel()
+
+    def peft_adapter_names(self) -> int:
+        options = {"adapter_names": self.names, **padded(self.prompts)}
+        return generate(self.peft, self.settings, **options)[:, -self.tokens :].numel()
+
+    def peft_switching(self) -> int:
+        written = 0
+        for name, prompt in zip(self.names, self.prompts, strict=True):
+            self.peft.set_adapter(name)
+            written += generate(self.peft, self.settings, **padded([prompt]))[
+                :, -self.tokens :
+            ].numel()
+        return written
+
+    def engine_base(self) -> int:
+        return answered(self.engine, self.prompts, [None] * 8, self.tokens)
+
+    def engine_one_adapter(self) -> int:
+        return answered(self.engine, self.prompts, [self.names[0]] * 8, self.tokens)
+
+    def engine_eight_adapters(self) -> int:
+        return answered(self.engine, self.prompts, self.names, self.tokens)
+
+
+def answered(
+    engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None], tokens: int
+) -> int:
+    sampling = Sampling(max_new_tokens=tokens)
+    tickets = [engine.submit(*asked, sampling) for asked in zip(prompts, names, strict=True)]
+    return sum(list(ticket)[-1].new_tokens for ticket in tickets)
+
+
+def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Median tokens a second of each; the first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            rate = side() / (time.perf_counter() - began)
+            if turn:
+                found[name].append(rate)
+                print(f"{name}: {rate:.1f} tokens/s", file=sys.stderr)
+    return {name: statistics.median(rates) for name, rates in found.items()}
+
+
+def registered(
+    folders: Sequence[Path], prompts: Sequence[Sequence[int]], tokens: int
+) -> dict[str, float]:
+    """Eight running rows of 2, 16 and 64 adapters; which ones goes round."""
+    sides: dict[str, Callable[[], int]] = {}
+    engines = []
+    for count in (2, 16, 64):
+        named = {f"n{i}": folders[i % len(folders)] for i in range(count)}
+        with endless():
+            engine = open_engine(MODEL, named, dtype="bfloat16", max_rows=8, context_length=2048)
+        engines.append(engine)
+        turn = iter(range(1 << 30))
+
+        def run(engine: Engine = engine, count: int = count, turn: Iterator[int] = turn) -> int:
+            first = 8 * next(turn)
+            names = [f"n{(first + i) % count}" for i in range(8)]
+            return answered(engine, prompts, names, tokens)
+
+        sides[f"{count} registered"] = run
+    try:
+        return take_turns(sides, 9)  # so that 64 come round once
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+@contextmanager
+def served(engine: Engine) -> Iterator[str]:
+    """The engine behind HTTP, in a thread of this process."""
+    with listen("127.0.0.1", 0) as sock:
+        address: list[str] = []
+        came = threading.Event()
+        server = make_server(
+            engine,
+            ServerOptions(limits=Limits()),
+            lambda found: (address.append(found), came.set()),  # type: ignore[func-returns-value]
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        came.wait()
+        try:
+            yield address[0]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Client:
+    """Asks over HTTP from a process of its own, as clients do."""
+
+    def __init__(self, address: str, tokens: int, names: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.serve", "--client", address]
+        self._process = subprocess.Popen(
+            [*command, "--tokens", str(tokens), "--names", ",".join(names)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, streamed: bool) -> int:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{int(streamed)}\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+async def be_client(address: str, tokens: int, names: Sequence[str]) -> None:
+    """Reads 0 (whole) or 1 (streamed) a line, and asks all questions at once."""
+
+    async def ask(client: httpx.AsyncClient, name: str, question: str, stream: bool) -> int:
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": stream,
+        }
+        if not stream:
+            reply = await client.post("/v1/chat/completions", json=body)
+            return int(reply.raise_for_status().json()["usage"]["completion_tokens"])
+        body["stream_options"] = {"include_usage": True}
+        usage = 0
+        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {") and (found := json.loads(line[6:]).get("usage")):
+                    usage = int(found["completion_tokens"])
+        return usage
+
+    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            asked = zip(names, QUESTIONS, strict=True)
+            counts = await asyncio.gather(*(ask(client, *one, line == "1\n") for one in asked))
+            print(sum(counts), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--adapters", type=Path, help="where the adapters lie, or are made")
+    parser.add_argument("--parts", default="peers,http,registered")
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    parser.add_argument("--names", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.client:
+        asyncio.run(be_client(args.client, args.tokens, args.names.split(",")))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = save_adapters(args.adapters or Path(temporary))
+        sides = Sides(folders, args.tokens)
+        if "peers" in args.parts:
+            show("8 prompts, 8 adapters", take_turns(sides.peers(), args.rounds))
+        if "http" in args.parts:
+            with served(sides.engine) as address:
+                client = Client(address, args.tokens, sides.names)
+                over = {
+                    "the engine itself": sides.engine_eight_adapters,
+                    "HTTP": lambda: client.ask(False),
+                    "HTTP, streamed": lambda: client.ask(True),
+                }
+                show("8 requests at once", take_turns(over, args.rounds))
+                client.close()
+        sides.engine.close()
+        if "registered" in args.parts:
+            show("8 rows, of", registered(folders, sides.prompts, args.tokens))
+
+
+def show(title: str, rates: dict[str, float]) -> None:
+    """Prints a table, with ratios to the first side."""
+    print(f"\n| {title} | tokens/s | ratio |\n| --- | --- | --- |")
+    first = next(iter(rates.values()))
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.1f} | {rate / first:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

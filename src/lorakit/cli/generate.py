@@ -1,0 +1,84 @@
+"""`lorakit generate`: a file of prompts, answered by adapters and their base in one batch."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    prompts: Annotated[
+        str, typer.Option(help="Lines of a .txt or of - (stdin), or rows as for training.")
+    ],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER | NAME=PATH]...", help="Adapters' folders; each answers every prompt."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, when it is not the recorded one.")
+    ] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="The base answers too, without an adapter.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A JSONL file. Default: stdout.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message, where a prompt brings none.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0001, max=1)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+) -> None:
+    """Answer a file of prompts with each adapter: a row of JSON an answer, in the file's order."""
+    from lorakit import atomic
+    from lorakit.data.prompts import read_prompts
+    from lorakit.errors import InputError
+    from lorakit.inference.adapter_names import named_adapters
+    from lorakit.inference.answer_all import answer_all
+    from lorakit.inference.open import open_engine, open_with
+    from lorakit.inference.sampling import Sampling
+
+    named = named_adapters(adapters or [])
+    if not named and model is None:
+        raise InputError("say what answers: adapters' folders, or --model")
+    sampling = Sampling(
+        temperature, top_p, max_new_tokens, seed, top_k=top_k, stop=tuple(stop or ())
+    )
+    asked = [prompt.opened_by(system) for prompt in read_prompts(prompts)]
+    if len(named) == 1 and not with_base:
+        ((name, folder),) = named.items()
+        engine = open_with(model, name, folder, dtype=dtype, max_rows=max_rows)
+    else:
+        engine = open_engine(model, named, dtype=dtype, max_rows=max_rows)
+    try:
+        for notice in engine.notices:
+            typer.echo(notice, err=True)
+        answering: list[str | None] = [info.name for info in engine.pool.infos()]
+        if with_base or not answering:
+            answering.append(None)
+        lines, tokens, began = [], 0, time.perf_counter()
+        for answered in answer_all(engine, asked, answering, sampling):
+            line = json.dumps(answered.record(), ensure_ascii=False)
+            tokens += answered.new_tokens
+            lines.append(line)
+            if output is None:
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
+        seconds = time.perf_counter() - began
+    finally:
+        engine.close()
+    if output is not None:
+        atomic.write_file(output, "".join(f"{line}\n" for line in lines))
+    rate = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} a second)"
+    typer.echo(f"{len(lines)} answers, {rate}" + (f": {output}" if output else ""), err=True)

@@ -1,0 +1,162 @@
+"""`lorakit serve`: adapters and their base behind OpenAI's API."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit.errors import InputError
+
+
+class EngineName(StrEnum):
+    """What computes the answers."""
+
+    LORAKIT = "lorakit"
+    VLLM = "vllm"
+
+
+def serve(
+    context: typer.Context,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER | NAME=PATH]...",
+            help="Adapters' folders; `model` names them by the folder's name, or NAME.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, when it is not the recorded one.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; other machines' needs --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAKIT_API_KEY", help="What requests must bring.", show_default=False
+        ),
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAKIT_ADMIN_KEY",
+            help="What loading and unloading adapters needs.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="The folder that adapters may be loaded from.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Fold the one adapter into the base, for full speed.")
+    ] = False,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    context_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the model's.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 4 << 20,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that wait for a row.")] = 256,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 512,
+    max_connections: Annotated[int, typer.Option(min=1, help="Open connections.")] = 2048,
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for an answer, waiting included.")
+    ] = 600,
+    drain: Annotated[
+        float, typer.Option(min=0, help="On SIGTERM, seconds for running answers to finish.")
+    ] = 30,
+    engine: Annotated[EngineName, typer.Option(help="What computes the answers.")] = (
+        EngineName.LORAKIT
+    ),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --engine vllm: print its command, no more.")
+    ] = False,
+) -> None:
+    """Serve a base model and its adapters over HTTP, as OpenAI's API has it, with a page at /."""
+    from lorakit.inference.adapter_names import named_adapters
+
+    named = named_adapters(adapters or [])
+    if not named and model is None:
+        raise InputError("say what to serve: adapters' folders, or --model")
+    if engine is EngineName.VLLM:
+        _refuse_for_vllm(context)
+        from lorakit.inference import vllm
+
+        options = vllm.VllmOptions(
+            model=model,
+            adapters=named,
+            host=host,
+            port=port,
+            api_key=api_key,
+            admin_key=admin_key,
+            adapter_root=adapter_root,
+            context_length=context_length,
+            dtype=dtype,
+        )
+        vllm.serve(options, dry_run=dry_run)
+        return
+    if dry_run:
+        raise InputError("--dry-run prints vLLM's command: give --engine vllm too")
+    if merged and adapter_root is not None:
+        raise InputError("--merged serves one adapter and no other: leave --adapter-root out")
+    try:
+        from lorakit.inference.server.options import Limits, ServerOptions
+        from lorakit.inference.server.run import run
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"lorakit serve needs {error.name}: pip install 'lorakit[serve]'"
+        ) from error
+    from lorakit.inference.open import open_engine
+
+    # Refused before a model is loaded.
+    server_options = ServerOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        admin_key=admin_key,
+        adapter_root=adapter_root,
+        drain=drain,
+        limits=Limits(
+            body_bytes=max_body,
+            waiting=max_waiting,
+            requests=max_requests,
+            connections=max_connections,
+            request_seconds=request_timeout,
+        ),
+    )
+    opened = open_engine(
+        model, named, dtype=dtype, max_rows=max_rows, context_length=context_length, merged=merged
+    )
+    for notice in opened.notices:
+        typer.echo(notice, err=True)
+    names = ", ".join(named) if named and not merged else ""
+
+    def started(address: str) -> None:
+        what = opened.model_name + (f" with {names}" if names else "")
+        typer.echo(f"serving {what} at {address} (Ctrl-C ends)")
+
+    run(opened, server_options, started)
+
+
+def _refuse_for_vllm(context: typer.Context) -> None:
+    """Refuses options that are those of our own engine.
+
+    Raises:
+        InputError: one was given.
+    """
+    for name in (
+        "merged",
+        "max_rows",
+        "max_body",
+        "max_waiting",
+        "max_requests",
+        "max_connections",
+        "request_timeout",
+        "drain",
+    ):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is for --engine lorakit: vLLM has options of its own")

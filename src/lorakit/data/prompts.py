@@ -1,0 +1,90 @@
+"""Conversations that wait for an answer: rows of the files that training reads, or plain lines."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.conversations import conversation, string, tools
+from lorakit.data.formats import Message, recognise, system_message
+from lorakit.data.sources import Row, read_rows
+from lorakit.errors import InputError
+
+_ANSWERS = ("completion", "response")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation up to the answer, the functions that a template shows, and where it stands."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...]
+    where: str
+
+    def opened_by(self, system: str | None) -> "Prompt":
+        """With a system message, if there is none yet."""
+        if system is None or self.messages[0]["role"] == "system":
+            return self
+        opening: Message = {"role": "system", "content": system}
+        return replace(self, messages=(opening, *self.messages))
+
+
+def read_prompts(path: str, columns: Mapping[str, str] | None = None) -> list[Prompt]:
+    """All prompts of a source, in order.
+
+    Args:
+        path: a text file (`.txt`), or `-` for the standard input, with a prompt a line; or data as
+            for training (`read_source`), whose rows may have a `prompt` alone, or a conversation
+            that ends with the user's turn. An answer that a row has at its end is left out.
+        columns: as for `recognise`.
+
+    Raises:
+        InputError: there is nothing to read, or a row asks nothing.
+    """
+    if path == "-":
+        return _of_lines(sys.stdin, "standard input")
+    if path.lower().endswith(".txt"):
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read as text: {error}") from error
+        return _of_lines(text.splitlines(), path)
+    return [_prompt(row, columns or {}) for row in read_rows(path)]
+
+
+def _of_lines(lines: Iterable[str], name: str) -> list[Prompt]:
+    prompts = [
+        Prompt(({"role": "user", "content": text},), (), f"{name}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if (text := line.strip())
+    ]
+    if not prompts:
+        raise InputError(f"{name} has no prompt: every line is empty")
+    return prompts
+
+
+def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
+    messages = _asked(row, columns)
+    if not messages:
+        raise InputError(f"{row.where}: there is nothing to be answered")
+    return Prompt(tuple(messages), tools(row), row.where)
+
+
+def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
+    if not columns and "prompt" in row.values and not row.values.keys() & set(_ANSWERS):
+        if isinstance(row.values["prompt"], list):
+            return [*system_message(row), *_without_answer(conversation(row, "prompt"))]
+        text = string(row, row.values["prompt"], "'prompt'", empty=False)
+        return [*system_message(row), {"role": "user", "content": text}]
+    form, row = recognise(row, columns)
+    if form.read is None:
+        raise InputError(f"{row.where}: plain text asks nothing: give the column 'prompt'")
+    return [*system_message(row), *_without_answer(form.read(row))]
+
+
+def _without_answer(messages: list[Message]) -> list[Message]:
+    """The messages before the assistant's turn at the end, if there is one."""
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages

@@ -1,0 +1,117 @@
+"""The keys and values of all rows, in one place that is made once.
+
+A row has a place of its own in tensors of (rows, heads, length, d). Rows in use are the first ones,
+without gaps, so that a step of all of them reads views and copies nothing. Built on transformers'
+cache interface: what a model's attention calls is `update`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class _Place:
+    """Where the next forward's keys and values go: some tokens of one row, or one of each row."""
+
+    row: int = 0
+    start: int = 0
+    lengths: torch.Tensor | None = None
+    longest: int = 0
+
+
+class RowCache(Cache):
+    """Keys and values of at most `rows` rows of at most `length` tokens."""
+
+    def __init__(self, layers: int, rows: int, length: int) -> None:
+        self.place = _Place()
+        self.length = length
+        super().__init__(layers=[_RowLayer(self.place, rows, length) for _ in range(layers)])
+
+    def one_row(self, row: int, start: int) -> None:
+        """The next forward brings tokens of this row, from its position `start` on."""
+        self.place.row, self.place.start, self.place.lengths = row, start, None
+
+    def all_rows(self, lengths: Sequence[int], device: torch.device) -> None:
+        """The next forward brings one token of each row, which have these lengths before it."""
+        self.place.lengths = torch.tensor(lengths, device=device)
+        self.place.longest = max(lengths) + 1
+
+    def clear(self, row: int) -> None:
+        """Puts zeros in the place of a row that was not finite, for the next one's sake."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                if tensor is not None:
+                    tensor[row] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Puts the first `length` positions of a row into the place of another."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                if tensor is not None:
+                    tensor[target, :, :length] = tensor[source, :, :length]
+
+
+class _RowLayer(CacheLayerMixin):
+    """One layer's part of a `RowCache`."""
+
+    is_sliding = False
+
+    def __init__(self, place: _Place, rows: int, length: int) -> None:
+        super().__init__()
+        self._place, self._rows, self._length = place, rows, length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes memory. It must not hold values that are not finite, even where a mask hides it."""
+
+        def room(like: torch.Tensor) -> torch.Tensor:
+            shape = self._rows, like.shape[1], self._length, like.shape[3]
+            if like.device.type != "cpu":
+                return like.new_zeros(shape)
+            # NumPy's zeros are pages that the system gives when rows come to fill them.
+            zeros = np.zeros(math.prod(shape) * like.dtype.itemsize, np.uint8)
+            return torch.from_numpy(zeros).view(like.dtype).view(shape)
+
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps these, and returns all that the rows in question have: (rows, heads, length, d)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        place = self._place
+        if place.lengths is None:
+            row, end = slice(place.row, place.row + 1), place.start + key_states.shape[2]
+            self.keys[row, :, place.start : end] = key_states
+            self.values[row, :, place.start : end] = value_states
+            return self.keys[row, :, :end], self.values[row, :, :end]
+        rows = torch.arange(len(place.lengths), device=key_states.device)
+        self.keys[rows, :, place.lengths] = key_states[:, :, 0]
+        self.values[rows, :, place.lengths] = value_states[:, :, 0]
+        used = slice(0, len(rows)), slice(None), slice(0, place.longest)
+        return self.keys[used], self.values[used]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The length and offset of what `update` will return."""
+        place = self._place
+        return (place.start + query_length if place.lengths is None else place.longest), 0
+
+    def get_seq_length(self) -> int:
+        """The positions before the next forward's."""
+        place = self._place
+        return place.start if place.lengths is None else place.longest - 1
+
+    def get_max_length(self) -> int:
+        """How long a row can become."""
+        return self._length

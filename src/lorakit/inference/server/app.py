@@ -1,0 +1,204 @@
+"""The application: every route, with the description that clients and tests read (OpenAPI)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+
+from lorakit import __version__
+from lorakit.data import strict_json
+from lorakit.inference.engine import Engine
+from lorakit.inference.server import errors, page
+from lorakit.inference.server.adapters import Shelf
+from lorakit.inference.server.answers import Desk
+from lorakit.inference.server.chat import chat
+from lorakit.inference.server.completions import complete
+from lorakit.inference.server.errors import ApiError, bad_field
+from lorakit.inference.server.gate import Gate
+from lorakit.inference.server.keys import Keys
+from lorakit.inference.server.metrics import CONTENT_TYPE, Metrics
+from lorakit.inference.server.options import ServerOptions
+from lorakit.inference.server.payloads import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
+from lorakit.inference.server.prompts import Prompts
+from lorakit.inference.server.replies import (
+    ChatCompletion,
+    Completion,
+    ErrorReply,
+    Health,
+    ModelCard,
+    ModelList,
+)
+
+_REASONS = {
+    400: "The request cannot be answered as it is.",
+    401: "The key is missing or wrong.",
+    403: "The key does not do, or the server was not started for this.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    429: "Too much is under way: ask again after the seconds in Retry-After.",
+    503: "The server ends, or the engine failed.",
+}
+
+_STREAMED = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "A chunk, or [DONE]."}},
+            "required": ["data"],
+        }
+    }
+}
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        """The body, if it is JSON by the letter and all of its text can be written as UTF-8."""
+        body = await self.body()
+        try:
+            text = body.decode()
+        except UnicodeDecodeError as error:
+            raise bad_field(f"the body is no UTF-8: byte {error.start} is not") from error
+        try:
+            value = strict_json.parse(text)
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise bad_field("the body has half a character (a lone surrogate, \\ud800)") from error
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno}, column {error.colno}"
+            raise bad_field(f"the body is not JSON: {error.msg} ({where})") from error
+        except ValueError as error:
+            raise bad_field(f"the body is not JSON: {error}") from error
+        return value
+
+
+class _StrictRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
+    """The application over `engine`, and the desk where its requests lie."""
+    metrics = Metrics(engine)
+    desk = Desk(engine, options.limits, metrics)
+    prompts = Prompts(engine)
+    shelf = Shelf(engine, options.adapter_root)
+    app = FastAPI(
+        title="lorakit serve",
+        version=__version__,
+        description="OpenAI's API over one base model and its adapters; `model` names the adapter.",
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    app.add_middleware(
+        Gate,
+        desk=desk,
+        keys=Keys(options.api_key, options.admin_key),
+    )
+    key = Security(HTTPBearer(auto_error=False, scheme_name="API key"))
+    admin_key = Security(HTTPBearer(auto_error=False, scheme_name="Admin key"))
+    router = APIRouter(route_class=_StrictRoute)
+
+    @router.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        dependencies=[key],
+    )
+    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+        """The model's turn in a conversation."""
+        return await chat(request, asked, desk, prompts)
+
+    @router.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        dependencies=[key],
+    )
+    async def completions(request: Request, asked: CompletionRequest) -> Response:
+        """How the model goes on from a text."""
+        return await complete(request, asked, desk, prompts)
+
+    @router.get("/v1/models", responses=_errors(401, 429, 503), dependencies=[key])
+    async def models() -> ModelList:
+        """The base and its adapters."""
+        return shelf.models()
+
+    @router.get(
+        "/v1/models/{model:path}", responses=_errors(401, 404, 429, 503), dependencies=[key]
+    )
+    async def model(model: str) -> ModelCard:
+        """One of them."""
+        return shelf.model(model)
+
+    @router.post(
+        "/v1/load_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=_errors(400, 401, 403, 408, 413, 429, 503, beside_text=True),
+        dependencies=[admin_key],
+    )
+    async def load_lora_adapter(asked: LoadAdapterRequest) -> PlainTextResponse:
+        """Serve one more adapter, or a new version of one."""
+        return PlainTextResponse(await shelf.load(asked))
+
+    @router.post(
+        "/v1/unload_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=_errors(400, 401, 403, 404, 408, 413, 429, 503, beside_text=True),
+        dependencies=[admin_key],
+    )
+    async def unload_lora_adapter(asked: UnloadAdapterRequest) -> PlainTextResponse:
+        """Serve an adapter no longer."""
+        return PlainTextResponse(await shelf.unload(asked))
+
+    @router.get("/health", response_model=Health, responses=_errors(503))
+    async def health() -> JSONResponse:
+        """Whether the server takes requests."""
+        if desk.draining:
+            raise ApiError(503, "the server ends", code="shutdown")
+        return JSONResponse({"status": "ok"})
+
+    @router.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses=_errors(401, beside_text=True),
+        dependencies=[key],
+    )
+    async def figures() -> Response:
+        """What the server counts, for Prometheus."""
+        return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+
+    app.include_router(router)
+    page.install(app)
+    return app, desk
+
+
+def _errors(*statuses: int, beside_text: bool = False) -> dict[int | str, dict[str, Any]]:
+    form: dict[str, Any] = {"model": ErrorReply}
+    if beside_text:  # FastAPI would give the errors of such a route the type of its text
+        schema = {"$ref": f"#/components/schemas/{ErrorReply.__name__}"}
+        form = {"content": {"application/json": {"schema": schema}}}
+    # "4XX" also keeps FastAPI from adding its own 422, which is never sent here.
+    replies: dict[int | str, dict[str, Any]] = {"4XX": {**form, "description": "Refused."}}
+    for status in statuses:
+        replies[status] = {**form, "description": _REASONS[status]}
+    return replies

@@ -1,0 +1,334 @@
+"""The bodies of requests, as OpenAI and vLLM have them.
+
+What cannot be done is a field that takes only its neutral value, so it is refused by its name and
+the API's description says so. What is accepted and changes no answer stands under `Ignored`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from lorakit.errors import did_you_mean
+from lorakit.inference.sampling import Sampling
+from lorakit.inference.server.errors import UNKNOWN_FIELD
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_ITEMS = 4096
+
+Item = TypeVar("Item")
+# Checking holds everyone else up: a body of a million wrong things is refused at the first.
+Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]
+
+
+def _whole(value: Any) -> Any:
+    """5.0 as 5: to JSON they are one, and languages with one kind of number write either."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
+
+
+class Payload(BaseModel):
+    """A JSON object whose every field is known; `ge` and `le` are its limits."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        unknown = (
+            [name for name in data if name not in cls.model_fields]
+            if isinstance(data, dict)
+            else []
+        )
+        if unknown:
+            raise PydanticCustomError(
+                UNKNOWN_FIELD,
+                "is not a field that is known here{hint}",
+                {"name": unknown[0], "hint": did_you_mean(unknown[0], cls.model_fields)},
+            )
+        return data
+
+
+class Ignored(Payload):
+    """Fields of OpenAI's that keep accounts or caches, and change no answer here."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class StreamOptions(Payload):
+    """`include_usage` sends the counts of tokens in a last event."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingFields(Ignored):
+    """What both ways to complete have in common: the model, and how tokens are chosen.
+
+    `top_k`, `min_p` and `repetition_penalty` are vLLM's extensions.
+    """
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    logit_bias: NoEntries = None
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true; leave it out")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers a prompt gets."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def token_limit(self) -> int | None:
+        """How many tokens an answer may have; None as many as fit."""
+        raise NotImplementedError
+
+    @property
+    def rivals(self) -> int | None:
+        """Of how many rivals of a token log-probabilities are wanted; None of no token."""
+        raise NotImplementedError
+
+    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
+        """The engine's settings for the choice of this number."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_p=1.0 if self.top_p is None else float(self.top_p),
+            max_new_tokens=max_new_tokens,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            top_k=max(self.top_k or 0, 0),
+            min_p=float(self.min_p or 0),
+            repetition_penalty=float(self.repetition_penalty or 1),
+            presence_penalty=float(self.presence_penalty or 0),
+            frequency_penalty=float(self.frequency_penalty or 0),
+            stop=tuple(stop),
+            logprobs=self.rivals,
+        )
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`: the model goes on from each prompt, a text or token ids."""
+
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+        ]
+    )
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(
+        None, description="Only n: the best of more than are wanted is not looked for."
+    )
+    echo: Literal[False] | None = False
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.best_of not in (None, self.choices):
+            raise ValueError("best_of other than n is not supported: leave it out")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def rivals(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(Payload):
+    """A part of a message; only text can be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Payload):
+    """What the model called, and with what."""
+
+    name: Text
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(Payload):
+    """A call that an earlier answer made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Annotated[int, WHOLE] | None = None
+
+
+class ChatMessage(Payload):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Items[TextPart] | None = None
+    name: str | None = None
+    tool_calls: Items[ToolCall] | None = None
+    tool_call_id: str | None = None
+    # What clients send back with an earlier answer.
+    refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role} cannot have tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": text}
+        for key in ("name", "tool_call_id"):
+            if (value := getattr(self, key)) is not None:
+                message[key] = value
+        if self.tool_calls:
+            calls = [
+                call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls
+            ]
+            message["tool_calls"] = calls
+        return message
+
+
+class ToolFunction(Payload):
+    """A function that the model is told of."""
+
+    name: Text
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Payload):
+    """A tool that the model is told of."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ResponseFormat(Payload):
+    """The form of an answer; only plain text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(SamplingFields):
+    """`POST /v1/chat/completions`: the model's turn in a conversation.
+
+    `tools` are shown to the model by its template; what it writes comes as text, calls too.
+    """
+
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    tools: Items[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    prediction: NoEntries = None
+    audio: None = None
+    functions: Nothing = None
+    function_call: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true; leave it out")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("give max_completion_tokens or max_tokens (its old name), not both")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def rivals(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools as chat templates know them."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+
+
+class LoadAdapterRequest(Payload):
+    """`POST /v1/load_lora_adapter`, vLLM's: `lora_path` lies below the server's adapter root.
+
+    `load_inplace` replaces the adapter of this name; running answers finish on the old one.
+    """
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool | None = False
+
+
+class UnloadAdapterRequest(Payload):
+    """`POST /v1/unload_lora_adapter`, vLLM's."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_int_id: Annotated[int, WHOLE] | None = None

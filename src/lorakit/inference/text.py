@@ -1,0 +1,71 @@
+"""The text of an answer while its tokens come, up to a text that ends it.
+
+A token may hold part of a character, and how one reads depends on the tokens before it, so text
+is given out when it is sure. What may be the beginning of a stop text is held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
+_LONGEST_CHARACTER = 4  # tokens, where each is a byte
+
+
+class AnswerText:
+    """Turns the tokens of one answer into text, piece by piece."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        self._begin = self._read = 0  # tokens that give context; tokens that are text already
+        self._held = ""
+        self.stopped = False
+        """Whether a stop text has come."""
+
+    def add(self, token: int) -> str:
+        """What is sure of the text now that `token` has come, and was not before."""
+        self._tokens.append(token)
+        return self._release(self._new_text())
+
+    def finish(self) -> str:
+        """What is left when the answer is at its end."""
+        if self.stopped:
+            return ""
+        text = self._release(self._new_text(final=True))
+        text, self._held = text + self._held, ""
+        return text
+
+    def _new_text(self, final: bool = False) -> str:
+        before = self._decode(self._tokens[self._begin : self._read])
+        whole = self._decode(self._tokens[self._begin :])
+        new = whole[len(before) :]
+        waiting = len(self._tokens) - self._read <= _LONGEST_CHARACTER
+        if not final and new.endswith(_UNFINISHED) and waiting:
+            return ""
+        self._begin, self._read = self._read, len(self._tokens)
+        return new
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        self._held = ""
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
