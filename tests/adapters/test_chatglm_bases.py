@@ -1,7 +1,9 @@
 """Every verb takes a base in ChatGLM's original layout, and writes transformers' own."""
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,11 @@ from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.merge import merge
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
+from lorakit.inference.server.options import ServerOptions
+from lorakit.inference.vllm import VllmOptions, plan
 from lorakit.models.chatglm.convert import convert
 from plain_adapters import save_adapter
+from served import running
 
 IDS = torch.arange(3, 60)[None] * 11 % 700
 
@@ -84,7 +89,9 @@ def test_the_converted_model_is_the_same_base(chatglm: Path, adapter: Path, tmp_
 def test_a_base_of_bin_files_is_merged_after_it_was_converted(tmp_path: Path):
     base = write_original(tmp_path / "base", form="bin")
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], r=2)
-    with pytest.raises(InputError, match=r"lorakit convert .*base -o DIR, and give DIR"):
+    with pytest.raises(
+        InputError, match=r"lorakit convert .*base -o DIR, and give DIR as the base model"
+    ):
         merge(adapter, tmp_path / "merged")
     convert(base, tmp_path / "native")
     report = merge(adapter, tmp_path / "merged", base=str(tmp_path / "native"))
@@ -99,6 +106,61 @@ def test_vllm_is_given_the_converted_base(chatglm: Path, adapter: Path, tmp_path
     convert(chatglm, tmp_path / "native")
     report = export_vllm(adapter, tmp_path / "served", base=str(tmp_path / "native"))
     assert report.command.startswith(f"vllm serve {tmp_path / 'native'} ")
+
+
+def test_chat_and_generate_answer_with_an_original_base(
+    chatglm: Path, adapter: Path, tmp_path: Path
+):
+    (tmp_path / "asked.txt").write_text("hello\n你好\n", encoding="utf-8")
+    short = ("--max-new-tokens", "4", "--dtype", "float32")
+    done = run_lorakit(
+        tmp_path, "generate", adapter, "--prompts", "asked.txt", "--with-base", *short
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["model"] for answer in answers] == ["adapter", str(chatglm)] * 2
+    chatted = run_lorakit(tmp_path, "chat", adapter, *short, stdin="hello\n")
+    assert chatted.returncode == 0, chatted.stderr
+    assert answers[0]["messages"][-1]["content"].strip() in chatted.stdout
+
+
+def test_a_server_answers_with_an_original_base_as_the_adapter_does(chatglm: Path, adapter: Path):
+    opened = open_adapter(adapter, dtype="float32")
+    ids = opened.tokenizer("你好", return_tensors="pt").input_ids
+    with torch.no_grad():
+        written = opened.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    # One by one: random bytes that make no text are all replaced when they are decoded at once.
+    expected = "".join(opened.tokenizer.decode([token]) for token in written[0, ids.shape[1] :])
+    with running(chatglm, {"shop": adapter}, ServerOptions(port=0), max_rows=2) as server:
+        reply = server.complete(prompt="你好").json()
+    assert reply["choices"][0]["text"] == expected
+
+
+def test_serving_with_vllm_asks_for_the_converted_base(
+    chatglm: Path, adapter: Path, tmp_path: Path
+):
+    options = VllmOptions(adapters={"shop": adapter}, workspace=tmp_path / "copies")
+    with pytest.raises(InputError, match=r"lorakit convert .* -o DIR, and give --model DIR"):
+        plan(options)
+    convert(chatglm, tmp_path / "native")
+    command = plan(replace(options, model=str(tmp_path / "native"))).command
+    assert command[2] == str(tmp_path / "native")
+
+
+def test_an_id_of_the_hub_means_the_original_folder_in_the_cache(
+    chatglm: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cached = tmp_path / "hub" / "models--THUDM--chatglm3-6b"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(chatglm, cached / "snapshots" / "c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    id_ = "THUDM/chatglm3-6b"
+    with pytest.raises(InputError, match=f"lorakit convert {id_} -o DIR, and give --base DIR"):
+        export_vllm(adapter, tmp_path / "served", base=id_)
+    options = VllmOptions(model=id_, adapters={"shop": adapter}, workspace=tmp_path / "copies")
+    with pytest.raises(InputError, match=f"lorakit convert {id_} -o DIR, and give --model DIR"):
+        plan(options)
 
 
 def test_training_evaluating_and_inspecting_take_the_original_folder(chatglm: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from lorakit.adapters.together import add_others
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
-from lorakit.lora.layers.mergeable import row_blocks
+from lorakit.lora.layers.rows import row_blocks
 from lorakit.models.folders import shards_in
 from lorakit.models.load import stored_dtype
 from lorakit.models.shards import all_tensors

@@ -30,7 +30,7 @@ from lorakit.adapters.together import add_others
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
-from lorakit.lora.layers.mergeable import RowUpdate, in_part, merged_rows, row_blocks
+from lorakit.lora.layers.rows import RowUpdate, in_part, merged_rows, row_blocks
 from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.folders import shards_in
 from lorakit.models.load import set_padding

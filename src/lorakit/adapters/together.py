@@ -45,7 +45,7 @@ def add_others(
     """
     from lorakit.lora.injection import wrapped_modules
     from lorakit.lora.layers import Mergeable
-    from lorakit.lora.layers.mergeable import in_part
+    from lorakit.lora.layers.rows import in_part
 
     names = ["default", *(f"adapter_{i}" for i in range(1, len(adapters)))]
     for name, adapter in list(zip(names, adapters, strict=True))[1:]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.base_model import BaseModel
+from lorakit.lora.beside import require_beside
 from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combine import Settings
@@ -111,21 +112,7 @@ class AdapterBank(nn.Module):
         initialize: bool = True,
         meta: bool = False,
     ) -> None:
-        if adapter_name in self.peft_config:
-            raise InputError(f"there is an adapter '{adapter_name}' already")
-        if self.biases or (self.adapters and config.bias != "none"):
-            raise InputError(
-                "an adapter with bias='all' or 'lora_only' trains the base itself and cannot "
-                "stand beside others: set bias='none' for all of them"
-            )
-        if self.adapters and "loftq" in (
-            config.init_lora_weights,
-            *(other.init_lora_weights for other in self.peft_config.values()),
-        ):
-            raise InputError(
-                "an adapter with init_lora_weights='loftq' quantises the base itself and cannot "
-                "stand beside others"
-            )
+        require_beside(adapter_name, config, self.peft_config)
         model = self.get_base_model()
         if heads := task_heads(model, config):
             own = config.modules_to_save or []

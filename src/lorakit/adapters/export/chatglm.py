@@ -21,12 +21,12 @@ from lorakit.adapters.export.plain import Pair, read_plain
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.models.chatglm.layout import QKV_PARTS, original_module
+from lorakit.models.chatglm.layout import QKV_PARTS, original_module, qkv_rows
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import GlmConfig
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def export_chatglm(
 
 
 def _renamed(
-    adapter: str | Path, pairs: Mapping[str, Pair], scaling: float, config: PreTrainedConfig
+    adapter: str | Path, pairs: Mapping[str, Pair], scaling: float, config: GlmConfig
 ) -> dict[str, Pair]:
     """The pairs by the original path of their module, all with one scaling."""
     alone: dict[str, Pair] = {}
@@ -99,12 +99,9 @@ def _renamed(
     return {**alone, **{name: _joined(adapter, p, config) for name, p in joined.items()}}
 
 
-def _joined(adapter: str | Path, parts: Mapping[str, Pair], config: PreTrainedConfig) -> Pair:
+def _joined(adapter: str | Path, parts: Mapping[str, Pair], config: GlmConfig) -> Pair:
     """One update of `query_key_value` that changes its parts' rows as each of `parts` does."""
-    keys = config.num_key_value_heads * config.head_dim
-    rows = dict(
-        zip(QKV_PARTS, (config.num_attention_heads * config.head_dim, keys, keys), strict=True)
-    )
+    rows = dict(zip(QKV_PARTS, qkv_rows(config), strict=True))
     for part, pair in parts.items():
         if pair.B.shape[0] != rows[part] or pair.A.shape[1] != config.hidden_size:
             raise InputError(

@@ -6,13 +6,19 @@ GLM's rotary pairs are neighbours in both, and its gate stands before its up-pro
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorakit.models.chatglm.config import Original
 
+if TYPE_CHECKING:
+    from transformers import GlmConfig
+
 UNUSED = frozenset({"transformer.rotary_pos_emb.inv_freq"})  # computed anew
 QKV = "self_attention.query_key_value"
-_LAYER, _NATIVE_LAYER = "transformer.encoder.layers", "model.layers"
+LAYERS = "transformer.encoder.layers"
+_NATIVE_LAYER = "model.layers"
 
 QKV_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """What `query_key_value` is in transformers, in the order of its rows."""
@@ -65,13 +71,13 @@ def parts(original: Original) -> dict[str, Part]:
     for layer in range(s["num_layers"]):
         start = 0
         for native, rows in zip(QKV_PARTS, original.qkv_rows, strict=True):
-            own, theirs = f"{_NATIVE_LAYER}.{layer}.{native}", f"{_LAYER}.{layer}.{QKV}"
+            own, theirs = f"{_NATIVE_LAYER}.{layer}.{native}", f"{LAYERS}.{layer}.{QKV}"
             found[f"{own}.weight"] = Part(f"{theirs}.weight", start, (rows, hidden))
             if original.has_qkv_bias:
                 found[f"{own}.bias"] = Part(f"{theirs}.bias", start, (rows,))
             start += rows
         for native, name in LAYER_MODULES.items():
-            part = Part(f"{_LAYER}.{layer}.{name}.weight", 0, shapes[native])
+            part = Part(f"{LAYERS}.{layer}.{name}.weight", 0, shapes[native])
             found[f"{_NATIVE_LAYER}.{layer}.{native}.weight"] = part
     return found
 
@@ -96,7 +102,48 @@ def original_module(native: str) -> tuple[str, str | None]:
     begin, _, rest = native.removeprefix(f"{_NATIVE_LAYER}.").partition(".")
     if native.startswith(f"{_NATIVE_LAYER}.") and begin.isdecimal():
         if rest in QKV_PARTS:
-            return f"{_LAYER}.{begin}.{QKV}", rest
+            return f"{LAYERS}.{begin}.{QKV}", rest
         if rest in LAYER_MODULES:
-            return f"{_LAYER}.{begin}.{LAYER_MODULES[rest]}", None
+            return f"{LAYERS}.{begin}.{LAYER_MODULES[rest]}", None
     raise KeyError(native)
+
+
+def native_modules(original: str) -> tuple[str, list[str], str]:
+    """What an original module, or a tensor of one, is in transformers.
+
+    Args:
+        original: the module's path, or a tensor's name that begins with it.
+
+    Returns: the original module's path, those of the native ones, and the rest of `original`.
+
+    Raises:
+        KeyError: there is no such module.
+    """
+    for native, path in OTHER_MODULES.items():
+        if original == path or original.startswith(f"{path}."):
+            return path, [native], original[len(path) + 1 :]
+    parts = {QKV: QKV_PARTS, **{path: (native,) for native, path in LAYER_MODULES.items()}}
+    known = "|".join(map(re.escape, parts))
+    match = re.fullmatch(rf"{re.escape(LAYERS)}\.(\d+)\.({known})(?:\.(.+))?", original)
+    if match is None:
+        raise KeyError(original)
+    layer, path, rest = match.groups()
+    natives = [f"{_NATIVE_LAYER}.{layer}.{native}" for native in parts[path]]
+    return f"{LAYERS}.{layer}.{path}", natives, rest or ""
+
+
+def native_names(original: str) -> list[str]:
+    """The last parts of the native modules' names for that of an original one's, or for its path.
+
+    A name that is none of them stays as it is.
+    """
+    every = {**OTHER_MODULES, **LAYER_MODULES, **dict.fromkeys(QKV_PARTS, QKV)}
+    last = original.rpartition(".")[2]
+    found = [n.rpartition(".")[2] for n, o in every.items() if o.rpartition(".")[2] == last]
+    return list(dict.fromkeys(found)) or [original]
+
+
+def qkv_rows(config: GlmConfig) -> tuple[int, int, int]:
+    """How many rows of `query_key_value` are the queries', the keys' and the values'."""
+    keys = config.num_key_value_heads * config.head_dim
+    return config.num_attention_heads * config.head_dim, keys, keys

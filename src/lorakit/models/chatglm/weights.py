@@ -77,7 +77,8 @@ def native_shards(original: Original) -> dict[str, dict[str, StoredTensor]]:
         _bin_files(path)
         raise InputError(
             f"model: {path} has its weights in {BIN_NAME} files, which cannot be read tensor by "
-            f"tensor: write them as safetensors with lorakit convert {path} -o DIR, and give DIR"
+            f"tensor: write them as safetensors with lorakit convert {path} -o DIR, and give DIR "
+            "as the base model"
         )
     shards = read_shards(path)
     _check(original, all_tensors(shards))
