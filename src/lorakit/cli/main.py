@@ -26,6 +26,7 @@ from lorakit.cli.hub import pull, push
 from lorakit.cli.import_adapter import import_adapter
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
+from lorakit.cli.models import models
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
@@ -62,6 +63,7 @@ app.command("import")(import_adapter)
 app.command()(push)
 app.command()(pull)
 app.command()(convert)
+app.command()(models)
 app.command()(inspect)
 app.command()(combine)
 app.command()(resize)

@@ -6,9 +6,11 @@ if it were transformers'. Names are resolved before (`names.py`).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.errors import InputError
 from lorakit.models.chatglm.config import is_original, native_config, read_original
 from lorakit.models.shards import read_shards
 
@@ -59,6 +61,40 @@ def tokenizer_in(folder: Path, **options: Any) -> Any:
 
         return original_tokenizer(read_original(folder), **options)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+
+
+def template_in(folder: Path) -> str | None:
+    """The model's own chat template, None where it has none.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if is_original(folder):
+        return tokenizer_in(folder).chat_template
+    if (path := folder / "chat_template.jinja").is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (path := folder / name).is_file():
+            template = _json_object(path).get("chat_template")
+            if isinstance(template, list):  # several by their names
+                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+                template = named.get("default")
+            if isinstance(template, str):
+                return template
+    return None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: it is not readable JSON") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged: it is no JSON object")
+    return values
 
 
 def shards_in(folder: Path) -> dict[str, dict[str, StoredTensor]]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.derived import read_template
 from lorakit.errors import InputError, listed
 from lorakit.models.chatglm.config import is_original
+from lorakit.models.folders import template_in
 from lorakit.models.names import ALIASES, resolve
 
 if TYPE_CHECKING:
@@ -188,13 +188,7 @@ def slot_bytes(model: nn.Module, rank: int) -> int:
 
 def own_template(base: Base) -> str | None:
     """The base's own chat template, None where there is none or it is not here."""
-    if base.folder is None:
-        return None
-    if (template := read_template(base.folder)) is not None:
-        return template
-    tokenizer = base.folder / "tokenizer_config.json"
-    template = _json(tokenizer).get("chat_template") if tokenizer.is_file() else None
-    return template if isinstance(template, str) else None
+    return None if base.folder is None else template_in(base.folder)
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:
