@@ -59,7 +59,7 @@ def test_the_facts_are_those_of_the_loaded_model(kind: str, tmp_path: Path):
         )
         assert means.modules == len(adapted.targeted_module_names)
         assert means.parameters == adapted.get_nb_trainable_parameters()[0]
-        assert means.names == adapted.peft_config["default"].target_modules
+        assert means.target_modules == adapted.peft_config["default"].target_modules
         model = adapted.unload()
     assert list(facts.presets) == ["attention-minimal", "attention", "all-linear"]
 

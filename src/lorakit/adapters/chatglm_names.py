@@ -18,7 +18,7 @@ from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter, without_base_copies
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.targets import suffixes_for
+from lorakit.lora.target_names import written_targets
 from lorakit.models.chatglm.layout import LAYERS, native_modules, native_names, qkv_rows
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
@@ -183,7 +183,7 @@ def _config(
         lora_alpha=alpha,
         rank_pattern={name: int(rank) for name, rank in other_ranks.items()},
         alpha_pattern=other_alphas,
-        target_modules=suffixes_for(order, model),
+        target_modules=written_targets(order, model),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -26,7 +26,7 @@ from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.presets import output_head
-from lorakit.lora.targets import suffixes_for
+from lorakit.lora.target_names import written_targets
 from lorakit.models.folders import shards_in
 from lorakit.models.names import resolve
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
@@ -182,7 +182,7 @@ def _extract(
                 f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
             }
     config = LoraConfig(
-        target_modules=suffixes_for(list(ranks), model),
+        target_modules=written_targets(list(ranks), model),
         modules_to_save=whole or None,  # in full: PEFT takes any name that ends like it
         fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
         task_type="CAUSAL_LM",

@@ -26,7 +26,7 @@ from lorakit.adapters.ranks import usual_and_others
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.targets import suffixes_for
+from lorakit.lora.target_names import written_targets
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
 
@@ -290,7 +290,7 @@ def _as_peft(
         lora_alpha=alpha,
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern=alphas,
-        target_modules=suffixes_for(list(found), model),
+        target_modules=written_targets(list(found), model),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )

@@ -65,8 +65,10 @@ def _show(facts: ModelFacts) -> None:
     for label, value in lines.items():
         typer.echo(f"{label + ':':<12} {value}")
     for preset, means in facts.presets.items():
+        targets = means.target_modules
+        shown = targets if isinstance(targets, str) else ", ".join(targets)
         typer.echo(
-            f"{preset}: {', '.join(means.names)} ({means.modules} modules, "
+            f"{preset}: {shown} ({means.modules} modules, "
             f"{means.parameters:,} parameters at r={RANK})"
         )
     for notice in facts.notices:

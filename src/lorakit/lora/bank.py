@@ -29,7 +29,8 @@ from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
 from lorakit.lora.presets import PRESETS
 from lorakit.lora.replication import Replication
 from lorakit.lora.routing import Route, Routing
-from lorakit.lora.targets import suffixes_for, task_heads
+from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import task_heads
 from lorakit.lora.weighted import combination
 
 _MANY = 20  # target names, as of an adapter that lists whole paths, are shortened to endings
@@ -122,7 +123,7 @@ class AdapterBank(nn.Module):
         found = inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
         names = config.target_modules
         if names is None or names in PRESETS or (isinstance(names, list) and len(names) >= _MANY):
-            config.target_modules = suffixes_for(found, model)
+            config.target_modules = written_targets(found, model)
         if config.base_model_name_or_path is None:
             name = getattr(getattr(model, "config", None), "_name_or_path", None)
             config.base_model_name_or_path = name or None

@@ -5,8 +5,8 @@ Which models there are on this machine is `cached.py`'s.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 class PresetFacts:
     """What a preset of `target_modules` means in a model.
 
-    `names` are the endings of the modules' paths, `parameters` those of an adapter of rank 8.
+    `target_modules` say the same without the preset; `parameters` are those of an adapter of
+    rank 8.
     """
 
-    names: list[str]
+    target_modules: list[str] | str
     modules: int
     parameters: int
 
@@ -85,6 +86,7 @@ def describe(name: str) -> ModelFacts:
     model = blank_model(config, source.path)
     text = config.get_text_config()
     dtype, size, notices = _stored(source)
+    presets, said = _presets(model)
     return ModelFacts(
         name=name,
         path=str(source.path),
@@ -98,8 +100,8 @@ def describe(name: str) -> ModelFacts:
         vocabulary=getattr(text, "vocab_size", None),
         tasks=_tasks(config),
         template=_gguf_template(source.path) if source.is_gguf else template_in(source.path),
-        presets=dict(_presets(model)),
-        notices=notices,
+        presets=presets,
+        notices=[*notices, *said],
     )
 
 
@@ -159,20 +161,23 @@ def _tasks(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def _presets(model: PreTrainedModel) -> Iterator[tuple[str, PresetFacts]]:
+def _presets(model: PreTrainedModel) -> tuple[dict[str, PresetFacts], list[str]]:
+    """What presets mean here, and what they say of it."""
     from lorakit.lora.config import LoraConfig
     from lorakit.lora.presets import PRESETS
-    from lorakit.lora.targets import resolve_targets, suffixes_for
+    from lorakit.lora.target_names import written_targets
+    from lorakit.lora.targets import resolve_targets
 
-    for preset in PRESETS:
-        try:
-            found = resolve_targets(model, LoraConfig(target_modules=preset))
-        except InputError:
-            continue
-        shapes = [model.get_submodule(path).weight.shape for path in found]
-        yield (
-            preset,
-            PresetFacts(
-                suffixes_for(found, model), len(found), sum(RANK * sum(shape) for shape in shapes)
-            ),
-        )
+    presets: dict[str, PresetFacts] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for preset in PRESETS:
+            try:
+                found = resolve_targets(model, LoraConfig(target_modules=preset))
+            except InputError:
+                continue
+            shapes = [model.get_submodule(path).weight.shape for path in found]
+            presets[preset] = PresetFacts(
+                written_targets(found, model), len(found), sum(RANK * sum(s) for s in shapes)
+            )
+    return presets, list(dict.fromkeys(str(one.message) for one in caught))
