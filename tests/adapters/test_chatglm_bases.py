@@ -172,8 +172,11 @@ def test_training_evaluating_and_inspecting_take_the_original_folder(chatglm: Pa
         tmp_path,
         *("train", f"model={chatglm}", "data.train=rows.jsonl", "output_dir=run"),
         *("training.max_steps=2", "training.per_device_train_batch_size=4"),
+        "lora.target_modules=[q_proj,v_proj,gate_proj,up_proj]",
     )
     assert done.returncode == 0, done.stderr
+    (said_of_it,) = [line for line in done.stderr.splitlines() if "gate_proj" in line]
+    assert said_of_it.startswith("notice: gate_proj, up_proj are one layer in this model")
     for verb in (
         ("eval", "run", "--data", "rows.jsonl", "--limit", "2"),
         ("inspect", "run"),

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +33,7 @@ from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
 from lorakit.cli.serve import serve
 from lorakit.cli.train import train
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.training.processes import first_to_fail
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
@@ -102,6 +103,7 @@ def main() -> None:
     # Libraries speak when something is wrong; their hints and progress are not for this screen.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = _as_notice
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False) or 0
@@ -126,6 +128,11 @@ def main() -> None:
         kind = type(error).__name__
         code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
     sys.exit(code)
+
+
+def _as_notice(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as one line, without the place in the code that gave it."""
+    return f"notice: {one_line(str(message))}\n"
 
 
 def _fail(message: str, code: int) -> int:
