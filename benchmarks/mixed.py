@@ -1,4 +1,4 @@
-"""How a batch whose rows have different adapters is multiplied: five ways, on a model's layers.
+"""How a batch whose rows have different adapters is multiplied: six ways, on a model's layers.
 
 All linear layers of the bundled model's shape, each with a weight of its own, so that as much is
 read from memory as in a step of decoding. Sides take turns in one process; medians.
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -93,9 +94,10 @@ class Bench:
 
 
 def slots(bench: Bench) -> Callable[[], None]:
-    """lorakit's way: masked dense, with the weight in the product of B and A shared."""
-    made = AdapterSlots(bench.model)
+    """lorakit's way: masked dense, one product for the weights and B of layers with one input."""
     paths = [path for path, layer in bench.model.named_modules() if isinstance(layer, nn.Linear)]
+    families = [list(group) for _, group in groupby(paths, lambda path: path.rpartition(".")[0])]
+    made = AdapterSlots(bench.model, families)
     for row in range(bench.rows):
         own = {path: (A[row], B[row]) for path, (A, B) in zip(paths, bench.stacks, strict=True)}
         made.put(row, own)
@@ -133,7 +135,7 @@ def main() -> None:
         "grouped, a product a row": bench.grouped,
         "grouped_mm": bench.grouped_mm,
         "masked dense": bench.masked_dense,
-        "masked dense, W and B in one product, A shared (lorakit)": slots(other),
+        "masked dense, W and B of layers with one input in one product (lorakit)": slots(other),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     with torch.inference_mode():

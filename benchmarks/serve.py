@@ -30,7 +30,7 @@ import lorakit
 from benchmarks.combine import make
 from lorakit.inference.engine import Engine
 from lorakit.inference.open import open_engine
-from lorakit.inference.sampling import Sampling, generate, pad_left, prompt_tokens
+from lorakit.inference.sampling import Sampling, pad_left, prompt_tokens
 from lorakit.inference.server.options import Limits, ServerOptions
 from lorakit.inference.server.run import listen, make_server
 from lorakit.models.bundled import ALIAS as MODEL
@@ -92,8 +92,8 @@ class Sides:
         self.peft: Any = peft.PeftModel.from_pretrained(other, folders[0], self.names[0])
         for name, path in zip(self.names[1:], folders[1:], strict=True):
             self.peft.load_adapter(path, name)
-        self.base.eval()
-        self.peft.eval()
+        for model in (self.base.eval(), self.peft.eval().get_base_model()):
+            model.generation_config = self.settings
 
     def peers(self) -> dict[str, Callable[[], int]]:
         return {
@@ -106,19 +106,17 @@ class Sides:
         }
 
     def the_bare_base(self) -> int:
-        return generate(self.base, self.settings, **padded(self.prompts))[:, -self.tokens :].numel()
+        return self.base.generate(**padded(self.prompts))[:, -self.tokens :].numel()
 
     def peft_adapter_names(self) -> int:
         options = {"adapter_names": self.names, **padded(self.prompts)}
-        return generate(self.peft, self.settings, **options)[:, -self.tokens :].numel()
+        return self.peft.generate(**options)[:, -self.tokens :].numel()
 
     def peft_switching(self) -> int:
         written = 0
         for name, prompt in zip(self.names, self.prompts, strict=True):
             self.peft.set_adapter(name)
-            written += generate(self.peft, self.settings, **padded([prompt]))[
-                :, -self.tokens :
-            ].numel()
+            written += self.peft.generate(**padded([prompt]))[:, -self.tokens :].numel()
         return written
 
     def engine_base(self) -> int:
@@ -155,7 +153,7 @@ def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, fl
 def registered(
     folders: Sequence[Path], prompts: Sequence[Sequence[int]], tokens: int
 ) -> dict[str, float]:
-    """Eight running rows of 2, 16 and 64 adapters; which ones goes round."""
+    """Eight running rows of 2, 16 and 64 adapters, all read before; which ones goes round."""
     sides: dict[str, Callable[[], int]] = {}
     engines = []
     for count in (2, 16, 64):
@@ -163,6 +161,11 @@ def registered(
         with endless():
             engine = open_engine(MODEL, named, dtype="bfloat16", max_rows=8, context_length=2048)
         engines.append(engine)
+        began = time.perf_counter()
+        for name in named:
+            answered(engine, prompts[:1], [name], 1)
+        seconds = (time.perf_counter() - began) / count
+        print(f"{count} registered: {seconds:.2f} s for the first token of each", file=sys.stderr)
         turn = iter(range(1 << 30))
 
         def run(engine: Engine = engine, count: int = count, turn: Iterator[int] = turn) -> int:
@@ -172,7 +175,7 @@ def registered(
 
         sides[f"{count} registered"] = run
     try:
-        return take_turns(sides, 9)  # so that 64 come round once
+        return take_turns(sides, 8)  # so that 64 come round once more
     finally:
         for engine in engines:
             engine.close()

@@ -1,5 +1,6 @@
 """Adapters side by side in slots: the same product as each alone, whoever comes and goes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from families import make_gpt2, make_llama, make_tied
 from lorakit.errors import InputError
-from lorakit.lora.slots import AdapterSlots, Factors
+from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 
 IDS = torch.arange(12).view(4, 3)
 
@@ -35,7 +36,12 @@ def _shape(layer: Any) -> tuple[int, int]:
     return layer.nf, layer.weight.shape[0]
 
 
-def with_weights(model: Any, change: Factors) -> torch.Tensor:
+def logits(model: Any) -> list[torch.Tensor]:
+    """Of rows with several tokens, and with one, which are multiplied in different forms."""
+    return [model(IDS).logits, model(IDS[:, :1]).logits]
+
+
+def with_weights(model: Any, change: Factors) -> list[torch.Tensor]:
     """The logits with B A added to the weights themselves."""
     weights = {path: model.get_submodule(path).weight for path in change}
     before = {path: weight.data.clone() for path, weight in weights.items()}
@@ -43,10 +49,17 @@ def with_weights(model: Any, change: Factors) -> torch.Tensor:
         turned = isinstance(model.get_submodule(path), Conv1D)
         weights[path].data += (B @ A).T if turned else B @ A
     try:
-        return model(IDS).logits
+        return logits(model)
     finally:
         for path, weight in weights.items():
             weight.data = before[path]
+
+
+@pytest.fixture(autouse=True)
+def memory_that_nobody_filled_is_not_a_number() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[make_llama, make_gpt2, make_tied])
@@ -55,25 +68,29 @@ def model(request: pytest.FixtureRequest) -> Any:
     return request.param().double().eval()
 
 
+@pytest.mark.parametrize("together", [False, True])
 @torch.no_grad()
-def test_each_row_gets_its_own_adapters_product(model: Any):
+def test_each_row_gets_its_own_adapters_product(model: Any, together: bool):
     made = {"a": factors(model, 1, 3), "b": factors(model, 2, 1, 5, 0), "c": factors(model, 3, 2)}
     expected = {name: with_weights(model, change) for name, change in made.items()}
-    expected[None] = model(IDS).logits  # type: ignore[index]
-    slots = AdapterSlots(model)
+    expected[None] = logits(model)  # type: ignore[index]
+    slots = AdapterSlots(model, same_inputs(model, lambda: model(IDS)) if together else ())
 
     def check(*names: str | None) -> None:
         slots.use(names)
-        found = model(IDS).logits
-        for row, name in enumerate(names):
-            assert torch.allclose(found[row], expected[name][row], rtol=0, atol=1e-10)  # type: ignore[index]
+        for form, found in enumerate(logits(model)):
+            for row, name in enumerate(names):
+                wanted = expected[name][form][row]  # type: ignore[index]
+                assert torch.allclose(found[row], wanted, rtol=0, atol=1e-10)
 
-    slots.put("a", made["a"])
-    check("a", "a", "a", "a")
-    check("a", None, "a", None)
     slots.put("b", made["b"])
+    check("b", "b", None, "b")
+    slots.put("a", made["a"])  # for layers too that b has nothing for
+    check("a", "a", "a", "a")
+    check("a", None, "b", None)
     slots.put("c", made["c"])
     check("a", "b", None, "c")
+    check("a", "b", "b", "a")
     check("b", "b", "b", "b")
     check(None, None, None, None)
     slots.remove("b")  # a gap between two that stay

@@ -16,9 +16,10 @@ from transformers import GlmConfig, PreTrainedModel
 from lorakit.adapters.ranks import usual_and_others
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
-from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter, without_base_copies
+from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.target_names import written_targets
+from lorakit.lora.vocabulary import put_frozen, split_frozen
 from lorakit.models.chatglm.layout import LAYERS, native_modules, native_names, qkv_rows
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
@@ -210,5 +211,7 @@ def _require_fit(
         InputError: one has not.
     """
     adapted = LoraModel(model, config, initialize=False, low_cpu_mem_usage=True)
-    own = without_base_copies(adapted.get_base_model(), tensors, folder)
-    load_tensors(adapted.adapter_tensors("default"), own, folder)
+    base, own = adapted.get_base_model(), adapted.adapter_tensors("default")
+    kept, frozen = split_frozen(base, tensors, own)
+    load_tensors(own, kept, folder)
+    put_frozen(base, frozen, folder, alone=True)

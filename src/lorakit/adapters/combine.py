@@ -21,6 +21,7 @@ from lorakit import atomic
 from lorakit.adapters.combinable import common_base, require_combinable, whole_tensors
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora import combine as methods
@@ -151,10 +152,12 @@ def combine(
         base_fingerprint=base_fingerprint,
         labels=origin(files[0].folder, files[0].config).labels,
     )
-    template = common_template([file.folder for file in files], notices)
+    folders = [file.folder for file in files]
+    template = common_template(folders, notices)
+    tokenizer = common_tokenizer(folders, notices)
     derivation.notices = notices
     config = set_ranks(_config(files, paths, base_model), ranks)
-    write_derived(output, config, tensors | whole, derivation, template)
+    write_derived(output, config, tensors | whole, derivation, template, tokenizer)
     return CombineReport(
         str(output),
         method,

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lorakit import __version__, atomic
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
+from lorakit.adapters.tokenizer import copy_tokenizer
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import WEIGHTS_NAME, write_adapter
 
@@ -107,11 +108,13 @@ def write_derived(
     tensors: Mapping[str, torch.Tensor],
     derivation: Derivation,
     template: str | None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes the adapter and its record into the new folder `output`, in one step.
 
     Args:
         template: the chat template that it is asked with, if it has its own.
+        tokenizer: a folder whose tokenizer goes along, as it has tokens that the base's has not.
 
     Raises:
         InputError: `output` is taken.
@@ -122,6 +125,8 @@ def write_derived(
         (folder / MANIFEST_NAME).write_text(record + "\n", encoding="utf-8")
         if template is not None:
             (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
 
 
 def read_template(folder: str | Path) -> str | None:

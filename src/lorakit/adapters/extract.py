@@ -19,6 +19,7 @@ from lorakit import atomic
 from lorakit.adapters.derived import Derivation, Source, read_template, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
+from lorakit.adapters.tokenizer import tokenizer_to_keep
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.combine import Combined, truncate_matrix
@@ -27,6 +28,7 @@ from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.presets import output_head
 from lorakit.lora.target_names import written_targets
+from lorakit.lora.vocabulary import embeddings
 from lorakit.models.folders import shards_in
 from lorakit.models.names import resolve
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
@@ -125,6 +127,8 @@ def _extract(
     base, tuned = before.name, after.name
     model = skeleton(before.folder)
     keys = _same_parameters(model, before, after)
+    rows, added = _tokens(model, keys, before, after)
+    tokenizer = tokenizer_to_keep(before.folder, after.folder, rows, grown=added > 0)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     losses: dict[str, tuple[float, float]] = {}
@@ -133,15 +137,19 @@ def _extract(
     limit = 0
     for name, (own_key, key) in keys.items():
         old, new = before[own_key], after[key]
+        path, _, own = name.rpartition(".")
+        if old.shape != new.shape:  # it has more tokens
+            _require_finite(new, tuned, key)
+            whole.append(path)
+            continue
         if torch.equal(old, new.to(old.dtype)) and old.dtype == new.dtype:
             continue
         delta = new.float() - old.float()
         if not torch.isfinite(delta).all():
-            who, where = (base, own_key) if not torch.isfinite(old.float()).all() else (tuned, key)
-            raise InputError(f"{who}: {where} holds values that are not finite")
+            _require_finite(old, base, own_key)
+            _require_finite(new, tuned, key)
         if not delta.any():
             continue
-        path, _, own = name.rpartition(".")
         module = model.get_submodule(path)
         is_linear = layer_class(module) is LoraLinear and module is not output_head(model)
         if own == "weight" and is_linear:
@@ -169,27 +177,33 @@ def _extract(
         )
     if whole:
         notices.append(
-            f"{len(whole)} modules that differ have no low-rank form and are kept whole "
-            f"(modules_to_save): {listed(whole, 4)}"
+            "kept whole (modules_to_save), as what differs there has no low-rank form: "
+            f"{listed(whole, 4)}"
         )
     for path in whole:
         for name, _ in model.get_submodule(path).named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = after[keys[f"{path}.{name}"][1]]
-    for path, others in _tied(model).items():
-        if path in whole:  # a copy that is not tied any more takes the head's place too
-            whole += others
-            tensors |= {
-                f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
-            }
+    tied = {path: others for path, others in _tied(model).items() if path in whole}
+    for path, others in tied.items():  # by name, for readers that do not know of tying
+        whole += others
+        tensors |= {
+            f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
+        }
     config = LoraConfig(
         target_modules=written_targets(list(ranks), model),
         modules_to_save=whole or None,  # in full: PEFT takes any name that ends like it
+        ensure_weight_tying=bool(tied),
         fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
     total, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
     error = math.sqrt(lost / total)
+    if added:
+        notices.append(
+            f"{tuned} has {added} tokens that {base} has not: their embeddings are kept with all "
+            "others, and its tokenizer goes along"
+        )
     derivation = Derivation(
         made_by="extract",
         sources=[_source(files) for files in (before, after)],
@@ -199,7 +213,7 @@ def _extract(
         notices=notices,
     )
     template = read_template(after.folder)
-    write_derived(output, set_ranks(config, ranks), tensors, derivation, template)
+    write_derived(output, set_ranks(config, ranks), tensors, derivation, template, tokenizer)
     return ExtractReport(
         str(output),
         len(ranks),
@@ -228,7 +242,9 @@ def _cut(delta: torch.Tensor, rank: int | None, energy: float | None) -> Combine
 def _same_parameters(
     model: PreTrainedModel, before: _Model, after: _Model
 ) -> dict[str, tuple[str, str]]:
-    """What both models' files call each of the parameters, which have the same shapes.
+    """What both models' files call each of the parameters.
+
+    They have the same shapes, but that embedding and head may have more rows in `after`.
 
     Raises:
         InputError: the two do not have the same ones.
@@ -258,20 +274,46 @@ def _same_parameters(
                 "save the base with tie_word_embeddings=false first"
             )
     keys = {name: (ours.stored[name], theirs.stored[name]) for name in names}
+    ends = embeddings(model)
     for name, (own_key, key) in keys.items():
         old, new = before.tensors[own_key].shape, after.tensors[key].shape
-        if old == new:
+        is_end = name.rpartition(".")[0] in ends and old[1:] == new[1:]
+        if old == new or (is_end and old < new):
             continue
-        if len(old) == len(new) == 2 and old[1] == new[1] and "embed" in name.lower():
+        if is_end:
             raise InputError(
-                f"{after.name} has {new[0]} tokens and {before.name} {old[0]}: an adapter goes on "
-                "the base as it is, so resize the base first (model.resize_token_embeddings"
-                f"({new[0]}), with the tokenizer of {after.name}), save it, and extract from that"
+                f"{after.name} has {new[0]} rows in {key} and {before.name} {old[0]}: an adapter "
+                "takes no token away, so give the tuned model its rows again "
+                f"(model.resize_token_embeddings({old[0]})), save it, and extract from that"
             )
         raise InputError(
             f"{after.name} is no fine-tune of {before.name}: {key} is {new} and not {old}"
         )
     return keys
+
+
+def _tokens(
+    model: PreTrainedModel, keys: dict[str, tuple[str, str]], before: _Model, after: _Model
+) -> tuple[int, int]:
+    """How many tokens the tuned model has embeddings for, and how many of them the base has not.
+
+    Raises:
+        InputError: its embedding and its head have come to differ in that.
+    """
+    pairs = [keys[f"{path}.weight"] for path in embeddings(model) if f"{path}.weight" in keys]
+    rows = [(before.tensors[own].shape[0], after.tensors[key].shape[0]) for own, key in pairs]
+    if len({*rows}) > 1 and any(old != new for old, new in rows):
+        raise InputError(
+            f"{after.name} has {listed(str(new) for _, new in rows)} rows in "
+            f"{listed(key for _, key in pairs)}: embedding and head must have the same tokens"
+        )
+    old, new = max(rows, default=(0, 0))
+    return new, new - old
+
+
+def _require_finite(tensor: torch.Tensor, model: str, key: str) -> None:
+    if not torch.isfinite(tensor.float()).all():
+        raise InputError(f"{model}: {key} holds values that are not finite")
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from lorakit import atomic
 from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
+from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME, read_adapter
 from lorakit.lora.config import CONFIG_NAME
@@ -26,10 +27,7 @@ FILES = (
     INITIAL_NAME,
     "README.md",
     TEMPLATE_NAME,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *TOKENIZER_FILES,
     "LICENSE",
 )
 """What of an adapter's folder is uploaded, and fetched."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapters.added_tokens import said_added
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.adapters.survival import Survival, sum_of_squares
@@ -20,6 +21,7 @@ from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
 from lorakit.lora.layers.rows import row_blocks
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.folders import shards_in
 from lorakit.models.load import stored_dtype
 from lorakit.models.shards import all_tensors
@@ -37,7 +39,8 @@ def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     stored = {} if job.path.is_file() else all_tensors(shards_in(job.path))
     exact = exact_dtype(job, stored)
     opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
-    return opened, list(add_others(opened.model, job.adapters, job.weights))
+    names = add_others(opened.model, job.adapters, job.weights, opened.added_tokens)
+    return opened, list(names)
 
 
 def merge_in_memory(
@@ -61,9 +64,12 @@ def merge_in_memory(
     merged.save_pretrained(folder)
     merged.config.dtype = default
     merged.config.save_pretrained(folder)
-    if job.path.is_file() or copy_others(job, folder) is not None:
+    rows = vocabulary_size(merged)
+    if job.path.is_file() or copy_others(job, folder, rows) is not None:
         opened.tokenizer.save_pretrained(folder)
-    return Written(type(merged), default, modules, survival, [])
+    added = opened.added_tokens
+    notices = [said_added(added, job.first)] if added else []
+    return Written(type(merged), default, modules, survival, notices)
 
 
 @torch.no_grad()

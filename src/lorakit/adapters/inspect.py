@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.derived import origin, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.open import read_files
@@ -66,13 +67,14 @@ class Fit:
     """Whether the adapter fits the base model `base`, and if not, why.
 
     `same_weights` compares fingerprints: None where the adapter has none, or the base's cannot be
-    taken from its files.
+    taken from its files. `added_tokens` is how many tokens more than the base it is for.
     """
 
     base: str
     fits: bool
     reason: str
     same_weights: bool | None
+    added_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def fit(folder: str | Path, base: str) -> Fit:
         InputError: there is no such base, or no adapter.
     """
     from lorakit.lora import LoraModel
+    from lorakit.lora.vocabulary import put_frozen, split_frozen
     from lorakit.models.names import resolve
     from lorakit.models.skeleton import skeleton
 
@@ -182,12 +185,15 @@ def fit(folder: str | Path, base: str) -> Fit:
     # Where an adapter starts from does not change which tensors it has.
     plain = dataclasses.replace(adapter.config, init_lora_weights=True)
     try:
+        added = add_rows(model, adapter)
         wrapped = LoraModel(model, plain, initialize=False)
-        kept = {key: t for key, t in adapter.tensors.items() if not key.endswith(COPY)}
-        load_tensors(wrapped.adapter_tensors("default"), kept, folder)
+        tensors = wrapped.adapter_tensors("default")
+        kept, frozen = split_frozen(model, adapter.tensors, tensors)
+        load_tensors(tensors, kept, folder)
+        put_frozen(model, frozen, folder, alone=True)
     except InputError as error:
         return Fit(base, False, str(error), None)
-    return Fit(base, True, "", own == expected if own else None)
+    return Fit(base, True, "", own == expected if own else None, added)
 
 
 def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | None:

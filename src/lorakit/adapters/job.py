@@ -6,7 +6,7 @@ Both ways of merging, `streaming.py` and `in_memory.py`, start from it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.open import AdapterFiles, read_files
 from lorakit.adapters.together import check_weights
+from lorakit.adapters.tokenizer import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    has_tokenizer,
+    load_tokenizer,
+    own_tokenizer,
+)
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -153,8 +160,13 @@ def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtyp
     return torch.float64 if wide else torch.float32
 
 
-def copy_others(job: MergeJob, folder: Path) -> Any:
+def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
     """Copies the base's tokenizer, generation settings and templates, and the adapter's template.
+
+    The adapter's tokenizer takes the place of the base's where it has more tokens.
+
+    Args:
+        rows: for how many tokens the merged model has embeddings.
 
     Returns: the tokenizer with a padding token, where the form of the model needs one; else None.
 
@@ -162,35 +174,39 @@ def copy_others(job: MergeJob, folder: Path) -> Any:
         InputError: a file leads nowhere.
     """
     from lorakit.models.chatglm.config import is_original, read_original
-    from lorakit.models.folders import tokenizer_in
 
+    own = None
+    if has_tokenizer(job.first.folder):
+        own = own_tokenizer(job.first.folder, load_tokenizer(job.path), rows)
     if is_original(job.path):
         from lorakit.models.chatglm.convert import write_companions
 
         write_companions(read_original(job.path), folder)
     else:
-        _copy_small(job.path, folder)
+        _copy_small(job.path, folder, without=TOKENIZER_FILES if own is not None else ())
+    if own is not None:
+        copy_tokenizer(job.first.folder, folder)
     template = job.first.folder / TEMPLATE_NAME
     if template.is_file():
         shutil.copyfile(template, folder / TEMPLATE_NAME)
     if job.first.task_type == "CAUSAL_LM":
         return None
-    tokenizer = tokenizer_in(job.path)
+    tokenizer = own or load_tokenizer(job.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def _copy_small(source: Path, folder: Path) -> None:
-    """Copies what goes with a model's weights.
+def _copy_small(source: Path, folder: Path, without: Collection[str]) -> None:
+    """Copies what goes with a model's weights, but files of the names in `without`.
 
     Raises:
         InputError: a file leads nowhere.
     """
     for path in sorted(source.iterdir()):
         small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
-        if not small or path.name in _OWN or path.name.endswith(".index.json"):
+        if not small or path.name in (*_OWN, *without) or path.name.endswith(".index.json"):
             continue
         if path.is_symlink() and not path.exists():
             raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")

@@ -101,7 +101,7 @@ def merge(
         if verify or written is None:
             opened, names = open_all(job)
             if verify:
-                expected = expect(opened.model, opened.tokenizer)
+                expected = expect(opened.model, opened.tokenizer, opened.added_tokens)
             if written is None:
                 written = merge_in_memory(job, opened, names, folder)
             del opened  # its memory is for the merged model

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.derived import Derivation, other_weights, read_derivation, read_template
 from lorakit.adapters.manifest import Manifest, read_manifest
+from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class OpenAdapter:
 
     `base_model` is the base's name or path, `manifest` is None when lorakit did not train it.
     `task_type` is PEFT's word, one of `models.load.FORMS`; `labels` are a classifier's classes.
+    `added_tokens` is how many tokens the base got for the adapter: the last ones.
     """
 
     model: LoraModel
@@ -34,6 +37,7 @@ class OpenAdapter:
     manifest: Manifest | None
     task_type: str = "CAUSAL_LM"
     labels: tuple[str, ...] = ()
+    added_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def open_adapter(
         InputError: there is no usable adapter or base, or the two do not fit.
     """
     from lorakit.lora import LoraModel
+    from lorakit.lora.vocabulary import vocabulary_size
     from lorakit.models.fingerprint import fingerprint
     from lorakit.models.load import dequantized, load_for_task
 
@@ -111,10 +116,12 @@ def open_adapter(
     own = fingerprint(model, without=loaded.new_modules)
     if record and record.base_fingerprint not in (None, own):
         warnings.warn(other_weights(folder, name), stacklevel=2)
+    added = add_rows(model, files)
+    tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
     if (template := read_template(folder)) is not None:
         tokenizer.chat_template = template
     adapted = LoraModel.from_pretrained(model, folder).eval()
-    return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels)
+    return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels, added)
 
 
 def _labels(

@@ -155,8 +155,11 @@ def start_plan(
     plan = Plan(find_changes(model, own, weights), sources)
     for key, tensor in sources.items():
         if tensor.shape != tuple(own[key].shape):
-            if key in plan.changes and plan.changes[key].replaced is not None:
-                raise NotStreamable(f"the base's own {key} gives way to one of another shape")
+            change = plan.changes.get(key)
+            if change is not None and change.replaced is not None:
+                continue  # a head for other labels, an embedding with more tokens
+            if change is not None:
+                raise NotStreamable(f"the adapter's {key} has more rows than the base's")
             raise InputError(
                 f"model: {stored.stored[key]} has the shape {tensor.shape} in {tensor.path}, and "
                 f"the model's configuration needs {tuple(own[key].shape)}"
@@ -221,7 +224,8 @@ def finish_plan(
     Raises:
         NotStreamable: the model must be loaded.
     """
-    added = [key for key in plan.changes if key not in stored.stored]
+    still_one = {other for _, other in plan.pairs} - {*apart}
+    added = [key for key in plan.changes if key not in stored.stored and key not in still_one]
     added += [key for key in apart if key not in added and key not in stored.stored]
     new = any(key not in plan.sources for key in added)
     renamed = bool(added) and any(key != name for key, name in stored.stored.items())
@@ -239,7 +243,8 @@ def finish_plan(
             if name in left_out:
                 continue
             key = keys.get(name, name)
-            entry = Entry(_as_written(tensor, dtype), tensor, plan.changes.get(key))
+            shape = tuple(own[key].shape) if key in own else tensor.shape
+            entry = Entry(_as_written(tensor, shape, dtype), tensor, plan.changes.get(key))
             entries[key if renamed else name] = entry
         if entries:
             plan.shards[file] = entries
@@ -249,16 +254,16 @@ def finish_plan(
         source, shape = plan.sources.get(key), tuple(own[key].shape)
         floating = own[key].is_floating_point()
         like = source or NewTensor(usual if floating else code_of(own[key].dtype), shape)
-        last[key] = Entry(_as_written(like, dtype), source, plan.changes.get(key))
+        last[key] = Entry(_as_written(like, shape, dtype), source, plan.changes.get(key))
     # Wide values first, so that each tensor begins at a multiple of its own values' size.
     for file, entries in plan.shards.items():
         ordered = sorted(entries.items(), key=lambda item: -item[1].new.dtype.itemsize)
         plan.shards[file] = dict(ordered)
 
 
-def _as_written(tensor: NewTensor, dtype: torch.dtype | None) -> NewTensor:
+def _as_written(tensor: NewTensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> NewTensor:
     code = tensor.code if dtype is None or tensor.code not in _FLOATS else code_of(dtype)
-    return NewTensor(code, tensor.shape)
+    return NewTensor(code, shape)
 
 
 def _usual(shards: Mapping[str, Mapping[str, Entry]]) -> str:

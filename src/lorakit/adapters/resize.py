@@ -16,6 +16,7 @@ from lorakit import atomic
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.spectrum import spectrum
+from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
 from lorakit.lora.combine import truncate
@@ -105,7 +106,9 @@ def resize(
         notices=notices,
     )
     template = common_template([file.folder], notices)
-    write_derived(output, set_ranks(file.config, ranks), tensors, derivation, template)
+    tokenizer = common_tokenizer([file.folder], notices)
+    config = set_ranks(file.config, ranks)
+    write_derived(output, config, tensors, derivation, template, tokenizer)
     stored = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
     rest = sum(t.numel() for key, t in file.others.items() if not key.endswith(COPY))
     return ResizeReport(

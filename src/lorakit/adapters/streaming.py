@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,16 +22,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lorakit.adapters.added_tokens import add_rows, said_added
 from lorakit.adapters.derived import other_weights
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
 from lorakit.adapters.open import AdapterFiles
-from lorakit.adapters.plan import Change, Entry, Plan, finish_plan, start_plan
+from lorakit.adapters.plan import Change, Entry, NotStreamable, Plan, finish_plan, start_plan
 from lorakit.adapters.survival import Survival, sum_of_squares
 from lorakit.adapters.together import add_others
+from lorakit.adapters.updates import COPY
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
 from lorakit.lora.layers.rows import RowUpdate, in_part, merged_rows, row_blocks
+from lorakit.lora.vocabulary import require_same_base, vocabulary_size
 from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.folders import shards_in
 from lorakit.models.load import set_padding
@@ -58,15 +62,16 @@ def stream(job: MergeJob, folder: Path) -> Written:
     shards = shards_in(job.path)
     tensors = all_tensors(shards)
     model = skeleton(job.path, job.first.task_type, exact_dtype(job, tensors), job.first.labels)
+    added = add_rows(model, job.first)
     stored = file_names(model, tensors)
     own = dict(model.state_dict(keep_vars=True))
     parameters = [name for name, _ in model.named_parameters()]
     adapted = LoraModel.from_pretrained(model, job.first.folder)
-    weights = add_others(adapted, job.adapters, job.weights)
+    weights = add_others(adapted, job.adapters, job.weights, added)
     with ShardReader(tensor.path for tensor in tensors.values()) as reader:
         plan = start_plan(adapted.get_base_model(), own, shards, stored, weights)
         for adapter in job.adapters:
-            check_copies(plan, adapter.tensors, adapter.folder, reader)
+            check_copies(plan, own, adapter, reader)
             check_fingerprint(plan, parameters, adapter, reader)
         apart = come_apart(plan, reader)
         finish_plan(plan, own, shards, stored, apart, job.dtype)
@@ -80,7 +85,9 @@ def stream(job: MergeJob, folder: Path) -> Written:
         )
     usual = plan.usual_dtype
     config.dtype, config.architectures = usual, [type(model).__name__]
-    tokenizer = copy_others(job, folder)
+    if added:
+        plan.notices.append(said_added(added, job.first))
+    tokenizer = copy_others(job, folder, vocabulary_size(model))
     if tokenizer is not None:
         set_padding(model, tokenizer.pad_token_id)
     config.save_pretrained(folder)
@@ -143,24 +150,30 @@ def check_fingerprint(
 
 
 def check_copies(
-    plan: Plan, tensors: Mapping[str, torch.Tensor], folder: Path, reader: ShardReader
+    plan: Plan, own: Mapping[str, torch.Tensor], adapter: AdapterFiles, reader: ShardReader
 ) -> None:
     """Checks the copies of frozen weights that PEFT adds to an adapter for embeddings and heads.
 
     Raises:
-        InputError: a copy differs from the base's own weight, so it was resized or trained.
+        InputError: a copy is of another base.
+        NotStreamable: it is not the base's own weight, and a layer adapts it.
     """
-    for key, copied in tensors.items():
-        path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-        source = plan.sources.get(f"{path}.weight")
-        if source is None or not key.endswith(".base_layer.weight"):
+    for key, copied in adapter.tensors.items():
+        path = re.sub(r"(\.token_adapter)?(\.base_layer)?\.weight$", "", key.removeprefix(PREFIX))
+        name = f"{path}.weight"
+        if (source := plan.sources.get(name)) is None:
             continue
-        for rows in row_blocks(source.shape):
-            if not same_values(copied[rows], reader.read(source, rows)):
-                raise InputError(
-                    f"{folder} brings its own {path} weight, which differs from the base's: it "
-                    "was trained, which lorakit does not load yet"
-                )
+        what = f"{adapter.folder} brings its own {path} weight"
+        if key.endswith(COPY) and (
+            copied.shape != source.shape
+            or not all(
+                same_values(copied[rows], reader.read(source, rows))
+                for rows in row_blocks(source.shape)
+            )
+        ):
+            raise NotStreamable(what)
+        if not own[name].is_meta:  # of a module that no adapter trains
+            require_same_base(copied[:1], reader.read(source, slice(0, 1)), what)
 
 
 @dataclass(frozen=True)
@@ -189,11 +202,11 @@ def _parts(
     """What has to be done for one tensor, row by row as far as that is possible."""
     if change is not None and change.replaced is not None:
         replaced = change.replaced
-        if source is None:
-            yield lambda: _Merged(replaced.clone())
-            return
-        for part in row_blocks(source.shape) if source.shape else [None]:
-            yield partial(_replaced, source, replaced, change.weight, part, reader)
+        for part in row_blocks(tuple(replaced.shape)) if replaced.shape else [None]:
+            if source is None or source.shape != replaced.shape:  # new, or with more tokens
+                yield partial(_new, replaced, part)
+            else:
+                yield partial(_replaced, source, replaced, change.weight, part, reader)
         return
     assert source is not None
     if change is None or change.layer is None:
@@ -213,6 +226,10 @@ def _parts(
 
 def _unchanged(source: StoredTensor, rows: slice | None, reader: ShardReader) -> _Merged:
     return _Merged(reader.read(source, rows))
+
+
+def _new(values: torch.Tensor, rows: slice | None) -> _Merged:
+    return _Merged(values if rows is None else values[rows])
 
 
 def _replaced(

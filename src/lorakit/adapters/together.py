@@ -31,12 +31,18 @@ def check_weights(adapters: Sequence[AdapterFiles], weights: Sequence[float]) ->
 
 
 def add_others(
-    model: LoraModel, adapters: Sequence[AdapterFiles], weights: Sequence[float]
+    model: LoraModel,
+    adapters: Sequence[AdapterFiles],
+    weights: Sequence[float],
+    added_tokens: int = 0,
 ) -> dict[str, float]:
     """Loads all but the first of `adapters`, which is there, and makes all of them active.
 
     What each changes is multiplied by its weight: of `W` that was trained whole, to `V`,
     `W + weight (V - W)` is left. Where the model has no values that is `plan.py`'s to do.
+
+    Args:
+        added_tokens: how many tokens the model got for the first adapter.
 
     Returns: their weights by their names in the model.
 
@@ -46,7 +52,23 @@ def add_others(
     from lorakit.lora.injection import wrapped_modules
     from lorakit.lora.layers import Mergeable
     from lorakit.lora.layers.rows import in_part
+    from lorakit.lora.targets import unwrapped
+    from lorakit.lora.vocabulary import embeddings, rows_in_file
 
+    if added_tokens and weights[0] != 1:
+        raise InputError(
+            f"--weights: {adapters[0].folder} brings {added_tokens} tokens that the base does not "
+            f"have, so that there is no part of them: give it the weight 1, not {weights[0]:g}"
+        )
+    base = model.get_base_model()
+    for adapter in adapters[1:]:
+        for path, module in embeddings(base).items():
+            rows, own = rows_in_file(adapter.tensors, path), len(unwrapped(module).weight)
+            if rows not in (None, own):
+                raise InputError(
+                    f"{adapter.folder} is for a model with {rows} tokens, and {adapters[0].folder} "
+                    f"for {own}: if it only adds some to these, give it as the first adapter"
+                )
     names = ["default", *(f"adapter_{i}" for i in range(1, len(adapters)))]
     for name, adapter in list(zip(names, adapters, strict=True))[1:]:
         model.load_adapter(adapter.folder, name)

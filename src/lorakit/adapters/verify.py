@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.load import most_tokens
 
 if TYPE_CHECKING:
@@ -69,10 +70,17 @@ class Comparison:
         return same or (self.lost_share <= lost and self.top1_agreement >= agreement)
 
 
-def expect(model: LoraModel, tokenizer: PreTrainedTokenizerBase) -> Expected:
-    """What base + adapter say; `model` has its adapters active and unmerged."""
+def expect(model: LoraModel, tokenizer: PreTrainedTokenizerBase, added_tokens: int = 0) -> Expected:
+    """What base + adapter say; `model` has its adapters active and unmerged.
+
+    Args:
+        added_tokens: how many of its last tokens the base does not have; they are compared too.
+    """
     places = most_tokens(model, 1024)
     probes = [tokenizer(text, return_tensors="pt").input_ids[:, :places] for text in _PROBES]
+    if added_tokens:
+        rows = vocabulary_size(model.get_base_model())
+        probes.append(torch.arange(rows - added_tokens, rows)[None, :places])
     adapted = _logits(model, probes)
     with model.disable_adapter():
         return Expected(probes, adapted, _logits(model, probes))

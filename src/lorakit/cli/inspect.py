@@ -112,7 +112,8 @@ def _fit(fit: Fit) -> str:
         "answers may be worse",
         None: "whether its weights are those that it was trained on is not known (no fingerprint)",
     }[fit.same_weights]
-    return f"fits {fit.base} (names and shapes); {weights}"
+    more = f" with {fit.added_tokens} more tokens" if fit.added_tokens else ""
+    return f"fits {fit.base}{more} (names and shapes); {weights}"
 
 
 def _short(value: Any) -> str:

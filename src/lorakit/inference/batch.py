@@ -1,18 +1,18 @@
 """Answers that are written together, a token each a step; they join and leave at any step.
 
-A step reads the prompts of rows that have come, in chunks, and then has all rows whose prompts are
-read write one token. A prompt is one row's alone, whose adapter takes the plain product; the common
-step takes the mixed one (`lora/slots.py`).
+A step reads prompts of rows that have come, short ones together and long ones in parts; then all
+rows whose prompts are read write one token. Which adapter serves which row: `lora/slots.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lorakit.inference.cache import RowCache
+from lorakit.inference.inputs import newest_tokens, part_of_prompt, whole_prompts
 from lorakit.inference.rows import Row
 
 if TYPE_CHECKING:
@@ -72,42 +72,62 @@ class ContinuousBatch:
     def _read_prompts(self) -> None:
         budget = CHUNK
         while budget > 0 and self._writing < len(self.rows):
-            at, row = self._writing, self.rows[self._writing]
-            tokens = row.prompt[row.read : row.read + budget]
-            budget -= len(tokens)
-            logits = self._forward_prompt(at, row, tokens)
-            row.read += len(tokens)
-            if row.read == len(row.prompt):
-                self._advance(at, logits)
-                self._writing += 1
+            first = self._writing
+            rows = self._whole_prompts(budget)
+            if rows:
+                logits = self._forward_whole(first, rows)
+                budget -= len(rows) * max(len(row.prompt) for row in rows)
+            else:
+                rows = self.rows[first : first + 1]
+                logits = self._forward_part(first, rows[0], budget)
+                budget = 0
+            for at, row in enumerate(rows, first):
+                if row.read == len(row.prompt):
+                    self._advance(at, logits[at - first])
+                    self._writing += 1
 
-    def _forward_prompt(self, at: int, row: Row, tokens: Sequence[int]) -> torch.Tensor:
-        start, end = row.read, row.read + len(tokens)
-        self._cache.one_row(at, start)
+    def _whole_prompts(self, budget: int) -> list[Row]:
+        """The next rows whose prompts fit into the budget together, with their padding."""
+        rows: list[Row] = []
+        longest = 0
+        for row in self.rows[self._writing :]:
+            longest = max(longest, len(row.prompt))
+            if row.read or longest * (len(rows) + 1) > budget:
+                break
+            rows.append(row)
+        return rows
+
+    def _forward_whole(self, first: int, rows: Sequence[Row]) -> torch.Tensor:
+        """Reads prompts from their beginnings to their ends."""
+        prompts = [row.prompt for row in rows]
+        arguments = whole_prompts(self._cache, first, prompts, self._model.device)
+        for row in rows:
+            row.read = len(row.prompt)
+        return self._forward(rows, arguments)
+
+    def _forward_part(self, at: int, row: Row, most: int) -> torch.Tensor:
+        """Reads at most so many tokens of a prompt, behind what has been read of it."""
+        start, end = row.read, min(row.read + most, len(row.prompt))
         device = self._model.device
-        mask = None
-        if start:  # without a mask attention is causal from the first key on
-            before = torch.arange(end, device=device)
-            mask = (before <= torch.arange(start, end, device=device)[:, None])[None, None]
-        positions = torch.arange(start, end, device=device)
-        return self._forward([row.adapter], [tokens], positions[None], mask)[0]
+        arguments = part_of_prompt(self._cache, at, row.prompt, start, end, device)
+        row.read = end
+        return self._forward([row], arguments)
 
     def _write(self) -> None:
         rows = self.rows[: self._writing]
         if not rows:
             return
-        lengths = [row.length for row in rows]
-        device = self._model.device
-        self._cache.all_rows(lengths, device)
-        positions = torch.tensor(lengths, device=device)[:, None]
-        # Also where it hides nothing: with a mask a CPU takes the quicker of two ways.
-        mask = (torch.arange(max(lengths) + 1, device=device) <= positions)[:, None, None]
-        logits = self._forward(
-            [row.adapter for row in rows], [[row.last] for row in rows], positions, mask
-        )
+        tokens, lengths = [row.last for row in rows], [row.length for row in rows]
+        arguments = newest_tokens(self._cache, tokens, lengths, self._model.device)
+        logits = self._forward(rows, arguments)
         likeliest = logits.argmax(-1).tolist()
         for at, (row, best) in enumerate(zip(rows, likeliest, strict=True)):
             self._advance(at, logits[at], best if row.is_plain else None)
+
+    def _forward(self, rows: Sequence[Row], arguments: dict[str, Any]) -> torch.Tensor:
+        """The logits (rows, vocabulary) after the last token of each row."""
+        self._slots.use([row.adapter for row in rows])
+        return self._model(**arguments, logits_to_keep=1).logits[:, -1]
 
     def _advance(self, at: int, logits: torch.Tensor, likeliest: int | None = None) -> None:
         if logits.sum().isfinite() or logits.isfinite().all():
@@ -116,25 +136,6 @@ class ContinuousBatch:
         # What is not finite would reach whoever gets this place next, through any mask.
         self._cache.clear(at)
         self.rows[at].finish("error", "the model computed values that are not finite")
-
-    def _forward(
-        self,
-        adapters: Sequence[Hashable | None],
-        tokens: Sequence[Sequence[int]],
-        positions: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The logits (rows, vocabulary) after the last of these tokens of each row."""
-        self._slots.use(adapters)
-        out = self._model(
-            input_ids=torch.tensor(tokens, device=self._model.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
 
     def _leave(self) -> None:
         """Lets go of rows that are finished; those that stay close the gaps."""

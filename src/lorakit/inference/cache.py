@@ -19,10 +19,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass
 class _Place:
-    """Where the next forward's keys and values go: some tokens of one row, or one of each row."""
+    """Where the next forward's keys and values go.
+
+    Whole `prompts` (their lengths, padded on the left) of rows from `row` on; else a part of one
+    row from its position `start` on; or one token of each row, behind its `lengths`.
+    """
 
     row: int = 0
     start: int = 0
+    prompts: Sequence[int] = ()
     lengths: torch.Tensor | None = None
     longest: int = 0
 
@@ -31,18 +36,23 @@ class RowCache(Cache):
     """Keys and values of at most `rows` rows of at most `length` tokens."""
 
     def __init__(self, layers: int, rows: int, length: int) -> None:
-        self.place = _Place()
-        self.length = length
-        super().__init__(layers=[_RowLayer(self.place, rows, length) for _ in range(layers)])
+        super().__init__(layers=[_RowLayer(rows, length) for _ in range(layers)])
 
-    def one_row(self, row: int, start: int) -> None:
+    def whole_prompts(self, first: int, lengths: Sequence[int]) -> None:
+        """The next forward brings prompts of these lengths, of rows from `first` on."""
+        self._next(_Place(first, prompts=lengths))
+
+    def part_of_prompt(self, row: int, start: int) -> None:
         """The next forward brings tokens of this row, from its position `start` on."""
-        self.place.row, self.place.start, self.place.lengths = row, start, None
+        self._next(_Place(row, start))
 
-    def all_rows(self, lengths: Sequence[int], device: torch.device) -> None:
+    def newest_tokens(self, lengths: Sequence[int], device: torch.device) -> None:
         """The next forward brings one token of each row, which have these lengths before it."""
-        self.place.lengths = torch.tensor(lengths, device=device)
-        self.place.longest = max(lengths) + 1
+        self._next(_Place(lengths=torch.tensor(lengths, device=device), longest=max(lengths) + 1))
+
+    def _next(self, place: _Place) -> None:
+        for layer in self.layers:
+            layer.place = place
 
     def clear(self, row: int) -> None:
         """Puts zeros in the place of a row that was not finite, for the next one's sake."""
@@ -64,9 +74,10 @@ class _RowLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, place: _Place, rows: int, length: int) -> None:
+    def __init__(self, rows: int, length: int) -> None:
         super().__init__()
-        self._place, self._rows, self._length = place, rows, length
+        self.place = _Place()
+        self._rows, self._length = rows, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes memory. It must not hold values that are not finite, even where a mask hides it."""
@@ -90,12 +101,17 @@ class _RowLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        place = self._place
+        place = self.place
+        if place.prompts:
+            for i, length in enumerate(place.prompts):
+                self.keys[place.row + i, :, :length] = key_states[i, :, -length:]
+                self.values[place.row + i, :, :length] = value_states[i, :, -length:]
+            return key_states, value_states
         if place.lengths is None:
-            row, end = slice(place.row, place.row + 1), place.start + key_states.shape[2]
-            self.keys[row, :, place.start : end] = key_states
-            self.values[row, :, place.start : end] = value_states
-            return self.keys[row, :, :end], self.values[row, :, :end]
+            one, end = slice(place.row, place.row + 1), place.start + key_states.shape[2]
+            self.keys[one, :, place.start : end] = key_states
+            self.values[one, :, place.start : end] = value_states
+            return self.keys[one, :, :end], self.values[one, :, :end]
         rows = torch.arange(len(place.lengths), device=key_states.device)
         self.keys[rows, :, place.lengths] = key_states[:, :, 0]
         self.values[rows, :, place.lengths] = value_states[:, :, 0]
@@ -104,12 +120,12 @@ class _RowLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The length and offset of what `update` will return."""
-        place = self._place
+        place = self.place
         return (place.start + query_length if place.lengths is None else place.longest), 0
 
     def get_seq_length(self) -> int:
         """The positions before the next forward's."""
-        place = self._place
+        place = self.place
         return place.start if place.lengths is None else place.longest - 1
 
     def get_max_length(self) -> int:

@@ -31,6 +31,7 @@ def why_not_carried(model: PreTrainedModel) -> str:
 def _disproof(model: PreTrainedModel) -> str:
     """Computes two short rows in pieces and together, and compares with each computed at once."""
     from lorakit.inference.cache import RowCache
+    from lorakit.inference.inputs import newest_tokens, part_of_prompt, whole_prompts
 
     config: Any = model.config.get_text_config()
     device = model.device
@@ -38,38 +39,20 @@ def _disproof(model: PreTrainedModel) -> str:
     cache = RowCache(config.num_hidden_layers, rows=2, length=8)
     rows = [[i % config.vocab_size for i in range(1, 6)], [i % config.vocab_size for i in (7, 9)]]
     try:
-        ids = [torch.tensor([row], device=device) for row in rows]
-        expected = [forward(input_ids=row, use_cache=False).logits[0, -1] for row in ids]
-        for at, row in enumerate(ids):
-            for start, end in ((0, 1), (1, row.shape[1] - 1)):
-                if start == end:
-                    continue
-                cache.one_row(at, start)
-                seen = torch.arange(end, device=device)
-                positions = torch.arange(start, end, device=device)
-                forward(
-                    input_ids=row[:, start:end],
-                    position_ids=positions[None],
-                    attention_mask=(seen <= positions[:, None])[None, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-        lengths = torch.tensor([row.shape[1] - 1 for row in ids], device=device)
-        cache.all_rows(lengths.tolist(), device)
-        found = forward(
-            input_ids=torch.cat([row[:, -1:] for row in ids]),
-            position_ids=lengths[:, None],
-            attention_mask=(
-                torch.arange(int(lengths.max()) + 1, device=device) <= lengths[:, None]
-            )[:, None, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        expected = [
+            forward(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -1]
+            for row in rows
+        ]
+        forward(**whole_prompts(cache, 0, [rows[0][:3], rows[1][:1]], device))
+        forward(**part_of_prompt(cache, 0, rows[0], 3, 4, device))
+        lengths = [len(row) - 1 for row in rows]
+        found = forward(**newest_tokens(cache, [row[-1] for row in rows], lengths, device))
+        logits = found.logits[:, -1]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"it does not take a cache of ours: {type(error).__name__}"
     wanted = torch.stack(expected).float()
     # Rounding differs between the two ways by some steps of the dtype.
-    allowed = 64 * torch.finfo(found.dtype).eps * wanted.abs().max().item()
-    if (difference := (found.float() - wanted).abs().max().item()) <= allowed:
+    allowed = 64 * torch.finfo(logits.dtype).eps * wanted.abs().max().item()
+    if (difference := (logits.float() - wanted).abs().max().item()) <= allowed:
         return ""
     return f"computed in pieces its logits differ by {difference:.3g}"

@@ -24,8 +24,9 @@ from lorakit.inference.pool import AdapterPool, Version
 from lorakit.inference.requests import Piece, Ticket
 from lorakit.inference.rows import Row
 from lorakit.inference.sampling import Sampling, end_tokens
-from lorakit.lora.slots import AdapterSlots, Factors
+from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 from lorakit.models.fingerprint import fingerprint
+from lorakit.models.head import copy_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,14 +70,18 @@ class Engine:
         self._model = model.eval().requires_grad_(False)
         self._ends = frozenset(end_tokens(model, tokenizer))
         known = fingerprint(model)
-        self._slots = AdapterSlots(model)
-        self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
+        families: list[list[str]] = []
         self._only_plain = why_not_carried(model)
-        if self._only_plain:
+        if not self._only_plain:
+            copy_once(model)
+            families = same_inputs(model, lambda: model(input_ids=_one_token(model)))
+        else:
             self.notices.append(
                 f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
                 "that begin together are written together, later ones wait for them"
             )
+        self._slots = AdapterSlots(model, families)
+        self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
         self._batch = self._new_batch()
         self._used: dict[Version, None] = {}  # adapters in the slots, the latest used last
         self._queue: deque[tuple[Ticket, Version | None, Factors | None]] = deque()
@@ -152,6 +157,10 @@ class Engine:
         """How many answers are being written."""
         return len(self._batch.rows)
 
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
     def close(self, drain: float = 0.0) -> None:
         """Takes no more requests, and ends the running ones after at most `drain` seconds."""
         with self._changed:
@@ -162,20 +171,25 @@ class Engine:
 
     # --- the thread that computes -----------------------------------------------------------
 
-    @torch.inference_mode()
     def _work(self) -> None:
+        try:
+            self._answer()
+        finally:  # whatever happened: nobody waits for a thread that has ended
+            self._end_all()
+
+    @torch.inference_mode()
+    def _answer(self) -> None:
         while True:
             with self._changed:
                 while not (self._queue or self._batch.rows or self._closing):
                     self._changed.wait()
                 done = not (self._queue or self._batch.rows)
                 if self._closing and (done or time.monotonic() > self._deadline):
-                    break
+                    return
             self._let_go()
             self._admit()
             if self._batch.rows:
                 self._step()
-        self._end_all()
 
     def _step(self) -> None:
         rows = list(self._batch.rows)
@@ -230,10 +244,11 @@ class Engine:
         self._used[version] = None
 
     def _end_all(self) -> None:
+        with self._changed:
+            self._closing = True
+            left, self._queue = self._queue, deque()
         for row in self._batch.rows:
             row.finish("cancelled")
-        with self._changed:
-            left, self._queue = self._queue, deque()
         for ticket, _, _ in left:
             ticket.put(Piece(finish_reason="cancelled"))
 
@@ -241,6 +256,10 @@ class Engine:
 def _reason(error: Exception) -> str:
     """The first line of what an error says."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _one_token(model: PreTrainedModel) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
 
 def _context_length(model: PreTrainedModel, wanted: int | None) -> int:

@@ -15,11 +15,13 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.derived import origin, other_weights, read_template
+from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.inference.sampling import end_tokens
 from lorakit.lora.checkpoint import WEIGHTS_NAME
 from lorakit.lora.slots import AdapterSlots, Factors
+from lorakit.lora.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,9 +100,9 @@ class AdapterPool:
         stamp = _stamp(path)
         file = read_updates(path)
         factors = self._check(file)
-        tokenizer = self._tokenizer
+        rows = vocabulary_size(self._slots.model)
+        tokenizer = own_tokenizer(path, self._tokenizer, rows) or copy.copy(self._tokenizer)
         if (template := read_template(path)) is not None:
-            tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = template
         ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(

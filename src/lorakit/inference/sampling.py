@@ -135,10 +135,12 @@ def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Ten
     """
     import torch
 
+    from lorakit.models.head import copied_once
+
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, inner.generation_config = inner.generation_config, settings
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), copied_once(inner):
             return model.generate(generation_config=settings, **inputs)
     finally:
         inner.generation_config = own

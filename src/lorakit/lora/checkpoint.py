@@ -4,6 +4,7 @@ Here are the key names, reading with every check, and atomic writing. Only safet
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -144,7 +145,16 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
         pickled = path.with_name("adapter_model.bin")
         why = " (adapter_model.bin is a pickle, which is never loaded)" if pickled.exists() else ""
         raise InputError(f"{folder} holds no {WEIGHTS_NAME}{why}")
-    return config, _load(path)
+    return config, _once(_load(path))
+
+
+def _once(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` without the doubles that PEFT writes of a module that is trained whole and resized.
+
+    Beside the trained weight there are the frozen one and, by another name, the trained one again.
+    """
+    plain = {key: re.sub(r"\.(modules_to_save|original_module)\.", ".", key) for key in tensors}
+    return {key: t for key, t in tensors.items() if plain[key] == key or plain[key] not in tensors}
 
 
 def read_initial(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -253,27 +263,3 @@ def require_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) -> N
 def same_values(copied: torch.Tensor, own: torch.Tensor) -> bool:
     """Whether a copy of `own`, perhaps in a narrower dtype, is one."""
     return torch.equal(copied.to(own), own.to(copied).to(own))
-
-
-def without_base_copies(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path
-) -> dict[str, torch.Tensor]:
-    """`tensors` without the copies of frozen weights that PEFT adds for embeddings and heads.
-
-    Of a model on the meta device only the shapes are compared.
-
-    Raises:
-        InputError: a copy differs from the base's own weight, so it was resized or trained.
-    """
-    kept = dict(tensors)
-    for path, module in wrapped_modules(model):
-        copied = kept.pop(f"{PREFIX}{path}.base_layer.weight", None)
-        if copied is None or not isinstance(module, LoraLayer):
-            continue
-        own = module.base_weight.detach()
-        if copied.shape != own.shape or not (own.is_meta or same_values(copied, own)):
-            raise InputError(
-                f"{folder} brings its own {path} weight, of shape {tuple(copied.shape)}: "
-                "it was resized or trained, which lorakit does not load yet"
-            )
-    return kept

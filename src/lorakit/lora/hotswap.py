@@ -9,10 +9,11 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.bank import AdapterBank
-from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter, without_base_copies
+from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.folders import locate
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.vocabulary import put_frozen, split_frozen
 
 
 def hotswap_adapter(
@@ -37,7 +38,9 @@ def hotswap_adapter(
     """
     folder = locate(model_name_or_path, subfolder, **hub)
     config, tensors = read_adapter(folder)
-    tensors = without_base_copies(model.get_base_model(), tensors, folder)
+    base = model.get_base_model()
+    tensors, frozen = split_frozen(base, tensors, model.adapter_tensors(adapter_name))
+    put_frozen(base, frozen, folder, alone=False)
     layers = {
         path: layer
         for path, layer in wrapped_modules(model.get_base_model())

@@ -23,10 +23,10 @@ from lorakit.lora.checkpoint import (
     load_tensors,
     read_adapter,
     read_initial,
-    without_base_copies,
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.folders import locate, save_adapters, upload
+from lorakit.lora.vocabulary import put_frozen, require_vocabulary, split_frozen
 
 
 class StoredBank(AdapterBank):
@@ -156,8 +156,10 @@ class StoredBank(AdapterBank):
         self, name: str, tensors: dict[str, torch.Tensor], folder: Path, ignore_mismatched: bool
     ) -> None:
         base = self.get_base_model()
-        tensors = without_base_copies(base, tensors, folder)
+        if not ignore_mismatched:
+            require_vocabulary(base, tensors, folder)
         own = self.adapter_tensors(name)
+        tensors, frozen = split_frozen(base, tensors, own)
         other_shape = {k for k, t in tensors.items() if k in own and own[k].shape != t.shape}
         if other_shape and ignore_mismatched:
             message = f"{folder}: {listed(sorted(other_shape), 3)} have another shape: left out"
@@ -165,4 +167,5 @@ class StoredBank(AdapterBank):
             own = {key: tensor for key, tensor in own.items() if key not in other_shape}
             tensors = {key: tensor for key, tensor in tensors.items() if key not in other_shape}
         load_tensors(own, tensors, folder)
+        put_frozen(base, frozen, folder, alone=self.adapters == [name])
         load_initial(base, name, read_initial(folder), self.peft_config[name], folder)

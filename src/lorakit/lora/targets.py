@@ -150,7 +150,7 @@ def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, 
     there = [
         (path, name)
         for path, module in base_modules(model)
-        for name, _ in _unwrapped(module).named_parameters(recurse=False)
+        for name, _ in unwrapped(module).named_parameters(recurse=False)
         if not isinstance(module, LoraLayer) or isinstance(module, LoraParameter)
     ]
     found = []
@@ -175,7 +175,7 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]
     wanted = config.trainable_token_indices
     if not wanted:
         return {}
-    embeddings = {n: m for n, m in base_modules(model) if isinstance(_unwrapped(m), nn.Embedding)}
+    embeddings = {n: m for n, m in base_modules(model) if isinstance(unwrapped(m), nn.Embedding)}
     if isinstance(wanted, list):
         get = getattr(model, "get_input_embeddings", None)
         first = next(iter(embeddings), "none")
@@ -216,7 +216,7 @@ def tied_modules(model: nn.Module, path: str) -> list[str]:
 def tied_embedding(model: nn.Module, path: str) -> str:
     """The first embedding whose weight the module at `path` has, or `path` itself."""
     tied = _ties(model).get(path, ())
-    kinds = {name: _unwrapped(model.get_submodule(name)) for name in tied}
+    kinds = {name: unwrapped(model.get_submodule(name)) for name in tied}
     return next((name for name, m in kinds.items() if isinstance(m, nn.Embedding)), path)
 
 
@@ -242,13 +242,14 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
     """The paths of linear layers and embeddings that share a weight, by each of these paths."""
     by_weight: dict[int, list[str]] = {}
     for name, module in base_modules(model):
-        inner = _unwrapped(module)
+        inner = unwrapped(module)
         if isinstance(inner, (nn.Linear, nn.Embedding)):
             by_weight.setdefault(id(inner.weight), []).append(name)
     return {name: paths for paths in by_weight.values() if len(paths) > 1 for name in paths}
 
 
-def _unwrapped(module: nn.Module) -> Any:
+def unwrapped(module: nn.Module) -> Any:
+    """The model's own module, where `module` is one of ours around it; else `module`."""
     if isinstance(module, Mergeable):
         return module.get_base_layer()
     if isinstance(module, TiedModule):

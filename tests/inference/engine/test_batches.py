@@ -76,10 +76,11 @@ def leave_after(ticket: Any, pieces: int) -> None:
     ticket.cancel()
 
 
-def test_prompts_are_read_in_chunks_while_others_write(
-    start: Start, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk", [5, 50, 2000])  # the longest prompt has 64 tokens
+def test_prompts_are_read_in_parts_or_together_while_others_write(
+    start: Start, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, chunk: int
 ):
-    monkeypatch.setattr(batch, "CHUNK", 5)  # the longest prompt has 64 tokens
+    monkeypatch.setattr(batch, "CHUNK", chunk)
     engine = start()
     tickets = [engine.submit(ids, name, GREEDY) for ids, name in requests()]
     assert [tokens(ticket) for ticket in tickets] == expected
@@ -178,6 +179,20 @@ def test_a_step_that_fails_ends_its_rows_and_the_engine_goes_on(
     hook.remove()
     ids, name = requests()[2]
     assert tokens(engine.submit(ids, name, GREEDY)) == expected[2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ends_leaves_nobody_waiting(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    engine = start(max_rows=1)
+    tickets = [engine.submit(prompt(i, 5), None, Sampling(max_new_tokens=500)) for i in range(3)]
+    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+    assert [list(ticket)[-1].finish_reason for ticket in tickets] == ["cancelled"] * 3
+    with pytest.raises(LorakitError, match="closed"):
+        engine.submit([5, 6])
+    engine.close()
+    assert not engine.alive()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

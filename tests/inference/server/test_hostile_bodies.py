@@ -1,6 +1,7 @@
 """Bodies made to be slow or to break something: each is refused at once, and harms no other."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,10 +40,10 @@ SLOW: list[tuple[str, bytes]] = [
 def test_a_body_of_very_many_things_holds_nobody_up(
     served: Running, path: str, body: bytes
 ) -> None:
-    response = served.http.post(path, content=body, headers=JSON)
-    error = refused(response, 400)
+    before = time.process_time()  # the server runs in this process
+    error = refused(served.http.post(path, content=body, headers=JSON), 400)
     assert len(error["param"] or "") < 1200
-    assert response.elapsed.total_seconds() < 2.5, "the first wrong item should have been enough"
+    assert time.process_time() - before < 2.5, "the first wrong item should have been enough"
 
 
 DEPTHS = [100, 300, 500, 700, 900, 950, 990, 2000]

@@ -229,3 +229,10 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
             assert done.stderr.count("\n") == 1
             assert words in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_health_says_that_the_engine_has_stopped(serve: Any) -> None:
+    server = serve({})
+    server.engine.close()
+    assert "start the server again" in refused(server.http.get("/health"), 503)["message"]
+    assert "closed" in refused(server.complete(), 503)["message"]

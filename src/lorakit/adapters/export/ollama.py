@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import atomic
+from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.derived import read_template
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.gguf_adapter import DTYPES, export_gguf_adapter
 from lorakit.adapters.export.gguf_model import export_gguf_model
 from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.open import read_files
+from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.names import resolve
-from lorakit.models.skeleton import read_base_config
+from lorakit.models.skeleton import read_base_config, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,7 +160,7 @@ def _stops(form: ChatForm, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the adapter's chat template, if it has one."""
+    """The adapter's tokenizer where it has more tokens, else the base's; the adapter's template."""
     from transformers import AutoTokenizer
 
     from lorakit.data.templates import ensure_template
@@ -177,6 +181,10 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
         raise InputError(
             f"model: the tokenizer of {base} is missing or damaged: copy or fetch the model again"
         ) from error
+    if has_tokenizer(Path(adapter)):
+        model = skeleton(path)
+        add_rows(model, read_files(adapter, base))
+        tokenizer = own_tokenizer(Path(adapter), tokenizer, vocabulary_size(model)) or tokenizer
     if (template := read_template(adapter)) is not None:
         tokenizer.chat_template = template
     ensure_template(tokenizer)

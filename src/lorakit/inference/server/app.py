@@ -175,6 +175,8 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         """Whether the server takes requests."""
         if desk.draining:
             raise ApiError(503, "the server ends", code="shutdown")
+        if not engine.alive():
+            raise ApiError(503, "the engine has stopped: start the server again", code="stopped")
         return JSONResponse({"status": "ok"})
 
     @router.get(

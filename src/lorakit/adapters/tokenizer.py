@@ -1,0 +1,127 @@
+"""The tokenizer in an adapter's folder, which is there where it has more tokens than the base's."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import InputError, listed
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""What a tokenizer's `save_pretrained` writes, whatever its kind, beside a chat template."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer in `folder`; without this file none is found there."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    from lorakit.models.folders import tokenizer_in
+
+    try:
+        return tokenizer_in(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the tokenizer in {folder} is missing or damaged: copy or save it again"
+        ) from error
+
+
+def own_tokenizer(folder: Path, base: Any, rows: int) -> Any:
+    """The tokenizer in an adapter's folder, where it has tokens that the base's has not; else None.
+
+    Args:
+        base: the base's tokenizer.
+        rows: for how many tokens the model with the adapter has embeddings.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not has_tokenizer(folder):
+        return None
+    own = load_tokenizer(folder)
+    vocabulary = own.get_vocab()
+    added = vocabulary.keys() - base.get_vocab().keys()
+    if not added:
+        return None
+    if beyond := sorted(token for token in added if vocabulary[token] >= rows):
+        message = (
+            f"the tokenizer in {folder} has tokens that the model has no embeddings for "
+            f"({listed(beyond, 3)}): that of the base is used"
+        )
+        warnings.warn(message, stacklevel=3)
+        return None
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token
+    return own
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a tokenizer's files."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def common_tokenizer(folders: Sequence[Path], notices: list[str]) -> Path | None:
+    """The first of adapters' folders that has a tokenizer; a notice where another has another."""
+    having = [folder for folder in folders if has_tokenizer(folder)]
+    if any(_bytes(folder) != _bytes(having[0]) for folder in having[1:]):
+        notices.append(
+            f"the adapters have different tokenizers: that of {having[0]} is carried along"
+        )
+    return having[0] if having else None
+
+
+def tokenizer_to_keep(base: Path, tuned: Path, rows: int, grown: bool) -> Path | None:
+    """The folder `tuned`, where its tokenizer has tokens that the base's has not; else None.
+
+    Args:
+        base, tuned: models' folders.
+        rows: for how many tokens the tuned model has embeddings.
+        grown: whether these are more than the base's, so that it must say what they are.
+
+    Raises:
+        InputError: the tokenizers number the same tokens differently, or there are more tokens
+            than rows.
+    """
+    if not grown and not (has_tokenizer(base) and has_tokenizer(tuned)):
+        return None
+    if not grown and _bytes(base) == _bytes(tuned):
+        return None
+    known, found = (load_tokenizer(folder).get_vocab() for folder in (base, tuned))
+    if moved := [token for token in known if found.get(token, known[token]) != known[token]]:
+        raise InputError(
+            f"the tokenizer of {tuned} numbers {len(moved)} tokens otherwise than that of {base} "
+            f"({listed(map(repr, moved), 3)}): tokens can only be added behind the others"
+        )
+    added = [number for token, number in found.items() if token not in known]
+    if (last := max(added, default=0)) >= rows:
+        raise InputError(
+            f"the tokenizer of {tuned} has tokens up to the number {last}, and the model has "
+            f"embeddings for {rows}: give it the rows (model.resize_token_embeddings), and save it"
+        )
+    return tuned if added else None
+
+
+def _bytes(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()]

@@ -1,0 +1,138 @@
+"""The embedding and the head in an adapter's file: how many tokens they are for, and whose.
+
+Where a model got more tokens before it got its adapter, PEFT saves its embedding and its head with
+the adapter (`save_embedding_layers`), under other names for each kind of wrapped module. They are
+the base's own: here they are told apart from the adapter's tensors, and put into the base.
+"""
+
+from collections.abc import Container, Mapping
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import PREFIX, require_finite, same_values, spread_like
+from lorakit.lora.layers import TiedModule
+from lorakit.lora.presets import output_head
+from lorakit.lora.targets import base_modules, unwrapped
+
+_PLACES = ("", "base_layer.", "token_adapter.base_layer.")
+
+Frozen = dict[tuple[str, str], torch.Tensor]
+"""Weights of the base by the path of their module and their name in it."""
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """The embedding that reads tokens and the head that writes them, if any, by their paths."""
+    ends = [end for end in (_input_embedding(model), output_head(model)) if end is not None]
+    return {path: m for path, m in base_modules(model) if any(m is end for end in ends)}
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """For how many tokens the model has embeddings; 0 where it does not say."""
+    embedding = _input_embedding(model)
+    return 0 if embedding is None else len(unwrapped(embedding).weight)
+
+
+def rows_in_file(tensors: Mapping[str, torch.Tensor], path: str) -> int | None:
+    """For how many tokens the file has rows of the embedding or head at `path`; None for none."""
+    for place in _PLACES:
+        if (weight := tensors.get(f"{PREFIX}{path}.{place}weight")) is not None:
+            return weight.shape[0]
+    return None
+
+
+def require_vocabulary(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: str | Path
+) -> None:
+    """Raises InputError for an adapter in `folder` that is for more tokens than `model` has."""
+    for path, module in embeddings(model).items():
+        rows = rows_in_file(tensors, path)
+        own = 0 if rows is None else len(unwrapped(module).weight)  # 0 too where ZeRO-3 has it
+        if rows is not None and rows > own > 0:
+            raise InputError(
+                f"{folder} is an adapter for a model with {rows} tokens ({path}), and this one has "
+                f"{own}: call model.resize_token_embeddings({rows}) before loading it"
+            )
+
+
+def split_frozen(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], own: Container[str]
+) -> tuple[dict[str, torch.Tensor], Frozen]:
+    """`tensors` without the weights of the base, and these.
+
+    Args:
+        model: the wrapped model.
+        own: the keys of the adapter's own tensors.
+    """
+    kept, frozen = dict(tensors), {}
+    for path, module in embeddings(model).items():
+        for place, name in product(_PLACES, ("weight", "bias")):
+            key = f"{PREFIX}{path}.{place}{name}"
+            if key in kept and key not in own:
+                frozen[path, name] = kept.pop(key)
+        if isinstance(module, TiedModule):  # PEFT writes the embedding's rows here once more
+            kept.pop(f"{PREFIX}{path}.token_adapter.trainable_tokens_delta", None)
+    return kept, frozen
+
+
+@torch.no_grad()
+def put_frozen(model: nn.Module, frozen: Frozen, folder: str | Path, *, alone: bool) -> None:
+    """Puts weights of the base that an adapter brings into `model`, as PEFT does.
+
+    Of a model on the meta device those that a layer adapts are left out.
+
+    Args:
+        alone: whether no other adapter is there, so that the base's weights may change.
+
+    Raises:
+        InputError: they are another base's, or would change what other adapters have; nothing is
+            changed.
+    """
+    new = []
+    for (path, name), copied in frozen.items():
+        module = model.get_submodule(path)
+        own, what = getattr(unwrapped(module), name), f"{folder} brings its own {path} {name}"
+        if copied.shape != own.shape:
+            raise InputError(
+                f"{what}, of shape {tuple(copied.shape)}, and this model's is {tuple(own.shape)}: "
+                "it is an adapter for another base model"
+            )
+        if not own.is_meta and same_values(copied, own):
+            continue
+        if own.is_meta and module is not unwrapped(module):
+            continue
+        if not alone:
+            raise InputError(f"{what}, which other adapters do not have: load it before them")
+        if not own.is_meta:
+            require_same_base(copied[:1], own[:1], what)
+        new.append((own, copied))
+    require_finite({f"{path}.{name}": copied for (path, name), copied in frozen.items()}, folder)
+    for own, copied in new:
+        if own.is_meta:
+            loaded = nn.Parameter(copied.to(own.dtype, copy=True), requires_grad=False)
+            torch.utils.swap_tensors(own, loaded)
+        else:
+            own.copy_(spread_like(own, copied))
+
+
+def require_same_base(copied: torch.Tensor, own: torch.Tensor, what: str) -> None:
+    """Raises InputError unless the first rows of a copy and of the base's weight are the same.
+
+    Tokens are added behind the others, so that only the last rows of a resized weight are new.
+    """
+    if not same_values(copied, own):
+        raise InputError(
+            f"{what}, which differs from the base's in its first row: it is an adapter for another "
+            "base model"
+        )
