@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lorakit.lora.prepare import preprocess_corda as preprocess_corda
     from lorakit.lora.prepare import preprocess_loraga as preprocess_loraga
     from lorakit.lora.recommend import recommended_config as recommended_config
+    from lorakit.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from lorakit.models.auto import AutoTokenizer as AutoTokenizer
     from lorakit.models.load import load_model as load_model
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
@@ -74,6 +76,7 @@ _BY_MODULE = {
         "preprocess_loraga",
     ],
     "lorakit.lora.recommend": ["recommended_config"],
+    "lorakit.models.auto": ["AutoModelForCausalLM", "AutoTokenizer"],
     "lorakit.models.load": ["load_model"],
     "lorakit.training.monitor": ["LoraMonitor"],
     "lorakit.training.run": ["train"],

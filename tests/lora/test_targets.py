@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from families import wrap
 from lorakit import LoraConfig
 from lorakit.errors import InputError
-from lorakit.lora.targets import resolve_targets, suffixes_for
+from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import resolve_targets
 
 SMALL = {
     "hidden_size": 32,
@@ -83,7 +84,7 @@ def test_presets_find_the_projections_of(family: str):
     head = getattr(model, "get_output_embeddings", lambda: None)()
     assert all(model.get_submodule(name) is not head for name in found["all-linear"])
     for names in found.values():  # what is written to the file means the same modules again
-        written = LoraConfig(target_modules=suffixes_for(names, model))
+        written = LoraConfig(target_modules=written_targets(names, model))
         assert resolve_targets(model, written) == names
 
 

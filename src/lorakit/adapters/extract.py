@@ -27,10 +27,11 @@ from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.presets import output_head
-from lorakit.lora.targets import suffixes_for
+from lorakit.lora.target_names import written_targets
 from lorakit.lora.vocabulary import embeddings
+from lorakit.models.folders import shards_in
 from lorakit.models.names import resolve
-from lorakit.models.shards import ShardReader, StoredTensor, all_tensors, read_shards
+from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
 from lorakit.models.skeleton import file_names, skeleton
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class _Model:
                 f"model: {name} is a GGUF file, whose tensors are packed: give a folder with "
                 "safetensors"
             )
-        tensors = all_tensors(read_shards(source.path))
+        tensors = all_tensors(shards_in(source.path))
         with ShardReader(tensor.path for tensor in tensors.values()) as reader:
             yield cls(name, source.path, tensors, reader)
 
@@ -189,7 +190,7 @@ def _extract(
             f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
         }
     config = LoraConfig(
-        target_modules=suffixes_for(list(ranks), model),
+        target_modules=written_targets(list(ranks), model),
         modules_to_save=whole or None,  # in full: PEFT takes any name that ends like it
         ensure_weight_tying=bool(tied),
         fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),

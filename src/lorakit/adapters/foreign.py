@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorakit import atomic
+from lorakit.adapters.chatglm_names import FACTORS_A, native_adapter
+from lorakit.adapters.ranks import usual_and_others
 from lorakit.errors import InputError, listed
-from lorakit.lora.checkpoint import PREFIX, write_adapter
+from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.targets import suffixes_for
+from lorakit.lora.target_names import written_targets
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
 
@@ -56,16 +58,20 @@ class _Factors:
 def import_adapter(
     source: str | Path, output: str | Path, *, base: str | None = None, alpha: float | None = None
 ) -> Imported:
-    """Writes the adapter in `source`, a file or mlx-lm's folder, to the new folder `output`.
+    """Writes the adapter in `source`, a file or a folder, to the new folder `output`.
+
+    A folder is mlx-lm's, or PEFT's with the names of ChatGLM's original code.
 
     Args:
-        base: the base model; mlx-lm's folder may name it itself.
+        base: the base model; a folder may name it itself.
         alpha: loralib's `lora_alpha`, which its files do not have.
 
     Raises:
         InputError: the file is of no known kind, damaged, a pickle, or for another base model.
     """
     atomic.require_free(output)
+    if (Path(source) / WEIGHTS_NAME).is_file():
+        return _from_original_code(Path(source), output, base, alpha)
     path, settings = _locate(Path(source))
     tensors = _load(path)
     base = base or settings.get("model")
@@ -94,6 +100,20 @@ def import_adapter(
         write_adapter(folder, config, own)
     ranks = Counter(factors.A.shape[0] for factors in found.values())
     return Imported(str(output), tool, len(found), dict(sorted(ranks.items())), notices)
+
+
+def _from_original_code(
+    source: Path, output: str | Path, base: str | None, alpha: float | None
+) -> Imported:
+    if alpha is not None:
+        raise InputError("--alpha: PEFT's files say it themselves")
+    config, tensors = native_adapter(source, base)
+    with atomic.new_folder(output) as folder:
+        write_adapter(folder, config, tensors)
+    ranks = Counter(t.shape[0] for key, t in tensors.items() if key.endswith(FACTORS_A))
+    return Imported(
+        str(output), "PEFT on ChatGLM's code", ranks.total(), dict(sorted(ranks.items()))
+    )
 
 
 def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
@@ -263,21 +283,15 @@ def _as_peft(
         else:
             ends = "lora_A.weight", "lora_B.weight"
         tensors |= {f"{PREFIX}{name}.{ends[0]}": A, f"{PREFIX}{name}.{ends[1]}": B}
-    r, ranks = _usual({name: factors.A.shape[0] for name, factors in found.items()})
-    alpha, alphas = _usual({name: factors.alpha for name, factors in found.items()})
+    r, ranks = usual_and_others({name: factors.A.shape[0] for name, factors in found.items()})
+    alpha, alphas = usual_and_others({name: factors.alpha for name, factors in found.items()})
     config = LoraConfig(
         r=int(r),
         lora_alpha=alpha,
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern=alphas,
-        target_modules=suffixes_for(list(found), model),
+        target_modules=written_targets(list(found), model),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
     return config, tensors
-
-
-def _usual(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The most frequent value, and by an expression for their module those that differ."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    return usual, {re.escape(name): value for name, value in values.items() if value != usual}

@@ -20,10 +20,11 @@ from lorakit.adapters.together import add_others
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
-from lorakit.lora.layers.mergeable import row_blocks
+from lorakit.lora.layers.rows import row_blocks
 from lorakit.lora.vocabulary import vocabulary_size
+from lorakit.models.folders import shards_in
 from lorakit.models.load import stored_dtype
-from lorakit.models.shards import all_tensors, read_shards
+from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import file_names
 
 
@@ -35,7 +36,7 @@ def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     Raises:
         InputError: the base cannot be loaded, or adapters do not fit it.
     """
-    stored = {} if job.path.is_file() else all_tensors(read_shards(job.path))
+    stored = {} if job.path.is_file() else all_tensors(shards_in(job.path))
     exact = exact_dtype(job, stored)
     opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
     names = add_others(opened.model, job.adapters, job.weights, opened.added_tokens)
@@ -54,7 +55,7 @@ def merge_in_memory(
     default = job.dtype or stored_dtype(opened.base_model)
     dtypes: dict[str, torch.dtype] = {}
     if job.dtype is None and not job.quantization:
-        tensors = all_tensors(read_shards(job.path))
+        tensors = all_tensors(shards_in(job.path))
         stored = file_names(base, tensors).stored
         dtypes = {key: tensors[name].dtype for key, name in stored.items()}
     merged, survival, modules = merge_loaded(opened.model, names, dtypes, default)

@@ -203,11 +203,12 @@ def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | No
         model: it without weights.
     """
     from lorakit.models.fingerprint import fingerprint_of_skeleton
+    from lorakit.models.folders import shards_in
     from lorakit.models.load import CLASSIFICATION
-    from lorakit.models.shards import all_tensors, read_shards
+    from lorakit.models.shards import all_tensors
 
     try:
-        tensors = all_tensors(read_shards(path))
+        tensors = all_tensors(shards_in(path))
     except InputError:  # a GGUF file, say
         return None
     # A classifier's new head is not of the base.

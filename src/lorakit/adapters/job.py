@@ -6,7 +6,7 @@ Both ways of merging, `streaming.py` and `in_memory.py`, start from it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,19 +173,17 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
     Raises:
         InputError: a file leads nowhere.
     """
+    from lorakit.models.chatglm.config import is_original, read_original
+
     own = None
     if has_tokenizer(job.first.folder):
         own = own_tokenizer(job.first.folder, load_tokenizer(job.path), rows)
-    for path in sorted(job.path.iterdir()):
-        small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
-        if not small or path.name in _OWN or path.name.endswith(".index.json"):
-            continue
-        if own is not None and path.name in TOKENIZER_FILES:
-            continue
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    if is_original(job.path):
+        from lorakit.models.chatglm.convert import write_companions
+
+        write_companions(read_original(job.path), folder)
+    else:
+        _copy_small(job.path, folder, without=TOKENIZER_FILES if own is not None else ())
     if own is not None:
         copy_tokenizer(job.first.folder, folder)
     template = job.first.folder / TEMPLATE_NAME
@@ -198,3 +196,19 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _copy_small(source: Path, folder: Path, without: Collection[str]) -> None:
+    """Copies what goes with a model's weights, but files of the names in `without`.
+
+    Raises:
+        InputError: a file leads nowhere.
+    """
+    for path in sorted(source.iterdir()):
+        small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
+        if not small or path.name in (*_OWN, *without) or path.name.endswith(".index.json"):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)

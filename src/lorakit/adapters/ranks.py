@@ -68,3 +68,9 @@ def set_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
         init_lora_weights=True,
         inference_mode=True,
     )
+
+
+def usual_and_others(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most frequent value, and by an expression for their module those that differ."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {re.escape(name): value for name, value in values.items() if value != usual}

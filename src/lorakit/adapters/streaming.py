@@ -33,16 +33,16 @@ from lorakit.adapters.updates import COPY
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
-from lorakit.lora.layers.mergeable import RowUpdate, in_part, merged_rows, row_blocks
+from lorakit.lora.layers.rows import RowUpdate, in_part, merged_rows, row_blocks
 from lorakit.lora.vocabulary import require_same_base, vocabulary_size
 from lorakit.models.fingerprint import fingerprint_of_files
+from lorakit.models.folders import shards_in
 from lorakit.models.load import set_padding
 from lorakit.models.shards import (
     ShardReader,
     StoredTensor,
     all_tensors,
     new_shard,
-    read_shards,
     write_index,
 )
 from lorakit.models.skeleton import file_names, skeleton
@@ -59,7 +59,7 @@ def stream(job: MergeJob, folder: Path) -> Written:
         LorakitError: merged values are not finite.
         NotStreamable: the model must be loaded; nothing is written.
     """
-    shards = read_shards(job.path)
+    shards = shards_in(job.path)
     tensors = all_tensors(shards)
     model = skeleton(job.path, job.first.task_type, exact_dtype(job, tensors), job.first.labels)
     added = add_rows(model, job.first)

@@ -51,7 +51,7 @@ def add_others(
     """
     from lorakit.lora.injection import wrapped_modules
     from lorakit.lora.layers import Mergeable
-    from lorakit.lora.layers.mergeable import in_part
+    from lorakit.lora.layers.rows import in_part
     from lorakit.lora.targets import unwrapped
     from lorakit.lora.vocabulary import embeddings, rows_in_file
 

@@ -36,10 +36,10 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    from transformers import AutoTokenizer
+    from lorakit.models.folders import tokenizer_in
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer_in(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the tokenizer in {folder} is missing or damaged: copy or save it again"

@@ -16,6 +16,7 @@ class Target(StrEnum):
     OLLAMA = "ollama"
     VLLM = "vllm"
     MLX = "mlx"
+    CHATGLM = "chatglm"
 
 
 def export(
@@ -38,7 +39,7 @@ def export(
         str | None, typer.Option(help="ollama: the system message where there is none.")
     ] = None,
 ) -> None:
-    """Write an adapter for llama.cpp (GGUF), Ollama, vLLM or mlx-lm."""
+    """Write an adapter for llama.cpp (GGUF), Ollama, vLLM, mlx-lm or ChatGLM's original code."""
     _refuse_idle(to, merged, dtype, system)
     if to is Target.GGUF:
         from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
@@ -71,6 +72,15 @@ def export(
         copy = export_vllm(adapter, output, base=base)
         typer.echo(f"for vLLM: {copy.output} ({copy.modules} modules, rank {copy.r}, scaling 1)")
         notices, command = copy.notices, copy.command
+    elif to is Target.CHATGLM:
+        from lorakit.adapters.export.chatglm import export_chatglm
+
+        named = export_chatglm(adapter, output, base=base)
+        ranks = ", ".join(f"{count} of rank {r}" for r, count in named.ranks.items())
+        typer.echo(
+            f"for ChatGLM's original code: {named.output} ({named.modules} modules: {ranks})"
+        )
+        notices, command = named.notices, named.command
     else:
         from lorakit.adapters.export.mlx import export_mlx
 

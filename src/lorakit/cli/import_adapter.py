@@ -8,7 +8,10 @@ import typer
 
 def import_adapter(
     source: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or the folder of mlx-lm's adapter.")
+        Path,
+        typer.Argument(
+            help="A .safetensors file, mlx-lm's folder, or PEFT's on ChatGLM's original code."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the adapter.")],
     base: Annotated[
@@ -18,7 +21,7 @@ def import_adapter(
         float | None, typer.Option(help="loralib's lora_alpha, which its files do not hold.")
     ] = None,
 ) -> None:
-    """Read an adapter of mlx-lm, loralib or kohya (language models) into PEFT's files."""
+    """Read an adapter of mlx-lm, loralib or kohya, or on ChatGLM's code, into PEFT's files."""
     from lorakit.adapters.foreign import import_adapter as run
 
     imported = run(source, output, base=base, alpha=alpha)

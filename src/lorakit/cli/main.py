@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from lorakit import __version__
 from lorakit.cli.chat import chat
 from lorakit.cli.check import check
 from lorakit.cli.combine import combine
+from lorakit.cli.convert import convert
 from lorakit.cli.demo import demo
 from lorakit.cli.diff import diff
 from lorakit.cli.eval import evaluate
@@ -25,13 +27,14 @@ from lorakit.cli.hub import pull, push
 from lorakit.cli.import_adapter import import_adapter
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
+from lorakit.cli.models import models
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
 from lorakit.cli.serve import serve
 from lorakit.cli.sweep import sweep
 from lorakit.cli.train import train
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.training.processes import first_to_fail
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
@@ -62,6 +65,8 @@ app.command()(export)
 app.command("import")(import_adapter)
 app.command()(push)
 app.command()(pull)
+app.command()(convert)
+app.command()(models)
 app.command()(inspect)
 app.command()(combine)
 app.command()(resize)
@@ -100,6 +105,7 @@ def main() -> None:
     # Libraries speak when something is wrong; their hints and progress are not for this screen.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = _as_notice
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False) or 0
@@ -124,6 +130,11 @@ def main() -> None:
         kind = type(error).__name__
         code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
     sys.exit(code)
+
+
+def _as_notice(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as one line, without the place in the code that gave it."""
+    return f"notice: {one_line(str(message))}\n"
 
 
 def _fail(message: str, code: int) -> int:

@@ -17,17 +17,20 @@ from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.base_model import BaseModel
+from lorakit.lora.beside import require_beside
 from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combine import Settings
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.fused_names import fused_targets
 from lorakit.lora.injection import inject, remove, wrapped_modules
 from lorakit.lora.layers import LoraLayer, LoraParameter, Mergeable
 from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
 from lorakit.lora.presets import PRESETS
 from lorakit.lora.replication import Replication
 from lorakit.lora.routing import Route, Routing
-from lorakit.lora.targets import suffixes_for, task_heads
+from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import task_heads
 from lorakit.lora.weighted import combination
 
 _MANY = 20  # target names, as of an adapter that lists whole paths, are shortened to endings
@@ -110,29 +113,17 @@ class AdapterBank(nn.Module):
         initialize: bool = True,
         meta: bool = False,
     ) -> None:
-        if adapter_name in self.peft_config:
-            raise InputError(f"there is an adapter '{adapter_name}' already")
-        if self.biases or (self.adapters and config.bias != "none"):
-            raise InputError(
-                "an adapter with bias='all' or 'lora_only' trains the base itself and cannot "
-                "stand beside others: set bias='none' for all of them"
-            )
-        if self.adapters and "loftq" in (
-            config.init_lora_weights,
-            *(other.init_lora_weights for other in self.peft_config.values()),
-        ):
-            raise InputError(
-                "an adapter with init_lora_weights='loftq' quantises the base itself and cannot "
-                "stand beside others"
-            )
+        require_beside(adapter_name, config, self.peft_config)
         model = self.get_base_model()
         if heads := task_heads(model, config):
             own = config.modules_to_save or []
             config.modules_to_save = [*own, *(head for head in heads if head not in own)]
+        if isinstance(config.target_modules, list):
+            config.target_modules = fused_targets(model, config.target_modules)
         found = inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
         names = config.target_modules
         if names is None or names in PRESETS or (isinstance(names, list) and len(names) >= _MANY):
-            config.target_modules = suffixes_for(found, model)
+            config.target_modules = written_targets(found, model)
         if config.base_model_name_or_path is None:
             name = getattr(getattr(model, "config", None), "_name_or_path", None)
             config.base_model_name_or_path = name or None

@@ -30,7 +30,8 @@ from lorakit.lora.initialize import START
 from lorakit.lora.injection import put_back_unused, wrapped_modules
 from lorakit.lora.layers import LoraLinear, is_conv1d
 from lorakit.lora.parameters import set_trainable
-from lorakit.lora.targets import resolve_targets, suffixes_for
+from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import resolve_targets
 
 
 def preprocess_corda(
@@ -187,7 +188,7 @@ def initialize_lora_eva_weights(
                 layers[path].matrices(adapter_name)[0].copy_(A)
     put_back_unused(base)
     left = {path for path, layer in wrapped_modules(base) if adapter_name in layer.adapters}
-    new.target_modules = suffixes_for([p for p in layers if p in left], base)
+    new.target_modules = written_targets([p for p in layers if p in left], base)
     model.peft_config[adapter_name] = new
     trainable = adapter_name in model.active_adapters
     set_trainable(model.adapter_tensors(adapter_name).values(), trainable)

@@ -1,10 +1,13 @@
 """The presets of `target_modules`: `attention-minimal`, `attention` and `all-linear`.
 
 They are found by what modules are called and where they stand, so that fused and renamed
-projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too.
+projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too. What a preset leaves out of a
+model, and why, is told beside what it finds.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,12 +27,87 @@ _MINIMAL = _QUERY | _VALUE | _FUSED | _LATENT_QUERY | _LATENT_KEY_VALUE
 _ATTENTION = _MINIMAL | _KEY | _OUTPUT
 
 
-def preset_names(preset: str, linear: Iterable[str]) -> list[str]:
-    """Those of the paths of a model's linear modules, without its head, that `preset` means."""
+@dataclass(frozen=True)
+class Chosen:
+    """The paths of the modules that a preset means, and what it left out, for the user to know."""
+
+    names: list[str]
+    notices: list[str]
+
+
+def choose(preset: str, linear: Iterable[str], model: nn.Module) -> Chosen:
+    """What `preset` means in `model`.
+
+    Args:
+        linear: the paths of its linear modules without its head.
+    """
+    names, notices = list(linear), []
+    mixers = [name for name, m in model.named_modules() if reads_weights(m)]
+    names = [name for name in names if not _is_read(name, mixers)]
+    if part := language_part(model):
+        inside = [name for name in names if name.startswith(f"{part}.")]
+        if len(inside) < len(names):
+            notices.append(
+                f"'{preset}' adapts the language part ({part}) alone: name modules, or give an "
+                "expression, where the others are meant too"
+            )
+        names = inside
     if preset == "all-linear":
-        return list(linear)
+        if experts := expert_parameters(model):
+            kinds = dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts)
+            notices.append(
+                f"'{preset}' leaves out the experts, which are no linear layers but stacked "
+                f"weights: target_parameters=[{', '.join(kinds)}] adapts them"
+            )
+        return Chosen(names, notices)
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
-    return [name for name in linear if name.rpartition(".")[2] in wanted and _in_attention(name)]
+    found = [name for name in names if name.rpartition(".")[2] in wanted and _in_attention(name)]
+    # Without attention the mixers do its work.
+    return Chosen(found or [name for name in names if _stands_in(name, mixers)], notices)
+
+
+def reads_weights(module: nn.Module) -> bool:
+    """Whether this is a mixer of Mamba's kind.
+
+    It calls its `in_proj`; the weights of its other layers are read, by its own code or by its
+    kernels, so that an adapter beside these layers would do nothing there.
+    """
+    return isinstance(getattr(module, "A_log", None), nn.Parameter) and hasattr(module, "in_proj")
+
+
+def _stands_in(name: str, parents: Iterable[str]) -> bool:
+    return name.rpartition(".")[0] in set(parents)
+
+
+def _is_read(name: str, mixers: Iterable[str]) -> bool:
+    return _stands_in(name, mixers) and name.rpartition(".")[2] != "in_proj"
+
+
+def language_part(model: nn.Module) -> str | None:
+    """The path of the language model in a model for pictures or sound too; None in all others."""
+    config: Any = getattr(model, "config", None)
+    get_text, get_decoder = (
+        getattr(config, "get_text_config", None),
+        getattr(model, "get_decoder", None),
+    )
+    if get_text is None or get_decoder is None:
+        return None
+    try:
+        if get_text() is config:
+            return None
+    except ValueError:  # an encoder and a decoder, both for text
+        return None
+    decoder = get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    speaks = output_head(model) is not None or path.rpartition(".")[2] == "language_model"
+    return path if path and speaks else None
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The paths of the stacked weights (experts, …, …) of a mixture's experts."""
+    return [
+        name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name.lower()
+    ]
 
 
 def _in_attention(name: str) -> bool:

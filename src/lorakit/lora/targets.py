@@ -26,7 +26,7 @@ from lorakit.lora.layers import (
     Wrapped,
     layer_class,
 )
-from lorakit.lora.presets import PRESETS, output_head, preset_names
+from lorakit.lora.presets import PRESETS, choose, output_head, reads_weights
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +61,10 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if isinstance(targets, str) and targets in PRESETS:
         head = output_head(model)
         linear = [name for name, m in candidates.items() if _is_linear(m) and m is not head]
-        found = preset_names(targets, linear)
+        chosen = choose(targets, linear, model)
+        found = chosen.names
+        for notice in chosen.notices if not config.target_parameters else []:
+            warnings.warn(notice, stacklevel=6)
         if not found and config.target_modules is None and config.target_parameters:
             return []
         if not found:
@@ -74,9 +77,9 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         if not found:
             raise _no_match(f"the expression {targets!r}", targets, candidates)
     else:
-        found = [n for n in candidates if any(_is_suffix(t, n) for t in targets)]
+        found = [n for n in candidates if any(is_suffix(t, n) for t in targets)]
         for target in targets:
-            if not any(_is_suffix(target, name) for name in found):
+            if not any(is_suffix(target, name) for name in found):
                 raise _no_match(f"'{target}'", target, candidates, _coverage(targets, found))
     kept = [name for name in found if not _excluded(config.exclude_modules, name)]
     exclude = config.exclude_modules
@@ -95,6 +98,12 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
             raise InputError(
                 f"target_modules matches {name}, a {kind}: LoRA applies to linear, "
                 f"embedding, convolution and attention layers here ({there})"
+            )
+        above, _, own = name.rpartition(".")
+        if own == "dt_proj" and reads_weights(modules[above]):
+            raise InputError(
+                f"target_modules matches {name}, whose weight Mamba reads without calling the "
+                "layer, so that an adapter there would do nothing: in_proj is called"
             )
     return found
 
@@ -119,7 +128,7 @@ def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     names = [name for name, _ in base_modules(model) if name]
     found = []
     for wanted in config.modules_to_save or []:
-        matches = [name for name in names if _is_suffix(wanted, name)]
+        matches = [name for name in names if is_suffix(wanted, name)]
         if not matches and wanted in _HEADS.get(config.task_type or "", ()):
             continue  # PEFT's files name every head that a task's models may have
         if not matches:
@@ -146,7 +155,7 @@ def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, 
     ]
     found = []
     for wanted in config.target_parameters or []:
-        matches = [pair for pair in there if _is_suffix(wanted, ".".join(pair).lstrip("."))]
+        matches = [pair for pair in there if is_suffix(wanted, ".".join(pair).lstrip("."))]
         if not matches:
             endings = dict.fromkeys(".".join(pair).rpartition(".")[2] for pair in there)
             raise InputError(
@@ -174,7 +183,7 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]
         wanted = {own: wanted}
     found: dict[str, list[int]] = {}
     for name, tokens in wanted.items():
-        paths = [path for path in embeddings if _is_suffix(name, path)]
+        paths = [path for path in embeddings if is_suffix(name, path)]
         if not paths:
             raise InputError(
                 f"trainable_token_indices: '{name}' matches no embedding of this model"
@@ -248,23 +257,6 @@ def unwrapped(module: nn.Module) -> Any:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def suffixes_for(found: list[str], model: nn.Module) -> list[str]:
-    """The shortest module-path endings that match `found` and nothing else LoRA could adapt.
-
-    This is how a preset is written to `adapter_config.json`, for readers that know no presets.
-    """
-    others = [n for n, m in base_modules(model) if n not in set(found) and n]
-    endings: dict[str, None] = {}
-    for name in found:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            ending = ".".join(parts[-length:])
-            if not any(_is_suffix(ending, other) for other in others):
-                break
-        endings[ending] = None
-    return list(endings)
-
-
 def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
     """The last parts of the paths of all modules that LoRA applies to, each once."""
     return list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _adaptable(m)))
@@ -285,7 +277,8 @@ def _is_linear(module: nn.Module) -> bool:
     return kind in (LoraLinear, LoraQuantizedLinear, LoraTiedHead)
 
 
-def _is_suffix(target: str, name: str) -> bool:
+def is_suffix(target: str, name: str) -> bool:
+    """Whether a name in `target_modules` means the module at the path `name`, as in PEFT."""
     return name == target or name.endswith(f".{target}")
 
 
@@ -298,7 +291,7 @@ def _excluded(exclude: list[str] | str | None, name: str) -> bool:
         return False
     if isinstance(exclude, str):
         return _fullmatch(exclude, name)
-    return any(_is_suffix(e, name) for e in exclude)
+    return any(is_suffix(e, name) for e in exclude)
 
 
 def _in_layers(config: LoraConfig, name: str) -> bool:
@@ -323,7 +316,7 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 def _coverage(targets: Iterable[str], found: Iterable[str]) -> str:
     """How many modules each target matches, for a message."""
-    counts = Counter(t for name in found for t in targets if _is_suffix(t, name))
+    counts = Counter(t for name in found for t in targets if is_suffix(t, name))
     return listed(f"{target} {counts[target]}" for target in targets)
 
 

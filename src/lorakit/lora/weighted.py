@@ -19,7 +19,7 @@ from lorakit.lora.combine import Settings, Update, check_settings, combine
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraParameter
-from lorakit.lora.targets import suffixes_for
+from lorakit.lora.target_names import written_targets
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _config(
         lora_alpha=usual,
         rank_pattern=pattern,
         alpha_pattern={path: float(r) for path, r in pattern.items()},
-        target_modules=suffixes_for(list(ranks), model),
+        target_modules=written_targets(list(ranks), model),
         modules_to_save=list(dict.fromkeys(saved)) or None,
         lora_bias=any(config.lora_bias for config in configs),
         task_type=configs[0].task_type,

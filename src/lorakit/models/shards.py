@@ -98,6 +98,15 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
             f"model: {folder} has no {WEIGHTS_NAME}: a folder that holds neither {WEIGHTS_NAME} "
             f"nor {INDEX_NAME} cannot be used, as only safetensors is read: save the model with it"
         )
+    return read_index(index)
+
+
+def read_index(index: Path) -> dict[str, list[str]]:
+    """The names of the tensors in each of the files that `index` names, by the file's name.
+
+    Raises:
+        InputError: it cannot be right.
+    """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]

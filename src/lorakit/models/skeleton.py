@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
+from lorakit.models.folders import config_in
 from lorakit.models.load import FORMS, label_options
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    options["local_files_only"] = True
-    if is_gguf := path.is_file():
-        options["gguf_file"] = path.name
     try:
-        return AutoConfig.from_pretrained(path.parent if is_gguf else path, **options)
+        if path.is_file():
+            return AutoConfig.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, **options
+            )
+        return config_in(path, **options)
+    except InputError:
+        raise
     except Exception as error:  # transformers has a kind of its own for every check
         raise InputError(
             f"model: the configuration of {path} cannot be read: {_reason(error)}"
@@ -71,14 +75,38 @@ def skeleton(
     Raises:
         InputError: transformers has no such model.
     """
+    config = read_base_config(path, **label_options(labels))
+    return _on_meta(config, FORMS[task_type], path, dtype)
+
+
+def blank_model(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
+    """The model on the meta device, in the form that its configuration names.
+
+    Args:
+        config: what `read_base_config` gives of `path`.
+
+    Raises:
+        InputError: transformers has no such model.
+    """
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    known = isinstance(named, str) and hasattr(getattr(transformers, named, None), "_from_config")
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    return _on_meta(config, named if known else FORMS["CAUSAL_LM"] if causal else "AutoModel", path)
+
+
+def _on_meta(
+    config: PreTrainedConfig, form: str, path: Path, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     import torch
     import transformers
 
-    config = read_base_config(path, **label_options(labels))
-    form = FORMS[task_type]
+    kind = getattr(transformers, form)
+    build = kind.from_config if form.startswith("Auto") else kind._from_config
     try:
         with torch.device("meta"):
-            model = getattr(transformers, form).from_config(config, dtype=dtype)
+            model = build(config, dtype=dtype)
     except Exception as error:  # a value in the configuration can fail anywhere
         raise InputError(f"model: {path} has no form as {form}: {_reason(error)}") from error
     return model.eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit import atomic
 from lorakit.adapters.added_tokens import add_rows
@@ -164,21 +164,25 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     from lorakit.data.templates import ensure_template
+    from lorakit.models.folders import tokenizer_in
 
-    source = resolve(base)
-    where: dict[str, Any] = {"local_files_only": True}
-    folder = source.path
-    if source.is_gguf:
-        folder, where["gguf_file"] = source.path.parent, source.path.name
-    read_base_config(source.path)  # whose damages it names better
+    path = resolve(base).path
+    read_base_config(path)  # whose damages it names better
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        if path.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True
+            )
+        else:
+            tokenizer = tokenizer_in(path)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"model: the tokenizer of {base} is missing or damaged: copy or fetch the model again"
         ) from error
     if has_tokenizer(Path(adapter)):
-        model = skeleton(source.path)
+        model = skeleton(path)
         add_rows(model, read_files(adapter, base))
         tokenizer = own_tokenizer(Path(adapter), tokenizer, vocabulary_size(model)) or tokenizer
     if (template := read_template(adapter)) is not None:

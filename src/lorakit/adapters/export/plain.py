@@ -16,6 +16,7 @@ from lorakit.adapters.derived import origin
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
+from lorakit.models.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -89,8 +90,19 @@ def read_plain(folder: str | Path, target: str, base: str | None = None) -> Plai
 
 
 def found_at(base_model: str) -> str:
-    """The base model's name as other programs find it: an alias is lorakit's own word."""
-    return str(resolve(base_model).path) if base_model in ALIASES else base_model
+    """The base model's name as other programs find it: an alias is lorakit's own word.
+
+    Raises:
+        InputError: they cannot read it with the names that the adapter has.
+    """
+    if base_model in ALIASES:
+        return str(resolve(base_model).path)
+    if original_folder(base_model) is not None:
+        raise InputError(
+            f"model: {base_model} is in ChatGLM's original layout, whose modules have other names: "
+            f"lorakit convert {base_model} -o DIR, and give --base DIR"
+        )
+    return base_model
 
 
 def _require_plain(

@@ -119,6 +119,7 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
     """
     atomic.require_free(output)
     servable = read_servable(adapter, base)
+    served = found_at(servable.plain.base_model)
     write_copy(servable, output)
     plain, r = servable.plain, servable.r
     notices = list(plain.notices)
@@ -127,7 +128,7 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
             f"{plain.base_model} is a GGUF file: give vLLM the folder or hub id it was made from"
         )
     command = (
-        f"vllm serve {shlex.quote(found_at(plain.base_model))} --enable-lora --lora-modules "
+        f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules "
         f"{shlex.quote(lora_module(Path(output).name, str(output)))} --max-lora-rank {r}"
     )
     return VllmExport(str(output), r, len(plain.pairs), command, tuple(notices))

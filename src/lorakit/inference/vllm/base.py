@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.derived import read_template
 from lorakit.errors import InputError, listed
+from lorakit.models.chatglm.config import is_original
+from lorakit.models.folders import template_in
 from lorakit.models.names import ALIASES, resolve
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def find_base(name: str, revision: str | None = None) -> Base:
     """Finds the model that `name` means; nothing is fetched.
 
     Raises:
-        InputError: there is none, or it is not in safetensors.
+        InputError: there is none, or vLLM cannot serve adapters on it as it lies there.
     """
     from lorakit.models.shards import find_shards
 
@@ -79,10 +80,23 @@ def find_base(name: str, revision: str | None = None) -> Base:
         )
     hub_like = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name not in ALIASES and hub_like and not path.exists():
-        return Base(name, name, _in_cache(name, revision))
+        cached = _in_cache(name, revision)
+        if cached is not None:
+            _require_native(name, cached)
+        return Base(name, name, cached)
     folder = resolve(name).path.absolute()
+    _require_native(name, folder)
     find_shards(folder)
     return Base(name, str(folder), folder)
+
+
+def _require_native(name: str, folder: Path) -> None:
+    """vLLM's own ChatGLM has no modules of the names that lorakit's adapters have."""
+    if is_original(folder):
+        raise InputError(
+            f"{name} is in ChatGLM's original layout, whose modules have other names in vLLM than "
+            f"the adapters do: lorakit convert {name} -o DIR, and give --model DIR"
+        )
 
 
 def require_lora(base: Base) -> None:
@@ -174,13 +188,7 @@ def slot_bytes(model: nn.Module, rank: int) -> int:
 
 def own_template(base: Base) -> str | None:
     """The base's own chat template, None where there is none or it is not here."""
-    if base.folder is None:
-        return None
-    if (template := read_template(base.folder)) is not None:
-        return template
-    tokenizer = base.folder / "tokenizer_config.json"
-    template = _json(tokenizer).get("chat_template") if tokenizer.is_file() else None
-    return template if isinstance(template, str) else None
+    return None if base.folder is None else template_in(base.folder)
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:

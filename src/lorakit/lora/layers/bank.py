@@ -23,7 +23,15 @@ from lorakit.lora.initialize import (
     initialize_bias,
     initialize_loftq,
 )
-from lorakit.lora.layers.mergeable import Mergeable, RowUpdate, merged_rows, row_blocks
+from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.layers.rows import (
+    RowUpdate,
+    merged_rows,
+    product_rows,
+    row_blocks,
+    transposed_rows,
+    turned_rows,
+)
 from lorakit.lora.routing import Routing
 
 
@@ -308,25 +316,12 @@ class LayerBank(Mergeable):
         dtype = torch.promote_types(self.base_weight.dtype, A.dtype)  # that of the sum
         A, B = A.to(dtype), B.to(dtype)
         scaling, magnitude = self.scaling[name], self._magnitude(name)
-        scaled = B * scaling
         if self.stored_transposed:
-            if magnitude is not None:
-                return None
-            return lambda total, _, rows: total.addmm_(A[:, rows].T, scaled.T)
+            return None if magnitude is not None else transposed_rows(A, B, scaling)
         if magnitude is None:
-            return lambda total, _, rows: total.flatten(1).addmm_(scaled[rows], A)
+            return product_rows(A, B, scaling)
         lengths, share = magnitude.detach().flatten(), self.shares.get(name, 1.0)
-
-        def add(total: torch.Tensor, W: torch.Tensor, rows: slice) -> None:
-            """DoRA: `m (W + scaling B A) / ‖…‖ - W`."""
-            # A copy: on some processors a product's last bits depend on where its factors lie.
-            matrix = self._as_matrix(W.to(dtype, copy=True))
-            norms = channel_norms(matrix, A, B[rows], scaling)
-            turned = matrix + scaled[rows] @ A
-            update = (lengths[rows] / norms)[:, None] * turned - matrix
-            total.add_(update.mul_(share).view_as(total))
-
-        return add
+        return turned_rows(A, B, scaling, lengths, share, self._as_matrix)
 
     def _weight_update(self, name: str) -> torch.Tensor:
         """All that adapter `name` changes in the stored weight, DoRA's lengths included."""

@@ -3,51 +3,16 @@
 One layer's merge is here, a whole model's in `lora/merging.py`.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError
+from lorakit.lora.layers.rows import RowUpdate
 from lorakit.lora.routing import Route, Routing
-
-RowUpdate = Callable[[torch.Tensor, torch.Tensor, slice], object]
-"""Adds an update, in place, to a sum over some rows of a stored weight.
-
-It takes the sum, the rows as they are stored, and where they lie.
-"""
-
-_BLOCK = 1 << 19  # values at a time: few enough for the processor's last cache
-
-
-def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """The rows of a stored weight of this shape, about 2**19 values at a time."""
-    rows, width = shape[0], math.prod(shape[1:])
-    step = max(1, _BLOCK // max(1, width))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def merged_rows(
-    W: torch.Tensor, rows: slice, updates: Sequence[RowUpdate], dtype: torch.dtype
-) -> torch.Tensor:
-    """Rows `W` of a stored weight with all updates added to them, in `dtype`, not yet rounded."""
-    total = W.to(dtype, copy=True)
-    for update in updates:
-        update(total, W, rows)
-    return total
-
-
-def in_part(W: torch.Tensor, V: torch.Tensor, share: float) -> torch.Tensor:
-    """`W + share (V - W)` of a base's tensor `W` that was trained whole, to `V`; 1 is `V` itself.
-
-    Every operation is rounded by itself, so that parts of tensors have the bytes of whole ones.
-    """
-    if share == 1 or not V.is_floating_point():
-        return V.clone()
-    return (V - W).mul_(share).add_(W)
 
 
 class Mergeable(nn.Module, ABC):

@@ -11,7 +11,7 @@ from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.initialize import initialize
 from lorakit.lora.layers.base import LoraLayer
-from lorakit.lora.layers.mergeable import RowUpdate
+from lorakit.lora.layers.rows import RowUpdate
 from lorakit.lora.routing import Route, Routing
 
 

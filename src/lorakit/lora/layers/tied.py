@@ -8,7 +8,7 @@ from torch import nn
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear
-from lorakit.lora.layers.mergeable import RowUpdate
+from lorakit.lora.layers.rows import RowUpdate
 
 
 class LoraTiedHead(LoraLinear):

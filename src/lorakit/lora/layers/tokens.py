@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.layers.mergeable import Mergeable, in_part
+from lorakit.lora.layers.mergeable import Mergeable
+from lorakit.lora.layers.rows import in_part
 from lorakit.lora.routing import Routing
 
 

@@ -1,0 +1,178 @@
+"""A copy of an adapter under the module names of ChatGLM's original code.
+
+That code has one layer `query_key_value` where transformers' GLM has three. Updates of the three
+become one of the summed rank: their A one below the other, their B along the diagonal, which is the
+very same sum. All other layers are one to one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit import atomic
+from lorakit.adapters.export.plain import Pair, read_plain
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import PREFIX, write_adapter
+from lorakit.lora.config import LoraConfig
+from lorakit.models.chatglm.layout import QKV_PARTS, original_module, qkv_rows
+from lorakit.models.names import resolve
+from lorakit.models.skeleton import read_base_config
+
+if TYPE_CHECKING:
+    from transformers import GlmConfig
+
+
+@dataclass(frozen=True)
+class ChatGLMExport:
+    """What was written; `ranks` counts modules by rank, `command` is Python that loads it."""
+
+    output: str
+    modules: int
+    ranks: dict[int, int]
+    command: str
+    notices: tuple[str, ...] = ()
+
+
+def export_chatglm(
+    adapter: str | Path, output: str | Path, *, base: str | None = None
+) -> ChatGLMExport:
+    """Writes `output`, an adapter with the same ΔW for the original code with PEFT.
+
+    Args:
+        base: the base model, when it is not the recorded one: in the original layout or converted.
+
+    Raises:
+        InputError: the base is no GLM, the adapter is more than pairs of matrices or does not fit
+            it, or `output` exists.
+    """
+    from transformers import GlmConfig
+
+    atomic.require_free(output)
+    plain = read_plain(adapter, "ChatGLM's original code", base)
+    config = read_base_config(resolve(plain.base_model).path)
+    if not isinstance(config, GlmConfig):
+        raise InputError(
+            f"{adapter} is for {plain.base_model}, a model of the kind {config.model_type}: only "
+            "adapters for ChatGLM2, ChatGLM3 and GLM-4 can be written for ChatGLM's original code"
+        )
+    scaling = Counter(pair.scaling for pair in plain.pairs.values()).most_common(1)[0][0]
+    found = _renamed(adapter, plain.pairs, scaling, config)
+    with atomic.new_folder(output) as folder:
+        write_adapter(
+            folder,
+            _config(found, scaling, config.num_hidden_layers, plain.config),
+            {key: tensor for path, pair in found.items() for key, tensor in _tensors(path, pair)},
+        )
+    ranks = Counter(pair.r for pair in found.values())
+    command = (
+        f"PeftModel.from_pretrained(AutoModel.from_pretrained({plain.base_model!r}, "
+        f"trust_remote_code=True), {str(output)!r})"
+    )
+    return ChatGLMExport(
+        str(output), len(found), dict(sorted(ranks.items())), command, plain.notices
+    )
+
+
+def _renamed(
+    adapter: str | Path, pairs: Mapping[str, Pair], scaling: float, config: GlmConfig
+) -> dict[str, Pair]:
+    """The pairs by the original path of their module, all with one scaling."""
+    alone: dict[str, Pair] = {}
+    joined: dict[str, dict[str, Pair]] = {}
+    for path, pair in pairs.items():
+        own = Pair(pair.A, pair.folded(scaling), scaling, pair.is_embedding)
+        try:
+            name, part = original_module(path)
+        except KeyError as error:
+            raise InputError(f"{adapter}: GLM has no module {path}: it is for another") from error
+        if part is None:
+            alone[name] = own
+        else:
+            joined.setdefault(name, {})[part] = own
+    return {**alone, **{name: _joined(adapter, p, config) for name, p in joined.items()}}
+
+
+def _joined(adapter: str | Path, parts: Mapping[str, Pair], config: GlmConfig) -> Pair:
+    """One update of `query_key_value` that changes its parts' rows as each of `parts` does."""
+    rows = dict(zip(QKV_PARTS, qkv_rows(config), strict=True))
+    for part, pair in parts.items():
+        if pair.B.shape[0] != rows[part] or pair.A.shape[1] != config.hidden_size:
+            raise InputError(
+                f"{adapter}: {part} has an update of shape {(pair.B.shape[0], pair.A.shape[1])}, "
+                f"and the base a weight of {(rows[part], config.hidden_size)}: give its own --base"
+            )
+    there = [parts[part] for part in QKV_PARTS if part in parts]
+    dtype = torch.promote_types(there[0].B.dtype, there[-1].B.dtype)
+    B = torch.zeros(sum(rows.values()), sum(pair.r for pair in there), dtype=dtype)
+    row = column = 0
+    for part in QKV_PARTS:
+        if part in parts:
+            pair = parts[part]
+            B[row : row + rows[part], column : column + pair.r] = pair.B
+            column += pair.r
+        row += rows[part]
+    return Pair(torch.cat([pair.A for pair in there]), B, there[0].scaling)
+
+
+def _config(
+    pairs: Mapping[str, Pair], scaling: float, layers: int, trained: LoraConfig
+) -> LoraConfig:
+    r = Counter(pair.r for pair in pairs.values()).most_common(1)[0][0]
+    ranks = _patterns({path: pair.r for path, pair in pairs.items()}, r)
+    return LoraConfig(
+        r=r,
+        lora_alpha=_alpha(scaling, r),
+        rank_pattern=ranks,
+        alpha_pattern={name: _alpha(scaling, rank) for name, rank in ranks.items()},
+        target_modules=_targets(pairs, layers),
+        base_model_name_or_path=trained.base_model_name_or_path,
+        task_type=trained.task_type,
+    )
+
+
+def _alpha(scaling: float, r: int) -> float:
+    alpha = scaling * r
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _kind(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """The ranks other than `usual`, by kind of module where a kind has one rank, else by path."""
+    of_kind: dict[str, set[int]] = {}
+    for path, r in ranks.items():
+        of_kind.setdefault(_kind(path), set()).add(r)
+    return {
+        _kind(path) if len(of_kind[_kind(path)]) == 1 else re.escape(path): r
+        for path, r in ranks.items()
+        if r != usual
+    }
+
+
+def _targets(pairs: Mapping[str, Pair], layers: int) -> list[str]:
+    """Names of kinds where every layer is adapted, else paths."""
+    counts = Counter(_kind(path) for path in pairs)
+    return list(
+        dict.fromkeys(
+            _kind(path) if counts[_kind(path)] == layers or ".layers." not in path else path
+            for path in pairs
+        )
+    )
+
+
+def _tensors(path: str, pair: Pair) -> list[tuple[str, torch.Tensor]]:
+    A, B = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if pair.is_embedding
+        else ("lora_A.weight", "lora_B.weight")
+    )
+    return [(f"{PREFIX}{path}.{A}", pair.A.contiguous()), (f"{PREFIX}{path}.{B}", pair.B)]

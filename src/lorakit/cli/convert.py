@@ -1,0 +1,23 @@
+"""`lorakit convert`: a base model in ChatGLM's original layout to transformers' own."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="ChatGLM2, ChatGLM3 or GLM-4 as published: a folder or a hub id.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the model.")],
+) -> None:
+    """Write a ChatGLM base model in the layout that plain transformers loads, without its code."""
+    from lorakit.models.chatglm.convert import convert as run
+    from lorakit.models.names import resolve
+
+    done = run(resolve(source).path, output)
+    typer.echo(
+        f"{done.generation} as transformers' GLM: {done.output} ({done.tensors} tensors, "
+        f"{done.parameters:,} parameters, {done.dtype})"
+    )

@@ -1,0 +1,183 @@
+"""What a base model is, from its configuration and the headers of its files, without its weights.
+
+Which models there are on this machine is `cached.py`'s.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import InputError
+from lorakit.models.folders import shards_in, template_in
+from lorakit.models.load import FORMS
+from lorakit.models.names import ModelSource, resolve
+from lorakit.models.shards import all_tensors
+from lorakit.models.skeleton import blank_model, read_base_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+RANK = 8
+"""The rank that presets' parameters are counted for, PEFT's default."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class PresetFacts:
+    """What a preset of `target_modules` means in a model.
+
+    `target_modules` say the same without the preset; `parameters` are those of an adapter of
+    rank 8.
+    """
+
+    target_modules: list[str] | str
+    modules: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a base model is.
+
+    Attributes:
+        family: the configuration's `model_type`; `architecture` is transformers' class.
+        parameters: numbers that the model computes with; a tied weight counts once.
+        dtype: the one that most of them are stored in; None where no file of weights is here.
+        bytes: the size of the files of weights.
+        context: the most positions, None where the configuration names no limit.
+        tasks: the values of `lora.task_type` for which transformers has a form of it.
+        template: its own chat template.
+        presets: by their names; those that find nothing are left out.
+    """
+
+    name: str
+    path: str
+    family: str
+    architecture: str
+    parameters: int
+    dtype: str | None
+    quantization: str | None
+    bytes: int
+    context: int | None
+    vocabulary: int | None
+    tasks: list[str]
+    template: str | None
+    presets: dict[str, PresetFacts]
+    notices: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as plain JSON types."""
+        return asdict(self)
+
+
+def describe(name: str) -> ModelFacts:
+    """What the model `name` is; nothing is fetched, converted or loaded.
+
+    Raises:
+        InputError: it is not on this machine, or its configuration or a file cannot be read.
+    """
+    source = resolve(name, as_it_is=True)
+    config = read_base_config(source.path)
+    model = blank_model(config, source.path)
+    text = config.get_text_config()
+    dtype, size, notices = _stored(source)
+    presets, said = _presets(model)
+    return ModelFacts(
+        name=name,
+        path=str(source.path),
+        family=config.model_type,
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=dtype,
+        quantization=_quantization(config),
+        bytes=size,
+        context=getattr(text, "max_position_embeddings", None),
+        vocabulary=getattr(text, "vocab_size", None),
+        tasks=_tasks(config),
+        template=_gguf_template(source.path) if source.is_gguf else template_in(source.path),
+        presets=presets,
+        notices=[*notices, *said],
+    )
+
+
+def _stored(source: ModelSource) -> tuple[str | None, int, list[str]]:
+    """The usual dtype of the weights, the size of their files, and what is odd about them."""
+    if source.is_gguf:
+        return _gguf_dtype(source.path), source.path.stat().st_size, []
+    files = sorted(source.path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    if not files:
+        pickles = [file for pattern in _PICKLES for file in source.path.glob(pattern)]
+        why = "pickles only, which are not loaded" if pickles else "no weights here"
+        return None, sum(file.stat().st_size for file in pickles), [why]
+    numbers: Counter[str] = Counter()
+    for tensor in all_tensors(shards_in(source.path)).values():
+        numbers[str(tensor.dtype).removeprefix("torch.")] += tensor.size
+    return numbers.most_common(1)[0][0], size, []
+
+
+def _gguf_dtype(path: Path) -> str:
+    from gguf import GGUFReader
+
+    numbers: Counter[str] = Counter()
+    for tensor in GGUFReader(path).tensors:
+        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
+    return numbers.most_common(1)[0][0]
+
+
+def _gguf_template(path: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.chat_template")
+    return None if field is None else str(field.contents())
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    more = [values.get("bnb_4bit_quant_type"), values.get("quant_type")]
+    if values.get("load_in_8bit"):
+        more = ["int8"]
+    if isinstance(values.get("bits"), int):
+        more.append(f"{values['bits']} bits")
+    parts = [values.get("quant_method", "in an unknown way"), *more]
+    return " ".join(str(part) for part in parts if isinstance(part, str))
+
+
+def _tasks(config: PreTrainedConfig) -> list[str]:
+    import transformers
+
+    return [
+        task
+        for task, form in FORMS.items()
+        if type(config) in getattr(transformers, form)._model_mapping
+    ]
+
+
+def _presets(model: PreTrainedModel) -> tuple[dict[str, PresetFacts], list[str]]:
+    """What presets mean here, and what they say of it."""
+    from lorakit.lora.config import LoraConfig
+    from lorakit.lora.presets import PRESETS
+    from lorakit.lora.target_names import written_targets
+    from lorakit.lora.targets import resolve_targets
+
+    presets: dict[str, PresetFacts] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for preset in PRESETS:
+            try:
+                found = resolve_targets(model, LoraConfig(target_modules=preset))
+            except InputError:
+                continue
+            shapes = [model.get_submodule(path).weight.shape for path in found]
+            presets[preset] = PresetFacts(
+                written_targets(found, model), len(found), sum(RANK * sum(s) for s in shapes)
+            )
+    return presets, list(dict.fromkeys(str(one.message) for one in caught))

@@ -1,0 +1,277 @@
+"""A tiny random model of each family of base models that people bring, and inputs for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+Inputs = dict[str, torch.Tensor]
+
+TOKENS = 48
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": TOKENS}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A family: how it is called, and how a small model of it is made.
+
+    `kind` is the model's class and `config` its configuration's in transformers, `values` what is
+    small in it. `inputs` makes what it is called with, labels included.
+    """
+
+    name: str
+    kind: str
+    config: str
+    values: dict[str, Any]
+    inputs: Callable[[], Inputs]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a causal language model."""
+        return self.kind.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
+    def trained_whole(self) -> dict[str, Any]:
+        """The fields of `LoraConfig` for a classifier, whose head is new."""
+        if self.kind.endswith("ForSequenceClassification"):
+            return {"task_type": "SEQ_CLS"}
+        return {"modules_to_save": ["classifier"]} if "Classification" in self.kind else {}
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The model, always with the same weights, in float32."""
+        torch.manual_seed(seed)
+        config = getattr(transformers, self.config)(**self.values)
+        config._experts_implementation = "eager"
+        model: nn.Module = getattr(transformers, self.kind)(config)
+        return model.eval()
+
+
+def words() -> Inputs:
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(4, TOKENS, (2, 9), generator=generator)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def classes() -> Inputs:
+    return {"input_ids": words()["input_ids"], "labels": torch.tensor([0, 1])}
+
+
+def pictures() -> Inputs:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "pixel_values": torch.randn(2, 3, 8, 8, generator=generator),
+        "labels": torch.tensor([0, 1]),
+    }
+
+
+def speech() -> Inputs:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "input_features": torch.randn(2, 8, 20, generator=generator),
+        "labels": words()["labels"],
+    }
+
+
+def _causal(name: str, stem: str, **values: Any) -> BaseModel:
+    return BaseModel(name, f"{stem}ForCausalLM", f"{stem}Config", {**IDS, **values}, words)
+
+
+def _decoder(name: str, stem: str, **values: Any) -> BaseModel:
+    return _causal(name, stem, **{**SIZES, **HEADS, **values})
+
+
+def _encoder(name: str, stem: str, **values: Any) -> BaseModel:
+    return BaseModel(
+        name,
+        f"{stem}ForSequenceClassification",
+        f"{stem}Config",
+        {**SIZES, "num_attention_heads": 4, **IDS, **values},
+        classes,
+    )
+
+
+LLAMA = {**SIZES, **HEADS, **IDS}
+
+BASE_MODELS = [
+    _decoder("Llama", "Llama"),
+    _decoder("Llama, embedding and head tied", "Llama", tie_word_embeddings=True),
+    _decoder("Mistral", "Mistral"),
+    _decoder("Mixtral", "Mixtral", num_local_experts=4),
+    _decoder("Qwen 2", "Qwen2"),
+    _decoder("Qwen 3", "Qwen3", head_dim=4),
+    _decoder("Qwen 2 MoE", "Qwen2Moe", num_experts=4, shared_expert_intermediate_size=8, **EXPERTS),
+    _decoder("Qwen 3 MoE", "Qwen3Moe", head_dim=4, num_experts=4, **EXPERTS),
+    _decoder("Gemma 2", "Gemma2", head_dim=4),
+    BaseModel(
+        "Gemma 3 (text)",
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**LLAMA, "head_dim": 4},
+        words,
+    ),
+    _decoder("Phi 3, Phi 4", "Phi3"),
+    _decoder("Phi 2", "Phi"),
+    _decoder("GLM-4-9B, ChatGLM 2 and 3", "Glm", head_dim=4),
+    _decoder("GLM-4-0414", "Glm4", head_dim=4),
+    _decoder("DeepSeek V2", "DeepseekV2", **LATENT),
+    _decoder("DeepSeek V3", "DeepseekV3", **LATENT),
+    BaseModel(
+        "GPT-2",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": TOKENS, **IDS},
+        words,
+    ),
+    _causal("GPT-NeoX, Pythia", "GPTNeoX", **{**SIZES, "num_attention_heads": 4}),
+    _causal(
+        "Falcon",
+        "Falcon",
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=TOKENS,
+    ),
+    _causal("BLOOM", "Bloom", hidden_size=16, n_layer=2, n_head=4, vocab_size=TOKENS),
+    _causal(
+        "OPT",
+        "OPT",
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=TOKENS,
+        word_embed_proj_dim=16,
+    ),
+    _causal("Mamba", "Mamba", hidden_size=16, state_size=4, num_hidden_layers=2, vocab_size=TOKENS),
+    _encoder("BERT", "Bert"),
+    _encoder("RoBERTa", "Roberta"),
+    _encoder(
+        "DeBERTa v2, v3",
+        "DebertaV2",
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        share_att_key=True,
+    ),
+    _encoder("ModernBERT", "ModernBert", cls_token_id=1, sep_token_id=2),
+    BaseModel(
+        "T5",
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": TOKENS,
+            "decoder_start_token_id": 0,
+        },
+        words,
+    ),
+    BaseModel(
+        "ViT",
+        "ViTForImageClassification",
+        "ViTConfig",
+        VISION,
+        pictures,
+    ),
+    BaseModel(
+        "Whisper",
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "num_mel_bins": 8,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+            "max_source_positions": 10,
+            "vocab_size": TOKENS,
+            "decoder_start_token_id": 3,
+            **IDS,
+            "begin_suppress_tokens": None,
+            "suppress_tokens": None,
+        },
+        speech,
+    ),
+    BaseModel(
+        "Gemma 3 (with vision)",
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": {**LLAMA, "head_dim": 4},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 3,
+        },
+        words,
+    ),
+    BaseModel(
+        "Llava",
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **LLAMA},
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+            "image_token_index": 3,
+        },
+        words,
+    ),
+    BaseModel(
+        "Qwen 2.5 VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {
+                **LLAMA,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "mrope_section": [1, 1, 0],
+                    "rope_theta": 1e4,
+                },
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+            },
+        },
+        words,
+    ),
+]
