@@ -181,8 +181,12 @@ def test_whenever_a_group_is_killed_it_goes_on_to_the_weights_of_an_undisturbed_
     values["dtype"] = "float64"
     changes = [{"lora.lora_dropout": 0.1}, {"lora.r": 2, "training.max_steps": 20}]
     arguments = json.dumps([values, str(tmp_path / "killed"), changes])
+    tests = Path(__file__).parents[2]
     driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, arguments], capture_output=True, text=True
+        [sys.executable, "-c", DRIVER, arguments],
+        env=os.environ | {"PYTHONPATH": str(tests)},
+        capture_output=True,
+        text=True,
     )
     assert driver.returncode == 0, driver.stderr
     assert int(driver.stdout.splitlines()[-1]) >= 2
