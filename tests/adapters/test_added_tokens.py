@@ -252,6 +252,11 @@ def test_what_is_no_vocabulary_with_tokens_behind_the_others_is_not_extracted(
 
     assert f"model.resize_token_embeddings({SIZE})" in refused(byte_tokenizer(), SIZE - 1)
     assert "is missing or damaged" in refused(None, SIZE + 2)
+    (tmp_path / "tuned" / "tokenizer.json").write_text(
+        (extracted / "tuned" / "tokenizer.json").read_text()
+    )
+    unfound = refusal(extract, str(base), str(tmp_path / "tuned"), tmp_path / "out", rank=2)
+    assert "no tokenizer_config.json" in unfound
     many = larger_tokenizer()
     many.add_tokens(["<a>", "<b>"])
     assert f"embeddings for {SIZE + 2}" in refused(many, SIZE + 2)

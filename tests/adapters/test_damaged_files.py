@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.adapters.combine import combine
 from lorakit.adapters.diff import diff
+from lorakit.adapters.export.mlx import export_mlx
 from lorakit.adapters.export.ollama import export_ollama
 from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.extract import extract
@@ -27,6 +29,7 @@ WEIGHTS, CONFIG, TEMPLATE = (
     "adapter_config.json",
     "chat_template.jinja",
 )
+NORM = "model.norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 Harm = Callable[[Path], object]
 
@@ -148,6 +151,10 @@ BASES: dict[str, tuple[Harm, str]] = {
     "whole numbers": (weight(lambda W: W.int()), "is stored as I32, and the configuration names"),
     "8 bits": (weight(lambda W: W.to(torch.float8_e5m2)), "is stored as F8_E5M2"),
     "NaN where it is adapted": (weight(lambda W: W.fill_(torch.nan)), f"{UP} holds values"),
+    "NaN where nothing is adapted": (
+        tensors(lambda t: {**t, NORM: t[NORM] * torch.nan}, "model.safetensors"),
+        "not finite",
+    ),
     "index with a long name": (index('{"weight_map": {"a": "%s"}}' % ("x" * 300)), "is missing"),
 }
 
@@ -174,12 +181,34 @@ def test_a_base_without_tokenizer_is_named(
     refused(tmp_path, "the tokenizer of", lambda out: export_ollama(good, out, base=str(base)))
 
 
+def test_a_tokenizer_of_another_form_is_named(tiny_model: Path, good: Path, tmp_path: Path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text("[1]")
+    words = f"the tokenizer in {base} is damaged"
+    refused(tmp_path, words, lambda out: lorakit.merge(good, out, base=str(base)))
+
+
+def test_an_adapter_for_another_width_is_exported_for_nobody(
+    tiny_model: Path, good: Path, tmp_path: Path
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.update({"hidden_size": 64, "head_dim": 16})
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    type(model)(model.config).save_pretrained(base)
+    for export in (export_ollama, export_vllm, export_mlx):
+        refused(tmp_path, "another base model", lambda out, e=export: e(good, out, base=str(base)))
+
+
 def test_extracting_names_the_model_that_is_damaged(tiny_model: Path, tmp_path: Path):
     other = shutil.copytree(tiny_model, tmp_path / "other")
     weight(lambda W: W.fill_(torch.nan))(other)
     for pair in ((tiny_model, other), (other, tiny_model)):
         words = f"{other}: {UP} holds values that are not finite"
         refused(tmp_path, words, lambda out, pair=pair: extract(*map(str, pair), out, rank=1))
+    field("model_type", "mistral", "config.json")(other)
+    words = "only models of one architecture have a difference"
+    refused(tmp_path, words, lambda out: extract(str(tiny_model), str(other), out, rank=1))
+    field("model_type", "llama", "config.json")(other)
     weight(lambda W: torch.tensor(1.0))(other)
     words = f"{UP} is () and not (48, 32)"
     refused(tmp_path, words, lambda out: extract(str(tiny_model), str(other), out, rank=1))

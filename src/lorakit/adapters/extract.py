@@ -32,7 +32,7 @@ from lorakit.lora.vocabulary import embeddings
 from lorakit.models.folders import shards_in
 from lorakit.models.names import resolve
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
-from lorakit.models.skeleton import file_names, skeleton
+from lorakit.models.skeleton import file_names, read_base_config, skeleton
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,6 +125,12 @@ def _extract(
     before: _Model, after: _Model, output: str | Path, rank: int | None, energy: float | None
 ) -> ExtractReport:
     base, tuned = before.name, after.name
+    kinds = [read_base_config(one.folder).model_type for one in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"{tuned} is a {kinds[1]} model and {base} a {kinds[0]}: only models of one "
+            "architecture have a difference that an adapter can be"
+        )
     model = skeleton(before.folder)
     keys = _same_parameters(model, before, after)
     rows, added = _tokens(model, keys, before, after)

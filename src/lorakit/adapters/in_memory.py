@@ -121,7 +121,18 @@ def merge_loaded(
     for key, buffer in merged.named_buffers():
         if buffer.is_floating_point() and key in dtypes:
             buffer.data = buffer.data.to(dtypes[key])
+    _require_finite(merged)
     return merged, survival, modules
+
+
+def _require_finite(model: Any) -> None:
+    """Raises InputError for values that were not finite in the base, where no adapter changes."""
+    for key, stored in model.state_dict().items():
+        tensor = torch.atleast_1d(stored)
+        if tensor.is_floating_point() and not all(
+            tensor[rows].isfinite().all() for rows in row_blocks(tensor.shape)
+        ):
+            raise InputError(f"the base's {key} holds values that are not finite")
 
 
 def _separate(model: Any) -> None:

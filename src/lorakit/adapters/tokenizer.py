@@ -101,14 +101,19 @@ def tokenizer_to_keep(base: Path, tuned: Path, rows: int, grown: bool) -> Path |
         grown: whether these are more than the base's, so that it must say what they are.
 
     Raises:
-        InputError: the tokenizers number the same tokens differently, or there are more tokens
-            than rows.
+        InputError: the tokenizers number the same tokens differently, there are more tokens than
+            rows, or the tuned model does not say what its new ones are.
     """
     if not grown and not (has_tokenizer(base) and has_tokenizer(tuned)):
         return None
     if not grown and _bytes(base) == _bytes(tuned):
         return None
     known, found = (load_tokenizer(folder).get_vocab() for folder in (base, tuned))
+    if grown and not has_tokenizer(tuned):
+        raise InputError(
+            f"{tuned} has more tokens than {base}, and no tokenizer_config.json, without which its "
+            "tokenizer is not found: save the tokenizer there (tokenizer.save_pretrained)"
+        )
     if moved := [token for token in known if found.get(token, known[token]) != known[token]]:
         raise InputError(
             f"the tokenizer of {tuned} numbers {len(moved)} tokens otherwise than that of {base} "

@@ -24,7 +24,8 @@ def config_in(folder: Path, **options: Any) -> PreTrainedConfig:
     """The configuration of the model in `folder`; `options` take the place of its own values.
 
     Raises:
-        InputError: it is ChatGLM's, and damaged. What transformers raises is of many kinds.
+        InputError: a file holds something else, or it is ChatGLM's, and damaged. What transformers
+            raises is of many kinds.
     """
     from transformers import AutoConfig
 
@@ -60,7 +61,10 @@ def tokenizer_in(folder: Path, **options: Any) -> Any:
         from lorakit.models.chatglm.tokenizer import original_tokenizer
 
         return original_tokenizer(read_original(folder), **options)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except (TypeError, AttributeError) as error:  # JSON of another form than it asks for
+        raise InputError(f"the tokenizer in {folder} is damaged: copy or save it again") from error
 
 
 def template_in(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ import gguf
 
 from lorakit import atomic
 from lorakit.adapters.export.gguf_family import Family, family_of, interleaved, tensor_name
-from lorakit.adapters.export.plain import PlainAdapter, read_plain
+from lorakit.adapters.export.plain import PlainAdapter, read_plain, require_fit
 from lorakit.errors import InputError
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
@@ -64,6 +64,7 @@ def export_gguf_adapter(
     plain = read_plain(adapter, "llama.cpp", base)
     config = read_base_config(resolve(plain.base_model).path)
     family = family_of(config, plain.base_model)
+    require_fit(adapter, plain)
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch.nn.functional import pad
 
 from lorakit import atomic
-from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain
+from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
 from lorakit.errors import InputError, listed
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
@@ -58,6 +58,7 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
             f"{plain.base_model} is a {config.model_type} model, whose modules mlx-lm may name "
             f"otherwise: lorakit exports adapters of {listed(_SAME_NAMES)}"
         )
+    require_fit(adapter, plain)
     ends = [path for path in plain.pairs if not path.startswith(_LAYERS)]
     if ends and config.tie_word_embeddings:
         raise InputError(

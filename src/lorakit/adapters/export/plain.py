@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,10 @@ from lorakit.adapters.derived import origin
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers.linear import is_conv1d
 from lorakit.models.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
+from lorakit.models.skeleton import skeleton
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -103,6 +106,30 @@ def found_at(base_model: str) -> str:
             f"lorakit convert {base_model} -o DIR, and give --base DIR"
         )
     return base_model
+
+
+def require_fit(folder: str | Path, plain: PlainAdapter) -> None:
+    """Compares the pairs of the adapter in `folder` with its base, of which no weight is read.
+
+    Raises:
+        InputError: a pair is for a module that the base has not, or for one of another shape.
+    """
+    model = skeleton(resolve(plain.base_model).path)
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, pair in plain.pairs.items():
+        d_out, d_in = pair.B.shape[0], pair.A.shape[1]
+        if path not in modules:
+            raise InputError(
+                f"{folder} adapts {path}, which {plain.base_model} does not have: "
+                "it is an adapter for another base model"
+            )
+        shape = tuple(modules[path].weight.shape)
+        turned = pair.is_embedding or is_conv1d(modules[path])
+        if shape != ((d_in, d_out) if turned else (d_out, d_in)):
+            raise InputError(
+                f"{folder} has an update of {d_out} x {d_in} for {path}, whose weight in "
+                f"{plain.base_model} is {shape}: it is an adapter for another base model"
+            )
 
 
 def _require_plain(

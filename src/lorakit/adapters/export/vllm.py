@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.derived import TEMPLATE_NAME
-from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain
+from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
@@ -120,6 +120,8 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
     atomic.require_free(output)
     servable = read_servable(adapter, base)
     served = found_at(servable.plain.base_model)
+    if Path(served).exists():  # as the name of one that vLLM fetches, it is taken on trust
+        require_fit(adapter, servable.plain)
     write_copy(servable, output)
     plain, r = servable.plain, servable.r
     notices = list(plain.notices)
