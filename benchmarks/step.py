@@ -1,8 +1,11 @@
 """One training step: PEFT with the model's own loss, beside lorakit as `lorakit train` runs it.
 
     python -m benchmarks.step [--batch 4 --length 256 --dtypes bfloat16 --dropouts 0 --rounds 7]
+    python -m benchmarks.step --quantization nf4 --dtypes bfloat16 --dropouts 0
 
-Forward, backward, AdamW; lorakit also with compiled blocks, and with activation checkpointing.
+Forward, backward, AdamW; lorakit also with compiled blocks, and both with activation
+checkpointing. Beside a quantised base (bitsandbytes on both sides) PEFT has its
+`prepare_model_for_kbit_training`, and nothing is compiled.
 "share of peak" is the time that the products of a frozen base need at the fastest product measured
 in the same process (4 FLOP a parameter and token), by the time taken.
 """
@@ -19,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.turns import Figures, matmul_flops, peak_memory_mb, synchronize, take_turns
 
-SIDES = ("peft", "lorakit", "compiled", "checkpointed")
+SIDES = ("peft", "lorakit", "compiled", "peft, checkpointed", "checkpointed")
 FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -28,16 +31,22 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     import torch
 
     import lorakit
+    from lorakit.lora.parameters import numbers_in
 
     [dtype], [dropout] = options.dtypes, options.dropouts
     until_the_end = ExitStack()
-    model, _ = lorakit.load_model(options.model, dtype)
+    model, _ = lorakit.load_model(options.model, dtype, quantization=options.quantization)
     torch.manual_seed(0)
     rows = torch.randint(0, model.config.vocab_size, (options.batch, options.length))
     fields = {**FIELDS, "lora_dropout": dropout}
-    if side == "peft":
+    if side.startswith("peft"):
         import peft
 
+        checkpointed = "checkpointed" in side
+        if options.quantization:
+            model = peft.prepare_model_for_kbit_training(model, checkpointed)
+        elif checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model = peft.get_peft_model(model, peft.LoraConfig(**fields, task_type="CAUSAL_LM"))
         ids = rows.to(model.device)
 
@@ -83,7 +92,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         synchronize()
         seconds.append(time.perf_counter() - began)
     median, memory = statistics.median(seconds[2:]), peak_memory_mb()
-    parameters = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    parameters = sum(numbers_in(p) for p in model.parameters() if not p.requires_grad)
     floor = 4 * parameters * rows.numel() / matmul_flops(dtype)
     return {
         "seconds": median,
@@ -101,16 +110,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--quantization", choices=("nf4", "fp4", "int8"))
     parser.add_argument("--steps", type=int, default=3, help="measured steps a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(measure(options.side, options)))
         return
 
-    table = Table(title=f"{options.batch} × {options.length} tokens, r=16, all-linear")
+    sides = options.sides or [s for s in SIDES if not (options.quantization and s == "compiled")]
+    kind = f", {options.quantization}" if options.quantization else ""
+    table = Table(title=f"{options.batch} × {options.length} tokens, r=16, all-linear{kind}")
     headings = ("dtype", "dropout", "", "s a step", "speed", "MB", "memory", "share of peak")
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -118,8 +130,10 @@ def main() -> None:
     for dtype, dropout in itertools.product(options.dtypes, options.dropouts):
         sizes = [f"--{n}={getattr(options, n)}" for n in ("model", "batch", "length", "steps")]
         case = [f"--dtypes={dtype}", f"--dropouts={dropout}", *sizes]
-        found = take_turns("benchmarks.step", options.sides, case, options.rounds)
-        first = found[options.sides[0]]
+        if options.quantization:
+            case.append(f"--quantization={options.quantization}")
+        found = take_turns("benchmarks.step", sides, case, options.rounds)
+        first = found[sides[0]]
         for side, figures in found.items():
             speed = first["seconds"] / figures["seconds"]
             memory = figures["memory_mb"] / first["memory_mb"]

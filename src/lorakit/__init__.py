@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from lorakit.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from lorakit.models.auto import AutoTokenizer as AutoTokenizer
     from lorakit.models.load import load_model as load_model
+    from lorakit.models.quantization import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
     from lorakit.training.sweep.run import sweep as sweep
@@ -78,6 +81,7 @@ _BY_MODULE = {
     "lorakit.lora.recommend": ["recommended_config"],
     "lorakit.models.auto": ["AutoModelForCausalLM", "AutoTokenizer"],
     "lorakit.models.load": ["load_model"],
+    "lorakit.models.quantization": ["prepare_model_for_kbit_training"],
     "lorakit.training.monitor": ["LoraMonitor"],
     "lorakit.training.run": ["train"],
     "lorakit.training.sweep.run": ["sweep"],

@@ -33,6 +33,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or else what it is called."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'r'?)` with the nearest of `known`, or the empty string."""
     close = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)

@@ -24,6 +24,7 @@ from lorakit.lora.layers.rows import row_blocks
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.folders import shards_in
 from lorakit.models.load import stored_dtype
+from lorakit.models.quantization import UNQUANTIZED
 from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import file_names
 
@@ -38,7 +39,13 @@ def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
     """
     stored = {} if job.path.is_file() else all_tensors(shards_in(job.path))
     exact = exact_dtype(job, stored)
-    opened = open_adapter(job.first.folder, base=job.base, dtype=exact, dequantize=True)
+    opened = open_adapter(
+        job.first.folder,
+        base=job.base,
+        dtype=exact,
+        quantization=job.quantization or UNQUANTIZED,
+        dequantize=True,
+    )
     names = add_others(opened.model, job.adapters, job.weights, opened.added_tokens)
     return opened, list(names)
 
@@ -54,7 +61,7 @@ def merge_in_memory(
     base: Any = opened.model.get_base_model()
     default = job.dtype or stored_dtype(opened.base_model)
     dtypes: dict[str, torch.dtype] = {}
-    if job.dtype is None and not job.quantization:
+    if job.dtype is None and not job.packed:
         tensors = all_tensors(shards_in(job.path))
         stored = file_names(base, tensors).stored
         dtypes = {key: tensors[name].dtype for key, name in stored.items()}

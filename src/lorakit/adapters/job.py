@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.derived import TEMPLATE_NAME
-from lorakit.adapters.open import AdapterFiles, read_files
+from lorakit.adapters.open import AdapterFiles, chosen_quantization, read_files
 from lorakit.adapters.together import check_weights
 from lorakit.adapters.tokenizer import (
     TOKENIZER_FILES,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorakit.adapters.survival import Survival
+    from lorakit.models.quantization import Quantization
     from lorakit.models.shards import StoredTensor
 
 # What is copied besides the weights; the rest of a model's folder is for other frameworks, or
@@ -41,6 +42,8 @@ class MergeJob:
 
     `weights` multiply each adapter's update; `base` is the base that was asked for in place of
     the recorded one; `path` its folder, or GGUF file; `dtype` what was asked for the result.
+    `packed` says how the base's files are quantised (empty where they are not), `quantization` how
+    its weights are while they are loaded.
     """
 
     adapters: list[AdapterFiles]
@@ -48,7 +51,8 @@ class MergeJob:
     base: str | None
     path: Path
     dtype: torch.dtype | None
-    quantization: str = ""
+    packed: str = ""
+    quantization: Quantization | None = None
 
     @property
     def first(self) -> AdapterFiles:
@@ -76,8 +80,9 @@ def prepare(
     base: str | None = None,
     dtype: str | None = None,
     weights: Sequence[float] | None = None,
+    quantization: str | None = None,
 ) -> MergeJob:
-    """Reads the adapters and finds the base.
+    """Reads the adapters and finds the base. Arguments are those of `merge.merge`.
 
     Raises:
         InputError: they cannot be used, or not together.
@@ -107,10 +112,11 @@ def prepare(
             )
     path = resolve(first.base_model).path
     chosen = None if dtype is None else torch_dtype(dtype, "cpu")
-    return MergeJob(adapters, numbers, base, path, chosen, _quantization(path))
+    loaded = chosen_quantization(folders, quantization)
+    return MergeJob(adapters, numbers, base, path, chosen, _packed(path), loaded)
 
 
-def _quantization(path: Path) -> str:
+def _packed(path: Path) -> str:
     """How the files of the model at `path` are quantised; empty where they are not."""
     from lorakit.models.skeleton import read_base_config
 
@@ -128,7 +134,12 @@ def obstacle(job: MergeJob) -> str:
     from lorakit.lora.checkpoint import INITIAL_NAME
 
     if job.quantization:
-        return f"the base is quantised ({job.quantization}); it is written unquantised"
+        return (
+            f"the base is quantised to {job.quantization}, as for training, and written as the "
+            "numbers that this stands for; --quantization none takes the weights of its files"
+        )
+    if job.packed:
+        return f"the base is quantised ({job.packed}); it is written unquantised"
     for adapter in job.adapters:
         config = adapter.config
         if config.layer_replication:
@@ -150,7 +161,7 @@ def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtyp
 
     for name, tensor in stored.items():
         plain = tensor.code in ("F64", "F32", "BF16", "F16")
-        if not (plain or job.quantization) and len(tensor.shape) > 1 and name.endswith("weight"):
+        if not (plain or job.packed) and len(tensor.shape) > 1 and name.endswith("weight"):
             raise InputError(
                 f"model: {tensor.path}: {name} is stored as {tensor.code}, and the configuration "
                 "names no quantisation that would say what it means"

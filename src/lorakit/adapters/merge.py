@@ -61,6 +61,7 @@ def merge(
     base: str | None = None,
     dtype: str | None = None,
     weights: Sequence[float] | None = None,
+    quantization: str | None = None,
     in_memory: bool = False,
     verify: bool = True,
 ) -> MergeReport:
@@ -75,6 +76,8 @@ def merge(
         base: the base model, when another than the recorded one is meant.
         dtype: the dtype of the written weights; None for that of each of the base's tensors.
         weights: what each adapter's update is multiplied by; None is 1 for all.
+        quantization: how the base's weights are rounded first (`nf4`, `fp4`, `int8` or `none`);
+            None is as the adapters were trained beside them.
         in_memory: load the model, merge, and save it, as `merge_and_unload` does.
         verify: read the result back and compare its answers with those of base + adapter.
 
@@ -89,7 +92,7 @@ def merge(
     from lorakit.adapters.verify import compare, expect
 
     atomic.require_free(output)
-    job = prepare(adapter, base, dtype, weights)
+    job = prepare(adapter, base, dtype, weights, quantization)
     with atomic.new_folder(output) as folder:
         written = expected = None
         reason = "" if in_memory else obstacle(job)

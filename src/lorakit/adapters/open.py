@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.derived import Derivation, other_weights, read_derivation, read_template
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.errors import InputError
+from lorakit.models.quantization import UNQUANTIZED, Quantization, as_quantization
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ def open_adapter(
     *,
     base: str | None = None,
     dtype: str | torch.dtype | None = None,
+    quantization: str | Mapping[str, Any] | Quantization | None = None,
     dequantize: bool = False,
 ) -> OpenAdapter:
     """Loads the adapter in `folder` and the base model that it was trained on.
@@ -95,6 +97,8 @@ def open_adapter(
     Args:
         base: the base model to use in place of the recorded one.
         dtype: as in `load_model`.
+        quantization: as in `load_model`; `none` is a base that is not quantised, and None the base
+            as the adapter was trained on it.
         dequantize: a quantised base is unpacked into plain weights of this dtype.
 
     Raises:
@@ -103,18 +107,26 @@ def open_adapter(
     from lorakit.lora import LoraModel
     from lorakit.lora.vocabulary import vocabulary_size
     from lorakit.models.fingerprint import fingerprint
-    from lorakit.models.load import dequantized, load_for_task
+    from lorakit.models.load import load_for_task, torch_dtype
+    from lorakit.models.quantization import dequantized
 
     files = read_files(folder, base)  # a damaged adapter is said before a model is loaded
     manifest, name = files.manifest, files.base_model
     record = manifest or read_derivation(folder)
     seed = manifest.seed if manifest else 0
-    loaded = load_for_task(files.task_type, name, dtype, labels=files.labels, seed=seed)
+    loaded = load_for_task(
+        files.task_type,
+        name,
+        dtype,
+        labels=files.labels,
+        seed=seed,
+        quantization=chosen_quantization([folder], quantization),
+    )
     model, tokenizer = loaded.model, loaded.tokenizer
-    if dequantize:
-        model = dequantized(model, dtype)
     own = fingerprint(model, without=loaded.new_modules)
-    if record and record.base_fingerprint not in (None, own):
+    if dequantize:
+        model = dequantized(model, torch_dtype(dtype, str(model.device)))
+    if record and own and record.base_fingerprint not in (None, own):
         warnings.warn(other_weights(folder, name), stacklevel=2)
     added = add_rows(model, files)
     tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
@@ -122,6 +134,34 @@ def open_adapter(
         tokenizer.chat_template = template
     adapted = LoraModel.from_pretrained(model, folder).eval()
     return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels, added)
+
+
+def chosen_quantization(
+    adapters: Iterable[str | Path], wish: str | Mapping[str, Any] | Quantization | None
+) -> Quantization | None:
+    """How the base of `adapters` is quantised while it is loaded.
+
+    Args:
+        adapters: their folders.
+        wish: as in `load_model`, `none` for not at all, and None for what they were trained on.
+
+    Raises:
+        InputError: they were trained on different ones, and nothing says which is meant.
+    """
+    if wish is not None:
+        return as_quantization(wish)
+    trained: dict[str, tuple[str | Path, Quantization | None]] = {}
+    for folder in adapters:
+        manifest = read_manifest(folder)
+        stored = as_quantization(manifest.recipe.get("quantization")) if manifest else None
+        trained[str(stored or UNQUANTIZED)] = folder, stored
+    if len(trained) > 1:
+        beside = ", ".join(f"{folder} beside {how}" for how, (folder, _) in trained.items())
+        raise InputError(
+            f"the adapters were trained on a base that was quantised in different ways ({beside}): "
+            f"say which is meant, as with --quantization {UNQUANTIZED}"
+        )
+    return next(iter(trained.values()))[1] if trained else None
 
 
 def _labels(

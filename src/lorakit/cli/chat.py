@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.cli.options import QuantizationOption
+
 
 def chat(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
@@ -20,6 +22,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 512,
     seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    quantization: QuantizationOption = None,
 ) -> None:
     """Chat with an adapter; /help shows the commands. Reads a pipe too."""
     from lorakit.inference.chat import ChatSession, run
@@ -28,7 +31,7 @@ def chat(
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     name = adapter.resolve().name
-    engine = open_with(base, name, adapter, dtype=dtype, max_rows=1)
+    engine = open_with(base, name, adapter, dtype=dtype, quantization=quantization, max_rows=1)
     try:
         for notice in engine.notices:
             typer.echo(notice, err=True)

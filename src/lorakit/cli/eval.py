@@ -7,14 +7,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.options import QuantizationOption
 from lorakit.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from lorakit.adapters.open import OpenAdapter
     from lorakit.evaluation.classification import LabelEvaluation
     from lorakit.evaluation.evaluate import Evaluation
 
@@ -43,10 +43,12 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    quantization: QuantizationOption = None,
 ) -> None:
     """Score an adapter on rows, beside its bare base (a classifier: the most frequent label)."""
     from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
+    from lorakit.adapters.open import open_adapter
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.load import CLASSIFICATION
 
@@ -55,13 +57,14 @@ def evaluate(
     learned = manifest.recipe["data"] if manifest else {}
     mapping = (_mapping(columns) if columns else learned.get("columns")) or None
     most = learned.get("max_length", 1024)
+    options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
     result: Evaluation | LabelEvaluation
     if task_type in CLASSIFICATION:
         from lorakit.data.labelled import read_labelled
         from lorakit.evaluation.classification import check_metrics, evaluate_labels
 
         labelled = read_labelled(data, task_type, mapping, limit)
-        opened = _opened(adapter, base, dtype)
+        opened = open_adapter(adapter, **options)
         names = _names(metrics)
         check_metrics(names, opened.labels, words=task_type == "TOKEN_CLS")
         with _progress() as update:
@@ -76,7 +79,7 @@ def evaluate(
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
         samples = load_samples(data, mapping, limit)
-        opened = _opened(adapter, base, dtype)
+        opened = open_adapter(adapter, **options)
         with _progress() as update:
             result = run(
                 opened.model,
@@ -92,12 +95,6 @@ def evaluate(
     if json_file:
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
         atomic.write_file(json_file, text + "\n")
-
-
-def _opened(adapter: Path, base: str | None, dtype: str | None) -> "OpenAdapter":
-    from lorakit.adapters.open import open_adapter
-
-    return open_adapter(adapter, base=base, dtype=dtype)
 
 
 @contextmanager

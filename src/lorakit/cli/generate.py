@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.cli.options import QuantizationOption
+
 
 def generate(
     prompts: Annotated[
@@ -39,6 +41,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    quantization: QuantizationOption = None,
 ) -> None:
     """Answer a file of prompts with each adapter: a row of JSON an answer, in the file's order."""
     from lorakit import atomic
@@ -58,9 +61,13 @@ def generate(
     asked = [prompt.opened_by(system) for prompt in read_prompts(prompts)]
     if len(named) == 1 and not with_base:
         ((name, folder),) = named.items()
-        engine = open_with(model, name, folder, dtype=dtype, max_rows=max_rows)
+        engine = open_with(
+            model, name, folder, dtype=dtype, quantization=quantization, max_rows=max_rows
+        )
     else:
-        engine = open_engine(model, named, dtype=dtype, max_rows=max_rows)
+        engine = open_engine(
+            model, named, dtype=dtype, quantization=quantization, max_rows=max_rows
+        )
     try:
         for notice in engine.notices:
             typer.echo(notice, err=True)

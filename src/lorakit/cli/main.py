@@ -35,6 +35,7 @@ from lorakit.cli.serve import serve
 from lorakit.cli.sweep import sweep
 from lorakit.cli.train import train
 from lorakit.errors import InputError, LorakitError, one_line
+from lorakit.models import remote_code
 from lorakit.training.processes import first_to_fail
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
@@ -45,7 +46,8 @@ _INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 app = typer.Typer(
     name="lorakit",
     help="LoRA for language models: train, evaluate, chat with and merge low-rank adapters.",
-    epilog="lorakit demo shows it all in a few minutes. --debug, anywhere, shows tracebacks.",
+    epilog="lorakit demo shows it all in a few minutes. Anywhere: --debug shows tracebacks, "
+    "--trust-remote-code runs code that a model brings.",
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -100,13 +102,15 @@ def main() -> None:
 
     2: what the user gave cannot be used. 1: it failed while running. 130: interrupted.
     """
-    debug = "--debug" in sys.argv or bool(os.environ.get("LORAKIT_DEBUG"))
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    debug = _given("--debug") or bool(os.environ.get("LORAKIT_DEBUG"))
+    if _given(remote_code.OPTION):
+        os.environ[remote_code.VARIABLE] = "1"
     # Libraries speak when something is wrong; their hints and progress are not for this screen.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _as_notice
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False) or 0
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
@@ -130,6 +134,13 @@ def main() -> None:
         kind = type(error).__name__
         code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
     sys.exit(code)
+
+
+def _given(option: str) -> bool:
+    """Whether the option is there, which every verb takes; it is taken off the command line."""
+    found = option in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != option]
+    return found
 
 
 def _as_notice(message: Warning | str, *where: object, **line: object) -> str:

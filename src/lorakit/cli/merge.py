@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.options import QuantizationOption
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(help="What each adapter is multiplied by, as 1.0,0.5.")
     ] = None,
+    quantization: QuantizationOption = None,
     in_memory: Annotated[
         bool, typer.Option("--in-memory", help="Load the whole model, merge and save it.")
     ] = False,
@@ -42,6 +44,7 @@ def merge(
         base=base,
         dtype=dtype,
         weights=None if weights is None else _numbers(weights),
+        quantization=quantization,
         in_memory=in_memory,
         verify=verify,
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lorakit.cli.options import QuantizationOption
 from lorakit.errors import InputError
 
 
@@ -57,6 +58,7 @@ def serve(
         int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the model's.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    quantization: QuantizationOption = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 4 << 20,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that wait for a row.")] = 256,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 512,
@@ -127,7 +129,13 @@ def serve(
         ),
     )
     opened = open_engine(
-        model, named, dtype=dtype, max_rows=max_rows, context_length=context_length, merged=merged
+        model,
+        named,
+        dtype=dtype,
+        quantization=quantization,
+        max_rows=max_rows,
+        context_length=context_length,
+        merged=merged,
     )
     for notice in opened.notices:
         typer.echo(notice, err=True)
@@ -148,6 +156,7 @@ def _refuse_for_vllm(context: typer.Context) -> None:
     """
     for name in (
         "merged",
+        "quantization",
         "max_rows",
         "max_body",
         "max_waiting",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.open import open_adapter, read_files
+from lorakit.adapters.open import chosen_quantization, open_adapter, read_files
 from lorakit.adapters.updates import read_updates
 from lorakit.errors import InputError, listed
 from lorakit.inference.engine import POOL_BYTES, Engine
@@ -19,6 +19,7 @@ def open_engine(
     adapters: Mapping[str, Path],
     *,
     dtype: str | None = None,
+    quantization: str | None = None,
     max_rows: int = 16,
     context_length: int | None = None,
     merged: bool = False,
@@ -28,6 +29,7 @@ def open_engine(
 
     Args:
         model: the base; None is what the adapters were trained on.
+        quantization: of the base, as in `open_adapter`.
         merged: fold the one adapter into the base, for full speed; its name is the model's then.
 
     Raises:
@@ -42,10 +44,17 @@ def open_engine(
         if len(adapters) != 1:
             raise InputError(f"merged serves one adapter, not {len(adapters)}")
         ((name, folder),) = adapters.items()
-        return _merged(model, name, folder, dtype, options)
+        loading = {"base": model, "dtype": dtype, "quantization": quantization}
+        return _merged(name, folder, loading, options)
     base = model or _base_of(adapters)
-    loaded, tokenizer = load_model(base, dtype)
+    stored = chosen_quantization(adapters.values(), quantization)
+    loaded, tokenizer = load_model(base, dtype, quantization=stored)
     engine = Engine(loaded, tokenizer, base, **options)
+    if stored and quantization is None:
+        engine.notices.append(
+            f"the base is quantised to {stored}, as it was for training: --quantization none is "
+            "faster, and takes more memory"
+        )
     try:
         for name, folder in adapters.items():
             info = engine.pool.register(name, folder)
@@ -58,7 +67,13 @@ def open_engine(
 
 
 def open_with(
-    model: str | None, name: str, folder: Path, *, dtype: str | None = None, max_rows: int = 16
+    model: str | None,
+    name: str,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    max_rows: int = 16,
 ) -> Engine:
     """The engine for one adapter: beside its base, or merged into it where only that is possible.
 
@@ -68,7 +83,14 @@ def open_with(
     file = read_updates(folder)
     require_text(file)
     reason = why_not_beside(file)
-    engine = open_engine(model, {name: folder}, dtype=dtype, max_rows=max_rows, merged=bool(reason))
+    engine = open_engine(
+        model,
+        {name: folder},
+        dtype=dtype,
+        quantization=quantization,
+        max_rows=max_rows,
+        merged=bool(reason),
+    )
     if reason:
         engine.notices.append(
             f"{folder} {reason}, so it is merged into the base, which cannot answer without it"
@@ -76,9 +98,9 @@ def open_with(
     return engine
 
 
-def _merged(model: str | None, name: str, folder: Path, dtype: str | None, options: dict) -> Engine:
+def _merged(name: str, folder: Path, loading: dict[str, Any], options: dict[str, Any]) -> Engine:
     require_text(read_updates(folder))
-    opened = open_adapter(folder, base=model, dtype=dtype)
+    opened = open_adapter(folder, **loading, dequantize=True)
     plain = opened.model.merge_and_unload()
     engine = Engine(plain, opened.tokenizer, name, **options)
     engine.pool.closed_because = (

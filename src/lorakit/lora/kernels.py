@@ -3,9 +3,11 @@
 Written as one autograd function because PyTorch's graph of the same formula keeps and moves
 more than is needed: here the low-rank product is accumulated into the base's output, and only
 `x` and `x A^T` are kept for the backward pass (with dropout one byte an entry of `x` more).
+A quantised weight is given as a function that unpacks it, which each pass calls for itself, so
+that no unpacked weight outlives its product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lorakit.lora.streams import Stream
+
+Weight = torch.Tensor | Callable[[], torch.Tensor]
+"""A frozen weight (d_out, d_in), or what gives it in the dtype of the products."""
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -30,7 +35,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        W: torch.Tensor,
+        W: Weight,
         b: torch.Tensor | None,
         A: torch.Tensor,
         B: torch.Tensor,
@@ -38,18 +43,18 @@ class LoraLinearFunction(torch.autograd.Function):
         p: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, W, b)
+        y = F.linear(rows, _unpacked(W), b)
         xA, mask = _add_update(y, rows, A, B, scaling, p)
-        ctx.save_for_backward(x, xA, W, A, B, mask)
+        ctx.save_for_backward(x, xA, *_keep(ctx, W), A, B, mask)
         ctx.scaling, ctx.kept = scaling, 1 - p
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, xA, W, A, B, mask = ctx.saved_tensors
         G = grad.reshape(-1, grad.shape[-1])
-        dx = G @ W if ctx.needs_input_grad[0] else None
+        dx = G @ _kept(ctx, W) if ctx.needs_input_grad[0] else None
         rows = x.reshape(-1, x.shape[-1])
         needed = ctx.needs_input_grad[3:5]
         dA, dB = _gradients(dx, G, rows, xA, A, B, mask, ctx.scaling, ctx.kept, needed)
@@ -101,13 +106,13 @@ class LoraSpansFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        W: torch.Tensor,
+        W: Weight,
         b: torch.Tensor | None,
         spans: Sequence[Span],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, W, b)
+        y = F.linear(rows, _unpacked(W), b)
         kept: list[torch.Tensor | None] = []
         for span, A, B in zip(spans, factors[::2], factors[1::2], strict=True):
             part = span.of(y)
@@ -115,16 +120,16 @@ class LoraSpansFunction(torch.autograd.Function):
             with drawn_from:
                 kept += _add_update(part, span.of(rows), A, B, span.scaling, span.p)
             span.put(part, y)
-        ctx.save_for_backward(x, W, *factors, *kept)
+        ctx.save_for_backward(x, *_keep(ctx, W), *factors, *kept)
         ctx.spans = spans
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, W, *saved = ctx.saved_tensors
         G, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = G @ W if ctx.needs_input_grad[0] else None
+        dx = G @ _kept(ctx, W) if ctx.needs_input_grad[0] else None
         factors, kept = saved[: 2 * len(ctx.spans)], saved[2 * len(ctx.spans) :]
         found: list[torch.Tensor | None] = []
         for i, span in enumerate(ctx.spans):
@@ -138,6 +143,22 @@ class LoraSpansFunction(torch.autograd.Function):
             if dx is not None and part is not None:
                 span.put(part, dx)
         return None if dx is None else dx.view(x.shape), None, None, None, *found
+
+
+def _unpacked(W: Weight) -> torch.Tensor:
+    return W if isinstance(W, torch.Tensor) else W()
+
+
+def _keep(ctx: Any, W: Weight) -> tuple[torch.Tensor | None]:
+    """What of `W` is saved for the backward pass: a tensor as all of them are, or its function."""
+    if isinstance(W, torch.Tensor):
+        return (W,)
+    ctx.unpack = W
+    return (None,)
+
+
+def _kept(ctx: Any, W: torch.Tensor | None) -> torch.Tensor:
+    return ctx.unpack() if W is None else W
 
 
 def _add_update(
@@ -186,7 +207,7 @@ def _gradients(
 
 def lora_linear(
     x: torch.Tensor,
-    W: torch.Tensor,
+    W: Weight,
     b: torch.Tensor | None,
     A: torch.Tensor,
     B: torch.Tensor,
@@ -205,7 +226,7 @@ def lora_linear(
 
 def lora_spans(
     x: torch.Tensor,
-    W: torch.Tensor,
+    W: Weight,
     b: torch.Tensor | None,
     spans: Sequence[Span],
     factors: Sequence[torch.Tensor],

@@ -43,6 +43,9 @@ class LoraModel(StoredBank):
         InputError: `config` matches nothing in `model`.
     """
 
+    # transformers' Trainer trains a quantised model only where this says that it has adapters.
+    _hf_peft_config_loaded = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
+from lorakit.lora.parameters import numbers_in
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _parts(
         name = path.rpartition(".")[2]
         if isinstance(module, LoraLayer):
             shape = (module.in_features, module.out_features)
-            yield (name, *shape, module.r[adapter]), (trained, module.base_weight.numel())
+            yield (name, *shape, module.r[adapter]), (trained, numbers_in(module.base_weight))
         else:
-            frozen = sum(p.numel() for p in module.parameters()) - trained
+            frozen = sum(map(numbers_in, module.parameters())) - trained
             yield (name, None, None, None), (trained, frozen)

@@ -36,10 +36,16 @@ def tied_apart(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, __: ob
         seen.add(address)
 
 
+def numbers_in(parameter: torch.Tensor) -> int:
+    """How many numbers it stands for: two a byte where they are quantised to 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """The number of trainable parameters, and of all; what a merge has put aside is not counted."""
     sizes = [
-        (parameter.numel(), parameter.requires_grad)
+        (numbers_in(parameter), parameter.requires_grad)
         for name, parameter in model.named_parameters()
         if "._before_merge." not in name
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import did_you_mean
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.parameters import count_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +61,7 @@ def recommended_config(
 
 def size_class(model: int | nn.Module) -> Size:
     """How large a base model is, given it or the number of its parameters."""
-    parameters = model if isinstance(model, int) else sum(p.numel() for p in model.parameters())
+    parameters = model if isinstance(model, int) else count_parameters(model)[1]
     if parameters < _MEDIUM:
         return "small"
     return "medium" if parameters < _LARGE else "large"

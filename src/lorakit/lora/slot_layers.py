@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lorakit.lora.layers.quantized import is_quantized
+
 if TYPE_CHECKING:
     from lorakit.lora.slots import AdapterSlots
 
@@ -230,6 +232,7 @@ def can_be_fused(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a layer is its weight and bias, of this dtype, and nothing else."""
     return (
         (type(layer) is nn.Linear or type(layer).__name__ == "Conv1D")
+        and not is_quantized(layer)
         and all(p.dtype == dtype for p in layer.parameters())
         and not layer._forward_hooks
     )

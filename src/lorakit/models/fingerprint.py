@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lorakit.models.quantization import quantized_when_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -17,24 +19,43 @@ if TYPE_CHECKING:
 _SAMPLED = 64  # values of each tensor: milliseconds for any model, and no two models agree
 
 
-def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str:
+def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str | None:
     """SHA-256 over every parameter's name, shape, and first values rounded to bfloat16.
 
     The rounding makes it the same for a model loaded in bfloat16 and in float32. Take it before
-    adapters are put on.
+    adapters are put on. A model that is quantised while it is loaded has the one of its files;
+    None where these do not hold every parameter as it is.
 
     Args:
         without: paths of modules that are not of the base: a new head.
     """
+    if quantized_when_loaded(model):
+        return _of_its_files(model, without)
     parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not any(name.startswith(f"{path}.") for path in without)
+        name: parameter for name, parameter in model.named_parameters() if not _under(name, without)
     }
     return _digest(
         {name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        {name: one.detach().flatten()[:_SAMPLED] for name, one in parameters.items()},
+        {name: _first_numbers(one) for name, one in parameters.items()},
     )
+
+
+def _first_numbers(parameter: torch.Tensor) -> torch.Tensor:
+    from lorakit.lora.layers.quantized import dequantized, from_torchao
+
+    plain = dequantized(parameter) if from_torchao(parameter) else parameter
+    return plain.detach().flatten()[:_SAMPLED]
+
+
+def _of_its_files(model: Any, without: Sequence[str]) -> str | None:
+    from lorakit.models.folders import shards_in
+    from lorakit.models.names import resolve
+    from lorakit.models.shards import all_tensors
+
+    source = resolve(model.config._name_or_path)
+    if source.is_gguf:
+        return None
+    return fingerprint_of_skeleton(model, all_tensors(shards_in(source.path)), without=without)
 
 
 def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReader) -> str:
@@ -54,24 +75,32 @@ def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReade
 
 
 def fingerprint_of_skeleton(
-    model: PreTrainedModel, tensors: Mapping[str, StoredTensor], partly: bool = False
+    model: PreTrainedModel,
+    tensors: Mapping[str, StoredTensor],
+    partly: bool = False,
+    without: Sequence[str] = (),
 ) -> str | None:
     """The same of a model without weights; None where its files do not hold every parameter as is.
 
     Args:
         tensors: all that the files hold, by their names there.
         partly: parameters that are not in the files are no part of it.
+        without: as in `fingerprint`.
     """
     from lorakit.models.shards import ShardReader
     from lorakit.models.skeleton import file_names
 
     stored = file_names(model, tensors).stored
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters() if not _under(name, without)]
     there = {name: tensors[stored[name]] for name in names if name in stored}
     if len(there) < len(names) and not partly:
         return None
     with ShardReader(tensor.path for tensor in there.values()) as reader:
         return fingerprint_of_files(there, reader)
+
+
+def _under(name: str, paths: Sequence[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def _digest(shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, torch.Tensor]) -> str:

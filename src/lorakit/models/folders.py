@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.chatglm.config import is_original, native_config, read_original
+from lorakit.models.remote_code import needed_code_refused, trusted
 from lorakit.models.shards import read_shards
 
 if TYPE_CHECKING:
@@ -24,21 +25,22 @@ def config_in(folder: Path, **options: Any) -> PreTrainedConfig:
     """The configuration of the model in `folder`; `options` take the place of its own values.
 
     Raises:
-        InputError: a file holds something else, or it is ChatGLM's, and damaged. What transformers
-            raises is of many kinds.
+        InputError: a file holds something else, it is ChatGLM's, and damaged, or it needs code of
+            its own. What transformers raises is of many kinds.
     """
     from transformers import AutoConfig
 
     if is_original(folder):
         return native_config(read_original(folder), **options)
-    return AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    return _loaded(AutoConfig, folder, options)
 
 
 def model_in(folder: Path, form: str, **options: Any) -> Any:
     """What `form`, one of transformers' classes, loads from `folder` with `from_pretrained`.
 
     Raises:
-        InputError: it is ChatGLM's, and damaged. What transformers raises is of many kinds.
+        InputError: it is ChatGLM's, and damaged, or it needs code of its own. What transformers
+            raises is of many kinds.
     """
     import transformers
 
@@ -46,14 +48,15 @@ def model_in(folder: Path, form: str, **options: Any) -> Any:
         from lorakit.models.chatglm.load import load_original
 
         return load_original(folder, form, **options)
-    return getattr(transformers, form).from_pretrained(folder, local_files_only=True, **options)
+    return _loaded(getattr(transformers, form), folder, options)
 
 
 def tokenizer_in(folder: Path, **options: Any) -> Any:
     """The tokenizer in `folder`.
 
     Raises:
-        InputError: it is ChatGLM's, and damaged. What transformers raises is of many kinds.
+        InputError: it is ChatGLM's, and damaged, or it needs code of its own. What transformers
+            raises is of many kinds.
     """
     from transformers import AutoTokenizer
 
@@ -62,9 +65,16 @@ def tokenizer_in(folder: Path, **options: Any) -> Any:
 
         return original_tokenizer(read_original(folder), **options)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        return _loaded(AutoTokenizer, folder, options)
     except (TypeError, AttributeError) as error:  # JSON of another form than it asks for
         raise InputError(f"the tokenizer in {folder} is damaged: copy or save it again") from error
+
+
+def _loaded(kind: Any, folder: Path, options: dict[str, Any]) -> Any:
+    with needed_code_refused(folder):
+        return kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusted(), **options
+        )
 
 
 def template_in(folder: Path) -> str | None:

@@ -6,15 +6,23 @@ leads is `names.py`'s work; adapters are put on by others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import InputError, listed
+from lorakit.errors import InputError, first_line, listed
 from lorakit.models.folders import config_in, model_in, tokenizer_in
 from lorakit.models.inside import base_model
 from lorakit.models.names import resolve
+from lorakit.models.quantization import (
+    Quantization,
+    as_quantization,
+    keep_exact,
+    kept_whole,
+    loading_options,
+    quantize_again,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +55,11 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, dtype: str | torch.dtype | None = None, *, device: str | None = None
+    name: str,
+    dtype: str | torch.dtype | None = None,
+    *,
+    device: str | None = None,
+    quantization: str | Mapping[str, Any] | Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name` and its tokenizer, ready for use.
 
@@ -55,11 +67,13 @@ def load_model(
         name: an alias (`smollm2-135m-instruct`), a folder, a `.gguf` file, or a hub id.
         dtype: `auto` or None for `best_dtype`, or a dtype.
         device: where to; None means a GPU if there is one, else the CPU.
+        quantization: `nf4`, `fp4` or `int8`, or a mapping with the fields of `Quantization`, to
+            store the weights of linear layers so; None leaves them as the model's files have them.
 
     Raises:
         InputError: the name leads nowhere, or what lies there cannot be loaded.
     """
-    loaded = load_for_task("CAUSAL_LM", name, dtype, device=device)
+    loaded = load_for_task("CAUSAL_LM", name, dtype, device=device, quantization=quantization)
     return loaded.model, loaded.tokenizer
 
 
@@ -71,11 +85,12 @@ def load_for_task(
     device: str | None = None,
     labels: Sequence[str] = (),
     seed: int = 0,
+    quantization: str | Mapping[str, Any] | Quantization | None = None,
 ) -> LoadedModel:
     """The model `name` in its form for `task_type` (a key of `FORMS`), ready for use.
 
     Args:
-        name, dtype, device: as in `load_model`.
+        name, dtype, device, quantization: as in `load_model`.
         labels: the names of a classifier's classes; a place in them is a class's number.
         seed: of the weights that the model's files lack, which are always the same ones.
 
@@ -89,8 +104,17 @@ def load_for_task(
     source = resolve(str(name))
     device = device or best_device()
     chosen = torch_dtype(dtype, device)
+    wanted = as_quantization(quantization)
+    options = loading_options(wanted, chosen, device)
     lacking: set[str] = set()
     try:
+        if not source.is_gguf and getattr(config_in(source.path), "quantization_config", None):
+            if wanted:
+                raise InputError(
+                    f"quantization: the weights of {name} are quantised already, and are used as "
+                    "they are: leave it out"
+                )
+            options["device_map"] = {"": device}  # they are not moved later
         if source.is_gguf:
             if task_type != "CAUSAL_LM":
                 raise InputError(
@@ -98,9 +122,10 @@ def load_for_task(
                     f"give a model's folder for lora.task_type {task_type}"
                 )
             model, tokenizer = load_gguf(source.path, chosen)
+            model = quantize_again(model, options) if wanted else model
         elif task_type == "CAUSAL_LM":
             model, info = model_in(
-                source.path, FORMS[task_type], dtype=chosen, output_loading_info=True
+                source.path, FORMS[task_type], dtype=chosen, output_loading_info=True, **options
             )
             if info["missing_keys"]:  # which are random now
                 raise InputError(
@@ -109,7 +134,10 @@ def load_for_task(
                 )
             tokenizer = tokenizer_in(source.path)
         else:
-            model, lacking = _load_form(source.path, task_type, chosen, labels, seed)
+            if wanted:
+                whole = kept_whole(source.path, task_type, labels)
+                options = loading_options(wanted, chosen, device, whole)
+            model, lacking = _load_form(source.path, task_type, chosen, labels, seed, options)
             tokenizer = tokenizer_in(source.path)
     except InputError:
         raise
@@ -135,17 +163,24 @@ def load_for_task(
         set_padding(model, tokenizer.pad_token_id)
         new = _new_modules(model, lacking, heads=task_type in CLASSIFICATION)
         _keep_wide(model, new)
-    return LoadedModel(model.to(device).eval(), tokenizer, new)
+    if getattr(model, "hf_quantizer", None) is None:
+        model = model.to(device)
+    return LoadedModel(keep_exact(model).eval(), tokenizer, new)
 
 
 def _load_form(
-    path: Path, task_type: str, dtype: torch.dtype, labels: Sequence[str], seed: int
+    path: Path,
+    task_type: str,
+    dtype: torch.dtype,
+    labels: Sequence[str],
+    seed: int,
+    loading: Mapping[str, Any],
 ) -> tuple[Any, set[str]]:
     """The model, and the names of the parameters that its files lack or have of another shape."""
     import torch
     from transformers.utils import logging
 
-    options = label_options(labels)
+    options = {**label_options(labels), **loading}
     if labels:
         options["ignore_mismatched_sizes"] = True  # a head for other labels gives way to a new one
     said = logging.get_verbosity()
@@ -256,25 +291,6 @@ def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def dequantized(model: Any, dtype: str | torch.dtype | None) -> Any:
-    """`model` with plain weights of `dtype`, where they are quantised.
-
-    Raises:
-        InputError: they cannot be had.
-    """
-    if getattr(model, "hf_quantizer", None) is None:
-        return model
-    try:
-        model = model.dequantize()
-    except (NotImplementedError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"model: {model.config._name_or_path} is quantised in a way that transformers cannot "
-            f"take back ({_first_line(error)}): give the model that it was made of"
-        ) from error
-    model._weight_conversions = None  # those of reading packed weights: they cannot be reversed
-    return model.to(torch_dtype(dtype, str(model.device)))
-
-
 def best_device() -> str:
     """`cuda`, `mps` or `cpu`, the first that is there."""
     import torch
@@ -316,5 +332,4 @@ def _first_line(error: Exception) -> str:
         return "its files and its configuration have other shapes"
     if "backend tokenizer" in str(error):
         return "its tokenizer's files are missing or damaged"
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.folders import config_in
 from lorakit.models.load import FORMS, label_options
+from lorakit.models.remote_code import needed_code_refused, trusted
 
 if TYPE_CHECKING:
     import torch
@@ -103,10 +105,15 @@ def _on_meta(
     import transformers
 
     kind = getattr(transformers, form)
-    build = kind.from_config if form.startswith("Auto") else kind._from_config
+    if form.startswith("Auto"):
+        build = partial(kind.from_config, trust_remote_code=trusted())
+    else:
+        build = kind._from_config
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), needed_code_refused(path):
             model = build(config, dtype=dtype)
+    except InputError:
+        raise
     except Exception as error:  # a value in the configuration can fail anywhere
         raise InputError(f"model: {path} has no form as {form}: {_reason(error)}") from error
     return model.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
-from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -63,11 +63,14 @@ def all_rows(
         )
     if dropout:
         raise NotImplementedError("attention dropout over rows in a line needs flash-attention")
-    if half and softcap is None and find_spec("torch.nn.attention.varlen"):
-        from torch.nn.attention.varlen import varlen_attn
-
-        grouped = q.shape[1] != k.shape[1]
-        return varlen_attn(  # type: ignore[return-value]
+    if half and softcap is None and (pytorchs := _pytorchs()):
+        options = {}
+        if (groups := q.shape[1] // k.shape[1]) > 1:
+            if "enable_gqa" in signature(pytorchs).parameters:
+                options = {"enable_gqa": True}
+            else:  # before PyTorch 2.12
+                k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        return pytorchs(
             q,
             k,
             v,
@@ -77,7 +80,7 @@ def all_rows(
             longest,
             scale=scale,
             window_size=(left, 0),
-            enable_gqa=grouped,
+            **options,
         )
     return _flex(q, k, v, begins, scale, window, softcap)
 
@@ -116,6 +119,16 @@ def _flash() -> Any:
     except ImportError:
         return None
     return flash_attn_varlen_func
+
+
+@lru_cache(maxsize=1)
+def _pytorchs() -> Any:
+    """PyTorch's function, None before it took windows and scales (2.11)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "scale"} <= {*signature(varlen_attn).parameters} else None
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LEARNING_RATES = {"small": 5e-4, "medium": 2e-4, "large": 1e-4}
 _EPOCHS = ((200, 5), (10_000, 3), (50_000, 2))  # for fewer rows than this
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the newer name first
 _TASKS = {"SEQ_CLS": "classification", "TOKEN_CLS": "classification"}
 
 
@@ -51,6 +52,12 @@ def advised(recipe: Recipe, parameters: int, rows: int) -> tuple[Recipe, list[Ad
         epochs = next((epochs for below, epochs in _EPOCHS if rows < below), 1)
         why = f"{rows:,} rows are seen {epochs} time{'s' * (epochs > 1)}"
         advice.append(Advice("training.num_train_epochs", epochs, why))
+    if recipe.quantization and not given & {*_CHECKPOINTING}:
+        from transformers import TrainingArguments
+
+        why = "usual beside a quantised base; false is faster and takes more memory"
+        name = next(name for name in _CHECKPOINTING if hasattr(TrainingArguments, name))
+        advice.append(Advice(f"training.{name}", True, why))
     return recipe.filled_in({a.key: a.value for a in advice}), advice
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import InputError
+from lorakit.lora.parameters import count_parameters
 from lorakit.models.inside import base_model
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ busier than before, must choose again what it chose.
 
 def run_flops(model: nn.Module, tokens: float) -> float:
     """The FLOP of training on `tokens`: 2 a parameter forwards, 2 for the input's gradient."""
-    return 4.0 * sum(p.numel() for p in model.parameters()) * tokens
+    return 4.0 * count_parameters(model)[1] * tokens
 
 
 def choose(choice: Choice, model: nn.Module, tokens: float) -> tuple[bool, str]:
@@ -75,6 +76,8 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _obstacle(model: nn.Module, device: str) -> str | None:
+    if getattr(base_model(model), "hf_quantizer", None) is not None:
+        return "the base is quantised"
     if len(_blocks(model)) < 2:
         return f"{type(base_model(model)).__name__} says of no module that it is a repeated block"
     if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):

@@ -29,6 +29,7 @@ from pydantic import (
 
 from lorakit.data.mixing import Source
 from lorakit.errors import InputError, did_you_mean
+from lorakit.models.quantization import Quantization, as_quantization
 from lorakit.training.recipe_errors import in_one_line, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
@@ -189,6 +190,7 @@ class Recipe(_Strict):
 
     model: Name
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    quantization: Annotated[Quantization | None, BeforeValidator(as_quantization)] = None
     compile: bool | Literal["auto"] = "auto"
     data: DataRecipe
     lora: dict[str, Any] = {}
@@ -209,6 +211,19 @@ class Recipe(_Strict):
                         f"{key} is for causal language models: leave it out with "
                         f"lora.task_type {self.task_type}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_on_one_device(self) -> Self:
+        if self.quantization is None:
+            return self
+        if self.compile is True:
+            raise ValueError("compile cannot be true with quantization: leave it out")
+        if self.dtype == "float64":
+            raise ValueError("quantization has no float64: leave dtype out, or give float32")
+        for key in ("fsdp", "deepspeed"):
+            if (self.training.model_extra or {}).get(key):
+                raise ValueError(f"training.{key} does not spread quantised weights: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit import atomic
+from lorakit import __version__, atomic
 from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import (
     METRICS_NAME,
@@ -303,5 +303,6 @@ def named_failures(folder: Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Those of Python and of the packages that decide the numbers of a run."""
-    packages = ("lorakit", "torch", "transformers", "accelerate", "safetensors")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    packages = ("torch", "transformers", "accelerate", "safetensors")
+    own = {"python": sys.version.split()[0], "lorakit": __version__}
+    return own | {name: version(name) for name in packages}

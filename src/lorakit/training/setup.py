@@ -19,6 +19,7 @@ from lorakit.data.batches import LabelCollator
 from lorakit.data.dataset import PreparedData
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
+from lorakit.lora.parameters import count_parameters
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
@@ -58,7 +59,7 @@ class Setup:
     arguments: TrainingArguments
     batching: Batching
     compiled: bool
-    base_fingerprint: str
+    base_fingerprint: str | None
     own_template: str | None
     notices: list[str]
 
@@ -108,7 +109,7 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
         dtype = torch_dtype(recipe.dtype, best_device())
         begun = begin(recipe, dtype, device="cpu" if spread else None)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)[1]
     recipe, advice = advised(recipe, parameters, len(data.train))
     base_fingerprint = fingerprint(model, without=begun.new_modules)
     set_seed(recipe.training.seed)

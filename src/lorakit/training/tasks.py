@@ -103,7 +103,9 @@ def begin(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> Begi
 
 
 def _causal(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
-    model, tokenizer = load_model(recipe.model, dtype, device=device)
+    model, tokenizer = load_model(
+        recipe.model, dtype, device=device, quantization=recipe.quantization
+    )
     had_template = bool(tokenizer.chat_template)
     data = prepare(
         tokenizer,
@@ -119,7 +121,14 @@ def _causal(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning
 
 def _seq2seq(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
     seed = recipe.training.seed
-    loaded = load_for_task(recipe.task_type, recipe.model, dtype, device=device, seed=seed)
+    loaded = load_for_task(
+        recipe.task_type,
+        recipe.model,
+        dtype,
+        device=device,
+        seed=seed,
+        quantization=recipe.quantization,
+    )
     data = prepare(
         loaded.tokenizer,
         recipe.data.train,
@@ -152,6 +161,7 @@ def _classification(recipe: Recipe, dtype: torch.dtype, device: str | None) -> B
         device=device,
         labels=labels.names,
         seed=recipe.training.seed,
+        quantization=recipe.quantization,
     )
     notices.append(
         f"trained whole and saved with the adapter: {listed(loaded.new_modules)} "

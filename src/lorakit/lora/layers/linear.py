@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.kernels import Span, lora_linear, lora_spans
+from lorakit.lora.kernels import Span, Weight, lora_linear, lora_spans
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Route, Routing
 
@@ -77,7 +77,7 @@ class LoraLinear(LoraLayer):
             return super()._forward_shared(x, names, *args, **kwargs)
         scaling, p = self.scaling[names[0]], self._share_dropped(names[0])
         factors = self.factors(names[0])
-        return lora_linear(x, self.base_weight, self.base_layer.bias, *factors, scaling, p)
+        return lora_linear(x, self._frozen_weight(x), self.base_layer.bias, *factors, scaling, p)
 
     def _forward_parts(
         self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
@@ -98,7 +98,11 @@ class LoraLinear(LoraLayer):
                 scaling, p = self.scaling[name], self._share_dropped(name)
                 spans.append(Span(end - each * size, end, scaling, p, stream, rows))
                 factors += self.factors(name)
-        return lora_spans(x, self.base_weight, self.base_layer.bias, spans, factors)
+        return lora_spans(x, self._frozen_weight(x), self.base_layer.bias, spans, factors)
+
+    def _frozen_weight(self, x: torch.Tensor) -> Weight:
+        """The weight (d_out, d_in) for products with x."""
+        return self.base_weight
 
     def _share_dropped(self, name: str) -> float:
         dropout = self.lora_dropout[name]
@@ -125,9 +129,7 @@ class LoraLinear(LoraLayer):
         base = self.base_layer
         bias = getattr(base, "bias", None)
         return (
-            type(base) is nn.Linear
-            and not self.fan_in_fan_out
-            and x.dtype == base.weight.dtype
+            self._plain_products(x)
             and not base.weight.requires_grad
             and (bias is None or not bias.requires_grad)
             and self.lora_B[name].bias is None
@@ -136,6 +138,11 @@ class LoraLinear(LoraLayer):
             and "forward" not in vars(base)  # accelerate replaces it to move weights
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         )
+
+    def _plain_products(self, x: torch.Tensor) -> bool:
+        """Whether the base is `x W^T + b` in x's dtype and nothing else."""
+        base = self.base_layer
+        return type(base) is nn.Linear and not self.fan_in_fan_out and x.dtype == base.weight.dtype
 
 
 def is_conv1d(module: nn.Module) -> bool:

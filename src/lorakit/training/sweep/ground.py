@@ -17,6 +17,7 @@ from lorakit.data.checks import AnySample
 from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
+from lorakit.lora.parameters import count_parameters
 from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import best_device, torch_dtype
@@ -72,7 +73,7 @@ class Ground:
             and recipe.data.padding_free
             and take_lines(self.begun.model) is None
         )
-        self.parameters = sum(p.numel() for p in self.begun.model.parameters())
+        self.parameters = count_parameters(self.begun.model)[1]
         data = self.begun.data
         self.splits = split(data.eval, data.eval_samples, selection, seed)
         self.notices = [*data.notices, *(f.line for f in data.findings if f.count)]
