@@ -8,15 +8,11 @@ that no unpacked weight outlives its product.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-
-from lorakit.lora.streams import Stream
 
 Weight = torch.Tensor | Callable[[], torch.Tensor]
 """A frozen weight (d_out, d_in), or what gives it in the dtype of the products."""
@@ -43,9 +39,9 @@ class LoraLinearFunction(torch.autograd.Function):
         p: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, _unpacked(W), b)
-        xA, mask = _add_update(y, rows, A, B, scaling, p)
-        ctx.save_for_backward(x, xA, *_keep(ctx, W), A, B, mask)
+        y = F.linear(rows, unpacked(W), b)
+        xA, mask = add_update(y, rows, A, B, scaling, p)
+        ctx.save_for_backward(x, xA, *keep_weight(ctx, W), A, B, mask)
         ctx.scaling, ctx.kept = scaling, 1 - p
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -54,102 +50,19 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, xA, W, A, B, mask = ctx.saved_tensors
         G = grad.reshape(-1, grad.shape[-1])
-        dx = G @ _kept(ctx, W) if ctx.needs_input_grad[0] else None
+        dx = G @ kept_weight(ctx, W) if ctx.needs_input_grad[0] else None
         rows = x.reshape(-1, x.shape[-1])
         needed = ctx.needs_input_grad[3:5]
-        dA, dB = _gradients(dx, G, rows, xA, A, B, mask, ctx.scaling, ctx.kept, needed)
+        dA, dB = gradients(dx, G, rows, xA, A, B, mask, ctx.scaling, ctx.kept, needed)
         return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None
 
 
-@dataclass(frozen=True, eq=False)
-class Span:
-    """Positions [begin, end) of a batch, and how their adapter is added there.
-
-    Args:
-        p: the share of the entries that the adapter does not see.
-        stream: where that is drawn from; None is PyTorch's own generator.
-        rows: the positions are rows of so many tokens, of which the adapter gets so many.
-    """
-
-    begin: int
-    end: int
-    scaling: float
-    p: float = 0.0
-    stream: Stream | None = None
-    rows: tuple[int, int] | None = None
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """The adapter's positions of `x` (positions, d): (n, d), a copy where there is filling."""
-        part = x[self.begin : self.end]
-        if self.rows is None:
-            return part
-        length, width = self.rows
-        return part.view(-1, length, x.shape[-1])[:, :width].reshape(-1, x.shape[-1])
-
-    def put(self, part: torch.Tensor, x: torch.Tensor) -> None:
-        """Puts what `of(x)` gave, changed in place, back into `x`."""
-        if self.rows is not None:
-            length, width = self.rows
-            rows = x[self.begin : self.end].view(-1, length, x.shape[-1])
-            rows[:, :width] = part.view(-1, width, x.shape[-1])
-
-
-class LoraSpansFunction(torch.autograd.Function):
-    """As `LoraLinearFunction` with an adapter for each of several spans of positions.
-
-    `factors` are A and B of the first span, of the second, and so on; ranks may differ. Positions
-    outside of all spans get the base's output. What an adapter computes, and its gradients, come
-    of its own positions alone.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        W: Weight,
-        b: torch.Tensor | None,
-        spans: Sequence[Span],
-        *factors: torch.Tensor,
-    ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, _unpacked(W), b)
-        kept: list[torch.Tensor | None] = []
-        for span, A, B in zip(spans, factors[::2], factors[1::2], strict=True):
-            part = span.of(y)
-            drawn_from = span.stream.drawing(x.device) if span.stream and span.p else nullcontext()
-            with drawn_from:
-                kept += _add_update(part, span.of(rows), A, B, span.scaling, span.p)
-            span.put(part, y)
-        ctx.save_for_backward(x, *_keep(ctx, W), *factors, *kept)
-        ctx.spans = spans
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, W, *saved = ctx.saved_tensors
-        G, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = G @ _kept(ctx, W) if ctx.needs_input_grad[0] else None
-        factors, kept = saved[: 2 * len(ctx.spans)], saved[2 * len(ctx.spans) :]
-        found: list[torch.Tensor | None] = []
-        for i, span in enumerate(ctx.spans):
-            (A, B), (xA, mask) = factors[2 * i : 2 * i + 2], kept[2 * i : 2 * i + 2]
-            part = None if dx is None else span.of(dx)
-            needed = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            seen, kept_share = span.of(rows), 1 - span.p
-            found += _gradients(
-                part, span.of(G), seen, xA, A, B, mask, span.scaling, kept_share, needed
-            )
-            if dx is not None and part is not None:
-                span.put(part, dx)
-        return None if dx is None else dx.view(x.shape), None, None, None, *found
-
-
-def _unpacked(W: Weight) -> torch.Tensor:
+def unpacked(W: Weight) -> torch.Tensor:
+    """The weight itself, for one product."""
     return W if isinstance(W, torch.Tensor) else W()
 
 
-def _keep(ctx: Any, W: Weight) -> tuple[torch.Tensor | None]:
+def keep_weight(ctx: Any, W: Weight) -> tuple[torch.Tensor | None]:
     """What of `W` is saved for the backward pass: a tensor as all of them are, or its function."""
     if isinstance(W, torch.Tensor):
         return (W,)
@@ -157,11 +70,12 @@ def _keep(ctx: Any, W: Weight) -> tuple[torch.Tensor | None]:
     return (None,)
 
 
-def _kept(ctx: Any, W: torch.Tensor | None) -> torch.Tensor:
+def kept_weight(ctx: Any, W: torch.Tensor | None) -> torch.Tensor:
+    """The weight of which `keep_weight` has saved this."""
     return ctx.unpack() if W is None else W
 
 
-def _add_update(
+def add_update(
     y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, p: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Adds an adapter's update of `x` (n, d_in) to `y` (n, d_out), in place.
@@ -176,7 +90,7 @@ def _add_update(
     return xA, mask
 
 
-def _gradients(
+def gradients(
     dx: torch.Tensor | None,
     G: torch.Tensor,
     x: torch.Tensor,
@@ -222,21 +136,3 @@ def lora_linear(
     Shapes as in `LoraLinearFunction`. Returns (..., d_out) in x's dtype.
     """
     return LoraLinearFunction.apply(x, W, b, A, B, scaling, p)
-
-
-def lora_spans(
-    x: torch.Tensor,
-    W: Weight,
-    b: torch.Tensor | None,
-    spans: Sequence[Span],
-    factors: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """`x W^T + b` for a frozen `W` and `b`, with the adapter of each span added to its positions.
-
-    Args:
-        spans: of the positions of x, all dimensions but the last in one line.
-        factors: A (r, d_in) and B (d_out, r) of each span, one after the other.
-
-    Shapes as in `LoraLinearFunction`. Returns (..., d_out) in x's dtype.
-    """
-    return LoraSpansFunction.apply(x, W, b, spans, *factors)

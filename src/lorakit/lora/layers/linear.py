@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.kernels import Span, Weight, lora_linear, lora_spans
+from lorakit.lora.kernels import Weight, lora_linear
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Route, Routing
+from lorakit.lora.spans import Span, lora_spans
 
 
 class LoraLinear(LoraLayer):

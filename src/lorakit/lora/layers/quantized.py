@@ -10,8 +10,9 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.kernels import Weight, lora_spans
+from lorakit.lora.kernels import Weight
 from lorakit.lora.layers.linear import LoraLinear
+from lorakit.lora.spans import lora_spans
 
 _SCALES = "lora_scales"
 """Where a weight of 8 bits keeps its scales; bitsandbytes moves them into its layer's state."""
