@@ -55,8 +55,8 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     else:
         from lorakit.data.batches import LineCollator
         from lorakit.data.masking import TokenizedRow
-        from lorakit.models.attention import take_lines
         from lorakit.models.fused import fused
+        from lorakit.models.lines import take_lines
         from lorakit.models.loss import SupervisedLoss
         from lorakit.training.compiling import compile_blocks
         from lorakit.training.machine import settle_in

@@ -20,7 +20,8 @@ from transformers import (
 
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
-from lorakit.models.attention import NAME, RowAttention, row_attention, take_lines
+from lorakit.models.attention import NAME, RowAttention, row_attention
+from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.varlen import all_rows
 from models.small import SMALL
@@ -41,6 +42,12 @@ def build(kind: str) -> Any:
 
 def row(*ids: int) -> TokenizedRow:
     return TokenizedRow(list(ids), [-100, -100, *ids[2:]], "here")
+
+
+def row_behind(*ids: int) -> TokenizedRow:
+    """A row behind what many begin with, of which the last token and those after are its own."""
+    prompt = [*range(1, 20), ids[0]]
+    return TokenizedRow([*prompt, *ids[1:]], [-100] * len(prompt) + [*ids[1:]], "here")
 
 
 ROWS = [row(5, 6, 7, 8, 9), row(11, 3, 12, 13, 14, 15, 16, 17), row(20, 21, 22)]
@@ -163,3 +170,48 @@ def test_the_kernels_of_a_gpu_are_the_rows_one_by_one(window: int | None, softca
     on_gpu = (x.cuda() for x in (q, k, v, begins))
     found = all_rows(*on_gpu, 64**-0.5, window, softcap).float().cpu()
     torch.testing.assert_close(found, wanted[0], rtol=0.03, atol=0.03)
+
+
+TREE = [
+    row_behind(40, 41),
+    row_behind(42, 43, 44, 45),
+    row_behind(40, 46, 47),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+def test_rows_behind_a_shared_prefix_have_the_loss_and_the_gradient_of_whole_rows(kind: str):
+    model = build(kind)
+    assert take_lines(model) is None
+    assert take_prefixes(model)
+    tree = LineCollator(share_prefixes=True)(TREE)
+    assert tree["input_ids"].numel() < sum(map(len, TREE))
+    whole = losses_and_gradients(model, [LineCollator()(TREE)])
+    found = losses_and_gradients(model, [tree])
+    # Norms round to float32, here what several rows have in common and there each of them.
+    close = {"rtol": 1e-9, "atol": 1e-11} if kind == "gpt2" else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(found[0], whole[0], **close)
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(gradient, whole[1][name], **close)
+
+
+def test_a_model_that_does_not_hear_of_prefixes_gets_none(monkeypatch: pytest.MonkeyPatch):
+    model = build("llama")
+    assert take_lines(model) is None
+    forward = type(model).forward
+
+    def deaf(self: Any, *args: Any, parents: Any = None, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", deaf)
+    assert not take_prefixes(model)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_gradient_of_the_plain_form_behind_a_prefix_is_that_of_its_numbers(
+    window: int | None,
+):
+    torch.manual_seed(0)
+    q = torch.randn(4, 2, 4).double().requires_grad_()
+    k, v = (torch.randn(2, 6, 4).double().requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(RowAttention.apply, (q, k, v, 0.5, window))

@@ -12,7 +12,7 @@ import lorakit
 from lorakit.data.batches import LineCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError
-from lorakit.models.attention import take_lines
+from lorakit.models.lines import take_lines
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training import compiling
 from lorakit.training.compiling import choose, compile_blocks, run_flops

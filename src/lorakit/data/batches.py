@@ -1,11 +1,12 @@
 """The rows of one batch to tensors: padded to one length, or in one line without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.prefixes import Segment, in_segments
 
 if TYPE_CHECKING:
     import torch
@@ -76,17 +77,56 @@ class LabelCollator:
 
 @dataclass(frozen=True, slots=True)
 class LineCollator:
-    """Puts rows into one line without padding; the names are those of flash attention."""
+    """Puts rows into one line without padding; the names are those of flash attention.
+
+    Args:
+        share_prefixes: rows that begin alike are a tree, of which each prefix stands in the line
+            once, for a model that takes that (`models.lines.take_prefixes`).
+    """
+
+    share_prefixes: bool = False
 
     def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         """`input_ids`, `position_ids` and `labels`, each int64 of shape (1, tokens).
 
-        `cu_seq_lens_q` and `cu_seq_lens_k` (rows + 1,), int32, say where each row begins and the
-        last one ends. The first label of a row is ignored: no row predicts the next.
+        `cu_seq_lens_q` and `cu_seq_lens_k` (segments + 1,), int32, say where each segment begins
+        and the last one ends: a row, or a part of one behind a shared prefix. Where there are
+        prefixes, `parents` (segments,), int32, says behind which segment each goes on, -1 for
+        none. The first label of a segment is ignored: none predicts the next.
         """
         import torch
 
-        from lorakit.models.attention import in_a_line
+        from lorakit.models.lines import in_a_line
 
-        labels = [label for row in rows for label in (IGNORE, *row.labels[1:])]
-        return {**in_a_line([row.input_ids for row in rows]), "labels": torch.tensor([labels])}
+        if self.share_prefixes:
+            segments = in_segments(rows)
+        else:
+            segments = [Segment(i, 0, len(row), None) for i, row in enumerate(rows)]
+        ids = [rows[i].input_ids[begin:end] for i, begin, end, _ in segments]
+        labels = [x for i, begin, end, _ in segments for x in _learned(rows[i], begin, end)]
+        shared = any(segment.parent is not None for segment in segments)
+        parents = [segment.parent for segment in segments] if shared else None
+        return {**in_a_line(ids, parents), "labels": torch.tensor([labels])}
+
+
+def _learned(row: TokenizedRow, begin: int, end: int) -> list[int]:
+    return [IGNORE, *row.labels[begin + 1 : end]]
+
+
+def count_tokens(batch: "Mapping[str, torch.Tensor]") -> "int | torch.Tensor":
+    """The tokens of a batch's rows: without padding, and with prefixes as often as rows have them.
+
+    Args:
+        batch: as one of these collators makes it.
+    """
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    if "parents" not in batch:
+        return batch["input_ids"].numel()
+    import torch
+
+    begins, parents = batch["cu_seq_lens_q"], batch["parents"]
+    ends_a_row = torch.ones_like(parents, dtype=torch.bool)
+    ends_a_row[parents[parents >= 0].long()] = False
+    last = (begins[1:] - 1).long()[ends_a_row]
+    return (batch["position_ids"][0, last] + 1).sum()

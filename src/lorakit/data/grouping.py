@@ -16,6 +16,9 @@ LIKE_LENGTHS = 50
 GRAIN = 8
 """Tokens: lengths that differ by less count as equal, so that epochs differ in who meets whom."""
 
+AT_ONCE = 4096
+"""Tokens of a pass without gradients: two cores are no faster with more (docs/performance.md)."""
+
 Batches = list[list[int]]
 """The positions of each batch's rows."""
 
@@ -99,6 +102,37 @@ def by_padded_tokens(lengths: Sequence[int], budget: int, seed: int, epoch: int)
         batches[-1].append(index)
     shuffle(batches)
     return batches
+
+
+def by_beginning(rows: Sequence[list[int]], size: int | None) -> Batches:
+    """Batches of rows that begin alike, for one line each.
+
+    Args:
+        size: rows of a batch; None for as many as have `AT_ONCE` tokens.
+    """
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    return _largest_first(order, [len(row) for row in rows], size)
+
+
+def by_length(lengths: Sequence[int], size: int | None) -> Batches:
+    """Batches of rows of like length; `size` as in `by_beginning`."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return _largest_first(order, lengths, size)
+
+
+def _largest_first(order: list[int], lengths: Sequence[int], size: int | None) -> Batches:
+    """`order` in batches, so that memory that is enough for the first is enough for all."""
+    if size is not None:
+        batches = cut(order, size)
+    else:
+        batches, tokens = [], AT_ONCE
+        for i in order:
+            tokens += lengths[i]
+            if tokens > AT_ONCE:
+                batches.append([])
+                tokens = lengths[i]
+            batches[-1].append(i)
+    return sorted(batches, key=lambda batch: sum(lengths[i] for i in batch), reverse=True)
 
 
 def evened(batches: Batches, multiple: int) -> Batches:

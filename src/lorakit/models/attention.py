@@ -6,6 +6,9 @@ boundaries among its arguments (`cu_seq_lens_q`, the name that flash attention g
 function here computes one row at a time on a CPU, so that the work is that of the rows alone; the
 form is chosen by what was measured (docs/performance.md). A GPU has kernels that take all rows at
 once (`varlen.py`). Without boundaries it is transformers' SDPA.
+
+A line may hold a tree (`data/prefixes.py`): segments that go on behind another one, whose keys and
+values they see before their own.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,8 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorakit.models.inside import base_model
-from lorakit.models.varlen import all_rows, row_lengths
+from lorakit.models.varlen import all_rows, listed, row_lengths
 
 NAME = "lorakit_rows"
 """Under this name transformers' registries know the functions of this module."""
@@ -64,6 +65,7 @@ def row_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    parents: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row of a line, in the registry's form.
@@ -72,6 +74,8 @@ def row_attention(
     (rows + 1,): where each row begins, and the end. Returns (1, tokens, heads, d).
 
     Args:
+        parents: (rows,), behind which other row each goes on, -1 for none; None for a line without
+            shared prefixes.
         sliding_window: a position sees so many positions, itself among them.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
     """
@@ -83,16 +87,31 @@ def row_attention(
         raise NotImplementedError("attention sinks are not computed row by row")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
+        if parents is not None:
+            raise NotImplementedError("prefixes are shared on a CPU only")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = all_rows(q, k, v, cu_seq_lens_q, scale, sliding_window, softcap, dropout)
         return out[None], None
     lengths = row_lengths(cu_seq_lens_q)
-    rows = []
     # split, whose backward is one cat; slices would each fill a gradient as long as the line.
-    for q, k, v in zip(*(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True):
-        window = sliding_window if sliding_window and sliding_window < q.shape[1] else None
+    queries, keys, values = (x[0].split(lengths, dim=1) for x in (query, key, value))
+    if parents is not None:
+        keys, values = (_behind_prefixes(parts, parents) for parts in (keys, values))
+    rows = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        window = sliding_window if sliding_window and sliding_window < k.shape[1] else None
         rows.append(_one_row(q, k, v, scale, dropout, window, softcap))
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
+
+
+def _behind_prefixes(
+    parts: Sequence[torch.Tensor], parents: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Each segment's keys or values (kv_heads, tokens, d) behind those of its prefixes."""
+    whole: list[torch.Tensor] = []
+    for part, parent in zip(parts, listed(parents), strict=True):
+        whole.append(part if parent < 0 else torch.cat([whole[parent], part], dim=1))
+    return whole
 
 
 def _one_row(
@@ -104,26 +123,27 @@ def _one_row(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """q (heads, T, d), k and v (kv_heads, T, d) to (heads, T, d)."""
-    T = q.shape[1]
+    """q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d) to (heads, T, d)."""
+    T, S = q.shape[1], k.shape[1]
     if softcap is not None:
         return _softcapped(q, k, v, scale, dropout, window, softcap)
     if (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
-        and T <= PLAIN_UP_TO
+        and S <= PLAIN_UP_TO
         and not dropout
         and _plain_allowed.get()
     ):
         return RowAttention.apply(q, k, v, scale, window)
-    mask = None if window is None else _hidden(T, window, q.device).logical_not()
+    plain = window is None and T == S
+    mask = None if plain else _hidden(T, S, window, q.device).logical_not()
     return F.scaled_dot_product_attention(
         q[None],
         k[None],
         v[None],
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=plain,
         scale=scale,
         enable_gqa=q.shape[0] != k.shape[0],
     )[0]
@@ -132,7 +152,8 @@ def _one_row(
 class RowAttention(torch.autograd.Function):
     """`softmax(scale * q k^T, causal) v` of one row, heads that share keys in one product.
 
-    Shapes: q (heads, T, d), k and v (kv_heads, T, d); returns (heads, T, d). Only the
+    Shapes: q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d); returns
+    (heads, T, d). Only the
     probabilities P are kept beside the inputs: with G = dL/do, dv = P^T G, dP = G v^T,
     dS = P * (dP - rowsum(dP * P)), dq = scale * dS k, dk = scale * dS^T q.
     """
@@ -146,11 +167,11 @@ class RowAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        heads, T, d = q.shape
+        (heads, T, d), S = q.shape, k.shape[1]
         q = (q * scale).reshape(k.shape[0], -1, d)  # (kv_heads, group * T, d)
-        scores = (q @ k.mT).view(k.shape[0], -1, T, T)
-        P = scores.add_(_additive(T, window, q.dtype)).softmax(-1)
-        P = P.view(k.shape[0], -1, T)
+        scores = (q @ k.mT).view(k.shape[0], -1, T, S)
+        P = scores.add_(_additive(T, S, window, q.dtype)).softmax(-1)
+        P = P.view(k.shape[0], -1, S)
         ctx.save_for_backward(q, k, v, P)
         ctx.scale = scale
         return (P @ v).view(heads, T, v.shape[-1])
@@ -179,22 +200,24 @@ def _softcapped(
     group = q.shape[0] // k.shape[0]
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
     scores = torch.tanh(q @ k.mT * (scale / softcap)) * softcap
-    scores = scores.masked_fill(_hidden(q.shape[1], window, q.device), -torch.inf)
+    scores = scores.masked_fill(_hidden(q.shape[1], k.shape[1], window, q.device), -torch.inf)
     P = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return F.dropout(P, dropout) @ v
 
 
 @lru_cache(maxsize=32)
-def _hidden(T: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """True where a position (T, T) is not seen: those after it, and those behind the window."""
-    hidden = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
-    return hidden if window is None else hidden | hidden.new_ones(T, T).tril(-window)
+def _hidden(T: int, S: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """True where the last T of S positions do not see one (T, S): those after it, and those
+    behind the window."""
+    before = S - T
+    hidden = torch.ones(T, S, dtype=torch.bool, device=device).triu(before + 1)
+    return hidden if window is None else hidden | hidden.new_ones(T, S).tril(before - window)
 
 
 @lru_cache(maxsize=32)
-def _additive(T: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    hidden = _hidden(T, window, torch.device("cpu"))
-    return torch.zeros(T, T, dtype=dtype).masked_fill_(hidden, -torch.inf)
+def _additive(T: int, S: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    hidden = _hidden(T, S, window, torch.device("cpu"))
+    return torch.zeros(T, S, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -203,77 +226,6 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 AttentionInterface.register(NAME, row_attention)
 AttentionMaskInterface.register(NAME, _mask)
-
-
-def take_lines(model: nn.Module) -> str | None:
-    """Makes `model` ready for rows in one line; returns None, or the reason why it cannot be.
-
-    Not believed but tried: a short row must give the logits that it gives alone behind each of two
-    others, through the attention that the model had before, which it keeps where it does not.
-    """
-    base = base_model(model)
-    name = type(base).__name__
-    config = base.config.get_text_config()
-    if not (base._supports_attention_backend and base._supports_flash_attn):
-        return f"{name} has an attention of its own"
-    if getattr(config, "attention_chunk_size", None):
-        return f"{name} attends in chunks"
-    before = base.config._attn_implementation
-    was_training = model.training
-    model.eval()
-    try:
-        keeps_apart = _keeps_rows_apart(base, config.vocab_size)
-        reason = None if keeps_apart else f"{name} mixes rows that lie in one line"
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{name} does not take rows in one line ({str(error).partition(chr(10))[0]})"
-    finally:
-        model.train(was_training)
-    if reason:
-        base.set_attn_implementation(before)
-    return reason
-
-
-@torch.no_grad()
-def _keeps_rows_apart(base: Any, vocab_size: int) -> bool:
-    """Sets the attention of this module, and compares a row in lines with the row alone."""
-    device = next(base.parameters()).device
-    # From the middle of the vocabulary: models answer tokens that they never saw by chance.
-    tokens = [(vocab_size // 2 + i) % vocab_size for i in range(17)]
-    row, others = tokens[:7], (tokens[7:12], tokens[12:])
-    alone = base(input_ids=torch.tensor([row], device=device), use_cache=False).logits
-    base.set_attn_implementation(NAME)
-    if base.config._attn_implementation != NAME:
-        raise ValueError("its attention cannot be set")
-
-    def behind(other: list[int]) -> torch.Tensor:
-        inputs = {name: tensor.to(device) for name, tensor in in_a_line([other, row]).items()}
-        # The kernel that the row alone had: in bfloat16 another one rounds otherwise.
-        with rows_apart(plain=False):
-            return base(**inputs, use_cache=False).logits[:, len(other) :]
-
-    first, second = map(behind, others)
-    # Eager attention rounds its softmax to float32 whatever the dtype.
-    eps = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)
-    rounding = eps * float(alone.abs().max())
-    return (
-        float((first - alone).abs().max()) <= 16 * rounding
-        and float((first - second).abs().max()) <= rounding
-    )
-
-
-def in_a_line(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """The tokens of `rows` one after another, in the names of flash attention.
-
-    Returns: `input_ids` and `position_ids`, int64 (1, tokens); `cu_seq_lens_q` and
-    `cu_seq_lens_k`, int32 (rows + 1,): where each row begins and the last one ends.
-    """
-    begins = torch.tensor([*accumulate(map(len, rows), initial=0)], dtype=torch.int32)
-    return {
-        "input_ids": torch.tensor([[token for row in rows for token in row]]),
-        "position_ids": torch.tensor([[i for row in rows for i in range(len(row))]]),
-        "cu_seq_lens_q": begins,
-        "cu_seq_lens_k": begins,
-    }
 
 
 def compile_around() -> None:

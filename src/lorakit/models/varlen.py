@@ -10,21 +10,27 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import lru_cache
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_lengths: Any = WeakTensorKeyDictionary()
+_lists: Any = WeakTensorKeyDictionary()
+
+
+def listed(numbers: torch.Tensor) -> list[int]:
+    """A tensor's numbers; read once a batch for all layers, since it waits for the GPU."""
+    found = _lists.get(numbers)
+    if found is None:
+        found = _lists[numbers] = numbers.tolist()
+    return found
 
 
 def row_lengths(begins: torch.Tensor) -> list[int]:
-    """The tokens of each row; read once a batch, since it waits for the GPU."""
-    found = _lengths.get(begins)
-    if found is None:
-        found = _lengths[begins] = begins.diff().tolist()
-    return found
+    """The tokens of each row."""
+    return [end - begin for begin, end in pairwise(listed(begins))]
 
 
 def all_rows(

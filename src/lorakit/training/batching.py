@@ -17,11 +17,12 @@ from transformers import TrainerCallback
 from lorakit.data.batches import Collator, LabelCollator, LineCollator
 from lorakit.data.grouping import (
     Batches,
+    by_beginning,
+    by_length,
     by_like_lengths,
     by_padded_tokens,
     by_rows,
     by_tokens,
-    cut,
     evened,
 )
 from lorakit.data.masking import TokenizedRow
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
     from transformers.trainer_callback import TrainerControl, TrainerState
+
+    from lorakit.models.lines import Lines
+    from lorakit.training.recipe import Recipe
+
+
+EVAL_ROWS = 8
+"""Held-out rows of a batch where rows are padded, if the recipe does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,25 @@ class Batching:
         pack_length: with it a batch of n is n times so many tokens, filled by best fit; without
             it a batch of n is n rows.
         own_collator: what makes the tensors of rows that are no causal language model's.
+        prefixes: the model takes prefixes that rows share (`models.lines.take_prefixes`).
+        draws: there is dropout or noise in training, which each row is to have of its own.
+        eval_rows: the held-out rows of a batch; None for as many as a pass takes well.
     """
 
     pad_token_id: int | None
     pack_length: int | None = None
     own_collator: LabelCollator | None = None
+    prefixes: bool = False
+    draws: bool = False
+    eval_rows: int | None = None
 
-    def collator(self) -> Collator | LabelCollator | LineCollator:
-        """What makes one batch's tensors."""
+    def collator(self, *, learning: bool) -> Collator | LabelCollator | LineCollator:
+        """What makes one batch's tensors, of rows that are learned or held out."""
         if self.own_collator is not None:
             return self.own_collator
-        return LineCollator() if self.pad_token_id is None else Collator(self.pad_token_id)
+        if self.pad_token_id is None:
+            return LineCollator(self.prefixes and not (learning and self.draws))
+        return Collator(self.pad_token_id)
 
     def train_batches(
         self, rows: Sequence[TokenizedRow], args: TrainingArguments, epoch: int
@@ -69,12 +85,19 @@ class Batching:
         return evened(batches, args.world_size)
 
     def eval_batches(self, rows: Sequence[TokenizedRow], args: TrainingArguments) -> Batches:
-        """The batches of an evaluation, rows of like length together, the longest first."""
-        lengths, size = [len(row) for row in rows], args.per_device_eval_batch_size
+        """The batches of an evaluation by Trainer, as many for every process of the run."""
         if self.pack_length:
-            return self._packed(lengths, size, args.seed, 0)
-        order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
-        return cut(order, size)
+            size = args.per_device_eval_batch_size
+            return self._packed([len(row) for row in rows], size, args.seed, 0)
+        return evened(self.held_out_batches(rows), args.world_size)
+
+    def held_out_batches(self, rows: Sequence[TokenizedRow]) -> Batches:
+        """Batches of rows that have most in common: beginnings, or lengths."""
+        if self.prefixes:
+            return by_beginning([row.input_ids for row in rows], self.eval_rows)
+        in_lines = self.pad_token_id is None
+        size = self.eval_rows or (None if in_lines else EVAL_ROWS)
+        return by_length([len(row) for row in rows], size)
 
     def _packed(self, lengths: list[int], size: int, seed: int, epoch: int) -> Batches:
         assert self.pack_length is not None
@@ -82,11 +105,39 @@ class Batching:
         return pack(lengths, size * self.pack_length, seed, epoch)
 
 
+def choose_batching(
+    recipe: Recipe, lines: Lines, pad_token_id: int, own_collator: LabelCollator | None = None
+) -> tuple[Batching, list[str]]:
+    """How rows become batches, with what to say where that is not as the recipe has it.
+
+    Args:
+        lines: what the model takes.
+        own_collator: of a task other than causal language models.
+    """
+    size = recipe.training.per_device_eval_batch_size
+    if own_collator:
+        return Batching(pad_token_id, own_collator=own_collator, eval_rows=size), []
+    pack_length = recipe.data.max_length if recipe.data.packing else None
+    if not recipe.data.padding_free:
+        return Batching(pad_token_id, pack_length, eval_rows=size), []
+    if lines.refused:
+        notice = f"rows are padded, those of like length together: {lines.refused}"
+        return Batching(pad_token_id, pack_length, eval_rows=size), [notice]
+    noise = (recipe.training.model_extra or {}).get("neftune_noise_alpha")
+    return Batching(
+        None,
+        pack_length,
+        prefixes=recipe.data.share_prefixes and lines.prefixes,
+        eval_rows=size,
+        draws=bool(recipe.lora.get("lora_dropout") or noise or lines.draws),
+    ), []
+
+
 class BatchDataset(Dataset):
     """Maps the positions of a batch's rows to the batch's tensors."""
 
-    def __init__(self, rows: Sequence[TokenizedRow], batching: Batching) -> None:
-        self.rows, self.collate = rows, batching.collator()
+    def __init__(self, rows: Sequence[TokenizedRow], batching: Batching, *, learning: bool) -> None:
+        self.rows, self.collate = rows, batching.collator(learning=learning)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -113,6 +113,7 @@ class DataRecipe(_Strict):
     limit: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     padding_free: bool = True
+    share_prefixes: bool = True
     packing: bool = False
 
     @model_validator(mode="after")
@@ -142,7 +143,7 @@ class TrainingRecipe(_Numbers):
     num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     max_steps: Annotated[int, Field(ge=-1, le=_LARGEST)] = -1
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
-    per_device_eval_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
+    per_device_eval_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=_LARGEST)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: str = "cosine"

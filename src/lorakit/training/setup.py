@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from lorakit.data.batches import LabelCollator
 from lorakit.data.dataset import PreparedData
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
-from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
+from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.training.advice import Advice, advised
-from lorakit.training.batching import Batching
+from lorakit.training.batching import Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
@@ -116,7 +115,9 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
     adapted = LoraModel(model, begun.lora_config(recipe))
     arguments = training_arguments(recipe, held_out=bool(data.eval))
     check_fsdp(arguments, begun.lora_config(recipe))
-    batching, notices = _batching(recipe, adapted, tokenizer.pad_token_id, begun.collator)
+    batching, notices = choose_batching(
+        recipe, Lines(adapted), tokenizer.pad_token_id, begun.collator
+    )
     notices += _divided(data, batching, arguments)
     wish = False if spread and recipe.compile == "auto" else recipe.compile
     if recipe.task_type != "CAUSAL_LM":
@@ -160,6 +161,8 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         "use_cpu": not torch.accelerator.is_available(),
         **recipe.training.model_dump(exclude={"loraplus_lr_ratio"}),  # the trainer's own
     }
+    if recipe.training.per_device_eval_batch_size is None:
+        del values["per_device_eval_batch_size"]  # batches are made without it
     if not held_out:
         values["eval_strategy"] = "no"
     if recipe.early_stopping_patience:
@@ -179,21 +182,6 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
         arguments._n_gpu = 1
     return arguments
-
-
-def _batching(
-    recipe: Recipe, model: LoraModel, pad_token_id: int, collator: LabelCollator | None
-) -> tuple[Batching, list[str]]:
-    """How rows become batches, with what to say where that is not as the recipe has it."""
-    if collator:
-        return Batching(pad_token_id, own_collator=collator), []
-    pack_length = recipe.data.max_length if recipe.data.packing else None
-    if not recipe.data.padding_free:
-        return Batching(pad_token_id, pack_length), []
-    if reason := take_lines(model):
-        notice = f"rows are padded, those of like length together: {reason}"
-        return Batching(pad_token_id, pack_length), [notice]
-    return Batching(None, pack_length), []
 
 
 def _divided(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> list[str]:

@@ -26,6 +26,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.training_args import TrainingArguments
 
+from lorakit.data.batches import count_tokens
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.scores import LabelScorer
 from lorakit.errors import InputError
@@ -87,6 +88,7 @@ class LoraTrainer(Trainer):
     ) -> None:
         self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
         self.held_out = batching.eval_batches(eval_rows, args)
+        held_out = BatchDataset(eval_rows, batching, learning=False)
         self.counts = Counts()
         self.scorer = scorer
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -94,8 +96,8 @@ class LoraTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=BatchDataset(train_rows, batching),
-            eval_dataset=BatchDataset(eval_rows, batching) if eval_rows else None,
+            train_dataset=BatchDataset(train_rows, batching, learning=True),
+            eval_dataset=held_out if eval_rows else None,
             data_collator=only,
             callbacks=[self.sampler],
         )
@@ -211,8 +213,7 @@ class LoraTrainer(Trainer):
         tokens = torch.zeros(3, dtype=torch.int64, device=device)
         tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:
-            real = batch.get("attention_mask")
-            tokens[0] += batch["input_ids"].numel() if real is None else real.sum()
+            tokens[0] += count_tokens(batch)
             tokens[1] += self.supervised_loss.count(batch["labels"])
         tokens = self.accelerator.reduce(tokens, "sum")
         self.counts.train_tokens += int(tokens[0])

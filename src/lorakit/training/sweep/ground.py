@@ -18,10 +18,11 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
-from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
+from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.training.advice import advised
+from lorakit.training.batching import choose_batching
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
 from lorakit.training.sweep.row_losses import SplitLosses, losses_of
@@ -68,10 +69,12 @@ class Ground:
         self.begun = self._begin(recipe)
         self.base_fingerprint = fingerprint(self.begun.model, without=self.begun.new_modules)
         self._seed = recipe.training.seed  # a new head's values are drawn with it
-        self._in_lines = (
-            self.begun.collator is None
-            and recipe.data.padding_free
-            and take_lines(self.begun.model) is None
+        pad = self.begun.tokenizer.pad_token_id
+        self._batching, _ = choose_batching(
+            recipe,
+            Lines(self.begun.model),
+            pad if isinstance(pad, int) else 0,
+            self.begun.collator,
         )
         self.parameters = count_parameters(self.begun.model)[1]
         data = self.begun.data
@@ -112,8 +115,7 @@ class Ground:
 
     def losses(self, model: nn.Module) -> SplitLosses:
         """Those of the held-out rows, with the adapters that are active in `model`."""
-        size = self.recipe.training.per_device_eval_batch_size
-        return losses_of(model, self.begun, self.held_out, size, in_lines=self._in_lines)
+        return losses_of(model, self.begun, self.held_out, self._batching)
 
     def trained_parameters(self, recipe: Recipe) -> int:
         """How many parameters a configuration trains; they are counted without being made.

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.data.batches import Collator, LabelCollator, LineCollator
+from lorakit.data.batches import LabelCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.models.loss import SupervisedLoss
+from lorakit.training.batching import Batching
 from lorakit.training.together.evaluate import RowLosses, in_batches
 
 if TYPE_CHECKING:
@@ -25,24 +26,19 @@ def losses_of(
     model: nn.Module,
     begun: Beginning,
     splits: Mapping[str, Sequence[TokenizedRow]],
-    batch_size: int,
-    *,
-    in_lines: bool = False,
+    batching: Batching,
 ) -> SplitLosses:
     """The losses of the rows of each split, by the model as it is now, with its active adapters.
 
     Args:
-        batch_size: rows at a time, of a causal language model.
-        in_lines: whether the model takes rows in one line (`models.attention.take_lines`).
+        batching: how those of a causal language model become batches.
     """
     if begun.collator is not None:
         own = begun.collator
         return {name: _one_by_one(model, begun, own, rows) for name, rows in splits.items()}
-    pad = begun.tokenizer.pad_token_id
-    collate = LineCollator() if in_lines else Collator(pad if isinstance(pad, int) else 0)
     loss = SupervisedLoss(model)
     return {
-        name: in_batches(model, rows, collate, batch_size, lambda b: [loss.of_tokens(model, b)])[0]
+        name: in_batches(model, rows, batching, lambda b: [loss.of_tokens(model, b)])[0]
         for name, rows in splits.items()
     }
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraEmbedding, LoraLinear, LoraQuantizedLinear, layer_class
 from lorakit.lora.targets import resolve_targets
-from lorakit.models.inside import base_model
+from lorakit.models.inside import base_model, has_dropout
 from lorakit.training.recipe import Recipe
 
 _SHARE_BATCHES = (LoraLinear, LoraQuantizedLinear, LoraEmbedding)
@@ -35,12 +35,7 @@ def why_alone(
 
 def _draws_itself(base: nn.Module) -> str | None:
     """Dropout of the base model is drawn for a whole batch, and so differently in a shared one."""
-    settings: Any = base_model(base).config.get_text_config()
-    rates = [module.p for module in base.modules() if isinstance(module, nn.Dropout)]
-    attention: Any = getattr(settings, "attention_dropout", None)
-    if any(rates) or attention:
-        return "the base model has dropout of its own"
-    return None
+    return "the base model has dropout of its own" if has_dropout(base) else None
 
 
 def _changes_more(config: LoraConfig) -> str | None:

@@ -79,7 +79,23 @@ def _in_one_line(batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
     where = torch.cat(begins)
     names = ("input_ids", "position_ids", "labels")
     whole = {name: torch.cat([batch[name] for batch in batches], dim=1) for name in names}
-    return {**whole, "cu_seq_lens_q": where, "cu_seq_lens_k": where}
+    whole |= {"cu_seq_lens_q": where, "cu_seq_lens_k": where}
+    if any("parents" in batch for batch in batches):
+        whole["parents"] = torch.cat(_parents_in_one_line(batches))
+    return whole
+
+
+def _parents_in_one_line(batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Each batch's `parents`, counted from the first segment of all; -1 stays none."""
+    found, at = [], 0
+    for batch in batches:
+        segments = len(batch["cu_seq_lens_q"]) - 1
+        own = batch.get("parents")
+        if own is None:
+            own = batch["cu_seq_lens_q"].new_full((segments,), -1)
+        found.append(torch.where(own < 0, own, own + at))
+        at += segments
+    return found
 
 
 def _in_blocks(batches: Sequence[Batch], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from lorakit.data.grouping import AT_ONCE
 from lorakit.data.masking import TokenizedRow
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import BASE, Route
 from lorakit.models.loss import SupervisedLoss
+from lorakit.training.batching import Batching
 from lorakit.training.together.batch import Batch, Part, losses_of
 
 RowLosses = list[tuple[float, int]]
@@ -22,29 +24,32 @@ def row_losses(
     loss: SupervisedLoss,
     names: Sequence[str],
     rows: Sequence[TokenizedRow],
-    collate: Callable[[list[TokenizedRow]], Batch],
+    batching: Batching,
     pad_token_id: int,
-    batch_size: int,
 ) -> list[RowLosses]:
     """The losses of all `rows` with each adapter, in the order of both.
 
     Args:
-        names: the adapters, and `BASE` for the bare base.
-        batch_size: rows at a time, each of which is computed for every adapter.
+        names: the adapters, and `BASE` for the bare base. As many of them share a pass as do not
+            make it larger than it is to be.
     """
 
     def of_each(batch: Batch) -> list[torch.Tensor]:
-        return _losses(model, loss, names, batch, pad_token_id)
+        several = max(1, AT_ONCE // batch["input_ids"].numel())
+        return [
+            losses
+            for at in range(0, len(names), several)
+            for losses in _losses(model, loss, names[at : at + several], batch, pad_token_id)
+        ]
 
-    return in_batches(model, rows, collate, batch_size, of_each, len(names))
+    return in_batches(model, rows, batching, of_each, len(names))
 
 
 @torch.no_grad()
 def in_batches(
     model: nn.Module,
     rows: Sequence[TokenizedRow],
-    collate: Callable[[list[TokenizedRow]], Batch],
-    batch_size: int,
+    batching: Batching,
     losses_of: Callable[[Batch], list[torch.Tensor]],
     count: int = 1,
 ) -> list[RowLosses]:
@@ -55,14 +60,11 @@ def in_batches(
     """
     device = next(model.parameters()).device
     found: list[RowLosses] = [[(0.0, 0)] * len(rows) for _ in range(count)]
-    # Rows of like length together, so that little is padded; the longest first, so that memory
-    # that is enough for them is enough.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    collate = batching.collator(learning=False)
     was_training = model.training
     model.eval()
     try:
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
+        for chosen in batching.held_out_batches(rows):
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
             counts = [rows[i].supervised for i in chosen]
             for own, losses in zip(found, losses_of(batch), strict=True):

@@ -100,7 +100,7 @@ class Member:
         rows, batching = self.setup.data.train, self.setup.batching
         batches = batching.train_batches(rows, self.setup.arguments, epoch=0)
         largest = max(batches, key=lambda batch: sum(len(rows[i]) for i in batch))
-        batch = BatchDataset(rows, batching)[largest]
+        batch = BatchDataset(rows, batching, learning=True)[largest]
         placed = {name: tensor.to(self.resident.device) for name, tensor in batch.items()}
         return Part(self.adapter, placed, max(1, sum(rows[i].supervised for i in largest)))
 
@@ -201,7 +201,8 @@ def _train_together(
     room: FindRoom,
 ) -> None:
     def run(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
-        model.train()
+        if not model.training:  # setting it goes through all modules
+            model.train()
         found = step_together(model, loss, parts, resident.pad_token_id)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is timed must have happened

@@ -15,11 +15,11 @@ from lorakit.errors import InputError
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import BASE
 from lorakit.lora.targets import resolve_targets
-from lorakit.models.attention import take_lines
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
+from lorakit.models.lines import Lines
 from lorakit.models.loss import SupervisedLoss
-from lorakit.training.batching import Batching
+from lorakit.training.batching import Batching, choose_batching
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import Setup, training_arguments
 from lorakit.training.sharded import asks_to_spread
@@ -44,21 +44,12 @@ class Resident:
         self.facts = [asdict(fact) for fact in begun.data.facts]
         pad = begun.tokenizer.pad_token_id
         self.pad_token_id: int = pad if isinstance(pad, int) else 0
-        self._no_lines: str | None = None
-        self._asked_for_lines = False
+        self._lines = Lines(self.model)
         self._base_losses: dict[str, RowLosses] = {}
 
     def batching(self, recipe: Recipe) -> tuple[Batching, list[str]]:
         """How rows become batches, with what to say where that is not as the recipe has it."""
-        pack_length = recipe.data.max_length if recipe.data.packing else None
-        if not recipe.data.padding_free:
-            return Batching(self.pad_token_id, pack_length), []
-        if not self._asked_for_lines:
-            self._no_lines, self._asked_for_lines = take_lines(self.model), True
-        if self._no_lines:
-            notice = f"rows are padded, those of like length together: {self._no_lines}"
-            return Batching(self.pad_token_id, pack_length), [notice]
-        return Batching(None, pack_length), []
+        return choose_batching(recipe, self._lines, self.pad_token_id)
 
     def setup(self, recipe: Recipe, model: Any) -> Setup:
         """A run of `recipe` on `model`, ready to begin.
@@ -143,13 +134,12 @@ class Resident:
         """By split, the losses of its rows with each of these adapters.
 
         Args:
-            recipe: says how many rows at a time.
+            recipe: says how rows become batches.
         """
-        collate = self.batching(recipe)[0].collator()
-        size = recipe.training.per_device_eval_batch_size
+        batching, _ = self.batching(recipe)
         found: list[dict[str, RowLosses]] = [{} for _ in names]
         for split, rows in self.splits.items():
-            by_name = row_losses(model, loss, names, rows, collate, self.pad_token_id, size)
+            by_name = row_losses(model, loss, names, rows, batching, self.pad_token_id)
             for own, losses in zip(found, by_name, strict=True):
                 own[split] = losses
         return found

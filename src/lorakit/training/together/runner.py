@@ -21,6 +21,8 @@ from lorakit.training.together.group import advance_group
 from lorakit.training.together.resident import Resident
 from lorakit.training.together.room import Room, measure_room
 
+_ONLY_BATCHES = ("padding_free", "packing", "share_prefixes")  # of data: what is no other row
+
 FOR_ADAPTERS = 0.5
 """Of the free memory: passes need the rest."""
 
@@ -145,7 +147,7 @@ def _require_one_base(configurations: Sequence[Configuration]) -> None:
         recipe = configuration.recipe
         kept = {"model": recipe.model, "dtype": recipe.dtype}
         data = recipe.data.model_dump(mode="json")
-        return kept | {f"data.{k}": data[k] for k in data if k not in ("padding_free", "packing")}
+        return kept | {f"data.{k}": data[k] for k in data if k not in _ONLY_BATCHES}
 
     for configuration in configurations[1:]:
         first, own = shared(configurations[0]), shared(configuration)

@@ -7,6 +7,7 @@ keeps is told of the others.
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from lorakit.training.sweep.row_losses import SplitLosses
 
 KEPT = 0.99
 """The share of the gain that a smaller rank has to keep."""
-_ENOUGH = 0.5  # below this share of the gain still smaller ranks are not looked at
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -48,7 +48,10 @@ class RankResult:
 
 @dataclass(frozen=True)
 class RankChoice:
-    """The winner's own rank, smaller ones, and the smallest that does (None: none does)."""
+    """The winner's own rank, the smaller ones that were tried, and the smallest that does.
+
+    `chosen` is None where none does; where it is not, the next smaller one was tried and does not.
+    """
 
     trained: int
     results: list[RankResult]
@@ -84,28 +87,32 @@ def rank_choice(
         return None
     config = recipe.lora_config()
     trained = max([config.r, *config.rank_pattern.values()])
-    results: list[RankResult] = []
-    with TemporaryDirectory(dir=folder.parent, prefix=".ranks-", suffix=".tmp") as place:
-        for r in sorted((r for r in _RANKS if r < trained), reverse=True):
-            small = Path(place) / f"r{r}"
-            try:
-                resize(folder, small, rank=r)
-            except InputError as error:
-                say(f"smaller ranks are not looked at: {error}")
-                return None
-            with ground.with_adapter(small, recipe) as model:
-                found = ground.losses(model)
-            kept = {n: (mean_loss(base[n]) - mean_loss(found[n])) / gains[n] for n in gains}
-            units = ground.splits[REPORT].units
-            difference = loss_difference(found[REPORT], losses[REPORT], units, seed)
-            results.append(RankResult(r, kept, mean_loss(found[REPORT]), difference))
-            say(f"r={r}: keeps {kept[REPORT]:.1%} of the gain")
-            if kept[SELECTION] < _ENOUGH:
-                break
-    results.sort(key=lambda result: result.r)
-    chosen = next((result for result in results if result.kept[SELECTION] >= KEPT), None)
+    units = ground.splits[REPORT].units
+    results: dict[int, RankResult] = {}
+
+    def enough(r: int, place: str) -> bool:
+        """Whether the rank does, by the rows that choosing may see."""
+        small = Path(place) / f"r{r}"
+        resize(folder, small, rank=r)
+        with ground.with_adapter(small, recipe) as model:
+            found = ground.losses(model)
+        kept = {n: (mean_loss(base[n]) - mean_loss(found[n])) / gains[n] for n in gains}
+        difference = loss_difference(found[REPORT], losses[REPORT], units, seed)
+        results[r] = RankResult(r, kept, mean_loss(found[REPORT]), difference)
+        say(f"r={r}: keeps {kept[REPORT]:.1%} of the gain")
+        return kept[SELECTION] >= KEPT
+
+    ranks = [r for r in _RANKS if r < trained]
+    try:
+        with TemporaryDirectory(dir=folder.parent, prefix=".ranks-", suffix=".tmp") as place:
+            # The smaller the rank, the more is cut off, so that halving finds the smallest.
+            smallest = bisect_left(ranks, True, key=lambda r: enough(r, place))
+    except InputError as error:
+        say(f"smaller ranks are not looked at: {error}")
+        return None
+    chosen = results[ranks[smallest]] if smallest < len(ranks) else None
     if chosen:
         kept_as = folder.with_name(f"{folder.name}-as-r{chosen.r}")
         shutil.rmtree(kept_as, ignore_errors=True)  # of a sweep that was killed here
         resize(folder, kept_as, rank=chosen.r)
-    return RankChoice(trained, results, chosen)
+    return RankChoice(trained, [results[r] for r in sorted(results)], chosen)
