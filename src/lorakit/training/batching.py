@@ -26,6 +26,7 @@ from lorakit.data.grouping import (
     evened,
 )
 from lorakit.data.masking import TokenizedRow
+from lorakit.data.prefixes import in_segments
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from lorakit.models.lines import Lines
     from lorakit.training.recipe import Recipe
 
+
+_LOOKED_AT = 32  # batches that say how much rows have in common
 
 EVAL_ROWS = 8
 """Held-out rows of a batch where rows are padded, if the recipe does not say how many."""
@@ -83,6 +86,18 @@ class Batching:
             together = args.gradient_accumulation_steps * args.world_size
             batches = by_like_lengths(lengths, size, args.seed, epoch, together)
         return evened(batches, args.world_size)
+
+    def shared_tokens(self, rows: Sequence[TokenizedRow], args: TrainingArguments) -> float:
+        """The share of the tokens of a batch that the others have and that are computed once.
+
+        Of the first batches of an epoch.
+        """
+        collate = self.collator(learning=True)
+        if not isinstance(collate, LineCollator) or not collate.share_prefixes:
+            return 0.0
+        several = [[rows[i] for i in b] for b in self.train_batches(rows, args, 0)[:_LOOKED_AT]]
+        computed = sum(s.end - s.begin for batch in several for s in in_segments(batch))
+        return 1 - computed / sum(len(row) for batch in several for row in batch)
 
     def eval_batches(self, rows: Sequence[TokenizedRow], args: TrainingArguments) -> Batches:
         """The batches of an evaluation by Trainer, as many for every process of the run."""

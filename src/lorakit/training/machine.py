@@ -36,6 +36,9 @@ def settle_in() -> None:
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     if not torch.cuda.is_available():
         keep_freed_memory()
+        # PyTorch asks for pages of 2 MB for tensors that fill some, if this is so from its first
+        # tensor on: what a long run has scattered over memory is found in fewer steps.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def is_main_process() -> bool:

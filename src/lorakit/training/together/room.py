@@ -21,6 +21,9 @@ from lorakit.training.together.batch import Part
 PAYS = 1.05
 """So many times faster is worth the memory of twice as many."""
 
+WORTH_A_TRIAL = 1.1
+"""Twice as many are tried if they may be so many times faster: a trial takes their memory too."""
+
 REPEATS = 2  # a machine is not the same from second to second: the faster one counts
 
 
@@ -67,7 +70,7 @@ def measure_room(parts: Sequence[Part], run: Callable[[Sequence[Part]], None]) -
         if count == len(ordered):
             break
         following = min(2 * count, len(ordered))
-        if _expected(rates, ordered, following) < PAYS * rates[count]:
+        if _expected(rates, ordered, following) < WORTH_A_TRIAL * rates[count]:
             why = f"{following} would hardly be faster"
             break
         if needs := _too_much(peaks, count, following):
