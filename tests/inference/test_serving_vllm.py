@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakit.adapters.manifest import Manifest, write_manifest
 from lorakit.errors import InputError, LorakitError
 from lorakit.inference.vllm import VllmOptions, plan, serve
 from lorakit.inference.vllm.base import slot_bytes
@@ -226,6 +227,32 @@ def test_a_base_with_other_weights_than_recorded_is_said(
     record["base_fingerprint"] = fingerprint(load_model(base, "float32")[0])
     (folder / "lorakit.json").write_text(json.dumps(record))
     assert not any("other weights" in notice for notice in plan(options(folder)).notices)
+
+
+def test_an_adapter_trained_beside_a_quantised_base_is_said(
+    base: Path, adapter: Adapters, options: Callable[..., VllmOptions]
+):
+    folder = adapter()
+    manifest = Manifest(
+        base_model=str(base),
+        recipe={"quantization": "nf4"},
+        data=[],
+        steps=1,
+        train_seconds=1,
+        train_tokens=1,
+        supervised_tokens=1,
+        tokens_per_second=1,
+        peak_memory_mb=1,
+        eval_loss=None,
+        base_eval_loss=None,
+        versions={},
+        seed=0,
+    )
+    write_manifest(folder, manifest)
+    said = "orders was trained beside a base quantised to nf4"
+    assert any(notice.startswith(said) for notice in plan(options(folder)).notices)
+    write_manifest(folder, manifest.model_copy(update={"recipe": {}}))
+    assert not any("quantised" in notice for notice in plan(options(folder)).notices)
 
 
 def test_a_base_that_vllm_does_not_adapt_is_refused(

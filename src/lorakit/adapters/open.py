@@ -152,8 +152,7 @@ def chosen_quantization(
         return as_quantization(wish)
     trained: dict[str, tuple[str | Path, Quantization | None]] = {}
     for folder in adapters:
-        manifest = read_manifest(folder)
-        stored = as_quantization(manifest.recipe.get("quantization")) if manifest else None
+        stored = trained_quantization(folder)
         trained[str(stored or UNQUANTIZED)] = folder, stored
     if len(trained) > 1:
         beside = ", ".join(f"{folder} beside {how}" for how, (folder, _) in trained.items())
@@ -162,6 +161,12 @@ def chosen_quantization(
             f"say which is meant, as with --quantization {UNQUANTIZED}"
         )
     return next(iter(trained.values()))[1] if trained else None
+
+
+def trained_quantization(folder: str | Path) -> Quantization | None:
+    """How the base was quantised beside which the adapter in `folder` was trained."""
+    manifest = read_manifest(folder)
+    return as_quantization(manifest.recipe.get("quantization")) if manifest else None
 
 
 def _labels(

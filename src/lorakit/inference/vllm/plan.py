@@ -30,6 +30,7 @@ from lorakit.adapters.export.vllm import (
     read_servable,
     write_copy,
 )
+from lorakit.adapters.open import trained_quantization
 from lorakit.errors import InputError, listed, one_line
 from lorakit.inference.access import is_loopback
 from lorakit.inference.vllm.base import (
@@ -101,6 +102,12 @@ def plan(options: VllmOptions) -> Plan:
         if options.context_length is not None:
             require_context(options.context_length, model, base)
     notices += _other_weights(origins, base, model)
+    for name, folder in options.adapters.items():
+        if stored := trained_quantization(folder):
+            notices.append(
+                f"{name} was trained beside a base quantised to {stored}: vLLM serves it beside "
+                "the one that is not"
+            )
     template = _template(servables, base, notices)
 
     command = ["vllm", "serve", base.argument, f"--served-model-name={base.name}"]
