@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakit
@@ -20,6 +22,16 @@ from tiny import save_tiny_model
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
 def refusal(name: str | Path, **options: str) -> str:
@@ -87,10 +99,28 @@ def test_a_damaged_model_folder_is_one_line(tmp_path: Path, file: str, content: 
     assert str(folder) in refusal(folder)
 
 
-def test_a_file_that_only_ends_in_gguf_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("content", [b"\0" * 100, b"\3\0\0\0\5\0\0\0\0\0\0\0\5\0\0\0"])
+def test_a_file_that_only_begins_as_gguf_is_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF" + b"\0" * 100)
+    path.write_bytes(b"GGUF" + content)
     assert str(path) in refusal(path)
+
+
+def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Hostile(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    assert "a pickle with more in it than tensors" in refusal(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tensors_that_a_model_has_no_place_for_are_said(tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(match=r"which are left out: model\.layers\.9\.mlp\.up_proj\.weight"):
+        lorakit.load_model(folder)
 
 
 def test_a_damaged_bundled_file_is_refused_with_the_command_that_mends_it(tmp_path: Path):

@@ -6,9 +6,12 @@ leads is `names.py`'s work; adapters are put on by others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from struct import error as StructError
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, first_line, listed
@@ -132,6 +135,12 @@ def load_for_task(
                     f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: "
                     "copy or fetch the model again"
                 )
+            if left := sorted(info["unexpected_keys"]):
+                warnings.warn(
+                    f"model: {name} holds tensors that {type(model).__name__} has no place for, "
+                    f"which are left out: {listed(left, 3)}",
+                    stacklevel=3,
+                )
             tokenizer = tokenizer_in(source.path)
         else:
             if wanted:
@@ -141,7 +150,12 @@ def load_for_task(
             tokenizer = tokenizer_in(source.path)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except UnpicklingError as error:
+        raise InputError(
+            f"model: {name} holds a pickle with more in it than tensors, or a damaged one: it is "
+            "not read; fetch the model's safetensors"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, StructError) as error:
         if "Unrecognized configuration class" in str(error) and task_type != "CAUSAL_LM":
             raise InputError(
                 f"model: {name} has no form for lora.task_type {task_type} (transformers has no "
@@ -330,6 +344,8 @@ def torch_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
 def _first_line(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):
         return "its files and its configuration have other shapes"
+    if isinstance(error, StructError):
+        return "its file ends too early"
     if "backend tokenizer" in str(error):
         return "its tokenizer's files are missing or damaged"
     return first_line(error)

@@ -121,7 +121,7 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
     notices += _divided(data, batching, arguments)
     if (shared := batching.shared_tokens(data.train, arguments)) >= 0.01:
         notices.append(
-            f"prefixes that rows of a batch share, {shared:.0%} of it, are computed once"
+            f"{shared:.0%} of the tokens are prefixes that rows of a batch share: computed once"
         )
     wish = False if spread and recipe.compile == "auto" else recipe.compile
     if recipe.task_type != "CAUSAL_LM":
