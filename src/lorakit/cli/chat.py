@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.options import QuantizationOption
+from lorakit.console import say, write
 
 
 def chat(
@@ -34,15 +35,15 @@ def chat(
     engine = open_with(base, name, adapter, dtype=dtype, quantization=quantization, max_rows=1)
     try:
         for notice in engine.notices:
-            typer.echo(notice, err=True)
+            say(notice, err=True)
         answering = name if engine.pool.infos() else None  # else it is merged into the base
         session = ChatSession(engine, answering, sampling, system)
         typed = sys.stdin.isatty()
         if typed:
             with suppress(ImportError):  # some builds of Python lack it
                 import readline  # noqa: F401 (gives the prompt editing and history)
-            typer.echo(f"{engine.model_name} with {adapter}. /help shows the commands.")
-        run(session, _typed_lines() if typed else sys.stdin, _write)
+            say(f"{engine.model_name} with {adapter}. /help shows the commands.")
+        run(session, _typed_lines() if typed else sys.stdin, write)
     finally:
         engine.close()
 
@@ -52,10 +53,5 @@ def _typed_lines() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            typer.echo()
+            say()
             return
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -38,8 +38,7 @@ def check(
     options = {"model": model, "data.train": data}
     recipe = recipe_from(arguments, options, {"output_dir": "not-written"})
 
-    from rich.console import Console
-
+    from lorakit.console import open_console
     from lorakit.errors import InputError, one_line
     from lorakit.training.check import check as run
     from lorakit.training.check import shown_row
@@ -47,7 +46,7 @@ def check(
 
     if process_count() > 1:
         raise InputError("lorakit check looks at one process: start it without torchrun")
-    console = Console(highlight=False, soft_wrap=True)
+    console = open_console(soft_wrap=True)
     result = run(recipe, with_forecast=forecast)
     setup = result.setup
     for index in range(min(show, len(setup.data.train))):
@@ -56,12 +55,12 @@ def check(
     for finding in setup.data.findings:
         line = f"! {finding.line}" if finding.count else f"✓ no row is {finding.what}"
         style = "yellow" if finding.count else ""
-        console.print(one_line(line), style=style, markup=False)
+        console.print(one_line(line), style=style)
     trained, total = setup.model.get_nb_trainable_parameters()
     _show_modules(console, result.modules, trained, total)
     lines = [f"chosen: {advice.line}" for advice in setup.advice] + setup.notices
     for line in [*lines, *([result.forecast.line] if result.forecast else [])]:
-        console.print(one_line(line), markup=False)
+        console.print(one_line(line))
 
 
 def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
@@ -71,7 +70,7 @@ def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
     from rich.text import Text
 
     legend = "green is learned, red is cut" if console.color_system else "⟦learned⟧ ✂cut✂"
-    console.print(f"{where}, {legend}, the rest is only read:", style="bold", markup=False)
+    console.print(f"{where}, {legend}, the rest is only read:", style="bold")
     if console.color_system:
         text = Text()
         for i, piece in enumerate(pieces):
@@ -83,7 +82,6 @@ def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
             console.print(
                 opening + "".join(_visible(piece.text) for piece in group) + closing,
                 end="",
-                markup=False,
             )
         console.print()
     console.print()
@@ -116,7 +114,7 @@ def _show_rows(console: Console, statistics: dict[str, RowStatistics]) -> None:
     most = max(count for *_, count in histogram)
     for low, high, count in histogram:
         bar = "█" * round(_BAR * count / most)
-        console.print(f"{low:>7,} to {high - 1:<7,} {bar} {count:,}", markup=False)
+        console.print(f"{low:>7,} to {high - 1:<7,} {bar} {count:,}")
     console.print()
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.console import say
+
 if TYPE_CHECKING:
     from lorakit.adapters.ranks import KindRanks
 
@@ -50,14 +52,14 @@ def combine(
         base=base,
     )
     for notice in report.notices:
-        typer.echo(notice, err=True)
+        say(notice, err=True)
     show_kinds(report.kinds)
-    typer.echo(
+    say(
         f"combined by {report.method}: {report.output} ({report.modules} modules, "
         f"{report.parameters:,} parameters)"
     )
     exact = "nothing was cut off" if report.lost == 0 else f"{report.lost:.3%} of ‖ΔW‖² is lost"
-    typer.echo(f"{exact} to the rank")
+    say(f"{exact} to the rank")
 
 
 def show_kinds(kinds: "list[KindRanks]") -> None:

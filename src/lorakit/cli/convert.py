@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.console import say
+
 
 def convert(
     source: Annotated[
@@ -17,7 +19,7 @@ def convert(
     from lorakit.models.names import resolve
 
     done = run(resolve(source).path, output)
-    typer.echo(
+    say(
         f"{done.generation} as transformers' GLM: {done.output} ({done.tensors} tensors, "
         f"{done.parameters:,} parameters, {done.dtype})"
     )

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.console import write
+
 
 def demo(
     output: Annotated[
@@ -15,7 +17,7 @@ def demo(
     """Teach the bundled model a task and measure what it learned, in under five minutes."""
     from lorakit.demo.run import run_demo
 
-    run_demo(output or _free_name("lorakit-demo"), typer.echo)
+    run_demo(output or _free_name("lorakit-demo"), lambda text: write(f"{text}\n"))
 
 
 def _free_name(name: str) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorakit.console import open_console, say, say_json
 
 if TYPE_CHECKING:
     from lorakit.adapters.diff import Diff, ModuleDiff, Summary
@@ -49,7 +50,7 @@ def diff(
     if as_json:
         answers = {"prompts": asked, "changed": [answer.to_dict() for answer in changed]}
         values = {**found.to_dict(), **({"answers": answers} if data else {})}
-        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        say_json(values)
         return
     _show(found, modules)
     if data is not None:
@@ -60,19 +61,19 @@ def _show(found: Diff, every_module: bool) -> None:
     from lorakit.cli.tables import print_table
 
     for letter, name, base in zip("AB", found.adapters, found.bases, strict=True):
-        typer.echo(f"{letter}: {name}, for {base or 'a base that it does not say'}")
+        say(f"{letter}: {name}, for {base or 'a base that it does not say'}")
     if found.same_weights is False:
-        typer.echo("they were trained on different weights (by fingerprint)", err=True)
+        say("they were trained on different weights (by fingerprint)", err=True)
     if found.identical:
-        typer.echo("both make the same updates to the bit")
+        say("both make the same updates to the bit")
     for field, (mine, theirs) in found.settings.items():
-        typer.echo(f"{field}: {_short(mine)} in A, {_short(theirs)} in B")
+        say(f"{field}: {_short(mine)} in A, {_short(theirs)} in B")
     for letter, only in zip("AB", found.only, strict=True):
         if only:
-            typer.echo(f"only in {letter}: {len(only)} modules, such as {only[0]}")
+            say(f"only in {letter}: {len(only)} modules, such as {only[0]}")
     for letter, parts in zip("AB", found.skipped, strict=True):
         for part in parts:
-            typer.echo(f"not compared, in {letter}: {part.path}: {part.reason}")
+            say(f"not compared, in {letter}: {part.path}: {part.reason}")
     tables = [("kind", found.by_kind()), ("layer", found.by_layer())]
     for heading, summaries in tables:
         rows = [_row(s.name, s, s.chance) for s in summaries]
@@ -82,7 +83,7 @@ def _show(found: Diff, every_module: bool) -> None:
     if every_module:
         rows = [_row(m.path, m, sum(m.chance) / 2) for m in found.modules]
         print_table("", ("module", *_HEADINGS), rows)
-    typer.echo("overlaps are of the directions with 90% of ‖ΔW‖²; by chance: of random ones")
+    say("overlaps are of the directions with 90% of ‖ΔW‖²; by chance: of random ones")
 
 
 _HEADINGS = ("‖ΔW‖ A", "‖ΔW‖ B", "cosine", "outputs", "inputs", "chance")
@@ -94,11 +95,9 @@ def _row(name: str, s: Summary | ModuleDiff, chance: float) -> tuple[str, ...]:
 
 
 def _show_answers(changed: list[ChangedAnswer], asked: int) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    typer.echo(f"{len(changed)} of {asked} answers differ")
+    say(f"{len(changed)} of {asked} answers differ")
     if not changed:
         return
     table = Table(show_lines=True)
@@ -107,8 +106,8 @@ def _show_answers(changed: list[ChangedAnswer], asked: int) -> None:
     for answer in changed:
         last = answer.prompt[-1].get("content") if answer.prompt else ""
         texts = (str(last), answer.first, answer.second, answer.reference)
-        table.add_row(*(escape(_visible(text)) for text in texts))
-    Console(highlight=False).print(table)
+        table.add_row(*(_visible(text) for text in texts))
+    open_console().print(table)
 
 
 def _visible(text: str) -> str:

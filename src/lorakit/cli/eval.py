@@ -13,6 +13,7 @@ import typer
 
 from lorakit.cli.options import QuantizationOption
 from lorakit.cli.tables import print_table
+from lorakit.console import open_console, say
 
 if TYPE_CHECKING:
     from lorakit.evaluation.classification import LabelEvaluation
@@ -100,10 +101,9 @@ def evaluate(
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar while rows are scored; what is yielded takes how much of how much is done."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=open_console(stderr=True), transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
         yield lambda done, whole: progress.update(task, completed=done, total=whole)
 
@@ -119,7 +119,7 @@ def _show(result: "Evaluation") -> None:
 
 def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
     for notice in result.notices:
-        typer.echo(notice, err=True)
+        say(notice, err=True)
     scores = [
         (name, f"{score['base']:.4f}" if "base" in score else "", f"{score['tuned']:.4f}")
         for name, score in result.scores.items()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lorakit.console import say
 from lorakit.errors import InputError
 
 
@@ -50,7 +51,7 @@ def export(
         else:
             file = export_gguf_adapter(adapter, output, base=base, dtype=dtype or "float32")
         what = "model" if merged else "adapter"
-        typer.echo(
+        say(
             f"GGUF {what}: {file.output} ({file.architecture}, {file.tensors} tensors, "
             f"{file.dtype}, {file.bytes / 1e6:.1f} MB)"
         )
@@ -63,36 +64,34 @@ def export(
         folder = export_ollama(
             adapter, output, base=base, merged=merged, dtype=dtype, system=system
         )
-        typer.echo(f"for Ollama: {folder.output} ({', '.join(folder.files)})")
-        typer.echo(f"the chat template is of the family {folder.family}, and was compared with it")
+        say(f"for Ollama: {folder.output} ({', '.join(folder.files)})")
+        say(f"the chat template is of the family {folder.family}, and was compared with it")
         notices, command = folder.notices, folder.command
     elif to is Target.VLLM:
         from lorakit.adapters.export.vllm import export_vllm
 
         copy = export_vllm(adapter, output, base=base)
-        typer.echo(f"for vLLM: {copy.output} ({copy.modules} modules, rank {copy.r}, scaling 1)")
+        say(f"for vLLM: {copy.output} ({copy.modules} modules, rank {copy.r}, scaling 1)")
         notices, command = copy.notices, copy.command
     elif to is Target.CHATGLM:
         from lorakit.adapters.export.chatglm import export_chatglm
 
         named = export_chatglm(adapter, output, base=base)
         ranks = ", ".join(f"{count} of rank {r}" for r, count in named.ranks.items())
-        typer.echo(
-            f"for ChatGLM's original code: {named.output} ({named.modules} modules: {ranks})"
-        )
+        say(f"for ChatGLM's original code: {named.output} ({named.modules} modules: {ranks})")
         notices, command = named.notices, named.command
     else:
         from lorakit.adapters.export.mlx import export_mlx
 
         files = export_mlx(adapter, output, base=base)
-        typer.echo(
+        say(
             f"for mlx-lm: {files.output} "
             f"({files.modules} modules, rank {files.r}, scale {files.scale:g})"
         )
         notices, command = files.notices, files.command
     for notice in notices:
-        typer.echo(notice)
-    typer.echo(command)
+        say(notice)
+    say(command)
 
 
 def _refuse_idle(to: Target, merged: bool, dtype: str | None, system: str | None) -> None:

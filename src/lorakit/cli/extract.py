@@ -1,12 +1,12 @@
 """`lorakit extract`: an adapter out of a full fine-tune."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lorakit.cli.combine import show_kinds
+from lorakit.console import say, say_json
 
 
 def extract(
@@ -29,15 +29,15 @@ def extract(
 
     report = run(base, tuned, output, rank=rank, energy=energy)
     for notice in report.notices:
-        typer.echo(notice, err=True)
+        say(notice, err=True)
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+        say_json(asdict(report))
         return
     show_kinds(report.kinds)
     least = sorted(report.retained.items(), key=lambda pair: pair[1])[:3]
     shown = ", ".join(f"{path} {share:.2%}" for path, share in least)
-    typer.echo(f"least energy is retained in {shown} (--json has every module)")
-    typer.echo(
+    say(f"least energy is retained in {shown} (--json has every module)")
+    say(
         f"extracted: {report.output} ({report.modules} modules, {report.parameters:,} parameters), "
         f"error of ΔW over all: {report.error:.3%}"
     )

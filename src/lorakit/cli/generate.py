@@ -1,7 +1,6 @@
 """`lorakit generate`: a file of prompts, answered by adapters and their base in one batch."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.options import QuantizationOption
+from lorakit.console import say, write
 
 
 def generate(
@@ -70,7 +70,7 @@ def generate(
         )
     try:
         for notice in engine.notices:
-            typer.echo(notice, err=True)
+            say(notice, err=True)
         answering: list[str | None] = [info.name for info in engine.pool.infos()]
         if with_base or not answering:
             answering.append(None)
@@ -80,12 +80,11 @@ def generate(
             tokens += answered.new_tokens
             lines.append(line)
             if output is None:
-                sys.stdout.write(f"{line}\n")
-                sys.stdout.flush()
+                write(f"{line}\n")
         seconds = time.perf_counter() - began
     finally:
         engine.close()
     if output is not None:
         atomic.write_file(output, "".join(f"{line}\n" for line in lines))
     rate = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} a second)"
-    typer.echo(f"{len(lines)} answers, {rate}" + (f": {output}" if output else ""), err=True)
+    say(f"{len(lines)} answers, {rate}" + (f": {output}" if output else ""), err=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.console import say
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,18 +34,18 @@ def push(
 
     def confirm(chosen: Selection) -> bool:
         for name, size in chosen.files.items():
-            typer.echo(f"  {name} ({size:,} bytes)")
+            say(f"  {name} ({size:,} bytes)")
         if chosen.left_out:
-            typer.echo(f"stays here: {', '.join(chosen.left_out)}")
+            say(f"stays here: {', '.join(chosen.left_out)}")
         for notice in chosen.notices:
-            typer.echo(notice)
+            say(notice)
         if yes:
             return True
         if not sys.stdin.isatty():
             raise InputError("nobody is there to be asked: --yes uploads without asking")
         return typer.confirm(f"upload to {repository}?")
 
-    typer.echo(f"to {repository}{f' ({revision})' if revision else ''}:")
+    say(f"to {repository}{f' ({revision})' if revision else ''}:")
     address = run(
         adapter,
         repository,
@@ -53,7 +54,7 @@ def push(
         with_record=with_record,
         confirm=confirm,
     )
-    typer.echo(f"uploaded: {address}" if address else "nothing was uploaded")
+    say(f"uploaded: {address}" if address else "nothing was uploaded")
 
 
 def pull(
@@ -67,4 +68,4 @@ def pull(
     from lorakit.adapters.hub import pull as run
 
     names = run(repository, output, revision=revision)
-    typer.echo(f"adapter: {output} ({', '.join(names)})")
+    say(f"adapter: {output} ({', '.join(names)})")

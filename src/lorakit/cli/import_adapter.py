@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.console import say
+
 
 def import_adapter(
     source: Annotated[
@@ -26,8 +28,6 @@ def import_adapter(
 
     imported = run(source, output, base=base, alpha=alpha)
     ranks = ", ".join(f"rank {r}: {count}" for r, count in imported.ranks.items())
-    typer.echo(
-        f"adapter: {imported.output} (from {imported.tool}, {imported.modules} modules, {ranks})"
-    )
+    say(f"adapter: {imported.output} (from {imported.tool}, {imported.modules} modules, {ranks})")
     for notice in imported.notices:
-        typer.echo(notice)
+        say(notice)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorakit.console import say, say_json
 
 if TYPE_CHECKING:
     from lorakit.adapters.inspect import Fit, Inspection
@@ -25,7 +26,7 @@ def inspect(
 
     found = run(adapter, base=base)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        say_json(found.to_dict())
     else:
         _show(found, modules)
     if found.fit and not found.fit.fits:
@@ -34,20 +35,20 @@ def inspect(
 
 def _show(found: Inspection, every_module: bool) -> None:
     for name, value in _facts(found).items():
-        typer.echo(f"{name + ':':<12} {value}")
+        say(f"{name + ':':<12} {value}")
     if found.run:
         facts = ", ".join(f"{key} {_short(value)}" for key, value in found.run.items())
-        typer.echo(f"{'record:':<12} {facts}")
+        say(f"{'record:':<12} {facts}")
     _show_modules(found, every_module)
     for whole in found.whole[:20]:
         size = " × ".join(map(str, whole.shape))
-        typer.echo(f"whole: {whole.key} ({size}, {whole.parameters:,} parameters)")
+        say(f"whole: {whole.key} ({size}, {whole.parameters:,} parameters)")
     if len(found.whole) > 20:
-        typer.echo(f"whole: and {len(found.whole) - 20} more tensors (--json has them all)")
+        say(f"whole: and {len(found.whole) - 20} more tensors (--json has them all)")
     for part in found.skipped:
-        typer.echo(f"no spectrum: {part.path}: {part.reason}")
+        say(f"no spectrum: {part.path}: {part.reason}")
     if found.fit:
-        typer.echo(_fit(found.fit))
+        say(_fit(found.fit))
 
 
 def _facts(found: Inspection) -> dict[str, str]:

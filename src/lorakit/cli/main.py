@@ -34,6 +34,7 @@ from lorakit.cli.resize import resize
 from lorakit.cli.serve import serve
 from lorakit.cli.sweep import sweep
 from lorakit.cli.train import train
+from lorakit.console import say
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.models import remote_code
 from lorakit.training.processes import first_to_fail
@@ -149,8 +150,7 @@ def _as_notice(message: Warning | str, *where: object, **line: object) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    typer.echo(f"error: {line}", err=True)
+    say(f"error: {one_line(message)}", err=True)
     return code
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.options import QuantizationOption
+from lorakit.console import say
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ def merge(
         verify=verify,
     )
     for notice in report.notices:
-        typer.echo(notice, err=True)
-    typer.echo(f"merged model: {report.output} ({report.modules} modules, {report.dtype})")
-    typer.echo(_survived(report))
+        say(notice, err=True)
+    say(f"merged model: {report.output} ({report.modules} modules, {report.dtype})")
+    say(_survived(report))
     if report.passed is not None:
-        typer.echo(
+        say(
             f"read back and compared with base + adapter over {report.positions} positions: "
             f"largest logit difference {report.largest_difference:.3g} "
             f"(the adapter itself moves logits by {report.adapter_effect:.3g}; "

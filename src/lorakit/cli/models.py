@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lorakit.console import say, say_json
 
 if TYPE_CHECKING:
     from lorakit.models.cached import KnownModel
@@ -24,7 +25,7 @@ def models(
 
         found = known_models()
         if as_json:
-            typer.echo(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
+            say_json([one.to_dict() for one in found])
         else:
             _list(found)
         return
@@ -32,7 +33,7 @@ def models(
 
     facts = describe(name)
     if as_json:
-        typer.echo(json.dumps(facts.to_dict(), indent=2, ensure_ascii=False))
+        say_json(facts.to_dict())
     else:
         _show(facts)
 
@@ -63,16 +64,16 @@ def _show(facts: ModelFacts) -> None:
         "lies in": facts.path,
     }
     for label, value in lines.items():
-        typer.echo(f"{label + ':':<12} {value}")
+        say(f"{label + ':':<12} {value}")
     for preset, means in facts.presets.items():
         targets = means.target_modules
         shown = targets if isinstance(targets, str) else ", ".join(targets)
-        typer.echo(
+        say(
             f"{preset}: {shown} ({means.modules} modules, "
             f"{means.parameters:,} parameters at r={RANK})"
         )
     for notice in facts.notices:
-        typer.echo(f"notice: {notice}")
+        say(f"notice: {notice}")
 
 
 def _size(count: int) -> str:

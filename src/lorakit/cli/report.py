@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.console import say
+
 
 def report(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
@@ -19,10 +21,10 @@ def report(
 
     written = write_report(adapter, output)
     for notice in written.notices:
-        typer.echo(notice, err=True)
-    typer.echo(f"report: {written.path}")
+        say(notice, err=True)
+    say(f"report: {written.path}")
     if open_page:
         import webbrowser
 
         if not webbrowser.open(written.path.resolve().as_uri()):
-            typer.echo("there is no browser to open it with: open the file yourself", err=True)
+            say("there is no browser to open it with: open the file yourself", err=True)

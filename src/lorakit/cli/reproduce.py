@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.console import say
+
 
 def reproduce(
     adapter: Annotated[Path, typer.Argument(help="The folder of an adapter that lorakit trained.")],
@@ -21,14 +23,14 @@ def reproduce(
     if not is_main_process():
         return
     for line in result.changed:
-        typer.echo(f"changed: {line}")
+        say(f"changed: {line}")
     for name, (before, after) in result.losses.items():
-        typer.echo(f"held-out loss, {name}: {before:.4f} then, {after:.4f} now")
+        say(f"held-out loss, {name}: {before:.4f} then, {after:.4f} now")
     if result.identical:
-        typer.echo(f"the same adapter to the bit: {folder}")
+        say(f"the same adapter to the bit: {folder}")
     else:
         verdict = "reproduced within what machines and releases differ"
-        typer.echo(
+        say(
             f"{verdict if result.reproduced else 'not reproduced'}: the adapters differ by up to "
             f"{result.largest_difference:.2g}: {folder}"
         )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.combine import show_kinds
+from lorakit.console import say
 
 
 def resize(
@@ -37,9 +38,9 @@ def resize(
         samples = load_samples(data, None, limit)
     report = run(adapter, output, rank=rank, energy=energy)
     for notice in report.notices:
-        typer.echo(notice, err=True)
+        say(notice, err=True)
     show_kinds(report.kinds)
-    typer.echo(
+    say(
         f"resized: {report.output} ({report.modules} modules, {report.before:,} → "
         f"{report.after:,} parameters), error of ΔW over all: {report.error:.3%}"
     )
@@ -47,4 +48,4 @@ def resize(
         from lorakit.evaluation.compare import losses
 
         before, after = losses([adapter, output], samples, base=base)
-        typer.echo(f"loss over {len(samples)} rows: {before:.4f} before, {after:.4f} after")
+        say(f"loss over {len(samples)} rows: {before:.4f} before, {after:.4f} after")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.options import QuantizationOption
+from lorakit.console import say
 from lorakit.errors import InputError
 
 
@@ -138,12 +139,12 @@ def serve(
         merged=merged,
     )
     for notice in opened.notices:
-        typer.echo(notice, err=True)
+        say(notice, err=True)
     names = ", ".join(named) if named and not merged else ""
 
     def started(address: str) -> None:
         what = opened.model_name + (f" with {names}" if names else "")
-        typer.echo(f"serving {what} at {address} (Ctrl-C ends)")
+        say(f"serving {what} at {address} (Ctrl-C ends)")
 
     run(opened, server_options, started)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakit.cli.recipes import Arguments, Data, Model, split_arguments
+from lorakit.console import open_console, say
 
 
 def sweep(
@@ -77,13 +78,12 @@ def sweep(
 
     gc.freeze()
     gc.enable()
-    table = run_sweep(complete, wishes, resume=resume, say=lambda line: typer.echo(line, err=True))
+    table = run_sweep(complete, wishes, resume=resume, say=lambda line: say(line, err=True))
     _show(table, complete.output_dir)
 
 
 def _show(table: dict[str, Any], folder: str) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     shown = Table("configuration", "steps", box=box.SIMPLE)
@@ -91,7 +91,7 @@ def _show(table: dict[str, Any], folder: str) -> None:
         shown.add_column(name, justify="right" if name else "left")
     for row in table["configurations"]:
         shown.add_row(row["name"], f"{row['step']}/{row['planned_steps']}", *_figures(row))
-    console = Console(highlight=False, markup=False)
+    console = open_console()
     console.print(shown)
     steps = table["steps"]
     console.print(table["verdict"], soft_wrap=True)

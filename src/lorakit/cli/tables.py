@@ -2,22 +2,22 @@
 
 from collections.abc import Iterable
 
+from lorakit.console import open_console, visible
+
 
 def print_table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Prints a table: the first column is text on the left, the others are numbers.
 
     Into a pipe it is as wide as its content, so that nothing is cut.
     """
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title) or None, title_justify="left")
+    table = Table(title=visible(title) or None, title_justify="left")
     for i, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if i else "left")
+        table.add_column(visible(heading), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console(highlight=False)
+        table.add_row(*map(visible, row))
+    console = open_console()
     if not console.is_terminal:
         console.width = max(80, console.measure(table).maximum)
     console.print(table)

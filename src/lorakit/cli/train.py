@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.recipes import Arguments, Data, Model, recipe_from
+from lorakit.console import say
 
 
 def train(
@@ -36,16 +37,14 @@ def train(
     manifest = run(recipe, resume=resume, accept_changes=accept_changes).manifest
     if not is_main_process():
         return
-    typer.echo(f"adapter: {recipe.output_dir}")
-    typer.echo(
+    say(f"adapter: {recipe.output_dir}")
+    say(
         f"{manifest.steps} steps in {manifest.train_seconds:.0f} s: "
         f"{manifest.train_tokens:,} tokens ({manifest.tokens_per_second:.0f}/s), "
         f"{manifest.supervised_tokens:,} supervised, peak memory {manifest.peak_memory_mb:,.0f} MB"
     )
     if manifest.eval_loss is not None:
-        typer.echo(
-            f"held-out loss: {manifest.base_eval_loss:.4f} before, {manifest.eval_loss:.4f} after"
-        )
+        say(f"held-out loss: {manifest.base_eval_loss:.4f} before, {manifest.eval_loss:.4f} after")
     for name, score in (manifest.eval_scores or {}).items():
         before = (manifest.base_eval_scores or {})[name]
-        typer.echo(f"held-out {name}: {before:.4f} with the untrained head, {score:.4f} after")
+        say(f"held-out {name}: {before:.4f} with the untrained head, {score:.4f} after")

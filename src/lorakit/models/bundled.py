@@ -8,10 +8,10 @@ encoder for classification, all-MiniLM-L6-v2 (Apache-2.0), is used where it lies
 import hashlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from lorakit import atomic
+from lorakit.console import say
 from lorakit.errors import InputError
 
 ALIAS = "smollm2-135m-instruct"
@@ -101,7 +101,7 @@ def _gguf_file() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from lorakit.models.load import load_gguf
 
-    sys.stderr.write(f"converting the bundled model {ALIAS} once, into {folder} …\n")
+    say(f"converting the bundled model {ALIAS} once, into {folder} …", err=True)
     with atomic.new_folder(folder) as temporary:
         # bfloat16 is the dtype in which the model was published; a Q4_1 value keeps less.
         model, tokenizer = load_gguf(gguf, "bfloat16")

@@ -25,6 +25,7 @@ from lorakit.adapters.manifest import (
     read_manifest,
     write_manifest,
 )
+from lorakit.console import open_console
 from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError, one_line
 from lorakit.models.loss import SupervisedLoss
@@ -98,7 +99,7 @@ def train(
     given = recipe.training.model_extra or {}
     join(given.get("ddp_backend"), given.get("ddp_timeout", 1800))
     main = is_main_process()
-    console = Console(stderr=True, quiet=quiet or not main, highlight=False, soft_wrap=True)
+    console = open_console(stderr=True, quiet=quiet or not main, soft_wrap=True)
     folder = Path(recipe.output_dir)
     if main:
         check_output(folder, resume=resume)
@@ -278,7 +279,7 @@ def manifest_of(
 
 def _say(console: Console, lines: Iterable[str]) -> None:
     for line in lines:
-        console.print(one_line(line), markup=False)
+        console.print(one_line(line))
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
+from lorakit.console import say
 from lorakit.errors import InputError, LorakitError
 from lorakit.inference.vllm.options import VllmOptions
 from lorakit.inference.vllm.plan import plan
@@ -33,8 +33,8 @@ def serve(options: VllmOptions, *, dry_run: bool = False) -> None:
             "add --dry-run to see the command that would be started"
         )
     planned = plan(options)
-    lines = [*(f"# {notice}" for notice in planned.notices), planned.shown()]
-    print(*lines, sep="\n", file=sys.stdout if dry_run else sys.stderr, flush=True)
+    for line in [*(f"# {notice}" for notice in planned.notices), planned.shown()]:
+        say(line, err=not dry_run)
     if not dry_run:
         try:
             os.execvpe(planned.command[0], planned.command, os.environ | planned.environment)

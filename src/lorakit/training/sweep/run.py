@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lorakit.console import open_console
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.report.sweep import write_sweep_page
 from lorakit.training.recipe import Recipe
@@ -62,11 +61,11 @@ def sweep(
         StoppedError: Ctrl-C or SIGTERM; what was trained is saved.
         LorakitError: training failed, or no configuration came to its end.
     """
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    console = open_console(stderr=True, quiet=quiet, soft_wrap=True)
     complete, wishes = load_sweep(recipe, overrides, over, settings)
 
     def say(line: str) -> None:
-        console.print(one_line(line), markup=False)
+        console.print(one_line(line))
 
     rows: list[dict[str, Any]] = run_sweep(complete, wishes, resume=resume, say=say)[
         "configurations"
