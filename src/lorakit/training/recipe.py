@@ -8,7 +8,7 @@ nothing reads is an error. Names under `lora` are PEFT's, under `training` those
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
@@ -30,25 +30,9 @@ from pydantic import (
 from lorakit.data.mixing import Source
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models.quantization import Quantization, as_quantization
+from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.recipe_errors import in_one_line, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
-
-# Decided elsewhere in the recipe, or by the trainer itself.
-_RESERVED = {
-    "output_dir": "output_dir at the top of the recipe",
-    "bf16": "dtype at the top of the recipe",
-    "fp16": "dtype at the top of the recipe",
-    "torch_compile": "compile at the top of the recipe",
-    "remove_unused_columns": "nothing: the trainer builds its own batches",
-    "group_by_length": "nothing: where rows are padded, those of like length share a batch",
-    "train_sampling_strategy": "nothing: where rows are padded, those of like length share a batch",
-    "auto_find_batch_size": "training.per_device_train_batch_size",
-    "dataloader_drop_last": "nothing: every row is learned",
-    "average_tokens_across_devices": "nothing: the loss is always that of all processes' tokens",
-    "resume_from_checkpoint": "--resume",
-    "data_seed": "training.seed",
-}
-
 
 _LARGEST = 2**31 - 1
 
@@ -168,22 +152,24 @@ class TrainingRecipe(_Numbers):
 
     @model_validator(mode="after")
     def _only_training_arguments(self) -> Self:
-        extra = self.model_extra or {}
-        for name in extra:
-            if name in _RESERVED:
-                raise ValueError(f"training.{name} is not set here: use {_RESERVED[name]}")
-        if extra:
+        if extra := self.model_extra:
             from transformers import TrainingArguments
 
             types = get_type_hints(TrainingArguments)
             known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
             for name, value in extra.items():
                 if name not in known:
-                    raise ValueError(
-                        f"training.{name} is not a recipe key{did_you_mean(name, known)}"
-                    )
+                    raise ValueError(_unknown(name, known))
+                if reason := refusal(name, value):
+                    raise ValueError(reason)
                 _check_argument(f"training.{name}", value, types[name])
         return self
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    if name in ARGUMENTS:
+        return f"training.{name} is none of the installed transformers: upgrade it, or leave it out"
+    return f"training.{name} is not a recipe key{did_you_mean(name, known)}"
 
 
 class Recipe(_Strict):
