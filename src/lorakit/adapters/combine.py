@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from lorakit import atomic
 from lorakit.adapters.combinable import common_base, require_combinable, whole_tensors
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.folder_lock import reserves
 from lorakit.lora import combine as methods
 from lorakit.lora.config import LoraConfig
 
@@ -55,6 +55,7 @@ class CombineReport:
     notices: list[str]
 
 
+@reserves("output")
 def combine(
     adapters: Sequence[str | Path],
     output: str | Path,
@@ -82,7 +83,6 @@ def combine(
         InputError: something cannot be combined, or a setting has no effect or is out of range.
         LorakitError: the folder cannot be written.
     """
-    atomic.require_free(output)
     _check(adapters, weights, method, rank, density, seed)
     files = [read_updates(folder) for folder in adapters]
     notices: list[str] = []

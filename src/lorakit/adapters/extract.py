@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit import atomic
 from lorakit.adapters.derived import Derivation, Source, read_template, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.adapters.tokenizer import tokenizer_to_keep
 from lorakit.errors import InputError, listed
+from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.combine import Combined, truncate_matrix
 from lorakit.lora.config import LoraConfig
@@ -90,6 +90,7 @@ class ExtractReport:
 
 
 @torch.no_grad()
+@reserves("output")
 def extract(
     base: str,
     tuned: str,
@@ -113,7 +114,6 @@ def extract(
             cannot hold.
         LorakitError: the folder cannot be written.
     """
-    atomic.require_free(output)
     if rank is None and energy is None:
         energy = 0.95
     check_size(rank, energy)

@@ -24,6 +24,7 @@ from lorakit import atomic
 from lorakit.adapters.chatglm_names import FACTORS_A, native_adapter
 from lorakit.adapters.ranks import usual_and_others
 from lorakit.errors import InputError, listed
+from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.target_names import written_targets
@@ -55,6 +56,7 @@ class _Factors:
     alpha: float
 
 
+@reserves("output")
 def import_adapter(
     source: str | Path, output: str | Path, *, base: str | None = None, alpha: float | None = None
 ) -> Imported:
@@ -69,7 +71,6 @@ def import_adapter(
     Raises:
         InputError: the file is of no known kind, damaged, a pickle, or for another base model.
     """
-    atomic.require_free(output)
     if (Path(source) / WEIGHTS_NAME).is_file():
         return _from_original_code(Path(source), output, base, alpha)
     path, settings = _locate(Path(source))

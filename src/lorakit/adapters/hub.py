@@ -17,6 +17,7 @@ from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
 from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
+from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME, read_adapter
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.names import ALIASES
@@ -116,6 +117,7 @@ def push(
     return str(commit.commit_url)
 
 
+@reserves("output")
 def pull(repo: str, output: str | Path, *, revision: str | None = None) -> list[str]:
     """Fetches the adapter in the repository `repo` into the new folder `output`.
 
@@ -129,7 +131,6 @@ def pull(repo: str, output: str | Path, *, revision: str | None = None) -> list[
     """
     from huggingface_hub import snapshot_download
 
-    atomic.require_free(output)
     _require_name(repo)
     wanted = [*FILES, MANIFEST_NAME]
     with _named_failures(f"{repo} was not fetched"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
 from lorakit.errors import LorakitError
+from lorakit.folder_lock import reserves
 
 if TYPE_CHECKING:
     from lorakit.adapters.verify import Comparison
@@ -54,6 +55,7 @@ class MergeReport:
         return asdict(self)
 
 
+@reserves("output")
 def merge(
     adapter: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -91,7 +93,6 @@ def merge(
     from lorakit.adapters.streaming import stream
     from lorakit.adapters.verify import compare, expect
 
-    atomic.require_free(output)
     job = prepare(adapter, base, dtype, weights, quantization)
     with atomic.new_folder(output) as folder:
         written = expected = None

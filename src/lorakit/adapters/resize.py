@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from lorakit import atomic
 from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.lora.combine import truncate
 
 
@@ -39,6 +39,7 @@ class ResizeReport:
     notices: list[str]
 
 
+@reserves("output")
 def resize(
     adapter: str | Path,
     output: str | Path,
@@ -58,7 +59,6 @@ def resize(
             given, or it is out of range.
         LorakitError: the folder cannot be written.
     """
-    atomic.require_free(output)
     check_size(rank, energy)
     file = read_updates(adapter)
     if file.config.target_parameters:

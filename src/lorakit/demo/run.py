@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
 from lorakit.demo.orders import train_and_held_out
 from lorakit.evaluation.evaluate import Evaluation, evaluate
+from lorakit.folder_lock import locked_folder
 from lorakit.models.bundled import ALIAS
+from lorakit.training.output import check_output
 from lorakit.training.run import train
 
 TRAIN_ROWS, HELD_OUT_ROWS, SEED = 350, 100, 7
@@ -50,8 +53,15 @@ def run_demo(
     Raises:
         InputError: the folder is not empty.
     """
+    with locked_folder(folder, partial(check_output, folder, resume=False), say):
+        return _run_demo(folder, say, train_rows, held_out_rows)
+
+
+def _run_demo(
+    folder: Path, say: Callable[[str], None], train_rows: int, held_out_rows: int
+) -> DemoResult:
+    """`run_demo`, in a folder that no other process writes."""
     began = time.perf_counter()
-    atomic.require_free(folder)
     learned, held_out = train_and_held_out(train_rows, held_out_rows, SEED)
     _write_rows(folder / "train.jsonl", learned)
     _write_rows(folder / "held_out.jsonl", held_out)

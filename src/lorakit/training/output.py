@@ -10,6 +10,7 @@ from typing import Any
 from lorakit import atomic
 from lorakit.adapters.manifest import MANIFEST_NAME, Manifest
 from lorakit.errors import InputError, listed
+from lorakit.folder_lock import LOCK_NAME
 
 RUN_NAME = "lorakit-run.json"
 _CONTINUED = "continued"
@@ -103,8 +104,8 @@ def _identity(recipe: dict[str, Any], data: list[dict[str, Any]], processes: int
 
 
 def left_over(path: Path) -> bool:
-    """Whether a kill has left `path`, a file that was still being written (`atomic.py`)."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    """Whether `path` is no content: a lock, or a file that a kill left half-written."""
+    return path.name == LOCK_NAME or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def _as_json(values: dict[str, Any]) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lorakit.adapters.manifest import (
 from lorakit.console import open_console
 from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError, one_line
+from lorakit.folder_lock import locked_folder, require_unlocked
 from lorakit.models.loss import SupervisedLoss
 from lorakit.report.page import write_report
 from lorakit.training.early_stopping import EarlyStopping, stopped_before
@@ -101,9 +103,24 @@ def train(
     main = is_main_process()
     console = open_console(stderr=True, quiet=quiet or not main, soft_wrap=True)
     folder = Path(recipe.output_dir)
-    if main:
-        check_output(folder, resume=resume)
+    with ExitStack() as held:
+        if main:
+            require_unlocked(folder.absolute().parent)  # a sweep's, whose configuration it is
+            check = partial(check_output, folder, resume=resume)
+            held.enter_context(locked_folder(folder, check, lambda line: _say(console, [line])))
+        return _train(recipe, console, main, resume, accept_changes, expected_data)
 
+
+def _train(
+    recipe: Recipe,
+    console: Console,
+    main: bool,
+    resume: bool,
+    accept_changes: bool,
+    expected_data: list[dict[str, Any]] | None,
+) -> TrainResult:
+    """`train`, in a folder that no other process writes."""
+    folder = Path(recipe.output_dir)
     setup = set_up(recipe)
     now = setup.recipe.to_dict(), setup.data_facts, setup.arguments.world_size
     if expected_data is not None:

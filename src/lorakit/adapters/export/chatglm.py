@@ -19,6 +19,7 @@ import torch
 from lorakit import atomic
 from lorakit.adapters.export.plain import Pair, read_plain
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.models.chatglm.layout import QKV_PARTS, original_module, qkv_rows
@@ -40,6 +41,7 @@ class ChatGLMExport:
     notices: tuple[str, ...] = ()
 
 
+@reserves("output")
 def export_chatglm(
     adapter: str | Path, output: str | Path, *, base: str | None = None
 ) -> ChatGLMExport:
@@ -54,7 +56,6 @@ def export_chatglm(
     """
     from transformers import GlmConfig
 
-    atomic.require_free(output)
     plain = read_plain(adapter, "ChatGLM's original code", base)
     config = read_base_config(resolve(plain.base_model).path)
     if not isinstance(config, GlmConfig):

@@ -17,6 +17,7 @@ from lorakit import atomic
 from lorakit.adapters.export.gguf_family import Family, family_of, interleaved, tensor_name
 from lorakit.adapters.export.plain import PlainAdapter, read_plain, require_fit
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 
@@ -44,6 +45,7 @@ class GgufExport:
     notices: tuple[str, ...] = ()
 
 
+@reserves("output")
 def export_gguf_adapter(
     adapter: str | Path, output: str | Path, *, base: str | None = None, dtype: str = "float32"
 ) -> GgufExport:

@@ -33,6 +33,7 @@ from lorakit.adapters.export.gguf_family import (
 )
 from lorakit.adapters.export.gguf_tokenizer import add_tokenizer
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 
@@ -47,6 +48,7 @@ _FILE_TYPES = {
 }
 
 
+@reserves("output")
 def export_gguf_model(
     adapter: str | Path, output: str | Path, *, base: str | None = None, dtype: str = "float16"
 ) -> GgufExport:

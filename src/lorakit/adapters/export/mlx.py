@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from lorakit import atomic
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
 from lorakit.errors import InputError, listed
+from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 
@@ -40,6 +41,7 @@ class MlxExport:
     notices: tuple[str, ...] = ()
 
 
+@reserves("output")
 def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = None) -> MlxExport:
     """Writes the folder `output`, which mlx-lm takes as `--adapter-path`.
 
@@ -50,7 +52,6 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
         InputError: the adapter is more than mlx-lm can hold, its base is not known to have the
             same names there, or `output` exists.
     """
-    atomic.require_free(output)
     plain = read_plain(adapter, "mlx-lm", base)
     config = read_base_config(resolve(plain.base_model).path)
     if config.model_type not in _SAME_NAMES:

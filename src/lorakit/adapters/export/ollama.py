@@ -20,6 +20,7 @@ from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import read_files
 from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import read_config
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.names import resolve
@@ -42,6 +43,7 @@ class OllamaExport:
     notices: tuple[str, ...] = ()
 
 
+@reserves("output")
 def export_ollama(
     adapter: str | Path,
     output: str | Path,
@@ -64,7 +66,6 @@ def export_ollama(
     Raises:
         InputError: the adapter, the base, its chat template or `output` cannot be used.
     """
-    atomic.require_free(output)
     dtype = dtype or ("float16" if merged else "float32")
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

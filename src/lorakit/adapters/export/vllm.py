@@ -21,6 +21,7 @@ from lorakit import atomic
 from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 
@@ -111,13 +112,13 @@ def write_copy(servable: Servable, output: str | Path) -> None:
             shutil.copyfile(template, folder / TEMPLATE_NAME)
 
 
+@reserves("output")
 def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> VllmExport:
     """Writes the adapter for vLLM into the new folder `output`, whether it needs that or not.
 
     Raises:
         InputError: vLLM cannot serve the adapter, or `output` exists.
     """
-    atomic.require_free(output)
     servable = read_servable(adapter, base)
     served = found_at(servable.plain.base_model)
     if Path(served).exists():  # as the name of one that vLLM fetches, it is taken on trust

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorakit import atomic
 from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
 from lorakit.models.chatglm.config import is_original, native_config, read_original
 from lorakit.models.chatglm.tokenizer import generation_settings, original_tokenizer
 from lorakit.models.chatglm.weights import native_rows, usual_code
@@ -33,6 +34,7 @@ class Converted:
     dtype: str
 
 
+@reserves("output")
 def convert(source: Path, output: str | Path) -> Converted:
     """Writes the original folder `source` to the new folder `output`, for plain transformers.
 
@@ -42,7 +44,6 @@ def convert(source: Path, output: str | Path) -> Converted:
         InputError: the source is damaged or no such folder, or `output` exists.
         LorakitError: the disk is full.
     """
-    atomic.require_free(output)
     if not is_original(source):
         raise InputError(
             f"{source} is no model in ChatGLM's original layout (model_type chatglm): transformers "

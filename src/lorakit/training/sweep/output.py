@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakit import atomic
 from lorakit.errors import InputError, listed
+from lorakit.folder_lock import require_unlocked
 from lorakit.training.output import differences, left_over
 from lorakit.training.recipe import Recipe
 from lorakit.training.sweep.runner import Configuration
@@ -38,6 +39,8 @@ def check_folder(folder: Path, *, resume: bool) -> None:
             f"output_dir: {folder} holds {what}: add --resume to go on with it, "
             "or give another folder"
         )
+    for part in folder.iterdir():
+        require_unlocked(part)  # a configuration that somebody trains by itself
 
 
 def require_same(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorakit.console import open_console
 from lorakit.errors import InputError, LorakitError, one_line
+from lorakit.folder_lock import locked_folder
 from lorakit.report.sweep import write_sweep_page
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import named_failures
@@ -26,7 +28,7 @@ from lorakit.training.sweep.publish import clean_up, publish, write_recipe
 from lorakit.training.sweep.runner import Configuration
 from lorakit.training.sweep.search import Search
 from lorakit.training.sweep.space.configurations import check_keys, configurations
-from lorakit.training.sweep.space.samplers import Changes, sampler_of
+from lorakit.training.sweep.space.samplers import Changes, Sampler, sampler_of
 from lorakit.training.sweep.space.settings import SweepSettings, load_sweep
 
 FEW = 50
@@ -82,7 +84,20 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
     sampler = sampler_of(settings, seed)
     draws = sampler.draw([], [])
     configurations(recipe, draws, lambda changed: changed)  # wrong ones, before a model is loaded
-    check_folder(folder, resume=resume)
+    with locked_folder(folder, partial(check_folder, folder, resume=resume), say):
+        return _run(recipe, settings, folder, seed, sampler, draws, say)
+
+
+def _run(
+    recipe: Recipe,
+    settings: SweepSettings,
+    folder: Path,
+    seed: int,
+    sampler: Sampler,
+    draws: Sequence[Changes],
+    say: Say,
+) -> dict[str, Any]:
+    """`run_sweep`, in a folder that no other process writes."""
     require_same(folder, recipe, settings)
     if finished := read_leaderboard(folder):
         say(f"{folder} is finished already: nothing is left to do")
