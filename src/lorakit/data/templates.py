@@ -7,7 +7,8 @@ line. Which characters of the text are learned is decided in `lorakit.data.spans
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -47,20 +48,25 @@ def render(
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; call ensure_template first")
     refusal: Exception | None = None
+    has_calls = any(message.get("tool_calls") for message in messages)
+
+    def write(conversation: Sequence[Message]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(conversation),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
     for conversation in _spellings(messages):
         try:
-            text = str(
-                tokenizer.apply_chat_template(
-                    conversation,
-                    tools=list(tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
+            text = write(conversation)
         except Exception as error:  # a template is someone's program: it may raise anything
             refusal = refusal or error
             continue
-        if not _shows_python(text, conversation):
+        if not has_calls or not _shows_python(text, conversation, write):
             return text
     if refusal is None:
         raise InputError("the chat template writes the arguments of tool calls as no JSON")
@@ -84,14 +90,14 @@ def _with_ids(messages: Sequence[Message]) -> list[Message]:
     """Calls without an id get one by their place, and the results that follow them get theirs."""
     numbers = count(1)
     changed: list[Message] = []
-    waiting: list[str] = []
+    waiting: deque[str] = deque()
     for message in messages:
         if calls := message.get("tool_calls"):
             calls = [{"id": f"call{next(numbers):05d}", **call} for call in calls]
-            waiting = [call["id"] for call in calls]
+            waiting = deque(call["id"] for call in calls)
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool" and waiting:
-            message = {"tool_call_id": waiting.pop(0), **message}
+            message = {"tool_call_id": waiting.popleft(), **message}
         changed.append(message)
     return changed
 
@@ -103,25 +109,45 @@ def _with_json_arguments(messages: Sequence[Message]) -> list[Message]:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**call["function"], "arguments": arguments}}
 
+    return _with_calls(messages, as_text)
+
+
+def _with_calls(
+    messages: Sequence[Message], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[Message]:
     return [
-        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
         if message.get("tool_calls")
         else message
         for message in messages
     ]
 
 
-def _shows_python(text: str, messages: Sequence[Message]) -> bool:
-    """Whether arguments were printed as a Python object, `{'a': True}`, and not as JSON."""
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            arguments = call["function"]["arguments"]
-            if not arguments or isinstance(arguments, str):
-                continue
-            quoted = sum(str(other.get("content")).count(str(arguments)) for other in messages)
-            if text.count(str(arguments)) > quoted:
-                return True
-    return False
+def _shows_python(
+    text: str, messages: Sequence[Message], write: Callable[[Sequence[Message]], str]
+) -> bool:
+    """Whether arguments were printed as a Python object, `{'a': True}`, and not as JSON.
+
+    Only where the text has more of such beginnings than the messages brought is the conversation
+    written again, with arguments that can be told from everything else in it.
+    """
+    brought = sum(str(message.get("content")).count("{'") for message in messages)
+    if text.count("{'") <= brought:
+        return False
+    mark = "7310582946"
+    while mark in text:
+        mark += mark[-3]
+
+    def marked(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        if not arguments or isinstance(arguments, str):
+            return call
+        return {**call, "function": {**call["function"], "arguments": {mark: mark}}}
+
+    try:
+        return f"{{'{mark}'" in write(_with_calls(messages, marked))
+    except Exception:  # it insists on arguments of its own
+        return True
 
 
 def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:

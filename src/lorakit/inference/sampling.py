@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from lorakit.data.formats import Message, Sample
 from lorakit.data.masking import IGNORE, tokenize
 from lorakit.data.templates import render
 from lorakit.errors import InputError
+from lorakit.inference.bounded_tokens import tokens_within
 
 if TYPE_CHECKING:
     import torch
@@ -26,17 +28,21 @@ def prompt_tokens(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[dict[str, Any]] = (),
+    limit: int | None = None,
 ) -> list[int]:
     """The conversation as token ids, up to where the model's answer begins.
 
-    `tools` are the descriptions of functions that the template shows to the model.
+    Args:
+        tools: the descriptions of functions that the template shows to the model.
+        limit: how many tokens there may be; None for any number.
 
     Raises:
         InputError: the chat template refuses the conversation, or there is no template.
+        TooManyTokensError: there are more than `limit`.
     """
     text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
     # The template has written the special tokens, a BOS among them.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tokens_within(text, tokenizer, sys.maxsize if limit is None else limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,6 +215,40 @@ def test_what_is_longer_than_the_context_is_refused_in_openais_words(
     assert caught.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_limit_that_the_context_cannot_hold_is_named_as_the_cause(
+    served: Running, field: str
+) -> None:
+    error = refused(served.post(CHATS, {"model": "shop", "messages": HELLO, field: 5000}), 400)
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    prompt = served.post(CHATS, CHAT).json()["usage"]["prompt_tokens"]
+    for number in (5000, 4096, prompt, 4096 - prompt):  # given, the context, taken, left
+        assert str(number) in error["message"]
+    asked = {"model": "shop", "messages": HELLO, field: 4096 - prompt + 1}
+    assert refused(served.post(CHATS, asked), 400)["param"] == field
+
+
+@pytest.mark.parametrize("size", [4096, 5000, 1_000_000])
+def test_a_prompt_that_the_context_cannot_hold_is_named_as_the_cause(
+    served: Running, size: int
+) -> None:
+    messages = [{"role": "user", "content": "a" * size}]
+    prompts: list[Any] = ["a" * size, [5] * size]
+    for path, fields, param in (
+        (CHATS, {"messages": messages}, "messages"),
+        *((TEXTS, {"prompt": prompt}, "prompt") for prompt in prompts),
+    ):
+        for limit in ({}, {"max_tokens": 5000}):
+            error = refused(served.post(path, {"model": "shop", **fields, **limit}), 400)
+            assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+
+
+def test_a_limit_that_nobody_asked_for_is_cut_to_what_fits(served: Running) -> None:
+    reply = served.post(TEXTS, {"model": "shop", "prompt": [5] * 4090}).json()
+    assert reply["usage"]["completion_tokens"] == 6
+    assert reply["choices"][0]["finish_reason"] == "length"
+
+
 def test_what_the_template_refuses_is_a_bad_request(served: Running) -> None:
     template = served.engine.tokenizer.chat_template
     served.engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

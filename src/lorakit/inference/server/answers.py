@@ -43,7 +43,7 @@ class Answers:
     """
 
     def __init__(
-        self, desk: Desk, tickets: list[Ticket], prompt_tokens: int, seconds: float
+        self, desk: Desk, tickets: list[Ticket], prompt_tokens: int, deadline: float
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self._desk, self._tickets = desk, tickets
@@ -51,13 +51,8 @@ class Answers:
         self._seen = [time.perf_counter()] * len(tickets)
         self._queue: asyncio.Queue[_Numbered] = asyncio.Queue()
         self._cut: ApiError | None = None
-        late = ApiError(
-            503,
-            f"no row became free within {seconds:g} s: ask again later",
-            code="timeout",
-            retry_after=_RETRY_AFTER,
-        )
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self.cut, late)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_at(deadline, self.cut, desk.late())
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -170,18 +165,25 @@ class Desk:
         self._open: set[Answers] = set()
         self._rows = 0
 
-    async def hand_in(
-        self, prompts: Sequence[Sequence[int]], adapter: str | None, asked: SamplingFields
-    ) -> Answers:
-        """Hands `asked.choices` requests a prompt to the engine.
+    def deadline(self) -> float:
+        """When a request that comes now must have ended, on the event loop's clock."""
+        return asyncio.get_running_loop().time() + self.limits.request_seconds
+
+    def late(self) -> ApiError:
+        """What a request is told that has no answer at its deadline."""
+        return ApiError(
+            503,
+            f"no row became free within {self.limits.request_seconds:g} s: ask again later",
+            code="timeout",
+            retry_after=_RETRY_AFTER,
+        )
+
+    def require_room(self, rows: int) -> None:
+        """Refuses so many answers if they cannot be taken now.
 
         Raises:
-            ApiError: 400 when a prompt does not fit the context, 404 when the adapter was unloaded
-                meanwhile, 429 when too much waits.
-            InputError: the engine refuses one.
+            ApiError: 400, so many never can; 429, too many are under way.
         """
-        limits = [self._token_limit(prompt, asked.token_limit) for prompt in prompts]
-        rows = len(prompts) * asked.choices
         room = self.engine.max_rows + self.limits.waiting
         if rows > room:
             raise bad_field(f"this asks for {rows} answers at once; at most {room} are taken", "n")
@@ -192,6 +194,27 @@ class Desk:
                 code="rate_limit_exceeded",
                 retry_after=_RETRY_AFTER,
             )
+
+    async def hand_in(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapter: str | None,
+        asked: SamplingFields,
+        deadline: float,
+    ) -> Answers:
+        """Hands `asked.choices` requests a prompt to the engine.
+
+        Args:
+            deadline: of `deadline()`, when the request came.
+
+        Raises:
+            ApiError: 400 when a prompt does not fit the context, 404 when the adapter was unloaded
+                meanwhile, 429 when too much waits.
+            InputError: the engine refuses one.
+        """
+        limits = [self._token_limit(prompt, asked) for prompt in prompts]
+        rows = len(prompts) * asked.choices
+        self.require_room(rows)
 
         def submit() -> list[Ticket]:
             tickets: list[Ticket] = []
@@ -218,7 +241,7 @@ class Desk:
             raise
         tokens = sum(map(len, prompts))
         self.metrics.prompt_tokens.inc(tokens)
-        answers = Answers(self, tickets, tokens, self.limits.request_seconds)
+        answers = Answers(self, tickets, tokens, deadline)
         self._open.add(answers)
         if self._stopped is not None:  # meanwhile
             answers.cut(self._stopped)
@@ -236,22 +259,22 @@ class Desk:
         for answers in list(self._open):
             answers.cut(self._stopped)
 
-    def _token_limit(self, prompt: Sequence[int], wanted: int | None) -> int:
+    def _token_limit(self, prompt: Sequence[int], asked: SamplingFields) -> int:
         """How many tokens an answer to `prompt` may have.
 
         Raises:
-            ApiError: 400, more than the context holds.
+            ApiError: 400, more than the context holds were asked for.
         """
-        context = self.engine.context_length
+        context, wanted, field = self.engine.context_length, asked.token_limit, asked.limit_field
         left = context - len(prompt)
-        if left >= (wanted or 1):
-            return wanted or left
-        answer = f"{wanted} of the answer" if wanted else "at least one of the answer"
-        raise bad_field(
-            f"the model's context is {context} tokens, and this asks for {len(prompt)} of the "
-            f"prompt and {answer}: shorten the prompt or ask for a shorter answer",
-            code="context_length_exceeded",
-        )
+        if field is not None and wanted is not None and wanted > left:
+            raise bad_field(
+                f"{field} is {wanted}, and the model's context is {context} tokens, of which the "
+                f"prompt takes {len(prompt)}: ask for at most {left}, or leave {field} out",
+                field,
+                code="context_length_exceeded",
+            )
+        return min(wanted or left, left)
 
 
 def finish_reason(piece: Piece) -> FinishReason | None:

@@ -23,7 +23,7 @@ from lorakit.inference.server.replies import (
     Delta,
     Rival,
 )
-from lorakit.inference.server.streams import EventStream, whole_response
+from lorakit.inference.server.streams import EventStream, client_of, while_wanted, whole_response
 
 
 async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompts) -> Response:
@@ -33,8 +33,12 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
         ApiError, InputError: it cannot be.
     """
     adapter = adapter_named(desk.engine, asked.model)
-    prompt = await prompts.of_chat(adapter, asked)
-    answers = await desk.hand_in([prompt], adapter, asked)
+    deadline = desk.deadline()
+    desk.require_room(asked.choices)
+    size = len(await request.body())
+    work = prompts.of_chat(adapter, asked, client_of(request), size)
+    prompt = await while_wanted(request, work, deadline, desk.late())
+    answers = await desk.hand_in([prompt], adapter, asked, deadline)
     ident, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     with_logprobs = asked.rivals is not None
 

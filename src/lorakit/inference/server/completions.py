@@ -16,7 +16,7 @@ from lorakit.inference.server.chat import finite
 from lorakit.inference.server.payloads import CompletionRequest
 from lorakit.inference.server.prompts import Prompts
 from lorakit.inference.server.replies import Completion, CompletionChoice, CompletionLogprobs
-from lorakit.inference.server.streams import EventStream, whole_response
+from lorakit.inference.server.streams import EventStream, client_of, while_wanted, whole_response
 
 
 async def complete(
@@ -28,8 +28,11 @@ async def complete(
         ApiError, InputError: it cannot be.
     """
     adapter = adapter_named(desk.engine, asked.model)
-    tokens = await prompts.of_texts(adapter, asked.prompts())
-    answers = await desk.hand_in(tokens, adapter, asked)
+    deadline, texts = desk.deadline(), asked.prompts()
+    desk.require_room(len(texts) * asked.choices)
+    work = prompts.of_texts(adapter, texts, client_of(request))
+    tokens = await while_wanted(request, work, deadline, desk.late())
+    answers = await desk.hand_in(tokens, adapter, asked, deadline)
     ident, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
     with_logprobs = asked.rivals is not None
     written = [0] * len(answers)  # characters whose tokens were sent, an answer

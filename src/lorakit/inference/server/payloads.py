@@ -122,6 +122,13 @@ class SamplingFields(Ignored):
         raise NotImplementedError
 
     @property
+    def limit_field(self) -> str | None:
+        """The field that says so; None where the client left it to the server."""
+        names = ("max_completion_tokens", "max_tokens")
+        given = (name for name in names if name in self.model_fields_set)
+        return next((name for name in given if getattr(self, name) is not None), None)
+
+    @property
     def rivals(self) -> int | None:
         """Of how many rivals of a token log-probabilities are wanted; None of no token."""
         raise NotImplementedError

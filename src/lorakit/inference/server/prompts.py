@@ -1,20 +1,20 @@
 """From what a request says to the tokens that the model reads.
 
-Tokenizing a long prompt takes a while, so a thread does it, one prompt at a time: the event loop
-goes on meanwhile, and a tokenizer is never used twice at once here.
+That takes a while for a long prompt, so a thread does it, prompt by prompt and in turn
+(`turns.py`): the event loop goes on meanwhile, and a tokenizer is never used twice at once here.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from lorakit.inference.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.inference.engine import Engine
 from lorakit.inference.sampling import prompt_tokens
-from lorakit.inference.server.errors import bad_field
+from lorakit.inference.server.errors import ApiError, bad_field
 from lorakit.inference.server.payloads import ChatRequest
+from lorakit.inference.server.turns import Turns
 
 
 class Prompts:
@@ -22,39 +22,70 @@ class Prompts:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._thread = ThreadPoolExecutor(1, "lorakit-prompts")
+        self._turns = Turns("lorakit-prompts")
 
-    async def of_chat(self, adapter: str | None, asked: ChatRequest) -> list[int]:
+    async def of_chat(
+        self, adapter: str | None, asked: ChatRequest, client: str, characters: int
+    ) -> list[int]:
         """The conversation in the template of the adapter, up to where the answer begins.
+
+        Args:
+            client: who asks, for a fair order.
+            characters: about how long the conversation is.
 
         Raises:
             InputError: the template refuses it.
+            ApiError: 400, it leaves no room in the context for an answer.
         """
-        messages = [message.for_template() for message in asked.messages]
-        tools = asked.shown_tools()
         tokenizer = self._engine.tokenizer_of(adapter)
-        work = partial(prompt_tokens, messages, tokenizer, tools)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+        def tokens() -> list[int]:
+            messages = [message.for_template() for message in asked.messages]
+            return prompt_tokens(messages, tokenizer, asked.shown_tools(), limit=self._limit)
+
+        return await self._in_turn(tokens, characters, client, "messages")
 
     async def of_texts(
-        self, adapter: str | None, prompts: Sequence[str | list[int]]
+        self, adapter: str | None, prompts: Sequence[str | list[int]], client: str
     ) -> list[list[int]]:
         """Each prompt's tokens; texts get the special tokens that the tokenizer adds.
 
         Raises:
-            ApiError: 400, a token id is none of the model's.
+            ApiError: 400, a token id is none of the model's, or a prompt leaves no room in the
+                context for an answer.
         """
         tokenizer = self._engine.tokenizer_of(adapter)
-        size = len(tokenizer)
+        size, made = len(tokenizer), []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                work = partial(
+                    tokens_within, prompt, tokenizer, self._limit, add_special_tokens=True
+                )
+                prompt = await self._in_turn(work, len(prompt), client, "prompt")
+            elif len(prompt) > self._limit:
+                raise self._too_long(TooManyTokensError(len(prompt), self._limit, True), "prompt")
+            elif (highest := max(prompt)) >= size:
+                raise bad_field(f"prompt: {highest} is no token; there are {size}", "prompt")
+            made.append(prompt)
+        return made
 
-        def tokens() -> list[list[int]]:
-            made = []
-            for prompt in prompts:
-                if isinstance(prompt, str):
-                    prompt = list(tokenizer(prompt, verbose=False)["input_ids"])
-                elif (highest := max(prompt)) >= size:
-                    raise bad_field(f"prompt: {highest} is no token; there are {size}", "prompt")
-                made.append(prompt)
-            return made
+    @property
+    def _limit(self) -> int:
+        return self._engine.context_length - 1  # one token of an answer must fit
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, tokens)
+    async def _in_turn(
+        self, work: Callable[[], list[int]], characters: int, client: str, param: str
+    ) -> list[int]:
+        try:
+            return await self._turns.run(work, characters, client)
+        except TooManyTokensError as error:
+            raise self._too_long(error, param) from error
+
+    def _too_long(self, error: TooManyTokensError, param: str) -> ApiError:
+        amount = f"{error.tokens}" if error.counted else f"more than {error.tokens}"
+        return bad_field(
+            f"the model's context is {self._engine.context_length} tokens, and the prompt alone "
+            f"has {amount}: shorten the prompt",
+            param,
+            code="context_length_exceeded",
+        )

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from lorakit.errors import LorakitError
 from lorakit.inference.requests import Piece
 from lorakit.inference.server.answers import Answer, Answers
 from lorakit.inference.server.errors import CLIENT_LEFT, ApiError, error_content
 from lorakit.inference.server.replies import event
 
+Result = TypeVar("Result")
+
 _DONE = b"data: [DONE]\n\n"
+
+
+def client_of(request: Request) -> str:
+    """Who asks, as far as a fair order goes: an address."""
+    return request.client.host if request.client else ""
+
+
+async def while_wanted(
+    request: Request, work: Coroutine[Any, Any, Result], deadline: float, late: ApiError
+) -> Result:
+    """The result of `work`, which is given up when the client leaves or the deadline is over.
+
+    Raises:
+        ApiError: the client has left; `late`.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        seconds = max(deadline - asyncio.get_running_loop().time(), 0)
+        await asyncio.wait((task, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(CLIENT_LEFT, "the client has left") if leaving.done() else late
+    finally:
+        await _cancel(task, leaving)
 
 
 async def whole_response(
@@ -36,10 +64,7 @@ async def whole_response(
         return JSONResponse(content(work.result()))
     finally:
         answers.close()
-        for task in (work, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError, ApiError):
-                await task
+        await _cancel(work, leaving)
 
 
 class EventStream(StreamingResponse):
@@ -89,6 +114,13 @@ async def _events(
     except ApiError as error:  # the status is out already
         yield event(error_content(error.status_code, error.detail, str(error.status_code)))
     yield _DONE
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError, LorakitError, ApiError):
+            await task
 
 
 async def _left(request: Request) -> None:
