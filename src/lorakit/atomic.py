@@ -13,11 +13,19 @@ from pathlib import Path
 
 from lorakit.errors import InputError, LorakitError
 
+_WINDOWS = os.name == "nt"
+
 
 def write_file(path: str | Path, content: bytes | str) -> None:
-    """Replaces the file at `path` with `content` in one step. Text is written as UTF-8."""
+    """Replaces the file at `path` with `content` in one step. Text is written as UTF-8.
+
+    Lone surrogates, as paths have them whose bytes are not UTF-8, become `\\udc80`: JSON's escape,
+    which reads back as the same path.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     with replacing_file(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
 
 
 @contextmanager
@@ -68,6 +76,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                     file.chmod(0o666 & ~_umask())  # safetensors makes its files private
                     _sync(file)
             _sync(temporary)
+            if _WINDOWS and path.is_dir():
+                path.rmdir()  # there an empty folder is not replaced
             temporary.replace(path)
             _sync(path.parent)
         finally:
@@ -123,7 +133,9 @@ def _named_failures(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if _WINDOWS and path.is_dir():
+        return  # there a folder cannot be opened
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

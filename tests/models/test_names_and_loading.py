@@ -15,7 +15,7 @@ from torch import nn
 import lorakit
 from lorakit.errors import InputError
 from lorakit.models.fingerprint import fingerprint
-from lorakit.models.load import best_dtype, load_gguf, torch_dtype
+from lorakit.models.load import best_dtype, computes, load_gguf, torch_dtype
 from tiny import save_tiny_model
 
 
@@ -170,3 +170,15 @@ def test_a_gguf_file_loads_as_plain_linear_layers():
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert model.dtype == torch.float32
     assert tokenizer.chat_template
+
+
+def test_other_devices_are_tried_and_one_that_is_missing_means_float32():
+    assert computes(torch.bfloat16, "cpu")
+    assert computes(torch.float16, "cpu")
+    assert not computes(torch.int64, "cpu")  # has no gradients
+    assert not computes(torch.bfloat16, "meta")  # has no values
+    for device in ("meta", "mps", "xpu"):
+        if device != "mps" or not torch.backends.mps.is_available():
+            assert best_dtype(device) == torch.float32
+        else:
+            assert best_dtype(device) == torch.bfloat16

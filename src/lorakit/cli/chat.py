@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.options import QuantizationOption
-from lorakit.console import say, write
+from lorakit.console import piped_lines, readable, say, write
 
 
 def chat(
@@ -43,7 +43,7 @@ def chat(
             with suppress(ImportError):  # some builds of Python lack it
                 import readline  # noqa: F401 (gives the prompt editing and history)
             say(f"{engine.model_name} with {adapter}. /help shows the commands.")
-        run(session, _typed_lines() if typed else sys.stdin, write)
+        run(session, _typed_lines() if typed else piped_lines(), write)
     finally:
         engine.close()
 
@@ -51,7 +51,7 @@ def chat(
 def _typed_lines() -> Iterator[str]:
     while True:
         try:
-            yield input("> ")
+            yield readable(input("> "))
         except EOFError:
             say()
             return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.options import QuantizationOption
-from lorakit.console import say, write
+from lorakit.console import say, say_json
 
 
 def generate(
@@ -76,11 +76,10 @@ def generate(
             answering.append(None)
         lines, tokens, began = [], 0, time.perf_counter()
         for answered in answer_all(engine, asked, answering, sampling):
-            line = json.dumps(answered.record(), ensure_ascii=False)
             tokens += answered.new_tokens
-            lines.append(line)
+            lines.append(json.dumps(answered.record(), ensure_ascii=False))
             if output is None:
-                write(f"{line}\n")
+                say_json(answered.record(), indent=None)
         seconds = time.perf_counter() - began
     finally:
         engine.close()

@@ -34,7 +34,7 @@ from lorakit.cli.resize import resize
 from lorakit.cli.serve import serve
 from lorakit.cli.sweep import sweep
 from lorakit.cli.train import train
-from lorakit.console import say
+from lorakit.console import say, settle_streams
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.models import remote_code
 from lorakit.training.processes import first_to_fail
@@ -103,6 +103,7 @@ def main() -> None:
 
     2: what the user gave cannot be used. 1: it failed while running. 130: interrupted.
     """
+    settle_streams()
     debug = _given("--debug") or bool(os.environ.get("LORAKIT_DEBUG"))
     if _given(remote_code.OPTION):
         os.environ[remote_code.VARIABLE] = "1"

@@ -1,11 +1,11 @@
 """Conversations that wait for an answer: rows of the files that training reads, or plain lines."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.console import piped_text
 from lorakit.data.conversations import conversation, string, tools
 from lorakit.data.formats import Message, recognise, system_message
 from lorakit.data.sources import Row, read_rows
@@ -43,7 +43,7 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None) -> list[Pr
         InputError: there is nothing to read, or a row asks nothing.
     """
     if path == "-":
-        return _of_lines(sys.stdin, "standard input")
+        return _of_lines(piped_text().splitlines(), "standard input")
     if path.lower().endswith(".txt"):
         try:
             text = Path(path).read_text(encoding="utf-8-sig")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as StructError
@@ -314,8 +315,12 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32."""
+def best_dtype(device: str, *, training: bool = False) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32.
+
+    Apple's GPUs (mps) and other accelerators are tried: bfloat16, then float16, which is not for
+    training, as its gradients underflow without loss scaling.
+    """
     import torch
 
     if device.startswith("cuda"):
@@ -324,18 +329,38 @@ def best_dtype(device: str) -> torch.dtype:
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(has for name, has in capabilities.items() if name.endswith("bf16"))
     else:
-        native = False
+        native = computes(torch.bfloat16, device)
+        if not (native or training) and computes(torch.float16, device):
+            return torch.float16
     return torch.bfloat16 if native else torch.float32
 
 
-def torch_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
-    """The dtype that a recipe's or a user's word means on `device`."""
+@cache
+def computes(dtype: torch.dtype, device: str) -> bool:
+    """Whether a small product in `dtype` on `device` has the right value and a gradient."""
+    import torch
+
+    try:
+        x = torch.full((8, 8), 1.5, dtype=dtype, device=device, requires_grad=True)
+        product = x @ x
+        product.sum().backward()
+        values = (product.detach().cpu().float(), x.grad.cpu().float())  # type: ignore[union-attr]
+        # 8 · 1.5² = 18 and 2 · 8 · 1.5 = 24, which every format holds exactly.
+        return all(bool((v == wanted).all()) for v, wanted in zip(values, (18, 24), strict=True))
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        return False
+
+
+def torch_dtype(
+    dtype: str | torch.dtype | None, device: str, *, training: bool = False
+) -> torch.dtype:
+    """The dtype that a recipe's or a user's word means on `device`; `training` as `best_dtype`."""
     import torch
 
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype in (None, "auto"):
-        return best_dtype(device)
+        return best_dtype(device, training=training)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return getattr(torch, dtype)

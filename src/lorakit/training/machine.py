@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 # glibc's malloc.h
@@ -51,7 +51,7 @@ def available_cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
-        quota, period = _CGROUP_QUOTA.read_text().split()
+        quota, period = _CGROUP_QUOTA.read_text("ascii").split()
         return min(cores, max(1, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # another system, or "max": no limit
         return cores
@@ -61,9 +61,9 @@ def memory_mb() -> float:
     """What a process may have at most: the GPU's memory, or the machine's or container's; in MB."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1] / 1e6
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = psutil.virtual_memory().total
     try:
-        return min(whole, int(_CGROUP_MEMORY.read_text())) / 1e6
+        return min(whole, int(_CGROUP_MEMORY.read_text("ascii"))) / 1e6
     except (OSError, ValueError):  # another system, or "max": no limit
         return whole / 1e6
 
@@ -72,6 +72,11 @@ def peak_memory_mb() -> float:
     """The process's peak resident memory, or the GPU's when there is one; in MB of 10**6 bytes."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return round(getattr(memory, "peak_wset", memory.rss) / 1e6, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
@@ -80,11 +85,7 @@ def used_memory_mb() -> float:
     """What the process holds now: resident, or on the GPU when there is one; in MB of 10**6."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e6
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):  # another system: at most its peak
-        return peak_memory_mb()
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def keep_freed_memory() -> bool:

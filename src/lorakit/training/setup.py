@@ -105,7 +105,7 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
     spread = asks_to_spread(recipe.training.model_extra or {})
     if begun is None:
         # A model that is spread over GPUs may not fit into one: each takes its share from here.
-        dtype = torch_dtype(recipe.dtype, best_device())
+        dtype = torch_dtype(recipe.dtype, best_device(), training=True)
         begun = begin(recipe, dtype, device="cpu" if spread else None)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = count_parameters(model)[1]

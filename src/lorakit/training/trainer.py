@@ -276,7 +276,7 @@ class LoraTrainer(Trainer):
         write = self.args.should_save
         self._lora_model().save_pretrained(folder, is_main_process=write)
         if write:
-            (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)))
+            (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)), encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Trainer's; sharded states are gathered to the files that one process would write."""
@@ -355,7 +355,7 @@ class SaveAfterEvaluation(TrainerCallback):
 
 def read_counts(checkpoint: Path) -> Counts:
     """What a run had consumed when `checkpoint` was written."""
-    return Counts(**json.loads((checkpoint / _COUNTS).read_text()))
+    return Counts(**json.loads((checkpoint / _COUNTS).read_text("utf-8")))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

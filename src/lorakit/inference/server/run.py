@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import time
 from collections.abc import Callable
@@ -133,6 +132,10 @@ class DrainingServer(uvicorn.Server):
 
 def _allow_connections(limits: Limits) -> None:
     """Asks for as many open files as the connections need, and some for the rest."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.connections + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:

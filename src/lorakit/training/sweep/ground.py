@@ -131,7 +131,7 @@ class Ground:
             model.unload()
 
     def _begin(self, recipe: Recipe) -> Beginning:
-        return begin(recipe, torch_dtype(recipe.dtype, best_device()))
+        return begin(recipe, torch_dtype(recipe.dtype, best_device(), training=True))
 
 
 def split(
