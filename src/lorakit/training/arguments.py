@@ -259,4 +259,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    from lorakit.console import write
+
+    write(table())
