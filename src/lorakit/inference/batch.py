@@ -1,24 +1,28 @@
 """Answers that are written together, a token each a step; they join and leave at any step.
 
 A step reads prompts of rows that have come, short ones together and long ones in parts; then all
-rows whose prompts are read write one token. Which adapter serves which row: `lora/slots.py`.
+rows whose prompts are read write one token. Which adapter serves which row: `lora/slots.py`. Where
+a forward fails, its rows are computed one by one, so that only those end that fail alone too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from lorakit.inference.cache import RowCache
-from lorakit.inference.inputs import newest_tokens, part_of_prompt, whole_prompts
-from lorakit.inference.rows import Row
+from lorakit.inference.inputs import newest_tokens, part_of_row, whole_prompts
+from lorakit.inference.rows import Row, reason
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from lorakit.lora.slots import AdapterSlots
+
+_Inputs = Callable[[int, Sequence[Row]], dict[str, Any]]
 
 CHUNK = 512
 """Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
@@ -73,18 +77,18 @@ class ContinuousBatch:
         budget = CHUNK
         while budget > 0 and self._writing < len(self.rows):
             first = self._writing
-            rows = self._whole_prompts(budget)
-            if rows:
-                logits = self._forward_whole(first, rows)
+            if rows := self._whole_prompts(budget):
                 budget -= len(rows) * max(len(row.prompt) for row in rows)
+                for row in rows:
+                    row.read = len(row.prompt)
+                self._forward(first, rows, self._whole)
             else:
                 rows = self.rows[first : first + 1]
-                logits = self._forward_part(first, rows[0], budget)
+                start = rows[0].read
+                rows[0].read = min(start + budget, len(rows[0].prompt))
                 budget = 0
-            for at, row in enumerate(rows, first):
-                if row.read == len(row.prompt):
-                    self._advance(at, logits[at - first])
-                    self._writing += 1
+                self._forward(first, rows, partial(self._part, start=start))
+            self._writing += sum(row.read == len(row.prompt) for row in rows)
 
     def _whole_prompts(self, budget: int) -> list[Row]:
         """The next rows whose prompts fit into the budget together, with their padding."""
@@ -97,45 +101,54 @@ class ContinuousBatch:
             rows.append(row)
         return rows
 
-    def _forward_whole(self, first: int, rows: Sequence[Row]) -> torch.Tensor:
-        """Reads prompts from their beginnings to their ends."""
-        prompts = [row.prompt for row in rows]
-        arguments = whole_prompts(self._cache, first, prompts, self._model.device)
-        for row in rows:
-            row.read = len(row.prompt)
-        return self._forward(rows, arguments)
-
-    def _forward_part(self, at: int, row: Row, most: int) -> torch.Tensor:
-        """Reads at most so many tokens of a prompt, behind what has been read of it."""
-        start, end = row.read, min(row.read + most, len(row.prompt))
-        device = self._model.device
-        arguments = part_of_prompt(self._cache, at, row.prompt, start, end, device)
-        row.read = end
-        return self._forward([row], arguments)
-
     def _write(self) -> None:
-        rows = self.rows[: self._writing]
-        if not rows:
-            return
-        tokens, lengths = [row.last for row in rows], [row.length for row in rows]
-        arguments = newest_tokens(self._cache, tokens, lengths, self._model.device)
-        logits = self._forward(rows, arguments)
-        likeliest = logits.argmax(-1).tolist()
-        for at, (row, best) in enumerate(zip(rows, likeliest, strict=True)):
-            self._advance(at, logits[at], best if row.is_plain else None)
+        if rows := self.rows[: self._writing]:
+            self._forward(0, rows, self._newest)
 
-    def _forward(self, rows: Sequence[Row], arguments: dict[str, Any]) -> torch.Tensor:
-        """The logits (rows, vocabulary) after the last token of each row."""
+    def _forward(self, first: int, rows: Sequence[Row], inputs: _Inputs) -> None:
+        """Computes the rows in the places from `first` on; those with whole prompts write a token.
+
+        Args:
+            inputs: the model's arguments for such rows, also for one of them.
+        """
         self._slots.use([row.adapter for row in rows])
-        return self._model(**arguments, logits_to_keep=1).logits[:, -1]
-
-    def _advance(self, at: int, logits: torch.Tensor, likeliest: int | None = None) -> None:
-        if logits.sum().isfinite() or logits.isfinite().all():
-            self.rows[at].advance(logits, likeliest)
+        try:
+            logits = self._model(**inputs(first, rows), logits_to_keep=1).logits[:, -1]
+        except Exception as error:
+            failure = reason(error)
+        else:
+            self._choose(rows, logits)
             return
-        # What is not finite would reach whoever gets this place next, through any mask.
-        self._cache.clear(at)
-        self.rows[at].finish("error", "the model computed values that are not finite")
+        if len(rows) == 1:
+            rows[0].fail(f"the model failed while answering: {failure}")
+            return
+        for at, row in enumerate(rows, first):
+            self._forward(at, [row], inputs)
+
+    def _whole(self, first: int, rows: Sequence[Row]) -> dict[str, Any]:
+        prompts = [row.prompt for row in rows]
+        return whole_prompts(self._cache, first, prompts, self._model.device)
+
+    def _part(self, at: int, rows: Sequence[Row], start: int) -> dict[str, Any]:
+        tokens = rows[0].prompt[start : rows[0].read]
+        return part_of_row(self._cache, at, tokens, start, self._model.device)
+
+    def _newest(self, first: int, rows: Sequence[Row]) -> dict[str, Any]:
+        device = self._model.device
+        if len(rows) < self._writing:
+            return part_of_row(self._cache, first, [rows[0].last], rows[0].length, device)
+        tokens, lengths = [row.last for row in rows], [row.length for row in rows]
+        return newest_tokens(self._cache, tokens, lengths, device)
+
+    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
+        largest, likeliest = logits.max(-1)  # NaN wherever a row has one
+        chosen = zip(rows, logits, largest.tolist(), likeliest.tolist(), strict=True)
+        for row, own, value, token in chosen:
+            if not math.isfinite(value):
+                row.fail_by_logits()
+            elif row.read == len(row.prompt):
+                row.advance(own, token if row.is_plain else None)
 
     def _leave(self) -> None:
         """Lets go of rows that are finished; those that stay close the gaps."""
@@ -143,6 +156,8 @@ class ContinuousBatch:
             row = self.rows[at]
             if row.ticket.cancelled.is_set():
                 row.finish("cancelled")
+            if row.failed:  # what it computed may be NaN or Inf
+                self._cache.clear(at, row.length + 1)
             if row.finished:
                 self._remove(at)
 

@@ -42,7 +42,7 @@ class RowCache(Cache):
         """The next forward brings prompts of these lengths, of rows from `first` on."""
         self._next(_Place(first, prompts=lengths))
 
-    def part_of_prompt(self, row: int, start: int) -> None:
+    def part_of_row(self, row: int, start: int) -> None:
         """The next forward brings tokens of this row, from its position `start` on."""
         self._next(_Place(row, start))
 
@@ -54,12 +54,15 @@ class RowCache(Cache):
         for layer in self.layers:
             layer.place = place
 
-    def clear(self, row: int) -> None:
-        """Puts zeros in the place of a row that was not finite, for the next one's sake."""
+    def clear(self, row: int, length: int) -> None:
+        """Puts zeros in the first `length` positions of a row's place.
+
+        NaN or Inf there would reach whoever gets the place next, through any mask.
+        """
         for layer in self.layers:
             for tensor in (layer.keys, layer.values):
                 if tensor is not None:
-                    tensor[row] = 0
+                    tensor[row, :, :length] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """Puts the first `length` positions of a row into the place of another."""

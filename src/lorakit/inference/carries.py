@@ -31,7 +31,7 @@ def why_not_carried(model: PreTrainedModel) -> str:
 def _disproof(model: PreTrainedModel) -> str:
     """Computes two short rows in pieces and together, and compares with each computed at once."""
     from lorakit.inference.cache import RowCache
-    from lorakit.inference.inputs import newest_tokens, part_of_prompt, whole_prompts
+    from lorakit.inference.inputs import newest_tokens, part_of_row, whole_prompts
 
     config: Any = model.config.get_text_config()
     device = model.device
@@ -44,7 +44,7 @@ def _disproof(model: PreTrainedModel) -> str:
             for row in rows
         ]
         forward(**whole_prompts(cache, 0, [rows[0][:3], rows[1][:1]], device))
-        forward(**part_of_prompt(cache, 0, rows[0], 3, 4, device))
+        forward(**part_of_row(cache, 0, rows[0][3:4], 3, device))
         lengths = [len(row) - 1 for row in rows]
         found = forward(**newest_tokens(cache, [row[-1] for row in rows], lengths, device))
         logits = found.logits[:, -1]

@@ -22,7 +22,7 @@ from lorakit.inference.carries import why_not_carried
 from lorakit.inference.plain_batch import PlainBatch
 from lorakit.inference.pool import AdapterPool, Version
 from lorakit.inference.requests import Piece, Ticket
-from lorakit.inference.rows import Row
+from lorakit.inference.rows import Row, reason
 from lorakit.inference.sampling import Sampling, end_tokens
 from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 from lorakit.models.fingerprint import fingerprint
@@ -161,13 +161,20 @@ class Engine:
         """Whether it still answers."""
         return self._thread.is_alive()
 
-    def close(self, drain: float = 0.0) -> None:
-        """Takes no more requests, and ends the running ones after at most `drain` seconds."""
+    def close(self, drain: float = 0.0, wait: float | None = None) -> bool:
+        """Takes no more requests, and ends the running ones after at most `drain` seconds.
+
+        Args:
+            wait: for how many seconds more to wait for the thread that computes; None is for ever.
+
+        Returns: whether that thread has ended.
+        """
         with self._changed:
             self._closing = True
             self._deadline = time.monotonic() + drain
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(None if wait is None else drain + wait)
+        return not self._thread.is_alive()
 
     # --- the thread that computes -----------------------------------------------------------
 
@@ -195,10 +202,10 @@ class Engine:
         rows = list(self._batch.rows)
         try:
             self._batch.step()
-        except Exception as error:
-            # What one row's request broke cannot be told, and the engine goes on for the next.
+        except BaseException as error:
+            # The batch ends rows that fail by themselves: this is beyond any one of them.
             for row in rows:
-                row.finish("error", f"the model failed while answering: {_reason(error)}")
+                row.fail(f"the model failed while answering: {reason(error)}")
             self._batch = self._new_batch()
 
     def _let_go(self) -> None:
@@ -220,8 +227,8 @@ class Engine:
             try:
                 self._bring(version, factors)
                 self._batch.add(self._row(ticket, version))
-            except Exception as error:
-                ticket.put(Piece(finish_reason="error", error=_reason(error)))
+            except BaseException as error:
+                ticket.put(Piece(finish_reason="error", error=reason(error)))
 
     def _row(self, ticket: Ticket, version: Version | None) -> Row:
         if version is None:
@@ -251,11 +258,6 @@ class Engine:
             row.finish("cancelled")
         for ticket, _, _ in left:
             ticket.put(Piece(finish_reason="cancelled"))
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _one_token(model: PreTrainedModel) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the model gets in the three kinds of forward: whole prompts, a part of one, newest tokens.
+"""What the model gets in the three kinds of forward: whole prompts, a part of a row, newest tokens.
 
 Each says to the cache whose keys and values come, and returns the model's arguments: tokens,
 positions and a mask (rows, 1, queries, keys) of what each token sees.
@@ -28,21 +28,22 @@ def whole_prompts(
     mask = None  # attention is causal then, from the first key on
     if len(prompts) > 1:
         real = columns >= begins
-        # Padding sees padding, as what sees nothing is no number.
+        # Padding sees padding, as what sees nothing is NaN.
         alike = real[:, None] == real[:, :, None]
         mask = (alike & (columns <= columns[:, None]))[:, None]
     return _arguments(cache, ids, (columns - begins).clamp_(min=0), mask)
 
 
-def part_of_prompt(
-    cache: RowCache, row: int, prompt: Sequence[int], start: int, end: int, device: torch.device
+def part_of_row(
+    cache: RowCache, row: int, tokens: Sequence[int], start: int, device: torch.device
 ) -> dict[str, Any]:
-    """A prompt's tokens from `start` to `end`, those before which have been read."""
-    cache.part_of_prompt(row, start)
+    """A row's tokens from its position `start` on, those before which have been read."""
+    cache.part_of_row(row, start)
+    end = start + len(tokens)
     positions = torch.arange(start, end, device=device)
     before = torch.arange(end, device=device)
     mask = (before <= positions[:, None])[None, None] if start else None
-    return _arguments(cache, [prompt[start:end]], positions[None], mask)
+    return _arguments(cache, [tokens], positions[None], mask)
 
 
 def newest_tokens(

@@ -79,10 +79,9 @@ class Ticket:
             self._pieces.put(piece)
             if self._listener is not None:
                 loop, came = self._listener
-                # RuntimeError: the loop is closed, so nobody listens any more.
                 try:
                     loop.call_soon_threadsafe(came.set)
-                except RuntimeError:
+                except Exception:  # the loop is closed: nobody listens any more
                     self.cancel()
 
     def __iter__(self) -> Generator[Piece]:

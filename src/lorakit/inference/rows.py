@@ -1,4 +1,8 @@
-"""One answer while it is written: what it has, what comes next, and when it ends."""
+"""One answer while it is written: what it has, what comes next, and when it ends.
+
+Whatever a request brings (a tokenizer, sampling settings, stop texts) is used here and may fail.
+Nothing of that leaves a row: a row that fails ends with the reason `error`, and it alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.errors import LorakitError, first_line
 from lorakit.inference.choosing import Chooser
 from lorakit.inference.requests import ChosenToken, FinishReason, Piece, Ticket, TokenLogprob
 from lorakit.inference.text import AnswerText
@@ -21,9 +26,9 @@ class Row:
     Attributes:
         adapter: the key of its adapter in the slots; None for the base alone.
         read: how many tokens of the prompt the model has seen.
-        last: the newest token of the answer, which the model has not seen yet.
-        new_tokens: how many tokens the answer has.
+        tokens: the answer's tokens.
         finished: whether the last piece has been handed over.
+        failed: whether it ended with an error.
     """
 
     def __init__(
@@ -36,8 +41,9 @@ class Row:
     ) -> None:
         self.ticket, self.adapter = ticket, adapter
         self.prompt = ticket.prompt
-        self.read = self.new_tokens = self.last = 0
-        self.finished = False
+        self.read = 0
+        self.tokens: list[int] = []
+        self.finished = self.failed = False
         self._tokenizer, self._ends = tokenizer, ends
         self._chooser = Chooser(ticket.sampling, self.prompt, device)
         self._text = AnswerText(tokenizer, ticket.sampling.stop)
@@ -49,6 +55,16 @@ class Row:
         return self._chooser.is_plain and self.ticket.sampling.logprobs is None
 
     @property
+    def last(self) -> int:
+        """The newest token of the answer, which the model has not seen yet."""
+        return self.tokens[-1]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.tokens)
+
+    @property
     def length(self) -> int:
         """How many of its tokens the model has seen."""
         return self.read + max(0, self.new_tokens - 1)
@@ -56,46 +72,70 @@ class Row:
     def advance(self, logits: torch.Tensor, likeliest: int | None = None) -> int:
         """Chooses the next token by `logits` (vocabulary,), takes it in, and returns it.
 
+        A row that fails at this is finished, with the reason `error`.
+
         Args:
             likeliest: the token of the largest, where that is known and `is_plain`.
         """
-        if likeliest is not None:
-            token = likeliest
+        try:
+            if likeliest is None:
+                likeliest = self._chosen(logits.float())
+            self._took(likeliest)
+        except BaseException as error:  # panics of Rust's tokenizers are no Exception
+            self.fail(f"the answer could not be written: {reason(error)}")
+        return self.last if self.tokens else 0
+
+    def finish(self, why: FinishReason, text: str = "") -> None:
+        """Ends the answer, with the text that was held back."""
+        if self.finished:
+            return
+        try:
+            text += self._text.finish()
+        except BaseException as error:
+            self.fail(f"the answer could not be written: {reason(error)}")
         else:
-            logits = logits.float()
-            asked = self.ticket.sampling.logprobs
-            # Kept before the choice, which may change the logits.
-            logs = None if asked is None else logits.log_softmax(-1)
-            token = self._chooser.choose(logits)
-            if logs is not None:
-                self._logprobs.append(self._logprob(logs, token, asked or 0))
-        self._took(token)
+            self._end(why, text)
+
+    def fail(self, error: str) -> None:
+        """Ends the answer with an error; nothing that its request brought is used for that."""
+        if not self.finished:
+            self._end("error", error=error)
+
+    def fail_by_logits(self) -> None:
+        """Ends an answer whose logits are NaN or Inf."""
+        who = "the base model" if self.ticket.adapter is None else f"'{self.ticket.adapter}'"
+        self.fail(f"the logits of {who} are NaN or Inf here, so there is no next token")
+
+    def _chosen(self, logits: torch.Tensor) -> int:
+        asked = self.ticket.sampling.logprobs
+        # Kept before the choice, which may change the logits.
+        logs = None if asked is None else logits.log_softmax(-1)
+        token = self._chooser.choose(logits)
+        if logs is not None:
+            self._logprobs.append(self._logprob(logs, token, asked or 0))
         return token
 
-    def finish(self, reason: FinishReason, error: str = "", text: str = "") -> None:
-        """Ends the answer, with the text that was held back."""
-        if not self.finished:
-            self.finished = True
-            self._hand_over(text + self._text.finish(), reason, error)
-
     def _took(self, token: int) -> None:
-        self.last = token
-        self.new_tokens += 1
+        self.tokens.append(token)
         self._chooser.took(token)
         if token in self._ends:
             self.finish("stop")
             return
         text = self._text.add(token)
         if self._text.stopped:
-            self.finish("stop", text=text)
+            self.finish("stop", text)
         elif self.new_tokens >= self.ticket.sampling.max_new_tokens:
-            self.finish("length", text=text)
+            self.finish("length", text)
         elif text or self._logprobs:
             self._hand_over(text)
 
-    def _hand_over(self, text: str, reason: FinishReason | None = None, error: str = "") -> None:
+    def _end(self, why: FinishReason, text: str = "", error: str = "") -> None:
+        self.finished, self.failed = True, why == "error"
+        self._hand_over(text, why, error)
+
+    def _hand_over(self, text: str, why: FinishReason | None = None, error: str = "") -> None:
         logprobs, self._logprobs = tuple(self._logprobs), []
-        self.ticket.put(Piece(text, logprobs, self.new_tokens, reason, error))
+        self.ticket.put(Piece(text, logprobs, self.new_tokens, why, error))
 
     def _logprob(self, logs: torch.Tensor, token: int, rivals: int) -> ChosenToken:
         top = logs.topk(min(rivals, len(logs)))
@@ -109,3 +149,10 @@ class Row:
 
     def _read(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says in one line, with its kind where it is not one of ours."""
+    said = first_line(error)
+    kind = type(error).__name__
+    return said if isinstance(error, LorakitError) or said == kind else f"{kind}: {said}"

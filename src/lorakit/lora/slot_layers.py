@@ -177,13 +177,14 @@ class Family:
         if columns <= there:
             return
         columns = max(columns, 2 * there)
-        A, stack = self._A, self._stack
-        self._A = self._slots.empty(columns, self._d_in)
-        self._A[:there] = A
-        self._A[there:] = 0
-        self._stack = self._slots.empty(len(stack), self._before + columns)
-        self._stack[:, : stack.shape[1]] = stack
-        self._stack[:, stack.shape[1] :] = 0
+        # Both before either is used, as there may be no memory for the second.
+        A = self._slots.empty(columns, self._d_in)
+        stack = self._slots.empty(len(self._stack), self._before + columns)
+        A[:there] = self._A
+        A[there:] = 0
+        stack[:, : self._stack.shape[1]] = self._stack
+        stack[:, self._stack.shape[1] :] = 0
+        self._A, self._stack = A, stack
         self._give_weights()
 
     def _take_biases(self) -> None:

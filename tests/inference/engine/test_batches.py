@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from answered import alone, text, tokens
 from lorakit.errors import InputError, LorakitError
@@ -146,25 +145,6 @@ def test_closing_lets_answers_finish_for_as_long_as_it_is_given(start: Start):
     assert [list(ticket)[-1].finish_reason for ticket in tickets[1:]] == ["cancelled"] * 2
 
 
-def test_values_that_are_not_finite_end_their_row_alone(start: Start, expected: list[list[int]]):
-    engine = start()
-    inner: Any = engine._model.get_input_embeddings()
-    with torch.no_grad():
-        inner.weight[77] = torch.inf
-    asked = [(n, r) for n, r in enumerate(requests()) if 77 not in r[0] and 77 not in expected[n]]
-    broken = [engine.submit([5, 77, 6], name, GREEDY) for name in ("shop", None, "poet")]
-    tickets = [(n, engine.submit(ids, name, GREEDY)) for n, (ids, name) in asked]
-    for ticket in broken:
-        last = list(ticket)[-1]
-        assert (last.finish_reason, last.error) == (
-            "error",
-            "the model computed values that are not finite",
-        )
-    assert len(tickets) > 4
-    for number, ticket in tickets:
-        assert tokens(ticket) == expected[number]
-
-
 def test_a_step_that_fails_ends_its_rows_and_the_engine_goes_on(
     start: Start, expected: list[list[int]]
 ):
@@ -174,7 +154,7 @@ def test_a_step_that_fails_ends_its_rows_and_the_engine_goes_on(
     last = list(engine.submit([5, 6], "shop"))[-1]
     assert (last.finish_reason, last.error) == (
         "error",
-        "the model failed while answering: division by zero",
+        "the model failed while answering: ZeroDivisionError: division by zero",
     )
     hook.remove()
     ids, name = requests()[2]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from random_adapters import make_adapter
 from served import Running, in_background, refused, until
@@ -317,3 +319,22 @@ def test_without_the_options_for_it_nothing_is_loaded_and_it_says_what_to_start_
     rootless = serve(admin_key="admin-key")
     assert "--adapter-root" in refused(load(rootless, "x", "poet"), 403)["message"]
     assert unload(rootless, "shop").status_code == 200
+
+
+def test_an_adapter_whose_values_overflow_fails_its_own_answers_alone(
+    open_shelf: Running, own_root: Path, base: Path
+) -> None:
+    shop = text(open_shelf, "shop")
+    path = make_adapter(base, own_root / "huge", seed=3) / "adapter_model.safetensors"
+    save_file({key: tensor * 1e30 for key, tensor in load_file(path).items()}, path)
+    assert load(open_shelf, "huge", "huge").status_code == 200
+    beside = in_background(open_shelf, max_tokens=300)
+    for temperature in (0, 1):
+        error = refused(open_shelf.complete(model="huge", temperature=temperature), 500)
+        assert (error["type"], error["code"]) == ("server_error", "answer_failed")
+        assert "NaN or Inf" in error["message"]
+    with pytest.raises(openai.APIError, match="NaN or Inf"):
+        list(open_shelf.openai.completions.create(model="huge", prompt="a", stream=True))
+    assert beside() == 200
+    assert open_shelf.http.get("/health").status_code == 200
+    assert text(open_shelf, "shop") == shop

@@ -71,7 +71,8 @@ class Answers:
         """Pieces with the number of their answer, as they come.
 
         Raises:
-            ApiError: 503, the engine failed, or an answer was cut that cannot end so.
+            ApiError: 500, an answer failed; 503, the engine has stopped, or an answer was cut that
+                cannot end so.
         """
         queue = self._queue
         pumps = [asyncio.create_task(_pump(*item, queue)) for item in enumerate(self._tickets)]
@@ -131,7 +132,7 @@ class Answers:
             metrics.generated_tokens.inc(new)
             self._counts[number], self._seen[number] = piece.new_tokens, now
         if piece.finish_reason == "error":
-            raise ApiError(503, f"the answer failed: {piece.error}")
+            raise ApiError(500, f"the answer failed: {piece.error}", code="answer_failed")
         if piece.finish_reason == "cancelled":
             if self._cut is None:
                 raise ApiError(503, "the engine has stopped", code="shutdown")

@@ -48,7 +48,8 @@ _REASONS = {
     408: "The body did not come in time.",
     413: "The body is too large.",
     429: "Too much is under way: ask again after the seconds in Retry-After.",
-    503: "The server ends, or the engine failed.",
+    500: "The answer failed, and no other one with it.",
+    503: "The server ends, or the engine has stopped.",
 }
 
 _STREAMED = {
@@ -121,7 +122,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
         dependencies=[key],
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
@@ -131,7 +132,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @router.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 503)},
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
         dependencies=[key],
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
