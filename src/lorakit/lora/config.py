@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
 from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
+from lorakit.lora.patterns import TimeLeft, check, first_match
 from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
@@ -111,6 +112,7 @@ class LoraConfig(CarriedFields):
     other_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.time_left = TimeLeft()  # for its patterns; no field, as it is not written
         if str(self.peft_type).upper() != PeftType.LORA:
             raise InputError(f"peft_type is {self.peft_type}, and lorakit has LORA only")
         self.peft_type = PeftType.LORA
@@ -198,13 +200,13 @@ class LoraConfig(CarriedFields):
 
     def rank_for(self, module_name: str) -> int:
         """The rank of the module at this path: `rank_pattern`'s first match, or `r`."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, module_name), self.r)
+        key = first_match(self.rank_pattern, module_name, self.time_left)
+        return self.r if key is None else self.rank_pattern[key]
 
     def alpha_for(self, module_name: str) -> float:
         """The alpha of the module at this path: `alpha_pattern`'s first match, or `lora_alpha`."""
-        return self.alpha_pattern.get(
-            _first_match(self.alpha_pattern, module_name), self.lora_alpha
-        )
+        key = first_match(self.alpha_pattern, module_name, self.time_left)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, module_name: str) -> float:
         """What `B A` is multiplied by at this path: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA)."""
@@ -289,12 +291,6 @@ class LoraConfig(CarriedFields):
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _first_match(patterns: dict[str, Any], module_name: str) -> str:
-    from lorakit.lora.targets import matches_pattern
-
-    return next((p for p in patterns if matches_pattern(p, module_name)), "")
-
-
 def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
     for rank in (r, *rank_pattern.values()):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -339,11 +335,9 @@ def _check_tokens(value: object) -> None:
 
 def _check_expression(field_name: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(
-            f"{field_name}: {pattern!r} is not a regular expression: {error}"
-        ) from error
+        check(pattern)
+    except InputError as error:
+        raise InputError(f"{field_name}: {error}") from error
 
 
 def _is_number(value: object) -> bool:

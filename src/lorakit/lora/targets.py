@@ -4,7 +4,6 @@ Names and regular expressions match as in PEFT; presets are in `presets.py`. Wha
 an error.
 """
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from lorakit.lora.layers import (
     Wrapped,
     layer_class,
 )
+from lorakit.lora.patterns import endings, layer_index, matches_whole, without_match
 from lorakit.lora.presets import PRESETS, choose, output_head, reads_weights
 
 
@@ -73,17 +73,19 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"(there are {listed(leaf_names(candidates))})"
             )
     elif isinstance(targets, str):
-        found = [name for name in candidates if _fullmatch(targets, name)]
+        found = [n for n in candidates if matches_whole(targets, n, config.time_left)]
         if not found:
             raise _no_match(f"the expression {targets!r}", targets, candidates)
     else:
-        found = [n for n in candidates if any(is_suffix(t, n) for t in targets)]
+        names = set(targets)
+        found = [n for n in candidates if not names.isdisjoint(endings(n))]
+        there = {ending for name in found for ending in endings(name)}
         for target in targets:
-            if not any(is_suffix(target, name) for name in found):
+            if target not in there:
                 raise _no_match(f"'{target}'", target, candidates, _coverage(targets, found))
-    kept = [name for name in found if not _excluded(config.exclude_modules, name)]
+    kept = [name for name in found if not _excluded(config, name)]
     exclude = config.exclude_modules
-    if exclude and not any(_excluded(exclude, name) for name in modules):
+    if exclude and not any(_excluded(config, name) for name in modules):
         message = f"You have passed exclude_modules={exclude!r} but no modules were excluded"
         warnings.warn(message, stacklevel=6)
     found = [name for name in kept if _in_layers(config, name)]
@@ -113,7 +115,7 @@ def warn_of_unused(config: LoraConfig, paths: Iterable[str]) -> None:
     paths = list(paths)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
-        unused = [p for p in patterns if not any(matches_pattern(p, path) for path in paths)]
+        unused = without_match(patterns, paths, config.time_left)
         if unused:
             message = f"{field}: {unused} did not match any targeted module"
             warnings.warn(message, RuntimeWarning, stacklevel=6)
@@ -262,11 +264,6 @@ def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _adaptable(m)))
 
 
-def matches_pattern(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` means the module at `name`, as in PEFT."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
 def _adaptable(module: nn.Module) -> bool:
     own = isinstance(module, LoraLayer) and not isinstance(module, LoraParameter)
     return own or layer_class(module) is not None
@@ -286,11 +283,12 @@ def _inside(name: str, parents: Iterable[str]) -> bool:
     return any(name.startswith(f"{parent}.") for parent in parents)
 
 
-def _excluded(exclude: list[str] | str | None, name: str) -> bool:
+def _excluded(config: LoraConfig, name: str) -> bool:
+    exclude = config.exclude_modules
     if not exclude:
         return False
     if isinstance(exclude, str):
-        return _fullmatch(exclude, name)
+        return matches_whole(exclude, name, config.time_left)
     return any(is_suffix(e, name) for e in exclude)
 
 
@@ -302,16 +300,9 @@ def _in_layers(config: LoraConfig, name: str) -> bool:
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # The first index is the layer's; later ones count what is inside it, such as experts.
-        if match := re.match(rf"(?:.*?\.)?(?:{pattern})\.(?P<index>\d+)\.", name):
-            return int(match["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+        if (index := layer_index(pattern, name, config.time_left)) is not None:
+            return index in ([wanted] if isinstance(wanted, int) else wanted)
     return False
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def _coverage(targets: Iterable[str], found: Iterable[str]) -> str:
