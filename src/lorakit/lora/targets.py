@@ -79,9 +79,9 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     else:
         names = set(targets)
         found = [n for n in candidates if not names.isdisjoint(endings(n))]
-        there = {ending for name in found for ending in endings(name)}
+        meant = {ending for name in found for ending in endings(name)}
         for target in targets:
-            if target not in there:
+            if target not in meant:
                 raise _no_match(f"'{target}'", target, candidates, _coverage(targets, found))
     kept = [name for name in found if not _excluded(config, name)]
     exclude = config.exclude_modules
