@@ -75,6 +75,24 @@ def own_tokenizer(folder: Path, base: Any, rows: int) -> Any:
     return own
 
 
+def require_same_pipeline(folder: Path, own: Any, base: Any) -> None:
+    """Raises InputError for an adapter's tokenizer that does more than add tokens to the base's.
+
+    What comes before and after the vocabulary (normalizer, pre-tokenizer, decoder) is a program of
+    patterns and replacements, which could take any time and memory on some texts.
+    """
+    programs = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (own, base)]
+    if None in programs:
+        return
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        one, other = (getattr(program, part) for program in programs)
+        if (one and one.__getstate__()) != (other and other.__getstate__()):
+            raise InputError(
+                f"the tokenizer in {folder} has another {part} than the base's: save the base's "
+                "tokenizer there with the tokens added, or serve the adapter alone (--merged)"
+            )
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer's files."""
     for name in TOKENIZER_FILES:

@@ -27,6 +27,7 @@ from lorakit.inference.sampling import Sampling, end_tokens
 from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.head import copy_once
+from lorakit.models.own_memory import take_into_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ class Engine:
         self.model_name, self.tokenizer, self.max_rows = model_name, tokenizer, max_rows
         self.notices: list[str] = []
         self.context_length = _context_length(model, context_length)
+        take_into_memory(model)  # files may change while it is served
         self._model = model.eval().requires_grad_(False)
         self._ends = frozenset(end_tokens(model, tokenizer))
         known = fingerprint(model)

@@ -2,29 +2,35 @@
 
 An adapter is checked against the base when it is registered; its factors stay in memory up to a
 limit, the least recently used are read again when they are asked for. Registering a name again
-publishes a new version: whoever has the old one goes on with it.
+publishes a new version: whoever has the old one goes on with it. Everything is read from a private
+copy of the folder, and nothing in memory is a page of a file.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.derived import origin, other_weights, read_template
-from lorakit.adapters.tokenizer import own_tokenizer
+from lorakit.adapters.private_copy import PrivateCopy, private_copy
+from lorakit.adapters.tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.updates import AdapterFile, read_updates
-from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.inference.sampling import end_tokens
-from lorakit.lora.checkpoint import WEIGHTS_NAME
 from lorakit.lora.slots import AdapterSlots, Factors
 from lorakit.lora.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LEAST_LIMIT = 1 << 30
+"""Bytes that a file of weights may have, however small the base is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Version:
     info: AdapterInfo
     tokenizer: PreTrainedTokenizerBase = field(repr=False)  # with the adapter's chat template
     ends: frozenset[int]  # tokens that end an answer
-    stamp: tuple[int, int]
+    root: Path | None  # what the folder must lie below
+    digest: str  # of the folder's files
 
 
 class AdapterPool:
@@ -86,36 +93,39 @@ class AdapterPool:
         self.closed_because = ""
         """Why no adapter can be registered, if none can."""
 
-    def register(self, name: str, folder: str | Path) -> AdapterInfo:
+    def register(self, name: str, folder: str | Path, root: Path | None = None) -> AdapterInfo:
         """Makes the adapter in `folder` available as `name`, in a new version if there is one.
+
+        Args:
+            root: what the folder, relative to it or absolute, and its files must lie below.
 
         Raises:
             InputError: the folder holds no adapter, or one that this base cannot serve.
+            LorakitError: it cannot be copied.
         """
         if self.closed_because:
             raise InputError(self.closed_because)
         if not name or name == self._base_model:
             raise InputError(f"an adapter cannot be named {name!r}: that is the base's own name")
         path = Path(folder)
-        stamp = _stamp(path)
-        file = read_updates(path)
-        factors = self._check(file)
-        rows = vocabulary_size(self._slots.model)
-        tokenizer = own_tokenizer(path, self._tokenizer, rows) or copy.copy(self._tokenizer)
-        if (template := read_template(path)) is not None:
-            tokenizer.chat_template = template
+        with self._copy(path, root) as copied:
+            file = read_updates(copied.folder)
+            factors = self._check(file)
+            tokenizer = self._tokenizer_of(copied.folder)
+            notice = copied.said(self._notice(file))
         ends = frozenset(end_tokens(self._slots.model, tokenizer))
         info = AdapterInfo(
             name,
-            path,
+            path if root is None else root.absolute() / path,
             self._base_model,
             rank=max(A.shape[0] for A, _ in factors.values()),
             size=_size(factors),
-            notice=self._notice(file),
+            notice=notice,
         )
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
-            version = Version(replace(info, version=number), tokenizer, ends, stamp)
+            info = replace(info, version=number)
+            version = Version(info, tokenizer, ends, root, copied.digest)
             self._factors.pop(self._versions.get(name, version), None)
             self._versions[name] = version
             self._keep(version, factors)
@@ -168,11 +178,16 @@ class AdapterPool:
                 self._factors.move_to_end(version)
                 return found
         info = version.info
-        if _stamp(info.folder) != version.stamp:
-            raise InputError(
-                f"{info.folder} has changed since {info.name} was loaded: load it again"
-            )
-        factors = self._check(read_updates(info.folder))
+        changed = InputError(
+            f"{info.folder} has changed since {info.name} was loaded: load it again"
+        )
+        try:
+            with self._copy(info.folder, version.root) as copied:
+                if copied.digest != version.digest:
+                    raise changed
+                factors = self._check(read_updates(copied.folder))
+        except InputError as error:
+            raise changed from error
         with self._lock:
             if self._versions.get(info.name) is version:
                 self._keep(version, factors)
@@ -184,8 +199,36 @@ class AdapterPool:
         while len(self._factors) > 1 and sum(v.info.size for v in self._factors) > self._limit:
             self._factors.popitem(last=False)
 
+    @contextmanager
+    def _copy(self, folder: Path, root: Path | None) -> Iterator[PrivateCopy]:
+        """A private copy of a folder; whatever is raised while it is read is an error of ours."""
+        base = sum(p.numel() * p.element_size() for p in self._slots.model.parameters())
+        with private_copy(folder, max(_LEAST_LIMIT, 4 * base), root) as copied:
+            try:
+                yield copied
+            except InputError as error:
+                raise InputError(copied.said(str(error))) from error
+            except (LorakitError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # panics of Rust's parsers are no Exception
+                kind = type(error).__name__
+                raise InputError(
+                    f"{folder} cannot be read as an adapter: {kind}: {first_line(error)}"
+                ) from error
+
+    def _tokenizer_of(self, folder: Path) -> PreTrainedTokenizerBase:
+        """The adapter's own tokenizer, or the base's, with the adapter's chat template."""
+        rows = vocabulary_size(self._slots.model)
+        own = own_tokenizer(folder, self._tokenizer, rows)
+        if own is not None:
+            require_same_pipeline(folder, own, self._tokenizer)
+        tokenizer: PreTrainedTokenizerBase = own or copy.copy(self._tokenizer)
+        if (template := read_template(folder)) is not None:
+            tokenizer.chat_template = template
+        return tokenizer
+
     def _check(self, file: AdapterFile) -> Factors:
-        """The adapter's factors in the model's dtype.
+        """The adapter's factors in the model's dtype, in memory of their own.
 
         Raises:
             InputError: it does not fit the base, or changes more than linear layers.
@@ -203,7 +246,7 @@ class AdapterPool:
         factors = {}
         for path, update in file.updates.items():
             A, B = update.factors()
-            factors[path] = A.to(dtype), (B * update.scaling).to(dtype)
+            factors[path] = A.to(dtype, copy=True), (B * update.scaling).to(dtype)
             if not (factors[path][0].isfinite().all() and factors[path][1].isfinite().all()):
                 raise InputError(f"{file.folder}: {path} holds values that {dtype} cannot hold")
         try:
@@ -245,15 +288,6 @@ def why_not_beside(file: AdapterFile) -> str:
     if file.others:
         return f"brings weights of its own ({listed(sorted(file.others), 2)})"
     return ""
-
-
-def _stamp(folder: Path) -> tuple[int, int]:
-    """When an adapter's weights were written, and their size: changed files show in these."""
-    try:
-        found = (folder / WEIGHTS_NAME).stat()
-    except OSError:
-        return (0, 0)
-    return found.st_mtime_ns, found.st_size
 
 
 def _size(factors: Factors) -> int:

@@ -152,7 +152,7 @@ class Row:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says in one line, with its kind where it is not one of ours."""
-    said = first_line(error)
-    kind = type(error).__name__
-    return said if isinstance(error, LorakitError) or said == kind else f"{kind}: {said}"
+    """What an error says in one line, with its kind where that adds something."""
+    said, kind = first_line(error), type(error).__name__
+    plain = isinstance(error, (LorakitError, RuntimeError)) or said == kind
+    return said if plain else f"{kind}: {said}"

@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import random
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +341,37 @@ def test_an_adapter_whose_values_overflow_fails_its_own_answers_alone(
     assert beside() == 200
     assert open_shelf.http.get("/health").status_code == 200
     assert text(open_shelf, "shop") == shop
+
+
+def test_a_link_that_takes_a_files_place_while_it_is_read_never_leads_out_of_the_root(
+    open_shelf: Running, own_root: Path, base: Path
+) -> None:
+    inside = text(open_shelf, "shop")
+    outside = make_adapter(base, own_root.parent / "outside", seed=7)
+    name = "adapter_model.safetensors"
+    victim, spare, link = own_root / "shop" / name, own_root / "spare", own_root / "link"
+    stop, chance = threading.Event(), random.Random(1)
+
+    def swap() -> None:
+        while not stop.is_set():
+            link.symlink_to(outside / name)
+            spare.hardlink_to(victim)
+            link.replace(victim)
+            time.sleep(chance.random() / 500)
+            spare.replace(victim)
+            time.sleep(chance.random() / 50)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    statuses: list[int] = []
+    try:
+        for _ in range(60):
+            reply = load(open_shelf, "new", "shop", load_inplace=True)
+            statuses.append(reply.status_code)
+            if reply.status_code == 200:
+                assert text(open_shelf, "new") == inside
+    finally:
+        stop.set()
+        thread.join()
+    assert set(statuses) <= {200, 400}
+    assert statuses.count(200) > 5
