@@ -105,6 +105,64 @@ def test_no_field_of_pefts_file_is_lost():
     assert peft.LoraConfig(**{k: v for k, v in ours.items() if k != "a_field_of_tomorrow"}).r == 5
 
 
+@pytest.mark.parametrize(
+    ("read", "meant"),
+    [
+        ({"r": 16.0}, {"r": 16}),
+        ({"r": "16", "lora_alpha": "32"}, {"r": 16, "lora_alpha": 32}),
+        ({"lora_alpha": "0.5", "lora_dropout": "0.05"}, {"lora_alpha": 0.5, "lora_dropout": 0.05}),
+        ({"rank_pattern": {"q_proj": 4.0}}, {"rank_pattern": {"q_proj": 4}}),
+        ({"alpha_pattern": {"q_proj": "8"}}, {"alpha_pattern": {"q_proj": 8}}),
+        ({"layers_to_transform": [1.0, "2"]}, {"layers_to_transform": [1, 2]}),
+        ({"target_modules": "['v_proj', 'q_proj']"}, {"target_modules": ["v_proj", "q_proj"]}),
+        ({"target_modules": "{'v_proj', 'q_proj'}"}, {"target_modules": ["q_proj", "v_proj"]}),
+        ({"target_modules": r"[vq]_proj"}, {"target_modules": r"[vq]_proj"}),
+        (
+            {"peft_type": "PeftType.LORA", "task_type": "TaskType.CAUSAL_LM"},
+            {"task_type": "CAUSAL_LM"},
+        ),
+        ({"use_rslora": "false", "use_dora": "True"}, {"use_rslora": False, "use_dora": True}),
+        ({"use_rslora": None, "bias": None, "lora_dropout": None, "init_lora_weights": None}, {}),
+        ({"init_lora_weights": "true", "alpha_pattern": None, "loftq_config": None}, {}),
+    ],
+)
+def test_a_files_values_are_read_as_what_they_can_mean_only(
+    read: dict[str, Any], meant: dict[str, Any]
+):
+    assert LoraConfig.from_dict(read) == LoraConfig(**meant)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        *({"r": r} for r in (None, 16.5, "sixteen", "-1", [16], True, float("inf"))),
+        *({"lora_alpha": alpha} for alpha in (None, "nan", "", [8], True)),
+        *({"use_rslora": "maybe"}, {"use_dora": 2}, {"target_modules": "[1, 2]", "r": 0}),
+    ],
+)
+def test_a_files_values_that_can_mean_several_things_are_refused(read: dict[str, Any]):
+    with pytest.raises(InputError, match="here: "):
+        LoraConfig.from_dict(read, where="here")
+
+
+def test_fields_of_ms_swift_are_read_and_kept_unless_they_change_the_model():
+    inert = {"lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-06, "lora_dtype": "fp32"}
+    inert |= {"merge_weights": True, "swift_type": "LORA", "use_merged_linear": False}
+    inert |= {"use_qa_lora": False, "enable_lora": None, "model_key_mapping": None}
+    config = LoraConfig.from_dict({"r": 16.0, **inert})
+    assert config.r == 16
+    assert {name: config.to_dict()[name] for name in inert} == inert
+    for active in (
+        {"use_merged_linear": True},
+        {"enable_lora": [True, False, True]},
+        {"use_qa_lora": True},
+        {"model_key_mapping": {"a": "b"}},
+        {"swift_type": "ADAPTER"},
+    ):
+        with pytest.raises(InputError, match=f"{next(iter(active))}=.* is not supported"):
+            LoraConfig.from_dict(active)
+
+
 def test_an_unknown_field_is_refused_when_it_is_active_and_passes_when_it_is_not():
     for inert in (None, False, {}, [], ""):
         assert LoraConfig.from_dict({"r": 4, "new_method": inert}).other_fields == {

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
+from lorakit.lora.config_values import as_meant, is_inert, whole
 from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
 from lorakit.lora.patterns import TimeLeft, check, first_match
 from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
@@ -32,6 +33,7 @@ _SETTINGS = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_conf
 _TAKEN_OFF_AGAIN = re.compile("pissa.*|olora|corda|lora_ga")
 _OUT_OF_THE_WEIGHT = re.compile("pissa|olora|loftq")
 _HIGHEST_RANK = 1 << 20
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 
 
 @dataclass(kw_only=True)
@@ -137,12 +139,18 @@ class LoraConfig(CarriedFields):
             self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
             if self.task_type not in list(TaskType):
                 raise InputError(f"task_type must be one of {', '.join(TaskType)}")
+        self.r = whole(self.r)
+        if isinstance(self.rank_pattern, dict):
+            self.rank_pattern = {name: whole(r) for name, r in self.rank_pattern.items()}
         _check_ranks(self.r, self.rank_pattern)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 raise InputError(f"lora_alpha must be a number above 0, not {alpha!r}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
+        for name in _SWITCHES:
+            if getattr(self, name) not in (True, False, None):
+                raise InputError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise InputError(f"bias must be none, all or lora_only, not {self.bias!r}")
         _check_initialization(self.init_lora_weights)
@@ -228,9 +236,13 @@ class LoraConfig(CarriedFields):
             InputError: it is not LoRA, or an active field is unknown here (ignoring it would
                 silently give another model).
         """
-        known = {f.name for f in dataclasses.fields(cls)} - {"other_fields", "runtime_config"}
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        known = fields.keys() - {"other_fields", "runtime_config"}
+        values = as_meant(values, {name: _default(fields[name]) for name in known})
         other = {k: v for k, v in values.items() if k not in known and k != "runtime_config"}
         for name, value in other.items():
+            if is_inert(name, value):
+                continue
             if value:
                 raise InputError(
                     f"{where}: {name}={value!r} is not supported by lorakit"
@@ -289,6 +301,11 @@ class LoraConfig(CarriedFields):
     def to_json(self) -> str:
         """`to_dict` as the text of `adapter_config.json`."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
