@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hub_in_memory import Hub
 from lorakit.adapters.hub import pull, push, selection
@@ -124,11 +127,36 @@ def test_what_is_no_adapter_is_not_pulled(hub: Hub, adapter: Path, tmp_path: Pat
     hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.bin": b"pickle"}
     result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
     assert result.returncode == 2
+    assert "ada/orders/adapter_model.bin is damaged" in result.stderr
+    hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}'}
+    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    assert result.returncode == 2
     assert "ada/orders holds no adapter_model.safetensors" in result.stderr
     hub.files = {"config.json": b"{}"}
     result = command(tmp_path, where, "pull", "ada/orders", "-o", "back2")
     assert "holds no adapter: there is no adapter_config.json" in result.stderr
     assert not (tmp_path / "back").exists()
+
+
+def test_a_pickle_of_tensors_is_pulled_as_safetensors_and_never_pushed(
+    hub: Hub, adapter: Path, tmp_path: Path
+):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    shutil.copyfile(adapter / "adapter_config.json", tmp_path / "adapter_config.json")
+    hub.files = {
+        name: (tmp_path / name).read_bytes()
+        for name in ("adapter_model.bin", "adapter_config.json")
+    }
+    where = f"http://127.0.0.1:{hub.server_port}"
+    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    assert result.returncode == 0, result.stderr
+    back = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensors[key]) for key in back)
+    assert not list((tmp_path / "back").glob("*.bin"))
+    with pytest.raises(InputError, match="as a pickle"):
+        push(tmp_path, "ada/orders")
 
 
 def test_names_and_folders_that_cannot_be_are_refused(adapter: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from lorakit import __version__, atomic
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
 from lorakit.adapters.tokenizer import copy_tokenizer
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import WEIGHTS_NAME, write_adapter
+from lorakit.lora.checkpoint import weights_file, write_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def other_weights(adapter: str | Path, base: str) -> str:
 
 def source(folder: Path) -> Source:
     """The adapter in `folder` as a source."""
-    return Source(path=str(folder), sha256=sha256(folder / WEIGHTS_NAME))
+    return Source(path=str(folder), sha256=sha256(weights_file(folder)))
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Adapters of other tools into PEFT's files: mlx-lm's, loralib's, and kohya's of language models.
 
 Each file is told by its keys, and every key must mean one module of the base model: what does not
-fit, or could mean two things, is refused by name. Only safetensors is read.
+fit, or could mean two things, is refused by name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from types import NoneType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from lorakit import atomic
@@ -25,13 +23,13 @@ from lorakit.adapters.chatglm_names import FACTORS_A, native_adapter
 from lorakit.adapters.ranks import usual_and_others
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
-from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, write_adapter
+from lorakit.lora.checkpoint import PICKLED_NAME, PREFIX, WEIGHTS_NAME, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.target_names import written_targets
+from lorakit.lora.tensor_files import read_tensors
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 _KOHYA = re.compile(r"lora_(?P<path>.+?)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
 _OTHER_MODELS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
 
@@ -66,15 +64,16 @@ def import_adapter(
 
     Args:
         base: the base model; a folder may name it itself.
-        alpha: loralib's `lora_alpha`, which its files do not have.
+        alpha: loralib's `lora_alpha`, which its files do not have; for mlx-lm it takes the place
+            of the settings' scale, and is divided by the rank.
 
     Raises:
-        InputError: the file is of no known kind, damaged, a pickle, or for another base model.
+        InputError: the file is of no known kind, damaged, or for another base model.
     """
-    if (Path(source) / WEIGHTS_NAME).is_file():
+    if any((Path(source) / name).is_file() for name in (WEIGHTS_NAME, PICKLED_NAME)):
         return _from_original_code(Path(source), output, base, alpha)
     path, settings = _locate(Path(source))
-    tensors = _load(path)
+    tensors = read_tensors(path)
     base = base or settings.get("model")
     if not isinstance(base, (str, NoneType)):
         raise InputError(f"{source} names the base model {base!r}, which is no text: give --base")
@@ -85,7 +84,7 @@ def import_adapter(
     if any(key.startswith("lora_") for key in tensors):
         tool, found = "kohya", _from_kohya(path, tensors, model)
     elif any(key.endswith(".lora_a") for key in tensors):
-        tool, found = "mlx-lm", _from_mlx(path, tensors, settings)
+        tool, (found, notices) = "mlx-lm", _from_mlx(path, tensors, settings, alpha)
     elif any(key.endswith(".lora_A") for key in tensors):
         tool, (found, notices) = "loralib", _from_loralib(path, tensors, alpha)
     else:
@@ -94,7 +93,7 @@ def import_adapter(
             f"loralib's (….lora_A) or kohya's (lora_….lora_down.weight). It has "
             f"{listed(sorted(tensors), 3)}"
         )
-    if alpha is not None and tool != "loralib":
+    if alpha is not None and tool == "kohya":
         raise InputError(f"--alpha: {tool}'s files say it themselves")
     config, own = _as_peft(path, found, model, base)
     with atomic.new_folder(output) as folder:
@@ -119,12 +118,10 @@ def _from_original_code(
 
 def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
     """The safetensors file, and mlx-lm's settings where they lie beside it."""
-    path = source / "adapters.safetensors" if source.is_dir() else source
-    if path.suffix in _PICKLES:
-        raise InputError(
-            f"{path} may be a pickle, which can run any program and is never loaded: where you "
-            "trust it, write its tensors with safetensors.torch.save_file"
-        )
+    path = source
+    if source.is_dir():
+        names = ("adapters.safetensors", "adapters.npz")
+        path = next((p for name in names if (p := source / name).is_file()), source / names[0])
     if not path.is_file():
         what = "holds no adapters.safetensors" if source.is_dir() else "is not there"
         raise InputError(f"{source} {what}: give a .safetensors file or mlx-lm's adapter folder")
@@ -140,32 +137,68 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
     return path, values
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no safetensors file, damaged or cut off ({error})") from error
-    if not tensors:
-        raise InputError(f"{path} holds no tensor")
-    return tensors
-
-
 def _from_mlx(
-    path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-) -> dict[str, _Factors]:
-    """mlx-lm's `lora_a` (d_in, r), `lora_b` (r, d_out), and one scale for all."""
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    alpha: float | None,
+) -> tuple[dict[str, _Factors], tuple[str, ...]]:
+    """mlx-lm's `lora_a` (d_in, r), `lora_b` (r, d_out), and one scale for all.
+
+    The first versions multiplied by `scale * alpha / rank`, later ones by `scale` alone and went on
+    writing the alpha that they did not use; those write `num_layers` for `lora_layers`.
+
+    Args:
+        alpha: takes the place of what the settings say.
+    """
     kind = settings.get("fine_tune_type", "lora")
     if kind != "lora":
         raise InputError(f"{path} is mlx-lm's {kind}, and only its lora can be imported")
     parameters = settings.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e9:
-        raise InputError(
-            f"{path.with_name('adapter_config.json')} must say lora_parameters.scale, "
-            f"a number above 0, not {scale!r}"
-        )
+    parameters = parameters if isinstance(parameters, dict) else {}
     pairs = _paired(path, tensors, ".lora_a", ".lora_b")
-    return {name: _Factors(a.T, b.T, float(scale) * a.shape[-1]) for name, (a, b) in pairs.items()}
+    if alpha is not None:
+        if not alpha > 0:
+            raise InputError(f"--alpha must be a number above 0, not {alpha!r}")
+        return {name: _Factors(a.T, b.T, alpha) for name, (a, b) in pairs.items()}, ()
+    scale, notices = _setting(path, parameters, "scale"), []
+    if parameters.get("alpha") is not None:
+        old = _setting(path, parameters, "alpha")
+        ranks = {a.shape[-1] for a, _ in pairs.values()}
+        rank = parameters.get("rank") or max(ranks)
+        used = (
+            scale
+            if "num_layers" in settings
+            else scale * old / _setting(path, {"rank": rank}, "rank")
+        )
+        notices.append(
+            f"the settings have an alpha, {old:g}, beside the scale, {scale:g}: "
+            + (
+                f"this version of mlx-lm multiplies by the scale alone, {used:g}"
+                if "num_layers" in settings
+                else f"this version of mlx-lm multiplies by scale * alpha / rank, {used:g}"
+            )
+            + " (if it was trained otherwise, give --alpha, which is divided by the rank)"
+        )
+        scale = used
+    return {name: _Factors(a.T, b.T, scale * a.shape[-1]) for name, (a, b) in pairs.items()}, (
+        *notices,
+    )
+
+
+def _setting(path: Path, parameters: Mapping[str, Any], name: str) -> float:
+    """A number above 0 of mlx-lm's `lora_parameters`.
+
+    Raises:
+        InputError: it is missing, or no such number.
+    """
+    value = parameters.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise InputError(
+            f"{path.with_name('adapter_config.json')} must say lora_parameters.{name}, "
+            f"a number above 0, not {value!r}"
+        )
+    return float(value)
 
 
 def _from_loralib(

@@ -18,7 +18,13 @@ from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
 from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
 from lorakit.folder_lock import reserves
-from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME, read_adapter
+from lorakit.lora.checkpoint import (
+    INITIAL_NAME,
+    PICKLED_NAME,
+    WEIGHTS_NAME,
+    read_adapter,
+    write_adapter,
+)
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.names import ALIASES
 
@@ -53,7 +59,12 @@ def selection(adapter: str | Path, with_record: bool = False) -> Selection:
         InputError: the folder holds no whole adapter.
     """
     folder = Path(adapter)
-    config, _ = read_adapter(folder)
+    config, tensors = read_adapter(folder)
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise InputError(
+            f"{folder} holds its weights as a pickle, which is not uploaded: write its "
+            f"{len(tensors)} tensors with safetensors.torch.save_file as {WEIGHTS_NAME}"
+        )
     wanted = (*FILES, MANIFEST_NAME) if with_record else FILES
     files = {name: (folder / name).stat().st_size for name in wanted if (folder / name).is_file()}
     left_out = sorted(
@@ -121,7 +132,8 @@ def push(
 def pull(repo: str, output: str | Path, *, revision: str | None = None) -> list[str]:
     """Fetches the adapter in the repository `repo` into the new folder `output`.
 
-    Only known files are taken, and never a pickle.
+    Only known files are taken. Weights that are there as a pickle alone are written as safetensors,
+    so that no pickle arrives.
 
     Returns: the names of the files.
 
@@ -135,17 +147,22 @@ def pull(repo: str, output: str | Path, *, revision: str | None = None) -> list[
     wanted = [*FILES, MANIFEST_NAME]
     with _named_failures(f"{repo} was not fetched"):
         source = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if not (source / WEIGHTS_NAME).is_file():
+            old = [*wanted, PICKLED_NAME]
+            source = Path(snapshot_download(repo, revision=revision, allow_patterns=old))
     names = [name for name in wanted if (source / name).is_file()]
     if CONFIG_NAME not in names:
         raise InputError(f"{repo} holds no adapter: there is no {CONFIG_NAME} in it")
     try:
-        read_adapter(source)
+        config, tensors = read_adapter(source)
     except InputError as error:  # it names a place in the cache, which nobody knows
         raise InputError(str(error).replace(str(source), repo)) from error
     with atomic.new_folder(output) as folder:
         for name in names:
             shutil.copyfile(source / name, folder / name)
-    return names
+        if WEIGHTS_NAME not in names:
+            write_adapter(folder, config, tensors)
+    return names if WEIGHTS_NAME in names else [*names, WEIGHTS_NAME]
 
 
 def _require_name(repo: str) -> None:

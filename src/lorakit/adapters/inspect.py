@@ -18,7 +18,7 @@ from lorakit.adapters.open import read_files
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import PREFIX, WEIGHTS_NAME, load_tensors
+from lorakit.lora.checkpoint import PREFIX, load_tensors, weights_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +147,7 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
         alpha_pattern=config.alpha_pattern,
         modules_to_save=config.modules_to_save,
         parameters=sum(tensor.numel() for tensor in tensors),
-        bytes=(file.folder / WEIGHTS_NAME).stat().st_size,
+        bytes=weights_file(file.folder).stat().st_size,
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
         modules=[ModuleFacts.of(spectrum(update)) for update in file.updates.values()],
         whole=[

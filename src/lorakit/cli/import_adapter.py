@@ -20,7 +20,8 @@ def import_adapter(
         str | None, typer.Option(help="The base model, when the folder does not name it.")
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="loralib's lora_alpha, which its files do not hold.")
+        float | None,
+        typer.Option(help="lora_alpha, where the files do not hold it (loralib) or mean another."),
     ] = None,
 ) -> None:
     """Read an adapter of mlx-lm, loralib or kohya, or on ChatGLM's code, into PEFT's files."""

@@ -1,6 +1,7 @@
 """One adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
 
-Here are the key names, reading with every check, and atomic writing. Only safetensors is read.
+Here are reading with every check, and atomic writing. Of a pickle, as PEFT wrote until 2023,
+tensors are read and nothing else.
 """
 
 import json
@@ -10,20 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.lora.config import CONFIG_NAME, LoraConfig
 from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.key_names import PREFIX, as_peft_names, without_wrappers
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.tensor_files import read_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+"""What PEFT wrote before it wrote safetensors; it is read and never written."""
 INITIAL_NAME = "initial_factors.safetensors"
 """The factors that PiSSA and OLoRA started from, which PEFT's files do not have."""
-PREFIX = "base_model.model."
 
 
 class LoadResult(NamedTuple):
@@ -53,7 +56,7 @@ def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[
     if bias == "all":
         for key, parameter in model.named_parameters():
             if key.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{key}":
-                found[f"{PREFIX}{key}"] = parameter
+                found[f"{PREFIX}{without_wrappers(key)}"] = parameter
     return found
 
 
@@ -137,15 +140,23 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, torch.Tensor
     """The configuration and the tensors of the adapter in `folder`, under PEFT's keys.
 
     Raises:
-        InputError: a file is missing, damaged, or a pickle.
+        InputError: a file is missing or damaged, or holds more than tensors.
     """
     config = read_config(folder)
-    path = Path(folder) / WEIGHTS_NAME
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin")
-        why = " (adapter_model.bin is a pickle, which is never loaded)" if pickled.exists() else ""
-        raise InputError(f"{folder} holds no {WEIGHTS_NAME}{why}")
-    return config, _once(_load(path))
+    tensors = as_peft_names(_load(weights_file(folder)), config.bias, folder)
+    return config, _once(tensors)
+
+
+def weights_file(folder: str | Path) -> Path:
+    """The file of an adapter's tensors in `folder`: safetensors, or else the older pickle.
+
+    Raises:
+        InputError: there is neither.
+    """
+    for name in (WEIGHTS_NAME, PICKLED_NAME):
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise InputError(f"{folder} holds no {WEIGHTS_NAME}")
 
 
 def _once(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -164,14 +175,7 @@ def read_initial(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is damaged or cut off ({error}): save or copy the adapter again"
-        ) from error
-    if not tensors:
-        raise InputError(f"{path} holds no tensor: save or copy the adapter again")
+    tensors = read_tensors(path)
     for key, tensor in tensors.items():
         floating = tensor.is_floating_point()
         if (floating and tensor.itemsize == 1) or (not floating and "lora_" in key):

@@ -17,7 +17,14 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import INITIAL_NAME, PREFIX, WEIGHTS_NAME, whole, write_adapter
+from lorakit.lora.checkpoint import (
+    INITIAL_NAME,
+    PICKLED_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    whole,
+    write_adapter,
+)
 from lorakit.lora.config import CONFIG_NAME, LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
@@ -53,7 +60,7 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
     looks_like_id = str(model_id).count("/") == 1 and not str(model_id).startswith((".", "/", "~"))
     if not folder.exists() and looks_like_id:
         inside = f"{subfolder}/" if subfolder else ""
-        files = [inside + name for name in (CONFIG_NAME, WEIGHTS_NAME, INITIAL_NAME)]
+        files = [inside + name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, INITIAL_NAME)]
         try:
             folder = Path(snapshot_download(str(model_id), allow_patterns=files, **hub))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.key_names import without_wrappers
 from lorakit.lora.layers import (
     LoraEmbedding,
     LoraLayer,
@@ -84,12 +85,12 @@ def inject(
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
     """All wrapped modules of `model`, with the paths that they had before they were wrapped.
 
-    What is inside another wrapped module has `base_layer` in its path, as in PEFT's files; the
-    modules that FSDP puts around checkpointed blocks do not count.
+    What is inside another wrapped module has `base_layer` in its path, as in PEFT's files; what
+    FSDP and `torch.compile` put around modules does not count.
     """
     for name, module in model.named_modules():
         if isinstance(module, Wrapped):
-            yield name.replace("_checkpoint_wrapped_module.", ""), module
+            yield without_wrappers(name), module
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.lora.key_names import without_wrappers
+
 PRESETS = ("attention-minimal", "attention", "all-linear")
 
 # What the projections of attention are called, by the families of transformers.
@@ -98,7 +100,8 @@ def language_part(model: nn.Module) -> str | None:
     except ValueError:  # an encoder and a decoder, both for text
         return None
     decoder = get_decoder()
-    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    found = (name for name, module in model.named_modules() if module is decoder)
+    path = without_wrappers(next(found, ""))
     speaks = output_head(model) is not None or path.rpartition(".")[2] == "language_model"
     return path if path and speaks else None
 

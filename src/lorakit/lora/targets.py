@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.key_names import without_wrappers
 from lorakit.lora.layers import (
     LoraLayer,
     LoraLinear,
@@ -30,7 +31,7 @@ from lorakit.lora.presets import PRESETS, choose, output_head, reads_weights
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` as it was before anything was wrapped.
+    """`model.named_modules()` as it was before anything was wrapped, `torch.compile` included.
 
     A wrapped layer is yielded in place of what it wraps, and what is inside it is not.
     """
@@ -41,7 +42,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = None
         if isinstance(module, Wrapped):
             inside = f"{name}."
-        yield name, module
+        yield without_wrappers(name), module
 
 
 def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -45,7 +45,7 @@ from lorakit.inference.vllm.base import (
     slot_bytes,
 )
 from lorakit.inference.vllm.options import VllmOptions, require_sound
-from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
+from lorakit.lora.checkpoint import INITIAL_NAME, weights_file
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.bundled import home
 
@@ -268,7 +268,8 @@ def _modules(
 
 def _copy(servable: Servable, workspace: Path) -> Path:
     """The copy for vLLM, named by what the adapter's files hold, so that it is written once."""
-    files = [servable.folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, INITIAL_NAME)]
+    others = [servable.folder / name for name in (CONFIG_NAME, INITIAL_NAME)]
+    files = [weights_file(servable.folder), *others]
     digests = [sha256(file) for file in files if file.is_file()]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9_.-]", "_", servable.folder.absolute().name)[:80]
