@@ -109,6 +109,8 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _show(result: "Evaluation") -> None:
+    for notice in result.notices:
+        say(notice, err=True)
     title = f"{result.rows} rows, {result.prompts} prompts, {result.seconds:.0f} s"
     scores = [
         (name, f"{score['base']:.4f}", f"{score['tuned']:.4f}")

@@ -1,19 +1,45 @@
 """Greedy answers to many prompts, in batches.
 
-What ends an answer is told in `lorakit.inference.sampling`; what it is worth, in `metrics`.
+What ends an answer is told in `lorakit.inference.sampling`, what is its reasoning in
+`lorakit.data.answer_form`, and what it is worth in `metrics`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.answer_form import AnswerForm, answer_form
 from lorakit.data.formats import Message
-from lorakit.inference.sampling import generate, greedy_settings, pad_left, prompt_tokens
+from lorakit.inference.sampling import (
+    end_tokens,
+    generate,
+    greedy_settings,
+    pad_left,
+    prompt_tokens,
+    stops_at,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer of a model, without the end mark.
+
+    Attributes:
+        text: all of it, without an empty reasoning block that the template writes.
+        answer: what is compared with a reference: the text without reasoning at its beginning.
+        reasoning: that reasoning, with its marks; mostly nothing.
+    """
+
+    text: str
+    answer: str
+    reasoning: str
 
 
 def generate_answers(
@@ -26,6 +52,34 @@ def generate_answers(
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
+    """The model's greedy answer to each conversation as it is written, reasoning included.
+
+    Arguments and errors as `write_answers`.
+    """
+    return [
+        written.text
+        for written in write_answers(
+            model,
+            tokenizer,
+            prompts,
+            tools=tools,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+    ]
+
+
+def write_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    tools: Sequence[Sequence[dict[str, Any]]] = (),
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Written]:
     """The model's greedy answer to each conversation, in the order of `prompts`.
 
     Prompts of like length share a batch, padded on the left; the longest come first, so that a
@@ -41,29 +95,42 @@ def generate_answers(
         InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
     """
     settings = greedy_settings(model, tokenizer, max_new_tokens)
+    form = answer_form(tokenizer)
+    ends = frozenset(end_tokens(model, tokenizer))
     shown = tools or [()] * len(prompts)
     rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     device = next(model.parameters()).device
-    answers = [""] * len(rows)
+    answers = [Written("", "", "")] * len(rows)
     was_training = model.training
     model.eval()
     try:
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             input_ids, mask = pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
+            width = input_ids.shape[1]
+            stops = form.end_text and stops_at(form.end_text, tokenizer, width)
             output = generate(
                 model,
                 settings,
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
+                stopping_criteria=stops or None,
             )
-            written = output[:, input_ids.shape[1] :]
-            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
+            for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
+                answers[i] = _read(tokens, tokenizer, form, ends)
             if on_batch:
                 on_batch(len(chosen))
     finally:
         model.train(was_training)
     return answers
+
+
+def _read(
+    tokens: list[int], tokenizer: PreTrainedTokenizerBase, form: AnswerForm, ends: frozenset[int]
+) -> Written:
+    own = list(takewhile(lambda token: token not in ends, tokens))
+    text = form.shown(str(tokenizer.decode(own, skip_special_tokens=True)))
+    # Some templates mark reasoning with special tokens, which are no part of the text.
+    reasoning, answer = form.split(str(tokenizer.decode(own)))
+    return Written(text, answer if reasoning else text, reasoning)

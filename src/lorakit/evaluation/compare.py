@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.data.formats import Message, Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers
+from lorakit.evaluation.answers import write_answers
 from lorakit.evaluation.loss import mean_loss
 
 
@@ -63,6 +63,8 @@ def changed_answers(
 ) -> tuple[list[ChangedAnswer], int]:
     """Greedy answers of two adapters where they are not the same, and how many prompts there were.
 
+    Reasoning before an answer is not compared.
+
     Raises:
         InputError: an adapter cannot be opened, is for no causal language model, or a row is
             plain text.
@@ -71,13 +73,17 @@ def changed_answers(
     if plain is not None:
         raise InputError(f"{plain.where} is plain text: to compare answers, rows need a prompt")
     asked = list({sample.prompt_key: sample for sample in samples}.values())
-    prompts = [sample.prompt for sample in asked]
     answers = []
     for folder in (first, second):
         opened = _opened(folder, base, dtype)
-        answers.append(
-            generate_answers(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens)
+        written = write_answers(
+            opened.model,
+            opened.tokenizer,
+            [sample.prompt for sample in asked],
+            tools=[sample.tools for sample in asked],
+            max_new_tokens=max_new_tokens,
         )
+        answers.append([one.answer for one in written])
     changed = [
         ChangedAnswer(sample.prompt, sample.reference, one, other)
         for sample, one, other in zip(asked, *answers, strict=True)

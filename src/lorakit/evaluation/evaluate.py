@@ -1,19 +1,21 @@
 """An adapter and its bare base model side by side, on the same rows.
 
 The numbers come from `metrics` and `loss`, the answers from `answers`; here rows that repeat a
-prompt are joined, so that each prompt is answered once and scored against all its references.
+prompt are joined, so that each prompt is answered once and scored against all its references. What
+is compared is the final answer as the chat template writes it, without end mark and reasoning.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.answer_form import answer_form, taught_answer
 from lorakit.data.formats import Message, Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers
+from lorakit.evaluation.answers import Written, write_answers
 from lorakit.evaluation.loss import mean_loss
 from lorakit.evaluation.metrics import METRICS, check_metrics
 from lorakit.evaluation.seq2seq import generate_targets, mean_target_loss
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt: what was asked, what was wanted, and the two answers."""
+    """One prompt: what was asked, what was wanted, and the two answers, all without reasoning."""
 
     prompt: list[Message]
     references: list[str]
@@ -40,14 +42,15 @@ class Evaluation:
     """Scores by metric, each of the bare base and of the tuned model.
 
     `rows` counts samples, `prompts` different prompts: rows that repeat a prompt are further
-    references for it. `examples` is empty when only the loss was asked for. `seconds` is wall
-    time.
+    references for it. `examples` is empty when only the loss was asked for. `notices` say what was
+    left out of the comparison. `seconds` is wall time.
     """
 
     rows: int
     prompts: int
     scores: dict[str, dict[str, float]]
     examples: list[Example]
+    notices: list[str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,9 +90,8 @@ def evaluate(
         groups.setdefault(sample.prompt_key, []).append(sample)
     asked = [group[0] for group in groups.values()] if by_answers else []
     prompts = [sample.prompt for sample in asked]
-    references = [[s.reference for s in group] for group in groups.values()] if by_answers else []
-
     encoder_decoder = base_model(model).config.is_encoder_decoder
+    wanted = references(tokenizer, groups.values(), not encoder_decoder) if by_answers else []
     loss_of = mean_target_loss if encoder_decoder else mean_loss
     done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
 
@@ -99,7 +101,7 @@ def evaluate(
         if on_progress:
             on_progress(done, whole)
 
-    def score() -> tuple[list[str], dict[str, float]]:
+    def score() -> tuple[list[Written], dict[str, float]]:
         """Answers and scores of the model as it is now."""
         options: Any = {
             "max_new_tokens": max_new_tokens,
@@ -107,31 +109,59 @@ def evaluate(
             "on_batch": count,
         }
         if encoder_decoder:
-            answers = generate_targets(model, tokenizer, asked, **options)
+            targets = generate_targets(model, tokenizer, asked, **options)
+            written = [Written(text, text, "") for text in targets]
         else:
-            answers = generate_answers(
+            written = write_answers(
                 model, tokenizer, prompts, tools=[s.tools for s in asked], **options
             )
-        scores = {name: METRICS[name](answers, references) for name in by_answers}
+        answers = [one.answer for one in written]
+        scores = {name: METRICS[name](answers, wanted) for name in by_answers}
         if "loss" in metrics:
             scores["loss"] = loss_of(
                 model, tokenizer, samples, max_length, batch_size, on_batch=count
             )
-        return answers, scores
+        return written, scores
 
-    tuned_answers, tuned = score()
+    tuned_answers, tuned_scores = score()
     with model.disable_adapter():
-        base_answers, base = score()
+        base_answers, base_scores = score()
     return Evaluation(
         rows=len(samples),
         prompts=len(groups),
-        scores={name: {"base": base[name], "tuned": tuned[name]} for name in metrics},
+        scores={name: {"base": base_scores[name], "tuned": tuned_scores[name]} for name in metrics},
         examples=[
-            Example(*example)
-            for example in zip(prompts, references, base_answers, tuned_answers, strict=True)
+            Example(prompt, texts, base.answer, tuned.answer)
+            for prompt, texts, base, tuned in zip(
+                prompts, wanted, base_answers, tuned_answers, strict=True
+            )
         ],
+        notices=_left_out(base_answers, tuned_answers),
         seconds=round(time.perf_counter() - began, 2),
     )
+
+
+def references(
+    tokenizer: PreTrainedTokenizerBase, groups: Iterable[Sequence[Sample]], templated: bool
+) -> list[list[str]]:
+    """The answers that the rows of each group have, as the template writes them.
+
+    Without reasoning and end marks; `templated` is False for models that read no chat template.
+    """
+    if not templated:
+        return [[sample.reference for sample in group] for group in groups]
+    form = answer_form(tokenizer)
+    return [[taught_answer(sample, tokenizer, form)[1] for sample in group] for group in groups]
+
+
+def _left_out(base: Sequence[Written], tuned: Sequence[Written]) -> list[str]:
+    counts = [sum(bool(one.reasoning.strip()) for one in written) for written in (base, tuned)]
+    if not any(counts):
+        return []
+    return [
+        f"reasoning before the answer is left out of the comparison: in {counts[0]:,} of "
+        f"{len(base):,} answers of the base, {counts[1]:,} of the adapter"
+    ]
 
 
 def _check_samples(samples: Sequence[Sample], by_answers: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from lorakit.inference.plain_batch import PlainBatch
 from lorakit.inference.pool import AdapterPool, Version
 from lorakit.inference.requests import Piece, Ticket
 from lorakit.inference.rows import Row, reason
-from lorakit.inference.sampling import Sampling, end_tokens
+from lorakit.inference.sampling import Sampling, ending
 from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.head import copy_once
@@ -70,7 +70,7 @@ class Engine:
         self.context_length = _context_length(model, context_length)
         take_into_memory(model)  # files may change while it is served
         self._model = model.eval().requires_grad_(False)
-        self._ends = frozenset(end_tokens(model, tokenizer))
+        self._ending = ending(model, tokenizer)
         known = fingerprint(model)
         families: list[list[str]] = []
         self._only_plain = why_not_carried(model)
@@ -234,8 +234,8 @@ class Engine:
 
     def _row(self, ticket: Ticket, version: Version | None) -> Row:
         if version is None:
-            return Row(ticket, None, self.tokenizer, self._ends, self._model.device)
-        return Row(ticket, version, version.tokenizer, version.ends, self._model.device)
+            return Row(ticket, None, self.tokenizer, self._ending, self._model.device)
+        return Row(ticket, version, version.tokenizer, version.ending, self._model.device)
 
     def _bring(self, version: Version | None, factors: Factors | None) -> None:
         """Puts an adapter into the slots, in the place of an idle one if they are full."""

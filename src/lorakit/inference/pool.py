@@ -22,7 +22,7 @@ from lorakit.adapters.private_copy import PrivateCopy, private_copy
 from lorakit.adapters.tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
-from lorakit.inference.sampling import end_tokens
+from lorakit.inference.sampling import Ending, ending
 from lorakit.lora.slots import AdapterSlots, Factors
 from lorakit.lora.vocabulary import vocabulary_size
 
@@ -61,7 +61,7 @@ class Version:
 
     info: AdapterInfo
     tokenizer: PreTrainedTokenizerBase = field(repr=False)  # with the adapter's chat template
-    ends: frozenset[int]  # tokens that end an answer
+    ending: Ending
     root: Path | None  # what the folder must lie below
     digest: str  # of the folder's files
 
@@ -113,7 +113,7 @@ class AdapterPool:
             factors = self._check(file)
             tokenizer = self._tokenizer_of(copied.folder)
             notice = copied.said(self._notice(file))
-        ends = frozenset(end_tokens(self._slots.model, tokenizer))
+        own = ending(self._slots.model, tokenizer)
         info = AdapterInfo(
             name,
             path if root is None else root.absolute() / path,
@@ -125,7 +125,7 @@ class AdapterPool:
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
             info = replace(info, version=number)
-            version = Version(info, tokenizer, ends, root, copied.digest)
+            version = Version(info, tokenizer, own, root, copied.digest)
             self._factors.pop(self._versions.get(name, version), None)
             self._versions[name] = version
             self._keep(version, factors)

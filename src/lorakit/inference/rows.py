@@ -14,6 +14,7 @@ import torch
 from lorakit.errors import LorakitError, first_line
 from lorakit.inference.choosing import Chooser
 from lorakit.inference.requests import ChosenToken, FinishReason, Piece, Ticket, TokenLogprob
+from lorakit.inference.sampling import Ending
 from lorakit.inference.text import AnswerText
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Row:
         ticket: Ticket,
         adapter: Hashable | None,
         tokenizer: PreTrainedTokenizerBase,
-        ends: frozenset[int],
+        ending: Ending,
         device: torch.device,
     ) -> None:
         self.ticket, self.adapter = ticket, adapter
@@ -44,10 +45,17 @@ class Row:
         self.read = 0
         self.tokens: list[int] = []
         self.finished = self.failed = False
-        self._tokenizer, self._ends = tokenizer, ends
+        self._tokenizer, self._ends = tokenizer, ending.tokens
         self._chooser = Chooser(ticket.sampling, self.prompt, device)
-        self._text = AnswerText(tokenizer, ticket.sampling.stop)
+        stop = (*ticket.sampling.stop, *([ending.text] if ending.text else []))
+        before = ending.before if ending.before and self._is_asked(ending.prompt) else ""
+        self._text = AnswerText(tokenizer, stop, before)
         self._logprobs: list[ChosenToken] = []
+
+    def _is_asked(self, how: str) -> bool:
+        """Whether the prompt ends as the chat template asks for an answer."""
+        tail = self.prompt[-len(how.encode()) - 1 :]
+        return bool(how) and str(self._tokenizer.decode(list(tail))).endswith(how)
 
     @property
     def is_plain(self) -> bool:

@@ -6,15 +6,14 @@ unset. Here it is put aside, so that the same call means the same on every model
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.formats import Message, Sample
-from lorakit.data.masking import IGNORE, tokenize
+from lorakit.data.answer_form import answer_form
+from lorakit.data.formats import Message
 from lorakit.data.templates import render
 from lorakit.errors import InputError
 from lorakit.inference.bounded_tokens import tokens_within
@@ -152,18 +151,61 @@ def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Ten
         inner.generation_config = own
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What surrounds the text of an answer.
+
+    Attributes:
+        tokens: each of them ends an answer.
+        text: an end mark that is no token.
+        prompt: how a prompt ends behind which the template writes `before`.
+        before: what it writes there and is no part of the answer (Qwen 3's empty thinking block).
+    """
+
+    tokens: frozenset[int]
+    text: str = ""
+    prompt: str = ""
+    before: str = ""
+
+
+def ending(model: Any, tokenizer: PreTrainedTokenizerBase) -> Ending:
+    """What surrounds the answers of a model with the tokenizer's chat template."""
+    form = answer_form(tokenizer)
+    tokens = frozenset(end_tokens(model, tokenizer))
+    return Ending(tokens, form.end_text, form.asked, form.plain_before)
+
+
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end an answer: the model's, the tokenizer's, and the chat template's.
 
     A base model's own end token often differs from the one its template closes a turn with, and
-    the latter is what an adapter has learned to write.
+    the latter is what an adapter has learned to write. Where the template closes turns with
+    ordinary text, no token is that (`Ending.text`).
     """
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
     if isinstance(tokenizer.eos_token_id, int):
         ends.append(tokenizer.eos_token_id)
-    with contextlib.suppress(InputError):  # a template that cannot be read: the others must do
-        turn = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        learned = tokenize(Sample(turn, None, "the probe"), tokenizer, max_length=1 << 30).labels
-        ends.append([label for label in learned if label != IGNORE][-1])
-    return list(dict.fromkeys(ends))
+    taught = answer_form(tokenizer).end_token
+    return list(dict.fromkeys(ends if taught is None else [*ends, taught]))
+
+
+def stops_at(text: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> Any:
+    """A stopping criterion for `generate`: a row ends when `text` stands in its answer.
+
+    Args:
+        prompt_length: columns of `input_ids` before the answers.
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    # Tokens that may hold the text, and the one before, which a tokenizer may have merged with it.
+    width = len(text.encode()) + 4
+
+    class AtText(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            tails = input_ids[:, max(prompt_length, input_ids.shape[1] - width) :]
+            ended = [text in written for written in tokenizer.batch_decode(tails)]
+            return torch.tensor(ended, device=input_ids.device)
+
+    return StoppingCriteriaList([AtText()])

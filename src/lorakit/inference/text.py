@@ -1,7 +1,8 @@
 """The text of an answer while its tokens come, up to a text that ends it.
 
 A token may hold part of a character, and how one reads depends on the tokens before it, so text
-is given out when it is sure. What may be the beginning of a stop text is held back.
+is given out when it is sure. What may be the beginning of a stop text is held back, and so is what
+a template writes before an answer and is no part of it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ _LONGEST_CHARACTER = 4  # tokens, where each is a byte
 class AnswerText:
     """Turns the tokens of one answer into text, piece by piece."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: str = ""
+    ) -> None:
+        self._tokenizer, self._stop, self._before = tokenizer, stop, before
         self._tokens: list[int] = []
         self._begin = self._read = 0  # tokens that give context; tokens that are text already
         self._held = ""
@@ -36,7 +39,7 @@ class AnswerText:
         """What is left when the answer is at its end."""
         if self.stopped:
             return ""
-        text = self._release(self._new_text(final=True))
+        text = self._release(self._new_text(final=True), final=True)
         text, self._held = text + self._held, ""
         return text
 
@@ -53,9 +56,15 @@ class AnswerText:
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, final: bool = False) -> str:
         text = self._held + new
         self._held = ""
+        if self._before:
+            if not final and text != self._before and self._before.startswith(text):
+                self._held = text
+                return ""
+            text = text.removeprefix(self._before)
+            self._before = ""
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True

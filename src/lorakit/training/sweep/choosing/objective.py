@@ -6,7 +6,7 @@ A metric takes answers of every row, which is dear: it is asked of those alone t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from lorakit import atomic
 from lorakit.data.formats import Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers
+from lorakit.evaluation.answers import write_answers
+from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
 from lorakit.evaluation.seq2seq import generate_targets
 from lorakit.training.sweep.choosing.bootstrap import (
@@ -96,20 +97,31 @@ class Objective:
         tokenizer = self.ground.begun.tokenizer
         if self.ground.recipe.task_type == "SEQ_2_SEQ_LM":
             return generate_targets(model, tokenizer, asked, max_new_tokens=_LONGEST)
-        return generate_answers(
+        written = write_answers(
             model,
             tokenizer,
             [sample.prompt for sample in asked],
             tools=[sample.tools for sample in asked],
             max_new_tokens=_LONGEST,
         )
+        return [one.answer for one in written]
 
     def _score(self, record: Record, split: str) -> Score:
         """The metric of the answers to some of the prompts."""
         answers = json.loads(_answers_path(record).read_text(encoding="utf-8"))[split]
-        references = _references(self.ground.splits[split])
+        wanted = self._references(self.ground.splits[split])
         metric = METRICS[self.name]
-        return lambda which: metric([answers[i] for i in which], [references[i] for i in which])
+        return lambda which: metric([answers[i] for i in which], [wanted[i] for i in which])
+
+    def _references(self, part: Split) -> list[list[str]]:
+        """The answers of all rows of each prompt."""
+        found: dict[int, list[Sample]] = {}
+        for sample, unit in zip(part.samples, part.units, strict=True):
+            assert isinstance(sample, Sample)
+            found.setdefault(unit, []).append(sample)
+        templated = self.ground.recipe.task_type != "SEQ_2_SEQ_LM"
+        groups = [found[unit] for unit in sorted(found)]
+        return references(self.ground.begun.tokenizer, groups, templated)
 
 
 def _answers_path(record: Record) -> Path:
@@ -123,11 +135,3 @@ def _asked(part: Split) -> list[Sample]:
         assert isinstance(sample, Sample)
         first.setdefault(unit, sample)
     return [first[unit] for unit in sorted(first)]
-
-
-def _references(part: Split) -> Sequence[Sequence[str]]:
-    """The answers of all rows of each prompt."""
-    found: dict[int, list[str]] = {}
-    for sample, unit in zip(part.samples, part.units, strict=True):
-        found.setdefault(unit, []).append(sample.reference)
-    return [found[unit] for unit in sorted(found)]
