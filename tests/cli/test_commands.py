@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from command import Command
+from lorakit.cli.main import app
 from lorakit.demo.run import run_demo
 
 
@@ -23,16 +24,26 @@ def done(result: "subprocess.CompletedProcess[str]") -> str:
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys; import lorakit.cli.main; "
-        "heavy = {'torch', 'transformers', 'pydantic', 'pyarrow'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'pydantic', 'pyarrow', 'rich.console', 'hashlib', "
+        "'lorakit.models.load'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_help_lists_every_verb(lorakit_command: Command):
+def test_help_lists_every_verb_under_what_it_is_for(lorakit_command: Command):
     text = done(lorakit_command("--help"))
-    for verb in ("train", "eval", "chat", "merge", "report", "demo"):
-        assert f"  {verb} " in text
+    groups = dict.fromkeys(("Data", "Train", "Compare", "Ship", "Serve", "Tools"), "")
+    for block in text.split("\n\n"):
+        heading, _, verbs = block.partition(":\n")
+        if heading in groups:
+            groups[heading] = verbs
+    assert [heading for heading in groups if f"\n{heading}:\n" in text] == list(groups)
+    listed = [line.split()[0] for verbs in groups.values() for line in verbs.splitlines()]
+    assert sorted(listed) == sorted(command.name for command in app.registered_commands)
+    for heading, verb in {"Data": "check", "Train": "train", "Ship": "merge"}.items():
+        assert f"  {verb} " in groups[heading]
+    assert "..." not in "".join(groups.values())  # no summary is cut off at 80 columns
 
 
 def test_train_from_flags_alone_then_eval_chat_and_merge(

@@ -62,7 +62,7 @@ def test_an_answer_ends_at_the_models_end_token(model: Any, tokenizer: Any) -> N
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     model.generation_config.eos_token_id = ids[3]
     short = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=12)[0]
-    assert short == tokenizer.decode(ids[: ids.index(ids[3]) + 1])
+    assert short == tokenizer.decode(ids[: ids.index(ids[3])])  # which is no part of it
 
 
 def test_the_token_that_the_template_closes_a_turn_with_ends_an_answer_too(

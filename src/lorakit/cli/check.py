@@ -34,7 +34,10 @@ def check(
         bool, typer.Option(help="Train a few batches to measure time and memory.")
     ] = True,
 ) -> None:
-    """Look at a recipe's rows, parameters, time and memory; nothing is written."""
+    """Look at a recipe's rows, parameters, time and memory.
+
+    Nothing is written.
+    """
     options = {"model": model, "data.train": data}
     recipe = recipe_from(arguments, options, {"output_dir": "not-written"})
 

@@ -38,7 +38,10 @@ def combine(
         str | None, typer.Option(help="The base model, where the adapters name it differently.")
     ] = None,
 ) -> None:
-    """Combine adapters of one base model into one, without loading the model."""
+    """Combine adapters of one base model into one.
+
+    The model is not loaded.
+    """
     from lorakit.adapters.combine import combine as run
 
     report = run(

@@ -14,7 +14,10 @@ def convert(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the model.")],
 ) -> None:
-    """Write a ChatGLM base model in the layout that plain transformers loads, without its code."""
+    """Write a ChatGLM model in the layout of plain transformers.
+
+    The result needs none of the original code.
+    """
     from lorakit.models.chatglm.convert import convert as run
     from lorakit.models.names import resolve
 

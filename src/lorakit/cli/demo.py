@@ -14,7 +14,10 @@ def demo(
         Path | None, typer.Option("-o", "--output", help="A new folder; default: lorakit-demo.")
     ] = None,
 ) -> None:
-    """Teach the bundled model a task and measure what it learned, in under five minutes."""
+    """Teach the bundled model a task, and measure what it learned.
+
+    It takes a few minutes.
+    """
     from lorakit.demo.run import run_demo
 
     run_demo(output or _free_name("lorakit-demo"), lambda text: write(f"{text}\n"))

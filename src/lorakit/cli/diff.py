@@ -30,7 +30,10 @@ def diff(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Compare the updates of two adapters, and with --data their answers."""
+    """Compare the updates of two adapters, or their answers.
+
+    Answers are compared with --data.
+    """
     from lorakit.adapters.diff import diff as run
     from lorakit.errors import InputError
 

@@ -46,7 +46,11 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     quantization: QuantizationOption = None,
 ) -> None:
-    """Score an adapter on rows, beside its bare base (a classifier: the most frequent label)."""
+    """Score an adapter on rows, beside its bare base.
+
+    What is compared is the final answer: reasoning before it and end marks are left out, of
+    answers and references. A classifier is compared with the most frequent label.
+    """
     from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter

@@ -40,7 +40,10 @@ def export(
         str | None, typer.Option(help="ollama: the system message where there is none.")
     ] = None,
 ) -> None:
-    """Write an adapter for llama.cpp (GGUF), Ollama, vLLM, mlx-lm or ChatGLM's original code."""
+    """Write an adapter for llama.cpp, Ollama, vLLM or mlx-lm.
+
+    llama.cpp and Ollama read GGUF. ChatGLM's original code has a form too.
+    """
     _refuse_idle(to, merged, dtype, system)
     if to is Target.GGUF:
         from lorakit.adapters.export.gguf_adapter import export_gguf_adapter

@@ -22,7 +22,10 @@ def extract(
         bool, typer.Option("--json", help="Print what every module keeps, as JSON.")
     ] = False,
 ) -> None:
-    """Write the difference of two models as an adapter, reading both tensor by tensor."""
+    """Write the difference of two models as an adapter.
+
+    Both are read tensor by tensor.
+    """
     from dataclasses import asdict
 
     from lorakit.adapters.extract import extract as run

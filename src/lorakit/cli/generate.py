@@ -43,7 +43,10 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     quantization: QuantizationOption = None,
 ) -> None:
-    """Answer a file of prompts with each adapter: a row of JSON an answer, in the file's order."""
+    """Answer a file of prompts with each adapter, as rows of JSON.
+
+    An answer is a line, in the file's order.
+    """
     from lorakit import atomic
     from lorakit.data.prompts import read_prompts
     from lorakit.errors import InputError

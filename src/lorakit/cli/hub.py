@@ -29,7 +29,10 @@ def push(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Upload an adapter to the Hugging Face hub, after showing what would go up."""
+    """Upload an adapter to the Hugging Face hub.
+
+    What would be uploaded is shown first.
+    """
     from lorakit.adapters.hub import push as run
 
     def confirm(chosen: Selection) -> bool:

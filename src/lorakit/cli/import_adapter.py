@@ -24,7 +24,10 @@ def import_adapter(
         typer.Option(help="lora_alpha, where the files do not hold it (loralib) or mean another."),
     ] = None,
 ) -> None:
-    """Read an adapter of mlx-lm, loralib or kohya, or on ChatGLM's code, into PEFT's files."""
+    """Convert an adapter of mlx-lm, loralib, kohya or ChatGLM's code.
+
+    The result is PEFT's files.
+    """
     from lorakit.adapters.foreign import import_adapter as run
 
     imported = run(source, output, base=base, alpha=alpha)

@@ -21,7 +21,10 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show what an adapter is, from its files alone; exit code 1 when it does not fit --base."""
+    """Show what an adapter is, from its files alone.
+
+    The exit code is 1 when it does not fit --base.
+    """
     from lorakit.adapters.inspect import inspect as run
 
     found = run(adapter, base=base)

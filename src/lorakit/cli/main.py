@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lorakit import __version__
 from lorakit.cli.chat import chat
@@ -44,8 +46,40 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 _INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 
+_GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Data": {"check": check},
+    "Train": {"train": train, "sweep": sweep, "reproduce": reproduce},
+    "Compare": {"eval": evaluate, "report": report, "inspect": inspect, "diff": diff},
+    "Ship": {"merge": merge, "export": export, "push": push, "pull": pull},
+    "Serve": {"chat": chat, "generate": generate, "serve": serve},
+    "Tools": {
+        "models": models,
+        "convert": convert,
+        "import": import_adapter,
+        "combine": combine,
+        "resize": resize,
+        "extract": extract,
+        "demo": demo,
+    },
+}
+"""The verbs by what they are for, in the order of the help; each is a file of this folder."""
+
+
+class _GroupedHelp(TyperGroup):
+    """The commands of the help under the headings of `_GROUPS`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for group, verbs in _GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl(
+                    [(verb, self.commands[verb].get_short_help_str(width)) for verb in verbs]
+                )
+
+
 app = typer.Typer(
     name="lorakit",
+    cls=_GroupedHelp,
     help="LoRA for language models: train, evaluate, chat with and merge low-rank adapters.",
     epilog="lorakit demo shows it all in a few minutes. Anywhere: --debug shows tracebacks, "
     "--trust-remote-code runs code that a model brings.",
@@ -55,28 +89,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(check)
-app.command()(train)
-app.command()(sweep)
-app.command("eval")(evaluate)
-app.command()(report)
-app.command()(chat)
-app.command()(generate)
-app.command()(serve)
-app.command()(merge)
-app.command()(export)
-app.command("import")(import_adapter)
-app.command()(push)
-app.command()(pull)
-app.command()(convert)
-app.command()(models)
-app.command()(inspect)
-app.command()(combine)
-app.command()(resize)
-app.command()(extract)
-app.command()(diff)
-app.command()(reproduce)
-app.command()(demo)
+for _verbs in _GROUPS.values():
+    for _name, _verb in _verbs.items():
+        app.command(_name)(_verb)
 
 
 def _print_version(wanted: bool) -> None:

@@ -36,7 +36,10 @@ def merge(
     ] = False,
     verify: Annotated[bool, typer.Option(help="Load both, and compare what they answer.")] = True,
 ) -> None:
-    """Merge adapters into their base model, file by file, and compare the result with both."""
+    """Merge adapters into their base model, and verify the result.
+
+    It is done file by file, and the result is compared with base and adapters.
+    """
     from lorakit.adapters.merge import merge as run
 
     report = run(

@@ -19,7 +19,10 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """List the base models on this machine, or say what one is; no weights are loaded."""
+    """List the base models on this machine, or say what one is.
+
+    No weights are loaded.
+    """
     if name is None:
         from lorakit.models.cached import known_models
 

@@ -16,7 +16,10 @@ def report(
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:
-    """Write what is known of an adapter's run into one page that needs nothing else."""
+    """Write what is known of an adapter's run into one page.
+
+    The page needs no other file and no network.
+    """
     from lorakit.report.page import write_report
 
     written = write_report(adapter, output)

@@ -14,7 +14,10 @@ def reproduce(
         Path | None, typer.Option("--output-dir", "-o", help="Where the second adapter goes.")
     ] = None,
 ) -> None:
-    """Train again what an adapter's record says, and compare; exit code 1 when it differs."""
+    """Train again what an adapter's record says, and compare.
+
+    The exit code is 1 when the second adapter differs.
+    """
     from lorakit.training.machine import is_main_process
     from lorakit.training.reproduce import reproduce as run
 

@@ -25,7 +25,10 @@ def resize(
         str | None, typer.Option(help="The base model for --data, when not the recorded one.")
     ] = None,
 ) -> None:
-    """Cut an adapter to a rank, or to the ranks that keep a share of what it does."""
+    """Cut an adapter to lower ranks.
+
+    To one rank, or to the ranks that keep a share of what it does.
+    """
     from lorakit.adapters.resize import resize as run
     from lorakit.errors import InputError
 

@@ -77,7 +77,10 @@ def serve(
         bool, typer.Option("--dry-run", help="With --engine vllm: print its command, no more.")
     ] = False,
 ) -> None:
-    """Serve a base model and its adapters over HTTP, as OpenAI's API has it, with a page at /."""
+    """Serve a base model and its adapters with OpenAI's API.
+
+    A page to compare adapters is at /.
+    """
     from lorakit.inference.adapter_names import named_adapters
 
     named = named_adapters(adapters or [])

@@ -53,7 +53,10 @@ def sweep(
         bool, typer.Option("--resume", help="Go on with the sweep in the output folder.")
     ] = False,
 ) -> None:
-    """Train many configurations together on one base, stop losers early, prove the best."""
+    """Train many configurations together, and prove the best.
+
+    They share one base; those that lose are stopped early.
+    """
     # Imports and loading make a million objects, of which none is garbage.
     gc.disable()
     recipe, overrides = split_arguments(arguments or [])

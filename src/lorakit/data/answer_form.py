@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MARK, _THOUGHT = "5283917406", "9047261538"  # digits survive upper-casing, trimming and quoting
 
-KNOWN_REASONING = (
+KNOWN_REASONING: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),  # Qwen 3, DeepSeek-R1, GLM 4.5, SmolLM 3, Phi-4-reasoning
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),

@@ -72,7 +72,7 @@ def test_the_bundled_model_answers_a_mixed_batch_as_each_adapter_alone(tmp_path:
         bare = engine.submit(prompts[0], None, sampling)
         found = [tokens(ticket) for ticket in tickets]
         base = tokens(bare)
-        ends = sorted(engine._ends)
+        ends = sorted(engine._ending.tokens)
     finally:
         engine.close()
     for answer, (ids, name) in zip(found, asked, strict=True):
