@@ -38,8 +38,11 @@ FAINT = """least => {
 }"""
 
 
-def started_browser() -> Iterator[Any]:
-    """A Chromium or Chrome that is on the path, until the iterator goes on; skips without one."""
+def started_browser(*options: str) -> Iterator[Any]:
+    """A Chromium or Chrome that is on the path, until the iterator goes on; skips without one.
+
+    `options` are of its command line.
+    """
     reason = "playwright is not installed"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -47,6 +50,6 @@ def started_browser() -> Iterator[Any]:
     if path is None:
         pytest.skip(f"no browser is installed: none of {', '.join(names)} is on the path")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", *options])
         yield browser
         browser.close()

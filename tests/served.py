@@ -87,7 +87,7 @@ def address(server: Running) -> tuple[str, int]:
 def head(length: int, path: str = "/v1/completions") -> bytes:
     """The head of a request whose body of JSON has this length."""
     return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {length}\r\n\r\n"
     ).encode()
 

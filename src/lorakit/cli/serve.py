@@ -33,6 +33,10 @@ def serve(
     host: Annotated[
         str, typer.Option(help="The address to listen on; other machines' needs --api-key.")
     ] = "127.0.0.1",
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that the server may be asked by, beside localhost; repeatable."),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
@@ -123,6 +127,7 @@ def serve(
         api_key=api_key,
         admin_key=admin_key,
         adapter_root=adapter_root,
+        allowed_hosts=tuple(allowed_host or ()),
         drain=drain,
         limits=Limits(
             body_bytes=max_body,
@@ -159,6 +164,7 @@ def _refuse_for_vllm(context: typer.Context) -> None:
         InputError: one was given.
     """
     for name in (
+        "allowed_host",
         "merged",
         "quantization",
         "max_rows",

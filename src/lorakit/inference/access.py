@@ -39,3 +39,20 @@ def check_key(option: str, key: str | None) -> None:
     """
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise InputError(f"{option} must be printable ASCII without spaces, and not empty")
+
+
+def check_host_name(option: str, name: str) -> None:
+    """Whether `name` is a host's name or address, without a port.
+
+    Raises:
+        InputError: it is not.
+    """
+    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError as error:
+        raise InputError(
+            f"{option} takes a name like lora.example.org, or an address, without http:// and "
+            f"without a port, not {name!r}"
+        ) from error

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ async def order_of(jobs: list[tuple[str, int, str]]) -> list[str]:
     first = asyncio.ensure_future(turns.run(gate.wait, 0, "opening"))
     await asyncio.sleep(0)
     rest = [
-        asyncio.ensure_future(turns.run(lambda name=name: done.append(name), size, client))
+        asyncio.ensure_future(turns.run(partial(done.append, name), size, client))
         for name, size, client in jobs
     ]
     await asyncio.sleep(0)

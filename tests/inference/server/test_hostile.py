@@ -14,7 +14,7 @@ from served import Running, address, all_of, closes, head, refused, until
 
 BODY = json.dumps({"model": "shop", "prompt": "a", "max_tokens": 2}).encode()
 CHATS = "/v1/chat/completions"
-HALF_A_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Le"
+HALF_A_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le"
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def test_many_clients_that_do_not_read_are_left_and_hold_up_no_other(serve: Any)
 
 
 def test_requests_in_one_breath_are_answered_in_turn(served: Running) -> None:
-    get = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    get = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = get.replace(b"Host", b"Connection: close\r\nHost")
     with socket.create_connection(address(served), timeout=10) as sock:
         sock.sendall(get + head(len(BODY)) + BODY + get * 50 + last)
@@ -133,7 +133,7 @@ def test_requests_in_one_breath_are_answered_in_turn(served: Running) -> None:
 )
 def test_a_head_of_contradictions_is_a_bad_request(served: Running, lines: bytes) -> None:
     with socket.create_connection(address(served), timeout=10) as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\nhello")
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\nhello")
         status = sock.recv(100).split(b"\r\n")[0].split()[1]
     assert status in (b"400", b"413", b"501")
     assert served.http.get("/health").status_code == 200
@@ -141,9 +141,11 @@ def test_a_head_of_contradictions_is_a_bad_request(served: Running, lines: bytes
 
 def test_a_body_that_is_smuggled_behind_a_length_is_no_second_request(served: Running) -> None:
     lines = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"
-    inner = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    inner = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_connection(address(served), timeout=10) as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n" + inner)
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n" + inner
+        )
         reply = all_of(sock)
     assert reply.startswith(b"HTTP/1.1 400 ")
     assert b"not both" in reply
@@ -169,5 +171,7 @@ def test_what_is_nested_deeply_is_a_bad_request(serve: Any, path: str, body: byt
 )
 def test_nothing_outside_the_pages_folder_is_given_out(served: Running, path: str) -> None:
     with socket.create_connection(address(served), timeout=10) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        sock.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
         assert b" 404 " in all_of(sock).split(b"\r\n")[0]

@@ -57,7 +57,7 @@ def test_a_body_far_above_the_limit_is_refused_by_its_length_alone(serve: Any) -
 def test_an_endless_chunked_body_is_cut_off(serve: Any) -> None:
     server = serve({"body_bytes": 1000})
     with socket.create_connection(address(server), timeout=5) as sock:
-        opening = f"POST {TEXTS} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        opening = f"POST {TEXTS} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         sock.sendall(opening.encode())
         chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
         with pytest.raises(OSError, match=r"reset|Broken pipe|closed"):  # noqa: PT012
@@ -100,7 +100,7 @@ def test_a_connection_that_answers_slowly_is_not_taken_for_a_slow_head(serve: An
 
 def test_a_head_that_is_too_long_is_a_bad_request(served: Running) -> None:
     with socket.create_connection(address(served), timeout=5) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000)
         reply = all_of(sock)
     assert b" 400 " in reply.split(b"\r\n")[0]
     assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
@@ -210,7 +210,9 @@ def test_a_connection_whose_last_bytes_nobody_takes_is_closed(serve: Any) -> Non
     # More than the system takes, and too little for the server to wait before it closes.
     fields = {"max_tokens": 150, "logprobs": 20, "temperature": 0}
     content = json.dumps({**TEXT, **fields}).encode()
-    closing = head(len(content)).replace(b"Host: x", b"Host: x\r\nConnection: close")
+    closing = head(len(content)).replace(
+        b"Host: localhost", b"Host: localhost\r\nConnection: close"
+    )
     with ExitStack() as stack:
         for _ in range(4):
             sock = stack.enter_context(socket.socket())

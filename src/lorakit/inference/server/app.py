@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 
 from lorakit import __version__
-from lorakit.data import strict_json
 from lorakit.inference.engine import Engine
-from lorakit.inference.server import errors, page
+from lorakit.inference.server import errors, guarded_routes, page
 from lorakit.inference.server.adapters import Shelf
 from lorakit.inference.server.answers import Desk
 from lorakit.inference.server.chat import chat
 from lorakit.inference.server.completions import complete
-from lorakit.inference.server.errors import ApiError, bad_field
+from lorakit.inference.server.errors import ApiError
 from lorakit.inference.server.gate import Gate
+from lorakit.inference.server.guarded_routes import Guard, Level, needs
+from lorakit.inference.server.hosts import Hosts
 from lorakit.inference.server.keys import Keys
 from lorakit.inference.server.metrics import CONTENT_TYPE, Metrics
 from lorakit.inference.server.options import ServerOptions
@@ -63,38 +60,6 @@ _STREAMED = {
 }
 
 
-class _StrictRequest(Request):
-    async def json(self) -> Any:
-        """The body, if it is JSON by the letter and all of its text can be written as UTF-8."""
-        body = await self.body()
-        try:
-            text = body.decode()
-        except UnicodeDecodeError as error:
-            raise bad_field(f"the body is no UTF-8: byte {error.start} is not") from error
-        try:
-            value = strict_json.parse(text)
-            if "\\u" in text:
-                json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise bad_field("the body has half a character (a lone surrogate, \\ud800)") from error
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno}, column {error.colno}"
-            raise bad_field(f"the body is not JSON: {error.msg} ({where})") from error
-        except ValueError as error:
-            raise bad_field(f"the body is not JSON: {error}") from error
-        return value
-
-
-class _StrictRoute(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strictly(request: Request) -> Response:
-            return await handle(_StrictRequest(request.scope, request.receive))
-
-        return strictly
-
-
 def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     """The application over `engine`, and the desk where its requests lie."""
     metrics = Metrics(engine)
@@ -105,73 +70,74 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         title="lorakit serve",
         version=__version__,
         description="OpenAI's API over one base model and its adapters; `model` names the adapter.",
-        docs_url=None,  # its page would load scripts from elsewhere
-        redoc_url=None,
+        openapi_url=None,  # a route below, as what FastAPI would add nothing guards
         redirect_slashes=False,
     )
     errors.install(app)
-    app.add_middleware(
-        Gate,
-        desk=desk,
-        keys=Keys(options.api_key, options.admin_key),
-    )
-    key = Security(HTTPBearer(auto_error=False, scheme_name="API key"))
-    admin_key = Security(HTTPBearer(auto_error=False, scheme_name="Admin key"))
-    router = APIRouter(route_class=_StrictRoute)
+    guarded_routes.install(app, Guard(desk, Keys(options.api_key, options.admin_key)))
+    hosts = Hosts(options.host, options.allowed_hosts, has_key=options.api_key is not None)
+    app.add_middleware(Gate, hosts=hosts, metrics=metrics)
 
-    @router.post(
+    @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
         responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
-        dependencies=[key],
+        dependencies=needs(Level.API_KEY),
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """The model's turn in a conversation."""
         return await chat(request, asked, desk, prompts)
 
-    @router.post(
+    @app.post(
         "/v1/completions",
         response_model=Completion,
         responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
-        dependencies=[key],
+        dependencies=needs(Level.API_KEY),
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """How the model goes on from a text."""
         return await complete(request, asked, desk, prompts)
 
-    @router.get("/v1/models", responses=_errors(401, 429, 503), dependencies=[key])
+    @app.get("/v1/models", responses=_errors(401, 429, 503), dependencies=needs(Level.API_KEY))
     async def models() -> ModelList:
         """The base and its adapters."""
         return shelf.models()
 
-    @router.get(
-        "/v1/models/{model:path}", responses=_errors(401, 404, 429, 503), dependencies=[key]
+    @app.get(
+        "/v1/models/{model:path}",
+        responses=_errors(401, 404, 429, 503),
+        dependencies=needs(Level.API_KEY),
     )
     async def model(model: str) -> ModelCard:
         """One of them."""
         return shelf.model(model)
 
-    @router.post(
+    @app.post(
         "/v1/load_lora_adapter",
         response_class=PlainTextResponse,
         responses=_errors(400, 401, 403, 408, 413, 429, 503, beside_text=True),
-        dependencies=[admin_key],
+        dependencies=needs(Level.ADMIN_KEY),
     )
     async def load_lora_adapter(asked: LoadAdapterRequest) -> PlainTextResponse:
         """Serve one more adapter, or a new version of one."""
         return PlainTextResponse(await shelf.load(asked))
 
-    @router.post(
+    @app.post(
         "/v1/unload_lora_adapter",
         response_class=PlainTextResponse,
         responses=_errors(400, 401, 403, 404, 408, 413, 429, 503, beside_text=True),
-        dependencies=[admin_key],
+        dependencies=needs(Level.ADMIN_KEY),
     )
     async def unload_lora_adapter(asked: UnloadAdapterRequest) -> PlainTextResponse:
         """Serve an adapter no longer."""
         return PlainTextResponse(await shelf.unload(asked))
 
-    @router.get("/health", response_model=Health, responses=_errors(503))
+    @app.get(
+        "/health",
+        response_model=Health,
+        responses=_errors(503),
+        dependencies=needs(Level.ANYONE, when_busy=True, when_ending=True),
+    )
     async def health() -> JSONResponse:
         """Whether the server takes requests."""
         if desk.draining:
@@ -180,17 +146,20 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
             raise ApiError(503, "the engine has stopped: start the server again", code="stopped")
         return JSONResponse({"status": "ok"})
 
-    @router.get(
+    @app.get(
         "/metrics",
         response_class=PlainTextResponse,
         responses=_errors(401, beside_text=True),
-        dependencies=[key],
+        dependencies=needs(Level.API_KEY, when_busy=True, when_ending=True),
     )
     async def figures() -> Response:
         """What the server counts, for Prometheus."""
         return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
-    app.include_router(router)
+    @app.get("/openapi.json", include_in_schema=False, dependencies=needs(Level.API_KEY))
+    async def description() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
     page.install(app)
     return app, desk
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lorakit.errors import InputError
-from lorakit.inference.access import check_key, require_key
+from lorakit.inference.access import check_host_name, check_key, require_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class ServerOptions:
         api_key: what a request must bring; None lets everyone in, from this machine alone.
         admin_key: what loading and unloading adapters needs in its place; None forbids both.
         adapter_root: the folder that adapters are loaded from; None forbids loading.
+        allowed_hosts: names that the server is reached by, beside loopback ones (`hosts.py`).
         drain: on SIGTERM, seconds that running answers have to finish.
 
     Raises:
@@ -63,6 +64,7 @@ class ServerOptions:
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     adapter_root: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
     drain: float = 30.0
     limits: Limits = Limits()
 
@@ -70,6 +72,8 @@ class ServerOptions:
         check_key("--api-key", self.api_key)
         check_key("--admin-key", self.admin_key)
         require_key(self.host, self.api_key)
+        for name in self.allowed_hosts:
+            check_host_name("--allowed-host", name)
         if self.admin_key is not None and self.admin_key == self.api_key:
             raise InputError("--admin-key must differ from --api-key: users would be admins")
         if self.adapter_root is not None and not self.adapter_root.is_dir():

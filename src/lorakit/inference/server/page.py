@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
+
+from lorakit.inference.server.guarded_routes import Level, needs
 
 FOLDER = Path(__file__).parent.parent / "page"
 
@@ -25,16 +27,21 @@ HEADERS = {
 
 def install(app: FastAPI) -> None:
     """Has `app` serve the page: index.html at `/`, all files below `/page/`."""
+    files = StaticFiles(directory=FOLDER)
+    names = frozenset(file.name for file in FOLDER.iterdir() if file.is_file())
+    anyone = needs(Level.ANYONE, when_busy=True)  # a busy server's page says that it is busy
 
-    @app.get("/", include_in_schema=False)
-    async def index() -> FileResponse:
-        return FileResponse(FOLDER / "index.html", headers=HEADERS)
-
-    app.mount("/page", _Files(directory=FOLDER))
-
-
-class _Files(StaticFiles):
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        response = await super().get_response(path, scope)
+    async def sent(name: str, scope: Scope) -> Response:
+        if name not in names:
+            raise HTTPException(404)
+        response = await files.get_response(name, scope)
         response.headers.update(HEADERS)
         return response
+
+    @app.get("/", include_in_schema=False, dependencies=anyone)
+    async def index(request: Request) -> Response:
+        return await sent("index.html", request.scope)
+
+    @app.get("/page/{path:path}", include_in_schema=False, dependencies=anyone)
+    async def file(path: str, request: Request) -> Response:
+        return await sent(path, request.scope)
