@@ -83,6 +83,18 @@ def test_a_turn_that_is_given_up_is_not_worked_off() -> None:
     assert asyncio.run(run()) == ["stays"]
 
 
+def test_a_turn_that_comes_while_it_is_given_up_goes_to_the_next() -> None:
+    async def run() -> int:
+        turns = Turns("test")
+        for _ in range(3):
+            left = asyncio.ensure_future(turns.run(int, 1, "a"))
+            await asyncio.sleep(0)  # its turn has come, and it has not noticed
+            left.cancel()
+        return await asyncio.wait_for(turns.run(int, 1, "a"), 5)
+
+    assert asyncio.run(run()) == 0
+
+
 class Counting:
     """The tokenizer of a test, and how many characters it has read."""
 

@@ -50,7 +50,12 @@ class Turns:
         heapq.heappush(self._waiting, (loop.time() + cost, next(self._numbers), turn))
         self._next()
         try:
-            await turn
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():  # it came in the same moment
+                    self._pass_on()
+                raise
             working = loop.run_in_executor(self._thread, work)
             working.add_done_callback(self._done)
             # A thread cannot be interrupted: the next turn comes when the work has really ended.
@@ -63,6 +68,9 @@ class Turns:
     def _done(self, working: asyncio.Future[Result]) -> None:
         if not working.cancelled():
             working.exception()  # who asked may be gone: the error is not lost, nobody wants it
+        self._pass_on()
+
+    def _pass_on(self) -> None:
         self._busy = False
         self._next()
 
