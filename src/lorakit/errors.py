@@ -6,6 +6,7 @@ what is wrong, where, and what to do. The command line prints that line and noth
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 
 class LorakitError(Exception):
@@ -40,8 +41,8 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'r'?)` with the nearest of `known`, or the empty string."""
-    close = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
+    """` (did you mean 'r'?)` with the nearest of the first thousand `known`, or nothing."""
+    close = difflib.get_close_matches(name[:100], list(islice(known, 1000)), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 

@@ -57,7 +57,8 @@ def test_rows_that_are_held_out_too_are_counted(tokenizer: Any, write_rows: Writ
 
 
 def test_empty_answers_are_counted(tokenizer: Any, write_rows: WriteRows) -> None:
-    [finding] = found(prepare(tokenizer, write_rows([row(1), row(2, " ")]), 0)).values()
+    findings = found(prepare(tokenizer, write_rows([row(1), row(2, " ")]), 0))
+    finding = findings["without an answer's text"]
     assert finding.line.startswith("1 of 2 rows is without an answer's text (first: rows.jsonl:2)")
 
 

@@ -146,7 +146,7 @@ def test_facts_and_rows_are_plain_values(tokenizer: Any, write_rows: WriteRows) 
     data = prepare(tokenizer, write_rows(numbered(2)), 0)
     assert set(dataclasses.asdict(data.facts[0])) == {"path", "rows", "sha256", "weight"}
     assert set(dataclasses.asdict(data.train[0])) == {
-        *("input_ids", "labels", "where", "cut", "unshown")
+        *("input_ids", "labels", "where", "cut", "unshown", "apart")
     }
 
 

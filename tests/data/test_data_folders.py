@@ -14,9 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lorakit.data.dataset import load_samples, prepare
 from lorakit.data.formats import to_sample
 from lorakit.data.sources import file_sha256, read_rows, read_source
 from lorakit.errors import InputError
+from lorakit.training.recipe import load_recipe
+from lorakit.training.tasks import _labelled_samples
+from tiny import byte_tokenizer
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -215,3 +219,99 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(
 def test_a_link_to_a_file_is_that_file(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(shards / "part-2.jsonl")
     assert [row.where for row in read_rows(tmp_path / "link.jsonl")] == ["link.jsonl:1"]
+
+
+def in_parts(folder: Path, *names: str, suffix: str = ".jsonl") -> Path:
+    """A folder with a file of two rows for each name, whose prompts say the name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}{suffix}").write_text(line(f"{name} 1") + line(f"{name} 2"))
+    return folder
+
+
+def asked(rows: Any) -> set[str]:
+    return {row.prompt[0]["content"].rpartition(" ")[0] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("names", "learned", "held_out"),
+    [
+        (["train", "test", "validation"], "train", "validation"),
+        (["train-00001", "valid-00001", "test-00001"], "train-00001", "valid-00001"),
+        (["orders_train", "orders_dev"], "orders_train", "orders_dev"),
+        (["Train", "Val"], "Train", "Val"),
+        (["训练集", "验证集", "测试集"], "训练集", "验证集"),
+        (["orders", "test", "heldout"], "orders", "heldout"),
+        (["train/part", "validation/part", "test/part"], "train/part", "validation/part"),
+        (["train", "test"], "train", "train"),
+        (["pretraining_notes", "latest"], None, None),
+    ],
+)
+def test_what_is_named_for_measuring_is_not_learned(
+    tmp_path: Path, names: list[str], learned: str | None, held_out: str | None
+) -> None:
+    folder = in_parts(tmp_path / "set", *names)
+    data = prepare(byte_tokenizer(), str(folder), 0.5)
+    if learned is None:
+        assert len(data.train) + len(data.eval) == 4
+        assert not any("left out" in line for line in data.notices)
+        return
+    assert asked(data.train_samples) == {learned}
+    assert asked(data.eval_samples) == {held_out}
+    left = [line for line in data.notices if "left out" in line]
+    assert left
+    assert any(name in left[0] for name in names if name != learned)
+    if held_out != learned:
+        assert [fact.path for fact in data.facts] == [str(folder), f"{folder}:validation"]
+        assert any(f"held out is {folder}:validation" in line for line in data.notices)
+        assert len(data.train) == 2
+        assert prepare(byte_tokenizer(), str(folder), 0).eval == []
+
+
+def test_a_part_can_be_named_and_measuring_takes_what_is_for_it(tmp_path: Path) -> None:
+    folder = in_parts(tmp_path / "set", "train", "test", "validation")
+    prompts = [row.values["prompt"] for row in read_rows(f"{folder}:test")]
+    assert prompts == ["test 1", "test 2"]
+    assert asked(load_samples(folder)) == {"test"}
+    assert asked(prepare(byte_tokenizer(), str(folder), str(folder)).eval_samples) == {"validation"}
+    for only in ("test", "validation"):
+        with pytest.raises(InputError, match=rf"for {only} .*not learned"):
+            prepare(byte_tokenizer(), str(in_parts(tmp_path / only, only)), 0)
+    with pytest.raises(InputError, match="no files named for 'test'"):
+        read_rows(f"{in_parts(tmp_path / 'two', 'train')}:test")
+
+
+def test_parts_may_be_of_several_kinds(tmp_path: Path) -> None:
+    folder = in_parts(tmp_path / "set", "train")
+    (folder / "test.csv").write_text("prompt,completion\nq,a\n")
+    assert len(read_rows(folder)) == 2
+
+
+def test_saved_splits_for_validation_are_held_out(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = tmp_path / "saved"
+    splits = {
+        name: datasets.Dataset.from_list([{"prompt": f"{name} 1", "completion": "a"}])
+        for name in ("train", "test", "validation")
+    }
+    datasets.DatasetDict(splits).save_to_disk(saved)
+    data = prepare(byte_tokenizer(), str(saved), 0.1)
+    assert (asked(data.train_samples), asked(data.eval_samples)) == ({"train"}, {"validation"})
+    assert asked(load_samples(saved)) == {"test"}
+    assert any("left out are test, validation" in line for line in data.notices)
+
+
+def test_a_classifier_holds_out_a_folder_s_own_part(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        rows = [{"text": f"{name} {label}", "label": label} for label in "ab"]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(values) + "\n" for values in rows))
+    recipe = load_recipe(
+        {"model": "m", "output_dir": "o", "lora": {"task_type": "SEQ_CLS"}},
+        [("data.train", str(tmp_path))],
+    )
+    train, held, facts, notices = _labelled_samples(recipe)
+    assert {sample.texts[0] for sample in train} == {"train a", "train b"}
+    assert {sample.texts[0] for sample in held} == {"validation a", "validation b"}
+    assert [fact.path for fact in facts] == [str(tmp_path), f"{tmp_path}:validation"]
+    assert any("test.jsonl" in line for line in notices)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.data.formats import to_sample
+from lorakit.data.mixing import mix
 from lorakit.data.sources import Row
 from lorakit.errors import InputError
 
@@ -190,3 +192,64 @@ def test_any_row_gives_a_sample_or_one_clear_line(values: dict[str, Any]) -> Non
     else:
         assert (sample.text is None) == bool(sample.messages)
         assert isinstance(sample.prompt_key, str)
+
+
+HISTORY = [["q1", "a1"], ["q2", "a2"]]
+EARLIER = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("instruction", "output"),
+        ("prompt", "completion"),
+        ("prompt", "response"),
+        ("question", "answer"),
+    ],
+)
+@pytest.mark.parametrize(
+    "history",
+    [
+        HISTORY,
+        json.dumps(HISTORY),
+        [{"role": role, "content": content} for role, content in EARLIER],
+    ],
+)
+def test_earlier_turns_stand_before_a_question(question: str, answer: str, history: Any) -> None:
+    values = {question: "q3", answer: "a3", "history": history, "system": "s"}
+    sample = to_sample(row(**values))
+    assert [(m["role"], m["content"]) for m in sample.messages] == [
+        ("system", "s"),
+        *EARLIER,
+        ("user", "q3"),
+        ("assistant", "a3"),
+    ]
+    for none in (None, [], "", "[]"):
+        assert len(to_sample(row(**{**values, "history": none})).messages) == 3
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_two_system_messages_are_blamed_on_where_they_stand(column: str) -> None:
+    system = {"role": "system", "content": "s"}
+    with pytest.raises(InputError, match=rf"two system messages at the beginning of '{column}'"):
+        to_sample(row(**{column: [system, system, USER, ANSWER]}))
+    with pytest.raises(InputError, match=r"'system' column and in the messages"):
+        to_sample(row(**{column: [system, USER, ANSWER]}, system="s"))
+
+
+def test_line_ends_of_windows_are_read_as_line_breaks_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "one\r\ntwo", "completion": "a\r\nb\r\n"},
+        {"prompt": "q", "completion": "a\rb\n"},
+        {"messages": [{**USER, "content": "x\r\ny"}, ANSWER]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(values) + "\n" for values in rows))
+    mixture = mix(str(path))
+    assert [[m["content"] for m in sample.messages] for sample in mixture.samples] == [
+        ["one\ntwo", "a\nb\n"],
+        ["q", "a\rb\n"],
+        ["x\ny", "a"],
+    ]
+    (notice,) = (line for line in mixture.notices if "line ends" in line)
+    assert "2 rows (first: rows.jsonl:1)" in notice

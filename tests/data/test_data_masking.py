@@ -135,10 +135,10 @@ def test_an_end_token_that_swallows_the_newline_behind_it_is_learned(bos_tokeniz
     assert learned(row, bos_tokenizer) == ["yes<|end|>", "no<|end|>"]
 
 
-def test_a_token_that_begins_before_the_answer_is_not_learned(tokenizer: Any) -> None:
+def test_a_prompt_that_ends_with_a_space_leaves_the_answer_whole(tokenizer: Any) -> None:
     spaced = OPEN.replace("{{ 'assistant:' }}", "{{ 'assistant: ' }}")
     row = tokenize(conversation("hi", "good day"), with_template(tokenizer, spaced), 64)
-    assert learned(row, tokenizer) == [" day<|im_end|>"]
+    assert learned(row, tokenizer) == ["good day<|im_end|>"]
 
 
 def test_reasoning_in_the_last_answer_is_learned(tokenizer: Any) -> None:

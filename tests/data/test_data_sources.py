@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorakit.data.formats import to_sample
 from lorakit.data.sources import file_sha256, read_rows
 from lorakit.errors import InputError
 
@@ -207,3 +209,42 @@ def test_importing_the_data_modules_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt, completion\nQ1, A1\n", {"prompt": "Q1", "completion": "A1"}),
+        ('prompt, completion\n"Q, 1", "A ""1"""\n', {"prompt": "Q, 1", "completion": 'A "1"'}),
+        (" prompt ,completion\t\nQ1, A1\n", {"prompt": "Q1", "completion": " A1"}),
+        ("\ufeff\ufeffprompt,completion\u00a0\nQ1,A1\n", {"prompt": "Q1", "completion": "A1"}),
+        ('\ufeff"prompt","completion"\r\nQ1,A1\r\n', {"prompt": "Q1", "completion": "A1"}),
+    ],
+)
+def test_blanks_around_the_names_of_columns_are_no_part_of_them(
+    tmp_path: Path, text: str, expected: dict[str, str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert values(path) == [expected]
+
+
+def test_the_header_of_a_wide_table_is_checked_in_linear_time(tmp_path: Path) -> None:
+    names = [f"column_{i}" for i in range(30_000)]
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(names) + "\n" + ",".join("x" * len(names)) + "\n")
+    began = time.process_time()
+    (row,) = read_rows(path)
+    with pytest.raises(InputError, match="fit no format"):
+        to_sample(row)
+    with pytest.raises(InputError, match="no column 'column_x'"):
+        to_sample(row, {"text": "column_x"})
+    assert time.process_time() - began < 3  # of each pair of names it took half a minute
+    assert len(row.values) == len(names)
+
+
+def test_what_pandas_has_for_a_missing_value_is_null(tmp_path: Path) -> None:
+    nan = float("nan")
+    table = {"instruction": ["q", "r"], "input": [nan, nan], "output": ["a", "b"]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    assert [row["input"] for row in values(tmp_path / "rows.parquet")] == [None, None]

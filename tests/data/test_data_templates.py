@@ -127,6 +127,25 @@ def test_a_result_gets_the_id_of_its_call(tokenizer: Any) -> None:
     )
 
 
+def test_ids_that_a_template_refuses_are_replaced_in_calls_and_results(tokenizer: Any) -> None:
+    """Mistral's takes nine letters and digits, OpenAI's are `call_1` and the like."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{{ raise_exception('nine') if c.id | length != 9 }}{{ c.id + ' ' }}{% endfor %}"
+        "{% if m.role == 'tool' %}{{ raise_exception('nine') if m.tool_call_id | length != 9 }}"
+        "{{ 'of ' + m.tool_call_id + ' ' }}{% endif %}{% endfor %}"
+    )
+    (call,) = calling()["tool_calls"]
+    ids = ("call_1", "abcDEF123", "call_2")
+    three = {**calling(), "tool_calls": [{**call, "id": id} for id in ids]}
+    results = [{"role": "tool", "content": "x", "tool_call_id": id} for id in reversed(ids)]
+    assert render([USER, three, *results], tokenizer) == (
+        "call00001 abcDEF123 call00003 of call00003 of abcDEF123 of call00001 "
+    )
+    unnamed = [{"role": "tool", "content": "x"}, *results[:1]]
+    assert render([USER, three, *unnamed], tokenizer).endswith("of call00001 of call00003 ")
+
+
 def test_arguments_that_a_template_can_only_print_as_python_are_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% set a = messages[1].tool_calls[0].function.arguments %}"

@@ -1,9 +1,11 @@
 """Arrow tables to records: Parquet files, folders saved by `datasets`, and data sets of the hub.
 
 Arrow gives all structs of a column the same keys and fills those that one lacks with null, so
-nulls below the columns are taken away again.
+nulls below the columns are taken away again. NaN, which pandas has for a missing value, is null.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +76,13 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
+def saved_splits(folder: Path) -> list[str]:
+    """The names of a saved `DatasetDict`'s splits; none for a saved `Dataset`."""
+    if not (folder / "dataset_dict.json").is_file():
+        return []
+    return sorted(part.name for part in folder.iterdir() if (part / "state.json").is_file())
+
+
 def saved_split(folder: Path, split: str | None) -> Path:
     """The folder of one split of a saved `DatasetDict`, or of a saved `Dataset` itself.
 
@@ -86,7 +95,7 @@ def saved_split(folder: Path, split: str | None) -> Path:
         return folder
     wanted = folder / (split or "train")
     if not (wanted / "state.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
+        splits = saved_splits(folder)
         raise InputError(
             f"{folder}: has no split '{wanted.name}'; it has {listed(splits) or 'none'}: "
             f"name one, as in {folder}:{(splits or ['train'])[0]}"
@@ -128,10 +137,25 @@ def hub_records(name: str, split: str) -> list[dict[str, Any]]:
     except InputError:
         raise
     except Exception as error:  # no network, no such name, a format it does not know, …
-        raise InputError(
-            f"{name}: is no file here, and as a data set of the hub its split '{split}' cannot be "
-            f"loaded ({_reason(error)}); check the name and the network, or give a file"
-        ) from error
+        raise _unreachable(name, split, error) from error
+
+
+def hub_splits(name: str) -> list[str]:
+    """The names of the splits of the hub's data set `owner/name`. Raises as `hub_records`."""
+    datasets = _library(f"{name}: is no file here, and would be a data set of the hub")
+    datasets.disable_progress_bars()
+    try:
+        return [str(split) for split in datasets.load_dataset(name)]
+    except Exception as error:  # as below
+        raise _unreachable(name, "", error) from error
+
+
+def _unreachable(name: str, split: str, error: Exception) -> InputError:
+    part = f" its split '{split}'" if split else " it"
+    return InputError(
+        f"{name}: is no file here, and as a data set of the hub{part} cannot be "
+        f"loaded ({_reason(error)}); check the name and the network, or give a file"
+    )
 
 
 def _library(what: str) -> Any:
@@ -156,18 +180,25 @@ def _check_rows(name: str, rows: int) -> None:
 
 
 def _check_names(name: str, columns: Sequence[str]) -> None:
-    if twice := [column for column in columns if columns.count(column) > 1]:
-        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one")
+    if twice := next((column for column, times in Counter(columns).items() if times > 1), None):
+        raise InputError(f"{name}: two columns are named '{twice}'; rename one")
 
 
 def _records(table: "pyarrow.Table") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
-    return [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+    return [
+        {name: None if _is_null(value) else _without_nulls(value) for name, value in row.items()}
+        for row in rows
+    ]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {key: _without_nulls(inner) for key, inner in value.items() if not _is_null(inner)}
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
     return value

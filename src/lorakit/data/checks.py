@@ -155,6 +155,16 @@ def findings(
             "the model would not learn to stop: the chat template should close an answer",
         ),
     ]
+    if apart := [row.where for _, row in everything if row.apart]:
+        found.append(
+            (
+                "tokenised in parts, as one text would have joined a prompt and its answer",
+                apart,
+                everything,
+                "nothing is lost, the answer is learned behind the tokens of its generation "
+                "prompt; blanks at an answer's beginning are learned too: strip them unless meant",
+            )
+        )
     for part in dict.fromkeys(part for _, row in everything for part in row.unshown):
         hidden = [row.where for _, row in everything if part in row.unshown]
         what = f"learned without {_PARTS[part]}, which the chat template does not show"

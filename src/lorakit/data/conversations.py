@@ -6,6 +6,7 @@ of a call as an object. Which columns hold them is decided in `lorakit.data.form
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorakit.data import strict_json
@@ -57,7 +58,7 @@ def kind_of_value(value: object) -> str:
 
 
 def string(row: Row, value: object, what: str, empty: bool = True) -> str:
-    """`value` if it is text that a tokenizer takes.
+    """`value`, with `\\n` for each `\\r\\n`, if it is text that a tokenizer takes.
 
     Raises:
         InputError: it is none, or holds a NUL or half of a surrogate pair; with `empty=False`,
@@ -75,7 +76,7 @@ def string(row: Row, value: object, what: str, empty: bool = True) -> str:
         raise InputError(
             f"{row.where}: {what} holds half of a surrogate pair; repair it"
         ) from error
-    return value
+    return value.replace("\r\n", "\n")
 
 
 def list_of(row: Row, value: object, what: str, of: str) -> list[Any]:
@@ -296,6 +297,27 @@ def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
     raise InputError(f"{row.where}: {what} is {found}; expected a value that JSON has")
 
 
+def history(row: Row) -> list[Message]:
+    """The earlier turns in the optional `history` column.
+
+    They are pairs [question, answer], as ChatGLM and alpaca have them, or messages (ChatGLM3);
+    either may be JSON, as in CSV files.
+    """
+    value = row.values.get("history")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []
+    value = _from_json(row, value, "'history'", "a list of pairs [question, answer]")
+    items = list_of(row, value, "'history'", "pairs [question, answer]")
+    if items and isinstance(items[0], dict):
+        return conversation(replace(row, values={"history": items}), "history")
+    turns: list[Message] = []
+    for i, pair in enumerate(items):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InputError(f"{row.where}: history[{i}] must be a pair [question, answer]")
+        turns += exchange(*(string(row, text, f"history[{i}]") for text in pair))
+    return turns
+
+
 def exchange(question: str, answer: str) -> list[Message]:
     """A question and its answer as messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -310,9 +332,13 @@ def check_conversation(row: Row, messages: list[Message]) -> None:
             "may have; divide it"
         )
     if roles[:2] == ["system", "system"]:
-        raise InputError(
-            f"{row.where}: a system message in the 'system' column and in the messages; remove one"
-        )
+        if row.values.get("system"):
+            what, cure = "a system message in the 'system' column and in the messages", "remove one"
+        else:
+            names = ("messages", "conversations", "history", "prompt")
+            column = next(name for name in names if isinstance(row.values.get(name), list))
+            what, cure = f"two system messages at the beginning of '{column}'", "join them"
+        raise InputError(f"{row.where}: {what}; {cure}")
     if "assistant" not in roles:
         raise InputError(
             f"{row.where}: no assistant message, so there is nothing to learn; add one"

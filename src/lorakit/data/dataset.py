@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, encode, label, read
-from lorakit.data.mixing import DataFacts, Sources, count, each, load_samples, mix
+from lorakit.data.message_fields import findings_of_fields
+from lorakit.data.mixing import (
+    DataFacts,
+    Sources,
+    count,
+    each,
+    load_samples,
+    mix,
+    notice_of_own,
+)
+from lorakit.data.splits import HELD_OUT
 from lorakit.data.templates import ensure_template
 from lorakit.data.texts import findings_of_texts
 from lorakit.errors import InputError
@@ -64,6 +74,7 @@ def prepare(
         tokenizer: a fast tokenizer; a plain chat template is set on it if it needs one.
         train: the source to learn from, or several of them, with weights.
         eval: the share of the training rows to hold out, `0 <= eval < 1`, or sources of their own.
+            Where `train` is a data set with a part for validation, a share stands for that part.
             Rows with the same prompt are held out together, so that no prompt is seen in both.
             Weights do not count here: a row is held out once.
         max_length: tokens; longer rows are cut from the right, and counted in a notice.
@@ -80,11 +91,14 @@ def prepare(
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
     learned = mix(train, columns, limit, seed=seed)
     facts, notices = learned.facts, learned.notices
+    if isinstance(eval, (int, float)) and eval and learned.held_out:
+        notices.append(notice_of_own(learned.held_out))
+        eval = learned.held_out
     if isinstance(eval, (int, float)):
         kept, held, said = _split(learned.samples, eval, seed, learned.name)
         notices += said
     else:
-        held_out = mix(eval, columns, limit, seed=seed, key="data.eval")
+        held_out = mix(eval, columns, limit, seed=seed, key="data.eval", wanted=HELD_OUT)
         kept, held = learned.samples, held_out.samples
         facts += held_out.facts
         notices += held_out.notices
@@ -109,6 +123,7 @@ def prepare(
         max_length,
     )
     found += findings_of_texts(everything, tokenizer)
+    found += findings_of_fields(everything, tokenizer, by_template=to_row is None)
     copies = [i for i, sample in enumerate(kept) for _ in range(sample.copies)]
     return PreparedData(
         [train_rows[i] for i in copies],

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,25 @@ def _read_json_lines(file: Path) -> Records:
         yield number, values
 
 
+_BLANK = (
+    " \t\r\n\xa0\u3000\u200b\ufeff"  # around a column's name: blanks, and a second byte order mark
+)
+
+
+def _is_spaced(text: str) -> bool:
+    """Whether the header has a blank behind each of its commas, so that they belong to them."""
+    header = text.lstrip("\r\n").partition("\n")[0]
+    return "," in header and header.count(",") == header.count(", ")
+
+
 def _read_csv(file: Path, delimiter: str = ",") -> Records:
-    text = io.StringIO(_read_text(file), newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    whole = _read_text(file)
+    reader = csv.reader(
+        io.StringIO(whole, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        skipinitialspace=delimiter == "," and _is_spaced(whole),
+    )
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -176,9 +193,9 @@ def _read_csv(file: Path, delimiter: str = ",") -> Records:
         if not record:  # a blank line
             continue
         if not header:
-            header = record
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise InputError(f"{file}:{line}: two columns are named '{twice[0]}'; rename one")
+            header = [name.strip(_BLANK) for name in record]
+            if twice := next((n for n, times in Counter(header).items() if times > 1), None):
+                raise InputError(f"{file}:{line}: two columns are named '{twice}'; rename one")
             if len(header) == 1 and ";" in header[0]:  # how some locales write .csv
                 raise InputError(f"{file}:{line}: columns are separated by ';'; save with commas")
             continue

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from lorakit.data.column_hints import as_yaml, means, proposed
 from lorakit.data.conversations import (
     Message,
     check_conversation,
     conversation,
     exchange,
+    history,
     kind_of_value,
-    list_of,
     string,
     tools,
 )
+from lorakit.data.message_marks import take_marks
+from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.sources import Row
 from lorakit.errors import InputError, did_you_mean, listed
 
@@ -31,7 +34,7 @@ class Sample:
     """What one row teaches: a conversation (`messages`), or plain `text` and no messages.
 
     `tools` are the descriptions of functions that a template shows to the model. `copies` is how
-    often an epoch sees the sample.
+    often an epoch sees the sample. `unlearned` are the positions of answers that are only read.
     """
 
     messages: tuple[Message, ...]
@@ -39,15 +42,25 @@ class Sample:
     where: str
     tools: tuple[dict[str, Any], ...] = ()
     copies: int = 1
+    unlearned: frozenset[int] = frozenset()
+
+    @property
+    def learned(self) -> list[int]:
+        """The positions of the answers that are learned, in order."""
+        return [
+            i
+            for i, message in enumerate(self.messages)
+            if message["role"] == "assistant" and i not in self.unlearned
+        ]
 
     @property
     def prompt(self) -> list[Message]:
-        """The messages before the last answer; none for plain text."""
+        """The messages before the last answer that is learned; none for plain text."""
         return list(self.messages[: self._last_answer])
 
     @property
     def reference(self) -> str:
-        """The last answer; empty for plain text.
+        """The last answer that is learned; empty for plain text.
 
         The calls of an answer stand in it as JSON `{"name": ..., "arguments": {...}}`, one a line,
         behind the text if there is any: that is what most templates make of them, but for the
@@ -73,8 +86,7 @@ class Sample:
 
     @property
     def _last_answer(self) -> int:
-        answers = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
-        return answers[-1] if answers else 0
+        return max(self.learned, default=0)
 
 
 def to_sample(row: Row, columns: Mapping[str, str] | None = None) -> Sample:
@@ -83,6 +95,7 @@ def to_sample(row: Row, columns: Mapping[str, str] | None = None) -> Sample:
     Raises:
         InputError: the row fits no format or several, or a value in it cannot be used.
     """
+    refuse_other_objectives(row, columns or {})
     form, row = recognise(row, columns or {})
     return form.sample(row)
 
@@ -99,11 +112,7 @@ def recognise(row: Row, columns: Mapping[str, str]) -> tuple["Format", Row]:
     """
     check_columns(columns)
     row = _renamed(row, columns)
-    fitting = [
-        form
-        for form in _FORMATS
-        if columns.keys() <= form.columns and all(name in row.values for name in form.required)
-    ]
+    fitting = _fitting(row.values, columns)
     if not fitting:
         raise InputError(_fits_nothing(row))
     if len(fitting) > 1:
@@ -113,7 +122,30 @@ def recognise(row: Row, columns: Mapping[str, str]) -> tuple["Format", Row]:
             f"{row.where}: its columns fit {' and '.join(form.label for form in fitting)}; "
             f"say which is meant in the recipe, e.g. data.columns: {{{example}}}"
         )
+    if fitting[0].read is None and not columns and (hint := _text_and_answer(row)):
+        raise InputError(hint)
     return fitting[0], row
+
+
+def _fitting(values: Mapping[str, Any], columns: Mapping[str, str]) -> list["Format"]:
+    """The formats whose columns are all there, and that have those of the mapping."""
+    return [
+        form
+        for form in _FORMATS
+        if columns.keys() <= form.columns and all(name in values for name in form.required)
+    ]
+
+
+def _text_and_answer(row: Row) -> str | None:
+    """What to say of a row with a `text` and what looks like its answer (BillSum's summary)."""
+    answers = [n for n, v in row.values.items() if means(n, "answer") and v and isinstance(v, str)]
+    if not answers:
+        return None
+    return (
+        f"{row.where}: it has 'text' and '{answers[0]}', so either the text is learned or an "
+        "answer to it; say which is meant in the recipe, data.columns: {text: text} or "
+        f"data.columns: {as_yaml({'prompt': 'text', 'completion': answers[0]})}"
+    )
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -150,14 +182,22 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
 
 def _fits_nothing(row: Row) -> str:
     own = list(row.values)
-    example = f"{{text: {own[0]}}}" if len(own) == 1 else "{prompt: question, completion: reply}"
-    if len(own) > 1:
-        example = f"{{prompt: {own[0]}, completion: {own[1]}}}"
+    hint = proposed(row.values)
+    if hint and len(_fitting(_renamed(row, hint).values, hint)) == 1:
+        example = f"e.g. data.columns: {as_yaml(hint)}"
+    elif len(own) == 1:
+        example = f"e.g. data.columns: {as_yaml({'text': own[0]})}"
+    else:
+        example = "as data.columns: {prompt: YOUR_QUESTIONS, completion: YOUR_ANSWERS}"
     return (
-        f"{row.where}: its columns ({listed(own) or 'none'}) fit no format; accepted are "
-        f"{_ACCEPTED}; name yours in the recipe, e.g. data.columns: {example} "
-        "(lorakit eval: --columns)"
+        f"{row.where}: its columns ({listed(map(_shown, own)) or 'none'}) fit no format; accepted "
+        f"are {_ACCEPTED}; name yours in the recipe, {example} (lorakit eval: --columns)"
     )
+
+
+def _shown(name: str) -> str:
+    """A column's name, in quotes where white space would not be seen."""
+    return name if name == name.strip() and name else repr(name)
 
 
 def _read_alpaca(row: Row) -> list[Message]:
@@ -166,28 +206,24 @@ def _read_alpaca(row: Row) -> list[Message]:
     if context is not None and (context := string(row, context, "'input'")):
         question = f"{question}\n{context}" if question else context
     answer = string(row, row.values["output"], "'output'")
-    turns: list[Message] = []
-    history = row.values.get("history")
-    for i, pair in enumerate(
-        list_of(row, [] if history is None else history, "'history'", "pairs")
-    ):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{row.where}: history[{i}] must be a pair [question, answer]")
-        turns += exchange(*(string(row, text, f"history[{i}]") for text in pair))
-    return turns + exchange(question, answer)
+    return [*history(row), *exchange(question, answer)]
 
 
 def _read_pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
     def read(row: Row) -> list[Message]:
         asked, answered = row.values[prompt], row.values[completion]
         if isinstance(asked, list) and isinstance(answered, list):
-            return conversation(row, prompt) + conversation(row, completion)
+            return [*history(row), *conversation(row, prompt), *conversation(row, completion)]
         if isinstance(asked, list) or isinstance(answered, list):
             raise InputError(
                 f"{row.where}: '{prompt}' is {kind_of_value(asked)} and '{completion}' is "
                 f"{kind_of_value(answered)}; expected two strings or two lists of messages"
             )
-        return exchange(string(row, asked, f"'{prompt}'"), string(row, answered, f"'{completion}'"))
+        question, answer = (
+            string(row, asked, f"'{prompt}'"),
+            string(row, answered, f"'{completion}'"),
+        )
+        return [*history(row), *exchange(question, answer)]
 
     return read
 
@@ -223,17 +259,24 @@ class Format:
         if self.read is None:
             text = string(row, row.values["text"], "'text'", empty=False)
             return Sample((), text, row.where)
-        messages = [*system_message(row), *self.read(row)]
+        messages, unlearned = take_marks(row, [*system_message(row), *self.read(row)])
         check_conversation(row, messages)
-        return Sample(tuple(messages), None, row.where, tools(row))
+        sample = Sample(tuple(messages), None, row.where, tools(row), unlearned=unlearned)
+        if not sample.learned:
+            raise InputError(
+                f"{row.where}: every answer is marked as not learned, so there is nothing to "
+                "learn; drop the row"
+            )
+        return sample
 
 
+_BESIDE_PAIRS = ("system", "history", "tools")
 _FORMATS = (
     Format(("messages",), partial(conversation, column="messages")),
-    Format(("instruction", "output"), _read_alpaca, ("input", "system", "history", "tools")),
-    Format(("prompt", "completion"), _read_pair("prompt", "completion")),
-    Format(("prompt", "response"), _read_pair("prompt", "response")),
-    Format(("question", "answer"), _read_pair("question", "answer")),
+    Format(("instruction", "output"), _read_alpaca, ("input", *_BESIDE_PAIRS)),
+    Format(("prompt", "completion"), _read_pair("prompt", "completion"), _BESIDE_PAIRS),
+    Format(("prompt", "response"), _read_pair("prompt", "response"), _BESIDE_PAIRS),
+    Format(("question", "answer"), _read_pair("question", "answer"), _BESIDE_PAIRS),
     Format(
         ("conversations",),
         partial(conversation, column="conversations", keys=("from", "value"), named_roles=True),

@@ -19,6 +19,7 @@ from typing import Any
 from lorakit.data.conversations import kind_of_value, string
 from lorakit.data.mixing import each
 from lorakit.data.sources import Row, read_rows
+from lorakit.data.splits import MEASURED
 from lorakit.errors import InputError, did_you_mean, listed
 
 Label = str | int | bool
@@ -83,6 +84,7 @@ def read_labelled(
     """The samples of a source or of its rows, at most the first `limit`, through `columns`.
 
     Args:
+        rows: what is to be measured on (of a data set in parts, test), or rows.
         task_type: `SEQ_CLS` for a label a row, `TOKEN_CLS` for a tag a word.
 
     Raises:
@@ -98,7 +100,7 @@ def read_labelled(
             )
     read = _read_sequence if task_type == "SEQ_CLS" else _read_words
     if isinstance(rows, (str, Path)):
-        rows = read_rows(rows)
+        rows = read_rows(rows, wanted=MEASURED)
     return each(islice(rows, limit), lambda row: read(*_columns(row, task_type, columns)))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lorakit.data.boundaries import Encoded, encode_apart, encode_texts
 from lorakit.data.formats import Sample
 from lorakit.data.spans import Answers, find_answers
 from lorakit.errors import InputError
@@ -28,7 +29,8 @@ class TokenizedRow:
     """A row ready for training; `labels[t]` is `input_ids[t]` or `IGNORE`, unshifted.
 
     `cut` tokens were behind the largest length and are gone. `unshown` names what the chat
-    template left out, as in `lorakit.data.spans.Answers`.
+    template left out, as in `lorakit.data.spans.Answers`. `apart` tells that it was tokenised in
+    parts, as in `lorakit.data.boundaries.Encoded`.
     """
 
     input_ids: list[int]
@@ -36,6 +38,7 @@ class TokenizedRow:
     where: str
     cut: int = 0
     unshown: tuple[str, ...] = ()
+    apart: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -58,10 +61,6 @@ class Reading:
     where: str
     text: str
     answers: Answers | None
-
-
-Encoded = tuple[list[int], list[tuple[int, int]]]
-"""Token ids, and the characters `[start, end)` of each."""
 
 
 def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedRow:
@@ -87,10 +86,10 @@ def read(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Reading:
     """
     if sample.text is not None:
         return Reading(sample.where, sample.text, None)
-    # What follows the last answer cannot be learned from, and would only cost time.
-    last = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
+    # What follows the last learned answer cannot be learned from, and would only cost time.
+    messages = sample.messages[: sample.learned[-1] + 1]
     try:
-        answers = find_answers(sample.messages[: last + 1], tokenizer, sample.tools)
+        answers = find_answers(messages, tokenizer, sample.tools, sample.unlearned)
     except InputError as error:
         raise InputError(f"{sample.where}: {error}") from error
     return Reading(sample.where, answers.text, answers)
@@ -109,14 +108,13 @@ def encode(readings: Sequence[Reading], tokenizer: "PreTrainedTokenizerBase") ->
     for i in range(0, len(readings), ENCODE_AT_ONCE):
         several = readings[i : i + ENCODE_AT_ONCE]
         for plain_text, group in groupby(several, key=lambda reading: reading.answers is None):
-            encoded = tokenizer(
-                [reading.text for reading in group],
-                add_special_tokens=plain_text,  # a template has written them
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,  # no warning about long texts: they are cut and counted here
-            )
-            yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            some = list(group)
+            texts = [reading.text for reading in some]
+            if plain_text:
+                yield from encode_texts(texts, tokenizer, add_special_tokens=True)
+            else:
+                starts = [[start for start, _ in r.answers.spans] for r in some if r.answers]
+                yield from encode_apart(texts, starts, tokenizer)
 
 
 def label(
@@ -127,17 +125,16 @@ def label(
     Raises:
         InputError: no token is left to learn, or an end-of-sequence token is needed.
     """
-    ids = list(encoded[0])
+    ids = list(encoded.ids)
     labels = [IGNORE] * len(ids)
     answers = reading.answers
     if answers is None:
         labels = list(ids)
     else:
-        # A token belongs to the span it begins in: one that begins before the answer is the
-        # prompt's, and an end token may swallow the newline behind it (Phi-3's `<|end|>`).
-        starts = [start for start, _ in encoded[1]]
+        # A token belongs to the span it begins in: an end token may swallow the newline behind
+        # it (Phi-3's `<|end|>`).
         for start, end in answers.spans:
-            learned = slice(bisect_left(starts, start), bisect_left(starts, end))
+            learned = slice(bisect_left(encoded.starts, start), bisect_left(encoded.starts, end))
             labels[learned] = ids[learned]
     if not (answers.ended if answers else ids[-1:] == [_eos(tokenizer)]):
         ids.append(_eos(tokenizer))
@@ -149,6 +146,7 @@ def label(
         reading.where,
         max(0, len(ids) - max_length),
         answers.unshown if answers else (),
+        encoded.apart,
     )
     if row.supervised == 0:
         first = next((i for i, label in enumerate(labels) if label != IGNORE), None)

@@ -9,18 +9,22 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from lorakit.data.column_hints import unread_cure
 from lorakit.data.formats import Sample, check_columns, recognise
+from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.sources import Contents, Row, read_source
+from lorakit.data.splits import LEARNED, MEASURED
 from lorakit.errors import InputError, did_you_mean, listed
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 _LARGEST_WEIGHT = 1000
+_SHOWN = 8  # names in a notice
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,15 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The samples of all sources in their order, each once; `Sample.copies` says how often."""
+    """The samples of all sources in their order, each once; `Sample.copies` says how often.
+
+    `held_out` are the sources' own parts for validation, of those that have one.
+    """
 
     samples: list[Sample]
     facts: list[DataFacts]
     notices: list[str]
+    held_out: list[Source] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -80,6 +88,7 @@ def mix(
     *,
     seed: int = 42,
     key: str = "data.train",
+    wanted: Sequence[str] = LEARNED,
 ) -> Mixture:
     """Reads one source or several.
 
@@ -88,6 +97,7 @@ def mix(
         limit: use only the first rows of each source.
         seed: draws the rows of a source whose weight is no whole number.
         key: the recipe's, for messages.
+        wanted: which part of a data set in parts is read, as for `read_source`.
 
     Raises:
         InputError: a source or the columns cannot be used, or rows; of many bad rows of a source
@@ -101,26 +111,38 @@ def mix(
     check_columns(columns or {})
     parts = [item if isinstance(item, Source) else Source(str(item)) for item in given]
     paths = [part.path for part in parts]
-    if twice := [path for path in paths if paths.count(path) > 1]:
+    if twice := [path for path, times in Counter(paths).items() if times > 1]:
         raise InputError(f"{key} names {twice[0]} twice; name it once, with weight: 2 if meant")
     names = [Path(path).name for path in paths]
+    times = Counter(names)
     mixture = Mixture([], [], [])
     for part, name in zip(parts, names, strict=True):
-        contents = read_source(part.path, full_names=names.count(name) > 1)
+        contents = read_source(part.path, full_names=times[name] > 1, wanted=wanted)
         own = part.columns if part.columns is not None else columns
         samples, notices = _samples(part, contents, own or {}, limit)
         used, drawn = _weighted(samples, part, seed)
         mixture.samples.extend(used)
+        if contents.held_out:
+            mixture.held_out.append(Source(contents.held_out, columns=part.columns))
         mixture.facts.append(DataFacts(part.path, len(used), contents.sha256, part.weight))
         mixture.notices.extend([*contents.notices, *notices, *drawn])
     return mixture
 
 
+def notice_of_own(held_out: Sequence[Source]) -> str:
+    """What to say where a data set's own part for validation stands for a share."""
+    own = listed((source.path for source in held_out), 3)
+    return f"eval: held out is {own}, which stands for the share that data.eval gives"
+
+
 def load_samples(
     path: str | Path, columns: Mapping[str, str] | None = None, limit: int | None = None
 ) -> list[Sample]:
-    """The samples of one source, at most the first `limit`; raises InputError as `mix` does."""
-    return mix(path, columns, limit).samples
+    """The samples to measure on in one source, at most the first `limit`.
+
+    Of a data set in parts that is test, or else validation. Raises InputError as `mix` does.
+    """
+    return mix(path, columns, limit, wanted=MEASURED).samples
 
 
 def each(items: Iterable[In], make: Callable[[In], Out]) -> list[Out]:
@@ -144,37 +166,80 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+@dataclass
+class _Place:
+    """How many rows have something, and where the first of them is."""
+
+    first: str
+    rows: int = 0
+
+    def __str__(self) -> str:
+        return f"{count(self.rows, 'row')} (first: {self.first})"
+
+
+class _Places(dict[str, _Place]):
+    """The rows that have something, by what it is."""
+
+    def add(self, what: str, row: Row) -> None:
+        if what not in self:
+            self[what] = _Place(row.where)
+        self[what].rows += 1
+
+
 def _samples(
     source: Source, contents: Contents, columns: Mapping[str, str], limit: int | None
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
-    formats: Counter[str] = Counter()
-    first_of: dict[str, str] = {}
-    unread: dict[str, str] = {}  # and what may be meant
+    formats, unread, line_ends = _Places(), _Places(), _Places()
+    known: set[str] = set()
 
     def read(row: Row) -> Sample:
+        refuse_other_objectives(row, columns)
         form, row = recognise(row, columns)
         sample = form.sample(row)
-        formats[form.label] += 1
-        first_of.setdefault(form.label, row.where)
+        formats.add(form.label, row)
+        known.update(form.columns)
         for name, value in row.values.items():
-            if name not in form.columns and value is not None and name not in unread:
-                unread[name] = did_you_mean(name, form.columns) if len(name) > 3 else ""
+            if name not in form.columns and value is not None and value not in ("", [], {}):
+                unread.add(name, row)
+        if any(_has_crlf(row.values.get(name)) for name in form.columns):
+            line_ends.add("crlf", row)
         return sample
 
     samples = each(contents.rows[:limit], read)
     notices = []
     if len(formats) > 1:
-        kinds = ", ".join(
-            f"{label} {n:,} (first: {first_of[label]})" for label, n in formats.items()
-        )
+        kinds = ", ".join(f"{label} {p.rows:,} (first: {p.first})" for label, p in formats.items())
         notices.append(f"{source.path}: its rows are of several formats: {kinds}")
-    if unread:
-        named = [f"{name}{meant}" for name, meant in unread.items()]
-        notices.append(
-            f"{source.path}: {count(len(unread), 'column')} that no one reads: {listed(named, 8)}"
-        )
-    return samples, notices
+    if line_ends:
+        notices.append(f"{source.path}: {line_ends['crlf']} with \\r\\n line ends, read as \\n")
+    return samples, [*notices, *_unread_notices(source.path, unread, known)]
+
+
+def _unread_notices(path: str, unread: Mapping[str, _Place], known: set[str]) -> list[str]:
+    """One notice with the names of all columns that no one reads, one for each that matters."""
+    if not unread:
+        return []
+    names = list(unread)
+    shown = [
+        f"{name}{did_you_mean(name, known) if len(name) > 3 else ''}" for name in names[:_SHOWN]
+    ]
+    notices = [
+        f"{path}: {count(len(names), 'column')} that no one reads: "
+        f"{listed([*shown, *names[_SHOWN:]], _SHOWN)}"
+    ]
+    for name in names:
+        if cure := unread_cure(name, known):
+            notices.append(f"{path}: '{name}' is not read, in {unread[name]}: {cure}")
+    return notices
+
+
+def _has_crlf(value: object) -> bool:
+    if isinstance(value, str):
+        return "\r\n" in value
+    if isinstance(value, dict):
+        return any(map(_has_crlf, value.values()))
+    return isinstance(value, list) and any(map(_has_crlf, value))
 
 
 def _weighted(samples: list[Sample], source: Source, seed: int) -> tuple[list[Sample], list[str]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.console import piped_text
-from lorakit.data.conversations import conversation, string, tools
+from lorakit.data.conversations import conversation, history, string, tools
 from lorakit.data.formats import Message, recognise, system_message
+from lorakit.data.message_marks import take_marks
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError
 
@@ -65,7 +66,7 @@ def _of_lines(lines: Iterable[str], name: str) -> list[Prompt]:
 
 
 def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
-    messages = _asked(row, columns)
+    messages, _ = take_marks(row, _asked(row, columns))
     if not messages:
         raise InputError(f"{row.where}: there is nothing to be answered")
     return Prompt(tuple(messages), tools(row), row.where)
@@ -74,9 +75,10 @@ def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
 def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
     if not columns and "prompt" in row.values and not row.values.keys() & set(_ANSWERS):
         if isinstance(row.values["prompt"], list):
-            return [*system_message(row), *_without_answer(conversation(row, "prompt"))]
+            asked = [*history(row), *conversation(row, "prompt")]
+            return [*system_message(row), *_without_answer(asked)]
         text = string(row, row.values["prompt"], "'prompt'", empty=False)
-        return [*system_message(row), {"role": "user", "content": text}]
+        return [*system_message(row), *history(row), {"role": "user", "content": text}]
     form, row = recognise(row, columns)
     if form.read is None:
         raise InputError(f"{row.where}: plain text asks nothing: give the column 'prompt'")
@@ -85,6 +87,7 @@ def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
 
 def _without_answer(messages: list[Message]) -> list[Message]:
     """The messages before the assistant's turn at the end, if there is one."""
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return messages
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]

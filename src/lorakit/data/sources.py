@@ -8,13 +8,28 @@ import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.arrow import hub_records, is_saved_dataset, saved_records, saved_split
+from lorakit.data.arrow import (
+    hub_records,
+    hub_splits,
+    is_saved_dataset,
+    saved_records,
+    saved_split,
+    saved_splits,
+)
 from lorakit.data.files import kind_of, known_kinds, read_records
+from lorakit.data.splits import (
+    LEARNED,
+    SPLITS,
+    by_split,
+    chosen_split,
+    notice_of_parts,
+    split_of,
+)
 from lorakit.errors import InputError, did_you_mean, listed, one_line
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[^/]+))?", re.ASCII)
@@ -41,27 +56,35 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """All rows of a source, the hash of what they were read from, and what was left out."""
+    """All rows of a source, the hash of what they were read from, and what was left out.
+
+    `held_out` names the source's own part for validation, as a source, where it has one.
+    """
 
     rows: list[Row]
     sha256: str
     notices: list[str]
+    held_out: str | None = None
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of the source at `path`, in order. Raises InputError as `read_source` does."""
-    return read_source(path).rows
+def read_rows(path: str | Path, wanted: Sequence[str] = LEARNED) -> list[Row]:
+    """All rows of the source at `path`, in order; arguments and errors as of `read_source`."""
+    return read_source(path, wanted=wanted).rows
 
 
-def read_source(path: str | Path, full_names: bool = False) -> Contents:
+def read_source(
+    path: str | Path, full_names: bool = False, wanted: Sequence[str] = LEARNED
+) -> Contents:
     """All rows of a source, in order.
 
     Args:
         path: a data file, whose suffix says which format it has; a folder of data files of one
             kind, read in the order of their names; a folder saved by the library `datasets`; or
-            an `owner/name` of the hub, where there is no such path. Of the last two, `:split`
-            names the split (default: train).
+            an `owner/name` of the hub, where there is no such path. Behind all but a file,
+            `:split` names the part that is meant.
         full_names: rows say the path as given instead of the file's name alone.
+        wanted: the parts (train, validation, test) of which the first that there is is read,
+            where the path names none.
 
     Raises:
         InputError: there is nothing to read there, or it is broken, not UTF-8, or without rows.
@@ -71,10 +94,10 @@ def read_source(path: str | Path, full_names: bool = False) -> Contents:
         base, split = _without_split(place)
         if base.is_dir():
             if is_saved_dataset(base):
-                return _read_saved(base, split, full_names)
-            return _read_folder(base, full_names)
+                return _read_saved(base, split, full_names, wanted)
+            return _read_folder(base, split, full_names, wanted)
         if (hub := _hub_id(str(path))) and not place.exists():
-            return _read_hub(*hub)
+            return _read_hub(*hub, wanted)
         return _read_file(place, full_names)
     except OSError as error:
         raise _unreadable(place, error) from error
@@ -95,53 +118,121 @@ def _read_file(file: Path, full_names: bool) -> Contents:
     return Contents(_some(rows, file), file_sha256(file), [])
 
 
-def _read_folder(folder: Path, full_names: bool) -> Contents:
-    """The files of one kind in `folder`, without those of its subfolders."""
+def _read_folder(
+    folder: Path, split: str | None, full_names: bool, wanted: Sequence[str]
+) -> Contents:
+    """The files of one part and of one kind in `folder`.
+
+    Subfolders are left out, but for those that are named for a part, where there are no files.
+    """
     entries = sorted(folder.iterdir())
-    hidden = [entry for entry in entries if entry.name.startswith((".", "_"))]
-    files = [e for e in entries if e not in hidden and not e.is_dir() and kind_of(e.name)]
-    kinds = sorted({str(kind_of(file.name)) for file in files})
+    shown = [entry for entry in entries if not entry.name.startswith((".", "_"))]
+    files = [entry for entry in shown if not entry.is_dir() and kind_of(entry.name)]
+    if not files:
+        inner = [entry for entry in shown if entry.is_dir() and split_of(entry.name)]
+        files = [file for entry in inner for file in sorted(entry.iterdir()) if kind_of(file.name)]
     if not files:
         raise InputError(
             f"{folder}: is a folder without data files; name a file, or a folder of "
             f"{known_kinds()} files"
         )
+    of_name = {file.relative_to(folder).as_posix(): file for file in files}
+    parts = by_split(of_name)
+    chosen = _chosen(folder, parts, split, wanted)
+    used = [of_name[name] for name in parts[chosen]]
+    kinds = sorted({str(kind_of(file.name)) for file in used})
     if len(kinds) > 1:
         raise InputError(
             f"{folder}: holds {' and '.join(kinds)} files; name those that are meant, as in "
-            f"data.train=[{files[0]}, ...]"
+            f"data.train=[{used[0]}, ...]"
         )
     rows = [
-        row
-        for file in files
-        for row in _rows(_existing_file(file), str(file) if full_names else "")
+        row for file in used for row in _rows(_existing_file(file), str(file) if full_names else "")
     ]
-    notices = []
-    if others := [entry.name for entry in entries if entry not in files]:
+    notices = [] if split else notice_of_parts(folder, parts, chosen)
+    read = {*files, *(file.parent for file in files)}
+    if others := [entry.name for entry in entries if entry not in read]:
         notices.append(
-            f"{folder}: of its entries {len(files)} are read ({kinds[0]}), {len(others)} are left "
-            f"out: {one_line(listed(others, 5))}"
+            f"{folder}: of its entries {len(entries) - len(others)} are read ({kinds[0]}), "
+            f"{len(others)} are left out: {one_line(listed(others, 5))}"
         )
-    return Contents(_some(rows, folder), _sha256_of_files(files, folder), notices)
+    own = _own_held_out(folder, parts, chosen)
+    return Contents(_some(rows, folder), _sha256_of_files(used, folder), notices, own)
 
 
-def _read_saved(folder: Path, split: str | None, full_names: bool) -> Contents:
+def _chosen(
+    place: Path, parts: dict[str | None, list[str]], split: str | None, wanted: Sequence[str]
+) -> str | None:
+    """The part that is read. Raises InputError where there is none such."""
+    if split:
+        if split in parts:
+            return split
+        known = listed(name for name in parts if name) or "none"
+        raise InputError(f"{place}: has no files named for '{split}'; it has {known}")
+    try:
+        return chosen_split(parts, wanted)
+    except KeyError:
+        names = [name for several in parts.values() for name in several]
+        if wanted != LEARNED:  # what is measured on what was learned is found out elsewhere
+            return next(iter(parts))
+        raise InputError(
+            f"{place}: its files are for {listed(map(str, parts))} by their names "
+            f"({listed(names, 3)}), and these are not learned; name the file that is meant"
+        ) from None
+
+
+def _own_held_out(
+    place: object, parts: dict[str | None, list[str]], chosen: str | None
+) -> str | None:
+    return f"{place}:validation" if "validation" in parts and chosen != "validation" else None
+
+
+def _read_saved(
+    folder: Path, split: str | None, full_names: bool, wanted: Sequence[str]
+) -> Contents:
+    notices: list[str] = []
+    own = None
+    if split is None and (names := saved_splits(folder)):
+        split, notices, own = _choose_named(folder, names, wanted)
     chosen = saved_split(folder, split)
     name = str(folder) if full_names else folder.name
     name += f":{chosen.name}" if chosen != folder else ""
     rows = [Row(values, chosen, i, name) for i, values in enumerate(saved_records(chosen), 1)]
     files = sorted(file for file in chosen.rglob("*") if file.is_file())
-    return Contents(_some(rows, chosen), _sha256_of_files(files, chosen), [])
+    return Contents(_some(rows, chosen), _sha256_of_files(files, chosen), notices, own)
 
 
-def _read_hub(name: str, split: str) -> Contents:
+def _choose_named(
+    place: Path, names: Sequence[str], wanted: Sequence[str]
+) -> tuple[str, list[str], str | None]:
+    """Of a data set's splits the one to read, what to say, and its own split for validation.
+
+    For learning that is `train`, whatever else there is.
+    """
+    parts = by_split(names)
+    split = "train"
+    if wanted != LEARNED:
+        split = next((parts[part][0] for part in (*wanted, None) if part in parts), split)
+    others = [name for name in names if name != split]
+    notices = []
+    if others:
+        notices.append(f"{place}: its split {split} is read, left out are {listed(others, 5)}")
+    own = next(iter(parts.get("validation", ())), None)
+    return split, notices, f"{place}:{own}" if own and own != split else None
+
+
+def _read_hub(name: str, split: str | None, wanted: Sequence[str]) -> Contents:
+    notices: list[str] = []
+    own = None
+    if split is None:
+        split, notices, own = _choose_named(Path(name), hub_splits(name), wanted)
     place, label = Path(name), f"{name}:{split}"
     rows = [Row(values, place, i, label) for i, values in enumerate(hub_records(name, split), 1)]
     digest = hashlib.sha256()
     for row in rows:
         line = json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode(errors="surrogatepass") + b"\n")
-    return Contents(_some(rows, place), digest.hexdigest(), [])
+    return Contents(_some(rows, place), digest.hexdigest(), notices, own)
 
 
 def _rows(file: Path, name: str) -> list[Row]:
@@ -172,14 +263,17 @@ def _expanded(path: str | Path) -> Path:
 
 
 def _without_split(place: Path) -> tuple[Path, str | None]:
-    """A saved data set's folder and the `:split` behind it; the place itself for others."""
+    """A folder and the `:split` behind it; the place itself for others."""
     base, colon, split = str(place).rpartition(":")
-    if colon and not place.exists() and is_saved_dataset(Path(base)):
-        return Path(base), split
+    if not colon or place.exists():
+        return place, None
+    folder = Path(base)
+    if is_saved_dataset(folder) or (split in SPLITS and folder.is_dir()):
+        return folder, split
     return place, None
 
 
-def _hub_id(text: str) -> tuple[str, str] | None:
+def _hub_id(text: str) -> tuple[str, str | None] | None:
     """Name and split, if `text` can only be meant for the hub.
 
     What has a known suffix, or stands in a folder that exists, is a path with a typing error:
@@ -190,7 +284,7 @@ def _hub_id(text: str) -> tuple[str, str] | None:
         return None
     if Path(text).parent.exists():
         return None
-    return match["name"], match["split"] or "train"
+    return match["name"], match["split"]
 
 
 def _existing_file(file: Path) -> Path:

@@ -7,7 +7,7 @@ tokens that makes is decided in `lorakit.data.masking`.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -48,12 +48,16 @@ def find_answers(
     messages: Sequence[Message],
     tokenizer: "PreTrainedTokenizerBase",
     tools: Sequence[dict[str, Any]] = (),
+    unlearned: Container[int] = (),
 ) -> Answers:
-    """Render `messages`, the last of which is an answer, and find every answer in the text.
+    """Render `messages`, the last of which is an answer, and find the answers in the text.
 
     A tool call is an answer like any other. Where no special token ends answers but the next
     message begins with one (GLM's `<|user|>` and `<|observation|>`), a model stops by writing
     that one, so it is learned.
+
+    Args:
+        unlearned: positions of answers that are only read, and not looked for.
 
     Raises:
         InputError: the template refuses the conversation, or does not write an answer or a tool
@@ -72,9 +76,9 @@ def find_answers(
     end_token = token.group() if token else ""
     closing = plain_end[: token.end()] if token else plain_end.rstrip()
 
-    spans: list[Span] = []
+    spans: dict[int, Span] = {}
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or turn in unlearned:
             continue
         opening = _opening(messages[:turn], write)
         start: int | None = len(opening)
@@ -99,7 +103,7 @@ def find_answers(
             )
         if not end_token and (begins_next := special.match(rest)):
             end += begins_next.end()
-        spans.append((start, end))
+        spans[turn] = (start, end)
     # `own` and `opening` are now what the last answer ends with and what asks for it.
     ended = any(match.end() == len(own) for match in special.finditer(own))
     unshown = _unshown(messages, full, spans)
@@ -107,7 +111,7 @@ def find_answers(
         unshown += ("tools",)
     if not full.startswith(opening):
         unshown += ("prompt",)
-    return Answers(full if ended else full[: spans[-1][1]], spans, ended, unshown)
+    return Answers(full if ended else full[:end], list(spans.values()), ended, unshown)
 
 
 def _plain(message: Message, mark: str) -> Message:
@@ -184,14 +188,13 @@ def _common_start(a: str, b: str) -> str:
     return "".join(character for character, _ in same)
 
 
-def _unshown(messages: Sequence[Message], full: str, spans: Sequence[Span]) -> tuple[str, ...]:
+def _unshown(messages: Sequence[Message], full: str, spans: Mapping[int, Span]) -> tuple[str, ...]:
     """The roles of messages of which something is missing in the text, each once."""
     roles = []
-    answers = iter(spans)
-    for message in messages:
+    for turn, message in enumerate(messages):
         where, parts = full, [message.get("content")]
-        if message["role"] == "assistant":
-            start, end = next(answers)
+        if turn in spans:
+            start, end = spans[turn]
             where = full[start:end]
             parts += [message.get(key) for key in REASONING]
             parts += [call["function"]["name"] for call in message.get("tool_calls") or ()]

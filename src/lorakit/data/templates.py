@@ -7,7 +7,7 @@ line. Which characters of the text are learned is decided in `lorakit.data.spans
 import hashlib
 import json
 import re
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
@@ -39,8 +39,8 @@ def render(
     """The conversation as the model reads it; optionally up to where its answer begins.
 
     Tool calls are given to the template as they are. If it cannot write them so, it gets them
-    with what some templates insist on: ids of nine letters and digits (Mistral's) where a call
-    has none, arguments as JSON text instead of an object (DeepSeek's).
+    with what some templates insist on: ids of nine letters and digits (Mistral's) in place of
+    others (OpenAI's `call_1`) or of none, arguments as JSON text instead of an object (DeepSeek's).
 
     Raises:
         InputError: the template refuses the conversation, or there is no template.
@@ -86,18 +86,35 @@ def _spellings(messages: Sequence[Message]) -> Iterator[list[Message]]:
         yield _with_json_arguments(_with_ids(messages))
 
 
+_NINE = re.compile(r"[A-Za-z0-9]{9}")
+
+
 def _with_ids(messages: Sequence[Message]) -> list[Message]:
-    """Calls without an id get one by their place, and the results that follow them get theirs."""
+    """Calls get ids of nine letters and digits by their place, but for those that have such ids.
+
+    The results that follow get the same ones: by the id that they name, else by their order.
+    """
     numbers = count(1)
     changed: list[Message] = []
-    waiting: deque[str] = deque()
+    new_ids: dict[str, str] = {}
+    waiting: OrderedDict[str, None] = OrderedDict()
     for message in messages:
         if calls := message.get("tool_calls"):
-            calls = [{"id": f"call{next(numbers):05d}", **call} for call in calls]
-            waiting = deque(call["id"] for call in calls)
-            message = {**message, "tool_calls": calls}
-        elif message["role"] == "tool" and waiting:
-            message = {"tool_call_id": waiting.popleft(), **message}
+            renamed = []
+            for call in calls:
+                own, new = str(call.get("id") or ""), f"call{next(numbers):05d}"
+                renamed.append({**call, "id": own if _NINE.fullmatch(own) else new})
+                if own:
+                    new_ids[own] = renamed[-1]["id"]
+            waiting = OrderedDict.fromkeys(call["id"] for call in renamed)
+            message = {**message, "tool_calls": renamed}
+        elif message["role"] == "tool":
+            named = new_ids.get(str(message.get("tool_call_id") or ""))
+            if named is not None:
+                waiting.pop(named, None)
+            elif waiting:
+                named, _ = waiting.popitem(last=False)
+            message = {**message, "tool_call_id": named} if named else message
         changed.append(message)
     return changed
 

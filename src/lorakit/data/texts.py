@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 # C0 without tab and the two line ends, DEL, and C1. NUL never gets here: it is refused.
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
+# What pandas and Python write for a value that is not there.
+_MISSING = re.compile(r"\s*(nan|NaN|None|null|NULL|<NA>|NaT)\s*")
+
 
 def findings_of_texts(
     samples: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Finding]:
-    """Everything that is looked for, each with its count, which may be 0.
+    """Everything that is looked for, each with its count, which may be 0 (but for `nan` and such).
 
     Special tokens are looked for in messages alone: plain text is often written with them.
     """
@@ -40,6 +43,14 @@ def findings_of_texts(
             "the model takes {} for the token: remove it unless that is meant",
         ),
     ]
+    if missing := _found(samples, _MISSING.fullmatch):
+        found.append(
+            (
+                "written with a text that an export made of a missing value",
+                missing,
+                "{} is learned as text: leave such values empty unless it is meant",
+            )
+        )
     return [
         Finding(
             what,

@@ -23,10 +23,11 @@ from lorakit.data.labelled import (
     notice_labels,
     read_labelled,
 )
-from lorakit.data.mixing import DataFacts, Source
+from lorakit.data.mixing import DataFacts, Source, notice_of_own
 from lorakit.data.scores import LabelScorer
 from lorakit.data.seq2seq import tokenize_pair
 from lorakit.data.sources import read_source
+from lorakit.data.splits import HELD_OUT, LEARNED
 from lorakit.errors import InputError, listed
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, most_tokens
@@ -197,6 +198,8 @@ def _labelled_samples(
     """Training and held-out samples, what they were read from, and notices."""
     data = recipe.data
 
+    own: list[Source] = []
+
     def read(sources: Any, key: str) -> tuple[list[LabelledSample], list[DataFacts]]:
         given = sources if isinstance(sources, list) else [sources]
         samples: list[LabelledSample] = []
@@ -209,7 +212,10 @@ def _labelled_samples(
                     "SEQ_2_SEQ_LM learn by; remove it"
                 )
             columns = part.columns if part.columns is not None else data.columns
-            contents = read_source(part.path, full_names=len(given) > 1)
+            wanted = LEARNED if key == "data.train" else HELD_OUT
+            contents = read_source(part.path, full_names=len(given) > 1, wanted=wanted)
+            if contents.held_out:
+                own.append(Source(contents.held_out, columns=part.columns))
             found = read_labelled(contents.rows, recipe.task_type, columns, data.limit)
             samples += found
             facts.append(DataFacts(part.path, len(found), contents.sha256))
@@ -218,8 +224,12 @@ def _labelled_samples(
 
     notices: list[str] = []
     samples, facts = read(data.train, "data.train")
-    if isinstance(data.eval, (int, float)):
-        train, held, said = hold_out(samples, data.eval, recipe.data_seed)
+    held_out = data.eval
+    if isinstance(held_out, (int, float)) and held_out and own:
+        notices.append(notice_of_own(own))
+        held_out = list(own)
+    if isinstance(held_out, (int, float)):
+        train, held, said = hold_out(samples, held_out, recipe.data_seed)
         return train, held, facts, [*notices, *said]
-    held, held_facts = read(data.eval, "data.eval")
+    held, held_facts = read(held_out, "data.eval")
     return samples, held, facts + held_facts, notices

@@ -1,0 +1,79 @@
+"""Rows that are made for other objectives than learning one answer, recognised by their columns.
+
+Preference pairs, single judgements (KTO), steps with labels, message trees and pictures would all
+fit a format by half, and the wrong text would be learned. They are refused with what they are.
+"""
+
+import re
+from collections.abc import Mapping
+
+from lorakit.data.sources import Row
+from lorakit.errors import InputError, listed
+
+_PAIR = re.compile(r"(^|_)(chosen|rejected)(_|$)")
+_CONVERSATION = (
+    *({"messages"}, {"conversations"}, {"prompt", "completion"}, {"prompt", "response"}),
+    *({"instruction", "output"}, {"question", "answer"}, {"query", "response"}),
+)
+_JUDGEMENTS = ("label", "kto_tag")
+_PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def refuse_other_objectives(row: Row, columns: Mapping[str, str]) -> None:
+    """Raises InputError for a row that no answer can be learned from as it is.
+
+    Args:
+        columns: the recipe's `data.columns`. Whoever names a column of a pair there has chosen
+            what is learned of it.
+    """
+    given = {name: value for name, value in row.values.items() if not _is_empty(value)}
+    own = set(columns.values())
+    pair = [name for name in given if _PAIR.search(name.strip().lower())]
+    if pair and not own & set(pair):
+        raise InputError(
+            f"{row.where}: is a preference pair ({listed(pair, 4)}), for objectives such as DPO "
+            "that lorakit does not have yet: to learn the chosen answers alone, write rows of a "
+            f"prompt and that answer{_example(given)}"
+        )
+    for name in _JUDGEMENTS:
+        names = given.keys() | columns.keys()
+        if name in own or not any(columns_of <= names for columns_of in _CONVERSATION):
+            continue
+        if _is_judgement(given.get(name)):
+            raise InputError(
+                f"{row.where}: '{name}' says whether the answer is desirable, for the objective "
+                "KTO, which lorakit does not have yet: keep the rows whose answer is desirable, "
+                f"and remove '{name}'"
+            )
+    if {"prompt", "completions", "labels"} <= given.keys() and not own:
+        raise InputError(
+            f"{row.where}: has a label for each step of an answer, for a reward model of "
+            "processes, which lorakit does not have: write rows of prompt and completion"
+        )
+    if {"message_id", "parent_id", "text"} <= row.values.keys() and not own:
+        raise InputError(
+            f"{row.where}: is one message of a tree (message_id, parent_id, as OpenAssistant has "
+            "them): write each path from a root to an answer as one row with 'messages'"
+        )
+    for name in _PICTURES:
+        if name in given and name not in own:
+            raise InputError(
+                f"{row.where}: has '{name}', and text alone is learned here: drop the row, or "
+                "remove the column if the text makes sense without"
+            )
+
+
+def _example(given: Mapping[str, object]) -> str:
+    if isinstance(given.get("prompt"), str) and isinstance(given.get("chosen"), str):
+        return ", or data.columns: {prompt: prompt, completion: chosen}"
+    return ""
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _is_judgement(value: object) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "false")
+    return isinstance(value, (bool, int)) and value in (0, 1)
