@@ -26,6 +26,7 @@ from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
 from lorakit.lora import combine as methods
 from lorakit.lora.config import LoraConfig
+from lorakit.progress import track
 
 METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots")
 _EXACT = ("linear", "cat")
@@ -125,7 +126,8 @@ def combine(
     losses: dict[str, tuple[float, float]] = {}
     largest = max((u.A[0].numel() * len(u.B) for f in files for u in f.updates.values()), default=0)
     with _workers(largest) as pool:
-        for path, (found, own) in zip(paths, pool.map(combined, paths, seeds), strict=True):
+        made = track(pool.map(combined, paths, seeds), "combining modules", len(paths))
+        for path, (found, own) in zip(paths, made, strict=True):
             tensors |= own
             ranks[path] = found.A.shape[0]
             losses[path] = found.energy, found.lost

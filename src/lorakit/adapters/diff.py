@@ -19,6 +19,7 @@ from lorakit.adapters.derived import origin
 from lorakit.adapters.inspect import SHARE
 from lorakit.adapters.updates import AdapterFile, ModuleUpdate, Skipped, layer_of, read_updates
 from lorakit.errors import InputError
+from lorakit.progress import track
 
 # Fields that say how an adapter was used or by what, and not what it is.
 _BOOKKEEPING = {"inference_mode", "peft_version", "auto_mapping", "base_model_name_or_path"}
@@ -122,7 +123,10 @@ def diff(first: str | Path, second: str | Path) -> Diff:
         bases=(origins[0].base_model, origins[1].base_model),
         same_weights=prints[0] == prints[1] if all(prints) else None,
         settings=_settings(*files),
-        modules=[_compared(one.updates[path], other.updates[path]) for path in shared],
+        modules=[
+            _compared(one.updates[path], other.updates[path])
+            for path in track(shared, "comparing modules")
+        ],
         only=(_only(one, other), _only(other, one)),
         skipped=(one.skipped, other.skipped),
         identical=_identical(one, other),

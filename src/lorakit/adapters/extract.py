@@ -33,6 +33,7 @@ from lorakit.models.folders import shards_in
 from lorakit.models.names import resolve
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
 from lorakit.models.skeleton import file_names, read_base_config, skeleton
+from lorakit.progress import track
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,7 +142,7 @@ def _extract(
     whole: list[str] = []
     notices: list[str] = []
     limit = 0
-    for name, (own_key, key) in keys.items():
+    for name, (own_key, key) in track(keys.items(), "comparing tensors"):
         old, new = before[own_key], after[key]
         path, _, own = name.rpartition(".")
         if old.shape != new.shape:  # it has more tokens

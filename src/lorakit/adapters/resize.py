@@ -20,6 +20,7 @@ from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.lora.combine import truncate
+from lorakit.progress import track
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def resize(
     tensors: dict[str, torch.Tensor] = dict(file.others)
     ranks: dict[str, int] = {}
     losses: dict[str, tuple[float, float]] = {}
-    for path, update in file.updates.items():
+    for path, update in track(file.updates.items(), "resizing modules"):
         A, B = update.factors()
         wanted = rank if rank is not None else max(1, spectrum(update).directions(energy or 1.0))
         found = truncate(update.scaling * B, A, wanted)

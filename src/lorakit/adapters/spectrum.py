@@ -16,6 +16,7 @@ import torch
 
 from lorakit.adapters.updates import COPY, LENGTHS, ModuleUpdate, Skipped, split
 from lorakit.lora.checkpoint import PREFIX
+from lorakit.progress import track
 
 if TYPE_CHECKING:
     from lorakit.lora.config import LoraConfig
@@ -86,7 +87,7 @@ def spectra(
     """
     updates, others, skipped = split(config, tensors, initial)
     found = []
-    for update in updates:
+    for update in track(updates, "decomposing modules"):
         if update.is_matrix:
             found.append(spectrum(update))
         else:

@@ -46,6 +46,7 @@ from lorakit.models.shards import (
     write_index,
 )
 from lorakit.models.skeleton import file_names, skeleton
+from lorakit.progress import task
 
 _MOST_THREADS = 8
 _AHEAD = _MOST_THREADS  # parts that are computed before their turn to be written
@@ -104,7 +105,8 @@ def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
         LorakitError: merged values are not finite, or beyond the written dtype.
     """
     survival = Survival()
-    with _threads() as threads:
+    values = sum(entry.new.size for entries in plan.shards.values() for entry in entries.values())
+    with _threads() as threads, task("merging, in MB", values / 1e6) as work:
         for file, entries in plan.shards.items():
             jobs = (
                 partial(_round, name, entry, part)
@@ -114,6 +116,7 @@ def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
             with new_shard(folder / file, {n: e.new for n, e in entries.items()}) as shard:
                 for rounded in _in_order(threads, jobs):
                     shard.write(rounded.name, rounded.values)
+                    work.advance(rounded.values.numel() * rounded.values.element_size() / 1e6)
                     change = entries[rounded.name].change
                     if change is not None and rounded.delta is not None:
                         survival.add(change.path, rounded.delta, rounded.error)

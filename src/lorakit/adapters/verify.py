@@ -13,6 +13,7 @@ import torch
 
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.load import most_tokens
+from lorakit.progress import track
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,7 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
     device = next(model.parameters()).device
     found = []
     with torch.inference_mode():
-        for ids in (probe.to(device) for probe in probes):
+        for ids in (probe.to(device) for probe in track(probes, "comparing texts")):
             both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
             logits = model(input_ids=ids, **both).logits
             found.append(logits.reshape(-1, logits.shape[-1]).cpu())

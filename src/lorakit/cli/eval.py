@@ -4,8 +4,6 @@ For a language model that is its bare base, for a classifier the most frequent l
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,8 @@ import typer
 
 from lorakit.cli.options import QuantizationOption
 from lorakit.cli.tables import print_table
-from lorakit.console import open_console, say
+from lorakit.console import say
+from lorakit.progress import task
 
 if TYPE_CHECKING:
     from lorakit.evaluation.classification import LabelEvaluation
@@ -72,9 +71,9 @@ def evaluate(
         opened = open_adapter(adapter, **options)
         names = _names(metrics)
         check_metrics(names, opened.labels, words=task_type == "TOKEN_CLS")
-        with _progress() as update:
+        with task("evaluating") as work:
             result = evaluate_labels(
-                opened, labelled, batch_size=batch_size, max_length=most, on_progress=update
+                opened, labelled, batch_size=batch_size, max_length=most, on_progress=work.update
             )
         _show_labels(result, names)
     else:
@@ -85,7 +84,7 @@ def evaluate(
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
         samples = load_samples(data, mapping, limit)
         opened = open_adapter(adapter, **options)
-        with _progress() as update:
+        with task("evaluating") as work:
             result = run(
                 opened.model,
                 opened.tokenizer,
@@ -94,22 +93,12 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 max_length=most,
-                on_progress=update,
+                on_progress=work.update,
             )
         _show(result)
     if json_file:
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
         atomic.write_file(json_file, text + "\n")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar while rows are scored; what is yielded takes how much of how much is done."""
-    from rich.progress import Progress
-
-    with Progress(console=open_console(stderr=True), transient=True) as progress:
-        task = progress.add_task("evaluating", total=None)
-        yield lambda done, whole: progress.update(task, completed=done, total=whole)
 
 
 def _show(result: "Evaluation") -> None:

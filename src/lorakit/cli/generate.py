@@ -1,6 +1,7 @@
 """`lorakit generate`: a file of prompts, answered by adapters and their base in one batch."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 
 from lorakit.cli.options import QuantizationOption
 from lorakit.console import say, say_json
+from lorakit.progress import track
 
 
 def generate(
@@ -78,7 +80,11 @@ def generate(
         if with_base or not answering:
             answering.append(None)
         lines, tokens, began = [], 0, time.perf_counter()
-        for answered in answer_all(engine, asked, answering, sampling):
+        # Answers on the terminal show by themselves how far it is.
+        shown = output is not None or not sys.stdout.isatty()
+        whole = len(asked) * len(answering)
+        answers = answer_all(engine, asked, answering, sampling)
+        for answered in track(answers, "answering", whole) if shown else answers:
             tokens += answered.new_tokens
             lines.append(json.dumps(answered.record(), ensure_ascii=False))
             if output is None:

@@ -39,6 +39,7 @@ from lorakit.cli.train import train
 from lorakit.console import say, settle_streams
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.models import remote_code
+from lorakit.progress import showing
 from lorakit.training.processes import first_to_fail
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
@@ -129,7 +130,8 @@ def main() -> None:
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        code = app(standalone_mode=False) or 0
+        with showing():
+            code = app(standalone_mode=False) or 0
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
             code = _fail("interrupted", code)
     except UsageError as error:

@@ -26,6 +26,7 @@ from lorakit.data.splits import HELD_OUT
 from lorakit.data.templates import ensure_template
 from lorakit.data.texts import findings_of_texts
 from lorakit.errors import InputError
+from lorakit.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,14 +108,20 @@ def prepare(
         has_messages = any(sample.messages for sample in everything)
         if has_messages and (notice := ensure_template(tokenizer)):
             notices.append(notice)
-        readings = each(everything, lambda sample: read(sample, tokenizer))
+        reading = track(everything, "rendering rows")
+        readings = each(reading, lambda sample: read(sample, tokenizer))
         rows = each(
-            zip(readings, encode(readings, tokenizer), strict=True),
+            track(
+                zip(readings, encode(readings, tokenizer), strict=True),
+                "tokenizing rows",
+                len(readings),
+            ),
             lambda pair: label(*pair, tokenizer, max_length),
         )
     else:
         make = to_row
-        rows = each(everything, lambda sample: make(sample, tokenizer, max_length))
+        reading = track(everything, "tokenizing rows")
+        rows = each(reading, lambda sample: make(sample, tokenizer, max_length))
     train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
     found = findings(
         list(zip(kept, train_rows, strict=True)),

@@ -21,6 +21,7 @@ from lorakit.inference.sampling import (
     prompt_tokens,
     stops_at,
 )
+from lorakit.progress import Task, innermost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,20 +103,20 @@ def write_answers(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     device = next(model.parameters()).device
     answers = [Written("", "", "")] * len(rows)
-    was_training = model.training
+    was_training, work = model.training, innermost()
     model.eval()
     try:
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             input_ids, mask = pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
             width = input_ids.shape[1]
-            stops = form.end_text and stops_at(form.end_text, tokenizer, width)
+            stops = stops_at(form.end_text, tokenizer, width, _steps(work, len(chosen), settings))
             output = generate(
                 model,
                 settings,
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
-                stopping_criteria=stops or None,
+                stopping_criteria=stops,
             )
             for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
                 answers[i] = _read(tokens, tokenizer, form, ends)
@@ -124,6 +125,17 @@ def write_answers(
     finally:
         model.train(was_training)
     return answers
+
+
+def _steps(work: Task, answers: int, settings: Any) -> Callable[[bool, int], None]:
+    """Counts the steps of a batch as shares of its answers, and at its end the rest."""
+    begun = work.done
+
+    def step(ended: bool, tokens: int) -> None:
+        share = 1.0 if ended else tokens / settings.max_new_tokens
+        work.update(begun + answers * share)
+
+    return step
 
 
 def _read(

@@ -16,6 +16,7 @@ from lorakit.data.formats import Message, Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import write_answers
 from lorakit.evaluation.loss import mean_loss
+from lorakit.progress import task
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def losses(
     for folder in adapters:
         opened = _opened(folder, base, dtype)
         most = opened.manifest.recipe["data"].get("max_length", 1024) if opened.manifest else 1024
-        found.append(mean_loss(opened.model, opened.tokenizer, samples, most))
+        with task(f"evaluating {folder}", len(samples)):
+            found.append(mean_loss(opened.model, opened.tokenizer, samples, most))
     return found
 
 
@@ -76,13 +78,14 @@ def changed_answers(
     answers = []
     for folder in (first, second):
         opened = _opened(folder, base, dtype)
-        written = write_answers(
-            opened.model,
-            opened.tokenizer,
-            [sample.prompt for sample in asked],
-            tools=[sample.tools for sample in asked],
-            max_new_tokens=max_new_tokens,
-        )
+        with task(f"answering with {folder}", len(asked)):
+            written = write_answers(
+                opened.model,
+                opened.tokenizer,
+                [sample.prompt for sample in asked],
+                tools=[sample.tools for sample in asked],
+                max_new_tokens=max_new_tokens,
+            )
         answers.append([one.answer for one in written])
     changed = [
         ChangedAnswer(sample.prompt, sample.reference, one, other)

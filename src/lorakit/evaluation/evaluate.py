@@ -95,6 +95,9 @@ def evaluate(
     loss_of = mean_target_loss if encoder_decoder else mean_loss
     done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
 
+    if on_progress:
+        on_progress(0, whole)
+
     def count(finished: int) -> None:
         nonlocal done
         done += finished

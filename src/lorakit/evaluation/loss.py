@@ -13,6 +13,7 @@ from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.errors import InputError
 from lorakit.models.loss import SupervisedLoss
+from lorakit.progress import innermost
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ def mean_over(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count, work = 0.0, 0, innermost()
     try:
         for at in range(0, len(ordered), batch_size):
             chosen = ordered[at : at + batch_size]
@@ -73,6 +74,7 @@ def mean_over(
                 batch_total, batch_count = loss(model, batch)
             total += batch_total.item()
             count += int(batch_count)
+            work.advance(len(chosen))
             if on_batch:
                 on_batch(len(chosen))
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -190,22 +190,34 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(ends if taught is None else [*ends, taught]))
 
 
-def stops_at(text: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> Any:
+def stops_at(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_length: int,
+    on_step: Callable[[bool, int], None],
+) -> Any:
     """A stopping criterion for `generate`: a row ends when `text` stands in its answer.
 
     Args:
+        text: an end mark that is no token; empty where there is none.
         prompt_length: columns of `input_ids` before the answers.
+        on_step: called after each step, with whether all rows have ended, and with the number of
+            tokens that the longest answers have.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    # Tokens that may hold the text, and the one before, which a tokenizer may have merged with it.
+    # Tokens that may hold the text, and some before, which a tokenizer may have merged with it.
     width = len(text.encode()) + 4
 
     class AtText(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            tails = input_ids[:, max(prompt_length, input_ids.shape[1] - width) :]
-            ended = [text in written for written in tokenizer.batch_decode(tails)]
+            length = input_ids.shape[1]
+            ended = [False] * len(input_ids)
+            if text:
+                tails = input_ids[:, max(prompt_length, length - width) :]
+                ended = [text in written for written in tokenizer.batch_decode(tails)]
+            on_step(all(ended), length - prompt_length)
             return torch.tensor(ended, device=input_ids.device)
 
     return StoppingCriteriaList([AtText()])

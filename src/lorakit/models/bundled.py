@@ -13,6 +13,7 @@ from pathlib import Path
 from lorakit import atomic
 from lorakit.console import say
 from lorakit.errors import InputError
+from lorakit.progress import task
 
 ALIAS = "smollm2-135m-instruct"
 ENCODER = "all-minilm-l6-v2"
@@ -102,7 +103,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from lorakit.models.load import load_gguf
 
     say(f"converting the bundled model {ALIAS} once, into {folder} …", err=True)
-    with atomic.new_folder(folder) as temporary:
+    with task("converting the bundled model"), atomic.new_folder(folder) as temporary:
         # bfloat16 is the dtype in which the model was published; a Q4_1 value keeps less.
         model, tokenizer = load_gguf(gguf, "bfloat16")
         model.save_pretrained(temporary)

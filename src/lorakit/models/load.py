@@ -27,6 +27,7 @@ from lorakit.models.quantization import (
     loading_options,
     quantize_again,
 )
+from lorakit.progress import task
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,19 @@ def load_for_task(
     Raises:
         InputError: as in `load_model`, or the model has no such form.
     """
+    with task(f"loading {name}"):
+        return _load_for_task(task_type, name, dtype, device, labels, seed, quantization)
+
+
+def _load_for_task(
+    task_type: str,
+    name: str,
+    dtype: str | torch.dtype | None,
+    device: str | None,
+    labels: Sequence[str],
+    seed: int,
+    quantization: str | Mapping[str, Any] | Quantization | None,
+) -> LoadedModel:
     import torch
     import transformers
 
@@ -140,7 +154,7 @@ def load_for_task(
                 warnings.warn(
                     f"model: {name} holds tensors that {type(model).__name__} has no place for, "
                     f"which are left out: {listed(left, 3)}",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             tokenizer = tokenizer_in(source.path)
         else:

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.errors import LorakitError
+from lorakit.progress import track
 from lorakit.training.machine import LESS_MEMORY, memory_mb, peak_memory_mb
 from lorakit.training.trainer import LoraTrainer
 
@@ -159,7 +160,7 @@ def _rate(
 ) -> tuple[float, float]:
     """Seconds a token, and the standard deviation of that over the batches, as a share."""
     seconds, tokens = [], []
-    for batch in batches:
+    for batch in track(batches, "measuring batches for the forecast"):
         began = time.perf_counter()
         run(batch)
         seconds.append(time.perf_counter() - began)

@@ -1,16 +1,17 @@
-"""The progress bar of a run, the same in a terminal and a notebook.
+"""How far a run is: a bar in a terminal or notebook, else a plain line for each logged step.
 
-Where neither is there (a log file, a pipe) it is a plain line for each logged step instead.
+How it is shown is `lorakit.progress`'s; lines come between logged steps too where these are rare.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from lorakit.progress import Task, task
 from lorakit.training.trainer import Counts
 
 
@@ -19,33 +20,23 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, counts: Counts, console: Console) -> None:
         self.counts, self.console = counts, console
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._shown = ExitStack()
+        self._task: Task | None = None
         self._loss = self._eval_loss = ""
         self._began_with = Counts()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar at the step that training goes on from."""
         self._began_with = Counts(**vars(self.counts))
-        if not state.is_world_process_zero or not self._live:
-            return
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task(
-            "", total=state.max_steps, completed=state.global_step, status=""
-        )
+        if state.is_world_process_zero:
+            self._task = self._shown.enter_context(
+                task("training", state.max_steps, state.global_step)
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar on."""
-        if self._bar:
-            self._bar.update(self._task, completed=state.global_step, status=self._status())
+        if self._task:
+            self._task.update(state.global_step, status=self._status())
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -56,12 +47,14 @@ class ProgressBar(TrainerCallback):
             self._loss = f"loss {logs['loss']:.4f}"
         if "eval_loss" in logs:
             self._eval_loss = f"eval {logs['eval_loss']:.4f}"
-        if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+        if not self._task or not ("loss" in logs or "eval_loss" in logs):
             return
-        if self._bar:
-            self._bar.update(self._task, status=self._status())
-        elif not self._live:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self._status()}")
+        self._task.update(state.global_step, status=self._status())
+        if not self._live:
+            left = f"  {self._task.clock_left} left" if self._task.left else ""
+            step = f"step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{step}  {self._status()}{left}")
+            self._task.said()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the bar."""
@@ -69,9 +62,8 @@ class ProgressBar(TrainerCallback):
 
     def close(self) -> None:
         """Closes the bar, also when training ended early."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        self._shown.close()
+        self._task = None
 
     @property
     def _live(self) -> bool:

@@ -31,6 +31,7 @@ from lorakit.data.templates import template_sha256
 from lorakit.errors import LorakitError, one_line
 from lorakit.folder_lock import locked_folder, require_unlocked
 from lorakit.models.loss import SupervisedLoss
+from lorakit.progress import showing
 from lorakit.report.page import write_report
 from lorakit.training.early_stopping import EarlyStopping, stopped_before
 from lorakit.training.forecast import forecast, planned_steps
@@ -104,6 +105,7 @@ def train(
     console = open_console(stderr=True, quiet=quiet or not main, soft_wrap=True)
     folder = Path(recipe.output_dir)
     with ExitStack() as held:
+        held.enter_context(showing(console))
         if main:
             require_unlocked(folder.absolute().parent)  # a sweep's, whose configuration it is
             check = partial(check_output, folder, resume=resume)

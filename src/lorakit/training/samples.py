@@ -14,6 +14,7 @@ from lorakit.data.formats import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.seq2seq import generate_targets
+from lorakit.progress import task
 from lorakit.training.setup import Setup
 
 LONGEST = 96  # tokens of an answer: enough to see its form
@@ -42,9 +43,10 @@ def write_samples(folder: Path, setup: Setup) -> list[str]:
         )
 
     try:
-        tuned = answers()
-        with setup.model.disable_adapter():
-            base = answers()
+        with task("answering sample rows", 2 * len(chosen)):
+            tuned = answers()
+            with setup.model.disable_adapter():
+                base = answers()
     except (InputError, torch.OutOfMemoryError) as error:
         return [f"no samples of answers: {error}"]
     samples: list[dict[str, Any]] = [

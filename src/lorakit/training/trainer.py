@@ -34,6 +34,7 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapt
 from lorakit.lora.model import LoraModel
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import SupervisedLoss
+from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.loraplus import over_loraplus_groups
@@ -160,7 +161,7 @@ class LoraTrainer(Trainer):
         sums = torch.zeros(2 + (self.scorer.size if self.scorer else 0), dtype=torch.float64)
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
-        for turn in range(math.ceil(len(batches) / processes)):
+        for turn in track(range(math.ceil(len(batches) / processes)), "evaluating batches"):
             mine = turn * processes + self.args.process_index
             found = self.sums_of_held_out(batches[mine % len(batches)])
             if mine < len(batches):

@@ -36,6 +36,7 @@ from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
+from lorakit.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -119,7 +120,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufE
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for own, tensor in _tensors(folder, family, config):
+        for own, tensor in track(_tensors(folder, family, config), "writing tensors", count):
             values = tensor.float().contiguous().numpy()
             writer.write_tensor_data(gguf.quantize(values, _form(own, tensor, dtype)))
         writer.close()

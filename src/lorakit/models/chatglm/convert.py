@@ -15,6 +15,7 @@ from lorakit.models.chatglm.config import is_original, native_config, read_origi
 from lorakit.models.chatglm.tokenizer import generation_settings, original_tokenizer
 from lorakit.models.chatglm.weights import native_rows, usual_code
 from lorakit.models.shards import WEIGHTS_NAME, NewTensor, new_shard, write_index
+from lorakit.progress import track
 
 if TYPE_CHECKING:
     from lorakit.models.chatglm.config import Original
@@ -56,7 +57,7 @@ def convert(source: Path, output: str | Path) -> Converted:
             names = _file_names(len(files))
             shards = {n: _ordered(t) for n, t in zip(names, files.values(), strict=True)}
             every = {name: rows for tensors in shards.values() for name, rows in tensors.items()}
-            for name, tensors in shards.items():
+            for name, tensors in track(shards.items(), "converting files"):
                 _write(folder / name, tensors)
             if len(shards) > 1:
                 write_index(

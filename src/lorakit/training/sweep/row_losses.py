@@ -10,6 +10,7 @@ import torch
 from lorakit.data.batches import LabelCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.models.loss import SupervisedLoss
+from lorakit.progress import track
 from lorakit.training.batching import Batching
 from lorakit.training.together.evaluate import RowLosses, in_batches
 
@@ -59,7 +60,7 @@ def _one_by_one(
     model.eval()
     found = []
     try:
-        for row in rows:
+        for row in track(rows, "evaluating rows"):
             batch = {name: tensor.to(device) for name, tensor in collate([row]).items()}
             total, count = loss(model, batch)
             found.append((float(total), int(count)))

@@ -11,6 +11,7 @@ from typing import Any
 from lorakit.console import open_console
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.folder_lock import locked_folder
+from lorakit.progress import showing
 from lorakit.report.sweep import write_sweep_page
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import named_failures
@@ -69,9 +70,9 @@ def sweep(
     def say(line: str) -> None:
         console.print(one_line(line))
 
-    rows: list[dict[str, Any]] = run_sweep(complete, wishes, resume=resume, say=say)[
-        "configurations"
-    ]
+    with showing(console):
+        table = run_sweep(complete, wishes, resume=resume, say=say)
+    rows: list[dict[str, Any]] = table["configurations"]
     return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lorakit.progress import task
 from lorakit.training.sweep.choosing.bootstrap import mean_loss
 from lorakit.training.sweep.choosing.halving import promoted
 from lorakit.training.sweep.ground import SELECTION
@@ -86,7 +87,8 @@ class Search:
             waiting[0].configuration.name if len(waiting) == 1 else f"{len(waiting)} configurations"
         )
         self.say(f"training up to {share:.0%} of the steps: {what}")
-        progress = self.runner.advance([record.configuration for record in waiting], share)
+        with task(f"training up to {share:.0%}", len(waiting)):
+            progress = self.runner.advance([record.configuration for record in waiting], share)
         for record in waiting:
             record.add(share, progress[record.configuration.name])
             if record.diverged is not None:

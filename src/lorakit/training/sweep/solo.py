@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.errors import LorakitError
+from lorakit.progress import innermost
 from lorakit.training.forecast import planned_steps
 from lorakit.training.interrupt import Interrupt, StoppedError
 from lorakit.training.recorder import Recorder
@@ -120,8 +121,14 @@ class _Until(Recorder):
         self.target = target
         self.diverged: str | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts from the step that training goes on from."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._share = 1 / max(1, self.target - state.global_step)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the run where it should; comes behind all that ask for saving."""
+        innermost().advance(self._share)
         super().on_step_end(args, state, control, **kwargs)
         if state.global_step >= self.target:
             control.should_save = control.should_training_stop = True

@@ -12,6 +12,7 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import BASE, Route
 from lorakit.models.loss import SupervisedLoss
+from lorakit.progress import track
 from lorakit.training.batching import Batching
 from lorakit.training.together.batch import Batch, Part, losses_of
 
@@ -64,7 +65,7 @@ def in_batches(
     was_training = model.training
     model.eval()
     try:
-        for chosen in batching.held_out_batches(rows):
+        for chosen in track(batching.held_out_batches(rows), "evaluating batches"):
             batch = {k: v.to(device) for k, v in collate([rows[i] for i in chosen]).items()}
             counts = [rows[i].supervised for i in chosen]
             for own, losses in zip(found, losses_of(batch), strict=True):

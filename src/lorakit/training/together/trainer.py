@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.errors import LorakitError
+from lorakit.progress import innermost
 from lorakit.training.early_stopping import EarlyStopping
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.recorder import Recorder
@@ -119,8 +120,13 @@ class _StopAt(TrainerCallback):
     def __init__(self, target: int) -> None:
         self.target = target
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts from the step that training goes on from."""
+        self._share = 1 / max(1, self.target - state.global_step)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for both."""
+        innermost().advance(self._share)
         if state.global_step >= self.target:
             control.should_training_stop = control.should_save = True
 

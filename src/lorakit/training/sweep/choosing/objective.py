@@ -18,6 +18,7 @@ from lorakit.evaluation.answers import write_answers
 from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
 from lorakit.evaluation.seq2seq import generate_targets
+from lorakit.progress import task
 from lorakit.training.sweep.choosing.bootstrap import (
     Interval,
     loss_difference,
@@ -85,7 +86,11 @@ class Objective:
         if self.name == "loss" or path.is_file():
             return
         folder = Path(record.configuration.recipe.output_dir)
-        with self.ground.with_adapter(folder, record.configuration.recipe) as model:
+        name, prompts = record.configuration.name, map(_asked, self.ground.splits.values())
+        with (
+            self.ground.with_adapter(folder, record.configuration.recipe) as model,
+            task(f"answering with {name}", sum(map(len, prompts))),
+        ):
             answers = {
                 name: self._answers(model, part) for name, part in self.ground.splits.items()
             }
