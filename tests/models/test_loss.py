@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lorakit.models.loss import IGNORE, SupervisedLoss
+from lorakit.models import cross_entropy
+from lorakit.models.loss import IGNORE, SupervisedLoss, smoothed
 from models.small import SMALL
 
 
@@ -90,3 +91,45 @@ def test_the_losses_of_tokens_come_row_after_row(frozen: bool, batch):
     for i, own in enumerate(found.split(counts)):
         one = {name: tensor[i : i + 1] for name, tensor in batch.items()}
         torch.testing.assert_close(own.sum(), loss(model, one)[0])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "softcapped"])
+def test_smoothed_labels_are_spread_over_the_vocabulary_and_so_are_their_gradients(
+    kind: str, frozen: bool, batch, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 200)  # several chunks
+    model = build(kind)
+    model.lm_head.weight.requires_grad_(not frozen)
+    loss = SupervisedLoss(model)
+    assert (loss.output is not None) == frozen
+    total, count = loss(model, batch, 0.1)
+    total.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    model.zero_grad()
+    logits = model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    logp = logits.log_softmax(-1)[targets != IGNORE]
+    one_hot = F.one_hot(targets[targets != IGNORE], logp.shape[-1]).double()
+    soft = 0.9 * one_hot + 0.1 / logp.shape[-1]  # transformers' description of the argument
+    expected = -(soft * logp).sum()
+    expected.backward()
+    assert count == len(logp)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    for name, gradient in found.items():
+        parameter = model.get_parameter(name)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
+
+    plain = loss.of_tokens(model, batch)
+    shares = torch.linspace(0, 0.3, len(plain), dtype=torch.float64)
+    each = [loss.of_tokens(model, batch, float(share))[i] for i, share in enumerate(shares)]
+    torch.testing.assert_close(loss.of_tokens(model, batch, shares), torch.stack(each))
+
+
+def test_labels_answered_in_place_are_smoothed_as_pytorch_does_it():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 3, dtype=torch.float64)
+    targets = torch.tensor([0, 2, IGNORE, 1, 1, IGNORE, 0])
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
+    torch.testing.assert_close(smoothed(logits, targets, 0.2), expected, rtol=1e-12, atol=1e-12)

@@ -19,7 +19,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The cross-entropy, in nats, of `post(h W^T + b)` for the target classes.
 
     `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap.
-    Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,). Returns (n,), in float32 or wider.
+    Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,), smoothing (n,) or None. Returns (n,),
+    in float32 or wider. With smoothing e a target is (1 - e) of its class and e / V of each.
     """
 
     @staticmethod
@@ -31,6 +32,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         scale: float,
         softcap: float | None,
+        smoothing: torch.Tensor | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.empty(h.shape[0], dtype=wide, device=h.device)
@@ -49,10 +51,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # gradient is there too, in half the time of a log-softmax and its exponential.
             grad = torch.softmax(logits, dim=-1, dtype=wide)
             log_sums = logits.amax(-1, keepdim=True).to(wide) - grad.amax(-1, keepdim=True).log_()
-            losses[at : at + rows] = (log_sums - logits.gather(1, chosen)).squeeze(1)
+            wanted = logits.gather(1, chosen).to(wide)
+            certain = grad.new_ones(chosen.shape)
+            if smoothing is not None:
+                even = smoothing[at : at + rows, None]
+                certain -= even
+                mean = logits.mean(-1, keepdim=True, dtype=wide)
+                wanted = certain * wanted + even * mean
+                grad -= even / logits.shape[1]
+            losses[at : at + rows] = (log_sums - wanted).squeeze(1)
             if dh is None:
                 continue
-            grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, -1))
+            grad.scatter_add_(1, chosen, -certain)
             if capped is not None:
                 grad *= 1 - capped.to(wide).square_()
             if scale != 1:
@@ -65,7 +75,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dh,) = ctx.saved_tensors
-        return dh * grad[:, None].to(dh.dtype), None, None, None, None, None
+        return dh * grad[:, None].to(dh.dtype), None, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -75,9 +85,10 @@ def chunked_cross_entropy(
     targets: torch.Tensor,
     scale: float = 1.0,
     softcap: float | None = None,
+    smoothing: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each position with hidden states `h`, for a frozen `W` and `b`.
 
     Shapes as in `ChunkedCrossEntropy`. Gradients reach `h` alone.
     """
-    return ChunkedCrossEntropy.apply(h, W, b, targets, scale, softcap)
+    return ChunkedCrossEntropy.apply(h, W, b, targets, scale, softcap, smoothing)

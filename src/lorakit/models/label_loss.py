@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.inside import base_model
-from lorakit.models.loss import IGNORE
+from lorakit.models.loss import IGNORE, smoothed
 
 if TYPE_CHECKING:
     import torch
@@ -32,23 +32,22 @@ class LabelLoss:
         self.caches = "use_cache" in inspect.signature(base.forward).parameters
 
     def __call__(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over the batch (float32 or wider) and the number of labels (int64)."""
-        total, count, _ = self.with_logits(model, batch)
+        total, count, _ = self.with_logits(model, batch, smoothing)
         return total, count
 
     def with_logits(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum and number as above, and the logits (batch, places, classes).
 
         Args:
             batch: `labels` (batch, places), `IGNORE` where there is none, and what the model's
                 forward takes. Its logits are (batch, classes) or (batch, places, classes).
+            smoothing: as in `SupervisedLoss.of_tokens`, over the classes.
         """
-        import torch.nn.functional as F
-
         labels = batch["labels"]
         inputs: dict[str, Any] = {k: tensor for k, tensor in batch.items() if k != "labels"}
         if self.caches:
@@ -58,9 +57,7 @@ class LabelLoss:
         logits = model(**inputs).logits.reshape(*labels.shape, -1)
         if logits.element_size() < 4:
             logits = logits.float()
-        total = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        total = smoothed(logits.flatten(0, 1), labels.flatten(), smoothing).sum()
         return total, self.count(labels), logits
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:

@@ -60,23 +60,30 @@ class SupervisedLoss:
         self.keeps_logits = "logits_to_keep" in forward.parameters
 
     def __call__(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over the batch (float32 or wider) and the number of supervised tokens (int64).
 
         Args:
-            batch: as in `of_tokens`.
+            batch, smoothing: as in `of_tokens`.
         """
-        return self.of_tokens(model, batch).sum(), self.count(batch["labels"])
+        return self.of_tokens(model, batch, smoothing).sum(), self.count(batch["labels"])
 
-    def of_tokens(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def of_tokens(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, torch.Tensor],
+        smoothing: float | torch.Tensor = 0.0,
+    ) -> torch.Tensor:
         """The loss of every supervised token (n,), row after row, in float32 or wider.
 
         Args:
             batch: `input_ids` and `labels` (batch, seq), and what else the model's forward takes.
                 A position predicts the label after it.
+            smoothing: with e the target is (1 - e) of the label and e / V of each of V tokens
+                (Szegedy et al. 2016, arXiv:1512.00567); a tensor (n,) has one for each token.
         """
-        import torch.nn.functional as F
+        import torch
 
         from lorakit.models.attention import rows_apart
         from lorakit.models.cross_entropy import chunked_cross_entropy
@@ -95,18 +102,39 @@ class SupervisedLoss:
                 logits = logits[keep]
                 if logits.element_size() < 4:
                     logits = logits.float()
-                return F.cross_entropy(logits, targets[keep], reduction="none")
+                return smoothed(logits, targets[keep], smoothing)
             with _stopped_before(self.output.linear) as reached:
                 model(**inputs, use_cache=False)
         [h] = reached
         linear, scale, softcap = self.output.linear, self.output.scale, self.output.softcap
-        return chunked_cross_entropy(
-            h[:, :-1][keep], linear.weight, linear.bias, targets[keep], scale, softcap
-        )
+        h, targets, even = h[:, :-1][keep], targets[keep], None
+        if isinstance(smoothing, torch.Tensor) or smoothing:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            even = torch.as_tensor(smoothing, dtype=wide, device=h.device).expand(targets.shape)
+        return chunked_cross_entropy(h, linear.weight, linear.bias, targets, scale, softcap, even)
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of `labels` (batch, seq) the loss is taken on."""
         return (labels[:, 1:] != IGNORE).sum()
+
+
+def smoothed(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float | torch.Tensor = 0.0
+) -> torch.Tensor:
+    """The cross-entropy (n,) of logits (n, V) with targets (n,), 0 where these are `IGNORE`.
+
+    Args:
+        smoothing: as in `SupervisedLoss.of_tokens`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
+    if not isinstance(smoothing, torch.Tensor) and not smoothing:
+        return losses
+    share = torch.as_tensor(smoothing, dtype=losses.dtype, device=losses.device)
+    even = torch.logsumexp(logits, dim=-1) - logits.mean(dim=-1)
+    return torch.where(targets == IGNORE, losses, (1 - share) * losses + share * even)
 
 
 def output_layer(model: nn.Module) -> OutputLayer | None:

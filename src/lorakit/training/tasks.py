@@ -46,9 +46,13 @@ class Loss(Protocol):
     """The loss of a batch: a sum and what it is a sum of, so that batches add up exactly."""
 
     def __call__(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss in nats, and the number of labels that it is taken on."""
+        """The summed loss in nats, and the number of labels that it is taken on.
+
+        Args:
+            smoothing: the share of a target that is spread evenly over all classes.
+        """
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of a batch's labels the loss is taken on."""

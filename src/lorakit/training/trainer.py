@@ -38,6 +38,8 @@ from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.loraplus import over_loraplus_groups
+from lorakit.training.neftune import EmbeddingNoise
+from lorakit.training.schedule import warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
 from lorakit.training.tasks import Loss
 
@@ -103,6 +105,8 @@ class LoraTrainer(Trainer):
             callbacks=[self.sampler],
         )
         self.supervised_loss = loss(model, self.is_spread)
+        self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
+        self.neftune_noise_alpha = None  # Trainer's takes a line of rows for one row
         # compute_loss divides by the whole optimiser step's tokens itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -135,6 +139,16 @@ class LoraTrainer(Trainer):
             self.optimizer_cls_and_kwargs = over_loraplus_groups(trained, self.args, ratio, *chosen)
         return super().create_optimizer(model)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Trainer's, with a warm-up that begins above 0."""
+        if self.lr_scheduler is None:
+            made = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = warm_from_first(made, warmup, num_training_steps)
+        return self.lr_scheduler
+
     # --- loss -----------------------------------------------------------------------------
 
     def compute_loss(
@@ -149,7 +163,8 @@ class LoraTrainer(Trainer):
         `num_items_in_batch` counts the supervised tokens of all accumulated batches and ranks,
         so the sum over them is the mean over tokens, however they were divided up.
         """
-        total, count = self.supervised_loss(model, inputs)
+        with self.noise.on(inputs):
+            total, count = self.supervised_loss(model, inputs, self.args.label_smoothing_factor)
         whole = count if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over ranks; the sum is wanted.
         return total * self.accelerator.num_processes / whole

@@ -28,12 +28,14 @@ class Part:
         name: the adapter's.
         divisor: what its summed loss is divided by.
         stream: what its dropout is drawn from.
+        smoothing: of its labels.
     """
 
     name: str
     batch: Batch
     divisor: torch.Tensor | int = 1
     stream: Stream | None = None
+    smoothing: float = 0.0
 
     @property
     def size(self) -> int:
@@ -118,8 +120,12 @@ def losses_of(
     """
     whole, route = side_by_side(parts, pad_token_id)
     counts = torch.stack([loss.count(part.batch["labels"]) for part in parts]).tolist()
+    smoothing: float | torch.Tensor = 0.0
+    if any(part.smoothing for part in parts):
+        own = torch.tensor([part.smoothing for part in parts], dtype=torch.float64)
+        smoothing = own.repeat_interleave(torch.tensor(counts)).to(whole["labels"].device)
     with model.routing.using(route):
-        losses = loss.of_tokens(model, whole)
+        losses = loss.of_tokens(model, whole, smoothing)
     return list(losses.split(counts))
 
 

@@ -78,6 +78,7 @@ class Member:
         )
         # What its trainer has seeded just now, for itself.
         self.stream = Stream(resident.device)
+        self.smoothing: float = args.label_smoothing_factor
         self.diverged: str | None = None
 
     @property
@@ -112,7 +113,7 @@ class Member:
         """
         if wait is not None:
             self.trainer.join = lambda batch, divisor: wait(
-                Part(self.adapter, batch, divisor, self.stream)
+                Part(self.adapter, batch, divisor, self.stream, self.smoothing)
             )
         if self.stands:
             assert self.checkpoint is not None
