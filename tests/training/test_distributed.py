@@ -39,7 +39,7 @@ RARE = {
 }
 # What one process and two must agree on: keys of `lora` and of `training`.
 AGREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ddp_best": ({}, BEST),
+    "ddp_best": ({}, BEST | {"ddp_backend": "gloo"}),
     "fsdp_best": ({}, BEST | FSDP),
     "fsdp_full_shard": ({}, {"fsdp": "full_shard auto_wrap"}),
     "fsdp_dora": ({"use_dora": True, "modules_to_save": ["lm_head"]}, FSDP),

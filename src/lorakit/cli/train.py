@@ -7,6 +7,7 @@ import typer
 
 from lorakit.cli.recipes import Arguments, Data, Model, recipe_from
 from lorakit.console import say
+from lorakit.errors import LorakitError
 
 
 def train(
@@ -48,3 +49,7 @@ def train(
     for name, score in (manifest.eval_scores or {}).items():
         before = (manifest.base_eval_scores or {})[name]
         say(f"held-out {name}: {before:.4f} with the untrained head, {score:.4f} after")
+    if any(warning.get("warning") == "unchanged" for warning in manifest.warnings):
+        raise LorakitError(
+            "nothing was learned: the adapter is unchanged, as a warning in lorakit.json says too"
+        )

@@ -46,6 +46,11 @@ class LabelScorer:
         return tags and any(name != "O" for name in self.names)
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the scores."""
+        return ("accuracy", "f1", *(("entity_f1",) if self.entities else ()))
+
+    @property
     def size(self) -> int:
         """The number of counts."""
         return 3 * len(self.names) + 3

@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from lorakit.errors import LorakitError
 from lorakit.progress import track
 from lorakit.training.machine import LESS_MEMORY, memory_mb, peak_memory_mb
-from lorakit.training.trainer import LoraTrainer
+from lorakit.training.trainer import LoraTrainer, enable_checkpointing
 
 TRIED, EVALUATED = 8, 3
 """Batches that are timed, of training and of the held-out rows."""
@@ -131,8 +131,7 @@ def _all_batches(trainer: LoraTrainer, steps: int) -> list[list[int]]:
 def _undone(trainer: LoraTrainer) -> Iterator[Callable[[Sequence[int]], None]]:
     """Gives a function that trains on a batch; nothing is left of that but the memory it took."""
     model, args = trainer.model, trainer.args
-    if args.gradient_checkpointing:  # as Trainer does when it begins
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    enable_checkpointing(model, args)  # as Trainer does when it begins
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
     was_training = model.training

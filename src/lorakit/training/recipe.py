@@ -31,6 +31,7 @@ from lorakit.data.mixing import Source
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models.quantization import Quantization, as_quantization
 from lorakit.training.arguments import ARGUMENTS, refusal
+from lorakit.training.effects import check_recipe
 from lorakit.training.recipe_errors import in_one_line, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
@@ -143,6 +144,15 @@ class TrainingRecipe(_Numbers):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_is_a_strategy(cls, values: Any) -> Any:
+        """YAML reads `eval_strategy: no` as false."""
+        if not isinstance(values, dict):
+            return values
+        strategies = [name for name in values if str(name).endswith("_strategy")]
+        return values | {name: "no" for name in strategies if values[name] is False}
+
     @field_validator("max_steps")
     @classmethod
     def _some_steps(cls, steps: int) -> int:
@@ -222,6 +232,11 @@ class Recipe(_Strict):
                 "early_stopping_patience goes by the held-out loss: "
                 "leave data.eval above 0 and training.eval_strategy on"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> Self:
+        check_recipe(self)
         return self
 
     @property

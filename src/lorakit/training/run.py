@@ -52,6 +52,7 @@ from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation, last_checkpoint
+from lorakit.training.unchanged import warn_of_unchanged
 from lorakit.training.watch import Watch
 
 FORECAST_FROM = 200
@@ -156,6 +157,9 @@ def _train(
             began = time.perf_counter()
             base, tuned = _fit(trainer, setup, checkpoint)
         seconds = time.perf_counter() - began
+        if trainer.start is not None:
+            step = trainer.state.global_step
+            _say(console, warn_of_unchanged(trainer.start, setup.model, step, metrics))
         manifest = manifest_of(setup, trainer, base, tuned, metrics, seconds)
         if main and setup.own_template:  # so that chat and serve use the same
             atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)

@@ -94,6 +94,11 @@ def check_schedule(args: TrainingArguments, steps: int) -> list[str]:
         notices.append(
             f"training.warmup_steps has no effect: the schedule {name} has no warm-up ({instead})"
         )
+    elif warmup > steps:
+        notices.append(
+            f"the warm-up of {warmup:,} steps is longer than the run of {steps:,}: the learning "
+            f"rate comes up to {max(rates):.3g} of {args.learning_rate:.3g}"
+        )
     return notices
 
 

@@ -6,6 +6,7 @@ back as notices.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,8 +27,17 @@ from lorakit.models.load import best_device, torch_dtype
 from lorakit.training.advice import Advice, advised
 from lorakit.training.batching import Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
+from lorakit.training.effects import (
+    check_metric,
+    check_optimizer,
+    check_trackers,
+    needs_held_out_rows,
+    of_several_processes,
+)
+from lorakit.training.forecast import planned_steps
 from lorakit.training.machine import settle_in
-from lorakit.training.recipe import Recipe
+from lorakit.training.recipe import Recipe, TrainingRecipe
+from lorakit.training.schedule import check_schedule
 from lorakit.training.sharded import asks_to_spread, check_fsdp
 from lorakit.training.tasks import Beginning, begin
 from lorakit.training.trainer import LoraTrainer
@@ -105,20 +115,27 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
     spread = asks_to_spread(recipe.training.model_extra or {})
     if begun is None:
         # A model that is spread over GPUs may not fit into one: each takes its share from here.
-        dtype = torch_dtype(recipe.dtype, best_device(), training=True)
-        begun = begin(recipe, dtype, device="cpu" if spread else None)
+        device = wished_device(recipe)
+        dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
+        begun = begin(recipe, dtype, device="cpu" if spread else device)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = count_parameters(model)[1]
     recipe, advice = advised(recipe, parameters, len(data.train))
     base_fingerprint = fingerprint(model, without=begun.new_modules)
     set_seed(recipe.training.seed)
     adapted = LoraModel(model, begun.lora_config(recipe))
+    if not data.eval and (name := needs_held_out_rows(recipe)):
+        raise InputError(f"{name} needs held-out rows, and there are none: give data.eval a file")
     arguments = training_arguments(recipe, held_out=bool(data.eval))
+    check_metric(arguments, ["loss", *(begun.scorer.metrics if begun.scorer else ())])
     check_fsdp(arguments, begun.lora_config(recipe))
     batching, notices = choose_batching(
         recipe, Lines(adapted), tokenizer.pad_token_id, begun.collator
     )
     notices += _divided(data, batching, arguments)
+    steps = planned_steps(arguments, len(batching.train_batches(data.train, arguments, epoch=0)))
+    notices += check_schedule(arguments, steps)
+    notices += of_several_processes(arguments, recipe.training.model_extra or {})
     if (shared := batching.shared_tokens(data.train, arguments)) >= 0.01:
         notices.append(
             f"{shared:.0%} of the tokens are prefixes that rows of a batch share: computed once"
@@ -130,6 +147,8 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
     notices += [notice] if notice else []
     if recipe.early_stopping_patience:
         notices.append("early stopping: saved whenever it is evaluated, and the best is kept")
+    elif follows_evaluations(recipe):
+        notices.append("saved whenever it is evaluated, as the best is to be loaded at the end")
     return Setup(
         recipe=recipe,
         advice=advice,
@@ -143,6 +162,19 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
         base_fingerprint=base_fingerprint,
         own_template=None if begun.had_template else tokenizer.chat_template,
         notices=[*data.notices, *notices],
+    )
+
+
+def wished_device(recipe: Recipe) -> str | None:
+    """`cpu` where the recipe asks for it, else None for the best that there is."""
+    return "cpu" if (recipe.training.model_extra or {}).get("use_cpu") else None
+
+
+def follows_evaluations(recipe: Recipe) -> bool:
+    """Whether a run saves whenever it evaluates, as the recipe says nothing else of saving."""
+    usual, training = TrainingRecipe.model_fields, recipe.training
+    return bool((training.model_extra or {}).get("load_best_model_at_end")) and all(
+        getattr(training, name) == usual[name].default for name in ("save_strategy", "save_steps")
     )
 
 
@@ -161,27 +193,34 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would hide a loss that is no number
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Unless told so, accelerate would start no process group without a GPU.
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": False,
         **recipe.training.model_dump(exclude={"loraplus_lr_ratio"}),  # the trainer's own
     }
+    # Unless told so, accelerate would start no process group without a GPU.
+    values["use_cpu"] = values["use_cpu"] or not torch.accelerator.is_available()
+    if "LOCAL_RANK" not in os.environ:  # one process forms no group
+        values.pop("ddp_backend", None)
     if recipe.training.per_device_eval_batch_size is None:
         del values["per_device_eval_batch_size"]  # batches are made without it
     if not held_out:
         values["eval_strategy"] = "no"
     if recipe.early_stopping_patience:
+        values["load_best_model_at_end"] = True
+    if recipe.early_stopping_patience or follows_evaluations(recipe):
         # The best weights must have been saved when they were evaluated.
         every = values.get("eval_steps") or values["logging_steps"]
-        values["load_best_model_at_end"] = True
-        if "metric_for_best_model" not in values:
-            values |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
         values |= {"save_strategy": values["eval_strategy"], "save_steps": every}
+    if values.get("load_best_model_at_end") or values["save_strategy"] == "best":
+        values.setdefault("metric_for_best_model", "loss")
     if values.get("deepspeed") and not find_spec("deepspeed"):
         raise InputError("training.deepspeed needs DeepSpeed: pip install deepspeed")
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
+    check_optimizer(arguments, recipe.training.model_extra or {})
+    check_schedule(arguments, max(arguments.max_steps, 100))
+    check_trackers(arguments)
     if arguments.n_gpu > 1:
         # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
         arguments._n_gpu = 1

@@ -42,6 +42,7 @@ from lorakit.training.neftune import EmbeddingNoise
 from lorakit.training.schedule import warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
 from lorakit.training.tasks import Loss
+from lorakit.training.unchanged import Start
 
 _STAGING = ".saving"
 _COUNTS = "lorakit_counts.json"
@@ -72,6 +73,7 @@ class LoraTrainer(Trainer):
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
 
     Attributes:
+        start: the adapter before the first step; None where weights are spread.
         interrupt: what processes agree on stopping by; None to go on whatever comes.
     """
 
@@ -105,6 +107,7 @@ class LoraTrainer(Trainer):
             callbacks=[self.sampler],
         )
         self.supervised_loss = loss(model, self.is_spread)
+        self.start = None if self.is_spread else Start(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # Trainer's takes a line of rows for one row
         # compute_loss divides by the whole optimiser step's tokens itself.
@@ -129,6 +132,21 @@ class LoraTrainer(Trainer):
                 "DeepSpeed's ZeRO stage 3 is not supported: use stage 2, or training.fsdp: true, "
                 "which spreads the weights too"
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; what an optimiser averages for evaluation is then in the weights."""
+        found = super().train(*args, **kwargs)
+        self._averaged()
+        return found
+
+    def _averaged(self) -> None:
+        """Lets an optimiser that has other weights to evaluate (schedule-free) put them in place.
+
+        Trainer calls its `train` before each step.
+        """
+        average = getattr(self.optimizer, "eval", None)
+        if callable(average):
+            average()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, over the groups of LoRA+ where these are asked for."""
@@ -173,6 +191,7 @@ class LoraTrainer(Trainer):
     def held_out_scores(self) -> dict[str, float]:
         """`loss` per supervised token of the held-out rows, in nats, and a classifier's scores."""
         self.model.eval()
+        self._averaged()
         sums = torch.zeros(2 + (self.scorer.size if self.scorer else 0), dtype=torch.float64)
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
@@ -214,6 +233,14 @@ class LoraTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Trainer's; a run that is resumed has had its evaluation before the start."""
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     # --- batches --------------------------------------------------------------------------
 
@@ -258,6 +285,7 @@ class LoraTrainer(Trainer):
             shutil.rmtree(folder / _STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._is_saving = True
+        self._averaged()
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
@@ -345,6 +373,14 @@ class LoraTrainer(Trainer):
 
     def _lora_model(self) -> LoraModel:
         return self.accelerator.unwrap_model(self.model)
+
+
+def enable_checkpointing(model: Any, args: TrainingArguments) -> None:
+    """Lets `model` compute activations again in the backward pass, if `args` ask for it."""
+    if args.gradient_checkpointing:
+        kwargs = dict(args.gradient_checkpointing_kwargs or {})
+        own = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
+        model.gradient_checkpointing_enable(kwargs or None, **own)
 
 
 class SaveAfterEvaluation(TrainerCallback):

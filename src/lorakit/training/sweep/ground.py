@@ -25,6 +25,7 @@ from lorakit.training.advice import advised
 from lorakit.training.batching import choose_batching
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
+from lorakit.training.setup import wished_device
 from lorakit.training.sweep.row_losses import SplitLosses, losses_of
 from lorakit.training.sweep.space.configurations import changed
 from lorakit.training.tasks import Beginning, begin
@@ -131,7 +132,9 @@ class Ground:
             model.unload()
 
     def _begin(self, recipe: Recipe) -> Beginning:
-        return begin(recipe, torch_dtype(recipe.dtype, best_device(), training=True))
+        device = wished_device(recipe)
+        dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
+        return begin(recipe, dtype, device)
 
 
 def split(

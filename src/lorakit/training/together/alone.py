@@ -55,6 +55,8 @@ def evaluates_itself(recipe: Recipe, args: TrainingArguments) -> str | None:
     """What a run does by evaluations of its own, if there is anything."""
     if recipe.early_stopping_patience or args.load_best_model_at_end:
         return "it keeps its best weights by evaluations of its own"
+    if args.eval_on_start:
+        return "it evaluates before it begins"
     if _name(args.save_strategy) == "best":
         return "it saves by evaluations of its own"
     if (schedule := _name(args.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy"):
@@ -64,13 +66,8 @@ def evaluates_itself(recipe: Recipe, args: TrainingArguments) -> str | None:
 
 def _needs_its_own_process(args: TrainingArguments) -> str | None:
     """What reaches beyond an adapter's own parameters while it trains."""
-    optimizer = _name(args.optim)
-    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
-        return f"the optimiser {optimizer} steps while gradients are made"
     if args.neftune_noise_alpha:
         return "neftune_noise_alpha draws noise for a whole batch"
-    if args.use_liger_kernel:
-        return "use_liger_kernel changes the model"
     if args.report_to:
         return f"{args.report_to[0]} follows one run of a process at a time"
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,6 +32,8 @@ from lorakit.training.together.room import in_passes
 from lorakit.training.together.share import AdapterShare
 from lorakit.training.together.trainer import ConfigurationTrainer, DivergedError
 from lorakit.training.together.turns import Wait, take_turns
+from lorakit.training.trainer import enable_checkpointing
+from lorakit.training.unchanged import warn_of_unchanged
 
 FindRoom = Callable[[Sequence[Part], Callable[[Sequence[Part]], None]], int | None]
 """Gives the tokens of a pass, out of the largest batches and a function that tries a pass out."""
@@ -92,9 +93,7 @@ class Member:
 
     def make_ready(self) -> None:
         """Switches on what training does on the model, as its trainer will."""
-        args: Any = self.setup.arguments
-        if args.activation_checkpointing:
-            self.setup.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+        enable_checkpointing(self.setup.model, self.setup.arguments)
 
     def largest_part(self) -> Part:
         """The batch with most tokens of the first epoch, with no stream: it is for trials."""
@@ -147,6 +146,9 @@ class Member:
             atomic.write_file(self.folder / TEMPLATE_NAME, self.setup.own_template)
         self.setup.model.save_pretrained(self.folder)
         trainer, seconds = self.trainer, self.trainer.counts.seconds
+        if trainer.start is not None:
+            model, step = self.setup.model, trainer.state.global_step
+            list(warn_of_unchanged(trainer.start, model, step, trainer.lines))
         manifest = manifest_of(
             self.setup, trainer, _mean(base), _mean(tuned), trainer.lines, seconds
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError
@@ -20,7 +20,9 @@ from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training.batching import Batching, choose_batching
+from lorakit.training.forecast import planned_steps
 from lorakit.training.recipe import Recipe
+from lorakit.training.schedule import check_schedule
 from lorakit.training.setup import Setup, training_arguments
 from lorakit.training.sharded import asks_to_spread
 from lorakit.training.tasks import Beginning
@@ -74,6 +76,7 @@ class Resident:
             raise InputError(
                 "configurations train together in one process: start it without torchrun"
             )
+        notices = [*notices, *check_schedule(arguments, self.steps(recipe, arguments))]
         return Setup(
             recipe=recipe,
             advice=[],
@@ -88,6 +91,12 @@ class Resident:
             own_template=template if isinstance(template, str) else None,
             notices=[*begun.data.notices, *notices],
         )
+
+    def steps(self, recipe: Recipe, arguments: TrainingArguments) -> int:
+        """The optimiser steps of a run of `recipe`."""
+        batching, _ = self.batching(recipe)
+        batches = batching.train_batches(self.begun.data.train, arguments, epoch=0)
+        return planned_steps(arguments, len(batches))
 
     @contextmanager
     def adapted(self, recipes: Mapping[str, Recipe]) -> Iterator[LoraModel]:

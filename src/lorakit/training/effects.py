@@ -1,0 +1,263 @@
+"""Settings that would do nothing beside the other settings of a run: refused by name, or noticed.
+
+What a field of `TrainingArguments` is by itself stands in `arguments.py`; here it is looked at
+beside what else the recipe says, before anything is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import InputError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from lorakit.training.recipe import Recipe
+
+BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that change the learning rate when held-out rows were evaluated."""
+
+_ADAM = {"adam_beta1": (0.5, 0.6), "adam_beta2": (0.5, 0.6), "adam_epsilon": (1e-3, 1e-4)}
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+_CHECKPOINTING_OPTIONS = (
+    "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop",
+    "every_n_layers", "offload",
+)  # fmt: skip
+_LEAST = {
+    "neftune_noise_alpha": 0,
+    "adam_epsilon": 0,
+    "eval_delay": 0,
+    "eval_steps": 0,
+    "torch_empty_cache_steps": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "ddp_timeout": 1,
+    "ddp_bucket_cap_mb": 1,
+}
+_LEVELS = ("passive", "debug", "detail", "info", "warning", "error", "critical")
+_CHOICES = {
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+}
+_WORKERS = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+_DDP = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph", "backend")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises InputError for the first setting of a recipe that the others leave without effect."""
+    given = {k: v for k, v in (recipe.training.model_extra or {}).items() if v is not None}
+    if recipe.data.eval == 0 and (name := needs_held_out_rows(recipe)):
+        raise InputError(f"{name} needs held-out rows: leave data.eval above 0, or leave it out")
+    for reason in (
+        *_of_ranges(recipe, given),
+        *_of_evaluation(recipe, given),
+        *_of_saving(recipe, given),
+        *_of_the_rest(recipe, given),
+    ):
+        raise InputError(reason)
+
+
+def needs_held_out_rows(recipe: Recipe) -> str | None:
+    """What of a recipe cannot be done without held-out rows, as a key and its value."""
+    given, training = recipe.training.model_extra or {}, recipe.training
+    if training.save_strategy == "best":
+        return "training.save_strategy=best"
+    if training.lr_scheduler_type in BY_EVALUATIONS:
+        return f"training.lr_scheduler_type={training.lr_scheduler_type}"
+    names = ("eval_on_start", "eval_delay", "eval_steps", "load_best_model_at_end")
+    return next((f"training.{name}" for name in names if given.get(name)), None)
+
+
+def _of_ranges(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+    for name in ("label_smoothing_factor", "adam_beta1", "adam_beta2"):
+        if not 0 <= given.get(name, 0) < 1:
+            yield f"training.{name}: should be in [0, 1), not {given[name]}"
+    for name, least in _LEAST.items():
+        if given.get(name, least) < least:
+            yield f"training.{name}: should be {least} or more, not {given[name]}"
+    for name, known in _CHOICES.items():
+        if given.get(name, known[0]) not in known:
+            yield f"training.{name}: should be one of {', '.join(known)}, not {given[name]!r}"
+    warmup = recipe.training.warmup_steps
+    if warmup >= 1 and warmup != int(warmup):
+        yield (
+            f"training.warmup_steps: should be a whole number, or below 1 a share of all steps, "
+            f"not {warmup}"
+        )
+
+
+def _of_evaluation(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+    strategy = recipe.training.eval_strategy
+    if given.get("eval_steps") and strategy != "steps":
+        yield (
+            f"training.eval_steps has no effect with eval_strategy {strategy}: add "
+            "training.eval_strategy=steps"
+        )
+    if strategy != "no":
+        by_best = _keeps_the_best(recipe, given)
+    else:
+        by_best = None
+        needs = needs_held_out_rows(recipe)
+        if needs and needs != "training.eval_on_start":
+            yield f"{needs} needs evaluations: leave training.eval_strategy=no out"
+    for name in ("metric_for_best_model", "greater_is_better"):
+        if name in given and not by_best:
+            yield (
+                f"training.{name} has no effect: give training.load_best_model_at_end=true, "
+                "early_stopping_patience, or training.save_strategy=best"
+            )
+    metric = str(given.get("metric_for_best_model", "loss"))
+    grows = not metric.endswith("loss")
+    if given.get("greater_is_better", grows) != grows:
+        better = "when it is greater" if grows else "when it is smaller"
+        yield f"training.greater_is_better: {metric} is better {better}; leave it out"
+
+
+def _keeps_the_best(recipe: Recipe, given: dict[str, Any]) -> bool:
+    """Whether evaluations decide on anything by a metric."""
+    return bool(
+        recipe.early_stopping_patience
+        or given.get("load_best_model_at_end")
+        or recipe.training.save_strategy == "best"
+        or recipe.training.lr_scheduler_type in BY_EVALUATIONS
+    )
+
+
+def _of_saving(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+    training = recipe.training
+    usual = type(training).model_fields["save_steps"].default
+    by_best = recipe.early_stopping_patience or given.get("load_best_model_at_end")
+    if training.save_strategy != "steps" and training.save_steps != usual and not by_best:
+        yield (
+            f"training.save_steps has no effect with save_strategy {training.save_strategy}: "
+            "leave one of them out"
+        )
+    if given.get("save_only_model") and training.save_strategy == "no":
+        yield "training.save_only_model has no effect with save_strategy no: leave it out"
+
+
+def _of_the_rest(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+    new, old = _CHECKPOINTING
+    for suffix in ("", "_kwargs"):
+        first, second = given.get(new + suffix), given.get(old + suffix)
+        if None not in (first, second) and first != second:
+            yield f"training.{new}{suffix} and {old}{suffix} are one setting: give one of them"
+    for name in _CHECKPOINTING:
+        if given.get(f"{name}_kwargs") and not (given.get(new) or given.get(old)):
+            yield f"training.{name}_kwargs has no effect without training.{new}=true: add it"
+        options = given.get(f"{name}_kwargs")
+        for option in options if isinstance(options, dict) else ():
+            if option not in _CHECKPOINTING_OPTIONS:
+                near = did_you_mean(str(option), _CHECKPOINTING_OPTIONS)
+                yield f"training.{name}_kwargs: {option} is none of its options{near}"
+    for name in _WORKERS:
+        if given.get(f"dataloader_{name}") and not given.get("dataloader_num_workers"):
+            yield (
+                f"training.dataloader_{name} has no effect without workers: give "
+                "training.dataloader_num_workers too"
+            )
+    trackers = recipe.training.report_to
+    trackers = [trackers] if isinstance(trackers, str) else trackers
+    if "run_name" in given and set(trackers) <= {"none"}:
+        yield "training.run_name has no effect without a tracker: give training.report_to too"
+    for name in _TRACKIO:
+        if name in given and not {"trackio", "all"} & set(trackers):
+            yield f"training.{name} has no effect without training.report_to=trackio: add it"
+
+
+def check_metric(args: TrainingArguments, known: Collection[str]) -> None:
+    """Raises InputError where the best model goes by a metric that no evaluation gives.
+
+    Args:
+        known: what an evaluation gives.
+    """
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(
+            f"training.metric_for_best_model: an evaluation of this run gives no '{metric}'; it "
+            f"gives {', '.join(known)}"
+        )
+
+
+def check_optimizer(args: TrainingArguments, given: Collection[str]) -> None:
+    """Raises InputError where the optimiser is none for adapters, is missing, or reads not all.
+
+    Args:
+        given: the fields of `TrainingArguments` that the recipe has.
+    """
+    import torch
+    from transformers import Trainer
+
+    name = str(getattr(args.optim, "value", args.optim))
+    if "galore" in name or "apollo" in name:
+        raise InputError(
+            f"training.optim={name} projects the gradients of full matrices to a low rank, which "
+            "an adapter's already are: take another optimiser"
+        )
+    if "lomo" in name:
+        raise InputError(
+            f"training.optim={name} steps while gradients are made, without accumulation and the "
+            "clipping of training.max_grad_norm: take another optimiser"
+        )
+
+    def options(**changed: Any) -> str:
+        own = copy.copy(args)
+        for key, value in changed.items():
+            setattr(own, key, value)
+        return repr(Trainer.get_optimizer_cls_and_kwargs(own, None))
+
+    try:
+        whole = options()
+        kind, own = Trainer.get_optimizer_cls_and_kwargs(args, None)
+        if isinstance(kind, type):
+            kind([torch.zeros(1, requires_grad=True)], **own)
+    except (ImportError, ValueError, RuntimeError, AttributeError) as error:
+        what = f"optim_args={args.optim_args}" if args.optim_args else f"optim={name}"
+        raise InputError(f"training.{what}: {first_line(error)}") from error
+    for key, (one, other) in _ADAM.items():
+        if key in given and options(**{key: one}) == options(**{key: other}):
+            raise InputError(f"training.{key} has no effect with optim={name}: leave it out")
+    entries = [entry for entry in (args.optim_args or "").replace(" ", "").split(",") if entry]
+    for entry in entries:
+        if not _is_read(options, entries, entry, whole):
+            key = entry.partition("=")[0]
+            raise InputError(
+                f"training.optim_args: {key} has no effect with optim={name}: leave it out"
+            )
+
+
+def _is_read(options: Any, entries: Sequence[str], entry: str, whole: str) -> bool:
+    """Whether the optimiser's options change when an entry of `optim_args` does."""
+    key = entry.partition("=")[0]
+    others = [other for other in entries if other != entry]
+    for value in ("0.123", "7", "True"):
+        try:
+            if options(optim_args=",".join([*others, f"{key}={value}"])) != whole:
+                return True
+        except (ValueError, RuntimeError, AttributeError):
+            return True
+    return False
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Raises InputError where a tracker is unknown or not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"training.report_to: {first_line(error)}") from error
+
+
+def of_several_processes(args: TrainingArguments, given: Collection[str]) -> list[str]:
+    """A notice for what is read by several processes alone, where there is one."""
+    named = [f"ddp_{name}" for name in (*_DDP, "timeout") if f"ddp_{name}" in given]
+    if args.world_size > 1 or not named:
+        return []
+    return [f"training.{', '.join(named)} has no effect with one process"]
