@@ -20,7 +20,7 @@ MIXED: list[dict[str, Any]] = [
     {"training.per_device_train_batch_size": 3, "training.gradient_accumulation_steps": 2},
     {"training.max_grad_norm": 0.05, "training.seed": 7, "lora.lora_dropout": 0.1},
     {"training.optim": "sgd", "training.weight_decay": 0.1, "training.max_steps": 6},
-    {"training.loraplus_lr_ratio": 8, "lora.r": 3},
+    {"training.loraplus_lr_ratio": 8, "lora.r": 3, "training.label_smoothing_factor": 0.2},
     {"lora.init_lora_weights": "pissa", "training.max_steps": -1, "training.num_train_epochs": 0.4},
 ]
 
@@ -53,7 +53,7 @@ def test_mixed_configurations_give_the_weights_of_their_solo_runs(
         assert distance(own, wanted) < tolerance, configuration.changes
 
 
-def test_dora_and_embeddings_beside_plain_adapters_give_the_weights_of_their_solo_runs(
+def test_dora_embeddings_and_noise_beside_plain_adapters_give_the_weights_of_their_solo_runs(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
     values = small(tiny_model, rows, tmp_path / "base", max_steps=3) | {"dtype": "float64"}
@@ -61,6 +61,7 @@ def test_dora_and_embeddings_beside_plain_adapters_give_the_weights_of_their_sol
         {"lora.use_dora": True, "lora.lora_dropout": 0.2},
         {"lora.target_modules": ["embed_tokens", "k_proj"]},
         {"lora.r": 3},
+        {"lora.r": 3, "training.neftune_noise_alpha": 5},  # trains by itself
     ]
     sweep = configurations(values, tmp_path / "sweep", changes)
     runner_for(values, at_once=len(sweep)).advance(sweep, 1.0)
