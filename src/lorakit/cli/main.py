@@ -30,6 +30,7 @@ from lorakit.cli.import_adapter import import_adapter
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.models import models
+from lorakit.cli.recipes import option_hint
 from lorakit.cli.report import report
 from lorakit.cli.reproduce import reproduce
 from lorakit.cli.resize import resize
@@ -135,7 +136,7 @@ def main() -> None:
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
             code = _fail("interrupted", code)
     except UsageError as error:
-        code = _fail_as_one(error.format_message(), error.exit_code)
+        code = _fail_as_one(option_hint(error) or error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:

@@ -26,6 +26,8 @@ Data = Annotated[
     str | None, typer.Option(help="The rows to learn from: a file, a folder, or a hub id.")
 ]
 
+_WITH_RECIPES = ("train", "check", "sweep")
+
 
 def recipe_from(
     arguments: list[str] | None,
@@ -64,3 +66,20 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:  # an override may be longer than any file's name
         return False
+
+
+def option_hint(error: Any) -> str | None:
+    """What to say of an option that a verb with a recipe lacks, if it is a key of a recipe or
+    another tool's name of one.
+
+    Args:
+        error: click's error of usage.
+    """
+    name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if name is None or context is None or context.command.name not in _WITH_RECIPES:
+        return None
+    from lorakit.training.key_hints import key_hint
+
+    if hint := key_hint(name, ()):
+        return f"No such option: {name}{hint}; recipe keys are given as KEY=VALUE"
+    return None

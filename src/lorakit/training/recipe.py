@@ -32,6 +32,7 @@ from lorakit.errors import InputError, did_you_mean
 from lorakit.models.quantization import Quantization, as_quantization
 from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.effects import check_recipe
+from lorakit.training.key_hints import key_hint
 from lorakit.training.recipe_errors import in_one_line, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
@@ -167,11 +168,13 @@ class TrainingRecipe(_Numbers):
 
             types = get_type_hints(TrainingArguments)
             known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+            reasons = [
+                refusal(name, value) if name in known else _unknown(name, known)
+                for name, value in extra.items()
+            ]
+            if refused := [reason for reason in reasons if reason]:
+                raise ValueError("; ".join(refused))
             for name, value in extra.items():
-                if name not in known:
-                    raise ValueError(_unknown(name, known))
-                if reason := refusal(name, value):
-                    raise ValueError(reason)
                 _check_argument(f"training.{name}", value, types[name])
         return self
 
@@ -179,7 +182,8 @@ class TrainingRecipe(_Numbers):
 def _unknown(name: str, known: Collection[str]) -> str:
     if name in ARGUMENTS:
         return f"training.{name} is none of the installed transformers: upgrade it, or leave it out"
-    return f"training.{name} is not a recipe key{did_you_mean(name, known)}"
+    hint = key_hint(name, known) or "; known are the fields of TrainingArguments"
+    return f"training.{name} is not a recipe key{hint}"
 
 
 class Recipe(_Strict):
@@ -260,10 +264,14 @@ class Recipe(_Strict):
 
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}
-        for name in self.lora:
-            if name not in known:
-                near = did_you_mean(name, known) or "; known are the fields of LoraConfig"
-                raise InputError(f"lora.{name} is not a recipe key{near}")
+        unknown = [
+            f"lora.{name} is not a recipe key"
+            + (key_hint(name, known) or "; known are the fields of LoraConfig")
+            for name in self.lora
+            if name not in known
+        ]
+        if unknown:
+            raise InputError("; ".join(unknown))
         if self.task_type not in FORMS:
             near = did_you_mean(self.task_type.upper(), FORMS)
             raise InputError(

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from lorakit.errors import did_you_mean, listed
+from lorakit.errors import listed
+from lorakit.training.key_hints import key_hint
 
 
 def in_one_line(error: ValidationError, model: type[BaseModel]) -> str:
@@ -20,8 +21,9 @@ def _problem(error: Any, model: type[BaseModel]) -> str:
     """One line for one of pydantic's findings."""
     key, known = _key(error, model)
     if error["type"] in _UNKNOWN_KEY:
-        near = did_you_mean(str(error["loc"][-1]), known)
-        return f"{key} is not a recipe key{near}; known are {listed(known, 20)}"
+        hint = key_hint(str(error["loc"][-1]), known)
+        others = "" if hint.startswith(":") else f"; known are {listed(known, 20)}"
+        return f"{key} is not a recipe key{hint}{others}"
     if error["type"] == "missing":
         return f"{key} is missing; give it"
     message = error["msg"].removeprefix("Value error, ")

@@ -98,14 +98,19 @@ class LoraTrainer(Trainer):
         self.scorer = scorer
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=BatchDataset(train_rows, batching, learning=True),
-            eval_dataset=held_out if eval_rows else None,
-            data_collator=only,
-            callbacks=[self.sampler],
-        )
+        # Trainer would make a smoother of its own, which the loss here has no use for.
+        smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=BatchDataset(train_rows, batching, learning=True),
+                eval_dataset=held_out if eval_rows else None,
+                data_collator=only,
+                callbacks=[self.sampler],
+            )
+        finally:
+            args.label_smoothing_factor = smoothing
         self.supervised_loss = loss(model, self.is_spread)
         self.start = None if self.is_spread else Start(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
