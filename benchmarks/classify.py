@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import lorakit
+from benchmarks.peers import warmed
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.data.labelled import collect_labels, read_labelled
 from lorakit.evaluation.classification import evaluate_labels
@@ -97,7 +98,7 @@ def with_peft(train: Path, settings: dict[str, Any], folder: Path) -> tuple[floa
         data_collator=DataCollatorWithPadding(tokenizer),
     )
     began = time.perf_counter()
-    trainer.train()
+    warmed(trainer).train()
     seconds = time.perf_counter() - began
     adapted.save_pretrained(folder)
     return seconds, adapted.get_nb_trainable_parameters()[0]

@@ -20,6 +20,7 @@ from rich.table import Table
 from transformers import Trainer, TrainingArguments, set_seed
 
 import lorakit
+from benchmarks.peers import warmed
 from lorakit.adapters.open import open_adapter
 from lorakit.data.batches import Collator
 from lorakit.data.dataset import load_samples
@@ -71,7 +72,7 @@ def with_peft(train: Path, rows: int, folder: Path) -> float:
     collate = Collator(tokenizer.pad_token_id)
     trainer = Trainer(model=adapted, args=arguments, train_dataset=tokenized, data_collator=collate)
     began = time.perf_counter()
-    trainer.train()
+    warmed(trainer).train()
     seconds = time.perf_counter() - began
     adapted.save_pretrained(folder)
     return seconds

@@ -164,7 +164,9 @@ def _with_the_seed_s_recipe(
     trainer = transformers.Trainer(
         model=model, args=transformers.TrainingArguments(**arguments), train_dataset=dataset
     )
-    trainer.train()
+    from benchmarks.peers import warmed
+
+    warmed(trainer).train()
     return model, tokenizer
 
 
@@ -187,7 +189,9 @@ def _with_trl(
         processing_class=tokenizer,
         peft_config=config,
     )
-    trainer.train()
+    from benchmarks.peers import warmed
+
+    warmed(trainer).train()
     return trainer.model, tokenizer
 
 

@@ -129,6 +129,7 @@ def run_trl(rows: str, output: str, epochs: str, r: str, rate: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     import lorakit
+    from benchmarks.peers import warmed
 
     with Path(rows).open(newline="") as file:
         examples = [
@@ -158,7 +159,7 @@ def run_trl(rows: str, output: str, epochs: str, r: str, rate: str) -> None:
             use_cpu=not torch.cuda.is_available(),
         ),
     )
-    trainer.train()
+    warmed(trainer).train()
     trainer.save_model(output)
 
 
