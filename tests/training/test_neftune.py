@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import T5ForConditionalGeneration
 
 from lorakit.errors import InputError
+from lorakit.training.neftune import EmbeddingNoise
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
 from small_runs import recipe
+from tiny import save_tiny_encoder_decoder
 
 WIDTH, ALPHA = 32, 5.0
 
@@ -73,3 +76,23 @@ def test_a_model_that_does_not_call_its_embedding_is_named(
     monkeypatch.setattr(type(model.embed_tokens), "__call__", type(model.embed_tokens).forward)
     with pytest.raises(InputError, match="neftune_noise_alpha"):
         trainer.compute_loss(setup.model, trainer.train_dataset[[0, 1]])
+
+
+def test_of_an_encoder_decoder_the_prompt_has_noise_and_the_answer_has_none(tmp_path: Path):
+    model = T5ForConditionalGeneration.from_pretrained(save_tiny_encoder_decoder(tmp_path))
+    ids = torch.randint(0, 250, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :3]}
+    reached: dict[str, torch.Tensor] = {}
+    for name, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
+        stack.block[0].register_forward_pre_hook(
+            lambda _, inputs, name=name: reached.__setitem__(name, inputs[0].detach())
+        )
+    with EmbeddingNoise(model, ALPHA).on(batch):
+        model(**batch)
+    noise = reached["encoder"] - model.shared(ids)
+    for row, length in ((0, 9), (1, 4)):
+        bound = ALPHA / math.sqrt(length * WIDTH)
+        assert 0.9 * bound < noise[row].abs().max() <= bound * (1 + 1e-5)
+    assert torch.equal(reached["decoder"], model.shared(ids[:, :3]))
