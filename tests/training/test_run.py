@@ -95,6 +95,7 @@ def test_however_a_step_is_divided_into_batches_it_is_the_same_step(
 
     def values(name: str, data: dict[str, Any], **training: Any) -> dict[str, Any]:
         training |= {"eval_strategy": "no", "max_steps": 3, "num_train_epochs": 3}
+        training["label_smoothing_factor"] = 0.1
         made = recipe(tiny_model, rows, tmp_path / name, **training)
         made["dtype"] = "float64"
         made["data"] |= {"eval": 0} | data
@@ -181,8 +182,9 @@ def test_a_run_killed_in_the_middle_resumes_to_the_bytes_of_an_undisturbed_one(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("saving", [{"save_steps": 5}, {"save_strategy": "best"}])
 def test_the_best_checkpoint_is_kept_and_is_what_a_run_leaves_when_asked(
-    tiny_model: Path, rows: Path, tmp_path: Path
+    tiny_model: Path, rows: Path, tmp_path: Path, saving: dict[str, Any]
 ):
     # A learning rate at which the held-out loss rises again.
     values = recipe(tiny_model, rows, tmp_path / "run", max_steps=60, learning_rate=0.1)
@@ -190,9 +192,8 @@ def test_the_best_checkpoint_is_kept_and_is_what_a_run_leaves_when_asked(
         "load_best_model_at_end": True,
         "eval_strategy": "steps",
         "eval_steps": 5,
-        "save_steps": 5,
         "save_total_limit": 1,
-    }
+    } | saving
     result = lorakit.train(values)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
