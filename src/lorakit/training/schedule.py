@@ -36,7 +36,7 @@ def warm_from_first(scheduler: Any, warmup: int, steps: int) -> Any:
     if warmup < 1 or any(own(0) != 0 for own in scheduler.lr_lambdas):
         return scheduler
     # A partial, as a scheduler's state has what other callable objects hold.
-    lambdas = [
+    lambdas: list[Callable[[int], float]] = [
         partial(_factor, own=own, warmup=warmup, steps=steps) for own in scheduler.lr_lambdas
     ]
     return LambdaLR(scheduler.optimizer, lambdas)
@@ -105,7 +105,7 @@ def check_schedule(args: TrainingArguments, steps: int) -> list[str]:
 def _rates(scheduler: Any, steps: int) -> list[float]:
     """The rates of the run's steps, or of some of many."""
     if not isinstance(scheduler, LambdaLR):
-        return [group["lr"] for group in scheduler.optimizer.param_groups]
+        return [float(group["lr"]) for group in scheduler.optimizer.param_groups]
     [factor], [base] = scheduler.lr_lambdas, scheduler.base_lrs
     looked_at = range(0, steps, -(-steps // _LOOKED_AT))
-    return [base * factor(step) for step in looked_at]
+    return [float(base) * factor(step) for step in looked_at]

@@ -78,6 +78,7 @@ class LoraTrainer(Trainer):
     """
 
     control: TrainerControl
+    lr_scheduler: Any
     _is_saving = False
 
     def __init__(

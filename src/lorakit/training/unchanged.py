@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,11 @@ def warn_of_unchanged(start: Start, model: nn.Module, step: int, lines: StepLine
 @torch.no_grad()
 def _sums(model: nn.Module) -> dict[str, int]:
     return {
-        name: zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        name: zlib.crc32(_bytes(parameter))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
