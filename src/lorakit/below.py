@@ -82,14 +82,33 @@ class Folder:
             raise OSError(errno.EINVAL, "not a regular file", name)
         return found
 
-    def _open(self, name: str) -> int:
+    def names_in(self, name: str) -> list[str]:
+        """What lies in the folder `name` inside.
+
+        Raises:
+            OutsideError: it is a link out of the root.
+            OSError: there is none.
+        """
+        if not self._stack:
+            real = (self._path / name).resolve(strict=True)
+            if self._root is not None and not real.is_relative_to(self._root):
+                raise OutsideError(errno.EACCES, "outside the root", name)
+            return [path.name for path in real.iterdir()]
+        found = self._open(name, folder=True)
+        try:
+            return os.listdir(found)  # noqa: PTH208 (a descriptor)
+        finally:
+            os.close(found)
+
+    def _open(self, name: str, folder: bool = False) -> int:
         if not self._stack:
             return self._open_and_compare(name)
         if self._root is None:
-            return os.open(name, _READ | _NO_WAIT, dir_fd=self._stack[-1])
+            kind = _FOLDER if folder else 0
+            return os.open(name, _READ | _NO_WAIT | kind, dir_fd=self._stack[-1])
         stack = [os.dup(one) for one in self._stack]
         try:
-            self._enter(deque([name]), stack, folder=False)
+            self._enter(deque(PurePath(name).parts), stack, folder)
             return stack.pop()
         finally:
             _close(stack)

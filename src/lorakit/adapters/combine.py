@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from lorakit.adapters.chat_template import common_template
 from lorakit.adapters.combinable import common_base, require_combinable, whole_tensors
-from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
+from lorakit.adapters.derived import Derivation, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import AdapterFile, read_updates
@@ -155,11 +156,11 @@ def combine(
         labels=origin(files[0].folder, files[0].config).labels,
     )
     folders = [file.folder for file in files]
-    template = common_template(folders, notices)
+    templates, derivation.template_sha256 = common_template(folders, notices)
     tokenizer = common_tokenizer(folders, notices)
     derivation.notices = notices
     config = set_ranks(_config(files, paths, base_model), ranks)
-    write_derived(output, config, tensors | whole, derivation, template, tokenizer)
+    write_derived(output, config, tensors | whole, derivation, templates, tokenizer)
     return CombineReport(
         str(output),
         method,

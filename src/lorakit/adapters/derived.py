@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,15 +18,13 @@ from pydantic import BaseModel, ConfigDict
 from lorakit import __version__, atomic
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
 from lorakit.adapters.tokenizer import copy_tokenizer
-from lorakit.errors import InputError
 from lorakit.lora.checkpoint import weights_file, write_adapter
+from lorakit.models.template_files import Templates, write_templates
 
 if TYPE_CHECKING:
     import torch
 
     from lorakit.lora.config import LoraConfig
-
-TEMPLATE_NAME = "chat_template.jinja"
 
 
 class Source(BaseModel):
@@ -39,8 +37,8 @@ class Source(BaseModel):
 class Derivation(BaseModel):
     """How an adapter came about that no run trained.
 
-    `options` are the verb's, `figures` what it measured; `base_fingerprint` and `labels` are the
-    sources', where these know them.
+    `options` are the verb's, `figures` what it measured; `base_fingerprint`, `labels` and
+    `template_sha256` are the sources', where these know them.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -52,6 +50,7 @@ class Derivation(BaseModel):
     notices: list[str] = []
     base_model: str | None = None
     base_fingerprint: str | None = None
+    template_sha256: str | None = None
     labels: dict[str, Any] | None = None
     versions: dict[str, str] = {"lorakit": __version__}
 
@@ -107,13 +106,13 @@ def write_derived(
     config: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
     derivation: Derivation,
-    template: str | None,
+    templates: Templates | None,
     tokenizer: Path | None = None,
 ) -> None:
     """Writes the adapter and its record into the new folder `output`, in one step.
 
     Args:
-        template: the chat template that it is asked with, if it has its own.
+        templates: the chat templates that it is asked with, if it has its own.
         tokenizer: a folder whose tokenizer goes along, as it has tokens that the base's has not.
 
     Raises:
@@ -123,33 +122,7 @@ def write_derived(
         write_adapter(folder, config, tensors)
         record = json.dumps(derivation.model_dump(mode="json"), indent=2, ensure_ascii=False)
         (folder / MANIFEST_NAME).write_text(record + "\n", encoding="utf-8")
-        if template is not None:
-            (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
-
-
-def read_template(folder: str | Path) -> str | None:
-    """The chat template in a folder, None where there is none.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    path = Path(folder) / TEMPLATE_NAME
-    if not path.is_file():
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def common_template(folders: Sequence[Path], notices: list[str]) -> str | None:
-    """The chat template of adapters; where they have different ones the first's, with a notice."""
-    found = [read_template(folder) for folder in folders]
-    if len(set(found)) > 1:
-        notices.append(
-            f"the adapters were trained with different chat templates: that of {folders[0]} is "
-            "carried along"
-        )
-    return found[0]
+        if templates is not None:
+            write_templates(folder, templates)

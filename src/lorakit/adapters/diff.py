@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin
 from lorakit.adapters.inspect import SHARE
 from lorakit.adapters.updates import AdapterFile, ModuleUpdate, Skipped, layer_of, read_updates
@@ -65,7 +66,8 @@ class Diff:
     """How two adapters differ.
 
     `only` are the paths of modules that one of them alone changes, `settings` the fields of the
-    configurations that differ, `skipped` what has no update to compare, of each.
+    configurations that differ, and `chat_template` (SHA-256, where both say), `skipped` what has
+    no update to compare, of each. `notices` tell where a base has another chat template now.
     """
 
     adapters: tuple[str, str]
@@ -76,6 +78,7 @@ class Diff:
     only: tuple[list[str], list[str]]
     skipped: tuple[list[Skipped], list[Skipped]]
     identical: bool
+    notices: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON types."""
@@ -130,6 +133,11 @@ def diff(first: str | Path, second: str | Path) -> Diff:
         only=(_only(one, other), _only(other, one)),
         skipped=(one.skipped, other.skipped),
         identical=_identical(one, other),
+        notices=tuple(
+            notice
+            for file, found in zip(files, origins, strict=True)
+            if (notice := template_notice(file.folder, found.base_model))
+        ),
     )
 
 
@@ -181,11 +189,15 @@ def _directions(update: ModuleUpdate) -> tuple[torch.Tensor, torch.Tensor, float
 def _settings(one: AdapterFile, other: AdapterFile) -> dict[str, tuple[Any, Any]]:
     mine, theirs = one.config.to_dict(), other.config.to_dict()
     fields = sorted(mine.keys() | theirs.keys())
-    return {
+    found = {
         field: (mine.get(field), theirs.get(field))
         for field in fields
         if field not in _BOOKKEEPING and mine.get(field) != theirs.get(field)
     }
+    templates = adapter_template(one.folder).digest, adapter_template(other.folder).digest
+    if None not in templates and len(set(templates)) > 1:
+        found["chat_template"] = templates
+    return found
 
 
 def _only(one: AdapterFile, other: AdapterFile) -> list[str]:

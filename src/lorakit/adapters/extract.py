@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.adapters.derived import Derivation, Source, read_template, sha256, write_derived
+from lorakit.adapters.derived import Derivation, Source, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.adapters.tokenizer import tokenizer_to_keep
@@ -29,10 +29,11 @@ from lorakit.lora.layers.linear import is_conv1d
 from lorakit.lora.presets import output_head
 from lorakit.lora.target_names import written_targets
 from lorakit.lora.vocabulary import embeddings
-from lorakit.models.folders import shards_in
+from lorakit.models.folders import shards_in, templates_in
 from lorakit.models.names import resolve
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
 from lorakit.models.skeleton import file_names, read_base_config, skeleton
+from lorakit.models.template_files import digest
 from lorakit.progress import track
 
 if TYPE_CHECKING:
@@ -219,8 +220,10 @@ def _extract(
         base_model=base,
         notices=notices,
     )
-    template = read_template(after.folder)
-    write_derived(output, set_ranks(config, ranks), tensors, derivation, template, tokenizer)
+    templates = templates_in(after.folder)
+    if templates is not None:
+        derivation.template_sha256 = digest(templates)
+    write_derived(output, set_ranks(config, ranks), tensors, derivation, templates, tokenizer)
     return ExtractReport(
         str(output),
         len(ranks),

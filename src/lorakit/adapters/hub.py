@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit import atomic
-from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
 from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
@@ -27,6 +26,7 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.names import ALIASES
+from lorakit.models.template_files import ADDITIONAL, TEMPLATE_NAME
 
 FILES = (
     CONFIG_NAME,
@@ -65,12 +65,12 @@ def selection(adapter: str | Path, with_record: bool = False) -> Selection:
             f"{folder} holds its weights as a pickle, which is not uploaded: write its "
             f"{len(tensors)} tensors with safetensors.torch.save_file as {WEIGHTS_NAME}"
         )
-    wanted = (*FILES, MANIFEST_NAME) if with_record else FILES
+    wanted = [*FILES, *_more_templates(folder), *([MANIFEST_NAME] if with_record else [])]
     files = {name: (folder / name).stat().st_size for name in wanted if (folder / name).is_file()}
     left_out = sorted(
         f"{path.name}/" if path.is_dir() else path.name
         for path in folder.iterdir()
-        if path.name not in files
+        if path.name not in files and path.name != ADDITIONAL
     )
     notices = []
     if manifest := read_manifest(folder):
@@ -144,13 +144,14 @@ def pull(repo: str, output: str | Path, *, revision: str | None = None) -> list[
     from huggingface_hub import snapshot_download
 
     _require_name(repo)
-    wanted = [*FILES, MANIFEST_NAME]
+    wanted = [*FILES, MANIFEST_NAME, f"{ADDITIONAL}/*.jinja"]
     with _named_failures(f"{repo} was not fetched"):
         source = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         if not (source / WEIGHTS_NAME).is_file():
             old = [*wanted, PICKLED_NAME]
             source = Path(snapshot_download(repo, revision=revision, allow_patterns=old))
-    names = [name for name in wanted if (source / name).is_file()]
+    names = [*FILES, MANIFEST_NAME, *_more_templates(source)]
+    names = [name for name in names if (source / name).is_file()]
     if CONFIG_NAME not in names:
         raise InputError(f"{repo} holds no adapter: there is no {CONFIG_NAME} in it")
     try:
@@ -159,10 +160,16 @@ def pull(repo: str, output: str | Path, *, revision: str | None = None) -> list[
         raise InputError(str(error).replace(str(source), repo)) from error
     with atomic.new_folder(output) as folder:
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         if WEIGHTS_NAME not in names:
             write_adapter(folder, config, tensors)
     return names if WEIGHTS_NAME in names else [*names, WEIGHTS_NAME]
+
+
+def _more_templates(folder: Path) -> list[str]:
+    """The files of further chat templates, beside the usual one."""
+    return sorted(str(path.relative_to(folder)) for path in folder.glob(f"{ADDITIONAL}/*.jinja"))
 
 
 def _require_name(repo: str) -> None:

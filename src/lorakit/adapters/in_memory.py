@@ -6,7 +6,7 @@ weights in another form than the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,13 @@ from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import file_names
 
 
-def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
+def open_all(
+    job: MergeJob, tell: Callable[[str], None] | None = None
+) -> tuple[OpenAdapter, list[str]]:
     """The base with all adapters on it, unquantised, in the dtype in which sums are made.
+
+    Args:
+        tell: as in `open_adapter`.
 
     Returns: it, and the adapters' names in it; what they change is multiplied by their weights.
 
@@ -45,6 +50,7 @@ def open_all(job: MergeJob) -> tuple[OpenAdapter, list[str]]:
         dtype=exact,
         quantization=job.quantization or UNQUANTIZED,
         dequantize=True,
+        tell=tell,
     )
     names = add_others(opened.model, job.adapters, job.weights, opened.added_tokens)
     return opened, list(names)

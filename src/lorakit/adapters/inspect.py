@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.added_tokens import add_rows
+from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.open import read_files
@@ -83,6 +84,8 @@ class Inspection:
 
     `parameters` are all in its file (copies of base weights are not counted), `bytes` the size of
     the weights' file; `run` are the main facts of the training run or of what it was made of.
+    `chat_template` is the SHA-256 of the chat template that it is asked with, None where its
+    folder does not say; `notices` tell where its base has another one now.
     """
 
     folder: str
@@ -105,6 +108,8 @@ class Inspection:
     whole: list[WholeTensor]
     skipped: list[Skipped]
     run: dict[str, Any]
+    chat_template: str | None = None
+    notices: tuple[str, ...] = ()
     fit: Fit | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,9 +137,13 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
         for key in file.others
         if key.endswith(COPY)
     ]
+    named = origin(folder, config).base_model
+    notice = ""
+    if config.task_type in (None, "CAUSAL_LM"):
+        notice = template_notice(folder, base or named)
     return Inspection(
         folder=str(folder),
-        base_model=origin(folder, config).base_model,
+        base_model=named,
         task_type=config.task_type,
         made_by=_maker(file),
         r=config.r,
@@ -157,6 +166,8 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
         ],
         skipped=skipped,
         run=_facts(file.folder),
+        chat_template=adapter_template(file.folder).digest,
+        notices=(notice,) if notice else (),
         fit=fit(folder, base) if base else None,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.derived import TEMPLATE_NAME
+from lorakit.adapters.chat_template import adapter_template, common_template
 from lorakit.adapters.open import AdapterFiles, chosen_quantization, read_files
 from lorakit.adapters.together import check_weights
 from lorakit.adapters.tokenizer import (
@@ -22,6 +22,8 @@ from lorakit.adapters.tokenizer import (
     own_tokenizer,
 )
 from lorakit.errors import InputError
+from lorakit.models.folders import templates_in
+from lorakit.models.template_files import copy_additional, write_templates
 
 if TYPE_CHECKING:
     import torch
@@ -172,9 +174,10 @@ def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtyp
 
 
 def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
-    """Copies the base's tokenizer, generation settings and templates, and the adapter's template.
+    """Copies the base's tokenizer, generation settings and chat templates.
 
-    The adapter's tokenizer takes the place of the base's where it has more tokens.
+    The adapter's tokenizer takes the place of the base's where it has more tokens, and the
+    templates that it was trained with that of all of the base's.
 
     Args:
         rows: for how many tokens the merged model has embeddings.
@@ -197,14 +200,16 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
         _copy_small(job.path, folder, without=TOKENIZER_FILES if own is not None else ())
     if own is not None:
         copy_tokenizer(job.first.folder, folder)
-    template = job.first.folder / TEMPLATE_NAME
-    if template.is_file():
-        shutil.copyfile(template, folder / TEMPLATE_NAME)
+    trained_with = adapter_template(job.first.folder).own
+    templates = templates_in(job.path) if trained_with is None else trained_with
+    if templates is not None and not (trained_with is None and own is None):
+        write_templates(folder, templates)
     if job.first.task_type == "CAUSAL_LM":
         return None
     tokenizer = own or load_tokenizer(job.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = templates
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -223,3 +228,19 @@ def _copy_small(source: Path, folder: Path, without: Collection[str]) -> None:
             raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    copy_additional(source, folder)
+
+
+def template_notices(job: MergeJob) -> list[str]:
+    """What is to be said of the chat templates of adapters and base.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    if job.first.task_type != "CAUSAL_LM":
+        return []
+    notices: list[str] = []
+    common_template([adapter.folder for adapter in job.adapters], notices)
+    trained = adapter_template(job.first.folder)
+    notices.append(trained.notice(job.first.base_model, templates_in(job.path)))
+    return [notice for notice in notices if notice]

@@ -33,6 +33,8 @@ class Manifest(BaseModel):
     and during training; `continued` the steps behind which the recipe or the data changed. A
     classifier has `labels` (`id2label`, `label2id`, and the training rows'
     `counts`), and scores (accuracy, macro F1): its own, and those of the untrained head.
+    `template_sha256` is the digest of the chat templates that rows were rendered with, None where
+    no row was a conversation; `template_time` the local time that they wrote into rows, if any.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -42,6 +44,7 @@ class Manifest(BaseModel):
     data: list[dict[str, Any]]
     data_statistics: dict[str, dict[str, Any]] = {}
     template_sha256: str | None = None
+    template_time: str | None = None
     base_fingerprint: str | None = None
     advice: list[dict[str, Any]] = []
     notices: list[str] = []

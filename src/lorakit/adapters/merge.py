@@ -88,12 +88,13 @@ def merge(
         LorakitError: the merged model differs from base + adapter; nothing is left behind.
     """
     from lorakit.adapters.in_memory import merge_in_memory, open_all
-    from lorakit.adapters.job import obstacle, prepare
+    from lorakit.adapters.job import obstacle, prepare, template_notices
     from lorakit.adapters.plan import NotStreamable
     from lorakit.adapters.streaming import stream
     from lorakit.adapters.verify import compare, expect
 
     job = prepare(adapter, base, dtype, weights, quantization)
+    notices = template_notices(job)
     with atomic.new_folder(output) as folder:
         written = expected = None
         reason = "" if in_memory else obstacle(job)
@@ -103,13 +104,14 @@ def merge(
             except NotStreamable as why:
                 reason = str(why)
         if verify or written is None:
-            opened, names = open_all(job)
+            opened, names = open_all(job, notices.append)
             if verify:
                 expected = expect(opened.model, opened.tokenizer, opened.added_tokens)
             if written is None:
                 written = merge_in_memory(job, opened, names, folder)
             del opened  # its memory is for the merged model
-        notices = [f"merged in memory: {reason}"] if reason else []
+        if reason:
+            notices.insert(0, f"merged in memory: {reason}")
         report = MergeReport(
             output=str(output),
             dtype=str(written.dtype).removeprefix("torch."),
@@ -117,7 +119,7 @@ def merge(
             streamed=not (in_memory or reason),
             survived=written.survival.total,
             survived_by_module=dict(written.survival.by_module),
-            notices=(*notices, *written.notices),
+            notices=tuple(dict.fromkeys((*notices, *written.notices))),
         )
         if expected is not None:
             report = _checked(report, compare(expected, folder, written.kind))

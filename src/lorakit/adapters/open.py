@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.added_tokens import add_rows
-from lorakit.adapters.derived import Derivation, other_weights, read_derivation, read_template
+from lorakit.adapters.chat_template import use_template
+from lorakit.adapters.derived import Derivation, other_weights, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.errors import InputError
@@ -91,6 +92,7 @@ def open_adapter(
     dtype: str | torch.dtype | None = None,
     quantization: str | Mapping[str, Any] | Quantization | None = None,
     dequantize: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> OpenAdapter:
     """Loads the adapter in `folder` and the base model that it was trained on.
 
@@ -100,6 +102,7 @@ def open_adapter(
         quantization: as in `load_model`; `none` is a base that is not quantised, and None the base
             as the adapter was trained on it.
         dequantize: a quantised base is unpacked into plain weights of this dtype.
+        tell: gets what is to be said of the base beside the adapter; None makes warnings of it.
 
     Raises:
         InputError: there is no usable adapter or base, or the two do not fit.
@@ -124,14 +127,19 @@ def open_adapter(
     )
     model, tokenizer = loaded.model, loaded.tokenizer
     own = fingerprint(model, without=loaded.new_modules)
+    notices: list[str] = []
     if dequantize:
         model = dequantized(model, torch_dtype(dtype, str(model.device)))
     if record and own and record.base_fingerprint not in (None, own):
-        warnings.warn(other_weights(folder, name), stacklevel=2)
+        notices.append(other_weights(folder, name))
     added = add_rows(model, files)
+    present: Any = tokenizer.chat_template
     tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
-    if (template := read_template(folder)) is not None:
-        tokenizer.chat_template = template
+    other_template = use_template(tokenizer, folder, name, present)
+    if other_template and files.task_type == "CAUSAL_LM":
+        notices.append(other_template)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2) if tell is None else tell(notice)
     adapted = LoraModel.from_pretrained(model, folder).eval()
     return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels, added)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import MANIFEST_NAME
 from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.below import Folder, OutsideError
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
+from lorakit.models.template_files import ADDITIONAL, PROCESSOR_NAME, TEMPLATE_NAME
 
 _MB = 1 << 20
 _PICKLE = "adapter_model.bin"
@@ -31,9 +32,11 @@ _LIMITS = {
     CONFIG_NAME: 16 * _MB,
     MANIFEST_NAME: 16 * _MB,
     TEMPLATE_NAME: _MB,
+    PROCESSOR_NAME: _MB,
     **dict.fromkeys(TOKENIZER_FILES, 64 * _MB),
 }
 _BLOCK = _MB
+_MOST_TEMPLATES = 16
 _TRIES, _PAUSE = 5, 0.05
 
 
@@ -102,13 +105,15 @@ def _copied(folder: Path, root: Path | None, target: Path, limits: dict[str, int
             raise InputError(
                 f"{folder} is not a folder: give an adapter's folder (with {CONFIG_NAME})"
             ) from error
+        limits = limits | dict.fromkeys(_more_templates(source, folder), _MB)
         files = _opened(source, stack, folder, limits)
         before = [_state(descriptor) for descriptor in files.values()]
         total = hashlib.sha256()
         try:
-            target.mkdir(exist_ok=True)
-            for name in limits.keys() - files.keys():
-                (target / name).unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            for name in files:
+                (target / name).parent.mkdir(exist_ok=True)
         except OSError as error:
             raise LorakitError(f"{target} cannot be written: {error}") from error
         for name, descriptor in files.items():
@@ -124,6 +129,24 @@ def _copied(folder: Path, root: Path | None, target: Path, limits: dict[str, int
             return None
         now = [_state(descriptor) for descriptor in again.values()]
         return total.hexdigest() if (list(again), now) == (list(files), before) else None
+
+
+def _more_templates(source: Folder, folder: Path) -> list[str]:
+    """The files of chat templates that have names."""
+    try:
+        names = sorted(name for name in source.names_in(ADDITIONAL) if name.endswith(".jinja"))
+    except FileNotFoundError:
+        return []
+    except OutsideError as error:
+        raise InputError(
+            f"'{ADDITIONAL}' of that folder lies outside the server's --adapter-root"
+        ) from error
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise InputError(f"{folder / ADDITIONAL} cannot be read: {why.lower()}") from error
+    if len(names) > _MOST_TEMPLATES:
+        raise InputError(f"{folder} has {len(names)} chat templates: {_MOST_TEMPLATES} are read")
+    return [f"{ADDITIONAL}/{name}" for name in names]
 
 
 def _opened(

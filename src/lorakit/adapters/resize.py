@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.derived import Derivation, common_template, origin, source, write_derived
+from lorakit.adapters.chat_template import common_template
+from lorakit.adapters.derived import Derivation, origin, source, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.tokenizer import common_tokenizer
@@ -106,10 +107,10 @@ def resize(
         labels=known.labels,
         notices=notices,
     )
-    template = common_template([file.folder], notices)
+    templates, derivation.template_sha256 = common_template([file.folder], notices)
     tokenizer = common_tokenizer([file.folder], notices)
     config = set_ranks(file.config, ranks)
-    write_derived(output, config, tensors, derivation, template, tokenizer)
+    write_derived(output, config, tensors, derivation, templates, tokenizer)
     stored = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
     rest = sum(t.numel() for key, t in file.others.items() if not key.endswith(COPY))
     return ResizeReport(

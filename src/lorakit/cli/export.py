@@ -1,5 +1,6 @@
 """`lorakit export`: an adapter in the form that another program reads."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +61,8 @@ def export(
         )
         notices = file.notices
         option = f"-m {file.output}" if merged else f"-m BASE.gguf --lora {file.output}"
+        if file.template:
+            option += f" --jinja --chat-template-file {shlex.quote(file.template)}"
         command = f"llama-cli {option}"
     elif to is Target.OLLAMA:
         from lorakit.adapters.export.ollama import export_ollama

@@ -4,7 +4,6 @@ A template is a small program that came with the model, so what it raises is tur
 line. Which characters of the text are learned is decided in `lorakit.data.spans`.
 """
 
-import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -14,7 +13,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
+from lorakit.data.template_clock import clock_arguments
 from lorakit.errors import InputError
+from lorakit.models.template_files import default_of, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ def render(
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; call ensure_template first")
+    clock = clock_arguments(_chosen(tokenizer, tools))
     refusal: Exception | None = None
     has_calls = any(message.get("tool_calls") for message in messages)
 
@@ -57,6 +59,7 @@ def render(
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **clock,
             )
         )
 
@@ -75,6 +78,14 @@ def render(
     raise InputError(
         f"the chat template refuses this conversation (roles: {roles}): {reason}"
     ) from refusal
+
+
+def _chosen(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[dict[str, Any]]) -> str | None:
+    """Of templates with names, the one that transformers takes."""
+    templates: Any = tokenizer.chat_template
+    if isinstance(templates, dict) and tools and "tool_use" in templates:
+        return templates["tool_use"]
+    return default_of(templates)
 
 
 def _spellings(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -188,10 +199,8 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 def template_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """SHA-256 of the chat template, as 64 hexadecimal digits; of nothing when there is none."""
-    template = tokenizer.chat_template or ""
-    if not isinstance(template, str):  # several named templates
-        template = json.dumps(template, sort_keys=True)
-    return hashlib.sha256(template.encode()).hexdigest()
+    templates: Any = tokenizer.chat_template
+    return digest(templates)
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.derived import origin, other_weights, read_template
+from lorakit.adapters.chat_template import use_template
+from lorakit.adapters.derived import origin, other_weights
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
 from lorakit.adapters.tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.updates import AdapterFile, read_updates
@@ -111,8 +112,9 @@ class AdapterPool:
         with self._copy(path, root) as copied:
             file = read_updates(copied.folder)
             factors = self._check(file)
-            tokenizer = self._tokenizer_of(copied.folder)
-            notice = copied.said(self._notice(file))
+            tokenizer, other_template = self._tokenizer_of(copied.folder)
+            notices = [self._other_weights(file), other_template]
+            notice = copied.said("; ".join(filter(None, notices)))
         own = ending(self._slots.model, tokenizer)
         info = AdapterInfo(
             name,
@@ -216,16 +218,18 @@ class AdapterPool:
                     f"{folder} cannot be read as an adapter: {kind}: {first_line(error)}"
                 ) from error
 
-    def _tokenizer_of(self, folder: Path) -> PreTrainedTokenizerBase:
-        """The adapter's own tokenizer, or the base's, with the adapter's chat template."""
+    def _tokenizer_of(self, folder: Path) -> tuple[PreTrainedTokenizerBase, str]:
+        """The adapter's own tokenizer, or the base's, with the adapter's chat template.
+
+        Returns: it, and a notice where that template is not the base's.
+        """
         rows = vocabulary_size(self._slots.model)
         own = own_tokenizer(folder, self._tokenizer, rows)
         if own is not None:
             require_same_pipeline(folder, own, self._tokenizer)
         tokenizer: PreTrainedTokenizerBase = own or copy.copy(self._tokenizer)
-        if (template := read_template(folder)) is not None:
-            tokenizer.chat_template = template
-        return tokenizer
+        present: Any = self._tokenizer.chat_template
+        return tokenizer, use_template(tokenizer, folder, self._base_model, present)
 
     def _check(self, file: AdapterFile) -> Factors:
         """The adapter's factors in the model's dtype, in memory of their own.
@@ -255,7 +259,7 @@ class AdapterPool:
             raise InputError(f"{file.folder} does not fit {self._base_model}: {error}") from error
         return factors
 
-    def _notice(self, file: AdapterFile) -> str:
+    def _other_weights(self, file: AdapterFile) -> str:
         expected = origin(file.folder, file.config).base_fingerprint
         if None in (expected, self._fingerprint) or expected == self._fingerprint:
             return ""

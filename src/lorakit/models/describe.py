@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.folders import shards_in, template_in
+from lorakit.models.folders import shards_in, templates_in
 from lorakit.models.load import FORMS
 from lorakit.models.names import ModelSource, resolve
 from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import blank_model, read_base_config
+from lorakit.models.template_files import default_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -99,7 +100,7 @@ def describe(name: str) -> ModelFacts:
         context=getattr(text, "max_position_embeddings", None),
         vocabulary=getattr(text, "vocab_size", None),
         tasks=_tasks(config),
-        template=_gguf_template(source.path) if source.is_gguf else template_in(source.path),
+        template=default_of(templates_in(source.path)),
         presets=presets,
         notices=[*notices, *said],
     )
@@ -128,13 +129,6 @@ def _gguf_dtype(path: Path) -> str:
     for tensor in GGUFReader(path).tensors:
         numbers[tensor.tensor_type.name] += int(tensor.n_elements)
     return numbers.most_common(1)[0][0]
-
-
-def _gguf_template(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("tokenizer.chat_template")
-    return None if field is None else str(field.contents())
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:

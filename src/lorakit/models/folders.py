@@ -6,7 +6,6 @@ if it were transformers'. Names are resolved before (`names.py`).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from lorakit.errors import InputError
 from lorakit.models.chatglm.config import is_original, native_config, read_original
 from lorakit.models.remote_code import needed_code_refused, trusted
 from lorakit.models.shards import read_shards
+from lorakit.models.template_files import Templates, read_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -65,9 +65,12 @@ def tokenizer_in(folder: Path, **options: Any) -> Any:
 
         return original_tokenizer(read_original(folder), **options)
     try:
-        return _loaded(AutoTokenizer, folder, options)
+        tokenizer = _loaded(AutoTokenizer, folder, options)
     except (TypeError, AttributeError) as error:  # JSON of another form than it asks for
         raise InputError(f"the tokenizer in {folder} is damaged: copy or save it again") from error
+    if not tokenizer.chat_template and "chat_template" not in options:
+        tokenizer.chat_template = read_templates(folder)  # it may be the processor's
+    return tokenizer
 
 
 def _loaded(kind: Any, folder: Path, options: dict[str, Any]) -> Any:
@@ -77,38 +80,38 @@ def _loaded(kind: Any, folder: Path, options: dict[str, Any]) -> Any:
         )
 
 
-def template_in(folder: Path) -> str | None:
-    """The model's own chat template, None where it has none.
+def templates_in(path: Path) -> Templates | None:
+    """The chat templates of the model in a folder or GGUF file, None where it has none.
 
     Raises:
         InputError: a file cannot be read.
     """
-    if is_original(folder):
-        return tokenizer_in(folder).chat_template
-    if (path := folder / "chat_template.jinja").is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (path := folder / name).is_file():
-            template = _json_object(path).get("chat_template")
-            if isinstance(template, list):  # several by their names
-                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-                template = named.get("default")
-            if isinstance(template, str):
-                return template
-    return None
+    if path.is_file():
+        return _templates_of_gguf(path)
+    if is_original(path):
+        return tokenizer_in(path).chat_template
+    return read_templates(path)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def templates_of(name: str) -> Templates | None:
+    """The chat templates of the model `name` as it is on this machine; nothing is fetched.
+
+    Raises:
+        InputError: it is not here, or a file cannot be read.
+    """
+    from lorakit.models.names import resolve
+
+    return templates_in(resolve(name, as_it_is=True).path)
+
+
+def _templates_of_gguf(path: Path) -> str | None:
+    from gguf import GGUFReader
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: it is not readable JSON") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged: it is no JSON object")
-    return values
+        field = GGUFReader(path).get_field("tokenizer.chat_template")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    return None if field is None else str(field.contents())
 
 
 def shards_in(folder: Path) -> dict[str, dict[str, StoredTensor]]:

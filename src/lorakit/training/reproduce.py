@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
+from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lorakit.data.template_clock import Rendering, draws_at_random
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_adapter
+from lorakit.models.template_files import digest, read_templates
 from lorakit.training.recipe import load_recipe
 from lorakit.training.run import train, versions
 
@@ -65,7 +69,8 @@ def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = Fals
         )
     _, old = read_adapter(adapter)
     recipe = load_recipe({**before.recipe, "output_dir": str(output_dir)})
-    after = train(recipe, quiet=quiet, expected_data=before.data).manifest
+    rendering = _rendering(adapter, before)
+    after = train(recipe, quiet=quiet, expected_data=before.data, rendering=rendering).manifest
     _, new = read_adapter(output_dir)
     return Reproduction(
         before=before,
@@ -80,7 +85,7 @@ def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = Fals
             )
             if was is not None and now is not None
         },
-        changed=_changed(before, after),
+        changed=[*_changed(before, after), *_changed_rows(adapter, before, after)],
     )
 
 
@@ -95,6 +100,33 @@ def _changed(before: Manifest, after: Manifest) -> list[str]:
         changed.append(f"it had {before.processes} processes and has {after.processes}")
     if before.base_fingerprint != after.base_fingerprint:
         changed.append(f"{before.base_model} has other weights than it had")
+    return changed
+
+
+def _rendering(adapter: str | Path, before: Manifest) -> Rendering:
+    """The chat template that lies beside the adapter, if it is the recorded one, and the time."""
+    trained = adapter_template(adapter)
+    kept = trained.own is not None and trained.sha256 == digest(trained.own)
+    time = before.template_time
+    try:
+        return Rendering(
+            trained.own if kept else None, datetime.fromisoformat(time) if time else None
+        )
+    except ValueError as error:
+        raise InputError(f"{adapter}: its record has no time in template_time: {time!r}") from error
+
+
+def _changed_rows(adapter: str | Path, before: Manifest, after: Manifest) -> list[str]:
+    """What makes other tokens of the same rows."""
+    changed = []
+    if before.template_sha256 and (notice := template_notice(adapter, before.base_model)):
+        changed.append(notice)
+    if after.template_time and before.template_time is None:
+        changed.append(
+            "the chat template writes the date into rows, and the record does not say which it was"
+        )
+    if draws_at_random(read_templates(after.recipe["output_dir"])):
+        changed.append("the chat template draws at random: its rows are never the same")
     return changed
 
 

@@ -17,8 +17,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit import __version__, atomic
-from lorakit.adapters.derived import TEMPLATE_NAME
+from lorakit import __version__
 from lorakit.adapters.manifest import (
     METRICS_NAME,
     MONITOR_NAME,
@@ -27,10 +26,11 @@ from lorakit.adapters.manifest import (
     write_manifest,
 )
 from lorakit.console import open_console
-from lorakit.data.templates import template_sha256
+from lorakit.data.template_clock import Rendering
 from lorakit.errors import LorakitError, one_line
 from lorakit.folder_lock import locked_folder, require_unlocked
 from lorakit.models.loss import SupervisedLoss
+from lorakit.models.template_files import write_templates
 from lorakit.progress import showing
 from lorakit.report.page import write_report
 from lorakit.training.early_stopping import EarlyStopping, stopped_before
@@ -51,6 +51,7 @@ from lorakit.training.recorder import Recorder
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
+from lorakit.training.tasks import rendering_facts
 from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation, last_checkpoint
 from lorakit.training.unchanged import warn_of_unchanged
 from lorakit.training.watch import Watch
@@ -78,6 +79,7 @@ def train(
     resume: bool = False,
     accept_changes: bool = False,
     expected_data: list[dict[str, Any]] | None = None,
+    rendering: Rendering | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Trains an adapter as `recipe` says and leaves it in `output_dir`.
@@ -89,6 +91,7 @@ def train(
         accept_changes: with `resume`, go on although recipe or data are not those of the run so
             far; what changed is recorded.
         expected_data: what the data must be, as `Manifest.data` has it.
+        rendering: how rows are to become text; None is as the tokenizer has it, now.
         quiet: show nothing.
 
     Raises:
@@ -111,7 +114,7 @@ def train(
             require_unlocked(folder.absolute().parent)  # a sweep's, whose configuration it is
             check = partial(check_output, folder, resume=resume)
             held.enter_context(locked_folder(folder, check, lambda line: _say(console, [line])))
-        return _train(recipe, console, main, resume, accept_changes, expected_data)
+        return _train(recipe, console, main, resume, accept_changes, expected_data, rendering)
 
 
 def _train(
@@ -121,10 +124,11 @@ def _train(
     resume: bool,
     accept_changes: bool,
     expected_data: list[dict[str, Any]] | None,
+    rendering: Rendering | None,
 ) -> TrainResult:
     """`train`, in a folder that no other process writes."""
     folder = Path(recipe.output_dir)
-    setup = set_up(recipe)
+    setup = set_up(recipe, rendering=rendering)
     now = setup.recipe.to_dict(), setup.data_facts, setup.arguments.world_size
     if expected_data is not None:
         require_data(expected_data, setup.data_facts)
@@ -161,8 +165,8 @@ def _train(
             step = trainer.state.global_step
             _say(console, warn_of_unchanged(trainer.start, setup.model, step, metrics))
         manifest = manifest_of(setup, trainer, base, tuned, metrics, seconds)
-        if main and setup.own_template:  # so that chat and serve use the same
-            atomic.write_file(folder / TEMPLATE_NAME, setup.own_template)
+        if main and setup.begun.templates is not None:  # so that chat and serve use the same
+            write_templates(folder, setup.begun.templates)
         # All processes help to gather what is spread.
         setup.model.save_pretrained(folder, is_main_process=main)
         if main:
@@ -274,7 +278,7 @@ def manifest_of(
         recipe=setup.recipe.to_dict(),
         data=setup.data_facts,
         data_statistics={k: asdict(part) for k, part in setup.data.statistics().items()},
-        template_sha256=template_sha256(setup.tokenizer),
+        **rendering_facts(setup.begun),
         base_fingerprint=setup.base_fingerprint,
         advice=[asdict(advice) for advice in setup.advice],
         notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],

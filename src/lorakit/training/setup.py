@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from lorakit.data.dataset import PreparedData
+from lorakit.data.template_clock import Rendering
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
@@ -54,8 +55,6 @@ class Setup:
         recipe: with what it left out filled in, as `advice` says.
         begun: what the task decides: loss, scores, labels.
         base_fingerprint: of the base model's weights.
-        own_template: the chat template that was put on a tokenizer without one, where rows needed
-            it, else None.
         notices: lines for the user.
     """
 
@@ -69,7 +68,6 @@ class Setup:
     batching: Batching
     compiled: bool
     base_fingerprint: str | None
-    own_template: str | None
     notices: list[str]
 
     @property
@@ -80,7 +78,7 @@ class Setup:
     def trainer(self) -> LoraTrainer:
         """What trains the model on the rows."""
         data, begun = self.data, self.begun
-        return LoraTrainer(
+        trainer = LoraTrainer(
             self.model,
             self.arguments,
             data.train,
@@ -90,6 +88,8 @@ class Setup:
             begun.scorer,
             self.recipe.training.loraplus_lr_ratio,
         )
+        trainer.templates = begun.templates
+        return trainer
 
     @contextmanager
     def fast(self) -> Iterator[None]:
@@ -102,11 +102,14 @@ class Setup:
                 yield
 
 
-def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
+def set_up(
+    recipe: Recipe, begun: Beginning | None = None, rendering: Rendering | None = None
+) -> Setup:
     """Loads the model and the rows, and settles what the recipe leaves open.
 
     Args:
         begun: model and rows that are loaded already; the model has no adapter.
+        rendering: as in `begin`, for rows that are loaded here.
 
     Raises:
         InputError: the recipe, the model or the rows cannot be used.
@@ -117,7 +120,7 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
         # A model that is spread over GPUs may not fit into one: each takes its share from here.
         device = wished_device(recipe)
         dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
-        begun = begin(recipe, dtype, device="cpu" if spread else device)
+        begun = begin(recipe, dtype, device="cpu" if spread else device, rendering=rendering)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = count_parameters(model)[1]
     recipe, advice = advised(recipe, parameters, len(data.train))
@@ -160,7 +163,6 @@ def set_up(recipe: Recipe, begun: Beginning | None = None) -> Setup:
         batching=batching,
         compiled=compiled,
         base_fingerprint=base_fingerprint,
-        own_template=None if begun.had_template else tokenizer.chat_template,
         notices=[*data.notices, *notices],
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorakit.data.batches import LabelCollator
 from lorakit.data.checks import findings
 from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.formats import Sample
 from lorakit.data.label_rows import notice_unseen, tokenize_sequence, tokenize_words
 from lorakit.data.labelled import (
     LabelledSample,
@@ -28,17 +29,22 @@ from lorakit.data.scores import LabelScorer
 from lorakit.data.seq2seq import tokenize_pair
 from lorakit.data.sources import read_source
 from lorakit.data.splits import HELD_OUT, LEARNED
+from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering
 from lorakit.errors import InputError, listed
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, most_tokens
 from lorakit.models.loss import SupervisedLoss
+from lorakit.models.template_files import digest
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.lora.config import LoraConfig
+    from lorakit.models.template_files import Templates
     from lorakit.training.recipe import Recipe
 
 
@@ -69,7 +75,8 @@ class Beginning:
         new_modules: what the adapter trains whole and keeps.
         labels: the classes, of a classifier.
         scorer: what predictions are scored by, of a classifier.
-        had_template: whether the tokenizer brought the chat template that rows were rendered with.
+        templates: the chat templates that rows were rendered with; None where no row was.
+        rendered_at: the time that a template wrote into rows, where one did.
     """
 
     model: Any
@@ -80,7 +87,8 @@ class Beginning:
     new_modules: list[str] = field(default_factory=list)
     labels: Labels | None = None
     scorer: LabelScorer | None = None
-    had_template: bool = True
+    templates: Templates | None = None
+    rendered_at: datetime | None = None
 
     def lora_config(self, recipe: Recipe) -> LoraConfig:
         """The recipe's, with the new modules among those that are trained whole."""
@@ -91,11 +99,26 @@ class Beginning:
         return config
 
 
-def begin(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> Beginning:
+def rendering_facts(begun: Beginning) -> dict[str, str | None]:
+    """What the record keeps of the chat template, fields of `Manifest`."""
+    templates, time = begun.templates, begun.rendered_at
+    return {
+        "template_sha256": None if templates is None else digest(templates),
+        "template_time": time and time.isoformat(),
+    }
+
+
+def begin(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: str | None = None,
+    rendering: Rendering | None = None,
+) -> Beginning:
     """Loads the recipe's model and prepares its rows.
 
     Args:
         dtype, device: of the model, as in `load_model`.
+        rendering: how rows are to become text; None is as the tokenizer has it, now.
 
     Raises:
         InputError: the model or the rows cannot be used.
@@ -104,24 +127,40 @@ def begin(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> Begi
         return _classification(recipe, dtype, device)
     if recipe.task_type == "SEQ_2_SEQ_LM":
         return _seq2seq(recipe, dtype, device)
-    return _causal(recipe, dtype, device)
+    return _causal(recipe, dtype, device, rendering or Rendering())
 
 
-def _causal(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:
+def _causal(
+    recipe: Recipe, dtype: torch.dtype, device: str | None, rendering: Rendering
+) -> Beginning:
     model, tokenizer = load_model(
         recipe.model, dtype, device=device, quantization=recipe.quantization
     )
-    had_template = bool(tokenizer.chat_template)
-    data = prepare(
+    if rendering.templates is not None:
+        tokenizer.chat_template = rendering.templates
+    clock = StandingClock(rendering.time)
+    with at(clock):
+        data = prepare(
+            tokenizer,
+            recipe.data.train,
+            recipe.data.eval,
+            max_length=recipe.data.max_length,
+            columns=recipe.data.columns or None,
+            limit=recipe.data.limit,
+            seed=recipe.data_seed,
+        )
+    samples = (*data.train_samples, *data.eval_samples)
+    if not any(isinstance(sample, Sample) and sample.messages for sample in samples):
+        return Beginning(model, tokenizer, data)
+    templates: Any = tokenizer.chat_template
+    data.notices.extend(notices_of_rendering(clock, templates))
+    return Beginning(
+        model,
         tokenizer,
-        recipe.data.train,
-        recipe.data.eval,
-        max_length=recipe.data.max_length,
-        columns=recipe.data.columns or None,
-        limit=recipe.data.limit,
-        seed=recipe.data_seed,
+        data,
+        templates=templates,
+        rendered_at=clock.time if clock.was_read else None,
     )
-    return Beginning(model, tokenizer, data, had_template=had_template)
 
 
 def _seq2seq(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginning:

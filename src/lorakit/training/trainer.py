@@ -34,6 +34,7 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapt
 from lorakit.lora.model import LoraModel
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import SupervisedLoss
+from lorakit.models.template_files import Templates, write_templates
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.interrupt import Interrupt
@@ -99,6 +100,7 @@ class LoraTrainer(Trainer):
         self.scorer = scorer
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
+        self.templates: Templates | None = None  # saved with every checkpoint
         # Trainer would make a smoother of its own, which the loss here has no use for.
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         try:
@@ -326,6 +328,8 @@ class LoraTrainer(Trainer):
         write = self.args.should_save
         self._lora_model().save_pretrained(folder, is_main_process=write)
         if write:
+            if self.templates is not None:
+                write_templates(folder, self.templates)
             (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)), encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

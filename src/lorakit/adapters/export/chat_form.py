@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.formats import Message
+from lorakit.data.template_clock import reads_clock
 from lorakit.data.templates import render
 from lorakit.errors import InputError, listed
+from lorakit.models.template_files import default_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +89,9 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, bos: bool) -> ChatForm:
     Raises:
         InputError: there is no template, or it is of no family that has such a form.
     """
-    if not isinstance(tokenizer.chat_template, str):
-        raise InputError("the tokenizer has no chat template (or several): it cannot be translated")
+    templates: Any = tokenizer.chat_template
+    if (template := default_of(templates)) is None:
+        raise InputError("the tokenizer has no chat template: it cannot be translated")
     lead = str(tokenizer.bos_token) if bos else ""
 
     def text(*messages: str, ask: bool = True) -> str:
@@ -103,7 +106,7 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, bos: bool) -> ChatForm:
         return rendered.removeprefix(lead)
 
     try:
-        if "strftime_now" in tokenizer.chat_template:
+        if reads_clock(template):
             raise _NotOfThisForm("it writes the date of the day")
         form = _read_off(text)
         _prove(form, tokenizer, lead)

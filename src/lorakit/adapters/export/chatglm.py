@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import atomic
+from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.plain import Pair, read_plain
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
@@ -76,8 +77,15 @@ def export_chatglm(
         f"PeftModel.from_pretrained(AutoModel.from_pretrained({plain.base_model!r}, "
         f"trust_remote_code=True), {str(output)!r})"
     )
+    template = exported_template(adapter, plain.base_model)
+    notices = [*plain.notices, *template.notices]
+    if template.differs:
+        notices.append(
+            "ChatGLM's original code writes prompts by itself (build_chat_input): it has no place "
+            "for the adapter's chat template"
+        )
     return ChatGLMExport(
-        str(output), len(found), dict(sorted(ranks.items())), command, plain.notices
+        str(output), len(found), dict(sorted(ranks.items())), command, tuple(notices)
     )
 
 

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import gguf
 
 from lorakit import atomic
+from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.gguf_family import Family, family_of, interleaved, tensor_name
+from lorakit.adapters.export.gguf_tokenizer import add_templates
 from lorakit.adapters.export.plain import PlainAdapter, read_plain, require_fit
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
+from lorakit.models.template_files import TEMPLATE_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +38,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class GgufExport:
-    """What was written: `tensors` counts those of the file."""
+    """What was written: `tensors` counts those of the file.
+
+    `template` is the file with an adapter's chat template, where its base may have another one.
+    """
 
     output: str
     architecture: str
@@ -43,6 +49,7 @@ class GgufExport:
     tensors: int
     bytes: int
     notices: tuple[str, ...] = ()
+    template: str | None = None
 
 
 @reserves("output")
@@ -67,6 +74,7 @@ def export_gguf_adapter(
     config = read_base_config(resolve(plain.base_model).path)
     family = family_of(config, plain.base_model)
     require_fit(adapter, plain)
+    template = exported_template(adapter, plain.base_model)
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -75,6 +83,7 @@ def export_gguf_adapter(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(plain.config.lora_alpha))
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, plain.base_model)
+        add_templates(writer, template.own)
         count = 0
         for name, tensor in _tensors(plain, family, config):
             values = gguf.quantize(tensor.float().contiguous().numpy(), DTYPES[dtype])
@@ -85,7 +94,15 @@ def export_gguf_adapter(
         writer.write_tensors_to_file()
         writer.close()
     size = Path(output).stat().st_size
-    return GgufExport(str(output), family.name, dtype, count, size, plain.notices)
+    notices = [*plain.notices, *template.notices]
+    file = Path(adapter) / TEMPLATE_NAME
+    if template.differs:
+        notices.append(
+            "llama.cpp takes the chat template from the base's file: give the adapter's own "
+            "(--jinja --chat-template-file), or export with --merged"
+        )
+    own = str(file) if template.differs and file.is_file() else None
+    return GgufExport(str(output), family.name, dtype, count, size, tuple(notices), own)
 
 
 def require_file(output: str | Path) -> None:

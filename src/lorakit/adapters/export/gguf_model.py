@@ -82,9 +82,10 @@ def export_gguf_model(
         atomic.replacing_file(output) as path,
         TemporaryDirectory(prefix=f".{Path(output).name}.", dir=path.parent) as folder,
     ):
-        merge(adapter, Path(folder) / "merged", base=base, dtype="float32")
+        merged = merge(adapter, Path(folder) / "merged", base=base, dtype="float32")
         report = write_gguf(Path(folder) / "merged", path, dtype, name or str(adapter))
-    return replace(report, output=str(output))
+    notices = (*merged.notices, *report.notices)
+    return replace(report, output=str(output), notices=notices)
 
 
 def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufExport:

@@ -14,6 +14,7 @@ import gguf
 
 from lorakit.adapters.export.gguf_family import Family
 from lorakit.errors import InputError
+from lorakit.models.template_files import Templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,5 +170,13 @@ def _add_special(
         writer.add_eot_token_id(tokenizer.get_vocab()["<|user|>"])
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(adds_eos)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    add_templates(writer, tokenizer.chat_template)
+
+
+def add_templates(writer: gguf.GGUFWriter, templates: Templates | None) -> None:
+    """Writes chat templates, those of further names too, as llama.cpp reads them."""
+    if isinstance(templates, dict):
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        writer.add_chat_template(named)
+    elif templates:
+        writer.add_chat_template(templates)

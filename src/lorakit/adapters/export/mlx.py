@@ -16,11 +16,13 @@ from safetensors.torch import save
 from torch.nn.functional import pad
 
 from lorakit import atomic
+from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
+from lorakit.models.template_files import TEMPLATE_NAME, write_templates
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -83,14 +85,23 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
             "keys": _keys(plain),
         },
     }
+    template = exported_template(adapter, plain.base_model)
     with atomic.new_folder(output) as folder:
         atomic.write_file(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "mlx"}))
         atomic.write_file(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+        if template.own is not None:
+            write_templates(folder, template.own)
     command = (
         f"mlx_lm.generate --model {shlex.quote(found_at(plain.base_model))} "
         f"--adapter-path {shlex.quote(str(output))} --prompt …"
     )
-    return MlxExport(str(output), r, scale, len(plain.pairs), command, plain.notices)
+    notices = [*plain.notices, *template.notices]
+    if template.differs:
+        notices.append(
+            "mlx-lm takes the chat template from the model's folder: copy "
+            f"{Path(output) / TEMPLATE_NAME} there, or use a merged model (lorakit merge)"
+        )
+    return MlxExport(str(output), r, scale, len(plain.pairs), command, tuple(notices))
 
 
 def _factors(pair: Pair, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

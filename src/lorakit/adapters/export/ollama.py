@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
 from lorakit.adapters.added_tokens import add_rows
-from lorakit.adapters.derived import read_template
+from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.gguf_adapter import DTYPES, export_gguf_adapter
 from lorakit.adapters.export.gguf_model import export_gguf_model
@@ -74,7 +74,7 @@ def export_ollama(
     name = base or recorded
     if not name:
         raise InputError(f"{adapter} does not say which base model it is for: give --base")
-    tokenizer = _tokenizer(adapter, name)
+    tokenizer, other_template = _tokenizer(adapter, name)
     ids = tokenizer("a").input_ids
     adds_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     form = chat_form(tokenizer, adds_bos)
@@ -89,7 +89,7 @@ def export_ollama(
             source, second = str(resolve(name).path.absolute()), "./adapter.gguf"
         text = modelfile(form, source, second, _stops(form, tokenizer), system)
         atomic.write_file(folder / "Modelfile", text)
-    notices = list(written.notices)
+    notices = list(dict.fromkeys(filter(None, (other_template, *written.notices))))
     if form.trims:
         notices.append("the chat template takes off space around messages, Ollama's cannot")
     if not form.takes_system:
@@ -160,8 +160,10 @@ def _stops(form: ChatForm, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys(stop for stop in found if stop in vocabulary))
 
 
-def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
-    """The adapter's tokenizer where it has more tokens, else the base's; the adapter's template."""
+def _tokenizer(adapter: str | Path, base: str) -> tuple[PreTrainedTokenizerBase, str]:
+    """The adapter's tokenizer where it has more tokens, else the base's, with the adapter's chat
+    template; and what is to be said where that is not the base's.
+    """
     from transformers import AutoTokenizer
 
     from lorakit.data.templates import ensure_template
@@ -182,14 +184,14 @@ def _tokenizer(adapter: str | Path, base: str) -> PreTrainedTokenizerBase:
         raise InputError(
             f"model: the tokenizer of {base} is missing or damaged: copy or fetch the model again"
         ) from error
+    present: Any = tokenizer.chat_template
     if has_tokenizer(Path(adapter)):
         model = skeleton(path)
         add_rows(model, read_files(adapter, base))
         tokenizer = own_tokenizer(Path(adapter), tokenizer, vocabulary_size(model)) or tokenizer
-    if (template := read_template(adapter)) is not None:
-        tokenizer.chat_template = template
+    notice = use_template(tokenizer, adapter, base, present)
     ensure_template(tokenizer)
-    return tokenizer
+    return tokenizer, notice
 
 
 def _quoted(what: str, text: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +17,19 @@ import torch
 from torch.nn.functional import pad
 
 from lorakit import atomic
-from lorakit.adapters.derived import TEMPLATE_NAME
+from lorakit.adapters.chat_template import AdapterTemplate, exported_template
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
+from lorakit.models.template_files import (
+    TEMPLATE_NAME,
+    default_of,
+    digest,
+    read_templates,
+    write_templates,
+)
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -107,9 +113,8 @@ def write_copy(servable: Servable, output: str | Path) -> None:
     tensors = {key: t for path, pair in plain.pairs.items() for key, t in _padded(path, pair, r)}
     with atomic.new_folder(output) as folder:
         write_adapter(folder, config, tensors)
-        template = servable.folder / TEMPLATE_NAME
-        if template.is_file():
-            shutil.copyfile(template, folder / TEMPLATE_NAME)
+        if templates := read_templates(servable.folder):
+            write_templates(folder, templates)
 
 
 @reserves("output")
@@ -134,7 +139,30 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
         f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules "
         f"{shlex.quote(lora_module(Path(output).name, str(output)))} --max-lora-rank {r}"
     )
+    template = exported_template(adapter, plain.base_model)
+    notices += template.notices
+    if template.differs:
+        command += f" --chat-template {shlex.quote(str(Path(output) / TEMPLATE_NAME))}"
+        notices.append(
+            "--chat-template is the one that the adapter was trained with; vLLM has one for all "
+            "that a server serves"
+        )
     return VllmExport(str(output), r, len(plain.pairs), command, tuple(notices))
+
+
+def template_file(trained: AdapterTemplate, workspace: Path) -> Path:
+    """The file with the adapter's chat template, for `--chat-template`.
+
+    Args:
+        workspace: where it is written if the template lies among a tokenizer's settings.
+    """
+    path = trained.folder / TEMPLATE_NAME
+    if not path.is_file():
+        text = default_of(trained.own) or ""
+        path = workspace / f"chat-template-{digest(text)[:16]}.jinja"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_file(path, text)
+    return path.absolute()
 
 
 def lora_module(name: str, path: str, base_model: str | None = None) -> str:

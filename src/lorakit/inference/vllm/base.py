@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, listed
 from lorakit.models.chatglm.config import is_original
-from lorakit.models.folders import template_in
+from lorakit.models.folders import templates_in
 from lorakit.models.names import ALIASES, resolve
+from lorakit.models.template_files import Templates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,9 +187,9 @@ def slot_bytes(model: nn.Module, rank: int) -> int:
     return 2 * rank * (columns + sum(p.shape[0] * (p.shape[1] + p.shape[2]) for p in experts))
 
 
-def own_template(base: Base) -> str | None:
-    """The base's own chat template, None where there is none or it is not here."""
-    return None if base.folder is None else template_in(base.folder)
+def own_template(base: Base) -> Templates | None:
+    """The base's own chat templates, None where there are none or they are not here."""
+    return None if base.folder is None else templates_in(base.folder)
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:

@@ -15,19 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.derived import (
-    TEMPLATE_NAME,
-    Origin,
-    origin,
-    other_weights,
-    read_template,
-    sha256,
-)
+from lorakit.adapters.chat_template import AdapterTemplate, adapter_template
+from lorakit.adapters.derived import Origin, origin, other_weights, sha256
 from lorakit.adapters.export.vllm import (
     EMBEDDINGS,
     Servable,
     lora_module,
     read_servable,
+    template_file,
     write_copy,
 )
 from lorakit.adapters.open import trained_quantization
@@ -48,6 +43,7 @@ from lorakit.inference.vllm.options import VllmOptions, require_sound
 from lorakit.lora.checkpoint import INITIAL_NAME, weights_file
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.bundled import home
+from lorakit.models.template_files import default_of
 
 MOST_SLOTS = 16
 """Adapters in one batch at most: each slot takes memory of the GPU, used or not."""
@@ -108,7 +104,8 @@ def plan(options: VllmOptions) -> Plan:
                 f"{name} was trained beside a base quantised to {stored}: vLLM serves it beside "
                 "the one that is not"
             )
-    template = _template(servables, base, notices)
+    workspace = (options.workspace or home() / "vllm").absolute()
+    template = _template(servables, base, workspace, notices)
 
     command = ["vllm", "serve", base.argument, f"--served-model-name={base.name}"]
     if base.is_hub_id and revision is not None:
@@ -192,33 +189,37 @@ def _same(name: str, base: Base) -> bool:
     return os.path.realpath(other.argument) == os.path.realpath(base.argument)
 
 
-def _template(servables: Mapping[str, Servable], base: Base, notices: list[str]) -> Path | None:
+def _template(
+    servables: Mapping[str, Servable], base: Base, workspace: Path, notices: list[str]
+) -> Path | None:
     """The file with the chat template that all adapters were trained with, if not the base's.
 
     Raises:
         InputError: they were trained with different ones.
     """
     own = own_template(base)
-    found: dict[str | None, str] = {}
-    files: dict[str | None, Path] = {}
+    found: dict[str | None, AdapterTemplate] = {}
+    names: dict[str | None, str] = {}
     for name, servable in servables.items():
-        trained_with = read_template(servable.folder)
-        text = own if trained_with is None else trained_with
+        trained = adapter_template(servable.folder)
+        if base.folder is not None and (notice := trained.notice(base.name, own)):
+            notices.append(notice)
+        text = default_of(own if trained.own is None else trained.own)
         text = text and text.strip()
-        found.setdefault(text, name)
-        if trained_with is not None:
-            files.setdefault(text, (servable.folder / TEMPLATE_NAME).absolute())
-    if len(found) > 1:
-        one, other, *_ = found.values()
+        names.setdefault(text, name)
+        if trained.own is not None:
+            found.setdefault(text, trained)
+    if len(names) > 1:
+        one, other, *_ = names.values()
         raise InputError(
             f"{one} and {other} have different chat templates, and vLLM has one for all: start a "
             "server for each, or serve with --engine lorakit"
         )
-    text = next(iter(found), None)
-    if text is None or text == (own and own.strip()):
+    text, plain = next(iter(names), None), default_of(own)
+    if text is None or text == (plain and plain.strip()):
         return None
-    notices.append(f"the chat template is that of {found[text]}, also for {base.name} alone")
-    return files[text]
+    notices.append(f"the chat template is that of {names[text]}, also for {base.name} alone")
+    return template_file(found[text], workspace)
 
 
 def _limits(

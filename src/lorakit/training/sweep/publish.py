@@ -15,11 +15,10 @@ from typing import Any
 import yaml
 
 from lorakit import atomic
-from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
-from lorakit.data.templates import template_sha256
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
+from lorakit.models.template_files import write_templates
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.run import versions
 from lorakit.training.step_lines import StepLines
@@ -29,6 +28,7 @@ from lorakit.training.sweep.output import RECIPE_NAME
 from lorakit.training.sweep.records import Record
 from lorakit.training.sweep.row_losses import SplitLosses, all_rows
 from lorakit.training.sweep.runner import Configuration
+from lorakit.training.tasks import rendering_facts
 from lorakit.training.trainer import last_checkpoint, read_counts
 
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
@@ -55,8 +55,8 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> None:
     counts = read_counts(checkpoint)
     begun = ground.begun
     _write_curves(folder, record)
-    if not begun.had_template and begun.tokenizer.chat_template:
-        atomic.write_file(folder / TEMPLATE_NAME, begun.tokenizer.chat_template)
+    if begun.templates is not None:
+        write_templates(folder, begun.templates)
     stopped = f"stopped by the sweep at step {record.step} of {record.planned}"
     statistics = begun.data.statistics()
     write_manifest(
@@ -66,7 +66,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> None:
             recipe=recipe.to_dict(),
             data=[asdict(fact) for fact in begun.data.facts],
             data_statistics={name: asdict(part) for name, part in statistics.items()},
-            template_sha256=template_sha256(begun.tokenizer),
+            **rendering_facts(begun),
             base_fingerprint=ground.base_fingerprint,
             notices=[*ground.notices, *([] if record.finished else [stopped])],
             steps=record.step,

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from lorakit import atomic
-from lorakit.adapters.derived import TEMPLATE_NAME
 from lorakit.adapters.manifest import write_manifest
 from lorakit.lora.model import LoraModel
 from lorakit.lora.streams import Stream
 from lorakit.models.loss import SupervisedLoss
+from lorakit.models.template_files import write_templates
 from lorakit.training.batching import BatchDataset
 from lorakit.training.early_stopping import stopped_before
 from lorakit.training.forecast import planned_steps
@@ -142,8 +141,8 @@ class Member:
 
     def finish(self, base: Mapping[str, RowLosses], tuned: Mapping[str, RowLosses]) -> None:
         """Writes the adapter's files, and the record of how it came about."""
-        if self.setup.own_template:  # so that chat and serve use the same
-            atomic.write_file(self.folder / TEMPLATE_NAME, self.setup.own_template)
+        if self.setup.begun.templates is not None:  # so that chat and serve use the same
+            write_templates(self.folder, self.setup.begun.templates)
         self.setup.model.save_pretrained(self.folder)
         trainer, seconds = self.trainer, self.trainer.counts.seconds
         if trainer.start is not None:

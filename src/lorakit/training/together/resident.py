@@ -68,7 +68,6 @@ class Resident:
             )
         begun = self.begun
         batching, notices = self.batching(recipe)
-        template = None if begun.had_template else begun.tokenizer.chat_template
         arguments = training_arguments(recipe, held_out=True)
         if not evaluates_itself(recipe, arguments):  # who trains it evaluates it
             arguments = training_arguments(recipe, held_out=False)
@@ -88,7 +87,6 @@ class Resident:
             batching=batching,
             compiled=False,
             base_fingerprint=self.fingerprint,
-            own_template=template if isinstance(template, str) else None,
             notices=[*begun.data.notices, *notices],
         )
 

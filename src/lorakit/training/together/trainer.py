@@ -60,7 +60,7 @@ class ConfigurationTrainer(LoraTrainer):
             lambda model, spread: loss,
             loraplus_lr_ratio=setup.recipe.training.loraplus_lr_ratio,
         )
-        self.interrupt = interrupt
+        self.interrupt, self.templates = interrupt, setup.begun.templates
         self.lines = StepLines(Path(setup.recipe.output_dir) / METRICS_NAME)
         self.remove_callback(PrinterCallback)
         recorder = Recorder if own_clock else _RecorderWithoutClock

@@ -1,0 +1,125 @@
+"""The clock and the dice of chat templates: which templates read them, and a clock that stands.
+
+Llama 3.1's and gpt-oss's templates write the date of the day into every prompt, so that the same
+rows are other tokens tomorrow. A run renders all of its rows at one time, which is recorded, and
+is made again at that time. What a template names is found in its syntax tree, not in its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from lorakit.models.template_files import Templates
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
+
+CLOCK = "strftime_now"
+"""The one function through which transformers lets a template read the clock."""
+
+
+class StandingClock:
+    """A clock that always shows one time.
+
+    Attributes:
+        time: what it shows, local time.
+        was_read: whether a template has asked for it.
+    """
+
+    def __init__(self, time: datetime | None = None) -> None:
+        self.time = time or datetime.now().replace(microsecond=0)
+        self.was_read = False
+
+    def strftime_now(self, format: str) -> str:
+        """The time in this form, as `datetime.strftime` has it."""
+        self.was_read = True
+        return self.time.strftime(format)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How an earlier run made text of its rows, for one that is to make the same.
+
+    `templates` take the place of the tokenizer's, `time` that of the present; None leaves either.
+    """
+
+    templates: Templates | None = None
+    time: datetime | None = None
+
+
+_clock: ContextVar[StandingClock | None] = ContextVar("clock of chat templates", default=None)
+
+
+@contextmanager
+def at(clock: StandingClock) -> Iterator[None]:
+    """Within the block, templates that read the clock read this one."""
+    before = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(before)
+
+
+def clock_arguments(template: str | None) -> dict[str, Any]:
+    """What a template is rendered with, besides the messages, to read the clock in force."""
+    clock = _clock.get()
+    if clock is None or template is None or not reads_clock(template):
+        return {}
+    return {CLOCK: clock.strftime_now}
+
+
+def reads_clock(template: str) -> bool:
+    """Whether the template names the clock; it may still not read it on some conversations."""
+    return CLOCK in _names(template)
+
+
+def draws_at_random(templates: Templates | None) -> bool:
+    """Whether a template picks something at random, so that no rendering is like the other."""
+    named = templates.values() if isinstance(templates, dict) else [templates]
+    return any({"random", "lipsum"} & _names(template) for template in named if template)
+
+
+def notices_of_rendering(clock: StandingClock, templates: Templates) -> list[str]:
+    """What to say of rows that were rendered at `clock`, with `templates`."""
+    notices = []
+    if clock.was_read:
+        notices.append(
+            f"the chat template writes the date into rows: it is {clock.time:%Y-%m-%d} in all of "
+            "them, and the present one whenever the model is asked later. The record keeps it, "
+            "and lorakit reproduce uses it again"
+        )
+    if draws_at_random(templates):
+        notices.append(
+            "the chat template draws at random: no two runs have the same rows, and none can be "
+            "made again to the bit"
+        )
+    return notices
+
+
+@lru_cache(maxsize=16)
+def _names(template: str) -> frozenset[str]:
+    """The variables and functions that a template takes from outside, and its filters.
+
+    Nothing where it is no template at all: whoever renders it is told why.
+    """
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        environment: Any = _compile_jinja_template(template).environment
+        tree: nodes.Template = environment.parse(template)
+        return frozenset(meta.find_undeclared_variables(tree)) | _filters(tree)
+    except (TemplateError, RecursionError):
+        return frozenset()
+
+
+def _filters(tree: nodes.Template) -> frozenset[str]:
+    from jinja2 import nodes
+
+    return frozenset(found.name for found in tree.find_all(nodes.Filter))
