@@ -134,9 +134,11 @@ def diff(first: str | Path, second: str | Path) -> Diff:
         skipped=(one.skipped, other.skipped),
         identical=_identical(one, other),
         notices=tuple(
-            notice
-            for file, found in zip(files, origins, strict=True)
-            if (notice := template_notice(file.folder, found.base_model))
+            dict.fromkeys(
+                notice
+                for file, found in zip(files, origins, strict=True)
+                if (notice := template_notice(file.folder, found.base_model))
+            )
         ),
     )
 

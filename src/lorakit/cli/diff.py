@@ -67,6 +67,8 @@ def _show(found: Diff, every_module: bool) -> None:
         say(f"{letter}: {name}, for {base or 'a base that it does not say'}")
     if found.same_weights is False:
         say("they were trained on different weights (by fingerprint)", err=True)
+    for notice in found.notices:
+        say(notice, err=True)
     if found.identical:
         say("both make the same updates to the bit")
     for field, (mine, theirs) in found.settings.items():

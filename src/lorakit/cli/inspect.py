@@ -52,6 +52,8 @@ def _show(found: Inspection, every_module: bool) -> None:
         say(f"no spectrum: {part.path}: {part.reason}")
     if found.fit:
         say(_fit(found.fit))
+    for notice in found.notices:
+        say(notice, err=True)
 
 
 def _facts(found: Inspection) -> dict[str, str]:
@@ -75,6 +77,8 @@ def _facts(found: Inspection) -> dict[str, str]:
         "size": f"{found.parameters:,} parameters in {found.bytes:,} bytes, "
         + ", ".join(f"{number} tensors {name}" for name, number in found.dtypes.items()),
     }
+    if found.chat_template:
+        facts["template"] = f"its own (sha256 {found.chat_template[:12]})"
     if found.modules_to_save:
         facts["whole"] = ", ".join(found.modules_to_save)
     return facts

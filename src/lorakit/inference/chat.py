@@ -169,6 +169,8 @@ class ChatSession:
         except InputError as error:
             return str(error)
         self.adapter, self.use_base = name, False
+        if notice := self._engine.pool.version(name).info.notice:
+            return f"{self._who_answers()} ({notice})"
         return self._who_answers()
 
     def _load(self, folder: Path) -> str:

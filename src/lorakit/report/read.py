@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
+from lorakit.adapters.chat_template import template_notice
 from lorakit.adapters.manifest import (
     MANIFEST_NAME,
     METRICS_NAME,
@@ -150,6 +151,9 @@ def read_run(folder: str | Path) -> RunRecord:
             f"There is no {MANIFEST_NAME}, so lorakit did not train this adapter: losses before "
             "and after, data, recipe and versions are unknown."
         )
+    base = manifest.base_model if manifest else config.base_model_name_or_path
+    if config.task_type in (None, "CAUSAL_LM") and (notice := template_notice(folder, base)):
+        notices.append(f"{notice}.")
     said = manifest.model_dump() if manifest else {}
 
     def part(key: str, form: type[Form]) -> Form | None:

@@ -99,12 +99,12 @@ class Beginning:
         return config
 
 
-def rendering_facts(begun: Beginning) -> dict[str, str | None]:
+def rendering_facts(begun: Beginning) -> dict[str, Any]:
     """What the record keeps of the chat template, fields of `Manifest`."""
     templates, time = begun.templates, begun.rendered_at
     return {
         "template_sha256": None if templates is None else digest(templates),
-        "template_time": time and time.isoformat(),
+        "template_time": time.isoformat() if time else None,
     }
 
 

@@ -34,7 +34,10 @@ class Shelf:
         cards = [self._card(base, base, None, self._started)]
         for info in self._engine.pool.infos():
             created = self._loaded.get(info.name, self._started)
-            cards.append(self._card(info.name, str(info.folder), base, created))
+            card = self._card(info.name, str(info.folder), base, created)
+            if info.notice:
+                card["notice"] = info.notice
+            cards.append(card)
         return {"object": "list", "data": cards}
 
     def model(self, name: str) -> ModelCard:
@@ -73,13 +76,14 @@ class Shelf:
                 )
             try:
                 # In a thread, as reading takes a while; what is being answered goes on.
-                await asyncio.to_thread(
+                info = await asyncio.to_thread(
                     self._engine.pool.register, name, Path(asked.lora_path), self._root
                 )
             except InputError as error:
                 raise bad_field(str(error), "lora_path") from error
             self._loaded[name] = int(time.time())
-        return f"Success: LoRA adapter '{name}' {'replaced' if there else 'added'} successfully."
+        done = f"Success: LoRA adapter '{name}' {'replaced' if there else 'added'} successfully."
+        return f"{done} Note: {info.notice}" if info.notice else done
 
     async def unload(self, asked: UnloadAdapterRequest) -> str:
         """Forgets an adapter, whose running answers finish, and says so.

@@ -131,7 +131,10 @@ class Completion(TypedDict):
 
 
 class ModelCard(TypedDict):
-    """The base, or an adapter: `parent` is its base, `root` where it comes from."""
+    """The base, or an adapter: `parent` is its base, `root` where it comes from.
+
+    `notice` is there where its user should know something: other weights, another chat template.
+    """
 
     id: str
     object: Literal["model"]
@@ -140,6 +143,7 @@ class ModelCard(TypedDict):
     root: str
     parent: str | None
     max_model_len: int
+    notice: NotRequired[str]
 
 
 class ModelList(TypedDict):
