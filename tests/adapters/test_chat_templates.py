@@ -87,7 +87,9 @@ def said_by_all(adapter: Path, base: Path, place: Path) -> dict[str, str]:
         "gguf": export_gguf_adapter(adapter, place / "a.gguf", base=str(base)).notices,
         "mlx": export_mlx(adapter, place / "mlx", base=str(base)).notices,
     }
-    return {verb: "\n".join(n for n in notices if "template" in n) for verb, notices in said.items()}
+    return {
+        verb: "\n".join(n for n in notices if "template" in n) for verb, notices in said.items()
+    }
 
 
 def test_a_run_keeps_the_template_that_it_rendered_with(trained: Path, base: Path):

@@ -32,6 +32,7 @@ def test_a_run_leaves_an_adapter_its_record_its_metrics_and_its_checkpoints(
     assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "lorakit.json",
         "lorakit-run.json",
         "metrics.jsonl",
