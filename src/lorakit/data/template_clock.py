@@ -13,12 +13,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.models.template_files import Templates
-
-if TYPE_CHECKING:
-    from jinja2 import nodes
 
 CLOCK = "strftime_now"
 """The one function through which transformers lets a template read the clock."""
@@ -104,22 +101,15 @@ def notices_of_rendering(clock: StandingClock, templates: Templates) -> list[str
 
 @lru_cache(maxsize=16)
 def _names(template: str) -> frozenset[str]:
-    """The variables and functions that a template takes from outside, and its filters.
+    """The variables, functions and filters that a template names.
 
     Nothing where it is no template at all: whoever renders it is told why.
     """
-    from jinja2 import TemplateError, meta
+    from jinja2 import TemplateError, nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        environment: Any = _compile_jinja_template(template).environment
-        tree: nodes.Template = environment.parse(template)
-        return frozenset(meta.find_undeclared_variables(tree)) | _filters(tree)
+        tree = _compile_jinja_template(template).environment.parse(template)
     except (TemplateError, RecursionError):
         return frozenset()
-
-
-def _filters(tree: nodes.Template) -> frozenset[str]:
-    from jinja2 import nodes
-
-    return frozenset(found.name for found in tree.find_all(nodes.Filter))
+    return frozenset(found.name for found in tree.find_all((nodes.Name, nodes.Filter)))

@@ -6,7 +6,7 @@ One folder's two files are `checkpoint.py`'s.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +72,27 @@ def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Pa
 
 
 def upload(
-    folder: str | Path, repo_id: str, private: bool | None, token: str | None, message: str
+    folder: str | Path, repo_id: str, private: bool | None, token: str | bool | None, **commit: Any
 ) -> str:
     """Uploads a folder to a repository of the hub, which is made if it is missing.
+
+    Args:
+        commit: of `HfApi.upload_folder`.
 
     Returns: the address of the commit.
     """
     hub = HfApi(token=token)
     name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
+    return str(hub.upload_folder(repo_id=name, folder_path=folder, **commit))
 
 
 def save_adapters(
-    bank: AdapterBank, directory: str | Path, names: Sequence[str], plain: bool, write: bool
+    bank: AdapterBank,
+    directory: str | Path,
+    names: Sequence[str],
+    plain: bool,
+    write: bool,
+    values: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Writes `default` into the directory itself and other adapters into subfolders, as PEFT does.
 
@@ -94,21 +102,32 @@ def save_adapters(
         plain: write adapters that train against the rest of the weight (PiSSA, OLoRA) as ordinary
             ones, of twice the rank, which need nothing but the base's own weights.
         write: False only helps to gather.
+        values: the adapters' tensors, by adapter and key, in place of the model's own.
     """
     for name in names:
         folder = Path(directory) if name == "default" else Path(directory) / name
-        save_adapter(bank, folder, name, plain, write)
+        save_adapter(bank, folder, name, plain, write, values and values[name])
     if write:
         write_card(directory, bank.get_base_model())
 
 
 def save_adapter(
-    bank: AdapterBank, folder: Path, name: str, plain: bool = False, write: bool = True
+    bank: AdapterBank,
+    folder: Path,
+    name: str,
+    plain: bool = False,
+    write: bool = True,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes one adapter into a folder, whatever its name; arguments as for `save_adapters`."""
-    config, tensors = bank.peft_config[name], bank.adapter_tensors(name)
+    config, tensors = bank.peft_config[name], dict(values or bank.adapter_tensors(name))
     initial = initial_factors(bank, name)
     if initial and plain:
+        if values:
+            raise InputError(
+                "path_initial_model_for_weight_conversion takes the values of the model: leave "
+                "state_dict out"
+            )
         config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
     tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     if write:

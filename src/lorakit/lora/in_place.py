@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,8 @@ from lorakit.lora.checkpoint import PREFIX, LoadResult, load_tensors
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import count_parameters
+from lorakit.lora.script_arguments import WHOLE_EMBEDDINGS
+from lorakit.lora.state_values import values_in
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 
 _BANK = "lora_bank"
@@ -60,24 +61,29 @@ def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     adapter_name: str = "default",
-    **_for_peft: Any,
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, torch.Tensor]:
     """The tensors of an adapter under the keys of PEFT's files, without the adapter's name.
 
     Args:
         model: a `LoraModel`, or one with injected adapters, whose keys lack its prefix.
-        state_dict: take the values from here, as `model.state_dict()` gives them.
+        state_dict: take the values from here, as `model.state_dict()` gives them, or this function.
+        unwrap_compiled: as in PEFT's function; a compiled model is always unwrapped.
+        save_embedding_layers: True is refused, as in `save_pretrained`.
 
     Raises:
-        InputError: there is no such adapter.
+        InputError: there is no such adapter, or `state_dict` lacks a part of it.
     """
+    if save_embedding_layers is True:
+        raise InputError(WHOLE_EMBEDDINGS)
     bank, prefix = _bank_of(model)
     bank.require(adapter_name)
     own = bank.adapter_tensors(adapter_name)
     if state_dict is not None:
-        own = _from_state_dict(bank if prefix else model, own, state_dict)
+        own = values_in(bank if prefix else bank.get_base_model(), own, state_dict)
     elif hasattr(model, "module"):  # FSDP keeps the values elsewhere, and gives them like this
-        own = _from_state_dict(bank if prefix else bank.get_base_model(), own, model.state_dict())
+        own = values_in(bank if prefix else bank.get_base_model(), own, model.state_dict())
     return {prefix + key.removeprefix(PREFIX): tensor.detach() for key, tensor in own.items()}
 
 
@@ -136,14 +142,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     if isinstance(model, LoraModel):
         return model.get_model_status()
     return model_status(model, model, {}, count_parameters(model))
-
-
-def _from_state_dict(
-    model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The values in `state_dict` of tensors of `model`, under the keys of `own`."""
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: state_dict[names[id(tensor)]] for key, tensor in own.items()}
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -218,18 +218,27 @@ def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
     adapter_name: str = "default",
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> LoraModel:
     """`model` with a new adapter as `peft_config` describes it, ready for training.
 
     Args:
+        mixed: True, for adapters of several methods, is refused.
         autocast_adapter_dtype: as in `AdapterBank`.
+        revision: of the base on the hub, for the adapter's configuration.
         low_cpu_mem_usage: the adapter has no values until some are loaded.
     """
+    if mixed:
+        raise InputError("mixed=True: lorakit has adapters of one method, LoRA: leave it out")
+    config = copy.deepcopy(peft_config)
+    if revision is not None:
+        config.revision = revision
     return LoraModel(
         model,
-        copy.deepcopy(peft_config),
+        config,
         adapter_name,
         autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,

@@ -109,8 +109,9 @@ def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable[Any],
     peft_config: LoraConfig | None = None,
-    adapter_name: str = "default",
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    adapter_name: str = "default",
     show_progress_bar: bool = False,
 ) -> dict[str, torch.Tensor]:
     """EVA's `A` (new rank, d_in) by layer, from the inputs that the layers get from the data.
@@ -146,8 +147,9 @@ def initialize_lora_eva_weights(
     model: AdapterBank,
     dataloader: Iterable[Any] | None = None,
     eva_state_dict: Mapping[str, torch.Tensor] | None = None,
-    adapter_name: str = "default",
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    adapter_name: str = "default",
     show_progress_bar: bool = False,
 ) -> None:
     """Starts an adapter with `init_lora_weights="eva"` from data, and deals its ranks out anew.
@@ -172,7 +174,9 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         if dataloader is None:
             raise InputError("initialize_lora_eva_weights needs a dataloader or eva_state_dict")
-        eva_state_dict = get_eva_state_dict(model, dataloader, None, adapter_name, forward_fn)
+        eva_state_dict = get_eva_state_dict(
+            model, dataloader, None, forward_fn, adapter_name=adapter_name
+        )
     layers = _linear_layers(model, adapter_name)
     unknown = [path for path in eva_state_dict if path not in layers]
     if unknown:

@@ -7,7 +7,7 @@ Where and in which form an adapter is written is `folders.py`'s, what its files 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -18,6 +18,7 @@ from torch import nn
 from lorakit.errors import InputError, listed
 from lorakit.lora.bank import AdapterBank
 from lorakit.lora.checkpoint import (
+    PREFIX,
     LoadResult,
     load_initial,
     load_tensors,
@@ -26,6 +27,15 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.folders import locate, save_adapters, upload
+from lorakit.lora.script_arguments import (
+    SAVING,
+    WHOLE_EMBEDDINGS,
+    hub_arguments,
+    refuse_offload,
+    renamed,
+    require_known,
+)
+from lorakit.lora.state_values import values_in
 from lorakit.lora.vocabulary import put_frozen, require_vocabulary, split_frozen
 
 
@@ -35,42 +45,80 @@ class StoredBank(AdapterBank):
     def save_pretrained(
         self,
         save_directory: str | Path,
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
-        path_initial_model_for_weight_conversion: str | None = None,
+        save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
-        **_ignored_by_peft_too: Any,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **others: Any,
     ) -> None:
         """Writes each adapter as PEFT does: `default` into the folder, others into subfolders.
 
         Args:
+            safe_serialization: False is said to have no effect: pickles are never written.
             selected_adapters: the names of those to write; None is all.
+            save_embedding_layers: True is refused; what an adapter changes of embeddings is in
+                its file.
+            state_dict: take the values from here, as `state_dict()` of the model gives them.
+            others: of transformers' `save_pretrained`; they mean whole models, and do nothing.
             path_initial_model_for_weight_conversion: set, to whatever value, it writes adapters
                 that started from the weight itself (PiSSA, OLoRA) as ordinary ones of twice the
                 rank. PEFT needs a path here; lorakit has the initial factors in the model.
             is_main_process: other processes write nothing; under FSDP2 they must call this too.
+
+        Raises:
+            InputError: there is no such adapter, or values are missing in `state_dict`.
+            TypeError: an argument is unknown.
         """
+        require_known(self.save_pretrained, others, SAVING)
+        if not safe_serialization:
+            message = "safe_serialization=False has no effect: lorakit writes no pickles, and PEFT "
+            warnings.warn(f"{message}reads safetensors too", stacklevel=2)
+        if save_embedding_layers is True:
+            raise InputError(WHOLE_EMBEDDINGS)
         names = list(selected_adapters or self.adapters)
         for name in names:
             self.require(name)
+        values = None
+        if state_dict is not None:
+            values = {n: values_in(self, self.adapter_tensors(n), state_dict) for n in names}
         plain = path_initial_model_for_weight_conversion is not None
         with self._biases_in_force(True):
-            save_adapters(self, save_directory, names, plain, is_main_process)
+            save_adapters(self, save_directory, names, plain, is_main_process, values)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload adapter",
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
     ) -> str:
         """Uploads the adapters, as `save_pretrained` writes them, to the hub; the base stays here.
+
+        Args:
+            revision: a branch, which must be there; None for the repository's own.
+            create_pr: as a pull request.
 
         Returns: the address of the commit.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(folder, repo_id, private, token, commit_message)
+            return upload(
+                folder,
+                repo_id,
+                private,
+                token,
+                commit_message=commit_message or "Upload adapter",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(
@@ -81,7 +129,10 @@ class StoredBank(AdapterBank):
         is_trainable: bool = False,
         config: LoraConfig | None = None,
         autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
         subfolder: str | None = None,
         ignore_mismatched_sizes: bool = False,
         torch_device: str | None = None,
@@ -93,16 +144,21 @@ class StoredBank(AdapterBank):
             is_trainable: whether to go on training it; otherwise everything is frozen.
             config: takes the place of the folder's own, and is the adapter's from here on.
             autocast_adapter_dtype: as in `AdapterBank`.
+            ephemeral_gpu_offload: True is refused.
             low_cpu_mem_usage: as in PEFT's function; values are never made up before they are
                 loaded.
+            key_mapping: replacements by expression for keys of the file, without PEFT's prefix.
             ignore_mismatched_sizes: what has another shape keeps its first value, with a warning.
             torch_device: as in PEFT's function; values go where the base layers are.
-            hub: `revision`, `token`, … for an adapter on the hub.
+            hub: `revision`, `token`, … for an adapter on the hub, and what PEFT does nothing with
+                (`script_arguments.py`).
 
         Raises:
             InputError: the folder holds no adapter, a damaged one, or one for another model.
+            TypeError: an argument is unknown.
         """
-        folder = locate(model_id, subfolder, **hub)
+        refuse_offload(ephemeral_gpu_offload)
+        folder = locate(model_id, subfolder, **hub_arguments(cls.from_pretrained, hub))
         own_config, tensors = read_adapter(folder)
         wrapped = cls(
             model,
@@ -112,7 +168,7 @@ class StoredBank(AdapterBank):
             initialize=ignore_mismatched_sizes,
         )
         try:
-            wrapped._fill(adapter_name, tensors, folder, ignore_mismatched_sizes)
+            wrapped._fill(adapter_name, tensors, folder, ignore_mismatched_sizes, key_mapping)
         except InputError:
             wrapped.unload()
             raise
@@ -125,11 +181,14 @@ class StoredBank(AdapterBank):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
         subfolder: str | None = None,
         ignore_mismatched_sizes: bool = False,
-        torch_device: str | None = None,
         **hub: Any,
     ) -> LoadResult:
         """Adds the adapter in the folder `model_id` beside the others, without activating it.
@@ -138,11 +197,12 @@ class StoredBank(AdapterBank):
 
         Returns: no missing and no unexpected keys, as either is an error here.
         """
-        folder = locate(model_id, subfolder, **hub)
+        refuse_offload(ephemeral_gpu_offload)
+        folder = locate(model_id, subfolder, **hub_arguments(self.load_adapter, hub))
         config, tensors = read_adapter(folder)
         self._add(adapter_name, config, autocast_adapter_dtype, ignore_mismatched_sizes)
         try:
-            self._fill(adapter_name, tensors, folder, ignore_mismatched_sizes)
+            self._fill(adapter_name, tensors, folder, ignore_mismatched_sizes, key_mapping)
         except InputError:
             self.delete_adapter(adapter_name)
             raise
@@ -153,9 +213,15 @@ class StoredBank(AdapterBank):
         return LoadResult([], [])
 
     def _fill(
-        self, name: str, tensors: dict[str, torch.Tensor], folder: Path, ignore_mismatched: bool
+        self,
+        name: str,
+        tensors: dict[str, torch.Tensor],
+        folder: Path,
+        ignore_mismatched: bool,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> None:
         base = self.get_base_model()
+        tensors = renamed(tensors, key_mapping, PREFIX)
         if not ignore_mismatched:
             require_vocabulary(base, tensors, folder)
         own = self.adapter_tensors(name)
@@ -168,4 +234,5 @@ class StoredBank(AdapterBank):
             tensors = {key: tensor for key, tensor in tensors.items() if key not in other_shape}
         load_tensors(own, tensors, folder)
         put_frozen(base, frozen, folder, alone=self.adapters == [name])
-        load_initial(base, name, read_initial(folder), self.peft_config[name], folder)
+        initial = renamed(read_initial(folder), key_mapping, "")
+        load_initial(base, name, initial, self.peft_config[name], folder)

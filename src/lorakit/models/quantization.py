@@ -172,6 +172,7 @@ def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> Any:
     """`model`, frozen and ready for adapters, as PEFT's function of this name leaves it.
 
@@ -182,6 +183,7 @@ def prepare_model_for_kbit_training(
     Args:
         use_gradient_checkpointing: compute activations again in the backward pass.
         gradient_checkpointing_kwargs: for `torch.utils.checkpoint`; None is `use_reentrant=False`.
+        auto_clear_cache: as in PEFT's function; nothing is converted, so that nothing is left.
     """
     model.requires_grad_(False)
     if use_gradient_checkpointing:
