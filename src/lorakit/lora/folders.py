@@ -106,7 +106,7 @@ def save_adapters(
     """
     for name in names:
         folder = Path(directory) if name == "default" else Path(directory) / name
-        save_adapter(bank, folder, name, plain, write, values and values[name])
+        save_adapter(bank, folder, name, plain, write, None if values is None else values[name])
     if write:
         write_card(directory, bank.get_base_model())
 

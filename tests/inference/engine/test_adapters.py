@@ -122,8 +122,8 @@ def test_an_adapter_answers_with_the_template_and_the_end_that_it_was_trained_wi
     assert engine.tokenizer_of("shop").chat_template == engine.tokenizer.chat_template != template
     assert engine.tokenizer_of(None) is engine.tokenizer
     end = engine.tokenizer.pad_token_id
-    assert end in engine.pool.version("own").ends
-    assert end not in engine.pool.version("shop").ends
+    assert end in engine.pool.version("own").ending.tokens
+    assert end not in engine.pool.version("shop").ending.tokens
 
 
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
