@@ -1,14 +1,21 @@
 """A recorded run is made again and compared; what is not as it was is said."""
 
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import lorakit
+from lorakit.data.template_clock import Rendering, StandingClock, at
+from lorakit.data.templates import render
 from lorakit.errors import InputError
+from lorakit.models.template_files import digest, write_templates
 from lorakit.training.reproduce import reproduce
 from small_runs import recipe
+from tiny import CHATML
 
 
 def test_a_run_is_reproduced_to_the_bit(tiny_model: Path, rows: Path, tmp_path: Path):
@@ -28,7 +35,7 @@ def test_another_adapter_than_the_recorded_one_is_not_reproduced(
     lorakit.train(recipe(tiny_model, rows, tmp_path / "run"), quiet=True)
     path = tmp_path / "run" / "lorakit.json"
     record = json.loads(path.read_text())
-    record["recipe"]["training"]["learning_rate"] = 0.3
+    record["recipe"]["training"]["learning_rate"] = 1e-6
     record["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(record))
     result = reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
@@ -78,3 +85,90 @@ def test_changed_data_and_a_folder_without_a_record_are_refused(
     (tmp_path / "run" / "lorakit.json").unlink()
     with pytest.raises(InputError, match="only what lorakit trained"):
         reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
+
+
+DATED = CHATML.replace("{% for", "Today is {{ strftime_now('%Y-%m-%d') }}.\n{% for", 1)
+
+
+def with_template(model: Path, folder: Path, template: str) -> Path:
+    copy = Path(shutil.copytree(model, folder))
+    write_templates(copy, template)
+    return copy
+
+
+def test_rows_with_a_date_are_made_again_with_that_date(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    dated = with_template(tiny_model, tmp_path / "dated", DATED)
+    then = Rendering(time=datetime(2020, 2, 3, 4, 5, 6))
+    first = lorakit.train(recipe(dated, rows, tmp_path / "run"), rendering=then, quiet=True)
+    assert first.manifest.template_time == "2020-02-03T04:05:06"
+    assert [line for line in first.manifest.notices if "2020-02-03" in line]
+    result = reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
+    assert result.identical
+    assert result.changed == []
+    assert result.after.template_time == first.manifest.template_time
+
+    # An older record does not say when it was: other rows, and the reason is named.
+    path = tmp_path / "run" / "lorakit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"template_time": None}))
+    result = reproduce(tmp_path / "run", tmp_path / "now", quiet=True)
+    assert not result.identical
+    assert [line for line in result.changed if "writes the date" in line]
+
+
+def test_a_run_is_made_again_with_its_own_template_when_the_base_has_another(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    base = with_template(tiny_model, tmp_path / "base", CHATML)
+    lorakit.train(recipe(base, rows, tmp_path / "run"), quiet=True)
+    newer = CHATML.replace("{% for", "Be brief.\n{% for", 1)
+    write_templates(base, newer)
+    result = reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
+    assert result.identical
+    [said] = result.changed
+    assert digest(CHATML)[:12] in said
+    assert digest(newer)[:12] in said
+    (tmp_path / "run" / "chat_template.jinja").unlink()
+    result = reproduce(tmp_path / "run", tmp_path / "other", quiet=True)
+    assert not result.identical
+    assert [line for line in result.changed if digest(newer)[:12] in line]
+
+
+@pytest.mark.parametrize(
+    ("template", "is_read"),
+    [
+        (CHATML, False),
+        (CHATML + "{# strftime_now #}", False),
+        ("{{ 'strftime_now' if false }}" + CHATML, False),
+        ("{% if false %}{{ strftime_now('%d') }}{% endif %}" + CHATML, False),
+        (DATED, True),
+        ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+         "{% endif %}Today Date: {{ date_string }}\n" + CHATML, True),
+        ("{% set clock = strftime_now %}{{ clock('%H') }}" + CHATML, True),
+    ],
+)  # fmt: skip
+def test_a_clock_is_told_by_reading_it_and_not_by_its_name(
+    tiny_model: Path, template: str, is_read: bool
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = template
+    clock = StandingClock(datetime(2020, 2, 3))
+    message = {"role": "user", "content": "Which day?"}
+    with at(clock):
+        text = render([message], tokenizer)
+    assert clock.was_read is is_read
+    assert "Which day?" in text
+    assert ("2020" in text) is (is_read and "%Y" in template)
+    assert render([message], tokenizer) != text or not is_read or "%Y" not in template
+
+
+def test_a_template_that_draws_is_named_in_check_and_when_run_again(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    drawing = CHATML.replace("{% for", "{{ ['a', 'a'] | random }}{% for", 1)
+    base = with_template(tiny_model, tmp_path / "base", drawing)
+    result = lorakit.train(recipe(base, rows, tmp_path / "run", max_steps=1), quiet=True)
+    assert [line for line in result.manifest.notices if "draws at random" in line]
+    again = reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
+    assert [line for line in again.changed if "draws at random" in line]

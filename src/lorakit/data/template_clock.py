@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
 
 from lorakit.models.template_files import Templates
 
@@ -63,12 +62,18 @@ def at(clock: StandingClock) -> Iterator[None]:
         _clock.reset(before)
 
 
-def clock_arguments(template: str | None) -> dict[str, Any]:
-    """What a template is rendered with, besides the messages, to read the clock in force."""
+def show_clock(template: str | None) -> None:
+    """Lets a template that names the clock read the one in force when it is rendered."""
+    if template is not None and _clock.get() is not None and reads_clock(template):
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        # Functions are no arguments of a template: transformers makes text of what it is given.
+        _compile_jinja_template(template).environment.globals[CLOCK] = _strftime_now
+
+
+def _strftime_now(format: str) -> str:
     clock = _clock.get()
-    if clock is None or template is None or not reads_clock(template):
-        return {}
-    return {CLOCK: clock.strftime_now}
+    return datetime.now().strftime(format) if clock is None else clock.strftime_now(format)
 
 
 def reads_clock(template: str) -> bool:

@@ -13,7 +13,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.formats import Message
-from lorakit.data.template_clock import clock_arguments
+from lorakit.data.template_clock import show_clock
 from lorakit.errors import InputError
 from lorakit.models.template_files import default_of, digest
 
@@ -48,7 +48,7 @@ def render(
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; call ensure_template first")
-    clock = clock_arguments(_chosen(tokenizer, tools))
+    show_clock(_chosen(tokenizer, tools))
     refusal: Exception | None = None
     has_calls = any(message.get("tool_calls") for message in messages)
 
@@ -59,7 +59,6 @@ def render(
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **clock,
             )
         )
 
