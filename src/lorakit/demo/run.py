@@ -6,9 +6,6 @@ Everything is done by the same functions that the verbs call, and every number i
 from __future__ import annotations
 
 import json
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +17,7 @@ import yaml
 
 from lorakit import atomic
 from lorakit.adapters.open import open_adapter
+from lorakit.commands import runnable
 from lorakit.data.dataset import load_samples
 from lorakit.demo.orders import train_and_held_out
 from lorakit.evaluation.evaluate import Evaluation, evaluate
@@ -123,15 +121,14 @@ def _show(result: Evaluation, say: Callable[[str], None]) -> None:
 
 
 def _next_commands(folder: Path, adapter: Path) -> list[str]:
-    # Where the command is not on the path (a virtual environment), it is named in full.
-    lorakit = "lorakit" if shutil.which("lorakit") else shlex.quote(sys.argv[0])
-    at, data = shlex.quote(str(adapter)), shlex.quote(str(folder / "held_out.jsonl"))
-    recipe, smaller = shlex.quote(str(folder / "recipe.yaml")), shlex.quote(str(folder / "r4"))
     return [
-        f"{lorakit} chat {at} --system 'Turn the order into JSON.'",
-        f"{lorakit} eval {at} --data {data} --metrics exact_match,loss --limit 20",
-        f"{lorakit} merge {at} -o {shlex.quote(str(folder / 'merged'))}",
-        f"{lorakit} train {recipe} lora.r=4 output_dir={smaller}",
+        runnable("chat", adapter, "--system", "Turn the order into JSON."),
+        runnable(
+            *("eval", adapter, "--data", folder / "held_out.jsonl"),
+            *("--metrics", "exact_match,loss", "--limit", "20"),
+        ),
+        runnable("merge", adapter, "-o", folder / "merged"),
+        runnable("train", folder / "recipe.yaml", "lora.r=4", f"output_dir={folder / 'r4'}"),
     ]
 
 

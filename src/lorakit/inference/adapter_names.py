@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lorakit.commands import quoted
 from lorakit.errors import InputError
+from lorakit.folder_name import folder_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+=-]{0,199}")
 
@@ -20,12 +22,12 @@ def named_adapters(arguments: list[str]) -> dict[str, Path]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
-            name, path = Path(argument).resolve().name if argument else "", argument
+            name, path = folder_name(argument) if argument else "", argument
         check_name(name)
         if name in adapters:
             raise InputError(
                 f"{adapters[name]} and {path} are both named {name}: give one a name, as in "
-                f"{name}-2={path}"
+                f"{quoted(f'{name}-2={path}')}"
             )
         adapters[name] = Path(path)
     return adapters

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorakit.data.formats import Message
 from lorakit.errors import InputError, LorakitError, did_you_mean, listed
+from lorakit.folder_name import folder_name
 from lorakit.inference.engine import Engine
 from lorakit.inference.requests import Ticket
 from lorakit.inference.sampling import Sampling, prompt_tokens
@@ -175,7 +176,7 @@ class ChatSession:
 
     def _load(self, folder: Path) -> str:
         """Loads the adapter in `folder` under the folder's name, once."""
-        name = folder.resolve().name
+        name = folder_name(folder)
         if name not in self.adapters:
             self._engine.pool.register(name, folder)
         return name

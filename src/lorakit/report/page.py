@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorakit import __version__, atomic
 from lorakit.errors import InputError
+from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
 from lorakit.report.heat_map import LEVELS, heat_maps
@@ -108,7 +109,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
     return {
         "mark": _MARK,
         "version": __version__,
-        "name": run.folder.resolve().name,
+        "name": folder_name(run.folder),
         "base_model": manifest.base_model if manifest else run.config.base_model_name_or_path,
         "run": run,
         "manifest": manifest,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import __version__, atomic
+from lorakit.folder_name import folder_name
 from lorakit.report import numbers
 from lorakit.report.charts import Chart, Line, line_chart
 from lorakit.report.page import environment
@@ -46,7 +47,7 @@ def _content(folder: Path, table: dict[str, Any], losses: TrainLosses) -> dict[s
     share = _common_share(rows)
     return {
         "version": __version__,
-        "name": folder.resolve().name,
+        "name": folder_name(folder),
         "table": table,
         "rows": rows,
         "keys": keys,

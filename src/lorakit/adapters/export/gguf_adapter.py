@@ -20,6 +20,7 @@ from lorakit.adapters.export.gguf_tokenizer import add_templates
 from lorakit.adapters.export.plain import PlainAdapter, read_plain, require_fit
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
+from lorakit.folder_name import folder_name
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 from lorakit.models.template_files import TEMPLATE_NAME
@@ -78,7 +79,7 @@ def export_gguf_adapter(
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(Path(adapter).resolve().name)
+        writer.add_name(folder_name(adapter))
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(plain.config.lora_alpha))
         writer.add_base_model_count(1)

@@ -7,7 +7,6 @@ named in `keys` in the last `num_layers` layers (`mlx_lm/tuner/utils.py`).
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch.nn.functional import pad
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
+from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
 from lorakit.models.names import resolve
@@ -92,8 +92,8 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
         if template.own is not None:
             write_templates(folder, template.own)
     command = (
-        f"mlx_lm.generate --model {shlex.quote(found_at(plain.base_model))} "
-        f"--adapter-path {shlex.quote(str(output))} --prompt …"
+        f"mlx_lm.generate --model {quoted(found_at(plain.base_model))} "
+        f"--adapter-path {quoted(output)} --prompt …"
     )
     notices = [*plain.notices, *template.notices]
     if template.differs:

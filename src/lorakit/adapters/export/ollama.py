@@ -19,8 +19,10 @@ from lorakit.adapters.export.gguf_model import export_gguf_model
 from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import read_files
 from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
+from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
+from lorakit.folder_name import folder_name
 from lorakit.lora.checkpoint import read_config
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.names import resolve
@@ -94,12 +96,12 @@ def export_ollama(
         notices.append("the chat template takes off space around messages, Ollama's cannot")
     if not form.takes_system:
         notices.append("the chat template takes no system message: Ollama leaves one out")
-    name = Path(output).name
+    name = folder_name(output)
     return OllamaExport(
         str(output),
         ("Modelfile", Path(written.output).name),
         form.family,
-        f"ollama create {name} -f {Path(output) / 'Modelfile'}",
+        f"ollama create {quoted(name)} -f {quoted(Path(output) / 'Modelfile')}",
         tuple(notices),
     )
 

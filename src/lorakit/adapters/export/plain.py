@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.derived import origin
+from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
@@ -103,7 +104,7 @@ def found_at(base_model: str) -> str:
     if original_folder(base_model) is not None:
         raise InputError(
             f"model: {base_model} is in ChatGLM's original layout, whose modules have other names: "
-            f"lorakit convert {base_model} -o DIR, and give --base DIR"
+            f"lorakit convert {quoted(base_model)} -o DIR, and give --base DIR"
         )
     return base_model
 
@@ -156,7 +157,7 @@ def _require_plain(
     if found:
         raise InputError(
             f"{folder} has {listed(found, 2)}, which an adapter for {target} cannot hold: "
-            f"lorakit merge {folder} -o MODEL makes a plain model that it can use"
+            f"lorakit merge {quoted(folder)} -o MODEL makes a plain model that it can use"
         )
     require_finite(tensors, folder)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from torch.nn.functional import pad
 from lorakit import atomic
 from lorakit.adapters.chat_template import AdapterTemplate, exported_template
 from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
+from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
+from lorakit.folder_name import folder_name
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.models.template_files import (
@@ -80,14 +81,14 @@ def read_servable(adapter: str | Path, base: str | None = None) -> Servable:
         if pair.is_embedding and not path.endswith(EMBEDDINGS):
             raise InputError(
                 f"{adapter} adapts the embedding {path}, and vLLM takes only "
-                f"{' and '.join(EMBEDDINGS)}: lorakit merge {adapter} -o MODEL"
+                f"{' and '.join(EMBEDDINGS)}: lorakit merge {quoted(adapter)} -o MODEL"
             )
     largest = max(pair.r for pair in plain.pairs.values())
     r = next((rank for rank in RANKS if rank >= largest), None)
     if r is None:
         raise InputError(
             f"{adapter} has rank {largest}, and vLLM serves at most {RANKS[-1]}: "
-            f"lorakit merge {adapter} -o MODEL"
+            f"lorakit merge {quoted(adapter)} -o MODEL"
         )
     return Servable(Path(adapter), plain, r, _misread(plain))
 
@@ -136,13 +137,13 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
             f"{plain.base_model} is a GGUF file: give vLLM the folder or hub id it was made from"
         )
     command = (
-        f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules "
-        f"{shlex.quote(lora_module(Path(output).name, str(output)))} --max-lora-rank {r}"
+        f"vllm serve {quoted(served)} --enable-lora --lora-modules "
+        f"{quoted(lora_module(folder_name(output), str(output)))} --max-lora-rank {r}"
     )
     template = exported_template(adapter, plain.base_model)
     notices += template.notices
     if template.differs:
-        command += f" --chat-template {shlex.quote(str(Path(output) / TEMPLATE_NAME))}"
+        command += f" --chat-template {quoted(Path(output) / TEMPLATE_NAME)}"
         notices.append(
             "--chat-template is the one that the adapter was trained with; vLLM has one for all "
             "that a server serves"

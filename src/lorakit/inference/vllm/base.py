@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.models.chatglm.config import is_original
 from lorakit.models.folders import templates_in
@@ -96,7 +97,7 @@ def _require_native(name: str, folder: Path) -> None:
     if is_original(folder):
         raise InputError(
             f"{name} is in ChatGLM's original layout, whose modules have other names in vLLM than "
-            f"the adapters do: lorakit convert {name} -o DIR, and give --model DIR"
+            f"the adapters do: lorakit convert {quoted(name)} -o DIR, and give --model DIR"
         )
 
 
@@ -143,7 +144,8 @@ def require_fit(servable: Servable, model: nn.Module, base: Base) -> None:
         if not isinstance(module, nn.Linear | nn.Embedding):
             raise InputError(
                 f"{servable.folder} adapts {path}, a {type(module).__name__}, and vLLM adapts "
-                f"linear layers and embeddings only: lorakit merge {servable.folder} -o MODEL"
+                "linear layers and embeddings only: "
+                f"lorakit merge {quoted(servable.folder)} -o MODEL"
             )
         shape = (pair.B.shape[0], pair.A.shape[1])
         own = tuple(module.weight.shape)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.models.chatglm.config import Original, is_original
 from lorakit.models.chatglm.layout import UNUSED, parts, stored_shapes
@@ -77,8 +78,8 @@ def native_shards(original: Original) -> dict[str, dict[str, StoredTensor]]:
         _bin_files(path)
         raise InputError(
             f"model: {path} has its weights in {BIN_NAME} files, which cannot be read tensor by "
-            f"tensor: write them as safetensors with lorakit convert {path} -o DIR, and give DIR "
-            "as the base model"
+            "tensor: write them as safetensors with "
+            f"lorakit convert {quoted(path)} -o DIR, and give DIR as the base model"
         )
     shards = read_shards(path)
     _check(original, all_tensors(shards))

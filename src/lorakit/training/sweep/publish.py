@@ -16,6 +16,7 @@ import yaml
 
 from lorakit import atomic
 from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
+from lorakit.commands import quoted
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.template_files import write_templates
@@ -90,7 +91,7 @@ def write_recipe(folder: Path, winner: Configuration) -> None:
     values["output_dir"] = f"{folder}-{winner.name}"
     head = (
         f"# {winner.name}, the winner of the sweep in {folder}: "
-        f"lorakit train {folder / RECIPE_NAME}\n"
+        f"lorakit train {quoted(folder / RECIPE_NAME)}\n"
     )
     text = yaml.safe_dump(_said(values), sort_keys=False, allow_unicode=True, width=88)
     atomic.write_file(folder / RECIPE_NAME, head + text)
