@@ -111,8 +111,10 @@ def test_rows_whose_answers_are_cut_away_are_counted_too(
     tokenizer: Any, write_rows: WriteRows
 ) -> None:
     path = write_rows([*numbered(1), *[{"prompt": "q " * 99, "completion": "a"}] * 3])
-    with pytest.raises(InputError, match=r"^rows.jsonl:2: .*max_length.*\(and 2 more rows\)$"):
-        prepare(tokenizer, path, 0, max_length=64)
+    data = prepare(tokenizer, path, 0, max_length=64)
+    (finding,) = (f for f in data.findings if f.what.startswith("left out"))
+    assert (finding.count, finding.of, finding.first[0]) == (3, 4, "rows.jsonl:2")
+    assert [row.where for row in data.train] == ["rows.jsonl:1"]
 
 
 @pytest.mark.parametrize(

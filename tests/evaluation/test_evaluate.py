@@ -92,3 +92,44 @@ def test_no_rows_and_unknown_metrics_are_refused(
         evaluate(tuned, tokenizer, [])
     with pytest.raises(InputError, match="did you mean 'rouge'"):
         evaluate(tuned, tokenizer, samples, metrics=["rougue"])
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "options", "words"),
+    [
+        ("x" * 600, "a", {}, "the prompt has .* the model reads 512"),
+        ("x" * 300, "a", {"metrics": ["exact_match", "loss"], "max_length": 200}, "max_length 200"),
+    ],
+)
+def test_rows_that_are_too_long_are_refused_before_an_answer_is_generated(
+    tuned: LoraModel,
+    tokenizer: Any,
+    sample: Callable[..., Sample],
+    question: str,
+    answer: str,
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    done: list[int] = []
+    rows = [sample("short", "a"), sample(question, answer), sample(question + "y", answer)]
+    with pytest.raises(InputError, match=rf"rows.jsonl:1: .*{words}.*and 1 more row"):
+        evaluate(
+            tuned,
+            tokenizer,
+            rows,
+            **{"metrics": ["exact_match"], **options},
+            on_progress=lambda now, _: done.append(now),
+        )
+    assert done == []
+
+
+def test_an_answer_ends_where_the_model_has_no_more_room(
+    tuned: LoraModel, tokenizer: Any, sample: Callable[..., Sample]
+) -> None:
+    prompt = sample("x" * 480, "a").prompt
+    room = 512 - len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+    assert 0 < room < 20
+    result = evaluate(
+        tuned, tokenizer, [sample("x" * 480, "a")], metrics=["rouge"], max_new_tokens=20
+    )
+    assert any("1 prompt have less room than 20 tokens" in line for line in result.notices)

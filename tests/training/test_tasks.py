@@ -316,8 +316,9 @@ def test_rows_are_cut_at_the_models_positions_and_counted(
     values["data"] = {"train": str(write_rows(tmp_path / "long.jsonl", rows)), "eval": 0}
     lorakit.train(values)
     said = capsys.readouterr().err
-    assert "1 of 8 rows is longer than max_length 64 and cut" in said
-    assert "first: long.jsonl:4): the longest has 343 tokens: the model reads 64" in said
+    assert "1 of 8 rows is longer than the 64 tokens that the model reads and cut" in said
+    assert "(first: long.jsonl:4)" in said
+    assert "the longest has 343 tokens: the model reads 64" in said
     assert "trained whole and saved with the adapter: classifier" in said
 
 

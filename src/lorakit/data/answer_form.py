@@ -128,15 +128,15 @@ def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
 def taught_answer(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, form: AnswerForm
 ) -> tuple[str, str]:
-    """Reasoning and answer of the last turn of `sample`, as the template writes them.
+    """Reasoning and answer of the last learned turn of `sample`, as the template writes them.
 
     Where the template refuses the conversation it is the row's own text.
     """
-    answers = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    if not answers:
+    if not sample.learned:
         return "", sample.reference
+    turns = sample.messages[: sample.learned[-1] + 1]
     try:
-        found = find_answers(sample.messages[: answers[-1] + 1], tokenizer, sample.tools)
+        found = find_answers(turns, tokenizer, sample.tools, sample.unlearned)
     except InputError:
         return form.split(sample.reference)
     start, end = found.spans[-1]

@@ -14,6 +14,7 @@ from lorakit.data.formats import Sample
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.too_long import Limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,29 +101,26 @@ def findings(
     train: Sequence[tuple[AnySample, TokenizedRow]],
     held_out: Sequence[tuple[AnySample, TokenizedRow]],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    positions: int | None = None,
+    limit: Limit,
+    left_out: Sequence[TokenizedRow] = (),
 ) -> list[Finding]:
     """Everything that is looked for, each with its count, which may be 0.
 
     Args:
-        positions: the most tokens that the model can read, where it says so.
+        limit: how many tokens of a row are read.
+        left_out: the rows that are too long to be used at all.
     """
     everything = [*train, *held_out]
     samples = [sample for sample, _ in train]
     cut = [row for _, row in everything if row.truncated]
-    longest = max((len(row) + row.cut for row in cut), default=0)
-    more = f"data.max_length={longest} keeps all"
-    if positions and longest > positions:
-        more = f"the model reads {positions} and no more: shorten or split them"
     learned = [sample.where for sample in _repeated(samples)]
     seen = {_key(sample) for sample, _ in held_out}
-    found = [
+    found: list[tuple[str, list[str], Sequence[object], str]] = [
         (
-            f"longer than max_length {max_length} and cut at the end",
+            f"longer than {limit} and cut at the end",
             [row.where for row in cut],
             everything,
-            f"the longest has {longest:,} tokens: {more}",
+            _too_long(cut, everything, left_out, limit),
         ),
         (
             "the same as an earlier row to learn from",
@@ -150,7 +148,11 @@ def findings(
         ),
         (
             "left without an end token behind an answer",
-            [row.where for _, row in everything if _endless(row, tokenizer.all_special_ids)],
+            [
+                row.where
+                for sample, row in everything
+                if sample.messages and _endless(row, tokenizer.all_special_ids)
+            ],
             everything,
             "the model would not learn to stop: the chat template should close an answer",
         ),
@@ -165,6 +167,15 @@ def findings(
                 "prompt; blanks at an answer's beginning are learned too: strip them unless meant",
             )
         )
+    if left_out:
+        found.append(
+            (
+                f"left out, as {limit} ends before the row or its answer",
+                [row.where for row in left_out],
+                [*everything, *((None, row) for row in left_out)],
+                _too_long(left_out, everything, left_out, limit),
+            )
+        )
     for part in dict.fromkeys(part for _, row in everything for part in row.unshown):
         hidden = [row.where for _, row in everything if part in row.unshown]
         what = f"learned without {_PARTS[part]}, which the chat template does not show"
@@ -173,6 +184,27 @@ def findings(
         Finding(what, len(where), len(of), tuple(where[:SHOWN]), cure)
         for what, where, of, cure in found
     ]
+
+
+def _too_long(
+    rows: Sequence[TokenizedRow],
+    kept: Sequence[tuple[AnySample, TokenizedRow]],
+    left_out: Sequence[TokenizedRow],
+    limit: Limit,
+) -> str:
+    """What is lost by rows that are too long, and what keeps it."""
+    if not rows:
+        return ""
+    longest = max(len(row) + row.cut for row in rows)
+    lost = sum(row.cut for _, row in kept) + sum(len(row) + row.cut for row in left_out)
+    whole = lost + sum(len(row) for _, row in kept)
+    share = f"{lost / whole:.0%}" if lost >= 0.005 * whole else "under 1%"
+    cure = limit.cure(longest)
+    if any(
+        sample.text is not None for sample, row in kept if isinstance(sample, Sample) and row.cut
+    ):
+        cure = f"data.too_long=split learns all of plain text, in rows of that length; or {cure}"
+    return f"{share} of all tokens are lost; the longest has {longest:,} tokens: {cure}"
 
 
 def _key(sample: AnySample) -> tuple[str, str]:
@@ -196,7 +228,7 @@ def _two_bos(row: TokenizedRow, bos: int | None) -> bool:
 def _endless(row: TokenizedRow, special: Sequence[int]) -> bool:
     """Whether an answer that is not cut ends without a special token; some templates do so."""
     if isinstance(row, LabelledRow):
-        return False  # labels are no text, and a decoder's target is always closed
+        return False  # a decoder's target is always closed
     following = [*row.labels[1:], row.labels[-1] if row.truncated else IGNORE]
     return any(
         label != IGNORE and after == IGNORE and label not in special

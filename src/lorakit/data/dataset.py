@@ -25,6 +25,7 @@ from lorakit.data.mixing import (
 from lorakit.data.splits import HELD_OUT
 from lorakit.data.templates import ensure_template
 from lorakit.data.texts import findings_of_texts
+from lorakit.data.too_long import Limit, TooLong, fit, none_left
 from lorakit.errors import InputError
 from lorakit.progress import track
 
@@ -68,6 +69,8 @@ def prepare(
     limit: int | None = None,
     seed: int = 42,
     to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] | None = None,
+    too_long: TooLong = "cut",
+    positions: int | None = None,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -78,12 +81,13 @@ def prepare(
             Where `train` is a data set with a part for validation, a share stands for that part.
             Rows with the same prompt are held out together, so that no prompt is seen in both.
             Weights do not count here: a row is held out once.
-        max_length: tokens; longer rows are cut from the right, and counted in a notice.
+        max_length: tokens; what becomes of longer rows `too_long` says, and they are counted.
         columns: maps a format's column names to the files' own.
         limit: use only the first rows of each source, for a quick trial.
         seed: of the split, and of the rows that a weight draws.
         to_row: makes a row of a sample, with at most `max_length` tokens; None for rows that a
             causal model learns.
+        positions: the most tokens that the model reads, where it says so.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
@@ -99,44 +103,45 @@ def prepare(
         kept, held, said = _split(learned.samples, eval, seed, learned.name)
         notices += said
     else:
-        held_out = mix(eval, columns, limit, seed=seed, key="data.eval", wanted=HELD_OUT)
-        kept, held = learned.samples, held_out.samples
-        facts += held_out.facts
-        notices += held_out.notices
+        measured = mix(eval, columns, limit, seed=seed, key="data.eval", wanted=HELD_OUT)
+        kept, held = learned.samples, measured.samples
+        facts += measured.facts
+        notices += measured.notices
     everything = kept + held
-    if to_row is None:
-        has_messages = any(sample.messages for sample in everything)
-        if has_messages and (notice := ensure_template(tokenizer)):
-            notices.append(notice)
-        reading = track(everything, "rendering rows")
-        readings = each(reading, lambda sample: read(sample, tokenizer))
-        rows = each(
+
+    def make(length: int) -> list[TokenizedRow]:
+        if to_row is not None:
+            given = track(everything, "tokenizing rows")
+            return each(given, lambda sample: to_row(sample, tokenizer, length))
+        given = track(everything, "rendering rows")
+        readings = each(given, lambda sample: read(sample, tokenizer))
+        return each(
             track(
                 zip(readings, encode(readings, tokenizer), strict=True),
                 "tokenizing rows",
                 len(readings),
             ),
-            lambda pair: label(*pair, tokenizer, max_length),
+            lambda pair: label(*pair, tokenizer, length),
         )
-    else:
-        make = to_row
-        reading = track(everything, "tokenizing rows")
-        rows = each(reading, lambda sample: make(sample, tokenizer, max_length))
-    train_rows, eval_rows = rows[: len(kept)], rows[len(kept) :]
-    found = findings(
-        list(zip(kept, train_rows, strict=True)),
-        list(zip(held, eval_rows, strict=True)),
-        tokenizer,
-        max_length,
-    )
+
+    if to_row is None and any(sample.messages for sample in everything):
+        notices += [notice] if (notice := ensure_template(tokenizer)) else []
+    most = Limit(max_length, positions)
+    fitted = fit([(i < len(kept), s) for i, s in enumerate(everything)], make, most, too_long)
+    to_learn = [(sample, row) for (learns, sample), row in fitted.kept if learns]
+    held_out = [(sample, row) for (learns, sample), row in fitted.kept if not learns]
+    for key, before, after in (("train", kept, to_learn), ("eval", held, held_out)):
+        if before and not after:
+            raise none_left(key, fitted.left_out, most)
+    found = findings(to_learn, held_out, tokenizer, most, fitted.left_out)
     found += findings_of_texts(everything, tokenizer)
     found += findings_of_fields(everything, tokenizer, by_template=to_row is None)
-    copies = [i for i, sample in enumerate(kept) for _ in range(sample.copies)]
+    copied = [pair for pair in to_learn for _ in range(pair[0].copies)]
     return PreparedData(
-        [train_rows[i] for i in copies],
-        eval_rows,
-        [kept[i] for i in copies],
-        held,
+        [row for _, row in copied],
+        [row for _, row in held_out],
+        [sample for sample, _ in copied],
+        [sample for sample, _ in held_out],
         facts,
         notices,
         found,

@@ -75,7 +75,15 @@ def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: i
     """
     reading = read(sample, tokenizer)
     encoded = next(encode([reading], tokenizer))
-    return label(reading, encoded, tokenizer, max_length)
+    row = label(reading, encoded, tokenizer, max_length)
+    if row.supervised == 0:
+        whole = label(reading, encoded, tokenizer, len(row) + row.cut)
+        first = next(i for i, token in enumerate(whole.labels) if token != IGNORE)
+        raise InputError(
+            f"{row.where}: the answer begins at token {first + 1} of {len(whole)}, behind "
+            f"data.max_length {max_length}; raise it to {len(whole)} or shorten the row"
+        )
+    return row
 
 
 def read(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Reading:
@@ -122,8 +130,10 @@ def label(
 ) -> TokenizedRow:
     """The tokens of `reading` with those to learn labelled, cut to `max_length`.
 
+    What is left may have no token to learn (`supervised` is 0).
+
     Raises:
-        InputError: no token is left to learn, or an end-of-sequence token is needed.
+        InputError: there is no token to learn, or an end-of-sequence token is needed.
     """
     ids = list(encoded.ids)
     labels = [IGNORE] * len(ids)
@@ -140,7 +150,9 @@ def label(
         ids.append(_eos(tokenizer))
         labels.append(_eos(tokenizer))
     labels[0] = IGNORE
-    row = TokenizedRow(
+    if all(token == IGNORE for token in labels):
+        raise InputError(f"{reading.where}: no token to learn; give it an answer or drop it")
+    return TokenizedRow(
         ids[:max_length],
         labels[:max_length],
         reading.where,
@@ -148,15 +160,6 @@ def label(
         answers.unshown if answers else (),
         encoded.apart,
     )
-    if row.supervised == 0:
-        first = next((i for i, label in enumerate(labels) if label != IGNORE), None)
-        if first is None:
-            raise InputError(f"{row.where}: no token to learn; give it an answer or drop it")
-        raise InputError(
-            f"{row.where}: the answer begins at token {first + 1} of {len(ids)}, behind "
-            f"data.max_length {max_length}; raise it to {len(ids)} or shorten the row"
-        )
-    return row
 
 
 def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:

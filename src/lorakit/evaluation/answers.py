@@ -21,6 +21,7 @@ from lorakit.inference.sampling import (
     prompt_tokens,
     stops_at,
 )
+from lorakit.models.load import positions_of
 from lorakit.progress import Task, innermost
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def write_answers(
 
     Args:
         tools: of each conversation, those that the model is shown; none when left out.
-        max_new_tokens: at most so many tokens an answer.
+        max_new_tokens: at most so many tokens an answer, and no more than the model has room for.
         batch_size: prompts at a time.
         on_batch: called after each batch with the number of its answers.
 
@@ -98,6 +99,7 @@ def write_answers(
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     form = answer_form(tokenizer)
     ends = frozenset(end_tokens(model, tokenizer))
+    positions = positions_of(model)
     shown = tools or [()] * len(prompts)
     rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
@@ -110,6 +112,8 @@ def write_answers(
             chosen = order[at : at + batch_size]
             input_ids, mask = pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
             width = input_ids.shape[1]
+            if positions is not None:  # behind them some models have nothing to add to a token
+                settings.max_new_tokens = max(1, min(max_new_tokens, positions - width))
             stops = stops_at(form.end_text, tokenizer, width, _steps(work, len(chosen), settings))
             output = generate(
                 model,

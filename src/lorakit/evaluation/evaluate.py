@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import answer_form, taught_answer
 from lorakit.data.formats import Message, Sample
+from lorakit.data.mixing import count as count_of
+from lorakit.data.mixing import each
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import Written, write_answers
-from lorakit.evaluation.loss import mean_loss
+from lorakit.evaluation.loss import loss_rows, mean_row_loss
 from lorakit.evaluation.metrics import METRICS, check_metrics
-from lorakit.evaluation.seq2seq import generate_targets, mean_target_loss
+from lorakit.evaluation.seq2seq import generate_targets, mean_target_loss, target_rows
+from lorakit.inference.sampling import prompt_tokens
 from lorakit.models.inside import base_model
+from lorakit.models.load import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +83,8 @@ def evaluate(
         on_progress: called with how much of how much is done, in answers and rows.
 
     Raises:
-        InputError: there are no samples, a metric is unknown, or plain text is to be answered.
+        InputError: there are no samples, a metric is unknown, plain text is to be answered, or a
+            row is too long for `max_length` or for the model.
     """
     check_metrics(metrics)
     by_answers = [name for name in metrics if name in METRICS]
@@ -92,7 +97,14 @@ def evaluate(
     prompts = [sample.prompt for sample in asked]
     encoder_decoder = base_model(model).config.is_encoder_decoder
     wanted = references(tokenizer, groups.values(), not encoder_decoder) if by_answers else []
-    loss_of = mean_target_loss if encoder_decoder else mean_loss
+    # Whatever a row can be refused for is found before the first answer is generated.
+    rows: Any = []
+    if "loss" in metrics and encoder_decoder:
+        rows = target_rows(model, tokenizer, samples, max_length)
+    elif "loss" in metrics:
+        rows = loss_rows(tokenizer, samples, max_length)
+    short = [] if encoder_decoder else _check_room(model, tokenizer, asked, max_new_tokens)
+    loss_of = mean_target_loss if encoder_decoder else mean_row_loss
     done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
 
     if on_progress:
@@ -121,9 +133,7 @@ def evaluate(
         answers = [one.answer for one in written]
         scores = {name: METRICS[name](answers, wanted) for name in by_answers}
         if "loss" in metrics:
-            scores["loss"] = loss_of(
-                model, tokenizer, samples, max_length, batch_size, on_batch=count
-            )
+            scores["loss"] = loss_of(model, tokenizer, rows, batch_size, on_batch=count)
         return written, scores
 
     tuned_answers, tuned_scores = score()
@@ -139,7 +149,7 @@ def evaluate(
                 prompts, wanted, base_answers, tuned_answers, strict=True
             )
         ],
-        notices=_left_out(base_answers, tuned_answers),
+        notices=[*short, *_left_out(base_answers, tuned_answers)],
         seconds=round(time.perf_counter() - began, 2),
     )
 
@@ -165,6 +175,39 @@ def _left_out(base: Sequence[Written], tuned: Sequence[Written]) -> list[str]:
         f"reasoning before the answer is left out of the comparison: in {counts[0]:,} of "
         f"{len(base):,} answers of the base, {counts[1]:,} of the adapter"
     ]
+
+
+def _check_room(
+    model: LoraModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Sample],
+    max_new_tokens: int,
+) -> list[str]:
+    """A notice of prompts that leave less room than an answer may take.
+
+    Raises:
+        InputError: a prompt leaves none.
+    """
+    positions = positions_of(model)
+    if positions is None:
+        return []
+
+    def length(sample: Sample) -> int:
+        tokens = len(prompt_tokens(sample.prompt, tokenizer, sample.tools))
+        if tokens >= positions:
+            raise InputError(
+                f"{sample.where}: the prompt has {tokens:,} tokens and the model reads "
+                f"{positions:,}, so there is no room for an answer: shorten the row or drop it"
+            )
+        return tokens
+
+    lengths = each(asked, length)
+    if short := sum(tokens + max_new_tokens > positions for tokens in lengths):
+        return [
+            f"answers to {count_of(short, 'prompt')} have less room than {max_new_tokens} tokens, "
+            f"as the model reads {positions:,}"
+        ]
+    return []
 
 
 def _check_samples(samples: Sequence[Sample], by_answers: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lorakit.data.batches import Collator
 from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.mixing import each
 from lorakit.errors import InputError
 from lorakit.models.loss import SupervisedLoss
 from lorakit.progress import innermost
@@ -42,9 +43,27 @@ def mean_loss(
     Raises:
         InputError: there are no samples, or one has no token to predict.
     """
+    rows = loss_rows(tokenizer, samples, max_length)
+    return mean_row_loss(model, tokenizer, rows, batch_size, on_batch)
+
+
+def loss_rows(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_length: int
+) -> list[TokenizedRow]:
+    """The rows that `mean_loss` is taken over; arguments and errors as there."""
     if not samples:
         raise InputError("there are no rows to take the loss of")
-    rows = [tokenize(sample, tokenizer, max_length) for sample in samples]
+    return each(samples, lambda sample: tokenize(sample, tokenizer, max_length))
+
+
+def mean_row_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """The mean loss over `rows`; arguments as in `mean_loss`."""
     pad = tokenizer.pad_token_id
     collate = Collator(pad if isinstance(pad, int) else 0)  # padding is masked: any token will do
     return mean_over(model, rows, collate, SupervisedLoss(model), batch_size, on_batch)

@@ -12,6 +12,7 @@ from lorakit.data.batches import LabelCollator
 from lorakit.data.formats import Sample
 from lorakit.data.grouping import cut
 from lorakit.data.label_rows import LabelledRow
+from lorakit.data.mixing import each
 from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
 from lorakit.evaluation.loss import mean_over
 from lorakit.inference.sampling import generate, greedy_settings
@@ -53,17 +54,24 @@ def generate_targets(
     return answers
 
 
-def mean_target_loss(
+def target_rows(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
-    max_length: int = 1024,
+    max_length: int,
+) -> list[LabelledRow]:
+    """The rows that the loss of an encoder-decoder is taken over, each cut to `max_length`."""
+    length = most_tokens(model, max_length)
+    return each(samples, lambda sample: tokenize_pair(sample, tokenizer, length))
+
+
+def mean_target_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[LabelledRow],
     batch_size: int = 8,
-    *,
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
-    """Cross-entropy in nats per token of the answers; arguments as in `mean_loss`."""
-    length = most_tokens(model, max_length)
-    rows = [tokenize_pair(sample, tokenizer, length) for sample in samples]
+    """Cross-entropy in nats per token of the answers, over rows of `target_rows`."""
     collate, loss = LabelCollator(int(tokenizer.pad_token_id)), LabelLoss(model, targets=True)
     return mean_over(model, rows, collate, loss, batch_size, on_batch)

@@ -278,17 +278,29 @@ def _keep_wide(model: Any, paths: Sequence[str]) -> None:
 
 def most_tokens(model: Any, wanted: int) -> int:
     """`wanted`, or the length of the longest row that `model` has positions for."""
+    return min(wanted, positions_of(model) or wanted)
+
+
+def positions_of(model: Any) -> int | None:
+    """The length of the longest row that `model` has positions for; None where it has no such.
+
+    Rotary positions that a factor spreads (linear and dynamic scaling) reach that much further.
+    """
     import torch
 
     base = base_model(model)
-    own = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    config = base.config.get_text_config()
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             # RoBERTa counts positions from behind the padding token's number.
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            own = module.num_embeddings - offset
-            break
-    return min(wanted, own) if isinstance(own, int) and own > 0 else wanted
+            return module.num_embeddings - offset
+    own = getattr(config, "max_position_embeddings", None)
+    if not isinstance(own, int) or own <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if rope.get("rope_type") in ("linear", "dynamic") else None
+    return int(own * factor) if isinstance(factor, (int, float)) and factor > 1 else own
 
 
 def stored_dtype(name: str) -> torch.dtype:

@@ -62,7 +62,10 @@ def shown_row(setup: Setup, index: int) -> list[Piece]:
     row, sample = setup.data.train[index], setup.data.train_samples[index]
     if isinstance(row, LabelledRow) or isinstance(sample, LabelledSample):
         return _labelled_pieces(row, sample, setup.tokenizer)
-    return pieces(tokenize(sample, setup.tokenizer, _ENDLESS), len(row), setup.tokenizer)
+    whole = tokenize(sample, setup.tokenizer, _ENDLESS)
+    if row.input_ids != whole.input_ids[: len(row)]:  # a later part of a text that was split
+        whole = row
+    return pieces(whole, len(row), setup.tokenizer)
 
 
 def _labelled_pieces(

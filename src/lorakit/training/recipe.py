@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from lorakit.data.mixing import Source
+from lorakit.data.too_long import TooLong
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models.quantization import Quantization, as_quantization
 from lorakit.training.arguments import ARGUMENTS, refusal
@@ -95,6 +96,7 @@ class DataRecipe(_Strict):
     train: Annotated[_Name | _List, Discriminator(_branch)]
     eval: Annotated[_Share | _Name | _List, Discriminator(_branch)] = 0.1
     max_length: Annotated[int, Field(ge=2, le=_LARGEST)] = 1024
+    too_long: TooLong = "cut"
     columns: dict[str, str] = {}
     limit: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None

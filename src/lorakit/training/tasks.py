@@ -30,9 +30,10 @@ from lorakit.data.seq2seq import tokenize_pair
 from lorakit.data.sources import read_source
 from lorakit.data.splits import HELD_OUT, LEARNED
 from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering
+from lorakit.data.too_long import Limit, fit, none_left
 from lorakit.errors import InputError, listed
 from lorakit.models.label_loss import LabelLoss
-from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, most_tokens
+from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, positions_of
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import digest
 
@@ -148,6 +149,8 @@ def _causal(
             columns=recipe.data.columns or None,
             limit=recipe.data.limit,
             seed=recipe.data_seed,
+            too_long=recipe.data.too_long,
+            positions=positions_of(model),
         )
     samples = (*data.train_samples, *data.eval_samples)
     if not any(isinstance(sample, Sample) and sample.messages for sample in samples):
@@ -177,11 +180,13 @@ def _seq2seq(recipe: Recipe, dtype: torch.dtype, device: str | None) -> Beginnin
         loaded.tokenizer,
         recipe.data.train,
         recipe.data.eval,
-        max_length=most_tokens(loaded.model, recipe.data.max_length),
+        max_length=recipe.data.max_length,
         columns=recipe.data.columns or None,
         limit=recipe.data.limit,
         seed=recipe.data_seed,
         to_row=tokenize_pair,
+        too_long=recipe.data.too_long,
+        positions=positions_of(loaded.model),
     )
     return Beginning(
         loaded.model,
@@ -211,22 +216,36 @@ def _classification(recipe: Recipe, dtype: torch.dtype, device: str | None) -> B
         f"trained whole and saved with the adapter: {listed(loaded.new_modules)} "
         f"({recipe.task_type})"
     )
-    length = most_tokens(loaded.model, recipe.data.max_length)
     to_row = tokenize_sequence if one_label else tokenize_words
-    rows = [to_row(s, loaded.tokenizer, length, labels.number_of) for s in (*train, *held)]
-    notices += notice_unseen(rows)
-    train_rows, held_rows = rows[: len(train)], rows[len(train) :]
-    found = findings(
-        list(zip(train, train_rows, strict=True)),
-        list(zip(held, held_rows, strict=True)),
-        loaded.tokenizer,
-        length,
-        positions=length if length < recipe.data.max_length else None,
+    limit = Limit(recipe.data.max_length, positions_of(loaded.model))
+    fitted = fit(
+        [(i < len(train), sample) for i, sample in enumerate((*train, *held))],
+        lambda length: [
+            to_row(s, loaded.tokenizer, length, labels.number_of) for s in (*train, *held)
+        ],
+        limit,
+        recipe.data.too_long,
+    )
+    notices += notice_unseen([row for _, row in fitted.kept])
+    to_learn = [(sample, row) for (learns, sample), row in fitted.kept if learns]
+    held_out = [(sample, row) for (learns, sample), row in fitted.kept if not learns]
+    for key, before, after in (("train", train, to_learn), ("eval", held, held_out)):
+        if before and not after:
+            raise none_left(key, fitted.left_out, limit)
+    found = findings(to_learn, held_out, loaded.tokenizer, limit, fitted.left_out)
+    data = PreparedData(
+        [row for _, row in to_learn],
+        [row for _, row in held_out],
+        [sample for sample, _ in to_learn],
+        [sample for sample, _ in held_out],
+        facts,
+        notices,
+        found,
     )
     return Beginning(
         loaded.model,
         loaded.tokenizer,
-        PreparedData(train_rows, held_rows, train, held, facts, notices, found),
+        data,
         loss=lambda model, _: LabelLoss(model),
         collator=LabelCollator(loaded.tokenizer.pad_token_id, one_label),
         new_modules=loaded.new_modules,

@@ -1,0 +1,147 @@
+"""Rows of more tokens than a run reads: cut, left out, divided, or an error (`data.too_long`)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
+
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.errors import InputError
+
+TooLong = Literal["cut", "drop", "error", "split"]
+"""What becomes of a row that is too long.
+
+`cut`: its end is not learned; `drop`: the row is left out; `error`: nothing is learned at all;
+`split`: plain text becomes several rows, and conversations are cut.
+"""
+
+WHOLE = 2**31
+"""Tokens: no row has so many."""
+
+Sample = TypeVar("Sample")
+Row = TypeVar("Row", bound=TokenizedRow)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many tokens of a row a run reads.
+
+    Attributes:
+        max_length: what the recipe says (`data.max_length`).
+        positions: the most that the model has positions for; None where it has no such number.
+    """
+
+    max_length: int
+    positions: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The smaller of the two."""
+        return min(self.max_length, self.positions or self.max_length)
+
+    def __str__(self) -> str:
+        if self.tokens < self.max_length:
+            return f"the {self.tokens:,} tokens that the model reads"
+        return f"max_length {self.max_length}"
+
+    def cure(self, longest: int) -> str:
+        """What keeps a row of `longest` tokens whole."""
+        if self.positions and longest > self.positions:
+            return f"the model reads {self.positions} and no more: shorten or split them"
+        return f"data.max_length={longest} keeps all"
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[Sample, Row]):
+    """Samples with their rows, and the rows that are left out."""
+
+    kept: list[tuple[Sample, Row]]
+    left_out: list[Row]
+
+
+def fit(
+    samples: Sequence[Sample],
+    make: Callable[[int], Sequence[Row]],
+    limit: Limit,
+    too_long: TooLong,
+) -> Fitted[Sample, Row]:
+    """The rows of `samples` in at most `limit.tokens` tokens.
+
+    Args:
+        make: tokenizes all samples, each cut to as many tokens as it is given; a row that has
+            nothing to learn before the cut is left out.
+
+    Raises:
+        InputError: a row is too long and `too_long` is `error`.
+    """
+    rows = make(WHOLE if too_long == "split" else limit.tokens)
+    if too_long == "split":
+        return _divided(samples, rows, limit.tokens)
+    cut = [row for row in rows if row.truncated]
+    if cut and too_long == "error":
+        longest = max(len(row) + row.cut for row in cut)
+        others = f" (and {len(cut) - 1:,} more)" if len(cut) > 1 else ""
+        raise InputError(
+            f"{cut[0].where}: {len(cut[0]) + cut[0].cut:,} tokens{others}, more than {limit}, and "
+            f"data.too_long is error: set it to cut or drop ({limit.cure(longest)})"
+        )
+    kept, left_out = [], []
+    for sample, row in zip(samples, rows, strict=True):
+        if row.truncated and (too_long == "drop" or row.supervised == 0):
+            left_out.append(row)
+        else:
+            kept.append((sample, row))
+    return Fitted(kept, left_out)
+
+
+def none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> InputError:
+    """The error of a run whose rows are all too long; `key` is `train` or `eval`."""
+    first = left_out[0]
+    longest = max(len(row) + row.cut for row in left_out)
+    return InputError(
+        f"data.{key}: all rows are left out, as they (or their answers) lie behind {limit} (first: "
+        f"{first.where}, {len(first) + first.cut:,} tokens): raise data.max_length or shorten the "
+        f"rows ({limit.cure(longest)})"
+    )
+
+
+def _divided(samples: Sequence[Sample], rows: Sequence[Row], tokens: int) -> Fitted[Sample, Row]:
+    kept, left_out = [], []
+    for sample, row in zip(samples, rows, strict=True):
+        if len(row) <= tokens:
+            kept.append((sample, row))
+        elif isinstance(row, LabelledRow):
+            raise InputError(
+                "data.too_long split is for plain text that a causal model learns: set it to cut, "
+                "drop or error"
+            )
+        elif _is_text(row):
+            kept += [(sample, part) for part in _parts(row, tokens)]
+        else:
+            short = replace(
+                row,
+                input_ids=row.input_ids[:tokens],
+                labels=row.labels[:tokens],
+                cut=len(row) - tokens,
+            )
+            if short.supervised:
+                kept.append((sample, short))
+            else:
+                left_out.append(short)
+    return Fitted(kept, left_out)
+
+
+def _is_text(row: TokenizedRow) -> bool:
+    return all(label != IGNORE for label in row.labels[1:])
+
+
+def _parts(row: Row, tokens: int) -> list[Row]:
+    """Each part begins with the last token of the one before, so that each token is predicted."""
+    return [
+        replace(
+            row,
+            input_ids=row.input_ids[at : at + tokens],
+            labels=[IGNORE, *row.labels[at + 1 : at + tokens]],
+        )
+        for at in range(0, len(row) - 1, tokens - 1)
+    ]
