@@ -71,8 +71,12 @@ def stream(job: MergeJob, folder: Path) -> Written:
     weights = add_others(adapted, job.adapters, job.weights, added)
     with ShardReader(tensor.path for tensor in tensors.values()) as reader:
         plan = start_plan(adapted.get_base_model(), own, shards, stored, weights)
-        for adapter in job.adapters:
-            check_copies(plan, own, adapter, reader)
+        for adapter, name in zip(job.adapters, weights, strict=True):
+            trained = adapted.adapter_tensors(name)
+            copies = {
+                k: t for k, t in adapter.tensors.items() if k not in trained or k.endswith(COPY)
+            }
+            check_copies(plan, own, adapter, copies, reader)
             check_fingerprint(plan, parameters, adapter, reader)
         apart = come_apart(plan, reader)
         finish_plan(plan, own, shards, stored, apart, job.dtype)
@@ -153,15 +157,23 @@ def check_fingerprint(
 
 
 def check_copies(
-    plan: Plan, own: Mapping[str, torch.Tensor], adapter: AdapterFiles, reader: ShardReader
+    plan: Plan,
+    own: Mapping[str, torch.Tensor],
+    adapter: AdapterFiles,
+    copies: Mapping[str, torch.Tensor],
+    reader: ShardReader,
 ) -> None:
     """Checks the copies of frozen weights that PEFT adds to an adapter for embeddings and heads.
+
+    Args:
+        copies: the adapter's tensors that it does not train. One that is trained may be tied to a
+            frozen one, and differs from the base as it should.
 
     Raises:
         InputError: a copy is of another base.
         NotStreamable: it is not the base's own weight, and a layer adapts it.
     """
-    for key, copied in adapter.tensors.items():
+    for key, copied in copies.items():
         path = re.sub(r"(\.token_adapter)?(\.base_layer)?\.weight$", "", key.removeprefix(PREFIX))
         name = f"{path}.weight"
         if (source := plan.sources.get(name)) is None:

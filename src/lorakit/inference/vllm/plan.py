@@ -42,7 +42,7 @@ from lorakit.inference.vllm.base import (
 from lorakit.inference.vllm.options import VllmOptions, require_sound
 from lorakit.lora.checkpoint import INITIAL_NAME, weights_file
 from lorakit.lora.config import CONFIG_NAME
-from lorakit.models.bundled import home
+from lorakit.models.bundled import home, usable_folder
 from lorakit.models.template_files import default_of
 
 MOST_SLOTS = 16
@@ -247,11 +247,11 @@ def _modules(
     servables: Mapping[str, Servable], base: Base, options: VllmOptions, notices: list[str]
 ) -> list[str]:
     """The values of `--lora-modules`. Their JSON form names the parent in `/v1/models`."""
-    workspace = options.workspace or home() / "vllm"
     modules = []
     for name, servable in servables.items():
         folder = servable.folder.absolute()
         if servable.needs_copy:
+            workspace = options.workspace or usable_folder("vllm")
             folder = _copy(servable, workspace.absolute())
             notices.append(
                 f"{name} is served from a copy with the same updates, {folder}, as vLLM would "
