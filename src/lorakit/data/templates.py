@@ -7,7 +7,7 @@ line. Which characters of the text are learned is decided in `lorakit.data.spans
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,11 @@ def render(
     tokenizer: "PreTrainedTokenizerBase",
     add_generation_prompt: bool = False,
     tools: Sequence[dict[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The conversation as the model reads it; optionally up to where its answer begins.
+
+    `variables` are further ones of the template, such as `enable_thinking`.
 
     Tool calls are given to the template as they are. If it cannot write them so, it gets them
     with what some templates insist on: ids of nine letters and digits (Mistral's) in place of
@@ -59,6 +62,7 @@ def render(
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **(variables or {}),
             )
         )
 

@@ -188,13 +188,12 @@ def test_what_changes_no_answer_is_accepted(served: Running) -> None:
 
 def test_messages_in_all_their_forms_reach_the_template(served: Running) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
-    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     forms: list[list[dict[str, Any]]] = [
         [{"role": "user", "content": parts}],
         [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"}],
         [
             {"role": "user", "content": "hello"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "assistant", "content": "f()"},
             {"role": "tool", "content": "1", "tool_call_id": "call00001"},
         ],
     ]

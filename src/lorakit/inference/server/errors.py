@@ -121,8 +121,7 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         place.append(found["loc"][-1])
     elif kind == UNKNOWN_FIELD:
         place.append(given["name"])
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)[1:]
-    param = param[:_SHOWN]
+    param = in_words(place)
     where = param or "the body"
     if kind == "missing":
         return bad_field(f"{where} is missing", param, "missing_required_parameter")
@@ -137,6 +136,12 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         message = message.removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return bad_field(f"{where}: {message}", param or None, "invalid_value")
+
+
+def in_words(place: Sequence[str | int]) -> str:
+    """A place in a body as OpenAI writes it: `messages[2].content`."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return "".join(steps)[1:][:_SHOWN]
 
 
 def _place(location: Sequence[Any], body: Any) -> list[str | int]:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from lorakit.data import strict_json
+from lorakit.data.spans import REASONING
 from lorakit.errors import did_you_mean
 from lorakit.inference.sampling import Sampling
 from lorakit.inference.server.errors import UNKNOWN_FIELD
@@ -47,7 +49,7 @@ class Payload(BaseModel):
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
         unknown = (
-            [name for name in data if name not in cls.model_fields]
+            [name for name, value in data.items() if not cls.is_known(name, value)]
             if isinstance(data, dict)
             else []
         )
@@ -59,9 +61,28 @@ class Payload(BaseModel):
             )
         return data
 
+    @classmethod
+    def is_known(cls, name: str, value: Any) -> bool:
+        """Whether there is a field of this name, or nothing in one that there is not."""
+        return name in cls.model_fields
+
+
+class Replayed(Payload):
+    """A part of an answer that clients send back, as `model_dump()` of their objects has it.
+
+    Those have fields that no other client knows; null says that there is nothing in them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, None]
+
+    @classmethod
+    def is_known(cls, name: str, value: Any) -> bool:
+        return value is None or super().is_known(name, value)
+
 
 class Ignored(Payload):
-    """Fields of OpenAI's that keep accounts or caches, and change no answer here."""
+    """Fields that keep accounts or caches, or have the one value that changes no answer here."""
 
     user: str | None = None
     safety_identifier: str | None = None
@@ -70,6 +91,11 @@ class Ignored(Payload):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    # vLLM's.
+    ignore_eos: Literal[False] | None = None
+    min_tokens: Annotated[Literal[0], WHOLE] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    stop_token_ids: Nothing = None
 
 
 class StreamOptions(Payload):
@@ -192,21 +218,23 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
 
-class TextPart(Payload):
+class TextPart(Replayed):
     """A part of a message; only text can be read."""
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
 
 
-class CalledFunction(Payload):
-    """What the model called, and with what."""
+class CalledFunction(Replayed):
+    """What the model called, and with what; `parsed_arguments` are the same again."""
 
     name: Text
     arguments: str | dict[str, Any]
+    parsed_arguments: Any = None
 
 
-class ToolCall(Payload):
+class ToolCall(Replayed):
     """A call that an earlier answer made."""
 
     id: str | None = None
@@ -214,43 +242,65 @@ class ToolCall(Payload):
     function: CalledFunction
     index: Annotated[int, WHOLE] | None = None
 
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates know it: with arguments as an object, if they are one."""
+        arguments: Any = self.function.arguments
+        if isinstance(arguments, str):
+            try:
+                given = strict_json.parse(arguments or "{}")
+            except ValueError:  # what a model wrote may be anything
+                given = None
+            arguments = given if isinstance(given, dict) else arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        call: dict[str, Any] = {"type": self.type, "function": function}
+        return call if self.id is None else {"id": self.id, **call}
 
-class ChatMessage(Payload):
-    """One message of a conversation."""
+
+class ChatMessage(Replayed):
+    """One message of a conversation.
+
+    `reasoning_content` (or `reasoning`, `thinking`) is what the model thought before an answer, for
+    templates that read it.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Items[TextPart] | None = None
     name: str | None = None
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
     # What clients send back with an earlier answer.
     refusal: None = None
-    annotations: Nothing = None
+    annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+    parsed: Any = None
+    provider_specific_fields: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of the role {self.role} cannot have tool_calls")
+        if self.role != "assistant":
+            for key in ("tool_calls", *REASONING):
+                if getattr(self, key):
+                    raise ValueError(f"a message of the role {self.role} cannot have {key}")
         if self.content is None and not self.tool_calls:
             raise ValueError("content is missing")
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates know it."""
+        """The message as chat templates know it, and as training gives it to them."""
         parts = self.content or ""
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": text}
-        for key in ("name", "tool_call_id"):
-            if (value := getattr(self, key)) is not None:
+        for key in ("name", "tool_call_id", *REASONING):
+            if value := getattr(self, key):
                 message[key] = value
         if self.tool_calls:
-            calls = [
-                call.model_dump(exclude_none=True, exclude={"index"}) for call in self.tool_calls
-            ]
-            message["tool_calls"] = calls
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 
@@ -268,6 +318,7 @@ class Tool(Payload):
 
     type: Literal["function"]
     function: ToolFunction
+    cache_control: dict[str, Any] | None = None
 
 
 class ResponseFormat(Payload):
@@ -282,12 +333,18 @@ class ChatRequest(SamplingFields):
     `tools` are shown to the model by its template; what it writes comes as text, calls too.
     """
 
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     tools: Items[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables that the chat template reads, such as enable_thinking."
+    )
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -320,7 +377,8 @@ class ChatRequest(SamplingFields):
         """The tools as chat templates know them."""
         if self.tool_choice == "none":
             return []
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+        without = {"cache_control"}
+        return [tool.model_dump(exclude_none=True, exclude=without) for tool in self.tools or []]
 
 
 class LoadAdapterRequest(Payload):

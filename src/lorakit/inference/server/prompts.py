@@ -11,10 +11,10 @@ from functools import partial
 
 from lorakit.inference.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.inference.engine import Engine
-from lorakit.inference.sampling import prompt_tokens
-from lorakit.inference.server.errors import ApiError, bad_field
+from lorakit.inference.server.errors import ApiError, bad_field, in_words
 from lorakit.inference.server.payloads import ChatRequest
 from lorakit.inference.server.turns import Turns
+from lorakit.inference.shown import NotShownError, shown_text
 
 
 class Prompts:
@@ -41,7 +41,9 @@ class Prompts:
 
         def tokens() -> list[int]:
             messages = [message.for_template() for message in asked.messages]
-            return prompt_tokens(messages, tokenizer, asked.shown_tools(), limit=self._limit)
+            variables = asked.chat_template_kwargs
+            text = shown_text(messages, tokenizer, asked.shown_tools(), variables)
+            return tokens_within(text, tokenizer, self._limit)
 
         return await self._in_turn(tokens, characters, client, "messages")
 
@@ -80,6 +82,8 @@ class Prompts:
             return await self._turns.run(work, characters, client)
         except TooManyTokensError as error:
             raise self._too_long(error, param) from error
+        except NotShownError as error:
+            raise bad_field(str(error), in_words(error.place), "unsupported_value") from error
 
     def _too_long(self, error: TooManyTokensError, param: str) -> ApiError:
         amount = f"{error.tokens}" if error.counted else f"more than {error.tokens}"
