@@ -177,7 +177,7 @@ def test_a_client_that_is_told_to_wait_asks_again_and_is_answered(serve: Any) ->
     first = in_background(server, max_tokens=1500)
     until(lambda: server.engine.running() == 1)
     started = time.monotonic()
-    patient = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=10)
+    patient = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=60)
     answer = patient.completions.create(model="shop", prompt="a", max_tokens=2)
     assert time.monotonic() - started > 0.9, "it was never told to wait"
     assert answer.usage is not None
