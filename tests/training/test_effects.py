@@ -53,6 +53,8 @@ BASE = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "out"}
         (["training.adam_beta2=1"], "adam_beta2: should be in"),
         (["training.dataloader_num_workers=-1"], "0 or more"),
         (["training.log_level=loud"], "one of passive"),
+        (["lora.loftq_config={loftq_bits: 4}"], "lora.init_lora_weights=loftq"),
+        (["lora.eva_config={rho: 2}", "lora.init_lora_weights=pissa"], "init_lora_weights=eva"),
         (["training.warmup_steps=1.5"], "whole number"),
         (
             [
