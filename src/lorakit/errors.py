@@ -4,9 +4,12 @@ Every failure that lorakit foresees is raised as one of these, with one clear li
 what is wrong, where, and what to do. The command line prints that line and nothing else.
 """
 
-import difflib
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
+
+_LETTERS_A_SLIP = 4  # a name may have one slip for so many of its letters
+_COMPARED = 20  # names letter by letter
 
 
 class LorakitError(Exception):
@@ -41,9 +44,42 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'r'?)` with the nearest of the first thousand `known`, or nothing."""
-    close = difflib.get_close_matches(name[:100], list(islice(known, 1000)), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    """` (did you mean 'r'?)` with the nearest of the first thousand `known`, or nothing where none
+    is near."""
+    near = nearest(name, known)
+    return "" if near is None else f" (did you mean '{near}'?)"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of the first thousand `known` that differs from `name` by slips alone, if any."""
+    name = name[:100].lower()
+    most = max(1, len(name) // _LETTERS_A_SLIP)
+    letters = Counter(name)
+
+    def others(other: str) -> int:
+        """Letters that are put in or left out: there are no fewer slips."""
+        theirs = Counter(other.lower())
+        return max((letters - theirs).total(), (theirs - letters).total())
+
+    close = [k for k in islice(known, 1000) if abs(len(k) - len(name)) <= most]
+    close = sorted((k for k in close if others(k) <= most), key=others)[:_COMPARED]
+    near = [(slips(name, k.lower()), k) for k in close]
+    near = [(n, k) for n, k in near if n <= most and n < max(len(name), len(k))]
+    return min(near)[1] if near else None
+
+
+def slips(one: str, other: str) -> int:
+    """How many letters are left out, put in, changed or swapped (optimal string alignment)."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, last, row = row, before, [i]
+        for j, wanted in enumerate(other, 1):
+            cost = min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != wanted))
+            if last and j > 1 and (letter, one[i - 2]) == (other[j - 2], wanted):
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli.main import main
-from lorakit.errors import InputError
+from lorakit.errors import InputError, nearest, slips
 from lorakit.lora.config import LoraConfig
 from lorakit.training.arguments import ARGUMENTS
-from lorakit.training.key_hints import nearest, slips
 from lorakit.training.other_names import OTHER_NAMES, table
 from lorakit.training.recipe import DataRecipe, Recipe, TrainingRecipe, load_recipe
 

@@ -8,10 +8,9 @@ import dataclasses
 from collections.abc import Iterable
 from functools import lru_cache
 
+from lorakit.errors import did_you_mean
 from lorakit.training.arguments import ARGUMENTS
 from lorakit.training.other_names import instead, plain
-
-_LETTERS_A_SLIP = 5  # a name may differ by one letter for so many of its own
 
 
 def key_hint(name: str, known: Iterable[str]) -> str:
@@ -24,30 +23,7 @@ def key_hint(name: str, known: Iterable[str]) -> str:
     """
     if found := instead(name) or _elsewhere(plain(name)):
         return f": {found}"
-    near = nearest(name, known)
-    return f" (did you mean '{near}'?)" if near else ""
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that differs from `name` by slips alone, if there is one."""
-    most = max(1, len(name) // _LETTERS_A_SLIP)
-    close = [k for k in known if abs(len(k) - len(name)) <= most]
-    by_distance = sorted((slips(name[:100].lower(), k), k) for k in close)
-    return by_distance[0][1] if by_distance and by_distance[0][0] <= most else None
-
-
-def slips(one: str, other: str) -> int:
-    """How many letters are left out, put in, changed or swapped (optimal string alignment)."""
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        before, last, row = row, before, [i]
-        for j, wanted in enumerate(other, 1):
-            cost = min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != wanted))
-            if last and j > 1 and (letter, one[i - 2]) == (other[j - 2], wanted):
-                cost = min(cost, last[j - 2] + 1)
-            row.append(cost)
-    return row[-1]
+    return did_you_mean(name, known)
 
 
 def _elsewhere(name: str) -> str | None:
