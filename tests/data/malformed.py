@@ -689,7 +689,7 @@ def _recipe_files() -> Iterator[Case]:
         ("null for a key", f"{whole}null: x\n", "is not a recipe key"),
         ("a list for a key", f"{whole}[a]: x\n", "not valid YAML"),
         ("an unknown key", f"{whole}modle: x\n", "did you mean 'model'"),
-        ("an unknown section", f"{whole}trainer: {{}}\n", "did you mean 'training'"),
+        ("an unknown section", f"{whole}trainer: {{}}\n", "use training"),
         ("no data", "model: m\noutput_dir: o\n", "data is missing"),
         ("no model", "data: {train: a}\noutput_dir: o\n", "model is missing"),
         ("no rows", "model: m\ndata: {}\noutput_dir: o\n", "data.train is missing"),

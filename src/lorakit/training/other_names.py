@@ -206,6 +206,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "lora_parameters": "lora (its rank is r, its scale lora_alpha / r, its keys target_modules)",
     "lora_config": "lora",
     "peft_config": "lora",
+    "peft": "lora",
     "lorap_lr_ratio": "training.loraplus_lr_ratio",
     "lora_plus_lr_ratio": "training.loraplus_lr_ratio",
     "adapter": _ALWAYS,
@@ -227,6 +228,9 @@ OTHER_NAMES: Mapping[str, str] = {
     "auto_resume_from_checkpoints": _ONGOING,
     "resume": _ONGOING,
     # --- the optimisation
+    "trainer": "training",
+    "training_args": "training",
+    "training_arguments": "training",
     "lr": "training.learning_rate",
     "epochs": "training.num_train_epochs",
     "num_epochs": "training.num_train_epochs",
