@@ -172,3 +172,20 @@ def test_a_template_that_draws_is_named_in_check_and_when_run_again(
     assert [line for line in result.manifest.notices if "draws at random" in line]
     again = reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
     assert [line for line in again.changed if "draws at random" in line]
+
+
+def test_a_date_that_no_row_shows_is_no_date_of_the_run(tiny_model: Path, tmp_path: Path):
+    default = "{% set today = strftime_now('%Y-%m-%d') %}" + CHATML.replace(
+        "{% for", "{% if messages[0].role != 'system' %}Today is {{ today }}.\n{% endif %}{% for", 1
+    )
+    base = with_template(tiny_model, tmp_path / "base", default)
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    system = [{"role": "system", "content": "Be brief."}]
+    for name, before, is_dated in (("with", system, False), ("without", [], True)):
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_text("".join(json.dumps({"messages": before + turns}) + "\n" for _ in range(8)))
+        values = recipe(base, rows, tmp_path / name, max_steps=1)
+        values["data"]["eval"] = 0
+        manifest = lorakit.train(values, quiet=True).manifest
+        assert (manifest.template_time is not None) is is_dated
+        assert any("writes the date" in line for line in manifest.notices) is is_dated

@@ -7,11 +7,11 @@ is made again at that time. What a template names is found in its syntax tree, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 
 from lorakit.models.template_files import Templates
@@ -87,12 +87,32 @@ def draws_at_random(templates: Templates | None) -> bool:
     return any({"random", "lipsum"} & _names(template) for template in named if template)
 
 
-def notices_of_rendering(clock: StandingClock, templates: Templates) -> list[str]:
-    """What to say of rows that were rendered at `clock`, with `templates`."""
+def time_in(texts: Iterable[Callable[[], str]], clock: StandingClock) -> datetime | None:
+    """The time of `clock`, if a text would be another one at another time.
+
+    A template may read the clock for a system message that a conversation brings itself.
+
+    Args:
+        texts: each renders a conversation.
+    """
+    if not clock.was_read:
+        return None
+    other = StandingClock(clock.time + timedelta(days=400, hours=7, minutes=13, seconds=17))
+    for write in texts:
+        with at(clock):
+            text = write()
+        with at(other):
+            if write() != text:
+                return clock.time
+    return None
+
+
+def notices_of_rendering(time: datetime | None, templates: Templates) -> list[str]:
+    """What to say of rows in which `time` stands, rendered with `templates`."""
     notices = []
-    if clock.was_read:
+    if time is not None:
         notices.append(
-            f"the chat template writes the date into rows: it is {clock.time:%Y-%m-%d} in all of "
+            f"the chat template writes the date into rows: it is {time:%Y-%m-%d} in all of "
             "them, and the present one whenever the model is asked later. The record keeps it, "
             "and lorakit reproduce uses it again"
         )

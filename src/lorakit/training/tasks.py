@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.data.batches import LabelCollator
@@ -29,7 +30,14 @@ from lorakit.data.scores import LabelScorer
 from lorakit.data.seq2seq import tokenize_pair
 from lorakit.data.sources import read_source
 from lorakit.data.splits import HELD_OUT, LEARNED
-from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering
+from lorakit.data.template_clock import (
+    Rendering,
+    StandingClock,
+    at,
+    notices_of_rendering,
+    time_in,
+)
+from lorakit.data.templates import render
 from lorakit.data.too_long import Limit, fit, none_left
 from lorakit.errors import InputError, listed
 from lorakit.models.label_loss import LabelLoss
@@ -153,16 +161,19 @@ def _causal(
             positions=positions_of(model),
         )
     samples = (*data.train_samples, *data.eval_samples)
-    if not any(isinstance(sample, Sample) and sample.messages for sample in samples):
+    conversations = [s for s in samples if isinstance(s, Sample) and s.messages]
+    if not conversations:
         return Beginning(model, tokenizer, data)
     templates: Any = tokenizer.chat_template
-    data.notices.extend(notices_of_rendering(clock, templates))
+    texts = (partial(render, s.messages, tokenizer, tools=s.tools) for s in conversations)
+    time = time_in(texts, clock)
+    data.notices.extend(notices_of_rendering(time, templates))
     return Beginning(
         model,
         tokenizer,
         data,
         templates=templates,
-        rendered_at=clock.time if clock.was_read else None,
+        rendered_at=time,
     )
 
 
