@@ -85,7 +85,7 @@ def test_everything_is_printed_by_the_console_module():
     package = Path(lorakit.__file__).parent
     elsewhere = []
     for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_imported(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 # these three print our own words and numbers alone
@@ -93,3 +93,14 @@ def test_everything_is_printed_by_the_console_module():
                 if not own and name in ("print", "typer.echo", "Console", "sys.stdout.write"):
                     elsewhere.append(f"{path.relative_to(package)}:{node.lineno}")
     assert elsewhere == []
+
+
+def _imported(text: str) -> ast.Module:
+    """A module without what runs only where it is the program, as those do that write docs."""
+    tree = ast.parse(text)
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")
+    ]
+    return tree
