@@ -46,6 +46,40 @@ def test_a_body_of_very_many_things_holds_nobody_up(
     assert time.process_time() - before < 2.5, "the first wrong item should have been enough"
 
 
+PART, CALL = b'{"type":"text","text":""}', b'{"function":{"name":"f","arguments":{}}}'
+ASKS = b'{"role":"user","content":'
+BRACES = b'{\\"' * 1_000_000
+NULLS = b",".join(b'"k%d":null' % i for i in range(250_000))
+# Messages, and a word of why they are refused; none where they are taken.
+OBJECTS: list[tuple[bytes, str]] = [
+    (b"[" + ASKS + many(PART, 100_000) + b"}]", ""),
+    (b"[" + ASKS + b'"a"}],"metadata":{"a":' + many(b"{}", 48_000) + b"}", ""),
+    (b"[" + ASKS + b'"a"}],"metadata":{"a":' + many(b"{}", 60_000) + b"}", "16384 JSON objects"),
+    (b"[" + b",".join([ASKS + many(PART, 100_000) + b"}"] * 38) + b"]", "16384 JSON objects"),
+    (
+        b'[{"role":"assistant","content":"a","tool_calls":' + many(CALL, 800_000) + b"}]",
+        "16384 JSON objects",
+    ),
+    (b"[" + ASKS + b'"' + BRACES + b'"}]', "context"),  # in a text they are no objects
+    (b"[" + ASKS + b'"' + BRACES, "not JSON"),  # a text without end
+    (b"[" + ASKS + b'"a",' + NULLS + b"}]", "k0"),
+]
+
+
+@pytest.mark.parametrize(("messages", "word"), OBJECTS, ids=range(len(OBJECTS)))
+def test_objects_are_counted_before_they_are_checked(
+    served: Running, messages: bytes, word: str
+) -> None:
+    before = time.process_time()
+    body = CHAT + messages + (b"" if word == "not JSON" else b"}")
+    response = served.http.post(CHATS, content=body, headers=JSON)
+    assert time.process_time() - before < 2.5
+    if word:
+        assert word in refused(response, 400)["message"]
+    else:
+        assert response.status_code == 200, response.text
+
+
 DEPTHS = [100, 300, 500, 700, 900, 950, 990, 2000]
 
 

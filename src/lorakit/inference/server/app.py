@@ -36,6 +36,7 @@ from lorakit.inference.server.replies import (
     ModelCard,
     ModelList,
 )
+from lorakit.inference.server.turns import Turns
 
 _REASONS = {
     400: "The request cannot be answered as it is.",
@@ -74,6 +75,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         redirect_slashes=False,
     )
     errors.install(app)
+    app.state.turns = Turns("lorakit-bodies")
     guarded_routes.install(app, Guard(desk, Keys(options.api_key, options.admin_key)))
     hosts = Hosts(options.host, options.allowed_hosts, has_key=options.api_key is not None)
     app.add_middleware(Gate, hosts=hosts, metrics=metrics)

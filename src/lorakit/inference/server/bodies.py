@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -12,9 +14,17 @@ from starlette.types import Receive, Scope
 from lorakit.data import strict_json
 from lorakit.inference.server.errors import ApiError, bad_field
 from lorakit.inference.server.options import Limits
+from lorakit.inference.server.turns import Turns
 
 _PASSED_OVER = 4  # so many times the limit is read of a body that is too large
 _SECONDS_TO_PASS_OVER = 2.0
+_SMALL = 64 * 1024
+_STRING = re.compile(
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL
+)  # also one without end: never in vain
+
+MAX_OBJECTS = 16384
+"""In a body: messages, parts, calls, tools, and what is nested in them."""
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | None:
@@ -73,24 +83,39 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | N
 
 
 class StrictRequest(Request):
-    """A request whose JSON is read by the letter."""
+    """A request whose JSON is read by the letter, beside the event loop if there is much of it."""
 
     async def json(self) -> Any:
-        """The body, if it is JSON by the letter and all of its text can be written as UTF-8."""
+        """The body, if it is JSON by the letter and all of its text can be written as UTF-8.
+
+        Raises:
+            ApiError: 400, it is not, or it has too many objects.
+        """
         body = await self.body()
-        try:
-            text = body.decode()
-        except UnicodeDecodeError as error:
-            raise bad_field(f"the body is no UTF-8: byte {error.start} is not") from error
-        try:
-            value = strict_json.parse(text)
-            if "\\u" in text:
-                json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise bad_field("the body has half a character (a lone surrogate, \\ud800)") from error
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno}, column {error.colno}"
-            raise bad_field(f"the body is not JSON: {error.msg} ({where})") from error
-        except ValueError as error:
-            raise bad_field(f"the body is not JSON: {error}") from error
-        return value
+        if len(body) <= _SMALL:
+            return _parsed(body)
+        turns: Turns = self.scope["app"].state.turns
+        client = self.client.host if self.client else ""
+        return await turns.run(partial(_parsed, body), len(body), client)
+
+
+def _parsed(body: bytes) -> Any:
+    # Every object is checked in the event loop, where that holds everyone up.
+    if body.count(b"{") > MAX_OBJECTS and _STRING.sub(b"", body).count(b"{") > MAX_OBJECTS:
+        raise bad_field(f"the body has more than the {MAX_OBJECTS} JSON objects that are taken")
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise bad_field(f"the body is no UTF-8: byte {error.start} is not") from error
+    try:
+        value = strict_json.parse(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise bad_field("the body has half a character (a lone surrogate, \\ud800)") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise bad_field(f"the body is not JSON: {error.msg} ({where})") from error
+    except ValueError as error:
+        raise bad_field(f"the body is not JSON: {error}") from error
+    return value

@@ -20,6 +20,7 @@ from lorakit.inference.server.errors import UNKNOWN_FIELD
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_ITEMS = 4096
+MAX_FIELDS = 100
 
 Item = TypeVar("Item")
 # Checking holds everyone else up: a body of a million wrong things is refused at the first.
@@ -48,16 +49,15 @@ class Payload(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
-        unknown = (
-            [name for name, value in data.items() if not cls.is_known(name, value)]
-            if isinstance(data, dict)
-            else []
-        )
-        if unknown:
+        items = data.items() if isinstance(data, dict) else ()
+        unknown = next((name for name, value in items if not cls.is_known(name, value)), None)
+        if unknown is None and len(items) > MAX_FIELDS:
+            unknown = next(name for name in data if name not in cls.model_fields)
+        if unknown is not None:
             raise PydanticCustomError(
                 UNKNOWN_FIELD,
                 "is not a field that is known here{hint}",
-                {"name": unknown[0], "hint": did_you_mean(unknown[0], cls.model_fields)},
+                {"name": unknown, "hint": did_you_mean(unknown, cls.model_fields)},
             )
         return data
 
