@@ -154,7 +154,7 @@ def serve(
         what = opened.model_name + (f" with {names}" if names else "")
         say(f"serving {what} at {address} (Ctrl-C ends)")
 
-    run(opened, server_options, started)
+    run(opened, server_options, started, exits=True)
 
 
 def _refuse_for_vllm(context: typer.Context) -> None:

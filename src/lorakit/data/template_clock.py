@@ -62,6 +62,11 @@ def at(clock: StandingClock) -> Iterator[None]:
         _clock.reset(before)
 
 
+def clock_stands() -> bool:
+    """Whether templates that are rendered in this process read a clock that stands."""
+    return _clock.get() is not None
+
+
 def show_clock(template: str | None) -> None:
     """Lets a template that names the clock read the one in force when it is rendered."""
     if template is not None and _clock.get() is not None and reads_clock(template):

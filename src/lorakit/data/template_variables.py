@@ -4,17 +4,20 @@ A variable that a template does not read changes nothing, so it is refused.
 """
 
 import inspect
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.bounded_templates import (
+    TemplateFailedError,
+    TemplateTimeoutError,
+    free_variables,
+)
 from lorakit.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _PROVIDED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 )
@@ -58,26 +61,7 @@ def template_variables(template: str) -> frozenset[str]:
     Raises:
         InputError: the template cannot be parsed.
     """
-    import jinja2
-    from jinja2 import meta, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tree = environment.parse(_GENERATION.sub("", template))
-        found = meta.find_undeclared_variables(tree)
-        # jinja2 counts a name that is set on some branches alone. It is a user's if the template
-        # asks whether it is there, or gives it a default.
-        own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-        asked = {
-            name.name
-            for test in tree.find_all(nodes.Test)
-            if test.name in ("defined", "undefined")
-            for name in test.find_all(nodes.Name)
-        }
-        for default in tree.find_all(nodes.Filter):
-            if default.name in ("default", "d") and isinstance(default.node, nodes.Name):
-                asked.add(default.node.name)
-    except (jinja2.TemplateError, RecursionError) as error:
+        return free_variables(template) - _PROVIDED
+    except (TemplateFailedError, TemplateTimeoutError) as error:
         raise InputError(f"the chat template cannot be parsed: {error}") from error
-    return frozenset(found) - (own - asked) - _PROVIDED - environment.globals.keys()

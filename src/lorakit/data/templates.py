@@ -12,9 +12,10 @@ from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.bounded_templates import apply_template
 from lorakit.data.formats import Message
 from lorakit.data.template_clock import show_clock
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
 from lorakit.models.template_files import default_of, digest
 
 if TYPE_CHECKING:
@@ -56,19 +57,19 @@ def render(
     has_calls = any(message.get("tool_calls") for message in messages)
 
     def write(conversation: Sequence[Message]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                list(conversation),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **(variables or {}),
-            )
+        return apply_template(
+            tokenizer,
+            conversation,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
         )
 
     for conversation in _spellings(messages):
         try:
             text = write(conversation)
+        except LorakitError:  # it takes too long, or nothing can be rendered
+            raise
         except Exception as error:  # a template is someone's program: it may raise anything
             refusal = refusal or error
             continue
@@ -177,6 +178,8 @@ def _shows_python(
 
     try:
         return f"{{'{mark}'" in write(_with_calls(messages, marked))
+    except LorakitError:
+        raise
     except Exception:  # it insists on arguments of its own
         return True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit.errors import InputError
+from lorakit.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,10 +42,19 @@ def tokens_within(
 
     Raises:
         TooManyTokensError: there are more.
+        InputError: the tokenizer cannot read the text.
     """
 
     def tokens(part: str) -> list[int]:
-        made = tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)
+        try:
+            made = tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of Rust's tokenizers are no Exception
+            kind = type(error).__name__
+            raise InputError(
+                f"the tokenizer cannot read this text: {kind}: {first_line(error)}"
+            ) from error
         return list(made["input_ids"])
 
     size = max(limit * _CHARACTERS_A_TOKEN, _LEAST)

@@ -22,6 +22,7 @@ from lorakit.adapters.derived import origin, other_weights
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
 from lorakit.adapters.tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.updates import AdapterFile, read_updates
+from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.inference.sampling import Ending, ending
 from lorakit.lora.slots import AdapterSlots, Factors
@@ -115,7 +116,7 @@ class AdapterPool:
             tokenizer, other_template = self._tokenizer_of(copied.folder)
             notices = [self._other_weights(file), other_template]
             notice = copied.said("; ".join(filter(None, notices)))
-        own = ending(self._slots.model, tokenizer)
+            own = ending(self._slots.model, tokenizer)
         info = AdapterInfo(
             name,
             path if root is None else root.absolute() / path,
@@ -208,7 +209,7 @@ class AdapterPool:
         with private_copy(folder, max(_LEAST_LIMIT, 4 * base), root) as copied:
             try:
                 yield copied
-            except InputError as error:
+            except (InputError, TemplateTimeoutError) as error:
                 raise InputError(copied.said(str(error))) from error
             except (LorakitError, KeyboardInterrupt, SystemExit):
                 raise

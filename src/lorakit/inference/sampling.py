@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import answer_form
+from lorakit.data.bounded_templates import isolated_templates
 from lorakit.data.formats import Message
 from lorakit.data.templates import render
 from lorakit.errors import InputError
@@ -39,7 +40,8 @@ def prompt_tokens(
         InputError: the chat template refuses the conversation, or there is no template.
         TooManyTokensError: there are more than `limit`.
     """
-    text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
+    with isolated_templates():
+        text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
     # The template has written the special tokens, a BOS among them.
     return tokens_within(text, tokenizer, sys.maxsize if limit is None else limit)
 
@@ -170,8 +172,9 @@ class Ending:
 
 def ending(model: Any, tokenizer: PreTrainedTokenizerBase) -> Ending:
     """What surrounds the answers of a model with the tokenizer's chat template."""
-    form = answer_form(tokenizer)
-    tokens = frozenset(end_tokens(model, tokenizer))
+    with isolated_templates():
+        form = answer_form(tokenizer)
+    tokens = frozenset(_end_tokens(model, tokenizer, form.end_token))
     return Ending(tokens, form.end_text, form.asked, form.plain_before)
 
 
@@ -182,11 +185,15 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     the latter is what an adapter has learned to write. Where the template closes turns with
     ordinary text, no token is that (`Ending.text`).
     """
+    with isolated_templates():
+        return _end_tokens(model, tokenizer, answer_form(tokenizer).end_token)
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, taught: int | None) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
     if isinstance(tokenizer.eos_token_id, int):
         ends.append(tokenizer.eos_token_id)
-    taught = answer_form(tokenizer).end_token
     return list(dict.fromkeys(ends if taught is None else [*ends, taught]))
 
 

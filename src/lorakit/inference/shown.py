@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.bounded_templates import isolated_templates
 from lorakit.data.formats import Message
 from lorakit.data.spans import REASONING
 from lorakit.data.template_variables import check_variables, template_source
@@ -69,8 +70,9 @@ def shown_text(
     write = partial(
         render, tokenizer=tokenizer, add_generation_prompt=True, variables=dict(variables)
     )
-    text = write(messages, tools=tools)
-    hidden = _hidden(messages, tools, text, write)
+    with isolated_templates():
+        text = write(messages, tools=tools)
+        hidden = _hidden(messages, tools, text, write)
     if hidden is not None:
         raise NotShownError(hidden, _reason(hidden, messages))
     return text

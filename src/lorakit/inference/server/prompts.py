@@ -2,6 +2,8 @@
 
 That takes a while for a long prompt, so a thread does it, prompt by prompt and in turn
 (`turns.py`): the event loop goes on meanwhile, and a tokenizer is never used twice at once here.
+Before that, its template is rendered in another process, in turn with others of that template: one
+that takes its time holds up nobody else.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.inference.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.inference.engine import Engine
 from lorakit.inference.server.errors import ApiError, bad_field, in_words
@@ -23,6 +26,7 @@ class Prompts:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._turns = Turns("lorakit-prompts")
+        self._of_templates: dict[str, Turns] = {}
 
     async def of_chat(
         self, adapter: str | None, asked: ChatRequest, client: str, characters: int
@@ -35,17 +39,29 @@ class Prompts:
 
         Raises:
             InputError: the template refuses it.
-            ApiError: 400, it leaves no room in the context for an answer.
+            ApiError: 400, the template takes too long for it, or it leaves no room in the context
+                for an answer.
         """
         tokenizer = self._engine.tokenizer_of(adapter)
 
-        def tokens() -> list[int]:
+        def written() -> str:
             messages = [message.for_template() for message in asked.messages]
             variables = asked.chat_template_kwargs
-            text = shown_text(messages, tokenizer, asked.shown_tools(), variables)
-            return tokens_within(text, tokenizer, self._limit)
+            return shown_text(messages, tokenizer, asked.shown_tools(), variables)
 
-        return await self._in_turn(tokens, characters, client, "messages")
+        template = str(tokenizer.chat_template)
+        turns = self._of_templates.setdefault(template, Turns("lorakit-template"))
+        try:
+            text = await turns.run(written, characters, client)
+        except TemplateTimeoutError as error:
+            raise bad_field(str(error), "messages") from error
+        except NotShownError as error:
+            raise bad_field(str(error), in_words(error.place), "unsupported_value") from error
+        finally:
+            if turns.idle:
+                self._of_templates.pop(template, None)
+        work = partial(tokens_within, text, tokenizer, self._limit)
+        return await self._in_turn(work, len(text), client, "messages")
 
     async def of_texts(
         self, adapter: str | None, prompts: Sequence[str | list[int]], client: str
@@ -82,8 +98,6 @@ class Prompts:
             return await self._turns.run(work, characters, client)
         except TooManyTokensError as error:
             raise self._too_long(error, param) from error
-        except NotShownError as error:
-            raise bad_field(str(error), in_words(error.place), "unsupported_value") from error
 
     def _too_long(self, error: TooManyTokensError, param: str) -> ApiError:
         amount = f"{error.tokens}" if error.counted else f"more than {error.tokens}"

@@ -1,9 +1,16 @@
-"""Listening: the socket, uvicorn on it, and an end that lets running answers finish."""
+"""Listening: the socket, uvicorn on it, and an end that lets running answers finish.
+
+The end comes in its time: where a thread is stuck that cannot be interrupted, the process ends
+without it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,17 +26,26 @@ from lorakit.inference.server.connections import connection_class
 from lorakit.inference.server.options import Limits, ServerOptions
 
 _LAST_WORDS = 2.0  # seconds in which answers that were cut off are told so
+_SECONDS_TO_END = 5.0  # for what is to be ended after the last answer
 _LONGEST_HEAD = 64 * 1024
 _IDLE_SECONDS = 30  # longer than clients keep connections (httpx 5), so that these close them first
 
 
-def run(engine: Engine, options: ServerOptions, started: Callable[[str], None]) -> None:
+def run(
+    engine: Engine,
+    options: ServerOptions,
+    started: Callable[[str], None],
+    *,
+    exits: bool = False,
+) -> None:
     """Serves until SIGTERM or SIGINT, and then until running answers have ended or `drain` is over.
 
     Meanwhile new requests get 503; a second signal ends at once. The engine is closed at the end.
 
     Args:
         started: is called with the server's address when it takes requests.
+        exits: whether the process is to end after this. It then does so at most some seconds after
+            the time to drain, with status 1 if something is stuck.
 
     Raises:
         InputError: the address cannot be listened on.
@@ -37,9 +53,27 @@ def run(engine: Engine, options: ServerOptions, started: Callable[[str], None]) 
     try:
         with listen(options.host, options.port) as sock:
             server = make_server(engine, options, started)
+            if exits:
+                server.on_signal = _exit_after
             server.run(sockets=[sock])
     finally:
-        engine.close()
+        if not engine.close(wait=_SECONDS_TO_END) and exits:
+            _exit_stuck()
+
+
+def _exit_after(seconds: float) -> None:
+    """Ends the process after so many seconds, unless it has ended by then."""
+
+    def wait() -> None:
+        time.sleep(seconds)
+        _exit_stuck()
+
+    threading.Thread(target=wait, name="lorakit-last-resort", daemon=True).start()
+
+
+def _exit_stuck() -> None:
+    print("error: something was stuck and did not end with the server", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -90,6 +124,8 @@ class DrainingServer(uvicorn.Server):
         self._desk, self._drain, self._told = desk, drain, started
         self._ending: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.on_signal: Callable[[float], None] = lambda _: None
+        """Is called at a signal with the seconds after which everything should have ended."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -102,7 +138,9 @@ class DrainingServer(uvicorn.Server):
         """The first signal drains, a second ends at once."""
         if self._desk.draining or self._loop is None:
             self.should_exit = self.force_exit = True
+            self.on_signal(_SECONDS_TO_END)
         else:
+            self.on_signal(self._drain + 2 * _LAST_WORDS + 2 * _SECONDS_TO_END)
             self.drain()
 
     def drain(self) -> None:

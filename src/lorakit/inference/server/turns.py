@@ -36,6 +36,11 @@ class Turns:
         self._numbers = count()
         self._busy = False
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is worked on, and nothing waits."""
+        return not self._busy and not self._waiting
+
     async def run(self, work: Callable[[], Result], characters: int, client: str) -> Result:
         """The result of `work`, when it had its turn. Cancelling gives up a turn that has not come.
 
