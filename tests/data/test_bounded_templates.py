@@ -18,6 +18,7 @@ from lorakit.data.bounded_templates import (
     TemplateFailedError,
     TemplateTimeoutError,
     apply_template,
+    free_variables,
     isolated_templates,
     rendered,
 )
@@ -122,6 +123,16 @@ def test_a_template_that_takes_too_much_ends_and_the_next_one_is_rendered(templa
         rendered(template, {})
     assert time.monotonic() - begin < 8
     assert rendered("{{ a }}", {"a": "b"}) == "b"
+
+
+@pytest.mark.usefixtures("half_a_second")
+def test_looking_for_the_variables_of_a_template_is_bounded_too():
+    template = "{% set a = 1 %}{{ a }}{{ b }}{% if c is defined %}{{ c }}{% endif %}{{ messages }}"
+    assert free_variables(template) == {"b", "c", "messages"}
+    begin = time.monotonic()
+    with pytest.raises((TemplateTimeoutError, TemplateFailedError)):
+        free_variables("{{ 7 ** (7 ** 10) }}{{ b }}")  # computed while it is compiled
+    assert time.monotonic() - begin < 8
 
 
 def test_others_are_rendered_while_one_loops(monkeypatch: pytest.MonkeyPatch):

@@ -32,7 +32,7 @@ def looping(serve: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     own_root = Path(shutil.copytree(root, tmp_path / "adapters"))
     shutil.copytree(root / "poet", own_root / "bad")
     (own_root / "bad/chat_template.jinja").write_text(
-        "{% if messages[0].content == 'bad' %}" + LOOP + "{% endif %}x"
+        "{% if messages[0].content == 'bad' %}" + LOOP + "{% endif %}{{ messages[0].content }}"
     )
     server: Running = serve(admin_key="admin-key", adapter_root=own_root)
     body = {"lora_name": "bad", "lora_path": "bad"}
