@@ -181,6 +181,7 @@ def fit(folder: str | Path, base: str) -> Fit:
         InputError: there is no such base, or no adapter.
     """
     from lorakit.lora import LoraModel
+    from lorakit.lora.fitting import fitted
     from lorakit.lora.vocabulary import put_frozen, split_frozen
     from lorakit.models.names import resolve
     from lorakit.models.skeleton import skeleton
@@ -193,13 +194,14 @@ def fit(folder: str | Path, base: str) -> Fit:
     model = skeleton(path, adapter.task_type, labels=adapter.labels)
     expected = origin(folder, adapter.config).base_fingerprint
     own = _fingerprint(path, model, adapter.task_type) if expected else None
-    # Where an adapter starts from does not change which tensors it has.
-    plain = dataclasses.replace(adapter.config, init_lora_weights=True)
     try:
         added = add_rows(model, adapter)
+        config, own_names, _ = fitted(model, adapter.config, adapter.tensors, {}, folder)
+        # Where an adapter starts from does not change which tensors it has.
+        plain = dataclasses.replace(config, init_lora_weights=True)
         wrapped = LoraModel(model, plain, initialize=False)
         tensors = wrapped.adapter_tensors("default")
-        kept, frozen = split_frozen(model, adapter.tensors, tensors)
+        kept, frozen = split_frozen(model, own_names, tensors)
         load_tensors(tensors, kept, folder)
         put_frozen(model, frozen, folder, alone=True)
     except InputError as error:

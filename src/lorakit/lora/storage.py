@@ -26,6 +26,7 @@ from lorakit.lora.checkpoint import (
     read_initial,
 )
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.fitting import Tensors, fitted
 from lorakit.lora.folders import locate, save_adapters, upload
 from lorakit.lora.script_arguments import (
     SAVING,
@@ -159,16 +160,16 @@ class StoredBank(AdapterBank):
         """
         refuse_offload(ephemeral_gpu_offload)
         folder = locate(model_id, subfolder, **hub_arguments(cls.from_pretrained, hub))
-        own_config, tensors = read_adapter(folder)
+        config, tensors, initial = _read(model, folder, key_mapping, config)
         wrapped = cls(
             model,
-            config or own_config,
+            config,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             initialize=ignore_mismatched_sizes,
         )
         try:
-            wrapped._fill(adapter_name, tensors, folder, ignore_mismatched_sizes, key_mapping)
+            wrapped._fill(adapter_name, tensors, initial, folder, ignore_mismatched_sizes)
         except InputError:
             wrapped.unload()
             raise
@@ -199,10 +200,10 @@ class StoredBank(AdapterBank):
         """
         refuse_offload(ephemeral_gpu_offload)
         folder = locate(model_id, subfolder, **hub_arguments(self.load_adapter, hub))
-        config, tensors = read_adapter(folder)
+        config, tensors, initial = _read(self.get_base_model(), folder, key_mapping)
         self._add(adapter_name, config, autocast_adapter_dtype, ignore_mismatched_sizes)
         try:
-            self._fill(adapter_name, tensors, folder, ignore_mismatched_sizes, key_mapping)
+            self._fill(adapter_name, tensors, initial, folder, ignore_mismatched_sizes)
         except InputError:
             self.delete_adapter(adapter_name)
             raise
@@ -215,13 +216,12 @@ class StoredBank(AdapterBank):
     def _fill(
         self,
         name: str,
-        tensors: dict[str, torch.Tensor],
+        tensors: Tensors,
+        initial: Tensors,
         folder: Path,
         ignore_mismatched: bool,
-        key_mapping: Mapping[str, str] | None = None,
     ) -> None:
         base = self.get_base_model()
-        tensors = renamed(tensors, key_mapping, PREFIX)
         if not ignore_mismatched:
             require_vocabulary(base, tensors, folder)
         own = self.adapter_tensors(name)
@@ -234,5 +234,21 @@ class StoredBank(AdapterBank):
             tensors = {key: tensor for key, tensor in tensors.items() if key not in other_shape}
         load_tensors(own, tensors, folder)
         put_frozen(base, frozen, folder, alone=self.adapters == [name])
-        initial = renamed(read_initial(folder), key_mapping, "")
         load_initial(base, name, initial, self.peft_config[name], folder)
+
+
+def _read(
+    model: nn.Module,
+    folder: Path,
+    key_mapping: Mapping[str, str] | None,
+    config: LoraConfig | None = None,
+) -> tuple[LoraConfig, Tensors, Tensors]:
+    """The adapter in `folder` under the names of `model`: configuration, tensors, initial factors.
+
+    Args:
+        config: takes the place of the folder's own.
+    """
+    own, tensors = read_adapter(folder)
+    tensors = renamed(tensors, key_mapping, PREFIX)
+    initial = renamed(read_initial(folder), key_mapping, "")
+    return fitted(model, config or own, tensors, initial, folder)

@@ -1,0 +1,185 @@
+"""Adapters under other names for the same modules are read; what does not fit says what it is."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MixtralConfig,
+    Qwen2_5_VLConfig,
+    Qwen3MoeConfig,
+)
+
+import lorakit
+from lorakit.lora import LoraModel
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TEXT = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def vision_model() -> Any:
+    torch.manual_seed(0)
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    vision |= {"out_hidden_size": 32, "patch_size": 4, "fullatt_block_indexes": [1]}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def adapted(model: Any, folder: Path, **config: Any) -> torch.Tensor:
+    """Saves an adapter whose update is not zero; its logits."""
+    torch.manual_seed(1)
+    fields = {"r": 4, "init_lora_weights": False, **config}
+    wrapped = lorakit.get_peft_model(model, lorakit.LoraConfig(**fields))
+    wrapped.save_pretrained(folder)
+    found = logits(wrapped)
+    wrapped.unload()
+    return found
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        output = model.eval()(input_ids=torch.arange(20)[None] * 3 % 200)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def rename(folder: Path, change: Callable[[str], str], **fields: Any) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({change(key): tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | fields))
+
+
+OLD_NAMES: dict[str, tuple[Callable[[str], str], dict[str, Any]]] = {
+    "Qwen2-VL until transformers 4.51": (
+        lambda key: key.replace("model.model.language_model.", "model.model.").replace(
+            "model.model.visual.", "model.visual."
+        ),
+        {},
+    ),
+    "language_model before model": (
+        lambda key: key.replace("model.model.language_model.", "model.language_model.model."),
+        {"target_modules": r"language_model\.model\.layers\.\d+\.self_attn\.[qv]_proj"},
+    ),
+    "the language model alone": (
+        lambda key: key.replace("model.model.language_model.", "model.model."),
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"]},
+    ),
+    "its body alone": (
+        lambda key: key.replace("model.model.language_model.", "model."),
+        {},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*other names in this model")
+@pytest.mark.parametrize(("change", "fields"), OLD_NAMES.values(), ids=OLD_NAMES)
+def test_older_names_of_a_model_for_pictures_mean_the_same_modules(
+    change: Callable[[str], str], fields: dict[str, Any], tmp_path: Path
+):
+    model = vision_model()
+    targets = r".*language_model.*\.[qv]_proj"
+    if "visual" in change("base_model.model.model.visual.x") and not fields:
+        targets += r"|.*visual\.blocks\.\d\.attn\.qkv"
+    ranks = {r".*layers\.1\.self_attn\.q_proj": 2}
+    expected = adapted(model, tmp_path, target_modules=targets, rank_pattern=ranks)
+    rename(tmp_path, change, **fields)
+    wrapped = LoraModel.from_pretrained(model, tmp_path)
+    assert torch.equal(logits(wrapped), expected)
+    wrapped.save_pretrained(tmp_path / "again")
+    again = LoraModel.from_pretrained(vision_model(), tmp_path / "again")
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*other names in this model")
+def test_an_adapter_of_the_body_fits_the_model_with_its_head_and_back(
+    tiny_model: Path, tmp_path: Path
+):
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    body = AutoModel.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = adapted(whole, tmp_path / "whole", target_modules=["q_proj", "embed_tokens"])
+    inside = logits(LoraModel.from_pretrained(body, tmp_path / "whole"))
+    body = AutoModel.from_pretrained(tiny_model, dtype=torch.float32)
+    assert torch.equal(
+        adapted(body, tmp_path / "body", target_modules=["q_proj", "embed_tokens"]), inside
+    )
+    assert torch.equal(logits(LoraModel.from_pretrained(whole, tmp_path / "body")), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*other names in this model")
+@pytest.mark.parametrize("spelling", ["qwen", "mixtral", "only down"])
+def test_experts_one_by_one_are_read_as_stacked_ones(spelling: str, tmp_path: Path):
+    torch.manual_seed(0)
+    if spelling == "mixtral":
+        mixture = MixtralConfig(**TEXT | {"intermediate_size": 24}, num_local_experts=3)
+    else:
+        mixture = Qwen3MoeConfig(
+            **TEXT, num_experts=3, moe_intermediate_size=24, num_experts_per_tok=2
+        )
+    model = AutoModelForCausalLM.from_config(mixture).eval()
+    adapted(model, tmp_path, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / WEIGHTS)
+    layers = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    updates: dict[str, torch.Tensor] = {}
+    for number in range(3):
+        if number == 1 and spelling == "qwen":
+            continue  # an expert that was not adapted
+        for layer, short in layers.items():
+            if spelling == "only down" and layer != "down_proj":
+                continue
+            d_in, d_out = (24, 32) if layer == "down_proj" else (32, 24)
+            A, B = torch.randn(4, d_in), torch.randn(d_out, 4)
+            block, own = ("mlp", layer) if spelling != "mixtral" else ("block_sparse_moe", short)
+            key = f"base_model.model.model.layers.1.{block}.experts.{number}.{own}"
+            tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+            updates[f"{number}.{layer}"] = 2.0 * B @ A
+    save_file(tensors, tmp_path / WEIGHTS)
+    targets = ["q_proj", *layers, *layers.values()]
+    rename(tmp_path, lambda key: key, target_modules=targets, lora_alpha=8, lora_dropout=0.1)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    experts = "model.layers.1.mlp.experts."
+    for place, delta in updates.items():
+        number, layer = place.split(".")
+        if layer == "down_proj":
+            expected[f"{experts}down_proj"][int(number)] += delta
+        else:
+            rows = slice(0, 24) if layer == "gate_proj" else slice(24, 48)
+            expected[f"{experts}gate_up_proj"][int(number), rows] += delta
+    merged = LoraModel.from_pretrained(model, tmp_path).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        if "experts" in name:
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_names_that_could_mean_two_modules_are_not_guessed(tmp_path: Path):
+    from lorakit.errors import InputError
+
+    twins = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)})})
+    adapted_twins = lorakit.get_peft_model(
+        twins, lorakit.LoraConfig(r=1, target_modules=["q"], init_lora_weights=False)
+    )
+    adapted_twins.save_pretrained(tmp_path)
+    two = nn.ModuleDict(
+        {"b": nn.ModuleDict({"q": nn.Linear(2, 2)}), "c": nn.ModuleDict({"q": nn.Linear(2, 2)})}
+    )
+    with pytest.raises(InputError):
+        LoraModel.from_pretrained(two, tmp_path)
+    one = nn.ModuleDict({"b": nn.ModuleDict({"q": nn.Linear(2, 2)})})
+    with pytest.warns(UserWarning, match=re.escape("a.q is b.q")):
+        LoraModel.from_pretrained(one, tmp_path)
