@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.data.dataset import prepare
 from lorakit.data.formats import Sample
 from lorakit.data.mixing import load_samples
 from lorakit.data.texts import findings_of_texts
@@ -53,3 +54,12 @@ def test_control_characters_are_counted(character: str) -> None:
     assert notice.startswith("1 of 2 rows is written with control characters")
     assert f"(first: rows.jsonl:2): they are learned as they are: remove {character!a}" in notice
     assert notice.isprintable()
+
+
+def test_texts_that_stand_for_a_missing_value_are_counted(write_rows: WriteRows) -> None:
+    answers = ["nan", "None", " null ", "<NA>", "nan bread", "none", "fine"]
+    rows = [{"prompt": f"q{i}", "completion": answer} for i, answer in enumerate(answers)]
+    data = prepare(byte_tokenizer(), str(write_rows(rows)), 0)
+    (finding,) = (f for f in data.findings if "missing value" in f.what)
+    assert (finding.count, finding.first[0]) == (4, "rows.jsonl:1")
+    assert "'nan'" in finding.cure

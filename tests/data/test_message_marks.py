@@ -99,6 +99,13 @@ def test_all_rows_with_a_fraction_are_counted(write_rows: WriteRows) -> None:
         prepare(byte_tokenizer(), str(path), 0)
 
 
+def test_rows_with_marks_are_counted(write_rows: WriteRows) -> None:
+    rows = [{"messages": talk({"weight": i % 2}, {})} for i in range(5)]
+    data = prepare(byte_tokenizer(), str(write_rows(rows)), 0)
+    (notice,) = (line for line in data.notices if "marked as not learned" in line)
+    assert "3 rows (first: rows.jsonl:1)" in notice
+
+
 def test_message_fields_that_nothing_reads_are_counted(write_rows: WriteRows) -> None:
     rows = [{"messages": talk({"mood": "sad", "name": None}, {}, user={"weight": 1, "images": []})}]
     rows += [{"messages": talk({}, {"mood": i % 2 and "sad"})} for i in range(4)]

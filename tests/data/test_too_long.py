@@ -91,6 +91,8 @@ def test_a_text_is_divided_so_that_each_of_its_tokens_is_predicted_once(
     assert "the model reads 512" in cut.cure
     data = prepared(path, too_long="split")
     assert not lost(data)
+    assert any("1, divided into 16 rows" in line for line in data.notices)
+    assert len(data.train) == 17
     assert max(map(len, data.train)) == 64
     assert set(places(data)) == {1, 2}
     assert not [f for f in data.findings if f.count]  # no part is a repeated row

@@ -53,6 +53,7 @@ def evaluate(
     from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter
+    from lorakit.data.splits import MEASURED
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.load import CLASSIFICATION
 
@@ -65,9 +66,13 @@ def evaluate(
     result: Evaluation | LabelEvaluation
     if task_type in CLASSIFICATION:
         from lorakit.data.labelled import read_labelled
+        from lorakit.data.sources import read_source
         from lorakit.evaluation.classification import check_metrics, evaluate_labels
 
-        labelled = read_labelled(data, task_type, mapping, limit)
+        contents = read_source(data, wanted=MEASURED)
+        for notice in contents.notices:
+            say(notice, err=True)
+        labelled = read_labelled(contents.rows, task_type, mapping, limit)
         opened = open_adapter(adapter, **options)
         names = _names(metrics)
         check_metrics(names, opened.labels, words=task_type == "TOKEN_CLS")
@@ -77,12 +82,15 @@ def evaluate(
             )
         _show_labels(result, names)
     else:
-        from lorakit.data.dataset import load_samples
+        from lorakit.data.mixing import mix
         from lorakit.evaluation.evaluate import evaluate as run
         from lorakit.evaluation.metrics import parse_metrics
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
-        samples = load_samples(data, mapping, limit)
+        mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED)
+        for notice in mixture.notices:
+            say(notice, err=True)
+        samples = mixture.samples
         opened = open_adapter(adapter, **options)
         with task("evaluating") as work:
             result = run(

@@ -203,7 +203,7 @@ def _too_long(
     if any(
         sample.text is not None for sample, row in kept if isinstance(sample, Sample) and row.cut
     ):
-        cure = f"data.too_long=split learns all of plain text, in rows of that length; or {cure}"
+        cure = f"data.too_long=split learns all of plain text, in rows of that length; else {cure}"
     return f"{share} of all tokens are lost; the longest has {longest:,} tokens: {cure}"
 
 

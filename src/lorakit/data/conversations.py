@@ -65,7 +65,8 @@ def string(row: Row, value: object, what: str, empty: bool = True) -> str:
             it is blank.
     """
     if not isinstance(value, str):
-        raise InputError(f"{row.where}: {what} is {kind_of_value(value)}, expected a string")
+        cure = "; write it as JSON text" if isinstance(value, (dict, list)) else ""
+        raise InputError(f"{row.where}: {what} is {kind_of_value(value)}, expected a string{cure}")
     if not empty and not value.strip():
         raise InputError(f"{row.where}: {what} is empty; fill it or drop the row")
     if "\0" in value:  # C code behind tokenizers, files and terminals ends a text there

@@ -133,6 +133,7 @@ def prepare(
     for key, before, after in (("train", kept, to_learn), ("eval", held, held_out)):
         if before and not after:
             raise none_left(key, fitted.left_out, most)
+    notices += fitted.notices
     found = findings(to_learn, held_out, tokenizer, most, fitted.left_out)
     found += findings_of_texts(everything, tokenizer)
     found += findings_of_fields(everything, tokenizer, by_template=to_row is None)

@@ -190,7 +190,7 @@ def _samples(
     source: Source, contents: Contents, columns: Mapping[str, str], limit: int | None
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
-    formats, unread, line_ends = _Places(), _Places(), _Places()
+    formats, unread, found = _Places(), _Places(), _Places()
     known: set[str] = set()
 
     def read(row: Row) -> Sample:
@@ -203,7 +203,9 @@ def _samples(
             if name not in form.columns and value is not None and value not in ("", [], {}):
                 unread.add(name, row)
         if any(_has_crlf(row.values.get(name)) for name in form.columns):
-            line_ends.add("crlf", row)
+            found.add("with \\r\\n line ends, read as \\n", row)
+        if sample.unlearned:
+            found.add("with answers that are marked as not learned, and only read", row)
         return sample
 
     samples = each(contents.rows[:limit], read)
@@ -211,8 +213,7 @@ def _samples(
     if len(formats) > 1:
         kinds = ", ".join(f"{label} {p.rows:,} (first: {p.first})" for label, p in formats.items())
         notices.append(f"{source.path}: its rows are of several formats: {kinds}")
-    if line_ends:
-        notices.append(f"{source.path}: {line_ends['crlf']} with \\r\\n line ends, read as \\n")
+    notices += [f"{source.path}: {place} {what}" for what, place in found.items()]
     return samples, [*notices, *_unread_notices(source.path, unread, known)]
 
 

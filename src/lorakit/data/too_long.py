@@ -1,7 +1,7 @@
 """Rows of more tokens than a run reads: cut, left out, divided, or an error (`data.too_long`)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 from lorakit.data.label_rows import LabelledRow
@@ -53,10 +53,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class Fitted(Generic[Sample, Row]):
-    """Samples with their rows, and the rows that are left out."""
+    """Samples with their rows, and the rows that are left out; `notices` say what was divided."""
 
     kept: list[tuple[Sample, Row]]
     left_out: list[Row]
+    notices: list[str] = field(default_factory=list)
 
 
 def fit(
@@ -76,7 +77,7 @@ def fit(
     """
     rows = make(WHOLE if too_long == "split" else limit.tokens)
     if too_long == "split":
-        return _divided(samples, rows, limit.tokens)
+        return _divided(samples, rows, limit)
     cut = [row for row in rows if row.truncated]
     if cut and too_long == "error":
         longest = max(len(row) + row.cut for row in cut)
@@ -105,8 +106,9 @@ def none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> Input
     )
 
 
-def _divided(samples: Sequence[Sample], rows: Sequence[Row], tokens: int) -> Fitted[Sample, Row]:
-    kept, left_out = [], []
+def _divided(samples: Sequence[Sample], rows: Sequence[Row], limit: Limit) -> Fitted[Sample, Row]:
+    kept, left_out, tokens = [], [], limit.tokens
+    texts = parts = 0
     for sample, row in zip(samples, rows, strict=True):
         if len(row) <= tokens:
             kept.append((sample, row))
@@ -116,7 +118,9 @@ def _divided(samples: Sequence[Sample], rows: Sequence[Row], tokens: int) -> Fit
                 "drop or error"
             )
         elif _is_text(row):
-            kept += [(sample, part) for part in _parts(row, tokens)]
+            several = _parts(row, tokens)
+            texts, parts = texts + 1, parts + len(several)
+            kept += [(sample, part) for part in several]
         else:
             short = replace(
                 row,
@@ -128,7 +132,8 @@ def _divided(samples: Sequence[Sample], rows: Sequence[Row], tokens: int) -> Fit
                 kept.append((sample, short))
             else:
                 left_out.append(short)
-    return Fitted(kept, left_out)
+    notice = f"data.too_long: texts longer than {limit}: {texts:,}, divided into {parts:,} rows"
+    return Fitted(kept, left_out, [notice] if texts else [])
 
 
 def _is_text(row: TokenizedRow) -> bool:
