@@ -221,3 +221,20 @@ def test_held_out_rows_of_a_file_are_split_too(tiny_model: Path, tmp_path: Path)
     assert table["rows"] == {"train": 96, "selection": 20, "report": 20}
     assert len(load_samples(values["data"]["eval"])) == 40
     assert table["steps"] == {"planned": 4, "done": 4, "saved": 0}
+
+
+@pytest.mark.parametrize("engine", ["together", "solo"])
+def test_a_configuration_that_learns_nothing_is_named_with_the_warning_of_its_run(
+    tiny_model: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
+):
+    values = sweep_recipe(tiny_model, tmp_path, max_steps=2, optim="sgd")
+    rates = {"training.learning_rate": [1e-60, 3e-2]}
+    lorakit.sweep(values, over=rates, engine=engine, prune=False)
+    records = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/lorakit.json")]
+    found = {
+        record["recipe"]["training"]["learning_rate"]: [w["warning"] for w in record["warnings"]]
+        for record in records
+        if "recipe" in record
+    }
+    assert found == {1e-60: ["unchanged"], 3e-2: []}
+    assert "the adapter is unchanged" in capsys.readouterr().err

@@ -35,26 +35,29 @@ from lorakit.training.trainer import last_checkpoint, read_counts
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 
 
-def publish(record: Record, ground: Ground, base: SplitLosses) -> None:
+def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
     """Makes the folder of a configuration one that `chat`, `eval` and `merge` take.
 
     One that has diverged leaves no adapter.
 
     Losses in its record are those of all held-out rows, as `lorakit train` has them.
+
+    Returns: the warnings of its training, a line each.
     """
     if record.diverged is not None:
-        return
+        return []
     recipe = record.configuration.recipe
     folder = Path(recipe.output_dir)
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
-        return  # done before
+        return []  # done before
     if not record.finished:
         for name in _FILES:
             if (checkpoint / name).is_file():
                 atomic.write_file(folder / name, (checkpoint / name).read_bytes())
     counts = read_counts(checkpoint)
     begun = ground.begun
+    warnings = [x for x in StepLines(folder / METRICS_NAME).read() if "warning" in x]
     _write_curves(folder, record)
     if begun.templates is not None:
         write_templates(folder, begun.templates)
@@ -70,6 +73,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> None:
             **rendering_facts(begun),
             base_fingerprint=ground.base_fingerprint,
             notices=[*ground.notices, *([] if record.finished else [stopped])],
+            warnings=warnings,
             steps=record.step,
             train_seconds=round(counts.seconds, 2),
             train_tokens=counts.train_tokens,
@@ -83,6 +87,8 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> None:
             seed=recipe.training.seed,
         ),
     )
+    name = record.configuration.name
+    return [f"warning, {name}: {warning['message']}. {warning['cure']}" for warning in warnings]
 
 
 def write_recipe(folder: Path, winner: Configuration) -> None:

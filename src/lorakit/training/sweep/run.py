@@ -133,7 +133,8 @@ def _run(
                 "every configuration diverged: lower the learning rates, or max_grad_norm"
             )
         for record in records:
-            publish(record, ground, base)
+            for line in publish(record, ground, base):
+                say(line)
         objective = Objective(settings.objective, ground, seed)
         for record in records:
             if record.finished:

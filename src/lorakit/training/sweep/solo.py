@@ -23,6 +23,7 @@ from lorakit.training.sweep.ground import Ground
 from lorakit.training.sweep.row_losses import SplitLosses
 from lorakit.training.sweep.runner import Configuration, Progress
 from lorakit.training.trainer import Counts, LoraTrainer, last_checkpoint
+from lorakit.training.unchanged import warn_of_unchanged
 
 
 class SoloRunner:
@@ -60,6 +61,9 @@ class SoloRunner:
                 diverged = broken(losses, step)
             if to == 1 and diverged is None:
                 setup.model.save_pretrained(configuration.recipe.output_dir)
+                if trainer.start is not None:
+                    lines = StepLines(Path(configuration.recipe.output_dir) / METRICS_NAME)
+                    list(warn_of_unchanged(trainer.start, setup.model, step, lines))
         finally:
             setup.model.unload()
         return Progress(
