@@ -1,16 +1,24 @@
 """What a chat template leaves out of a conversation is an error, and its variables can be set."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakit.cli.options import chat_template_kwargs
+from lorakit.data.prompts import Prompt
 from lorakit.data.template_variables import template_variables
 from lorakit.errors import InputError
+from lorakit.inference.answer_all import answer_all
+from lorakit.inference.chat import ChatSession
+from lorakit.inference.engine import Engine
+from lorakit.inference.sampling import Sampling
 from lorakit.inference.shown import NotShownError, shown_text
 from tiny import byte_tokenizer
 
+SHORT = Sampling(max_new_tokens=2)
 TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
 ASKS = {"role": "user", "content": "a"}
 SYSTEM = {"role": "system", "content": "a"}
@@ -21,6 +29,12 @@ SAYS_AND_CALLS = {**CALLS, "content": "let me see"}
 RESULT = {"role": "tool", "tool_call_id": "abcdefgh1", "content": "r"}
 ANSWER = {"role": "assistant", "content": "<think>\nw\n</think>\n\nb"}
 THOUGHT = {"role": "assistant", "content": "b", "reasoning_content": "why"}
+
+
+@pytest.fixture
+def engine(start: Any) -> Engine:
+    made: Engine = start(max_rows=2, adapters={})
+    return made
 
 
 def tokenizer(template: str) -> Any:
@@ -160,6 +174,41 @@ def test_a_variable_that_is_not_the_users_is_refused(name: str) -> None:
         shown_text([ASKS], of, variables={name: 1})
     with pytest.raises(InputError, match="it reads none"):
         shown_text([ASKS], tokenizer(SHOWS), variables={name: 1})
+
+
+def test_a_chat_has_variables_and_says_what_its_template_leaves_out(engine: Engine) -> None:
+    said = [ASKS["content"], "and again"]
+    engine.tokenizer.chat_template = THINKING
+    thinking = ChatSession(engine, sampling=SHORT, variables={"enable_thinking": False})
+    plain = ChatSession(engine, sampling=SHORT)
+    assert thinking._tokens(ASKS) == engine.tokenizer("ano thoughts")["input_ids"]
+    assert plain._tokens(ASKS) == engine.tokenizer("a")["input_ids"]
+    wrong = ChatSession(engine, sampling=SHORT, variables={"thinking": False})
+    with pytest.raises(InputError, match="it reads enable_thinking"):
+        wrong.answer(said[0])
+    engine.tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(InputError, match="of the role system"):
+        ChatSession(engine, sampling=SHORT, system="be brief").answer(said[0])
+
+
+def test_a_file_of_prompts_has_variables_and_what_is_left_out_is_counted(engine: Engine) -> None:
+    engine.tokenizer.chat_template = "{{ messages[-1].content }}{{ 'xy' if enable_thinking }}"
+    prompts = [Prompt((SYSTEM, ASKS), (), f"line {i}") for i in (1, 2)]
+    notices: Counter[str] = Counter()
+    answers = list(answer_all(engine, prompts, [None], SHORT, {"enable_thinking": True}, notices))
+    assert [answer.prompt_tokens for answer in answers] == [3, 3]
+    assert list(notices.values()) == [2]
+    assert "role system" in next(iter(notices))
+    with pytest.raises(InputError, match=r"line 1: .*does not read 'other'"):
+        list(answer_all(engine, prompts, [None], SHORT, {"other": True}))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "5", "enable_thinking"])
+def test_the_commands_take_an_object_of_variables(text: str) -> None:
+    assert chat_template_kwargs(None) == {}
+    assert chat_template_kwargs('{"enable_thinking": false}') == {"enable_thinking": False}
+    with pytest.raises(InputError, match="--chat-template-kwargs"):
+        chat_template_kwargs(text)
 
 
 def test_which_variables_a_template_reads() -> None:

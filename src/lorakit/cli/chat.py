@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import QuantizationOption
+from lorakit.cli.options import ChatTemplateKwargsOption, QuantizationOption, chat_template_kwargs
 from lorakit.console import piped_lines, readable, say, write
 from lorakit.folder_name import folder_name
 
@@ -25,6 +25,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     quantization: QuantizationOption = None,
+    template_kwargs: ChatTemplateKwargsOption = None,
 ) -> None:
     """Chat with an adapter; /help shows the commands. Reads a pipe too."""
     from lorakit.inference.chat import ChatSession, run
@@ -32,13 +33,14 @@ def chat(
     from lorakit.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    variables = chat_template_kwargs(template_kwargs)
     name = folder_name(adapter)
     engine = open_with(base, name, adapter, dtype=dtype, quantization=quantization, max_rows=1)
     try:
         for notice in engine.notices:
             say(notice, err=True)
         answering = name if engine.pool.infos() else None  # else it is merged into the base
-        session = ChatSession(engine, answering, sampling, system)
+        session = ChatSession(engine, answering, sampling, system, variables)
         typed = sys.stdin.isatty()
         if typed:
             with suppress(ImportError):  # some builds of Python lack it

@@ -3,12 +3,13 @@
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import QuantizationOption
+from lorakit.cli.options import ChatTemplateKwargsOption, QuantizationOption, chat_template_kwargs
 from lorakit.console import say, say_json
 from lorakit.progress import track
 
@@ -44,6 +45,7 @@ def generate(
     max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     quantization: QuantizationOption = None,
+    template_kwargs: ChatTemplateKwargsOption = None,
 ) -> None:
     """Answer a file of prompts with each adapter, as rows of JSON.
 
@@ -63,6 +65,7 @@ def generate(
     sampling = Sampling(
         temperature, top_p, max_new_tokens, seed, top_k=top_k, stop=tuple(stop or ())
     )
+    variables, hidden = chat_template_kwargs(template_kwargs), Counter[str]()
     asked = [prompt.opened_by(system) for prompt in read_prompts(prompts)]
     if len(named) == 1 and not with_base:
         ((name, folder),) = named.items()
@@ -83,7 +86,7 @@ def generate(
         # Answers on the terminal show by themselves how far it is.
         shown = output is not None or not sys.stdout.isatty()
         whole = len(asked) * len(answering)
-        answers = answer_all(engine, asked, answering, sampling)
+        answers = answer_all(engine, asked, answering, sampling, variables, hidden)
         for answered in track(answers, "answering", whole) if shown else answers:
             tokens += answered.new_tokens
             lines.append(json.dumps(answered.record(), ensure_ascii=False))
@@ -94,5 +97,7 @@ def generate(
         engine.close()
     if output is not None:
         atomic.write_file(output, "".join(f"{line}\n" for line in lines))
+    for reason, number in hidden.items():
+        say(f"{number} of {whole} prompts: {reason}", err=True)
     rate = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} a second)"
     say(f"{len(lines)} answers, {rate}" + (f": {output}" if output else ""), err=True)

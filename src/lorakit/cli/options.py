@@ -1,8 +1,10 @@
 """Options that several verbs have."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from lorakit.errors import InputError
 
 QuantizationOption = Annotated[
     str | None,
@@ -12,3 +14,29 @@ QuantizationOption = Annotated[
         "was trained.",
     ),
 ]
+
+ChatTemplateKwargsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='Variables that the chat template reads, like {"enable_thinking": false}.',
+    ),
+]
+
+
+def chat_template_kwargs(text: str | None) -> dict[str, Any]:
+    """The value of `--chat-template-kwargs`.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    from lorakit.data import strict_json
+
+    try:
+        value = strict_json.parse(text or "{}")
+    except ValueError as error:
+        raise InputError(f"--chat-template-kwargs is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError('--chat-template-kwargs takes an object like {"enable_thinking": false}')
+    return value

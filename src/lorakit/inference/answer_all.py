@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.data.prompts import Prompt
 from lorakit.errors import InputError, LorakitError
+from lorakit.inference.bounded_tokens import tokens_within
 from lorakit.inference.engine import Engine
 from lorakit.inference.requests import Ticket
-from lorakit.inference.sampling import Sampling, prompt_tokens
+from lorakit.inference.sampling import Sampling
+from lorakit.inference.shown import shown_text
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,29 @@ def answer_all(
     prompts: Sequence[Prompt],
     models: Sequence[str | None],
     sampling: Sampling,
+    variables: Mapping[str, Any] | None = None,
+    notices: Counter[str] | None = None,
 ) -> Iterator[Answered]:
     """Every prompt's answer by every model (None is the base), a prompt's side by side.
 
     All are asked at once, and the engine computes as many together as it has rows.
 
+    Args:
+        variables: further ones of the chat template, such as `enable_thinking`.
+        notices: counts prompts that the chat template does not show whole, by what to say.
+
     Raises:
         InputError: a prompt does not fit the context, or the chat template refuses it.
         LorakitError: the model failed.
     """
+    notices = Counter() if notices is None else notices
     asked: list[tuple[Prompt, str | None, Ticket]] = []
     for prompt in prompts:
         for model in models:
             try:
-                tokens = prompt_tokens(prompt.messages, engine.tokenizer_of(model), prompt.tools)
+                tokenizer = engine.tokenizer_of(model)
+                text = shown_text(prompt.messages, tokenizer, prompt.tools, variables, notices)
+                tokens = tokens_within(text, tokenizer, sys.maxsize)
                 asked.append((prompt, model, engine.submit(tokens, model, sampling)))
             except InputError as error:
                 for *_, ticket in asked:

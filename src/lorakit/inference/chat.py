@@ -6,17 +6,21 @@ test serve as well as a keyboard. The answers are an engine's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorakit.data.formats import Message
 from lorakit.errors import InputError, LorakitError, did_you_mean, listed
 from lorakit.folder_name import folder_name
+from lorakit.inference.bounded_tokens import tokens_within
 from lorakit.inference.engine import Engine
 from lorakit.inference.requests import Ticket
-from lorakit.inference.sampling import Sampling, prompt_tokens
+from lorakit.inference.sampling import Sampling
+from lorakit.inference.shown import shown_text
 
 HELP = """\
 /reset          forget the conversation
@@ -38,6 +42,7 @@ class ChatSession:
     Args:
         sampling: with a seed, the same conversation is answered the same.
         system: a system message that opens every conversation.
+        variables: further ones of the chat template, such as `enable_thinking`.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class ChatSession:
         adapter: str | None = None,
         sampling: Sampling | None = None,
         system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.adapter = adapter
         self.sampling = sampling or Sampling()
@@ -54,6 +60,7 @@ class ChatSession:
         self.notices: list[str] = []
         self._engine = engine
         self._opening = [{"role": "system", "content": system}] if system else []
+        self._variables = variables
         self._answers = 0  # since the conversation began
 
     @property
@@ -130,7 +137,9 @@ class ChatSession:
 
     def _tokens(self, question: Message) -> list[int]:
         tokenizer = self._engine.tokenizer_of(self._who())
-        return prompt_tokens([*self._opening, *self.history, question], tokenizer)
+        messages = [*self._opening, *self.history, question]
+        text = shown_text(messages, tokenizer, variables=self._variables)
+        return tokens_within(text, tokenizer, sys.maxsize)
 
     # --- commands -------------------------------------------------------------------------
 

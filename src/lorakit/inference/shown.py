@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ def shown_text(
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[dict[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
+    notices: Counter[str] | None = None,
 ) -> str:
     """The conversation as text, up to where the model's answer begins.
 
@@ -56,6 +58,8 @@ def shown_text(
     Args:
         tools: the descriptions of functions that the template shows to the model.
         variables: further ones of the template, such as `enable_thinking`.
+        notices: counts conversations of which a part is left out, by what to say; None refuses
+            them.
 
     Raises:
         NotShownError: the template leaves a part out.
@@ -66,26 +70,31 @@ def shown_text(
         check_variables(variables, tokenizer, bool(tools))
     except InputError as error:
         raise NotShownError(("chat_template_kwargs",), str(error)) from error
-    _check_reasoning(messages, template_source(tokenizer, bool(tools)))
     write = partial(
         render, tokenizer=tokenizer, add_generation_prompt=True, variables=dict(variables)
     )
     with isolated_templates():
         text = write(messages, tools=tools)
-        hidden = _hidden(messages, tools, text, write)
-    if hidden is not None:
-        raise NotShownError(hidden, _reason(hidden, messages))
+        hidden = _reasoning(messages, template_source(tokenizer, bool(tools)))
+    if (hidden := hidden or _hidden(messages, tools, text, write)) is not None:
+        reason = _reason(hidden, messages)
+        if notices is None:
+            raise NotShownError(hidden, reason)
+        notices[reason] += 1
     return text
 
 
-def _check_reasoning(messages: Sequence[Message], template: str) -> None:
-    for number, message in enumerate(messages):
-        for name in REASONING:
-            if message.get(name) and not any(known in template for known in REASONING):
-                raise NotShownError(
-                    ("messages", number, name),
-                    f"the chat template shows no reasoning, as {name} is: leave it out",
-                )
+def _reasoning(messages: Sequence[Message], template: str) -> Place | None:
+    """The first reasoning, if the template reads none."""
+    if any(known in template for known in REASONING):
+        return None
+    found = (
+        ("messages", number, name)
+        for number, message in enumerate(messages)
+        for name in REASONING
+        if message.get(name)
+    )
+    return next(found, None)
 
 
 def _hidden(
@@ -171,6 +180,8 @@ def _reason(place: Place, messages: Sequence[Message]) -> str:
             "them in a message, or leave tools out"
         )
     message = messages[int(place[1])]
+    if place[-1] in REASONING:
+        return f"the chat template shows no reasoning, as {place[-1]} is: leave it out"
     if place[-1] == "tool_calls":
         return "the chat template shows no tool calls: write them into content, or leave them out"
     role = message["role"]

@@ -199,3 +199,40 @@ def test_variables_of_the_template_are_passed_to_it(chat: Callable[..., Any]) ->
     assert "enable_thinking" in error["message"]
     for name in ("tokenize", "chat_template", "messages", "tools", "eos_token"):
         refused(ask(**{name: "x"}), 400)
+
+
+ITEMS = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{% for name, value in c.function.arguments | items %}{{ name }}={{ value }}{% endfor %}"
+    "{% endfor %}{% endfor %}"
+)
+AS_TEXT = ITEMS.replace(
+    "c.function.arguments | items", "[('json', '' ~ c.function.arguments + '')]"
+)
+
+
+@pytest.mark.parametrize("template", [ITEMS, AS_TEXT])
+def test_templates_that_want_an_object_or_a_text_as_arguments_get_it(
+    chat: Callable[..., Any], template: str
+) -> None:
+    answer = {
+        "role": "assistant",
+        "tool_calls": [CALL],
+    }  # also without content, as clients leave it
+    messages = [ASKS, answer, {"role": "tool", "tool_call_id": "call_1", "content": "25"}]
+    shown = "a" + ("x=1" if template is ITEMS else 'json={"x": 1}') + "25"
+    assert prompt_tokens(chat(messages, template)) == len(shown)
+
+
+def test_an_empty_answer_can_be_sent_back(chat: Callable[..., Any]) -> None:
+    assert chat(turns({"role": "assistant", "content": ""})).status_code == 200
+    refused(chat(turns({"role": "assistant", "content": None})), 400)
+
+
+@pytest.mark.parametrize("field", ["enable_thinking", "extra_body"])
+def test_what_stands_in_the_wrong_place_is_told_where_it_belongs(
+    chat: Callable[..., Any], field: str
+) -> None:
+    error = refused(chat([ASKS], **{field: {"enable_thinking": False}}), 400)
+    assert error["param"] == field
+    assert ("chat_template_kwargs" if field == "enable_thinking" else "beside") in error["message"]

@@ -41,6 +41,13 @@ Nothing = Annotated[list[Any], Field(max_length=0)] | None
 NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
 
 
+_ELSEWHERE = {
+    "enable_thinking": ": give it in chat_template_kwargs",
+    "extra_body": ": its fields stand beside the others in the JSON",
+}
+"""Fields that clients put into the wrong place."""
+
+
 class Payload(BaseModel):
     """A JSON object whose every field is known; `ge` and `le` are its limits."""
 
@@ -57,7 +64,10 @@ class Payload(BaseModel):
             raise PydanticCustomError(
                 UNKNOWN_FIELD,
                 "is not a field that is known here{hint}",
-                {"name": unknown, "hint": did_you_mean(unknown, cls.model_fields)},
+                {
+                    "name": unknown,
+                    "hint": _ELSEWHERE.get(unknown) or did_you_mean(unknown, cls.model_fields),
+                },
             )
         return data
 
