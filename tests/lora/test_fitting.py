@@ -14,12 +14,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GPT2Config,
+    LlamaConfig,
     MixtralConfig,
     Qwen2_5_VLConfig,
     Qwen3MoeConfig,
 )
 
 import lorakit
+from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -168,8 +171,6 @@ def test_experts_one_by_one_are_read_as_stacked_ones(spelling: str, tmp_path: Pa
 
 
 def test_names_that_could_mean_two_modules_are_not_guessed(tmp_path: Path):
-    from lorakit.errors import InputError
-
     twins = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)})})
     adapted_twins = lorakit.get_peft_model(
         twins, lorakit.LoraConfig(r=1, target_modules=["q"], init_lora_weights=False)
@@ -183,3 +184,72 @@ def test_names_that_could_mean_two_modules_are_not_guessed(tmp_path: Path):
     one = nn.ModuleDict({"b": nn.ModuleDict({"q": nn.Linear(2, 2)})})
     with pytest.warns(UserWarning, match=re.escape("a.q is b.q")):
         LoraModel.from_pretrained(one, tmp_path)
+
+
+def refusal(model: Any, folder: Path) -> str:
+    with pytest.raises(InputError) as error:
+        LoraModel.from_pretrained(model, folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def llama(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**TEXT | fields))
+
+
+def test_what_does_not_fit_names_its_kind_and_a_cure(tmp_path: Path):
+    adapted(llama(), tmp_path, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    assert "another width" in refusal(llama(hidden_size=64, intermediate_size=96), tmp_path)
+    assert "200 tokens where this one has 150" in refusal(llama(vocab_size=150), tmp_path)
+    assert "--base, or --model" in refusal(llama(vocab_size=150), tmp_path)
+    assert "at least 2 layers where this one has 1" in refusal(llama(num_hidden_layers=1), tmp_path)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=4))
+    assert "q_proj" in refusal(gpt2, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(
+        {k: t.T.contiguous() if "_proj" in k else t for k, t in tensors.items()}, tmp_path / WEIGHTS
+    )
+    assert "transposed factors" in refusal(llama(), tmp_path)
+    save_file(tensors, tmp_path / WEIGHTS)
+    rename(tmp_path, lambda key: key, r=8)
+    assert "rank 4, not 8): correct r" in refusal(llama(), tmp_path)
+    rename(tmp_path, lambda key: key, r=4)
+    save_file({k: t for k, t in tensors.items() if "layers.1" not in k}, tmp_path / WEIGHTS)
+    assert "incomplete" in refusal(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_peft_left_out_comes_out_of_the_base_and_serves_beside_others(
+    start: str, tiny_model: Path, tmp_path: Path
+):
+    import peft
+
+    from lorakit.adapters.updates import read_updates
+    from lorakit.inference.open import open_engine
+    from random_adapters import change, make_adapter
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=3, init_lora_weights=start, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "a")
+    expected = change(tiny_model, tmp_path / "a")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for path, update in read_updates(tmp_path / "a", base).updates.items():
+        A, B = update.factors()
+        assert A.shape[0] == 6
+        torch.testing.assert_close(
+            update.scaling * B @ A, expected[f"{path}.weight"], rtol=1e-3, atol=1e-4
+        )
+    make_adapter(tiny_model, tmp_path / "b", target_modules=["q_proj"])
+    engine = open_engine(str(tiny_model), {"a": tmp_path / "a", "b": tmp_path / "b"})
+    try:
+        assert {info.name: info.rank for info in engine.pool.infos()} == {"a": 6, "b": 4}
+    finally:
+        engine.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial
@@ -136,15 +137,54 @@ class AdapterFile:
                 raise InputError(f"{self.folder}: {key} holds values that are not finite")
 
 
-def read_updates(folder: str | Path) -> AdapterFile:
+def read_updates(folder: str | Path, model: nn.Module | None = None) -> AdapterFile:
     """The adapter in `folder`. Its tensors stay in the file until they are used.
+
+    Args:
+        model: the base model, if it is at hand. Modules are then called as it calls them, and the
+            factors that PiSSA and OLoRA start from come out of its weights, where PEFT has saved
+            the adapter without them.
 
     Raises:
         InputError: it is no adapter's folder, or it is damaged.
     """
-    config, tensors = read_adapter(folder)
-    found, others, skipped = split(config, tensors, read_initial(folder))
+    config, own_tensors = read_adapter(folder)
+    tensors: Mapping[str, torch.Tensor] = own_tensors
+    initial: Mapping[str, torch.Tensor] = read_initial(folder)
+    if model is not None:
+        from lorakit.lora.fitting import fitted
+
+        config, tensors, initial = fitted(model, config, tensors, initial, folder)
+        if config.takes_start_off and config.starts_from_weight and not initial:
+            initial = _starts(model, config, tensors)
+    found, others, skipped = split(config, tensors, initial)
     return AdapterFile(Path(folder), config, {u.path: u for u in found}, others, skipped)
+
+
+def _starts(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The factors that an adapter starts from where the weights alone give them, as in training."""
+    from transformers.pytorch_utils import Conv1D
+
+    from lorakit.lora.initialize import initialize
+
+    modules = dict(model.named_modules())
+    found: dict[str, torch.Tensor] = {}
+    for key, stored in tensors.items():
+        path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        module = modules.get(path)
+        layer = getattr(module, "base_layer", module)
+        if not key.endswith(".lora_A.weight") or not isinstance(layer, (nn.Linear, Conv1D)):
+            continue
+        W = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+        if not W.is_floating_point() or stored.dim() != 2 or stored.shape[1] != W.shape[1]:
+            continue  # packed, or another model's: the caller finds out
+        A = torch.empty(stored.shape, dtype=at_least_float32(W[:0]).dtype, device=W.device)
+        B = A.new_empty(W.shape[0], stored.shape[0])
+        initialize(A, B, W.to(A.dtype), config.scaling_for(path), config)
+        found |= {f"{path}.A": A.to(stored.device), f"{path}.B": B.to(stored.device)}
+    return found
 
 
 def split(
@@ -221,7 +261,10 @@ def _obstacle(
         return f"has rank {A.shape[0]} in the file and {r} in the configuration"
     if config.takes_start_off and not has_start:
         how = config.init_lora_weights
-        return f"started from {how} factors that are not in the folder, so its change is unknown"
+        return (
+            f"started from {how} factors that are not in the folder, so its change is unknown: "
+            "save it with path_initial_model_for_weight_conversion where it was trained"
+        )
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         return "holds values that are not finite"
     return ""

@@ -111,7 +111,7 @@ class AdapterPool:
             raise InputError(f"an adapter cannot be named {name!r}: that is the base's own name")
         path = Path(folder)
         with self._copy(path, root) as copied:
-            file = read_updates(copied.folder)
+            file = read_updates(copied.folder, self._slots.model)
             factors = self._check(file)
             tokenizer, other_template = self._tokenizer_of(copied.folder)
             notices = [self._other_weights(file), other_template]
@@ -188,7 +188,7 @@ class AdapterPool:
             with self._copy(info.folder, version.root) as copied:
                 if copied.digest != version.digest:
                     raise changed
-                factors = self._check(read_updates(copied.folder))
+                factors = self._check(read_updates(copied.folder, self._slots.model))
         except InputError as error:
             raise changed from error
         with self._lock:
@@ -239,12 +239,12 @@ class AdapterPool:
             InputError: it does not fit the base, or changes more than linear layers.
         """
         require_text(file)
-        file.require_updates()
         if reason := why_not_beside(file):
             raise InputError(
                 f"{file.folder} {reason}, which cannot be served beside other adapters: merge it "
                 "with lorakit merge and serve the result, or serve it alone with --merged"
             )
+        file.require_updates()
         if not file.updates:
             raise InputError(f"{file.folder} changes no module by B A")
         dtype = self._slots.dtype
@@ -282,6 +282,10 @@ def why_not_beside(file: AdapterFile) -> str:
     """
     if file.has_lengths:
         return "is a DoRA adapter"
+    if file.config.target_parameters:
+        return "adapts experts or other parameters (target_parameters)"
+    if file.config.init_lora_weights == "loftq":
+        return "is for the base as LoftQ quantised it"
     if file.config.bias != "none":
         return "trains the base's biases"
     if any(update.bias is not None for update in file.updates.values()):

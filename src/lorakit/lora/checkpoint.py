@@ -15,11 +15,12 @@ from safetensors.torch import save
 from torch import nn
 
 from lorakit import atomic
-from lorakit.errors import InputError, listed
+from lorakit.errors import InputError
 from lorakit.lora.config import CONFIG_NAME, LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.key_names import PREFIX, as_peft_names, without_wrappers
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.misfit import misfit
 from lorakit.lora.tensor_files import read_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -229,23 +230,13 @@ def load_tensors(
     Nothing is copied before everything is known to fit.
 
     Raises:
-        InputError: a key or a shape does not fit, so the adapter is for another base model.
+        InputError: a key or a shape does not fit; it says of which kind that is.
     """
-    for key, parameter in parameters.items():
-        if key in tensors and tensors[key].shape != parameter.shape:
-            raise InputError(
-                f"{folder} is an adapter for another base model: {key} has shape "
-                f"{tuple(tensors[key].shape)}, and this model needs {tuple(parameter.shape)}"
-            )
-    for what, missing in (
-        ("lacks", parameters.keys() - tensors.keys()),
-        ("has, and this model does not,", tensors.keys() - parameters.keys()),
-    ):
-        if missing:
-            raise InputError(
-                f"{folder} is an adapter for another base model: it {what} "
-                f"{listed(sorted(missing), 3)}"
-            )
+    own, theirs = (
+        {key: tuple(tensor.shape) for key, tensor in one.items()} for one in (parameters, tensors)
+    )
+    if why := misfit(own, theirs):
+        raise InputError(f"{folder} {why}")
     require_finite(tensors, folder)
     with torch.no_grad():
         for key, parameter in parameters.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -48,10 +48,9 @@ def as_peft_names(
     Raises:
         InputError: they are several adapters', or two of them get one name.
     """
-    plain = {_without_prefixes(key, tensors): key for key in tensors}
+    plain = _without_prefixes(tensors)
     if len(plain) < len(tensors):
-        kept = {plain[_without_prefixes(key, tensors)] for key in tensors}
-        twice = sorted(tensors.keys() - kept)
+        twice = sorted(tensors.keys() - set(plain.values()))
         raise InputError(f"{folder} holds two tensors that mean the same: {listed(twice, 3)}")
     adapters = {
         next(filter(None, match.groups())) for match in map(_ADAPTER.fullmatch, plain) if match
@@ -83,13 +82,18 @@ def as_peft_names(
     return found
 
 
-def _without_prefixes(key: str, keys: Mapping[str, torch.Tensor]) -> str:
-    name = without_wrappers(key)
-    while name.startswith(_DISTRIBUTED):
-        name = name.removeprefix(_DISTRIBUTED)
-    name = name if name.startswith(PREFIX) else PREFIX + name
-    inside = PREFIX + _DISTRIBUTED
-    return PREFIX + name.removeprefix(inside) if name.startswith(inside) else name
+def _without_prefixes(keys: Iterable[str]) -> dict[str, str]:
+    """The keys by their names without wrappers; PEFT's prefix is added where none has it."""
+    names = {}
+    for key in keys:
+        name = without_wrappers(key)
+        while name.startswith(_DISTRIBUTED):
+            name = name.removeprefix(_DISTRIBUTED)
+        inside = PREFIX + _DISTRIBUTED
+        names[PREFIX + name.removeprefix(inside) if name.startswith(inside) else name] = key
+    if not any(name.startswith(PREFIX) for name in names):
+        names = {PREFIX + name: key for name, key in names.items()}
+    return names
 
 
 def _with_length(name: str) -> str:
