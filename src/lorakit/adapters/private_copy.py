@@ -74,7 +74,7 @@ def private_copy(folder: Path, weights: int, root: Path | None = None) -> Iterat
     """
     limits = {**_LIMITS, **dict.fromkeys(_WEIGHTS, weights)}
     try:
-        holder = TemporaryDirectory(prefix="lorakit-")
+        holder = TemporaryDirectory(prefix="lorakit-", ignore_cleanup_errors=True)
     except OSError as error:
         raise LorakitError(f"there is no temporary folder to copy adapters to: {error}") from error
     with holder as parent:
