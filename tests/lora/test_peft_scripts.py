@@ -120,8 +120,6 @@ def test_what_cannot_be_honoured_is_refused_or_named(build, tmp_path: Path):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.glob("*.bin"))
     for refused in (
-        lambda: model.save_pretrained(tmp_path, save_embedding_layers=True),
-        lambda: get_peft_model_state_dict(model, save_embedding_layers=True),
         lambda: PeftModel.from_pretrained(build(), tmp_path, ephemeral_gpu_offload=True),
         lambda: get_peft_model(build(), LoraConfig(target_modules=["q_proj"]), mixed=True),
     ):
@@ -130,6 +128,36 @@ def test_what_cannot_be_honoured_is_refused_or_named(build, tmp_path: Path):
     config = LoraConfig(target_modules=["q_proj"])
     assert get_peft_model(build(), config, revision="v2").peft_config["default"].revision == "v2"
     assert config.revision is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": [1]}])
+def test_embeddings_of_a_resized_model_go_with_its_adapter(build, ids, tmp_path: Path, fields: Any):
+    build().float().save_pretrained(tmp_path / "base")
+
+    def resized(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(44, mean_resizing=False)
+        return model
+
+    more = torch.tensor([[1, 41, 43]])
+    model = wrap(resized(1), target_modules=["q_proj"], **fields)
+    with pytest.warns(UserWarning, match="had 40 tokens and has 44 now"):
+        model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(resized(2), tmp_path / "adapter")
+    torch.testing.assert_close(output(again, more), output(model, more), rtol=0, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(resized(2), str(tmp_path / "adapter"))
+    torch.testing.assert_close(output(theirs, more), output(model, more), rtol=0, atol=1e-5)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert not [key for key in state if key.endswith("lm_head.weight")]
+
+    plain = wrap(build(), target_modules=["q_proj"])
+    plain.save_pretrained(tmp_path / "plain")
+    assert not [key for key in read_adapter(tmp_path / "plain")[1] if "lora_" not in key]
+    plain.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    kept = [key for key in read_adapter(tmp_path / "whole")[1] if "lora_" not in key]
+    prefix = "base_model.model."
+    assert sorted(kept) == [f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"]
 
 
 def test_keys_are_renamed_before_they_are_loaded(build, ids, tmp_path: Path):

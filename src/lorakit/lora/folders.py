@@ -106,7 +106,7 @@ def save_adapters(
     """
     for name in names:
         folder = Path(directory) if name == "default" else Path(directory) / name
-        save_adapter(bank, folder, name, plain, write, None if values is None else values[name])
+        save_adapter(bank, folder, name, plain, write, values.get(name) if values else None)
     if write:
         write_card(directory, bank.get_base_model())
 
@@ -125,8 +125,8 @@ def save_adapter(
     if initial and plain:
         if values:
             raise InputError(
-                "path_initial_model_for_weight_conversion takes the values of the model: leave "
-                "state_dict out"
+                "path_initial_model_for_weight_conversion takes the adapter's own values: leave "
+                "state_dict and save_embedding_layers out"
             )
         config, tensors, initial = as_plain(bank, name), plain_tensors(bank, name), {}
     tensors = {key: whole(tensor) for key, tensor in tensors.items()}

@@ -18,9 +18,9 @@ from lorakit.lora.checkpoint import PREFIX, LoadResult, load_tensors
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import count_parameters
-from lorakit.lora.script_arguments import WHOLE_EMBEDDINGS
 from lorakit.lora.state_values import values_in
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from lorakit.lora.vocabulary import frozen_embeddings
 
 _BANK = "lora_bank"
 
@@ -70,16 +70,15 @@ def get_peft_model_state_dict(
         model: a `LoraModel`, or one with injected adapters, whose keys lack its prefix.
         state_dict: take the values from here, as `model.state_dict()` gives them, or this function.
         unwrap_compiled: as in PEFT's function; a compiled model is always unwrapped.
-        save_embedding_layers: True is refused, as in `save_pretrained`.
+        save_embedding_layers: as in `save_pretrained`.
 
     Raises:
         InputError: there is no such adapter, or `state_dict` lacks a part of it.
     """
-    if save_embedding_layers is True:
-        raise InputError(WHOLE_EMBEDDINGS)
     bank, prefix = _bank_of(model)
     bank.require(adapter_name)
     own = bank.adapter_tensors(adapter_name)
+    own |= frozen_embeddings(bank.get_base_model(), own, save_embedding_layers)
     if state_dict is not None:
         own = values_in(bank if prefix else bank.get_base_model(), own, state_dict)
     elif hasattr(model, "module"):  # FSDP keeps the values elsewhere, and gives them like this

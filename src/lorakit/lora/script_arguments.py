@@ -40,12 +40,6 @@ MODEL = ("torch_dtype", "dtype", "trust_remote_code", "use_safetensors")
 SAVING = ("max_shard_size", "save_function", "save_peft_format", "token", "variant")
 """Of transformers' `save_pretrained`, which means whole models."""
 
-WHOLE_EMBEDDINGS = (
-    "save_embedding_layers=True: embeddings are saved where an adapter trains them: name them in "
-    "modules_to_save, or their tokens in trainable_token_indices"
-)
-"""Said to those who want copies of what no adapter has changed."""
-
 Value = TypeVar("Value")
 
 

@@ -30,14 +30,18 @@ from lorakit.lora.fitting import Tensors, fitted
 from lorakit.lora.folders import locate, save_adapters, upload
 from lorakit.lora.script_arguments import (
     SAVING,
-    WHOLE_EMBEDDINGS,
     hub_arguments,
     refuse_offload,
     renamed,
     require_known,
 )
 from lorakit.lora.state_values import values_in
-from lorakit.lora.vocabulary import put_frozen, require_vocabulary, split_frozen
+from lorakit.lora.vocabulary import (
+    frozen_embeddings,
+    put_frozen,
+    require_vocabulary,
+    split_frozen,
+)
 
 
 class StoredBank(AdapterBank):
@@ -60,8 +64,8 @@ class StoredBank(AdapterBank):
         Args:
             safe_serialization: False is said to have no effect: pickles are never written.
             selected_adapters: the names of those to write; None is all.
-            save_embedding_layers: True is refused; what an adapter changes of embeddings is in
-                its file.
+            save_embedding_layers: write the base's embedding and head too; `"auto"` where it got
+                tokens since it was loaded.
             state_dict: take the values from here, as `state_dict()` of the model gives them.
             others: of transformers' `save_pretrained`; they mean whole models, and do nothing.
             path_initial_model_for_weight_conversion: set, to whatever value, it writes adapters
@@ -77,14 +81,18 @@ class StoredBank(AdapterBank):
         if not safe_serialization:
             message = "safe_serialization=False has no effect: lorakit writes no pickles, and PEFT "
             warnings.warn(f"{message}reads safetensors too", stacklevel=2)
-        if save_embedding_layers is True:
-            raise InputError(WHOLE_EMBEDDINGS)
         names = list(selected_adapters or self.adapters)
         for name in names:
             self.require(name)
-        values = None
-        if state_dict is not None:
-            values = {n: values_in(self, self.adapter_tensors(n), state_dict) for n in names}
+        values = {}
+        for name in names:
+            own = self.adapter_tensors(name)
+            base = frozen_embeddings(self.get_base_model(), own, save_embedding_layers)
+            own |= base
+            if state_dict is not None:
+                own = values_in(self, own, state_dict)
+            if base or state_dict is not None:
+                values[name] = own
         plain = path_initial_model_for_weight_conversion is not None
         with self._biases_in_force(True):
             save_adapters(self, save_directory, names, plain, is_main_process, values)

@@ -2,14 +2,20 @@
 
 Where a model got more tokens before it got its adapter, PEFT saves its embedding and its head with
 the adapter (`save_embedding_layers`), under other names for each kind of wrapped module. They are
-the base's own: here they are told apart from the adapter's tensors, and put into the base.
+the base's own: here they are told apart from the adapter's tensors, and put into the base; and
+they are found for an adapter that is saved.
 """
 
+import json
+import warnings
 from collections.abc import Container, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from lorakit.errors import InputError
@@ -18,6 +24,7 @@ from lorakit.lora.layers import TiedModule
 from lorakit.lora.presets import output_head
 from lorakit.lora.targets import base_modules, unwrapped
 
+CONFIG = "config.json"
 _PLACES = ("", "base_layer.", "token_adapter.base_layer.")
 
 Frozen = dict[tuple[str, str], torch.Tensor]
@@ -64,6 +71,53 @@ def require_vocabulary(
                 f"{folder} is an adapter for a model with {rows} tokens ({path}), and this one has "
                 f"{own}: call model.resize_token_embeddings({rows}) before loading it"
             )
+
+
+def frozen_embeddings(
+    model: nn.Module, own: Container[str], wish: str | bool
+) -> dict[str, torch.Tensor]:
+    """The embedding and the head as they are saved with an adapter, under PEFT's keys.
+
+    Args:
+        model: the wrapped model.
+        own: the keys of the adapter's own tensors, which are in its file anyhow.
+        wish: `save_embedding_layers`; `"auto"` saves them, with a warning, where the model has
+            another number of tokens than the configuration in its base's files.
+    """
+    if wish == "auto":
+        before = _stored_vocabulary(getattr(model, "config", None))
+        wish = before is not None and before != vocabulary_size(model)
+        if wish:
+            message = f"the base had {before} tokens and has {vocabulary_size(model)} now: its "
+            warnings.warn(f"{message}embeddings are saved with the adapter", stacklevel=4)
+    found: dict[str, torch.Tensor] = {}
+    for path, module in embeddings(model).items() if wish else ():
+        if any(f"{PREFIX}{path}.{name}" in own for name in ("weight", "bias")):
+            continue
+        place = "" if unwrapped(module) is module else "base_layer."
+        if f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" in own:
+            place = "token_adapter.base_layer."
+        for name, tensor in unwrapped(module).named_parameters(recurse=False):
+            found[f"{PREFIX}{path}.{place}{name}"] = tensor
+    return found
+
+
+def _stored_vocabulary(config: Any) -> int | None:
+    """How many tokens the base's own configuration says, as far as it is on this machine."""
+    name = str(getattr(config, "_name_or_path", "") or "")
+    path = Path(name) / CONFIG if name else None
+    if path is None or not path.is_file():
+        try:
+            cached = try_to_load_from_cache(name, CONFIG) if name else None
+        except HFValidationError:
+            return None
+        path = Path(cached) if isinstance(cached, str) else None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        size = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def split_frozen(
