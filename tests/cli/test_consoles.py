@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -141,3 +143,16 @@ def test_a_name_that_is_not_utf8_is_used_or_refused_in_one_line(
             said = console(encoding, *words, stdin=b"hello")
             assert said.code in (code, 2), said.err  # the second time the output may be there
             assert "foreseen" not in said.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names are UTF-16 there")
+def test_names_that_an_ascii_locale_cannot_read_are_read_as_utf8(tmp_path: Path):
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "适配器").mkdir()
+    said = subprocess.run(
+        [sys.executable, "-m", "lorakit", "inspect", str(tmp_path / "适配器")],
+        capture_output=True,
+        env=os.environ | ascii_alone,
+    )
+    assert said.returncode == 2
+    assert b"\\u9002\\u914d\\u5668" in said.stderr  # the name, and not its bytes

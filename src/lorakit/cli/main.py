@@ -120,6 +120,7 @@ def main() -> None:
 
     2: what the user gave cannot be used. 1: it failed while running. 130: interrupted.
     """
+    _in_utf8()
     settle_streams()
     debug = _given("--debug") or bool(os.environ.get("LORAKIT_DEBUG"))
     if _given(remote_code.OPTION):
@@ -154,6 +155,20 @@ def main() -> None:
         kind = type(error).__name__
         code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
     sys.exit(code)
+
+
+def _in_utf8() -> None:
+    """Starts anew in Python's UTF-8 mode where names were given that the locale cannot read.
+
+    Python does so by itself in a C locale, unless PYTHONUTF8=0 forbids it. Streams keep their
+    encoding.
+    """
+    readable = all(argument.isprintable() or "\n" in argument for argument in sys.argv)
+    if readable or os.name != "posix" or sys.getfilesystemencoding() == "utf-8":
+        return
+    streams = {"PYTHONIOENCODING": getattr(sys.stdout, "encoding", None) or "utf-8"}
+    environment = streams | dict(os.environ) | {"PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "lorakit", *sys.argv[1:]], environment)
 
 
 def _given(option: str) -> bool:

@@ -7,7 +7,8 @@ leads is `names.py`'s work; adapters are put on by others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from lorakit.models.quantization import (
     loading_options,
     quantize_again,
 )
-from lorakit.progress import task
+from lorakit.progress import task, track
 
 if TYPE_CHECKING:
     import torch
@@ -322,14 +323,28 @@ def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:
     # Newer releases keep the weights packed, which cannot be trained, unless told otherwise.
     packed = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": packed(dequantize=True)} if packed else {}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **where, **plain)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    with _counted():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **where, **plain)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     # The weights are plain now; with these marks left transformers would refuse to save them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
     return model, tokenizer
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Counts the tensors of a GGUF file as a task: transformers' own bar fills logs."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    bar = reading.tqdm
+    reading.tqdm = lambda tensors, **options: track(tensors, "unpacking tensors")
+    try:
+        yield
+    finally:
+        reading.tqdm = bar
 
 
 def best_device() -> str:
