@@ -44,6 +44,9 @@ def refused(values: dict[str, Any]) -> str:
         {"instruction": "Q", "input": "", "output": "GOOD", "rejected": "BAD"},
         {"prompt": "Q", "response": "GOOD", "response_rejected": "BAD"},
         {"text": "Q", "Chosen": "GOOD"},
+        {"instruction": "Q", "output": ["GOOD", "BAD"]},
+        {"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        {"prompt": "Q", "response_0": "GOOD", "response_1": "BAD", "better_response_id": 0},
     ],
 )
 def test_preference_pairs_are_refused_by_name(values: dict[str, Any]) -> None:
@@ -90,6 +93,7 @@ def test_other_rows_that_fit_a_format_by_half_are_refused(
         {"label": None},
         {"images": []},
         {"rejectedness": "x"},
+        {"preferred_language": "en"},
     ],
 )
 def test_rows_that_only_look_like_it_are_learned(more: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from lorakit.data.sources import Row
 from lorakit.errors import InputError, listed
 
-_PAIR = re.compile(r"(^|_)(chosen|rejected)(_|$)")
+_PAIR = re.compile(
+    r"(.*_)?(chosen|rejected)(_.*)?|(non_)?preferred_output|better_response_id|response_[01]"
+)
 _CONVERSATION = (
     *({"messages"}, {"conversations"}, {"prompt", "completion"}, {"prompt", "response"}),
     *({"instruction", "output"}, {"question", "answer"}, {"query", "response"}),
@@ -28,7 +30,9 @@ def refuse_other_objectives(row: Row, columns: Mapping[str, str]) -> None:
     """
     given = {name: value for name, value in row.values.items() if not _is_empty(value)}
     own = set(columns.values())
-    pair = [name for name in given if _PAIR.search(name.strip().lower())]
+    pair = [name for name in given if _PAIR.fullmatch(name.strip().lower())]
+    if {"instruction", "output"} <= given.keys() and _is_pair(given["output"]):
+        pair.append("output")  # LLaMA-Factory's older form: the better answer first
     if pair and not own & set(pair):
         raise InputError(
             f"{row.where}: is a preference pair ({listed(pair, 4)}), for objectives such as DPO "
@@ -71,6 +75,10 @@ def _example(given: Mapping[str, object]) -> str:
 
 def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def _is_judgement(value: object) -> bool:
