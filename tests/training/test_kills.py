@@ -22,7 +22,7 @@ while True:
     if child == 0:
         run.train(values, resume=True, quiet=True)
         os._exit(0)
-    deadline = time.monotonic() + moments.uniform(0.1, 1.5)
+    deadline = time.monotonic() + moments.uniform(0.1, 1.5) + 0.2 * kills  # on a busy machine too
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

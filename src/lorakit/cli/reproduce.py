@@ -14,6 +14,13 @@ def reproduce(
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Where the second adapter goes.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the base model lies now, if it has moved.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Where the rows lie now, if they have moved; once a source."),
+    ] = None,
 ) -> None:
     """Train again what an adapter's record says, and compare.
 
@@ -26,7 +33,7 @@ def reproduce(
         output_dir
         or (adapter.parent if adapter.name else Path("..")) / f"{folder_name(adapter)}-again"
     )
-    result = run(adapter, folder)
+    result = run(adapter, folder, model=model, data=data or ())
     if not is_main_process():
         return
     for line in result.changed:

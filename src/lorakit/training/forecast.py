@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from lorakit.errors import LorakitError
 from lorakit.progress import track
 from lorakit.training.machine import LESS_MEMORY, memory_mb, peak_memory_mb
+from lorakit.training.position import planned_steps
 from lorakit.training.trainer import LoraTrainer, enable_checkpointing
 
 TRIED, EVALUATED = 8, 3
@@ -67,14 +68,6 @@ class Forecast:
             f"{self.peak_memory_mb / 1e3:.1f} of {self.memory_mb / 1e3:.0f} GB"
             + (f", which is tight: {LESS_MEMORY}" if tight else "")
         )
-
-
-def planned_steps(args: TrainingArguments, batches: int) -> int:
-    """The optimiser steps of a run with so many batches an epoch, all processes together."""
-    if args.max_steps > 0:
-        return args.max_steps
-    an_epoch = math.ceil(math.ceil(batches / args.world_size) / args.gradient_accumulation_steps)
-    return math.ceil(args.num_train_epochs * an_epoch)
 
 
 def forecast(trainer: LoraTrainer) -> Forecast:

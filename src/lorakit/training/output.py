@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lorakit import atomic
 from lorakit.adapters.manifest import MANIFEST_NAME, Manifest
+from lorakit.data.template_clock import Rendering
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import LOCK_NAME
+from lorakit.training.continuing import change_of
+from lorakit.training.differences import (
+    Difference,
+    data_differences,
+    run_differences,
+    run_identity,
+)
 
 RUN_NAME = "lorakit-run.json"
 _CONTINUED = "continued"
@@ -32,90 +41,122 @@ def check_output(folder: Path, *, resume: bool) -> None:
         )
 
 
-def claim_output(
-    folder: Path,
-    recipe: dict[str, Any],
-    data: list[dict[str, Any]],
-    processes: int = 1,
-    *,
-    step: int = 0,
-    accept_changes: bool = False,
-) -> list[str]:
-    """Marks `folder` as this run's; when it is already, recipe and data must be the same.
-
-    Args:
-        processes: so many make the run, which decides how many rows a step has.
-        step: the one that the run goes on from.
-        accept_changes: let them differ. What differed is kept, and what had been finished no
-            longer counts as that.
-
-    Returns: what differs.
+def changes_since(folder: Path, now: dict[str, Any]) -> list[Difference]:
+    """Where the run in `folder` differs from the identity `now`; nothing where there is no run.
 
     Raises:
-        InputError: the run in `folder` had another recipe, other data or other processes.
+        InputError: its record is damaged.
     """
-    now = _identity(recipe, data, processes)
-    path = folder / RUN_NAME
-    changes: list[str] = []
-    if path.is_file():
-        try:
-            before = {"processes": 1, **json.loads(path.read_text(encoding="utf-8"))}
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged: start anew in another folder") from error
-        continued = before.pop(_CONTINUED, [])
-        changes = list(differences(_as_json(before), _as_json(now)))
-        if changes and not accept_changes:
-            raise InputError(
-                f"the run in {folder} cannot go on with another recipe, other data or other "
-                f"processes: {listed(changes, 4)}. Give the same ones, start anew in another "
-                "folder, or accept the difference with --continue"
-            )
-        if not changes:
-            return []
-        now[_CONTINUED] = [*continued, {"step": step, "changes": changes}]
+    before = _read_run(folder)
+    return run_differences(before, now) if before else []
+
+
+def require_unchanged(changes: Sequence[Difference], folder: Path) -> None:
+    """Raises InputError where a run that is resumed differs from the one in `folder`."""
+    if not changes:
+        return
+    lines = [change.line for change in changes]
+    cure = "Give the same ones, or start anew in another folder"
+    if not any(change_of(change.key).effect == "refused" for change in changes):
+        cure = (
+            "Give the same ones, start anew in another folder, or accept the difference with "
+            "--continue"
+        )
+    raise InputError(
+        f"the run in {folder} cannot go on with another recipe, other data or other "
+        f"processes: {listed(lines, 4)}. {cure}"
+    )
+
+
+def claim_output(
+    folder: Path,
+    now: dict[str, Any],
+    changes: Sequence[Difference] = (),
+    *,
+    step: int = 0,
+    also: Sequence[str] = (),
+) -> None:
+    """Marks `folder` as this run's, and records what changed; no longer is it a finished one's.
+
+    Args:
+        now: the run's identity.
+        step: the one that the run goes on from.
+        also: what else is not as in an undisturbed run.
+    """
+    before = _read_run(folder)
+    if before and not changes and not also:
+        return
+    continued = before.get(_CONTINUED, [])
+    if changes or also:
+        keys = [change.key for change in changes]
+        lines = [*(change.line for change in changes), *also]
+        continued = [*continued, {"step": step, "changes": lines, "keys": keys}]
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    atomic.write_file(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
-    return changes
+    record = {**now, _CONTINUED: continued} if continued else now
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    atomic.write_file(folder / RUN_NAME, text + "\n")
 
 
 def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> None:
-    """Raises InputError unless `data` are the files and rows that are `expected`."""
-    if changes := list(differences({"data": expected}, _as_json({"data": data}))):
-        raise InputError(f"the data are not those that were learned: {listed(changes, 4)}")
+    """Raises InputError unless `data` are the rows that are `expected`, wherever they lie."""
+    if changes := data_differences(expected, data):
+        lines = [change.line for change in changes]
+        raise InputError(f"the data are not those that were learned: {listed(lines, 4)}")
 
 
-def same_run(
-    manifest: Manifest, recipe: dict[str, Any], data: list[dict[str, Any]], processes: int
-) -> bool:
-    """Whether the finished run of `manifest` had this recipe, these data and processes."""
-    before = _identity(manifest.recipe, manifest.data, manifest.processes)
-    return not any(differences(_as_json(before), _as_json(_identity(recipe, data, processes))))
+def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
+    """Whether the finished run of `manifest` has the identity `now`."""
+    before = run_identity(
+        manifest.recipe,
+        manifest.data,
+        manifest.processes,
+        manifest.base_fingerprint,
+        manifest.template_sha256,
+    )
+    return not run_differences(before, now)
 
 
 def read_continued(folder: Path) -> list[dict[str, Any]]:
     """The steps from which the run in `folder` went on with other values, and what changed."""
+    found: list[dict[str, Any]] = _read_run(folder).get(_CONTINUED, [])
+    return found
+
+
+def rendering_of(folder: Path) -> Rendering | None:
+    """How the run in `folder` reads the clock in its chat template; None where it does not.
+
+    Raises:
+        InputError: its record is damaged.
+    """
+    time = _read_run(folder).get("template_time")
+    try:
+        return Rendering(time=datetime.fromisoformat(time)) if time else None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / RUN_NAME} is damaged: start anew in another folder") from error
+
+
+def changed_since(folder: Path, step: int) -> list[str]:
+    """The keys that have changed since the checkpoint of `step` was written."""
+    return [
+        key
+        for entry in read_continued(folder)
+        if entry["step"] >= step
+        for key in entry.get("keys", ())
+    ]
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """The record of the run in `folder`, empty where there is none."""
     path = folder / RUN_NAME
-    return json.loads(path.read_text(encoding="utf-8")).get(_CONTINUED, [])
-
-
-def _identity(recipe: dict[str, Any], data: list[dict[str, Any]], processes: int) -> dict[str, Any]:
-    kept = {k: v for k, v in recipe.items() if k != "output_dir"}
-    return {"recipe": kept, "data": data, "processes": processes}
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {"processes": 1, **values, "recipe": dict(values["recipe"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged: start anew in another folder") from error
 
 
 def left_over(path: Path) -> bool:
     """Whether `path` is no content: a lock, or a file that a kill left half-written."""
     return path.name == LOCK_NAME or (path.name.startswith(".") and path.name.endswith(".tmp"))
-
-
-def _as_json(values: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(values))
-
-
-def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
-            inner = f"{key}.{name}".removeprefix(".").removeprefix("recipe.")
-            yield from differences(before.get(name), now.get(name), inner)
-    elif before != now:
-        yield f"{key} was {before!r} and is {now!r}"

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from lorakit.progress import Task, task
-from lorakit.training.trainer import Counts
+from lorakit.training.counts import Counts
 
 
 class ProgressBar(TrainerCallback):

@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from lorakit.errors import LorakitError
+from lorakit.training.counts import Counts
 from lorakit.training.step_lines import StepLines
-from lorakit.training.trainer import Counts
 
 _KEPT = ("loss", "grad_norm", "learning_rate")
 

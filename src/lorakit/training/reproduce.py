@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ from lorakit.data.template_clock import Rendering, draws_at_random
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_adapter
 from lorakit.models.template_files import digest, read_templates
+from lorakit.training.continuing import takes_effect
+from lorakit.training.differences import moved
 from lorakit.training.recipe import load_recipe
 from lorakit.training.run import train, versions
 
@@ -50,8 +54,19 @@ class Reproduction:
         return abs(new - old) <= SAME_GAIN * abs(base - old)
 
 
-def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = False) -> Reproduction:
+def reproduce(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    quiet: bool = False,
+    model: str | None = None,
+    data: Sequence[str] = (),
+) -> Reproduction:
     """Trains again what is recorded in `adapter`'s folder, into the new folder `output_dir`.
+
+    Args:
+        model: where the base model lies now, if it has moved.
+        data: where the recorded sources of rows lie now, in their order, if they have moved.
 
     Raises:
         InputError: the folder has no record, or the data are not those that were learned.
@@ -62,13 +77,14 @@ def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = Fals
         raise InputError(
             f"{adapter} has no {MANIFEST_NAME}: only what lorakit trained can be run again"
         )
-    if before.continued:
+    changed = [entry for entry in before.continued if not _is_idle(entry)]
+    if changed:
         raise InputError(
             f"{adapter} went on with another recipe or other data behind step "
-            f"{before.continued[0]['step']}: no one recipe makes it again"
+            f"{changed[0]['step']}: no one recipe makes it again"
         )
     _, old = read_adapter(adapter)
-    recipe = load_recipe({**before.recipe, "output_dir": str(output_dir)})
+    recipe = load_recipe(_moved(before, model, data) | {"output_dir": str(output_dir)})
     rendering = _rendering(adapter, before)
     after = train(recipe, quiet=quiet, expected_data=before.data, rendering=rendering).manifest
     _, new = read_adapter(output_dir)
@@ -87,6 +103,29 @@ def reproduce(adapter: str | Path, output_dir: str | Path, *, quiet: bool = Fals
         },
         changed=[*_changed(before, after), *_changed_rows(adapter, before, after)],
     )
+
+
+def _is_idle(entry: Mapping[str, Any]) -> bool:
+    """Whether what changed then changed nothing of the adapter, such as how often it was logged."""
+    keys = entry.get("keys", ())
+    return bool(keys) and len(keys) == len(entry["changes"]) and not takes_effect(keys)
+
+
+def _moved(before: Manifest, model: str | None, data: Sequence[str]) -> dict[str, Any]:
+    """The recorded recipe with the places where its base model and rows lie now."""
+    recipe: dict[str, Any] = json.loads(json.dumps(before.recipe))
+    if model is not None:
+        recipe["model"] = model
+    if data:
+        paths = [fact["path"] for fact in before.data]
+        if len(paths) != len(data):
+            raise InputError(
+                f"--data was given {len(data)} times, and the record has {len(paths)} sources of "
+                f"rows: {listed(paths, 4)}; give each, in this order"
+            )
+        for key in ("train", "eval"):
+            recipe["data"][key] = moved(recipe["data"][key], dict(zip(paths, data, strict=True)))
+    return recipe
 
 
 def _changed(before: Manifest, after: Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,26 +34,35 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
 from lorakit.progress import showing
 from lorakit.report.page import write_report
+from lorakit.training.checkpoints import Found, newest_whole
+from lorakit.training.continuing import changes_evaluation
+from lorakit.training.differences import run_identity
 from lorakit.training.early_stopping import EarlyStopping, stopped_before
-from lorakit.training.forecast import forecast, planned_steps
+from lorakit.training.forecast import forecast
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import LESS_MEMORY, is_main_process, memory_mb, peak_memory_mb
 from lorakit.training.output import (
+    changed_since,
+    changes_since,
     check_output,
     claim_output,
     read_continued,
+    rendering_of,
     require_data,
+    require_unchanged,
     same_run,
 )
+from lorakit.training.position import planned_steps
 from lorakit.training.processes import join, require_same_view
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import Recorder
+from lorakit.training.resuming import check_going_on, not_taken_over
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
 from lorakit.training.tasks import rendering_facts
-from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation, last_checkpoint
+from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation
 from lorakit.training.unchanged import warn_of_unchanged
 from lorakit.training.watch import Watch
 
@@ -128,23 +138,35 @@ def _train(
 ) -> TrainResult:
     """`train`, in a folder that no other process writes."""
     folder = Path(recipe.output_dir)
+    if resume and rendering is None:
+        rendering = rendering_of(folder)
     setup = set_up(recipe, rendering=rendering)
-    now = setup.recipe.to_dict(), setup.data_facts, setup.arguments.world_size
     if expected_data is not None:
         require_data(expected_data, setup.data_facts)
-    checkpoint = last_checkpoint(folder) if resume else None
+    found, changes, said = Found(), [], []
     if resume:
+        now = _identity(setup)
         finished = read_manifest(folder)
-        finished = finished if finished and same_run(finished, *now) else None
-        last = checkpoint.name if checkpoint else None
-        require_same_view("the finished run" if finished else last, folder)
-        if finished:
+        done = finished is not None and same_run(finished, now)
+        if not done:
+            found, changes = newest_whole(folder), changes_since(folder, now)
+        last = found.checkpoint.name if found.checkpoint else None
+        require_same_view("the finished run" if done else last, folder)
+        if done:
+            assert finished is not None
             _say(console, [f"{folder} is finished already: nothing is left to do"])
             return TrainResult(folder, finished)
+        _say(console, found.damaged)
+        if not accept_changes:
+            require_unchanged(changes, folder)
+        said = check_going_on(setup, found, changes, finished=finished is not None)
+    also = not_taken_over(found, accept_changes=accept_changes)
+    stale = changed_since(folder, found.step) if resume else []
     if main:
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        changes = claim_output(folder, *now, step=step, accept_changes=accept_changes)
-        _say(console, (f"goes on although it changed: {change}" for change in changes))
+        claim_output(folder, _identity(setup), changes, step=found.step, also=also)
+    _say(console, (f"goes on although it changed: {change.line}" for change in changes))
+    _say(console, said)
+    checkpoint = found.checkpoint
     if resume:
         start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
         _say(console, [start])
@@ -152,6 +174,8 @@ def _train(
     metrics = StepLines(folder / METRICS_NAME, writes=main)
     with named_failures(folder):
         trainer = setup.trainer()
+        trainer.say = lambda line: _say(console, [line])
+        trainer.forget_evaluations = changes_evaluation([*stale, *(c.key for c in changes)])
         loss = trainer.supervised_loss
         if isinstance(loss, SupervisedLoss) and loss.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
@@ -175,6 +199,16 @@ def _train(
                 _say(console, write_samples(folder, setup))
             _say(console, write_report(folder).notices)
     return TrainResult(folder, manifest)
+
+
+def _identity(setup: Setup) -> dict[str, Any]:
+    return run_identity(
+        setup.recipe.to_dict(),
+        setup.data_facts,
+        setup.arguments.world_size,
+        setup.base_fingerprint,
+        **rendering_facts(setup.begun),
+    )
 
 
 @contextmanager
@@ -216,7 +250,10 @@ def _fit(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
     patience = setup.recipe.early_stopping_patience
-    if checkpoint and patience and stopped_before(checkpoint, trainer.args, patience):
+    if checkpoint and (
+        trainer.ends_at(checkpoint)
+        or (patience and stopped_before(checkpoint, trainer.args, patience))
+    ):
         trainer.take_up(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -312,10 +349,12 @@ def _say(console: Console, lines: Iterable[str]) -> None:
 @contextmanager
 def named_failures(folder: Path) -> Iterator[None]:
     """Turns a full disk, however a library reports it, into one line."""
-    cure = "The last checkpoint is whole: make room and go on with --resume"
+    cure = "What is saved can be gone on with by --resume"
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            cure = "Make room and go on with --resume: the last checkpoint is whole"
         raise LorakitError(f"cannot write {folder}: {error.strerror or error}. {cure}") from error
     except torch.OutOfMemoryError as error:
         raise LorakitError(
@@ -324,8 +363,11 @@ def named_failures(folder: Path) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         # torch.save's own words for it, which differ with how far it came.
-        if any(w in str(error) for w in ("inline_container", "PytorchStreamWriter", "iostream")):
-            raise LorakitError(f"cannot write {folder}: is the disk full? {cure}") from error
+        if any(w in str(error) for w in ("PytorchStreamWriter", "iostream", "cannot be opened")):
+            raise LorakitError(
+                f"cannot write {folder}: is the disk full? Make room and go on with --resume: the "
+                "last checkpoint is whole"
+            ) from error
         raise
 
 

@@ -7,11 +7,10 @@ in which order rows come, and what a checkpoint holds.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, set_seed
 from transformers.training_args import TrainingArguments
 
 from lorakit.data.batches import count_tokens
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.scores import LabelScorer
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.models.label_loss import LabelLoss
@@ -37,28 +36,19 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import Templates, write_templates
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
+from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
+from lorakit.training.counts import Counts, read_counts, write_counts
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.loraplus import over_loraplus_groups
 from lorakit.training.neftune import EmbeddingNoise
+from lorakit.training.position import place_at, planned_steps
+from lorakit.training.restoring import facts_of_optimisation, load_state, restore
 from lorakit.training.schedule import warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
 from lorakit.training.tasks import Loss
 from lorakit.training.unchanged import Start
 
 _STAGING = ".saving"
-_COUNTS = "lorakit_counts.json"
-
-
-@dataclass
-class Counts:
-    """What a run, all its processes, has consumed so far.
-
-    Padding is not counted; `seconds` excludes evaluation.
-    """
-
-    train_tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0
 
 
 class LoraTrainer(Trainer):
@@ -76,6 +66,8 @@ class LoraTrainer(Trainer):
     Attributes:
         start: the adapter before the first step; None where weights are spread.
         interrupt: what processes agree on stopping by; None to go on whatever comes.
+        forget_evaluations: evaluations of the run so far cannot be compared with those to come.
+        say: shows a line to the user.
     """
 
     control: TrainerControl
@@ -100,6 +92,9 @@ class LoraTrainer(Trainer):
         self.scorer = scorer
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
+        self.forget_evaluations = False
+        self.say: Callable[[str], None] = lambda line: None
+        self._resumed_from: Path | None = None
         self.templates: Templates | None = None  # saved with every checkpoint
         # Trainer would make a smoother of its own, which the loss here has no use for.
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
@@ -141,9 +136,13 @@ class LoraTrainer(Trainer):
                 "which spreads the weights too"
             )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; what an optimiser averages for evaluation is then in the weights."""
-        found = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Trainer's; goes on at the place in the rows at which the checkpoint was written.
+
+        What an optimiser averages for evaluation is then in the weights.
+        """
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._averaged()
         return found
 
@@ -302,10 +301,11 @@ class LoraTrainer(Trainer):
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
-        if best := self.state.best_global_step:  # in every process, as all load it in the end
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         if self.args.should_save:
             self._publish(folder)
+        self.accelerator.wait_for_everyone()
+        self._point_to_best()  # in every process, as all load it in the end
+        if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
@@ -315,12 +315,35 @@ class LoraTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _publish(self, folder: Path) -> None:
-        """Gives the checkpoint in the staging folder its name; its state names the best one."""
+        """Seals the checkpoint in the staging folder and gives it its name.
+
+        Its state names the best step and no path, so that a run's folder can be moved. Those of
+        later steps are of a run that went on from before them, and go.
+        """
         [finished] = (folder / _STAGING).iterdir()
-        self.state.save_to_json(str(finished / TRAINER_STATE_NAME))
+        replace(self.state, best_model_checkpoint=None).save_to_json(
+            str(finished / TRAINER_STATE_NAME)
+        )
+        seal(finished, facts_of_optimisation(self.args))
         shutil.rmtree(folder / finished.name, ignore_errors=True)
         finished.rename(folder / finished.name)
         (folder / _STAGING).rmdir()
+        for checkpoint in checkpoints(folder):
+            if step_of(checkpoint) > self.state.global_step:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _point_to_best(self) -> None:
+        """Lets the state name the best checkpoint in this run's own folder, if it is there."""
+        best = self.state.best_global_step
+        path = Path(self.args.output_dir) / f"checkpoint-{best}"
+        self.state.best_model_checkpoint = str(path) if best and path.is_dir() else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer's; where the best weights are to be left, a new best is saved at once."""
+        better = super()._determine_best_metric(metrics, trial)
+        if better and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return better
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter, and nothing of the base model; all processes must call it."""
@@ -330,7 +353,7 @@ class LoraTrainer(Trainer):
         if write:
             if self.templates is not None:
                 write_templates(folder, self.templates)
-            (folder / _COUNTS).write_text(json.dumps(asdict(self.counts)), encoding="utf-8")
+            write_counts(folder, self.counts)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Trainer's; sharded states are gathered to the files that one process would write."""
@@ -342,19 +365,74 @@ class LoraTrainer(Trainer):
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def ends_at(self, checkpoint: Path) -> bool:
+        """Whether no step is left behind a checkpoint."""
+        place = place_at(checkpoint, self.args, len(self.sampler))
+        return step_of(checkpoint) >= planned_steps(self.args, len(self.sampler), place)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """Trainer's; steps that were made with other batches count as they were."""
+        found = super().set_initial_training_values(args, dataloader)
+        if self._resumed_from is None:
+            return found
+        place = place_at(self._resumed_from, args, len(self.sampler))
+        _, per_epoch, examples, samples, size, in_epoch, _ = found
+        steps = planned_steps(args, len(self.sampler), place)
+        epochs = math.ceil((steps - place.ahead) / per_epoch)
+        return epochs, per_epoch, examples, samples, size, in_epoch, steps
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        """Trainer's; what the recipe says of logging, saving and evaluating holds from here on."""
+        begun = super()._init_training_state(max_steps, *rest)
+        if self._resumed_from is None:
+            return begun
+        self.state.compute_steps(self.args, max_steps)
+        self._take_best()
+        place = place_at(self._resumed_from, self.args, len(self.sampler))
+        return place.epoch, place.batches
+
+    def _take_best(self) -> None:
+        """Finds the best checkpoint of a state that was loaded in this run's own folder."""
+        state = self.state
+        if self.forget_evaluations:
+            state.best_metric = state.best_global_step = None
+            state.log_history = [e for e in state.log_history if "eval_loss" not in e]
+        self._point_to_best()
+        if state.best_global_step is None or not self.args.load_best_model_at_end:
+            return
+        best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
+        reason = damage(best) if best.is_dir() else "it is missing"
+        if reason is not None:
+            self.say(
+                f"{best.name}, the best so far, cannot be used: {reason}. The best from here on "
+                "is kept"
+            )
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Takes over what a checkpoint holds beside the weights, the counts too."""
         if checkpoint is None:
             return
+        folder = Path(checkpoint)
         # In place: the callbacks hold the same counts.
-        vars(self.counts).update(vars(read_counts(Path(checkpoint))))
-        if not self.is_fsdp_enabled:
+        vars(self.counts).update(vars(read_counts(folder)))
+        if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        files = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
-        state, schedule = (torch.load(f, map_location="cpu", weights_only=True) for f in files)
-        load_whole_state(self.optimizer, state)
-        self.lr_scheduler.load_state_dict(schedule)
+        load = load_whole_state if self.is_fsdp_enabled else load_state
+        step = self.state.global_step
+        notice = restore(self.optimizer, self.lr_scheduler, folder, self.args, step, load)
+        if notice:
+            self.say(notice)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; where the checkpoint has none for this process, seeded by the step."""
+        several = self.args.world_size > 1
+        name = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
+        if checkpoint is not None and not (Path(checkpoint) / name).is_file():
+            set_seed(self.args.seed + self.state.global_step)
+            return
+        super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -373,13 +451,20 @@ class LoraTrainer(Trainer):
         """
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         vars(self.counts).update(vars(read_counts(checkpoint)))
+        self._take_best()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
         else:
             self._load_from_checkpoint(str(checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        best = Path(str(self.state.best_model_checkpoint))
+        if reason := damage(best):
+            raise LorakitError(
+                f"{best}, the best of the run, cannot be used: {reason}. Remove it, and the same "
+                "command with --resume leaves the last weights"
+            )
+        self._load_from_checkpoint(str(best))
 
     def _lora_model(self) -> LoraModel:
         return self.accelerator.unwrap_model(self.model)
@@ -413,14 +498,3 @@ class SaveAfterEvaluation(TrainerCallback):
         """Saves, behind the evaluation."""
         control.should_save |= self._postponed
         self._postponed = False
-
-
-def read_counts(checkpoint: Path) -> Counts:
-    """What a run had consumed when `checkpoint` was written."""
-    return Counts(**json.loads((checkpoint / _COUNTS).read_text("utf-8")))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's folder; one that was being written does not count."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None

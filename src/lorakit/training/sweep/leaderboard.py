@@ -68,6 +68,8 @@ def write_leaderboard(folder: Path, values: dict[str, Any]) -> None:
 def read_leaderboard(folder: Path) -> dict[str, Any] | None:
     """The leaderboard of a finished sweep, None where there is none.
 
+    The folders of its configurations are those inside `folder`, which may have been moved.
+
     Raises:
         InputError: it is damaged.
     """
@@ -76,7 +78,9 @@ def read_leaderboard(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        for row in values["configurations"]:
+            row["folder"] = str(folder / row["name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: remove it, and add --resume to make it anew") from (
             error
         )

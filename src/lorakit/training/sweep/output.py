@@ -11,7 +11,13 @@ from typing import Any
 from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import require_unlocked
-from lorakit.training.output import differences, left_over
+from lorakit.training.differences import (
+    Difference,
+    differences,
+    run_differences,
+    run_identity,
+)
+from lorakit.training.output import left_over
 from lorakit.training.recipe import Recipe
 from lorakit.training.sweep.runner import Configuration
 from lorakit.training.sweep.space.settings import SweepSettings
@@ -60,17 +66,38 @@ def require_same(
     path = folder / SWEEP_NAME
     if not path.is_file():
         return False
+    now = _identity(recipe, settings, ground)
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        known = before if ground is not None else {k: before[k] for k in ("recipe", "sweep")}
-    except (ValueError, KeyError, TypeError) as error:
+        changes = _changes(before, now)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: start anew in another folder") from error
-    if changes := list(differences(known, _identity(recipe, settings, ground))):
+    if changes:
+        lines = [change.line for change in changes]
         raise InputError(
-            f"the sweep in {folder} cannot go on with other values: {listed(changes, 4)}. "
+            f"the sweep in {folder} cannot go on with other values: {listed(lines, 4)}. "
             "Give the same ones, or another folder"
         )
     return True
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """Where two sweeps differ, wherever their data and their base model lie."""
+
+    def whole(values: dict[str, Any]) -> dict[str, Any]:
+        ground = values.get("ground", {"data": [], "base": None})
+        return run_identity(values["recipe"], ground["data"], base=ground["base"])
+
+    if "ground" in now:
+        found = run_differences(whole(before), whole(now))
+    else:
+        # Whether a path that differs is another place of the same is known with the ground.
+        recipes = [json.loads(json.dumps(values["recipe"])) for values in (before, now)]
+        for recipe in recipes:
+            del recipe["model"], recipe["data"]["train"]
+            recipe["data"].pop("eval", None)
+        found = run_differences(*(run_identity(recipe, []) for recipe in recipes))
+    return [*found, *differences(before["sweep"], now["sweep"], "sweep")]
 
 
 def claim_folder(

@@ -20,6 +20,8 @@ from lorakit.commands import quoted
 from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
 from lorakit.lora.config import CONFIG_NAME
 from lorakit.models.template_files import write_templates
+from lorakit.training.checkpoints import newest_whole
+from lorakit.training.counts import read_counts
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.run import versions
 from lorakit.training.step_lines import StepLines
@@ -30,7 +32,6 @@ from lorakit.training.sweep.records import Record
 from lorakit.training.sweep.row_losses import SplitLosses, all_rows
 from lorakit.training.sweep.runner import Configuration
 from lorakit.training.tasks import rendering_facts
-from lorakit.training.trainer import last_checkpoint, read_counts
 
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 
@@ -48,7 +49,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
         return []
     recipe = record.configuration.recipe
     folder = Path(recipe.output_dir)
-    checkpoint = last_checkpoint(folder)
+    checkpoint = newest_whole(folder).checkpoint
     if checkpoint is None:
         return []  # done before
     if not record.finished:

@@ -14,15 +14,17 @@ from transformers.trainer_callback import PrinterCallback
 from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.errors import LorakitError
 from lorakit.progress import innermost
-from lorakit.training.forecast import planned_steps
+from lorakit.training.checkpoints import newest_whole
+from lorakit.training.counts import Counts
 from lorakit.training.interrupt import Interrupt, StoppedError
+from lorakit.training.position import planned_steps
 from lorakit.training.recorder import Recorder
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
 from lorakit.training.sweep.ground import Ground
 from lorakit.training.sweep.row_losses import SplitLosses
 from lorakit.training.sweep.runner import Configuration, Progress
-from lorakit.training.trainer import Counts, LoraTrainer, last_checkpoint
+from lorakit.training.trainer import LoraTrainer
 from lorakit.training.unchanged import warn_of_unchanged
 
 
@@ -82,8 +84,11 @@ class SoloRunner:
     def _train(self, trainer: LoraTrainer, setup: Setup, target: int) -> str | None:
         """Trains to the step `target`; returns what was no number."""
         folder = Path(setup.recipe.output_dir)
-        checkpoint = last_checkpoint(folder)
-        if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= target:
+        found = newest_whole(folder)
+        for line in found.damaged:
+            self.say(f"{folder.name}: {line}")
+        checkpoint = found.checkpoint
+        if checkpoint and found.step >= target:
             trainer.take_up(checkpoint)
             return None
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 
 from lorakit.adapters.manifest import write_manifest
 from lorakit.lora.model import LoraModel
@@ -18,10 +17,12 @@ from lorakit.lora.streams import Stream
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
 from lorakit.training.batching import BatchDataset
+from lorakit.training.checkpoints import newest_whole, step_of
+from lorakit.training.differences import run_identity
 from lorakit.training.early_stopping import stopped_before
-from lorakit.training.forecast import planned_steps
 from lorakit.training.interrupt import Interrupt, StoppedError
-from lorakit.training.output import claim_output
+from lorakit.training.output import changes_since, claim_output, require_unchanged
+from lorakit.training.position import planned_steps
 from lorakit.training.run import manifest_of
 from lorakit.training.sweep.runner import Configuration, Progress
 from lorakit.training.together.batch import Part, step_together
@@ -71,8 +72,10 @@ class Member:
         # As a share of a whole number of steps may come out a little above it.
         self.target = max(1, math.ceil(to * self.planned - 1e-9))
         self.folder.mkdir(parents=True, exist_ok=True)
-        claim_output(self.folder, recipe.to_dict(), resident.facts)
-        self.checkpoint = _checkpoint(self.folder, self.target)
+        now = run_identity(recipe.to_dict(), resident.facts, base=self.setup.base_fingerprint)
+        require_unchanged(changes_since(self.folder, now), self.folder)
+        claim_output(self.folder, now)
+        self.checkpoint = _checkpoint(self.folder, self.target, interrupt.say)
         self.trainer = ConfigurationTrainer(
             self.setup, loss, self.target, interrupt, own_clock=alone
         )
@@ -88,7 +91,7 @@ class Member:
             return False
         patience = self.configuration.recipe.early_stopping_patience
         early = patience and stopped_before(self.checkpoint, self.setup.arguments, patience)
-        return _step(self.checkpoint) >= self.target or bool(early)
+        return step_of(self.checkpoint) >= self.target or bool(early)
 
     def make_ready(self) -> None:
         """Switches on what training does on the model, as its trainer will."""
@@ -280,20 +283,12 @@ def _evaluated(
     return {m.configuration.name: m.progress(found.get(n, {})) for n, m in members.items()}
 
 
-def _checkpoint(folder: Path, target: int) -> Path | None:
-    """The checkpoint to go on from: the last one that is not behind the target, or else the last.
-
-    One that was being written does not count.
-    """
-    last = get_last_checkpoint(str(folder))
-    if last is None or _step(Path(last)) <= target:
-        return Path(last) if last else None
-    before = [p for p in folder.glob("checkpoint-*") if _step(p) == target]
-    return before[0] if before else Path(last)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _checkpoint(folder: Path, target: int, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the last one up to the target, or else the last there is."""
+    found = newest_whole(folder, at_most=target)
+    for line in found.damaged:
+        say(f"{folder.name}: {line}")
+    return found.checkpoint or newest_whole(folder).checkpoint
 
 
 def _mean(losses: Mapping[str, RowLosses]) -> dict[str, float]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError, listed
-from lorakit.training.forecast import TIGHT, planned_steps
+from lorakit.training.forecast import TIGHT
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import memory_mb, used_memory_mb
+from lorakit.training.position import planned_steps
 from lorakit.training.setup import training_arguments
 from lorakit.training.sweep.runner import Configuration, Progress
 from lorakit.training.tasks import Beginning
