@@ -52,12 +52,10 @@ def run_identity(
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """Where two runs' identities differ."""
     before, now = _as_json(before), _as_json(now)
-    _take_moved_data(before, now)
     for key in ("base", "template"):  # an older record has none
         if before.get(key) is None:
             before[key] = now.get(key)
-    if before["base"] == now["base"] and now["base"] is not None:
-        before["recipe"]["model"] = now["recipe"]["model"]
+    overlook_moves(before, now)
     for values in (before, now):
         _leave_out_defaults(values["recipe"])
         values["data"] = _by_path(values["data"])
@@ -80,12 +78,20 @@ def data_differences(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
     """Where the rows of two runs differ, wherever they lie."""
     first: dict[str, Any] = {"recipe": {}, "data": _as_json(before)}
     second: dict[str, Any] = {"recipe": {}, "data": _as_json(now)}
-    _take_moved_data(first, second)
+    overlook_moves(first, second)
     return list(differences(_by_path(first["data"]), _by_path(second["data"]), "data"))
 
 
-def _take_moved_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Gives the sources of `before` the paths of those of `now` that have the same bytes."""
+def overlook_moves(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Gives `before` the paths of `now` where these are places of the same bytes or weights.
+
+    Args:
+        before, now: a `recipe`, its `data` (facts of each source) and the fingerprint of its
+            `base`.
+    """
+    base = now.get("base")
+    if base is not None and before.get("base") == base:
+        before["recipe"]["model"] = now["recipe"]["model"]
     if len(before["data"]) != len(now["data"]):
         return
     places = {}

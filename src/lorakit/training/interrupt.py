@@ -81,7 +81,8 @@ class Interrupt(TrainerCallback):
             StoppedError: stopping was asked for.
         """
         if self._stops(args, state):
+            option = "--continue" if args.save_only_model else "--resume"
             raise StoppedError(
                 f"stopped after step {state.global_step} of {state.max_steps}, and saved: "
-                "the same command with --resume goes on"
+                f"the same command with {option} goes on"
             )

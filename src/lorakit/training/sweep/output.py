@@ -11,12 +11,7 @@ from typing import Any
 from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import require_unlocked
-from lorakit.training.differences import (
-    Difference,
-    differences,
-    run_differences,
-    run_identity,
-)
+from lorakit.training.differences import Difference, differences, overlook_moves
 from lorakit.training.output import left_over
 from lorakit.training.recipe import Recipe
 from lorakit.training.sweep.runner import Configuration
@@ -83,21 +78,18 @@ def require_same(
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """Where two sweeps differ, wherever their data and their base model lie."""
-
-    def whole(values: dict[str, Any]) -> dict[str, Any]:
-        ground = values.get("ground", {"data": [], "base": None})
-        return run_identity(values["recipe"], ground["data"], base=ground["base"])
-
     if "ground" in now:
-        found = run_differences(whole(before), whole(now))
-    else:
-        # Whether a path that differs is another place of the same is known with the ground.
-        recipes = [json.loads(json.dumps(values["recipe"])) for values in (before, now)]
-        for recipe in recipes:
-            del recipe["model"], recipe["data"]["train"]
-            recipe["data"].pop("eval", None)
-        found = run_differences(*(run_identity(recipe, []) for recipe in recipes))
-    return [*found, *differences(before["sweep"], now["sweep"], "sweep")]
+        sides = [{"recipe": side["recipe"], **side["ground"]} for side in (before, now)]
+        if all(isinstance(side["data"], list) for side in sides):
+            overlook_moves(*sides)
+        return list(differences(before, now))
+    # Whether another path is another place of the same is known with the ground.
+    known = [json.loads(json.dumps({k: side[k] for k in now})) for side in (before, now)]
+    for side in known:
+        side["recipe"].pop("model", None)
+        for name in ("train", "eval"):
+            side["recipe"]["data"].pop(name, None)
+    return list(differences(*known))
 
 
 def claim_folder(

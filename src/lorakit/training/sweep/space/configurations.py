@@ -45,6 +45,7 @@ _FIXED = {
     "output_dir": "is the sweep's folder",
     "early_stopping_patience": "is lorakit train's: a sweep stops what loses by itself",
     "training.load_best_model_at_end": "is lorakit train's: a sweep compares what training ends in",
+    "training.save_only_model": "is lorakit train's: a sweep goes on from its checkpoints",
 }
 
 
@@ -56,9 +57,10 @@ def check_keys(recipe: Recipe, keys: Sequence[str]) -> None:
                 raise InputError(f"--over {key}: it {why}; leave it out")
     if recipe.early_stopping_patience:
         raise InputError(f"early_stopping_patience {_FIXED['early_stopping_patience']}; remove it")
-    if (recipe.training.model_extra or {}).get("load_best_model_at_end"):
-        name = "training.load_best_model_at_end"
-        raise InputError(f"{name} {_FIXED[name]}; remove it")
+    for key in ("load_best_model_at_end", "save_only_model"):
+        if (recipe.training.model_extra or {}).get(key):
+            name = f"training.{key}"
+            raise InputError(f"{name} {_FIXED[name]}; remove it")
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
