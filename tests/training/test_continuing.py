@@ -132,7 +132,7 @@ EFFECTS: dict[str, dict[str, Any]] = {
 
 SHOWN_ELSEWHERE = {
     # by other tests of this file, or of test_moved_runs.py
-    *("data", "data.eval", "template", "training.load_best_model_at_end"),
+    *("data", "data.eval", "data.too_long", "template", "training.load_best_model_at_end"),
     # which weights are left: see test_run.py and test_interrupt.py
     *("early_stopping_patience", "training.metric_for_best_model", "training.greater_is_better"),
     *("training.eval_strategy", "training.eval_steps", "training.eval_delay"),

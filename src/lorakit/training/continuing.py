@@ -60,6 +60,7 @@ CHANGES: Mapping[str, Change] = {
     "data.train": _TAKES_EFFECT,
     "data.eval": _TAKES_EFFECT,
     "data.max_length": _TAKES_EFFECT,
+    "data.too_long": _TAKES_EFFECT,
     "data.columns": _TAKES_EFFECT,
     "data.limit": _TAKES_EFFECT,
     "data.seed": _SEED,
@@ -177,7 +178,15 @@ _OPTIMISATION = {
 }
 
 _EVALUATION = {
-    *("data", "data.train", "data.eval", "data.max_length", "data.columns", "data.limit"),
+    *(
+        "data",
+        "data.train",
+        "data.eval",
+        "data.max_length",
+        "data.columns",
+        "data.limit",
+        "data.too_long",
+    ),
     *("template", "training.metric_for_best_model", "training.greater_is_better"),
 }
 """What makes held-out losses before and after incomparable."""
@@ -187,7 +196,8 @@ _SPLIT = {"data", "data.train", "data.limit", "data.columns"}
 
 
 _BATCHES = _SPLIT | {
-    *("data.max_length", "data.padding_free", "data.packing", "template", "processes"),
+    *("data.max_length", "data.too_long", "data.padding_free", "data.packing"),
+    *("template", "processes"),
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
 }
