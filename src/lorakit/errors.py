@@ -12,6 +12,10 @@ _LETTERS_A_SLIP = 4  # a name may have one slip for so many of its letters
 _COMPARED = 20  # names letter by letter
 
 
+BASE_OPTION = "--base, or --model where a verb has that"
+"""How a message names the option for the base model; the command line puts its verb's own there."""
+
+
 class LorakitError(Exception):
     """Something failed while running (a full disk, a merge that does not verify)."""
 

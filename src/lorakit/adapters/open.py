@@ -14,7 +14,7 @@ from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import Derivation, other_weights, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.tokenizer import own_tokenizer
-from lorakit.errors import InputError
+from lorakit.errors import BASE_OPTION, InputError
 from lorakit.models.quantization import UNQUANTIZED, Quantization, as_quantization
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
     record = manifest or read_derivation(folder)
     name = base or (record.base_model if record else None) or config.base_model_name_or_path
     if not name:
-        raise InputError(f"{folder} does not say which base model it is for: give --base")
+        raise InputError(f"{folder} does not say which base model it is for: give {BASE_OPTION}")
     task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
     labels: tuple[str, ...] = ()
     if task_type in CLASSIFICATION:

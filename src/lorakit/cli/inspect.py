@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.console import say, say_json
+from lorakit.errors import BASE_OPTION
 
 if TYPE_CHECKING:
     from lorakit.adapters.inspect import Fit, Inspection
@@ -113,7 +114,7 @@ def _show_modules(found: Inspection, every_module: bool) -> None:
 
 def _fit(fit: Fit) -> str:
     if not fit.fits:
-        return f"does not fit {fit.base}: {fit.reason}"
+        return f"does not fit {fit.base}: {fit.reason.replace(BASE_OPTION, '--base')}"
     weights = {
         True: "its weights are those that it was trained on (fingerprint)",
         False: "but its weights are not those that it was trained on (fingerprint): "

@@ -38,7 +38,7 @@ from lorakit.cli.serve import serve
 from lorakit.cli.sweep import sweep
 from lorakit.cli.train import train
 from lorakit.console import say, settle_streams
-from lorakit.errors import InputError, LorakitError, one_line
+from lorakit.errors import BASE_OPTION, InputError, LorakitError, one_line
 from lorakit.models import remote_code
 from lorakit.progress import showing
 from lorakit.training.processes import first_to_fail
@@ -146,7 +146,7 @@ def main() -> None:
     except LorakitError as error:
         if debug:
             raise
-        code = _fail_as_one(str(error), error.exit_code)
+        code = _fail_as_one(_with_own_option(str(error)), error.exit_code)
     except Exception as error:
         if debug:
             raise
@@ -169,6 +169,15 @@ def _in_utf8() -> None:
     streams = {"PYTHONIOENCODING": getattr(sys.stdout, "encoding", None) or "utf-8"}
     environment = streams | dict(os.environ) | {"PYTHONUTF8": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "lorakit", *sys.argv[1:]], environment)
+
+
+def _with_own_option(message: str) -> str:
+    """A message that asks for a base model with the option that the verb at hand has for it."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    command: Any = getattr(typer.main.get_command(app), "commands", {}).get(verb)
+    options = {option for one in getattr(command, "params", ()) for option in one.opts}
+    own = next((option for option in ("--base", "--model") if option in options), BASE_OPTION)
+    return message.replace(BASE_OPTION, own)
 
 
 def _given(option: str) -> bool:

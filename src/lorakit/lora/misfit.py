@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lorakit.errors import listed
+from lorakit.errors import BASE_OPTION, listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by the keys that PEFT's files have."""
 
-_CURE = "give the model that it was trained on (--base, or --model where a verb has that)"
+_CURE = f"give the model that it was trained on ({BASE_OPTION})"
 _ANOTHER = "is an adapter for another base model"
 
 

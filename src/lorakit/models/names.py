@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.errors import InputError, did_you_mean
+from lorakit.errors import BASE_OPTION, InputError, did_you_mean
 from lorakit.models import bundled
 from lorakit.models.chatglm.weights import lacks_weights
 
@@ -58,7 +58,8 @@ def resolve(name: str, *, as_it_is: bool = False) -> ModelSource:
         return ModelSource(name, _cached(name) if as_it_is else _from_hub(name))
     raise InputError(
         f"model: there is no alias or folder '{name}'{did_you_mean(name, ALIASES)}. Give an alias "
-        f"({', '.join(ALIASES)}), a folder, a .gguf file, or a hub id (owner/name)"
+        f"({', '.join(ALIASES)}), a folder, a .gguf file, or a hub id (owner/name); where an "
+        f"adapter names it, give the base with {BASE_OPTION}"
     )
 
 
@@ -93,7 +94,10 @@ def _from_hub(name: str) -> Path:
     if (folder := _in_cache(name)) is not None and not lacks_weights(folder):
         return folder
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        raise InputError(f"model: '{name}' is not in the local cache, and HF_HUB_OFFLINE is set")
+        raise InputError(
+            f"model: '{name}' is not in the local cache, and HF_HUB_OFFLINE is set: give the "
+            f"model's folder ({BASE_OPTION})"
+        )
     try:
         folder = Path(snapshot_download(name, allow_patterns=_WANTED))
         if lacks_weights(folder):
@@ -103,5 +107,5 @@ def _from_hub(name: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"model: '{name}' is no folder here, not in the local cache, and could not be "
-            f"fetched from the hub ({reason[:150]})"
+            f"fetched from the hub ({reason[:150]}): give the model's folder ({BASE_OPTION})"
         ) from error
