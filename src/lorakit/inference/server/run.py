@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from types import FrameType
 
 import uvicorn
 
+from lorakit.console import say
 from lorakit.errors import InputError
 from lorakit.inference.engine import Engine
 from lorakit.inference.server.answers import Desk
@@ -72,7 +72,7 @@ def _exit_after(seconds: float) -> None:
 
 
 def _exit_stuck() -> None:
-    print("error: something was stuck and did not end with the server", file=sys.stderr, flush=True)
+    say("error: something was stuck and did not end with the server", err=True)
     os._exit(1)
 
 
