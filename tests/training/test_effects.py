@@ -1,12 +1,14 @@
 """A setting that the others leave without effect is refused by name before anything is written."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorakit
+from lorakit.cli.main import main
 from lorakit.errors import InputError
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
@@ -168,3 +170,29 @@ def test_modules_that_no_gradient_reaches_are_counted(tiny_model: Path, rows: Pa
     modules, total = trainer.start.unchanged(setup.model)
     assert (len(modules), total) == (7, 14)
     assert all("layers.0" in module for module in modules)
+
+
+def test_the_command_ends_with_1_where_nothing_was_learned_and_leaves_the_record(
+    tiny_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    keys = {
+        "output_dir": tmp_path / "run",
+        "data.eval": 0,
+        "samples": 0,
+        "training.max_steps": 1,
+        "training.optim": "sgd",
+        "training.learning_rate": 1e-60,
+    }
+    given = [f"{key}={value}" for key, value in keys.items()]
+    options = ["--model", str(tiny_model), "--data", str(rows)]
+    monkeypatch.setattr(sys, "argv", ["lorakit", "train", *options, *given])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    assert "error: nothing was learned" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "lorakit.json").is_file()
