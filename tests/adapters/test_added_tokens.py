@@ -403,3 +403,40 @@ def test_a_frozen_embedding_of_another_base_is_refused(tmp_path: Path):
         lambda: merge(tmp_path / "a", tmp_path / "out", base=str(tmp_path / "other"), verify=False),
     ):
         assert "differs from the base's in its first row" in refusal(call)
+
+
+@pytest.mark.filterwarnings("ignore:.*stand for no token")
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_an_adapter_for_fewer_rows_than_a_padded_base_has_is_read(kind: str, tmp_path: Path):
+    base = save_base(kind, tmp_path / "small")
+    padded = loaded(base)
+    torch.manual_seed(3)
+    padded.resize_token_embeddings(SIZE + 13, mean_resizing=False)
+    padded.save_pretrained(tmp_path / "padded")
+    byte_tokenizer().save_pretrained(tmp_path / "padded")
+    model = loaded(tmp_path / "padded")
+    model.resize_token_embeddings(SIZE, mean_resizing=False)  # as scripts do
+    saved = ["embed_tokens", "lm_head"]
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved, r=4)
+    theirs = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "a")
+    expected = logits_of(theirs.eval(), SIZE)
+    where = str(tmp_path / "padded")
+    opened = open_adapter(tmp_path / "a", base=where, dtype="float32")
+    torch.testing.assert_close(logits_of(opened.model, SIZE), expected, rtol=1e-5, atol=1e-5)
+    merge(tmp_path / "a", tmp_path / "merged", base=where)
+    merged = loaded(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged, SIZE), expected, rtol=1e-4, atol=1e-5)
+    fit = inspect(tmp_path / "a", base=where).fit
+    assert fit is not None
+    assert fit.fits
+
+    cut = loaded(tmp_path / "padded")
+    cut.resize_token_embeddings(SIZE - 9, mean_resizing=False)
+    peft.get_peft_model(cut, config).save_pretrained(tmp_path / "cut")
+    words = refusal(open_adapter, tmp_path / "cut", base=where)
+    assert f"a vocabulary of {SIZE - 9} tokens" in words

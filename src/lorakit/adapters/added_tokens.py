@@ -6,11 +6,12 @@ a resized model. Its tokenizer is `tokenizer.py`'s.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.errors import InputError, listed
+from lorakit.errors import BASE_OPTION, InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.targets import tied_modules
 from lorakit.lora.vocabulary import embeddings, rows_in_file, vocabulary_size
@@ -34,6 +35,8 @@ def add_rows(model: Any, adapter: AdapterFiles) -> int:
     ends = {path: rows_in_file(adapter.tensors, path) for path in embeddings(model)}
     rows = max(filter(None, ends.values()), default=0)
     before = vocabulary_size(model)
+    if 0 < rows < before:
+        _cut(model, adapter, rows, before)
     if rows <= before:
         return 0
     # The base's own weight is that of the modules tied to it too; one that is trained is not.
@@ -56,6 +59,29 @@ def add_rows(model: Any, adapter: AdapterFiles) -> int:
         weight = model.get_submodule(path).weight
         weight[before:] = weight[:before].mean(0, dtype=torch.float32).to(weight)
     return rows - before
+
+
+def _cut(model: Any, adapter: AdapterFiles, rows: int, before: int) -> None:
+    """Takes rows off the base that stand for no token, as the model had it that was trained.
+
+    Raises:
+        InputError: some stand for tokens, so that the adapter's vocabulary is another one.
+    """
+    from lorakit.adapters.tokenizer import load_tokenizer
+    from lorakit.models.names import resolve
+
+    tokens = len(load_tokenizer(resolve(adapter.base_model).path))
+    if rows < tokens:
+        raise InputError(
+            f"{adapter.folder} is for a vocabulary of {rows} tokens, and {adapter.base_model} has "
+            f"{tokens}: give the model whose vocabulary was cut ({BASE_OPTION})"
+        )
+    warnings.warn(
+        f"{adapter.folder} is for {rows} rows of embeddings: the base's {before - rows} last rows, "
+        "which stand for no token, are left out",
+        stacklevel=3,
+    )
+    model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def said_added(added: int, adapter: AdapterFiles) -> str:

@@ -63,7 +63,10 @@ def stream(job: MergeJob, folder: Path) -> Written:
     shards = shards_in(job.path)
     tensors = all_tensors(shards)
     model = skeleton(job.path, job.first.task_type, exact_dtype(job, tensors), job.first.labels)
+    before = vocabulary_size(model)
     added = add_rows(model, job.first)
+    if vocabulary_size(model) < before:
+        raise NotStreamable("the adapter is for fewer rows of embeddings than the base has")
     stored = file_names(model, tensors)
     own = dict(model.state_dict(keep_vars=True))
     parameters = [name for name, _ in model.named_parameters()]
