@@ -144,7 +144,11 @@ def _load_for_task(
             model = quantize_again(model, options) if wanted else model
         elif task_type == "CAUSAL_LM":
             model, info = model_in(
-                source.path, FORMS[task_type], dtype=chosen, output_loading_info=True, **options
+                source.path,
+                causal_form(config_in(source.path)),
+                dtype=chosen,
+                output_loading_info=True,
+                **options,
             )
             if info["missing_keys"]:  # which are random now
                 raise InputError(
@@ -225,6 +229,15 @@ def _load_form(
         logging.set_verbosity(said)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return model, {*info["missing_keys"], *mismatched}
+
+
+def causal_form(config: Any) -> str:
+    """The class that loads a model which writes text: one for pictures too has another."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    pictures = type(config) in AutoModelForImageTextToText._model_mapping
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    return "AutoModelForImageTextToText" if pictures and not alone else FORMS["CAUSAL_LM"]
 
 
 def label_options(labels: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.folders import config_in
-from lorakit.models.load import FORMS, label_options
+from lorakit.models.load import FORMS, causal_form, label_options
 from lorakit.models.remote_code import needed_code_refused, trusted
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def skeleton(
         InputError: transformers has no such model.
     """
     config = read_base_config(path, **label_options(labels))
-    return _on_meta(config, FORMS[task_type], path, dtype)
+    form = causal_form(config) if task_type == "CAUSAL_LM" else FORMS[task_type]
+    return _on_meta(config, form, path, dtype)
 
 
 def blank_model(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
