@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,23 @@ class ModuleUpdate:
 
 
 @dataclass(frozen=True)
+class ParameterUpdate:
+    """The update `scaling * B A` of a parameter that is adapted itself, such as stacked experts.
+
+    Attributes:
+        A, B: (matrices, r, d_in) and (matrices, d_out, r).
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in at least float32."""
+        return at_least_float32(self.A), at_least_float32(self.B)
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A part of the adapter that has no update of this form, and why."""
 
@@ -106,8 +123,9 @@ class Skipped:
 class AdapterFile:
     """An adapter's folder, read.
 
-    `updates` are by module's path, layer 9 before layer 10; `others` are all tensors that are no
-    factor, under their keys; `skipped` are factors that make no update of this form.
+    `updates` are by module's path, layer 9 before layer 10; `parameters` by the paths of parameters
+    that are adapted themselves, where the file was read for a model; `others` are all tensors that
+    are no factor, under their keys; `skipped` are factors that make no update of this form.
     """
 
     folder: Path
@@ -115,6 +133,7 @@ class AdapterFile:
     updates: dict[str, ModuleUpdate]
     others: dict[str, torch.Tensor]
     skipped: list[Skipped]
+    parameters: dict[str, ParameterUpdate] = field(default_factory=dict)
 
     @property
     def has_lengths(self) -> bool:
@@ -141,9 +160,9 @@ def read_updates(folder: str | Path, model: nn.Module | None = None) -> AdapterF
     """The adapter in `folder`. Its tensors stay in the file until they are used.
 
     Args:
-        model: the base model, if it is at hand. Modules are then called as it calls them, and the
-            factors that PiSSA and OLoRA start from come out of its weights, where PEFT has saved
-            the adapter without them.
+        model: the base model, if it is at hand. Modules are then called as it calls them, factors
+            of `target_parameters` are told apart, and those that PiSSA and OLoRA start from come
+            out of its weights, where PEFT has saved the adapter without them.
 
     Raises:
         InputError: it is no adapter's folder, or it is damaged.
@@ -157,8 +176,55 @@ def read_updates(folder: str | Path, model: nn.Module | None = None) -> AdapterF
         config, tensors, initial = fitted(model, config, tensors, initial, folder)
         if config.takes_start_off and config.starts_from_weight and not initial:
             initial = _starts(model, config, tensors)
+    updates: dict[str, ModuleUpdate] = {}
+    parameters: dict[str, ParameterUpdate] = {}
+    if model is not None and config.target_parameters:
+        updates, parameters, tensors = _of_parameters(model, config, tensors, folder)
     found, others, skipped = split(config, tensors, initial)
-    return AdapterFile(Path(folder), config, {u.path: u for u in found}, others, skipped)
+    updates |= {update.path: update for update in found}
+    return AdapterFile(Path(folder), config, updates, others, skipped, parameters)
+
+
+def _of_parameters(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor], folder: str | Path
+) -> tuple[dict[str, ModuleUpdate], dict[str, ParameterUpdate], dict[str, torch.Tensor]]:
+    """The updates of `target_parameters`, and the tensors that are no factor of theirs.
+
+    That of a linear layer's weight is an update of the layer.
+
+    Raises:
+        InputError: a factor is missing or does not fit.
+    """
+    from lorakit.lora.layers.parameter import by_matrix
+    from lorakit.lora.slot_parameters import stacked_shape
+    from lorakit.lora.targets import base_modules, resolve_parameters, unwrapped
+
+    modules = {path: unwrapped(module) for path, module in base_modules(model)}
+    names: dict[str, list[str]] = {}
+    for path, name in resolve_parameters(model, config):
+        names.setdefault(path, []).append(name)
+    linear: dict[str, ModuleUpdate] = {}
+    stacked: dict[str, ParameterUpdate] = {}
+    rest = dict(tensors)
+    for path, own in names.items():
+        for number, name in enumerate(own):
+            inside = "base_layer." * (len(own) - 1 - number)  # the first is the innermost
+            stem, place = f"{PREFIX}{path}.{inside}lora_", f"{path}.{name}"
+            A, B = rest.pop(f"{stem}A.weight", None), rest.pop(f"{stem}B.weight", None)
+            if A is None or B is None:
+                raise InputError(f"{folder}: a factor of {place} is missing")
+            count, d_out, d_in = stacked_shape(modules[path], name) or (0, 0, 0)
+            ranks, scaling = config.rank_for(place) * count, config.scaling_for(place)
+            if A.shape != (ranks, d_in) or B.shape != (d_out, ranks):
+                raise InputError(
+                    f"{folder}: {place} has another shape in the base model: A is "
+                    f"{tuple(A.shape)}, B {tuple(B.shape)}"
+                )
+            if isinstance(modules[path], nn.Linear):
+                linear[path] = ModuleUpdate(path, A, B, scaling)
+            else:
+                stacked[place] = ParameterUpdate(*by_matrix(A, B, count), scaling)
+    return linear, stacked, rest
 
 
 def _starts(

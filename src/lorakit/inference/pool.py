@@ -21,7 +21,12 @@ from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import origin, other_weights
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
 from lorakit.adapters.tokenizer import own_tokenizer, require_same_pipeline
-from lorakit.adapters.updates import AdapterFile, read_updates
+from lorakit.adapters.updates import (
+    AdapterFile,
+    ModuleUpdate,
+    ParameterUpdate,
+    read_updates,
+)
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.inference.sampling import Ending, ending
@@ -121,7 +126,7 @@ class AdapterPool:
             name,
             path if root is None else root.absolute() / path,
             self._base_model,
-            rank=max(A.shape[0] for A, _ in factors.values()),
+            rank=max(A.shape[-2] for A, _ in factors.values()),
             size=_size(factors),
             notice=notice,
         )
@@ -236,7 +241,7 @@ class AdapterPool:
         """The adapter's factors in the model's dtype, in memory of their own.
 
         Raises:
-            InputError: it does not fit the base, or changes more than linear layers.
+            InputError: it does not fit the base, or changes more than weights by B A.
         """
         require_text(file)
         if reason := why_not_beside(file):
@@ -245,11 +250,13 @@ class AdapterPool:
                 "with lorakit merge and serve the result, or serve it alone with --merged"
             )
         file.require_updates()
-        if not file.updates:
+        updates: dict[str, ModuleUpdate | ParameterUpdate]
+        updates = {**file.updates, **file.parameters}
+        if not updates:
             raise InputError(f"{file.folder} changes no module by B A")
         dtype = self._slots.dtype
         factors = {}
-        for path, update in file.updates.items():
+        for path, update in updates.items():
             A, B = update.factors()
             factors[path] = A.to(dtype, copy=True), (B * update.scaling).to(dtype)
             if not (factors[path][0].isfinite().all() and factors[path][1].isfinite().all()):
@@ -278,12 +285,10 @@ def require_text(file: AdapterFile) -> None:
 
 def why_not_beside(file: AdapterFile) -> str:
     """Why the adapter cannot stand beside others, as it is more than products of two matrices
-    beside linear layers; empty where it can.
+    beside weights; empty where it can.
     """
     if file.has_lengths:
         return "is a DoRA adapter"
-    if file.config.target_parameters:
-        return "adapts experts or other parameters (target_parameters)"
     if file.config.init_lora_weights == "loftq":
         return "is for the base as LoftQ quantised it"
     if file.config.bias != "none":

@@ -205,20 +205,15 @@ class Family:
                 layer.weight.data = weight if type(layer) is nn.Linear else weight.T
 
 
-class SlotLinear(nn.Module):
-    """A frozen linear layer (or GPT-2's `Conv1D`), and the adapters that the slots give its rows.
+class SlotModule(nn.Module):
+    """A frozen module of the model's own, and what the slots add to its output.
 
     Attributes that are not found here are the base layer's.
     """
 
-    def __init__(self, family: Family, number: int) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer: Any = family.layers[number]
-        self._family, self._number = family, number
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (rows, …, d_in) to (rows, …, d_out)."""
-        return self._family.output(x, self._number)
+        self.base_layer: Any = base_layer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -227,6 +222,18 @@ class SlotLinear(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+class SlotLinear(SlotModule):
+    """A frozen linear layer (or GPT-2's `Conv1D`), and the adapters that its rows have."""
+
+    def __init__(self, family: Family, number: int) -> None:
+        super().__init__(family.layers[number])
+        self._family, self._number = family, number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (rows, …, d_in) to (rows, …, d_out)."""
+        return self._family.output(x, self._number)
 
 
 def can_be_fused(layer: nn.Module, dtype: torch.dtype) -> bool:

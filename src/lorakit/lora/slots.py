@@ -20,12 +20,18 @@ from lorakit.lora.slot_layers import (
     Part,
     Route,
     SlotLinear,
+    SlotModule,
     can_be_fused,
     linear_shape,
 )
+from lorakit.lora.slot_parameters import SlotParameters, Stacks, stacked_shape
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""By module's path: A (r, d_in) and B (d_out, r) with the scaling in it; the update is B A."""
+"""By module's path: A (r, d_in) and B (d_out, r) with the scaling in it; the update is B A.
+
+By the path of a parameter that is adapted itself (`…mlp.experts.down_proj`), a mixture's experts
+for one: A (matrices, r, d_in) and B (matrices, d_out, r).
+"""
 
 
 class AdapterSlots:
@@ -42,12 +48,14 @@ class AdapterSlots:
         self.model = model
         values = next(p for p in model.parameters() if p.is_floating_point())
         self.dtype, self.device = values.dtype, values.device
-        self.layers: dict[str, SlotLinear] = {}
+        self.layers: dict[str, SlotModule] = {}
         self._families: dict[Family, Sequence[str]] = {}
         self._together = {path: family for family in families for path in family}
         self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         """By a parameter's id, how many modules have it."""
         self.route: Route | None = None
+        self.rows: Sequence[Hashable | None] = ()
+        """Which adapter each row has."""
         self._routes: tuple[list[Hashable | None], Route | None] = [], None
         self.columns = 0
         """Columns in use, those of adapters that have gone and lie between others among them."""
@@ -74,6 +82,11 @@ class AdapterSlots:
     def require_fitting(self, factors: Factors) -> None:
         """Raises InputError where a module is missing, is no linear layer, or has another shape."""
         for path, (A, B) in factors.items():
+            if A.dim() == 3:
+                parent, _, name = path.rpartition(".")
+                if stacked_shape(self.layer(parent), name) != (len(A), B.shape[1], A.shape[2]):
+                    raise InputError(f"{path} has another shape in the base model")
+                continue
             layer = self.layer(path)
             if (shape := linear_shape(layer)) is None:
                 raise InputError(
@@ -88,6 +101,14 @@ class AdapterSlots:
 
     def put(self, key: Hashable, factors: Factors) -> None:
         """Puts an adapter beside the model; `factors` must fit."""
+        stacks: dict[str, Stacks] = {}
+        for path, pair in factors.items():
+            if pair[0].dim() == 3:
+                parent, _, name = path.rpartition(".")
+                stacks.setdefault(parent, {})[name] = pair
+        for path, own in stacks.items():
+            self._parameters(path).put(key, own)
+        factors = {path: pair for path, pair in factors.items() if pair[0].dim() == 2}
         width = max((A.shape[0] for A, _ in factors.values()), default=0)
         begin = self._free(width)
         for path in factors:
@@ -102,19 +123,22 @@ class AdapterSlots:
     def remove(self, key: Hashable) -> None:
         """Frees an adapter's columns, which no row may have any more."""
         del self._ranges[key]
+        for layer in self.layers.values():
+            if isinstance(layer, SlotParameters):
+                layer.remove(key)
         self._count()
 
     def use(self, keys: Sequence[Hashable | None]) -> None:
         """Says which adapter each row of the next inputs has; None is the base alone."""
         if list(keys) != self._routes[0]:
             self._routes = list(keys), self._new_route(keys)
-        self.route = self._routes[1]
+        self.rows, self.route = self._routes
 
     def _new_route(self, keys: Sequence[Hashable | None]) -> Route | None:
         parts, first = [], 0
         for key, group in groupby(keys):
             last = first + len(list(group))
-            if key is not None:
+            if key is not None and self._ranges[key][0] < self._ranges[key][1]:
                 parts.append(Part(first, last, *self._ranges[key]))
             first = last
         if not parts:
@@ -156,10 +180,20 @@ class AdapterSlots:
             family = Family(layers, self, fused=family_paths is together)
             self._families[family] = family_paths
             for number, path in enumerate(family_paths):
-                parent, _, name = path.rpartition(".")
-                layer = SlotLinear(family, number)
-                self.layers[path] = layer  # first: another thread may ask for what is beneath it
-                setattr(self.model.get_submodule(parent), name, layer)
+                self._replace(path, SlotLinear(family, number))
+
+    def _parameters(self, path: str) -> SlotParameters:
+        """The module at `path` with adapters beside its parameters."""
+        layer = self.layers.get(path)
+        if not isinstance(layer, SlotParameters):
+            layer = SlotParameters(self.layer(path), self)
+            self._replace(path, layer)
+        return layer
+
+    def _replace(self, path: str, layer: SlotModule) -> None:
+        parent, _, name = path.rpartition(".")
+        self.layers[path] = layer  # first: another thread may ask for what is beneath it
+        setattr(self.model.get_submodule(parent), name, layer)
 
     def _is_fusible(self, path: str) -> bool:
         layer = self.layer(path)

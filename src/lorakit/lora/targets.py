@@ -28,6 +28,7 @@ from lorakit.lora.layers import (
 )
 from lorakit.lora.patterns import endings, layer_index, matches_whole, without_match
 from lorakit.lora.presets import PRESETS, choose, output_head, reads_weights
+from lorakit.lora.slot_layers import SlotModule
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -40,7 +41,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and name.startswith(inside):
             continue
         inside = None
-        if isinstance(module, Wrapped):
+        if isinstance(module, Wrapped | SlotModule):
             inside = f"{name}."
         yield without_wrappers(name), module
 
@@ -255,7 +256,7 @@ def unwrapped(module: nn.Module) -> Any:
     """The model's own module, where `module` is one of ours around it; else `module`."""
     if isinstance(module, Mergeable):
         return module.get_base_layer()
-    if isinstance(module, TiedModule):
+    if isinstance(module, TiedModule | SlotModule):
         return module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 

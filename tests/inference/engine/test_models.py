@@ -1,6 +1,7 @@
 """Models whose attention a cache of rows carries, and those that plain `generate` computes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -114,3 +116,46 @@ def test_another_model_is_computed_by_generate_and_says_why(family: str, tmp_pat
     assert "is computed by transformers' generate (" in notices[0]
     assert reason in notices[0]
     assert found == expected
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+MIXTURES: dict[str, PreTrainedConfig] = {
+    "mixtral": CARRIED["mixtral"],
+    "gpt-oss, stored (in, out)": GptOssConfig(**SIZES, num_local_experts=4, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_adapters_of_experts_answer_beside_others(config: PreTrainedConfig, tmp_path: Path):
+    base = save(config, tmp_path / "base")
+    kinds: dict[str, dict[str, Any]] = {
+        "experts": {"target_modules": [], "target_parameters": EXPERTS},
+        "both": {
+            "target_modules": ["q_proj"],
+            "target_parameters": [EXPERTS[1], "o_proj.weight"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+        "attention": {"target_modules": ["q_proj", "v_proj"]},
+    }
+    folders = {
+        name: make_adapter(base, tmp_path / name, seed, r=3, **kind)
+        for seed, (name, kind) in enumerate(kinds.items())
+    }
+    expected = {
+        (who, at): alone(base, folders.get(who or ""), prompt, 8, [257])
+        for who in (*folders, None)
+        for at, prompt in enumerate(PROMPTS)
+    }
+    assert len({str(tokens) for tokens in expected.values()}) > 12
+    engine = open_engine(str(base), folders, dtype="float32", max_rows=4)
+    try:
+        for turn in range(4):
+            who = [*folders, None][turn:] + [*folders, None][:turn]
+            sampling = Sampling(max_new_tokens=8, logprobs=0)
+            asked = [engine.submit(p, w, sampling) for p, w in zip(PROMPTS, who, strict=True)]
+            for at, (name, ticket) in enumerate(zip(who, asked, strict=True)):
+                assert tokens(ticket) == expected[name, at]
+        engine.pool.unregister("experts")
+        assert tokens(engine.submit(PROMPTS[1], None, sampling)) == expected[None, 1]
+    finally:
+        engine.close()

@@ -73,9 +73,7 @@ class LoraParameter(LoraLayer):
 
     def _delta(self, name: str) -> torch.Tensor:
         """`scaling * B A` in the shape of the parameter, as part of the graph."""
-        A, B = self.matrices(name)
-        A = A.reshape(self.num_experts, -1, self.in_features)
-        B = B.reshape(self.out_features, -1, self.num_experts).permute(2, 0, 1)
+        A, B = by_matrix(*self.matrices(name), self.num_experts)
         delta = torch.bmm(B * self.scaling[name], A)  # (experts, d_out, d_in)
         return (delta.mT if self._stored_transposed else delta).view_as(self.base_weight)
 
@@ -84,8 +82,7 @@ class LoraParameter(LoraLayer):
             return super()._row_update_of(name)
         dtype = torch.promote_types(self.base_weight.dtype, self.matrices(name)[0].dtype)
         A, B = (factor.detach().to(dtype) for factor in self.matrices(name))
-        A = A.reshape(self.num_experts, -1, self.in_features)
-        B = B.reshape(self.out_features, -1, self.num_experts).permute(2, 0, 1)
+        A, B = by_matrix(A, B, self.num_experts)
         B = B * self.scaling[name]
         if self._stored_transposed:
             return lambda total, _, experts: total.baddbmm_(A[experts].mT, B[experts].mT)
@@ -144,3 +141,14 @@ class LoraParameter(LoraLayer):
         self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
     ) -> torch.Tensor:
         raise NotImplementedError("a parameter has no input of its own")
+
+
+def by_matrix(A: torch.Tensor, B: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of each of `count` stacked matrices: A (count, r, d_in), B (count, d_out, r).
+
+    Shapes: A (count * r, d_in), B (d_out, r * count), as PEFT keeps them.
+    """
+    return (
+        A.reshape(count, -1, A.shape[-1]),
+        B.reshape(B.shape[0], -1, count).permute(2, 0, 1),
+    )
