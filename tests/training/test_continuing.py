@@ -58,7 +58,7 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def continued(start: Start, output: Path, **changes: Any) -> Path:
-    """The run gone on with to two epochs, with these changes; keys have `__` for their dots."""
+    """The run, resumed up to two epochs with these changes; keys have `__` for their dots."""
     values, folder = start
     shutil.copytree(folder / "run", output)
     new = {"training.num_train_epochs": 2, "output_dir": str(output)}

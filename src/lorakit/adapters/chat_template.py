@@ -162,7 +162,7 @@ def exported_template(folder: str | Path, base: str) -> ExportedTemplate:
     said = trained.difference(base, present) if known else ()
     default = default_of(trained.own)
     differs = default is not None and not (known and same_templates(default, default_of(present)))
-    # What is used is said by the one who writes for another program.
+    # Whoever writes for another program says which one is used.
     notices = said[:1] if differs else (". ".join(said),) if said else ()
     return ExportedTemplate(trained.own, differs, notices)
 

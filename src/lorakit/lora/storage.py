@@ -62,7 +62,7 @@ class StoredBank(AdapterBank):
         """Writes each adapter as PEFT does: `default` into the folder, others into subfolders.
 
         Args:
-            safe_serialization: False is said to have no effect: pickles are never written.
+            safe_serialization: False warns that it has no effect: pickles are never written.
             selected_adapters: the names of those to write; None is all.
             save_embedding_layers: write the base's embedding and head too; `"auto"` where it got
                 tokens since it was loaded.

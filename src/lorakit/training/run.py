@@ -349,7 +349,7 @@ def _say(console: Console, lines: Iterable[str]) -> None:
 @contextmanager
 def named_failures(folder: Path) -> Iterator[None]:
     """Turns a full disk, however a library reports it, into one line."""
-    cure = "What is saved can be gone on with by --resume"
+    cure = "Resume from the last checkpoint with --resume"
     try:
         yield
     except OSError as error:
@@ -359,7 +359,7 @@ def named_failures(folder: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise LorakitError(
             f"the GPU's {memory_mb() / 1e3:.0f} GB are not enough: {LESS_MEMORY}. "
-            "What is saved can be gone on with by --continue"
+            "Resume from the last checkpoint with --continue"
         ) from error
     except RuntimeError as error:
         # torch.save's own words for it, which differ with how far it came.

@@ -75,7 +75,7 @@ def _name(host: str) -> str:
         parts = urlsplit(f"//{host}")
         if parts.netloc != host or "@" in host:
             return ""
-        _ = parts.port  # raises for what is no number
+        _ = parts.port  # raises ValueError where it is not a number
         return (parts.hostname or "").removesuffix(".")
     except ValueError:
         return ""
