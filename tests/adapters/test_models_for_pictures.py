@@ -2,16 +2,21 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 import lorakit
 from lorakit.adapters.inspect import inspect
-from lorakit.inference.open import open_engine
-from tiny import byte_tokenizer
+from lorakit.cli.main import main
+from lorakit.inference.server.options import ServerOptions
+from lorakit.models.describe import describe
+from served import running
+from tiny import byte_tokenizer, make_attentive
 
 
-def test_qwen_vl_is_loaded_inspected_merged_and_served(tmp_path: Path):
+def save_qwen_vl(folder: Path) -> Path:
+    """Writes a random Qwen 2.5 VL with a language part of two layers, and `byte_tokenizer`."""
     torch.manual_seed(0)
     text = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -19,9 +24,16 @@ def test_qwen_vl_is_loaded_inspected_merged_and_served(tmp_path: Path):
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
     vision |= {"out_hidden_size": 32, "patch_size": 4, "fullatt_block_indexes": [0]}
     config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision)
-    base = tmp_path / "base"
-    AutoModelForImageTextToText.from_config(config).save_pretrained(base)
-    byte_tokenizer().save_pretrained(base)
+    model = AutoModelForImageTextToText.from_config(config)
+    make_attentive(model)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_qwen_vl_is_loaded_inspected_and_merged(tmp_path: Path):
+    base = save_qwen_vl(tmp_path / "base")
+    assert describe(str(base)).tasks == ["CAUSAL_LM"]
     model, _ = lorakit.load_model(base, "float32")
     wishes = lorakit.LoraConfig(
         r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
@@ -32,8 +44,24 @@ def test_qwen_vl_is_loaded_inspected_merged_and_served(tmp_path: Path):
     assert fit.fits, fit.reason
     report = lorakit.merge(tmp_path / "a", tmp_path / "merged", base=str(base))
     assert (report.modules, report.passed, report.streamed) == (14, True, True)
-    engine = open_engine(str(base), {"a": tmp_path / "a"})
-    try:
-        assert [info.name for info in engine.pool.infos()] == ["a"]
-    finally:
-        engine.close()
+
+
+def test_qwen_vl_is_trained_by_the_command_and_answers_over_http(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = save_qwen_vl(tmp_path / "base")
+    rows = [f'{{"prompt": "Shelf {i}?", "completion": "K{7 * i}"}}\n' for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    order = "train --model base --data rows.jsonl data.eval=0 dtype=float32 output_dir=run"
+    order += " training.max_steps=80 training.learning_rate=0.02 training.save_strategy=no"
+    monkeypatch.setattr("sys.argv", ["lorakit", *order.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    with running(base, {"run": tmp_path / "run"}, ServerOptions(port=0), 2) as server:
+        messages = [{"role": "user", "content": "Shelf 2?"}]
+        reply = server.openai.chat.completions.create(
+            model="run", messages=messages, max_tokens=8, temperature=0
+        )
+        assert reply.choices[0].message.content == "K14"

@@ -130,7 +130,15 @@ def test_what_cannot_be_honoured_is_refused_or_named(build, tmp_path: Path):
     assert config.revision is None
 
 
-@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": [1]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"trainable_token_indices": [1, 41]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
 def test_embeddings_of_a_resized_model_go_with_its_adapter(build, ids, tmp_path: Path, fields: Any):
     build().float().save_pretrained(tmp_path / "base")
 
@@ -141,7 +149,11 @@ def test_embeddings_of_a_resized_model_go_with_its_adapter(build, ids, tmp_path:
         return model
 
     more = torch.tensor([[1, 41, 43]])
-    model = wrap(resized(1), target_modules=["q_proj"], **fields)
+    model = wrap(resized(1), **{"target_modules": ["q_proj"]} | fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn_like(parameter))
     with pytest.warns(UserWarning, match="had 40 tokens and has 44 now"):
         model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(resized(2), tmp_path / "adapter")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.folders import shards_in, templates_in
-from lorakit.models.load import FORMS
+from lorakit.models.load import FORMS, causal_form
 from lorakit.models.names import ModelSource, resolve
 from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import blank_model, read_base_config
@@ -148,9 +148,10 @@ def _quantization(config: PreTrainedConfig) -> str | None:
 def _tasks(config: PreTrainedConfig) -> list[str]:
     import transformers
 
+    forms = FORMS | {"CAUSAL_LM": causal_form(config)}
     return [
         task
-        for task, form in FORMS.items()
+        for task, form in forms.items()
         if type(config) in getattr(transformers, form)._model_mapping
     ]
 
