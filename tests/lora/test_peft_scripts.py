@@ -189,22 +189,6 @@ def test_keys_are_renamed_before_they_are_loaded(build, ids, tmp_path: Path):
         PeftModel.from_pretrained(build(), tmp_path, key_mapping={r".*": "one"})
 
 
-def test_an_adapters_state_is_found_in_whatever_form_it_is_given(build):
-    model = wrap(build(), target_modules=["q_proj"], modules_to_save=["lm_head"])
-    own = get_peft_model_state_dict(model)
-    whole = model.state_dict()
-    compiled = {f"_orig_mod.{name}": tensor for name, tensor in whole.items()}
-    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in own.items()}
-    for state in (whole, own, compiled, bare):
-        found = get_peft_model_state_dict(model, state)
-        assert found.keys() == own.keys()
-        assert all(torch.equal(found[key], own[key]) for key in own)
-    assert get_peft_model_state_dict(model, {}) == {}
-    _, *rest = own
-    with pytest.raises(InputError, match="state_dict lacks"):
-        get_peft_model_state_dict(model, {key: own[key] for key in rest})
-
-
 def test_a_state_that_was_gathered_elsewhere_is_saved(build, tmp_path: Path):
     model = wrap(build(), target_modules=["q_proj"])
     gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}

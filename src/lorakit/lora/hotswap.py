@@ -8,16 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.bank import AdapterBank
-from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
+from lorakit.lora.checkpoint import PREFIX, load_initial, load_tensors, read_adapter, read_initial
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.fitting import fitted
 from lorakit.lora.folders import locate
+from lorakit.lora.in_place import bank_of
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.vocabulary import put_frozen, split_frozen
 
 
 def hotswap_adapter(
-    model: AdapterBank,
+    model: nn.Module,
     model_name_or_path: str | Path,
     adapter_name: str,
     torch_device: str | None = None,
@@ -30,29 +32,34 @@ def hotswap_adapter(
     update of zero; both leave the result exact. No value is changed when something does not fit.
 
     Args:
+        model: a `LoraModel`, or one with injected adapters; it may be compiled.
         torch_device: as in PEFT's function; values go where the old ones are.
         hub: as in `LoraModel.from_pretrained`.
 
     Raises:
-        InputError: the adapter is merged, or the new one has modules that the old one lacks.
+        InputError: the adapter is merged, the new one has modules that the old one lacks, or one
+            starts from other factors (PiSSA, OLoRA) than the other.
     """
     folder = locate(model_name_or_path, subfolder, **hub)
-    config, tensors = read_adapter(folder)
-    base = model.get_base_model()
-    tensors, frozen = split_frozen(base, tensors, model.adapter_tensors(adapter_name))
+    bank, _ = bank_of(model)
+    bank.require(adapter_name)
+    base = bank.get_base_model()
+    config, tensors, initial = fitted(base, *read_adapter(folder), read_initial(folder), folder)
+    tensors, frozen = split_frozen(base, tensors, bank.adapter_tensors(adapter_name))
     put_frozen(base, frozen, folder, alone=False)
     layers = {
         path: layer
-        for path, layer in wrapped_modules(model.get_base_model())
+        for path, layer in wrapped_modules(base)
         if isinstance(layer, LoraLayer) and adapter_name in layer.r
     }
+    _require_same_start(bank.peft_config[adapter_name], config, folder)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise InputError(f"'{adapter_name}' is merged into the weights: unmerge it first")
     for path, layer in layers.items():
         if f"{PREFIX}{path}.{next(iter(layer.adapter_tensors(adapter_name)))}" in tensors:
             _grow(layer, adapter_name, max(config.rank_for(path), layer.r[adapter_name]))
-    parameters = model.adapter_tensors(adapter_name)
-    fitted: dict[str, torch.Tensor] = {}
+    parameters = bank.adapter_tensors(adapter_name)
+    padded: dict[str, torch.Tensor] = {}
     for key, parameter in parameters.items():
         tensor = tensors.get(key)
         if tensor is None and "lora_magnitude" in key:
@@ -60,12 +67,28 @@ def hotswap_adapter(
                 f"{folder} has no {key}: DoRA cannot be swapped for an adapter without"
             )
         groups = _groups(layers.get(key.removeprefix(PREFIX).partition(".lora_")[0]))
-        fitted[key] = (
+        padded[key] = (
             torch.zeros_like(parameter) if tensor is None else _padded(tensor, parameter, groups)
         )
-    load_tensors(parameters, {**tensors, **fitted}, folder)
+    load_tensors(parameters, {**tensors, **padded}, folder)
+    if config.takes_start_off:
+        load_initial(base, adapter_name, initial, config, folder)
     for path, layer in layers.items():
         layer.rescale(adapter_name, config.alpha_for(path), config.scaling_for(path))
+
+
+def _require_same_start(own: LoraConfig, new: LoraConfig, folder: Path) -> None:
+    """Raises InputError where one adapter's first factors are taken off and not so the other's."""
+    mine, theirs = (
+        (one.init_lora_weights, one.r, one.rank_pattern) if one.takes_start_off else None
+        for one in (own, new)
+    )
+    if mine != theirs:
+        raise InputError(
+            f"{folder} starts from other factors (init_lora_weights={new.init_lora_weights!r}, "
+            f"r={new.r}) than the adapter in its place ({own.init_lora_weights!r}, r={own.r}): "
+            "save them with path_initial_model_for_weight_conversion, or use load_adapter"
+        )
 
 
 def _groups(layer: LoraLayer | None) -> int:

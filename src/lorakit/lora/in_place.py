@@ -16,11 +16,12 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, LoadResult, load_tensors
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.key_names import as_peft_names, without_prefixes
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import count_parameters
 from lorakit.lora.state_values import values_in
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
-from lorakit.lora.vocabulary import frozen_embeddings
+from lorakit.lora.vocabulary import frozen_embeddings, of_same_shape, put_frozen, split_frozen
 
 _BANK = "lora_bank"
 
@@ -75,7 +76,7 @@ def get_peft_model_state_dict(
     Raises:
         InputError: there is no such adapter, or `state_dict` lacks a part of it.
     """
-    bank, prefix = _bank_of(model)
+    bank, prefix = bank_of(model)
     bank.require(adapter_name)
     own = bank.adapter_tensors(adapter_name)
     own |= frozen_embeddings(bank.get_base_model(), own, save_embedding_layers)
@@ -96,6 +97,9 @@ def set_peft_model_state_dict(
     """Puts tensors into an adapter of `model`; the inverse of `get_peft_model_state_dict`.
 
     Args:
+        peft_model_state_dict: wrappers' parts (`module.`, `_orig_mod.`) in its names do not
+            matter, nor does PEFT's prefix; a whole `state_dict()` of a model with one adapter will
+            do.
         ignore_mismatched_sizes: leave out tensors of another shape, which are then missing.
         low_cpu_mem_usage: as in PEFT's function.
 
@@ -104,19 +108,21 @@ def set_peft_model_state_dict(
     Raises:
         InputError: there is no such adapter, or a shape does not fit.
     """
-    bank, prefix = _bank_of(model)
+    bank, prefix = bank_of(model)
     bank.require(adapter_name)
-    own = {
-        prefix + k.removeprefix(PREFIX): t for k, t in bank.adapter_tensors(adapter_name).items()
-    }
-    given = {
-        key: tensor
-        for key, tensor in peft_model_state_dict.items()
-        if not (ignore_mismatched_sizes and key in own and own[key].shape != tensor.shape)
-    }
+    own, base = bank.adapter_tensors(adapter_name), bank.get_base_model()
+    given: Mapping[str, torch.Tensor] = peft_model_state_dict
+    if not own.keys() <= given.keys():
+        given = as_peft_names(given, bank.peft_config[adapter_name].bias, "peft_model_state_dict")
+    given, frozen = split_frozen(base, given, own)
+    if ignore_mismatched_sizes:
+        given = {k: t for k, t in given.items() if k not in own or own[k].shape == t.shape}
+        frozen = of_same_shape(base, frozen)
     both = own.keys() & given.keys()
     load_tensors({k: own[k] for k in both}, {k: given[k] for k in both}, adapter_name)
-    return LoadResult([k for k in own if k not in both], [k for k in given if k not in own])
+    put_frozen(base, frozen, adapter_name, alone=bank.adapters == [adapter_name])
+    left_out = [[k for k in keys if k not in both] for keys in (own, given)]
+    return LoadResult(*([prefix + k.removeprefix(PREFIX) for k in keys] for keys in left_out))
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -145,7 +151,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The base's own tensors, under the names that they have without adapters."""
-    bank, _ = _bank_of(model)
+    bank, _ = bank_of(model)
     base = bank.get_base_model()
     own = {id(tensor) for name in bank.adapters for tensor in bank.adapter_tensors(name).values()}
     found = {}
@@ -181,16 +187,22 @@ def _name_in_base(name: str) -> str:
     return ".".join(parts)
 
 
-def _bank_of(model: nn.Module) -> tuple[LoraModel, str]:
-    """The adapters of `model`, compiled or distributed too, and what its keys start with."""
-    for wrapper in ("_orig_mod", "module"):
-        model = getattr(model, wrapper, model)
-    if isinstance(model, LoraModel):
-        return model, PREFIX
-    bank = vars(model).get(_BANK)
-    if bank is None:
-        raise InputError("this model has no adapters: use get_peft_model first")
-    return bank, ""
+def bank_of(model: nn.Module) -> tuple[LoraModel, str]:
+    """The adapters of `model`, compiled or distributed too, and what its keys start with.
+
+    Raises:
+        InputError: it has none.
+    """
+    inner: object = model
+    while isinstance(
+        inner, nn.Module
+    ):  # a LoraModel first: it has the attributes of a compiled base too
+        if isinstance(inner, LoraModel):
+            return inner, PREFIX
+        if (bank := vars(inner).get(_BANK)) is not None:
+            return bank, ""
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    raise InputError("this model has no adapters: use get_peft_model first")
 
 
 def _targets_of(config: LoraConfig, state_dict: Mapping[str, torch.Tensor]) -> LoraConfig:
@@ -199,7 +211,7 @@ def _targets_of(config: LoraConfig, state_dict: Mapping[str, torch.Tensor]) -> L
         raise InputError(
             "target_parameters: which parameters an adapter has cannot be told from a state_dict"
         )
-    keys = (key.removeprefix(PREFIX).removeprefix("_orig_mod.") for key in state_dict)
+    keys = (without_prefixes(key).removeprefix(PREFIX) for key in state_dict)
     layers = [key.partition(".lora_") for key in keys]
     paths = dict.fromkeys(path for path, found, _ in layers if found)
     return dataclasses.replace(config, target_modules=list(paths))

@@ -36,6 +36,15 @@ def without_wrappers(name: str) -> str:
     return name
 
 
+def without_prefixes(key: str) -> str:
+    """A tensor's name without the parts of wrappers, around the whole model too."""
+    name = without_wrappers(key)
+    while name.startswith(_DISTRIBUTED):
+        name = name.removeprefix(_DISTRIBUTED)
+    inside = PREFIX + _DISTRIBUTED
+    return PREFIX + name.removeprefix(inside) if name.startswith(inside) else name
+
+
 def as_peft_names(
     tensors: Mapping[str, torch.Tensor], bias: str, folder: str | Path
 ) -> dict[str, torch.Tensor]:
@@ -84,13 +93,7 @@ def as_peft_names(
 
 def _without_prefixes(keys: Iterable[str]) -> dict[str, str]:
     """The keys by their names without wrappers; PEFT's prefix is added where none has it."""
-    names = {}
-    for key in keys:
-        name = without_wrappers(key)
-        while name.startswith(_DISTRIBUTED):
-            name = name.removeprefix(_DISTRIBUTED)
-        inside = PREFIX + _DISTRIBUTED
-        names[PREFIX + name.removeprefix(inside) if name.startswith(inside) else name] = key
+    names = {without_prefixes(key): key for key in keys}
     if not any(name.startswith(PREFIX) for name in names):
         names = {PREFIX + name: key for name, key in names.items()}
     return names

@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError, listed
-
-PREFIX = "base_model.model."
-_WRAPPERS = ("_orig_mod", "module")  # torch.compile's, and data parallelism's
+from lorakit.lora.key_names import PREFIX, without_prefixes
 
 
 def values_in(
@@ -38,14 +36,15 @@ def values_in(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
     names = {id(tensor): name for name, tensor in everything}
+    plain = {without_prefixes(name): name for name in state_dict}
     found: dict[str, torch.Tensor] = {}
     for key, tensor in own.items():
         name = names.get(id(tensor), key)
-        wrapped = (f"{wrapper}.{name}" for wrapper in _WRAPPERS)
-        for candidate in (name, key, key.removeprefix(PREFIX), *wrapped):
-            if candidate in state_dict:
-                found[key] = state_dict[candidate]
-                break
+        candidates = (name, key, key.removeprefix(PREFIX))
+        wrapped = [plain.get(without_prefixes(candidate), "") for candidate in candidates]
+        there = [candidate for candidate in (*candidates, *wrapped) if candidate in state_dict]
+        if there:
+            found[key] = state_dict[there[0]]
     if missing := own.keys() - found.keys():
         raise InputError(
             f"state_dict lacks {listed(sorted(missing), 3)}: give the model's whole state_dict(), "

@@ -38,6 +38,7 @@ from lorakit.lora.script_arguments import (
 from lorakit.lora.state_values import values_in
 from lorakit.lora.vocabulary import (
     frozen_embeddings,
+    of_same_shape,
     put_frozen,
     require_vocabulary,
     split_frozen,
@@ -235,13 +236,15 @@ class StoredBank(AdapterBank):
         own = self.adapter_tensors(name)
         tensors, frozen = split_frozen(base, tensors, own)
         other_shape = {k for k, t in tensors.items() if k in own and own[k].shape != t.shape}
-        if other_shape and ignore_mismatched:
-            message = f"{folder}: {listed(sorted(other_shape), 3)} have another shape: left out"
+        kept = of_same_shape(base, frozen) if ignore_mismatched else frozen
+        left_out = sorted([*other_shape, *(path for path, _ in frozen.keys() - kept.keys())])
+        if left_out and ignore_mismatched:
+            message = f"{folder}: {listed(left_out, 3)} have another shape: left out"
             warnings.warn(message, stacklevel=3)
             own = {key: tensor for key, tensor in own.items() if key not in other_shape}
             tensors = {key: tensor for key, tensor in tensors.items() if key not in other_shape}
         load_tensors(own, tensors, folder)
-        put_frozen(base, frozen, folder, alone=self.adapters == [name])
+        put_frozen(base, kept, folder, alone=self.adapters == [name])
         load_initial(base, name, initial, self.peft_config[name], folder)
 
 

@@ -140,6 +140,15 @@ def split_frozen(
     return kept, frozen
 
 
+def of_same_shape(model: nn.Module, frozen: Frozen) -> Frozen:
+    """Those of `frozen` that have the shape of the model's own."""
+    return {
+        (path, name): copied
+        for (path, name), copied in frozen.items()
+        if copied.shape == getattr(unwrapped(model.get_submodule(path)), name).shape
+    }
+
+
 @torch.no_grad()
 def put_frozen(model: nn.Module, frozen: Frozen, folder: str | Path, *, alone: bool) -> None:
     """Puts weights of the base that an adapter brings into `model`, as PEFT does.

@@ -1,0 +1,107 @@
+"""An adapter's values as state dictionaries in any wrapping, and others in its place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import output, wrap
+from lorakit import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    hotswap_adapter,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from lorakit.errors import InputError
+
+
+def test_an_adapters_state_is_found_in_whatever_form_it_is_given(build):
+    model = wrap(build(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    own = get_peft_model_state_dict(model)
+    whole = model.state_dict()
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in whole.items()}
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in own.items()}
+    inside = {name.replace("model.", "model._orig_mod.", 1): t for name, t in whole.items()}
+    both = {f"module._orig_mod.{name}": tensor for name, tensor in own.items()}
+    for state in (whole, own, compiled, bare, inside, both):
+        found = get_peft_model_state_dict(model, state)
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[key], own[key]) for key in own)
+    assert get_peft_model_state_dict(model, {}) == {}
+    _, *rest = own
+    with pytest.raises(InputError, match="state_dict lacks"):
+        get_peft_model_state_dict(model, {key: own[key] for key in rest})
+
+
+WRAPPED = {
+    "as it is": lambda key: key,
+    "in data parallelism": lambda key: f"module.{key}",
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "compiled inside": lambda key: key.replace("model.", "model._orig_mod.", 1),
+    "without the prefix": lambda key: key.removeprefix("base_model.model."),
+    "both": lambda key: f"module._orig_mod.{key.removeprefix('base_model.model.')}",
+    "with the adapter's name": lambda key: key.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_adapters_state_is_set_whatever_wrapped_the_model(
+    build, ids, tmp_path: Path, compiled: bool, injected: bool
+):
+    other = wrap(build(), seed=8, target_modules=["q_proj"])
+    other.save_pretrained(tmp_path)
+    expected, own = output(other, ids), get_peft_model_state_dict(other)
+    base = torch.compile(build(), backend="eager") if compiled else build()
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, base) if injected else get_peft_model(base, config)
+    before = get_peft_model_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    for how, wrapped in WRAPPED.items():
+        found = set_peft_model_state_dict(model, {wrapped(k): t for k, t in own.items()})
+        assert (found.missing_keys, found.unexpected_keys) == ([], []), how
+        torch.testing.assert_close(output(model, ids), expected, rtol=0, atol=1e-10)
+        set_peft_model_state_dict(model, before)
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(output(model, ids), expected, rtol=0, atol=1e-6)
+    _, *rest = (f"module.{key}" for key in own)
+    found = set_peft_model_state_dict(model, {k: own[k.removeprefix("module.")] for k in rest})
+    assert (len(found.missing_keys), found.unexpected_keys) == (1, [])
+
+
+def test_embeddings_of_another_size_are_left_out_where_that_is_asked_for(build, tmp_path: Path):
+    larger = build()
+    larger.resize_token_embeddings(44, mean_resizing=False)
+    source = wrap(larger, target_modules=["q_proj"])
+    source.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.warns(UserWarning, match="have another shape: left out"):
+        loaded = PeftModel.from_pretrained(build(), tmp_path, ignore_mismatched_sizes=True)
+    own = get_peft_model_state_dict(source, save_embedding_layers=False)
+    for model in (loaded, wrap(build(), target_modules=["q_proj"])):
+        state = get_peft_model_state_dict(source, save_embedding_layers=True)
+        with pytest.raises(InputError, match="another base model"):
+            set_peft_model_state_dict(model, state)
+        set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
+        for key, tensor in get_peft_model_state_dict(model).items():
+            assert torch.equal(tensor, own[key])
+
+
+def test_an_adapter_of_other_first_factors_is_not_swapped_in(build, ids, tmp_path: Path):
+    wrap(build(), target_modules=["q_proj"]).save_pretrained(tmp_path / "plain")
+    olora = wrap(build(), target_modules=["q_proj"], init_lora_weights="olora")
+    olora.save_pretrained(tmp_path / "olora")
+    plain = wrap(build(), target_modules=["q_proj"])
+    for model, folder in ((olora, "plain"), (plain, "olora")):
+        before = output(model, ids)
+        with pytest.raises(InputError, match="starts from other factors"):
+            hotswap_adapter(model, tmp_path / folder, "default")
+        assert torch.equal(output(model, ids), before)
+    again = wrap(build(), target_modules=["q_proj"], init_lora_weights="olora")
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            parameter.add_(1 if "lora_B" in name else 0)
+    hotswap_adapter(again, tmp_path / "olora", "default")
+    torch.testing.assert_close(output(again, ids), output(olora, ids), rtol=0, atol=1e-6)
