@@ -6,8 +6,10 @@ import random
 import shutil
 import threading
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -109,13 +111,41 @@ def test_what_is_not_loaded_cannot_be_unloaded(open_shelf: Running) -> None:
     refused(unload(open_shelf, open_shelf.engine.model_name), 404)
 
 
-BAD_NAMES = ["../shop", "a b", "", "a\u0000b", "é", "/shop", ".", "a" * 201, "a\nb"]
+BAD_NAMES = ["../shop", "a b", "", "a\u0000b", "/shop", ".", "a" * 201, "a\nb"]
+BAD_NAMES += [
+    "a\u202eb",
+    "a\u200bb",
+    "\u001b[2J",
+    "a\u009bb",
+    "\u3164",
+    "\u0301a",
+    "a\u2028b",
+    "a\u00a0b",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_cannot_be_asked_for_is_refused(open_shelf: Running, name: str) -> None:
     assert refused(load(open_shelf, name, "poet"), 400)["param"] == "lora_name"
     assert names(open_shelf) == ["shop"]
+
+
+@pytest.mark.parametrize("name", ["输出", "आउटपुट", "v2-출력/ключ_٣", "Caf\u00e9"])
+def test_a_name_may_be_of_any_script(open_shelf: Running, name: str) -> None:
+    assert load(open_shelf, unicodedata.normalize("NFD", name), "poet").status_code == 200
+    assert names(open_shelf) == ["shop", name]
+    poet = text(open_shelf, name)
+    assert poet == text(open_shelf, unicodedata.normalize("NFD", name)) != text(open_shelf, "shop")
+    assert open_shelf.http.get(f"/v1/models/{quote(name)}").json()["id"] == name
+    assert open_shelf.openai.models.retrieve(name).id == name
+    chunks = open_shelf.openai.completions.create(
+        model=name, prompt="hello", max_tokens=12, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks) == poet
+    assert open_shelf.http.get("/metrics").status_code == 200
+    assert "loaded already" in refused(load(open_shelf, name, "poet"), 400)["message"]
+    assert unload(open_shelf, name).status_code == 200
+    assert refused(open_shelf.complete(model=name), 404)["param"] == "model"
 
 
 def test_the_bases_name_stays_the_bases(open_shelf: Running) -> None:

@@ -111,6 +111,15 @@ def test_adapters_are_named_by_their_folder_or_as_told(tmp_path: Path) -> None:
     runs = str(tmp_path / "runs")
     assert named_adapters([runs, f"x={runs}"]) == {"runs": Path(runs), "x": Path(runs)}
     assert named_adapters([str(tmp_path / "a=b")]) == {"a=b": tmp_path / "a=b"}
-    for wrong in ([runs, runs], [f"={runs}"], [f"a b={runs}"], [f"../x={runs}"], ["é=x"], [""]):
+    written = str(tmp_path / "输出"), str(tmp_path / "e\u0301")  # the latter as macOS may write it
+    assert named_adapters([*written]) == {"输出": Path(written[0]), "\u00e9": Path(written[1])}
+    for wrong in (
+        [runs, runs],
+        [f"={runs}"],
+        [f"a b={runs}"],
+        [f"../x={runs}"],
+        ["\u202e=x"],
+        [""],
+    ):
         with pytest.raises(InputError, match="name"):
             named_adapters(wrong)

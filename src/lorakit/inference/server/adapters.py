@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from lorakit.errors import InputError
-from lorakit.inference.adapter_names import check_name
+from lorakit.inference.adapter_names import check_name, composed
 from lorakit.inference.engine import Engine
 from lorakit.inference.server.errors import ApiError, bad_field
 from lorakit.inference.server.payloads import LoadAdapterRequest, UnloadAdapterRequest
@@ -46,7 +46,7 @@ class Shelf:
         Raises:
             ApiError: 404, there is none.
         """
-        adapter_named(self._engine, name)
+        name = adapter_named(self._engine, name) or self._engine.model_name
         return next(card for card in self.models()["data"] if card["id"] == name)
 
     async def load(self, asked: LoadAdapterRequest) -> str:
@@ -55,7 +55,7 @@ class Shelf:
         Raises:
             ApiError: 400, the adapter cannot be served, or its place is not below the root.
         """
-        name = asked.lora_name
+        name = composed(asked.lora_name)
         if self._root is None:
             raise ApiError(
                 403, "adapters are not loaded here: start lorakit serve with --adapter-root FOLDER"
@@ -91,7 +91,7 @@ class Shelf:
         Raises:
             ApiError: 404, there is none of this name.
         """
-        name = asked.lora_name
+        name = composed(asked.lora_name)
         async with self._one_at_a_time:
             try:
                 await asyncio.to_thread(self._engine.pool.unregister, name)
@@ -125,8 +125,9 @@ def adapter_named(engine: Engine, model: str) -> str | None:
     """
     if model == engine.model_name:
         return None
+    name = composed(model)
     try:
-        engine.pool.version(model)
+        engine.pool.version(name)
     except InputError as error:
         raise ApiError(404, str(error), code="model_not_found", param="model") from error
-    return model
+    return name
