@@ -1,5 +1,6 @@
 """Adapters that come and go while the server answers, and those that it must not take."""
 
+import json
 import os
 import pickle
 import random
@@ -370,6 +371,45 @@ def test_an_adapter_whose_values_overflow_fails_its_own_answers_alone(
         list(open_shelf.openai.completions.create(model="huge", prompt="a", stream=True))
     assert beside() == 200
     assert open_shelf.http.get("/health").status_code == 200
+    assert text(open_shelf, "shop") == shop
+
+
+ENDLESS = r"(?=.)(?:(?:\w+\.?)+_?)+!"
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_backtracks_without_end_is_a_bad_request_and_delays_no_one(
+    open_shelf: Running, own_root: Path, field: str
+) -> None:
+    shop = text(open_shelf, "shop")
+    path = own_root / "poet" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: {ENDLESS: 2}}))
+    replies: list[tuple[httpx.Response, float]] = []
+
+    def ask() -> None:
+        begun = time.monotonic()
+        reply = httpx.post(
+            f"{open_shelf.url}/v1/load_lora_adapter",
+            json={"lora_name": "x", "lora_path": "poet"},
+            headers=ADMIN,
+            timeout=60,
+        )
+        replies.append((reply, time.monotonic() - begun))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    waits = []
+    while thread.is_alive():
+        begun = time.monotonic()
+        assert open_shelf.http.get("/health").status_code == 200
+        waits.append(time.monotonic() - begun)
+        time.sleep(0.05)
+    ((reply, seconds),) = replies
+    error = refused(reply, 400)
+    assert (error["param"], repr(ENDLESS) in error["message"]) == ("lora_path", True)
+    assert seconds < 10  # a second of processor time, on a machine that may be busy
+    assert len(waits) > 3, "it was over too early to prove anything"
+    assert max(waits) < 1
     assert text(open_shelf, "shop") == shop
 
 
