@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from lorakit import (
     set_peft_model_state_dict,
 )
 from lorakit.errors import InputError
+from lorakit.lora.hotswap import prepare_model_for_compiled_hotswap
 
 
 def test_an_adapters_state_is_found_in_whatever_form_it_is_given(build):
@@ -105,3 +107,70 @@ def test_an_adapter_of_other_first_factors_is_not_swapped_in(build, ids, tmp_pat
             parameter.add_(1 if "lora_B" in name else 0)
     hotswap_adapter(again, tmp_path / "olora", "default")
     torch.testing.assert_close(output(again, ids), output(olora, ids), rtol=0, atol=1e-6)
+
+
+SWAPS = [
+    ({"r": 4, "lora_alpha": 8}, {"r": 8, "lora_alpha": 3}),
+    ({"r": 8, "lora_alpha": 3}, {"r": 4, "use_rslora": True}),
+    ({"r": 4}, {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}}),
+    ({"r": 4}, {"r": 4, "rank_pattern": {"q_proj": 6}, "target_modules": ["q_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("own", "new"), SWAPS)
+def test_what_was_swapped_in_is_saved_with_its_own_ranks_and_scalings(
+    build, ids, tmp_path: Path, own: dict, new: dict
+):
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    source = wrap(build().float(), seed=8, **targets | new)
+    source.save_pretrained(tmp_path / "new")
+    expected = output(source, ids)
+    model = wrap(build().float(), **targets | own)
+    hotswap_adapter(model, tmp_path / "new", "default")
+    torch.testing.assert_close(output(model, ids), expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    for reader in (PeftModel, peft.PeftModel):
+        again = reader.from_pretrained(build().float(), str(tmp_path / "again"))
+        torch.testing.assert_close(output(again, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_experts_are_swapped_by_their_own_ranks_and_scalings(build, ids, tmp_path: Path):
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    fields = {"target_modules": ["q_proj"], "r": 4, **experts}
+    patterns = {"experts.down_proj": 2}
+    other = {"lora_alpha": 3, "rank_pattern": patterns, "alpha_pattern": patterns}
+    source = wrap(build("mixtral"), seed=8, **fields | other)
+    source.save_pretrained(tmp_path / "new")
+    expected = output(source, ids)
+    for prepared in (False, True):
+        model = wrap(build("mixtral"), **fields)
+        if prepared:
+            before = output(model, ids)
+            prepare_model_for_compiled_hotswap(model, target_rank=6)
+            torch.testing.assert_close(output(model, ids), before, rtol=0, atol=1e-10)
+        hotswap_adapter(model, tmp_path / "new", "default")
+        model.save_pretrained(tmp_path / "again")
+        again = PeftModel.from_pretrained(build("mixtral"), tmp_path / "again")
+        for each in (model, again):
+            torch.testing.assert_close(output(each, ids), expected, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_that_was_prepared_for_swapping_is_saved_with_its_rank(
+    build, ids, tmp_path: Path
+):
+    model = wrap(build().float(), target_modules=["q_proj"], r=4, lora_alpha=6)
+    expected = output(model, ids)
+    prepare_model_for_compiled_hotswap(model, target_rank=12)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build().float(), tmp_path)
+    torch.testing.assert_close(output(again, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_what_the_old_adapter_trained_whole_must_be_in_the_new_one(build, ids, tmp_path: Path):
+    wrap(build(), target_modules=["q_proj"], r=12).save_pretrained(tmp_path)
+    model = wrap(build(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    before = output(model, ids)
+    with pytest.raises(InputError, match=r"has no .*lm_head\.weight"):
+        hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(output(model, ids), before)
+    assert model.peft_config["default"].r == 8

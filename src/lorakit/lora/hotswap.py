@@ -1,5 +1,9 @@
 """Other weights in the place of an adapter's, in a live (also a compiled) model."""
 
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import InputError
+from lorakit.lora.bank import AdapterBank
 from lorakit.lora.checkpoint import PREFIX, load_initial, load_tensors, read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
 from lorakit.lora.folders import locate
 from lorakit.lora.in_place import bank_of
 from lorakit.lora.injection import wrapped_modules
-from lorakit.lora.layers import LoraLayer
+from lorakit.lora.layers import LoraLayer, LoraParameter
 from lorakit.lora.vocabulary import put_frozen, split_frozen
+
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.|$)")
 
 
 def hotswap_adapter(
@@ -30,6 +37,7 @@ def hotswap_adapter(
 
     The smaller rank is padded with zeros and a module that the new adapter does not adapt gets an
     update of zero; both leave the result exact. No value is changed when something does not fit.
+    The adapter's configuration says its new ranks and scalings.
 
     Args:
         model: a `LoraModel`, or one with injected adapters; it may be compiled.
@@ -37,8 +45,9 @@ def hotswap_adapter(
         hub: as in `LoraModel.from_pretrained`.
 
     Raises:
-        InputError: the adapter is merged, the new one has modules that the old one lacks, or one
-            starts from other factors (PiSSA, OLoRA) than the other.
+        InputError: the adapter is merged, the new one has modules that the old one lacks, or
+            lacks what the old one has trained whole, or one starts from other factors (PiSSA,
+            OLoRA) than the other.
     """
     folder = locate(model_name_or_path, subfolder, **hub)
     bank, _ = bank_of(model)
@@ -55,26 +64,55 @@ def hotswap_adapter(
     _require_same_start(bank.peft_config[adapter_name], config, folder)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise InputError(f"'{adapter_name}' is merged into the weights: unmerge it first")
+    for key in bank.adapter_tensors(adapter_name).keys() - tensors.keys():
+        if not _FACTOR.search(key):
+            dora = "lora_magnitude" in key
+            what = "DoRA cannot be swapped for an adapter without" if dora else "use load_adapter"
+            raise InputError(f"{folder} has no {key}: {what}")
     for path, layer in layers.items():
         if f"{PREFIX}{path}.{next(iter(layer.adapter_tensors(adapter_name)))}" in tensors:
-            _grow(layer, adapter_name, max(config.rank_for(path), layer.r[adapter_name]))
+            rank = config.rank_for(_place(path, layer))
+            _grow(layer, adapter_name, max(rank, layer.r[adapter_name]))
+    _record(bank, adapter_name, layers, bank.peft_config[adapter_name])
     parameters = bank.adapter_tensors(adapter_name)
     padded: dict[str, torch.Tensor] = {}
     for key, parameter in parameters.items():
-        tensor = tensors.get(key)
-        if tensor is None and "lora_magnitude" in key:
-            raise InputError(
-                f"{folder} has no {key}: DoRA cannot be swapped for an adapter without"
-            )
         groups = _groups(layers.get(key.removeprefix(PREFIX).partition(".lora_")[0]))
         padded[key] = (
-            torch.zeros_like(parameter) if tensor is None else _padded(tensor, parameter, groups)
+            _padded(tensors[key], parameter, groups)
+            if key in tensors
+            else torch.zeros_like(parameter)
         )
     load_tensors(parameters, {**tensors, **padded}, folder)
     if config.takes_start_off:
         load_initial(base, adapter_name, initial, config, folder)
     for path, layer in layers.items():
-        layer.rescale(adapter_name, config.alpha_for(path), config.scaling_for(path))
+        place = _place(path, layer)
+        layer.rescale(adapter_name, config.alpha_for(place), config.scaling_for(place))
+    _record(bank, adapter_name, layers, config)
+
+
+def _record(
+    bank: AdapterBank, name: str, layers: Mapping[str, LoraLayer], config: LoraConfig
+) -> None:
+    """Makes the configuration of adapter `name` say what its layers are, as `config` if it can."""
+    ranks = {_place(path, layer): layer.r[name] for path, layer in layers.items()}
+    scalings = {_place(path, layer): layer.own_scaling(name) for path, layer in layers.items()}
+    if any((config.rank_for(p), config.scaling_for(p)) != (ranks[p], scalings[p]) for p in ranks):
+        alphas = {path: scalings[path] * rank for path, rank in ranks.items()}
+        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        config = dataclasses.replace(
+            config,
+            r=int(r),
+            lora_alpha=alpha,
+            use_rslora=False,
+            rank_pattern={f"^{re.escape(p)}": rank for p, rank in ranks.items() if rank != r},
+            alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+        )
+    fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    bank.peft_config[name] = dataclasses.replace(
+        bank.peft_config[name], **{field: getattr(config, field) for field in fields}
+    )
 
 
 def _require_same_start(own: LoraConfig, new: LoraConfig, folder: Path) -> None:
@@ -91,15 +129,24 @@ def _require_same_start(own: LoraConfig, new: LoraConfig, folder: Path) -> None:
         )
 
 
+def _place(path: str, layer: LoraLayer) -> str:
+    """What patterns of ranks and alphas are matched against: the path of a module or parameter."""
+    if not isinstance(layer, LoraParameter):
+        return path
+    return f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+
+
 def _groups(layer: LoraLayer | None) -> int:
-    """How many groups a convolution has, which its ranks are divided among."""
+    """How many groups a convolution has, or experts a parameter: each has its own rows of `A`."""
+    if isinstance(layer, LoraParameter):
+        return layer.num_experts
     return getattr(layer.get_base_layer(), "groups", 1) if layer is not None else 1
 
 
 def _padded(tensor: torch.Tensor, like: torch.Tensor, groups: int) -> torch.Tensor:
     """`tensor` with zeros up to the rank of `like`: more rows of `A`, more columns of `B`.
 
-    Beside a grouped convolution each group has its own rows of `A`, and gets its own zeros.
+    Each group of a convolution and each expert has its own rows of `A`, and gets its own zeros.
     """
     missing = [n - own for n, own in zip(like.shape, tensor.shape, strict=False)]
     if tensor.dim() != like.dim() or min(missing) < 0 or sum(n > 0 for n in missing) != 1:
@@ -119,16 +166,21 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
     Raises:
         InputError: there is no adapter, or one has a larger rank already.
     """
-    layers = [(p, m) for p, m in wrapped_modules(model) if isinstance(m, LoraLayer)]
-    if not layers:
+    if not any(isinstance(module, LoraLayer) for module in model.modules()):
         raise InputError("No adapter layers found in the model")
     if target_rank is None:
         return
+    bank, _ = bank_of(model)
+    found = wrapped_modules(bank.get_base_model())
+    layers = [(path, module) for path, module in found if isinstance(module, LoraLayer)]
     for path, layer in layers:
         for name in layer.adapters:
             if layer.r[name] > target_rank:
                 raise InputError(f"{path} has rank {layer.r[name]}: more than {target_rank}")
             _grow(layer, name, target_rank)
+    for name in bank.adapters:
+        own = {path: layer for path, layer in layers if name in layer.r}
+        _record(bank, name, own, bank.peft_config[name])
 
 
 @torch.no_grad()
@@ -138,7 +190,7 @@ def _grow(layer: LoraLayer, name: str, rank: int) -> None:
     if rank == before:
         return
     groups = _groups(layer)
-    if rank % groups:
+    if rank % groups and not isinstance(layer, LoraParameter):
         raise InputError(f"a convolution with groups needs a rank that they divide, not {rank}")
     for tensor, axis in zip(layer.initial_places(name), (0, 1), strict=True):
         shape = list(tensor.shape)

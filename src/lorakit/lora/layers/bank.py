@@ -140,6 +140,10 @@ class LayerBank(Mergeable):
         self.lora_alpha[name] = alpha
         self.scaling[name] = self._own_scaling[name] = scaling
 
+    def own_scaling(self, name: str) -> float:
+        """The scaling of adapter `name` without what `set_scale` has made of it."""
+        return self._own_scaling[name]
+
     def set_scale(self, name: str, scale: float) -> None:
         """Multiplies adapter `name`'s own scaling by `scale`: 0 is off, 1 as it was trained."""
         if name in self.r:
