@@ -1,12 +1,15 @@
 """A model for pictures is a base for every verb, by its language part."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 import lorakit
+from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.inspect import inspect
 from lorakit.cli.main import main
 from lorakit.inference.server.options import ServerOptions
@@ -31,7 +34,7 @@ def save_qwen_vl(folder: Path) -> Path:
     return folder
 
 
-def test_qwen_vl_is_loaded_inspected_and_merged(tmp_path: Path):
+def test_qwen_vl_is_loaded_inspected_merged_and_exported(tmp_path: Path):
     base = save_qwen_vl(tmp_path / "base")
     assert describe(str(base)).tasks == ["CAUSAL_LM"]
     model, _ = lorakit.load_model(base, "float32")
@@ -44,6 +47,23 @@ def test_qwen_vl_is_loaded_inspected_and_merged(tmp_path: Path):
     assert fit.fits, fit.reason
     report = lorakit.merge(tmp_path / "a", tmp_path / "merged", base=str(base))
     assert (report.modules, report.passed, report.streamed) == (14, True, True)
+
+    values = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    values["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    values["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
+    own = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "of-text").mkdir()  # the same for the language part alone, as text models have it
+    (tmp_path / "of-text" / "adapter_config.json").write_text(json.dumps(values))
+    save_file(
+        {key.replace("model.language_model.", "model."): tensor for key, tensor in own.items()},
+        tmp_path / "of-text" / "adapter_model.safetensors",
+    )
+    written = []
+    for name in ("a", "of-text"):
+        export_vllm(tmp_path / name, tmp_path / f"{name}-vllm", base=str(base))
+        written.append(load_file(tmp_path / f"{name}-vllm" / "adapter_model.safetensors"))
+    assert written[0].keys() == written[1].keys() == own.keys()
+    assert all(torch.equal(written[0][key], written[1][key]) for key in own)
 
 
 def test_qwen_vl_is_trained_by_the_command_and_answers_over_http(

@@ -17,7 +17,7 @@ from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.gguf_family import Family, family_of, interleaved, tensor_name
 from lorakit.adapters.export.gguf_tokenizer import add_templates
-from lorakit.adapters.export.plain import PlainAdapter, read_plain, require_fit
+from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, read_plain
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.folder_name import folder_name
@@ -74,7 +74,7 @@ def export_gguf_adapter(
     plain = read_plain(adapter, "llama.cpp", base)
     config = read_base_config(resolve(plain.base_model).path)
     family = family_of(config, plain.base_model)
-    require_fit(adapter, plain)
+    plain = fitted_plain(adapter, plain)
     template = exported_template(adapter, plain.base_model)
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
-from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
+from lorakit.adapters.export.plain import Pair, PlainAdapter, fitted_plain, found_at, read_plain
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
@@ -61,7 +61,7 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
             f"{plain.base_model} is a {config.model_type} model, whose modules mlx-lm may name "
             f"otherwise: lorakit exports adapters of {listed(_SAME_NAMES)}"
         )
-    require_fit(adapter, plain)
+    plain = fitted_plain(adapter, plain)
     ends = [path for path in plain.pairs if not path.startswith(_LAYERS)]
     if ends and config.tie_word_embeddings:
         raise InputError(

@@ -6,6 +6,7 @@ refused here with its name, as leaving it out would silently give another model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.fitting import renamed_modules
 from lorakit.lora.layers.linear import is_conv1d
 from lorakit.models.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
@@ -109,13 +111,31 @@ def found_at(base_model: str) -> str:
     return base_model
 
 
-def require_fit(folder: str | Path, plain: PlainAdapter) -> None:
-    """Compares the pairs of the adapter in `folder` with its base, of which no weight is read.
+def fitted_plain(folder: str | Path, plain: PlainAdapter) -> PlainAdapter:
+    """The adapter in `folder` under the names that its base has, of which no weight is read.
+
+    A language model has other names alone than in one for pictures.
 
     Raises:
         InputError: a pair is for a module that the base has not, or for one of another shape.
     """
     model = skeleton(resolve(plain.base_model).path)
+    if renamed := renamed_modules(model, plain.pairs):
+        pairs = {renamed.get(path, path): pair for path, pair in plain.pairs.items()}
+        one, other = next(iter(renamed.items()))
+        notice = f"{len(renamed)} modules have other names in {plain.base_model} "
+        plain = dataclasses.replace(
+            plain,
+            pairs=pairs,
+            config=dataclasses.replace(
+                plain.config,
+                target_modules=sorted(pairs),
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+            ),
+            notices=(*plain.notices, f"{notice}({one} is {other})"),
+        )
     modules: dict[str, Any] = dict(model.named_modules())
     for path, pair in plain.pairs.items():
         d_out, d_in = pair.B.shape[0], pair.A.shape[1]
@@ -131,6 +151,7 @@ def require_fit(folder: str | Path, plain: PlainAdapter) -> None:
                 f"{folder} has an update of {d_out} x {d_in} for {path}, whose weight in "
                 f"{plain.base_model} is {shape}: it is an adapter for another base model"
             )
+    return plain
 
 
 def _require_plain(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import AdapterTemplate, exported_template
-from lorakit.adapters.export.plain import Pair, PlainAdapter, found_at, read_plain, require_fit
+from lorakit.adapters.export.plain import Pair, PlainAdapter, fitted_plain, found_at, read_plain
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
@@ -128,7 +128,7 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
     servable = read_servable(adapter, base)
     served = found_at(servable.plain.base_model)
     if Path(served).exists():  # as the name of one that vLLM fetches, it is taken on trust
-        require_fit(adapter, servable.plain)
+        servable = replace(servable, plain=fitted_plain(adapter, servable.plain))
     write_copy(servable, output)
     plain, r = servable.plain, servable.r
     notices = list(plain.notices)
