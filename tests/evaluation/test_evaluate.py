@@ -33,6 +33,19 @@ def test_base_and_tuned_are_scored_on_the_same_rows(
     assert [example.base for example in result.examples] == base_answers
 
 
+def test_references_that_are_too_short_for_bleu_are_named(
+    tuned: LoraModel, tokenizer: Any, samples: list[Sample], sample: Callable[..., Sample]
+) -> None:
+    short = evaluate(tuned, tokenizer, samples, metrics=["bleu"], max_new_tokens=2)
+    assert [line for line in short.notices if "bleu is 0 here" in line]
+    for rows, metric in (
+        ([*samples, sample("c", "one two three four")], "bleu"),
+        (samples, "rouge"),
+    ):
+        result = evaluate(tuned, tokenizer, rows, metrics=[metric], max_new_tokens=2)
+        assert not [line for line in result.notices if "bleu" in line]
+
+
 def test_a_repeated_prompt_is_answered_once_and_has_all_its_references(
     tuned: LoraModel, tokenizer: Any, samples: list[Sample]
 ) -> None:

@@ -149,7 +149,11 @@ def evaluate(
                 prompts, wanted, base_answers, tuned_answers, strict=True
             )
         ],
-        notices=[*short, *_left_out(base_answers, tuned_answers)],
+        notices=[
+            *short,
+            *_left_out(base_answers, tuned_answers),
+            *(_too_short_for_bleu(wanted) if "bleu" in metrics else []),
+        ],
         seconds=round(time.perf_counter() - began, 2),
     )
 
@@ -174,6 +178,15 @@ def _left_out(base: Sequence[Written], tuned: Sequence[Written]) -> list[str]:
     return [
         f"reasoning before the answer is left out of the comparison: in {counts[0]:,} of "
         f"{len(base):,} answers of the base, {counts[1]:,} of the adapter"
+    ]
+
+
+def _too_short_for_bleu(wanted: Sequence[Sequence[str]]) -> list[str]:
+    if METRICS["bleu"]([own[0] for own in wanted], wanted):
+        return []
+    return [
+        "bleu is 0 here for every answer, also for right ones: it counts runs of four words and no "
+        "reference has four. See exact_match and rouge"
     ]
 
 
