@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gguf_models import merging_tokenizer, save_family
 from lorakit.adapters.export.chat_form import chat_form
-from lorakit.adapters.export.ollama import export_ollama, go_template
+from lorakit.adapters.export.ollama import export_ollama, go_template, ollama_name
 from lorakit.data.templates import PLAIN_TEMPLATE, render
 from lorakit.errors import InputError
 from plain_adapters import save_adapter
@@ -204,6 +204,12 @@ def test_the_folder_has_the_adapter_and_a_modelfile_that_names_the_base(tmp_path
     )
     kind = gguf.GGUFReader(tmp_path / "orders" / "adapter.gguf").get_field("general.type")
     assert kind.contents() == "adapter"
+
+
+def test_a_folders_name_becomes_one_that_ollama_takes():
+    names = {"orders-1.2_b": "orders-1.2_b", "my orders": "my-orders", "输出": "adapter"}
+    names |= {"订单 v2": "v2", ".hidden": "hidden", "a" * 90: "a" * 80}
+    assert {folder: ollama_name(folder) for folder in names} == names
 
 
 def test_a_merged_folder_stands_on_its_own_and_says_the_system_message(tmp_path: Path):

@@ -6,6 +6,7 @@ be translated is `chat_form.py`'s. Format: Ollama's docs/modelfile.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GUARDED = '"""'
+
+
+def ollama_name(folder: str) -> str:
+    """A model's name for a folder's: Ollama takes up to 80 ASCII letters and digits and `_-.`."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder).strip("-.")[:80]
+    return name or "adapter"
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def export_ollama(
         notices.append("the chat template takes off space around messages, Ollama's cannot")
     if not form.takes_system:
         notices.append("the chat template takes no system message: Ollama leaves one out")
-    name = folder_name(output)
+    name = ollama_name(folder_name(output))
     return OllamaExport(
         str(output),
         ("Modelfile", Path(written.output).name),
