@@ -130,11 +130,10 @@ def test_an_adapter_that_cannot_be_used_is_refused_by_every_verb(
     refused(lorakit_command(verb, "garbled", *more), "adapter_config.json is not readable JSON")
 
     wider = save_tiny_model(tmp_path_factory.mktemp("wider"), hidden_size=64)
-    shapes = ["lora_A.weight", "(4, 32)", "(4, 64)"]
     refused(
         lorakit_command(verb, tiny_adapter, *more, "--base", wider),
         "adapter for another base model",
-        *(shapes if verb != "chat" else ["down_proj", "(32, 48)", "(64, 48)"]),
+        *("_proj", "(32, ", "(64, "),
     )
     assert not (tmp_path / "merged").exists()
 
