@@ -22,7 +22,8 @@ PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _DISTRIBUTED = "module."
 _ADAPTER = re.compile(
-    r".*\.lora_[AB]\.(?P<of_factor>[^.]+)\.(?:weight|bias)"
+    # Not by biases: with bias="all" PEFT saves lora_B.NAME.bias beside lora_B.weight.
+    r".*\.lora_[AB]\.(?P<of_factor>[^.]+)\.weight"
     r"|.*\.(?:lora_embedding_[AB]|trainable_tokens_delta)\.(?P<of_tensor>[^.]+)"
     r"|.*\.lora_magnitude_vector\.(?P<of_length>(?!weight$)[^.]+)(?:\.weight)?"
 )

@@ -363,7 +363,8 @@ def named_failures(folder: Path) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         # torch.save's own words for it, which differ with how far it came.
-        if any(w in str(error) for w in ("PytorchStreamWriter", "iostream", "cannot be opened")):
+        words = ("PytorchStreamWriter", "unexpected pos", "iostream", "cannot be opened")
+        if any(word in str(error) for word in words):
             raise LorakitError(
                 f"cannot write {folder}: is the disk full? Make room and go on with --resume: the "
                 "last checkpoint is whole"

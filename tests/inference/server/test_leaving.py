@@ -225,9 +225,10 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
         for arguments, words in cases:
             done = run_lorakit(tmp_path, "serve", *arguments)
             assert done.returncode == 2, done
-            assert done.stderr.startswith("error: ")
-            assert done.stderr.count("\n") == 1
-            assert words in done.stderr
+            errors = [line for line in done.stderr.splitlines() if not line.startswith("loading ")]
+            assert len(errors) == 1  # a busy machine also shows how far loading is
+            assert errors[0].startswith("error: ")
+            assert words in errors[0]
     assert not list(tmp_path.iterdir())
 
 
