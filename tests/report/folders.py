@@ -20,6 +20,8 @@ KINDS = {
     "mlp.up_proj": (40, 24),
     "mlp.down_proj": (24, 40),
 }
+TEMPLATE_SHA256 = "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788"
+"""Of the bundled model's chat template, so that no notice tells of another one."""
 _DATA = {"path": "orders.jsonl", "rows": 200, "sha256": "0f" * 32}
 
 
@@ -105,7 +107,7 @@ def _manifest(steps: int) -> dict[str, Any]:
             "output_dir": "runs/orders",
         },
         "data": [_DATA],
-        "template_sha256": "ab" * 32,
+        "template_sha256": TEMPLATE_SHA256,
         "base_fingerprint": "cd" * 32,
         "steps": steps,
         "train_seconds": 83.4,

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from folders import save_factors, save_run, save_samples
+from folders import TEMPLATE_SHA256, save_factors, save_run, save_samples
 
 from command import run_lorakit
 from lorakit.errors import InputError
@@ -55,7 +55,7 @@ def test_a_whole_run_is_all_there(tmp_path: Path):
         "6,300 (29.4 %)", "cut at 256",
         "Most modules use about 7.5 of 8 directions: a larger r may help.",
         "Sure! Two mugs.", "equals the reference",
-        "max_length: 256", "2.13.0", "0f" * 32, "ab" * 32, "cd" * 32,
+        "max_length: 256", "2.13.0", "0f" * 32, TEMPLATE_SHA256, "cd" * 32,
         "6,300 learned tokens a row",
         "3 of 180 rows are longer than data.max_length and were cut",
     ):  # fmt: skip
