@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.fused_names import FUSED
 from lorakit.lora.key_names import without_wrappers
 from lorakit.lora.layers import (
     LoraLayer,
@@ -321,6 +322,8 @@ def _no_match(
         hint = (
             f" (an expression is matched against whole paths; for a name give a list: [{target}])"
         )
+    elif whole := next((w for w, parts in FUSED.items() if target in parts and w in names), None):
+        hint = f" (this model computes {', '.join(FUSED[whole])} by one layer: '{whole}')"
     else:
         hint = did_you_mean(target, [*names, *PRESETS])
     matched = f"Modules matched: {coverage}. " if coverage else ""

@@ -103,7 +103,11 @@ def test_other_settings_of_sentencepiece_are_followed(tmp_path: Path, changed: d
     fast = original_tokenizer(read_original(folder))
     sp = sentencepiece.SentencePieceProcessor(model_proto=content)
     for text in [*corpus()[::3], "  a \u3000 b ", "ﬁne É", "", "𠮷野家", "哈哈哈"]:
-        assert fast(text, add_special_tokens=False).input_ids == sp.encode(text), text
+        found, expected = fast(text, add_special_tokens=False).input_ids, sp.encode(text)
+        if found != expected:  # two ways to divide it, equally likely within float32's rounding
+            scores = [sum(map(sp.get_score, ids)) for ids in (found, expected)]
+            assert scores[0] == pytest.approx(scores[1], rel=1e-6), text
+            assert sp.decode(found) == sp.decode(expected), text
 
 
 def test_marks_have_the_published_ids_and_stand_in_text_without_a_space(fast: Any, sp):
