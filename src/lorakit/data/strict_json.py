@@ -6,6 +6,7 @@ they stand is damaged or means something else, so here they are errors.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -31,13 +32,17 @@ def parse(text: str, most_objects: int | None = None) -> Any:
     """The one value that `text` holds.
 
     Args:
-        most_objects: how many objects there may be in it, in all; None for any number.
+        most_objects: how many objects there may be in it, in all, and how many lists; None for
+            any number.
 
     Raises:
         ValueError: the text is not JSON, or something in it is refused.
     """
     start = len(text) - len(text.lstrip(_SPACE))
-    decoder = _DECODER if most_objects is None else _decoder(_counted(most_objects))
+    decoder = _DECODER
+    if most_objects is not None:
+        _check_lists(text, most_objects)
+        decoder = _decoder(_counted(most_objects))
     value, end = decode(text, start, decoder)
     if text[end:].strip(_SPACE):
         raise json.JSONDecodeError("Extra data", text, end)
@@ -76,6 +81,12 @@ def _counted(most: int) -> _MakeObject:
     return make
 
 
+def _check_lists(text: str, most: int) -> None:
+    """Refuses too many lists before one is made: a million short ones take seconds."""
+    if text.count("[") > most and _STRING.sub("", text).count("[") > most:
+        raise ValueError(f"there are more than {most} lists in it")
+
+
 def _decoder(make_object: _MakeObject) -> json.JSONDecoder:
     return json.JSONDecoder(
         object_pairs_hook=make_object, parse_constant=_refuse_constant, parse_float=_finite
@@ -83,4 +94,6 @@ def _decoder(make_object: _MakeObject) -> json.JSONDecoder:
 
 
 _SPACE = " \t\r\n"
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
+"""A string of JSON, or one that does not end; no character is read twice."""
 _DECODER = _decoder(_unique_keys)

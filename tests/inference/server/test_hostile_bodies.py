@@ -63,6 +63,8 @@ OBJECTS: list[tuple[bytes, str]] = [
     (b"[" + ASKS + b'"' + BRACES + b'"}]', "context"),  # in a text they are no objects
     (b"[" + ASKS + b'"' + BRACES, "not JSON"),  # a text without end
     (b"[" + ASKS + b'"a",' + NULLS + b"}]", "k0"),
+    (b"[" + ASKS + b'"a"}],"metadata":{"a":' + many(b"[]", 60_000) + b"}", "16384 lists"),
+    (b"[" + ASKS + b'"' + b'[\\"' * 20_000 + b'"}]', "context"),
 ]
 
 

@@ -20,7 +20,7 @@ _SECONDS_TO_PASS_OVER = 2.0
 _SMALL = 64 * 1024
 
 MAX_OBJECTS = 16384
-"""In a body: messages, parts, calls, tools, and what is nested in them."""
+"""In a body, and as many lists: messages, parts, calls, tools, and what is nested in them."""
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | None:
