@@ -28,12 +28,12 @@ from transformers import GenerationConfig
 
 import lorakit
 from benchmarks.combine import make
-from lorakit.inference.engine import Engine
-from lorakit.inference.open import open_engine
-from lorakit.inference.sampling import Sampling, pad_left, prompt_tokens
-from lorakit.inference.server.options import Limits, ServerOptions
-from lorakit.inference.server.run import listen, make_server
+from lorakit.engine.engine import Engine
+from lorakit.engine.open_engine import open_engine
+from lorakit.engine.sampling import Sampling, pad_left, prompt_tokens
 from lorakit.models.bundled import ALIAS as MODEL
+from lorakit.server.options import Limits, ServerOptions
+from lorakit.server.run import listen, make_server
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -56,8 +56,8 @@ def save_adapters(folder: Path) -> list[Path]:
 def endless() -> Iterator[None]:
     """No token ends an answer meanwhile, so that all have one length."""
     with (
-        patch("lorakit.inference.engine.end_tokens", return_value=[]),
-        patch("lorakit.inference.pool.end_tokens", return_value=[]),
+        patch("lorakit.engine.engine.end_tokens", return_value=[]),
+        patch("lorakit.engine.pool.end_tokens", return_value=[]),
     ):
         yield
 

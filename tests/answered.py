@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 import lorakit
-from lorakit.inference.requests import Ticket
-from lorakit.inference.sampling import generate
+from lorakit.engine.requests import Ticket
+from lorakit.engine.sampling import generate
 from lorakit.lora import LoraModel
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from lorakit.inference.engine import Engine
-from lorakit.inference.open import open_engine
-from lorakit.inference.server.options import ServerOptions
-from lorakit.inference.server.run import DrainingServer, listen, make_server
+from lorakit.engine.engine import Engine
+from lorakit.engine.open_engine import open_engine
+from lorakit.server.options import ServerOptions
+from lorakit.server.run import DrainingServer, listen, make_server
 
 
 class Running:

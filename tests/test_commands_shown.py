@@ -11,9 +11,9 @@ import pytest
 import lorakit
 from lorakit import commands
 from lorakit.adapters.chatglm_names import refuse_original_names
+from lorakit.engine.adapter_names import named_adapters
 from lorakit.errors import InputError
 from lorakit.folder_name import folder_name
-from lorakit.inference.adapter_names import named_adapters
 
 HOSTILE = ("two words", "it's", "$(touch x)", 'a"b', "semi;colon", "a&b", "中文", "-o", "*")
 

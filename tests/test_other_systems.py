@@ -49,8 +49,8 @@ run("train", "--model", model, "--data", rows, "--output-dir", output,
     "training.max_steps=1", "lora.r=2", "data.eval=0.25")
 run("chat", output, "--max-new-tokens", "2", stdin="hello\\n")
 run("merge", output, "-o", output + "-merged")
-from lorakit.inference.server.options import Limits
-from lorakit.inference.server.run import _allow_connections
+from lorakit.server.options import Limits
+from lorakit.server.run import _allow_connections
 _allow_connections(Limits())
 from lorakit.training import machine
 assert machine.memory_mb() > 100 and machine.peak_memory_mb() > 10 and machine.used_memory_mb() > 10

@@ -6,6 +6,8 @@ The names below are loaded when they are first used, so that `import lorakit` st
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorakit.version import __version__
+
 if TYPE_CHECKING:
     from lorakit.adapters.merge import merge as merge
     from lorakit.lora.config import LoraConfig as LoraConfig
@@ -39,9 +41,9 @@ if TYPE_CHECKING:
     from lorakit.models.quantization import (
         prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
+    from lorakit.sweep.run import sweep as sweep
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
-    from lorakit.training.sweep.run import sweep as sweep
 
     PeftConfig = LoraConfig
     PeftModel = LoraModel
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     PeftModelForSeq2SeqLM = LoraModel
     PeftModelForSequenceClassification = LoraModel
     PeftModelForTokenClassification = LoraModel
-
-__version__ = "0.1.0"
 
 _BY_MODULE = {
     "lorakit.adapters.merge": ["merge"],
@@ -84,7 +84,7 @@ _BY_MODULE = {
     "lorakit.models.quantization": ["prepare_model_for_kbit_training"],
     "lorakit.training.monitor": ["LoraMonitor"],
     "lorakit.training.run": ["train"],
-    "lorakit.training.sweep.run": ["sweep"],
+    "lorakit.sweep.run": ["sweep"],
 }
 _TASKS = (
     "CausalLM",

@@ -26,9 +26,9 @@ from lorakit.adapters.inspect import inspect
 from lorakit.adapters.merge import merge
 from lorakit.adapters.open import open_adapter
 from lorakit.adapters.resize import resize
+from lorakit.engine.open_engine import open_engine, open_with
+from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
-from lorakit.inference.open import open_engine, open_with
-from lorakit.inference.sampling import Sampling
 from lorakit.lora.checkpoint import read_adapter, write_adapter
 from random_adapters import make_adapter
 from tiny import byte_tokenizer

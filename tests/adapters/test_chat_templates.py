@@ -20,7 +20,7 @@ from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.hub import selection
 from lorakit.adapters.inspect import inspect
 from lorakit.adapters.open import open_adapter
-from lorakit.inference.open import open_engine
+from lorakit.engine.open_engine import open_engine
 from lorakit.models.template_files import digest, read_templates, write_templates
 from lorakit.report.page import write_report
 from small_runs import recipe

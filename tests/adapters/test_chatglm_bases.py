@@ -18,9 +18,9 @@ from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.merge import merge
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
-from lorakit.inference.server.options import ServerOptions
-from lorakit.inference.vllm import VllmOptions, plan
-from lorakit.models.chatglm.convert import convert
+from lorakit.models.layouts.chatglm.convert import convert
+from lorakit.server.options import ServerOptions
+from lorakit.server.vllm import VllmOptions, plan
 from plain_adapters import save_adapter
 from served import running
 

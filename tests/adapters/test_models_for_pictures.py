@@ -12,8 +12,8 @@ import lorakit
 from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.inspect import inspect
 from lorakit.cli.main import main
-from lorakit.inference.server.options import ServerOptions
 from lorakit.models.describe import describe
+from lorakit.server.options import ServerOptions
 from served import running
 from tiny import byte_tokenizer, make_attentive
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from lorakit.data.formats import Sample
 from lorakit.data.masking import tokenize
 from lorakit.data.prompts import Prompt
+from lorakit.engine.answer_all import answer_all
+from lorakit.engine.engine import Engine
+from lorakit.engine.sampling import Sampling
 from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.evaluate import evaluate
-from lorakit.inference.answer_all import answer_all
-from lorakit.inference.engine import Engine
-from lorakit.inference.sampling import Sampling
 from lorakit.lora import LoraConfig, LoraModel
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"

@@ -226,7 +226,7 @@ def test_a_start_that_peft_left_out_comes_out_of_the_base_and_serves_beside_othe
     import peft
 
     from lorakit.adapters.updates import read_updates
-    from lorakit.inference.open import open_engine
+    from lorakit.engine.open_engine import open_engine
     from random_adapters import change, make_adapter
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

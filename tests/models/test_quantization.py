@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from training.together.sweeps import configurations, distance, runner_for, small, solo
 
 import lorakit
 from answered import tokens
@@ -19,9 +20,9 @@ from gguf_models import save_family
 from lorakit.adapters.export.gguf_model import write_gguf
 from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import open_adapter
+from lorakit.engine.open_engine import open_engine
+from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
-from lorakit.inference.open import open_engine
-from lorakit.inference.sampling import Sampling
 from lorakit.lora.layers.quantized import dequantized
 from lorakit.lora.parameters import count_parameters
 from lorakit.models.fingerprint import fingerprint
@@ -34,7 +35,6 @@ from lorakit.models.quantization import (
 from plain_adapters import save_adapter
 from small_runs import recipe, weights
 from tiny import save_tiny_encoder
-from training.together.sweeps import configurations, distance, runner_for, small, solo
 
 KINDS = ["nf4", "fp4", "int8"]
 TEXT = "Paris is the capital of France."

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 import lorakit
 from answered import tokens
 from lorakit.adapters.open import open_adapter
+from lorakit.engine.open_engine import open_engine
+from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
-from lorakit.inference.open import open_engine
-from lorakit.inference.sampling import Sampling
 from lorakit.lora.layers.quantized import LoraQuantizedLinear, dequantized, from_torchao
 from plain_adapters import save_adapter
 from small_runs import recipe

@@ -21,7 +21,7 @@ from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.target_names import written_targets
 from lorakit.lora.vocabulary import put_frozen, split_frozen
-from lorakit.models.chatglm.layout import LAYERS, native_modules, native_names, qkv_rows
+from lorakit.models.layouts.chatglm.layout import LAYERS, native_modules, native_names, qkv_rows
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
 

@@ -187,13 +187,13 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
     Raises:
         InputError: a file leads nowhere.
     """
-    from lorakit.models.chatglm.config import is_original, read_original
+    from lorakit.models.layouts.chatglm.config import is_original, read_original
 
     own = None
     if has_tokenizer(job.first.folder):
         own = own_tokenizer(job.first.folder, load_tokenizer(job.path), rows)
     if is_original(job.path):
-        from lorakit.models.chatglm.convert import write_companions
+        from lorakit.models.layouts.chatglm.convert import write_companions
 
         write_companions(read_original(job.path), folder)
     else:

@@ -28,9 +28,9 @@ def chat(
     template_kwargs: ChatTemplateKwargsOption = None,
 ) -> None:
     """Chat with an adapter; /help shows the commands. Reads a pipe too."""
-    from lorakit.inference.chat import ChatSession, run
-    from lorakit.inference.open import open_with
-    from lorakit.inference.sampling import Sampling
+    from lorakit.engine.conversation import ChatSession, run
+    from lorakit.engine.open_engine import open_with
+    from lorakit.engine.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     variables = chat_template_kwargs(template_kwargs)

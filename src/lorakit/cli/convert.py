@@ -18,7 +18,7 @@ def convert(
 
     The result needs none of the original code.
     """
-    from lorakit.models.chatglm.convert import convert as run
+    from lorakit.models.layouts.chatglm.convert import convert as run
     from lorakit.models.names import resolve
 
     done = run(resolve(source).path, output)

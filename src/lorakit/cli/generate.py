@@ -53,11 +53,11 @@ def generate(
     """
     from lorakit import atomic
     from lorakit.data.prompts import read_prompts
+    from lorakit.engine.adapter_names import named_adapters
+    from lorakit.engine.answer_all import answer_all
+    from lorakit.engine.open_engine import open_engine, open_with
+    from lorakit.engine.sampling import Sampling
     from lorakit.errors import InputError
-    from lorakit.inference.adapter_names import named_adapters
-    from lorakit.inference.answer_all import answer_all
-    from lorakit.inference.open import open_engine, open_with
-    from lorakit.inference.sampling import Sampling
 
     named = named_adapters(adapters or [])
     if not named and model is None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lorakit import __version__
 from lorakit.cli.chat import chat
 from lorakit.cli.check import check
 from lorakit.cli.combine import combine
@@ -42,6 +41,7 @@ from lorakit.errors import BASE_OPTION, InputError, LorakitError, one_line
 from lorakit.models import remote_code
 from lorakit.progress import showing
 from lorakit.training.processes import first_to_fail
+from lorakit.version import __version__
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
 UsageError: Any = typer.BadParameter.__mro__[1]

@@ -85,14 +85,14 @@ def serve(
 
     A page to compare adapters is at /.
     """
-    from lorakit.inference.adapter_names import named_adapters
+    from lorakit.engine.adapter_names import named_adapters
 
     named = named_adapters(adapters or [])
     if not named and model is None:
         raise InputError("say what to serve: adapters' folders, or --model")
     if engine is EngineName.VLLM:
         _refuse_for_vllm(context)
-        from lorakit.inference import vllm
+        from lorakit.server import vllm
 
         options = vllm.VllmOptions(
             model=model,
@@ -112,13 +112,13 @@ def serve(
     if merged and adapter_root is not None:
         raise InputError("--merged serves one adapter and no other: leave --adapter-root out")
     try:
-        from lorakit.inference.server.options import Limits, ServerOptions
-        from lorakit.inference.server.run import run
+        from lorakit.server.options import Limits, ServerOptions
+        from lorakit.server.run import run
     except ModuleNotFoundError as error:
         raise InputError(
             f"lorakit serve needs {error.name}: pip install 'lorakit[serve]'"
         ) from error
-    from lorakit.inference.open import open_engine
+    from lorakit.engine.open_engine import open_engine
 
     # Refused before a model is loaded.
     server_options = ServerOptions(

@@ -73,11 +73,11 @@ def sweep(
         "engine": engine,
         "workers": workers,
     }
-    from lorakit.training.sweep.space.settings import load_sweep
+    from lorakit.sweep.space.settings import load_sweep
 
     complete, wishes = load_sweep(recipe, overrides, over or (), settings)
 
-    from lorakit.training.sweep.run import run_sweep
+    from lorakit.sweep.run import run_sweep
 
     gc.freeze()
     gc.enable()

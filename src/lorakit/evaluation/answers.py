@@ -1,6 +1,6 @@
 """Greedy answers to many prompts, in batches.
 
-What ends an answer is told in `lorakit.inference.sampling`, what is its reasoning in
+What ends an answer is told in `lorakit.engine.sampling`, what is its reasoning in
 `lorakit.data.answer_form`, and what it is worth in `metrics`.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import AnswerForm, answer_form
 from lorakit.data.formats import Message
-from lorakit.inference.sampling import (
+from lorakit.engine.sampling import (
     end_tokens,
     generate,
     greedy_settings,

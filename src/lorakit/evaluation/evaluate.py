@@ -16,12 +16,12 @@ from lorakit.data.answer_form import answer_form, taught_answer
 from lorakit.data.formats import Message, Sample
 from lorakit.data.mixing import count as count_of
 from lorakit.data.mixing import each
+from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import Written, write_answers
 from lorakit.evaluation.loss import loss_rows, mean_row_loss
 from lorakit.evaluation.metrics import METRICS, check_metrics
 from lorakit.evaluation.seq2seq import generate_targets, mean_target_loss, target_rows
-from lorakit.inference.sampling import prompt_tokens
 from lorakit.models.inside import base_model
 from lorakit.models.load import positions_of
 

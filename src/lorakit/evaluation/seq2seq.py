@@ -14,8 +14,8 @@ from lorakit.data.grouping import cut
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.mixing import each
 from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
+from lorakit.engine.sampling import generate, greedy_settings
 from lorakit.evaluation.loss import mean_over
-from lorakit.inference.sampling import generate, greedy_settings
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import most_tokens
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import transformers
 
-from lorakit.models.chatglm.config import original_folder
 from lorakit.models.folders import model_in, tokenizer_in
+from lorakit.models.layouts.chatglm.config import original_folder
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.chatglm.config import is_original, native_config, read_original
+from lorakit.models.layouts.chatglm.config import is_original, native_config, read_original
 from lorakit.models.remote_code import needed_code_refused, trusted
 from lorakit.models.shards import read_shards
 from lorakit.models.template_files import Templates, read_templates
@@ -45,7 +45,7 @@ def model_in(folder: Path, form: str, **options: Any) -> Any:
     import transformers
 
     if is_original(folder):
-        from lorakit.models.chatglm.load import load_original
+        from lorakit.models.layouts.chatglm.load import load_original
 
         return load_original(folder, form, **options)
     return _loaded(getattr(transformers, form), folder, options)
@@ -61,7 +61,7 @@ def tokenizer_in(folder: Path, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     if is_original(folder):
-        from lorakit.models.chatglm.tokenizer import original_tokenizer
+        from lorakit.models.layouts.chatglm.tokenizer import original_tokenizer
 
         return original_tokenizer(read_original(folder), **options)
     try:
@@ -121,7 +121,7 @@ def shards_in(folder: Path) -> dict[str, dict[str, StoredTensor]]:
         InputError: a file is missing or damaged, or is no safetensors file.
     """
     if is_original(folder):
-        from lorakit.models.chatglm.weights import native_shards
+        from lorakit.models.layouts.chatglm.weights import native_shards
 
         return native_shards(read_original(folder))
     return read_shards(folder)

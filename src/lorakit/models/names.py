@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorakit.errors import BASE_OPTION, InputError, did_you_mean
 from lorakit.models import bundled
-from lorakit.models.chatglm.weights import lacks_weights
+from lorakit.models.layouts.chatglm.weights import lacks_weights
 
 ALIASES = {bundled.ALIAS: bundled.bundled_model, bundled.ENCODER: bundled.encoder}
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # of the files on the hub

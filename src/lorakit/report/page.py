@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lorakit import __version__, atomic
+from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
 from lorakit.report.heat_map import LEVELS, heat_maps
 from lorakit.report.read import RunRecord, Sample, read_run
+from lorakit.version import __version__
 
 REPORT_NAME = "report.html"
 _MARK = '<meta name="generator" content="lorakit report">'

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorakit import __version__, atomic
+from lorakit import atomic
 from lorakit.folder_name import folder_name
 from lorakit.report import numbers
 from lorakit.report.charts import Chart, Line, line_chart
 from lorakit.report.page import environment
 from lorakit.report.scatter import Spot, parallel, scatter, value_text
+from lorakit.version import __version__
 
 PAGE_NAME = "sweep.html"
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorakit import __version__
 from lorakit.adapters.manifest import (
     METRICS_NAME,
     MONITOR_NAME,
@@ -65,6 +64,7 @@ from lorakit.training.tasks import rendering_facts
 from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation
 from lorakit.training.unchanged import warn_of_unchanged
 from lorakit.training.watch import Watch
+from lorakit.version import __version__
 
 FORECAST_FROM = 200
 """Optimiser steps of a run that is worth the few that a forecast takes."""

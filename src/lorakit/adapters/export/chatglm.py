@@ -23,7 +23,7 @@ from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.models.chatglm.layout import QKV_PARTS, original_module, qkv_rows
+from lorakit.models.layouts.chatglm.layout import QKV_PARTS, original_module, qkv_rows
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 

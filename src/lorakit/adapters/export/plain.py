@@ -21,7 +21,7 @@ from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import renamed_modules
 from lorakit.lora.layers.linear import is_conv1d
-from lorakit.models.chatglm.config import original_folder
+from lorakit.models.layouts.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
 from lorakit.models.skeleton import skeleton
 

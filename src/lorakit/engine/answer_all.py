@@ -1,0 +1,83 @@
+"""Many prompts answered by many models in one engine, in the order in which they were asked."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorakit.data.prompts import Prompt
+from lorakit.engine.bounded_tokens import tokens_within
+from lorakit.engine.engine import Engine
+from lorakit.engine.requests import Ticket
+from lorakit.engine.sampling import Sampling
+from lorakit.engine.shown import shown_text
+from lorakit.errors import InputError, LorakitError
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, by `model` (an adapter's name, or the base's), and what it cost in tokens."""
+
+    model: str
+    messages: tuple[dict[str, Any], ...]
+    answer: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+
+    def record(self) -> dict[str, Any]:
+        """As a row that `lorakit` reads as data again: the conversation with its answer."""
+        fields = asdict(self)
+        answer = {"role": "assistant", "content": fields.pop("answer")}
+        return {**fields, "messages": [*self.messages, answer]}
+
+
+def answer_all(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    models: Sequence[str | None],
+    sampling: Sampling,
+    variables: Mapping[str, Any] | None = None,
+    notices: Counter[str] | None = None,
+) -> Iterator[Answered]:
+    """Every prompt's answer by every model (None is the base), a prompt's side by side.
+
+    All are asked at once, and the engine computes as many together as it has rows.
+
+    Args:
+        variables: further ones of the chat template, such as `enable_thinking`.
+        notices: counts prompts that the chat template does not show whole, by what to say.
+
+    Raises:
+        InputError: a prompt does not fit the context, or the chat template refuses it.
+        LorakitError: the model failed.
+    """
+    notices = Counter() if notices is None else notices
+    asked: list[tuple[Prompt, str | None, Ticket]] = []
+    for prompt in prompts:
+        for model in models:
+            try:
+                tokenizer = engine.tokenizer_of(model)
+                text = shown_text(prompt.messages, tokenizer, prompt.tools, variables, notices)
+                tokens = tokens_within(text, tokenizer, sys.maxsize)
+                asked.append((prompt, model, engine.submit(tokens, model, sampling)))
+            except InputError as error:
+                for *_, ticket in asked:
+                    ticket.cancel()
+                raise InputError(f"{prompt.where}: {error}") from error
+    for prompt, model, ticket in asked:
+        pieces = list(ticket)
+        last = pieces[-1]
+        if last.error:
+            raise LorakitError(f"{prompt.where}: {last.error}")
+        yield Answered(
+            model or engine.model_name,
+            prompt.messages,
+            "".join(piece.text for piece in pieces),
+            last.finish_reason or "",
+            ticket.prompt_tokens,
+            last.new_tokens,
+        )

@@ -1,0 +1,177 @@
+"""Answers that are written together, a token each a step; they join and leave at any step.
+
+A step reads prompts of rows that have come, short ones together and long ones in parts; then all
+rows whose prompts are read write one token. Which adapter serves which row: `lora/slots.py`. Where
+a forward fails, its rows are computed one by one, so that only those end that fail alone too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit.engine.cache import RowCache
+from lorakit.engine.inputs import newest_tokens, part_of_row, whole_prompts
+from lorakit.engine.rows import Row, reason
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lorakit.lora.slots import AdapterSlots
+
+_Inputs = Callable[[int, Sequence[Row]], dict[str, Any]]
+
+CHUNK = 512
+"""Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
+
+
+class Batch(Protocol):
+    """Rows that are computed together, in the two forms that there are."""
+
+    rows: list[Row]
+
+    def has_room(self) -> bool:
+        """Whether another row may join now."""
+
+    def add(self, row: Row) -> None:
+        """Takes a row in; its adapter is in the slots."""
+
+    def step(self) -> None:
+        """Computes something, and lets go of the rows that are finished."""
+
+
+class ContinuousBatch:
+    """Rows with a cache of their own, for models of plain causal attention.
+
+    Args:
+        model: the causal language model in which the slots' layers are.
+        most: how many rows there may be.
+        length: how many tokens a row may have.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: AdapterSlots, most: int, length: int) -> None:
+        self.rows: list[Row] = []
+        self._model: Any = model
+        self._slots, self._most = slots, most
+        self._writing = 0  # the first so many rows have read their prompts
+        layers = model.config.get_text_config().num_hidden_layers
+        self._cache = RowCache(layers, most, length)
+
+    def has_room(self) -> bool:
+        return len(self.rows) < self._most
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def step(self) -> None:
+        self._leave()
+        self._read_prompts()
+        self._leave()
+        self._write()
+        self._leave()
+
+    def _read_prompts(self) -> None:
+        budget = CHUNK
+        while budget > 0 and self._writing < len(self.rows):
+            first = self._writing
+            if rows := self._whole_prompts(budget):
+                budget -= len(rows) * max(len(row.prompt) for row in rows)
+                for row in rows:
+                    row.read = len(row.prompt)
+                self._forward(first, rows, self._whole)
+            else:
+                rows = self.rows[first : first + 1]
+                start = rows[0].read
+                rows[0].read = min(start + budget, len(rows[0].prompt))
+                budget = 0
+                self._forward(first, rows, partial(self._part, start=start))
+            self._writing += sum(row.read == len(row.prompt) for row in rows)
+
+    def _whole_prompts(self, budget: int) -> list[Row]:
+        """The next rows whose prompts fit into the budget together, with their padding."""
+        rows: list[Row] = []
+        longest = 0
+        for row in self.rows[self._writing :]:
+            longest = max(longest, len(row.prompt))
+            if row.read or longest * (len(rows) + 1) > budget:
+                break
+            rows.append(row)
+        return rows
+
+    def _write(self) -> None:
+        if rows := self.rows[: self._writing]:
+            self._forward(0, rows, self._newest)
+
+    def _forward(self, first: int, rows: Sequence[Row], inputs: _Inputs) -> None:
+        """Computes the rows in the places from `first` on; those with whole prompts write a token.
+
+        Args:
+            inputs: the model's arguments for such rows, also for one of them.
+        """
+        self._slots.use([row.adapter for row in rows])
+        try:
+            logits = self._model(**inputs(first, rows), logits_to_keep=1).logits[:, -1]
+        except Exception as error:
+            failure = reason(error)
+        else:
+            self._choose(rows, logits)
+            return
+        if len(rows) == 1:
+            rows[0].fail(f"the model failed while answering: {failure}")
+            return
+        for at, row in enumerate(rows, first):
+            self._forward(at, [row], inputs)
+
+    def _whole(self, first: int, rows: Sequence[Row]) -> dict[str, Any]:
+        prompts = [row.prompt for row in rows]
+        return whole_prompts(self._cache, first, prompts, self._model.device)
+
+    def _part(self, at: int, rows: Sequence[Row], start: int) -> dict[str, Any]:
+        tokens = rows[0].prompt[start : rows[0].read]
+        return part_of_row(self._cache, at, tokens, start, self._model.device)
+
+    def _newest(self, first: int, rows: Sequence[Row]) -> dict[str, Any]:
+        device = self._model.device
+        if len(rows) < self._writing:
+            return part_of_row(self._cache, first, [rows[0].last], rows[0].length, device)
+        tokens, lengths = [row.last for row in rows], [row.length for row in rows]
+        return newest_tokens(self._cache, tokens, lengths, device)
+
+    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
+        largest, likeliest = logits.max(-1)  # NaN wherever a row has one
+        chosen = zip(rows, logits, largest.tolist(), likeliest.tolist(), strict=True)
+        for row, own, value, token in chosen:
+            if not math.isfinite(value):
+                row.fail_by_logits()
+            elif row.read == len(row.prompt):
+                row.advance(own, token if row.is_plain else None)
+
+    def _leave(self) -> None:
+        """Lets go of rows that are finished; those that stay close the gaps."""
+        for at in reversed(range(len(self.rows))):
+            row = self.rows[at]
+            if row.ticket.cancelled.is_set():
+                row.finish("cancelled")
+            if row.failed:  # what it computed may be NaN or Inf
+                self._cache.clear(at, row.length + 1)
+            if row.finished:
+                self._remove(at)
+
+    def _remove(self, gap: int) -> None:
+        # The last row that writes fills the gap, and the last of all fills that one's, so that
+        # the rows that write stay the first ones.
+        if gap < self._writing:
+            self._writing -= 1
+            self._move(self._writing, gap)
+            gap = self._writing
+        self._move(len(self.rows) - 1, gap)
+        self.rows.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            self._cache.move(source, target, self.rows[source].length)
+            self.rows[target] = self.rows[source]

@@ -1,0 +1,278 @@
+"""Answers for many at once: one base model in memory, many adapters, one thread that computes.
+
+Requests wait in a queue until there is room in the batch; then each is a row with its own adapter
+and its own settings. How rows are computed is `batch.py`'s and `plain_batch.py`'s, which adapters
+there are `pool.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from threading import Condition, Thread
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit.engine.batch import Batch, ContinuousBatch
+from lorakit.engine.carries import why_not_carried
+from lorakit.engine.plain_batch import PlainBatch
+from lorakit.engine.pool import AdapterPool, Version
+from lorakit.engine.requests import Piece, Ticket
+from lorakit.engine.rows import Row, reason
+from lorakit.engine.sampling import Sampling, ending
+from lorakit.errors import InputError, LorakitError
+from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
+from lorakit.models.fingerprint import fingerprint
+from lorakit.models.head import copy_once
+from lorakit.models.own_memory import take_into_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POOL_BYTES = 2 << 30
+
+
+class Engine:
+    """One resident base model that answers with any of its adapters.
+
+    Args:
+        model: a causal language model without adapters; it is the engine's from here on.
+        model_name: how users call it.
+        max_rows: how many answers are written at once; further ones wait.
+        context_length: the most tokens of prompt and answer together; None is the model's own.
+        pool_bytes: how much memory adapters may take that are not in use.
+
+    Attributes:
+        pool: the adapters.
+        notices: what a user should know about how this model is computed.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        model_name: str,
+        *,
+        max_rows: int = 16,
+        context_length: int | None = None,
+        pool_bytes: int = POOL_BYTES,
+    ) -> None:
+        if max_rows < 1:
+            raise InputError(f"max_rows must be at least 1, not {max_rows}")
+        self.model_name, self.tokenizer, self.max_rows = model_name, tokenizer, max_rows
+        self.notices: list[str] = []
+        self.context_length = _context_length(model, context_length)
+        take_into_memory(model)  # files may change while it is served
+        self._model = model.eval().requires_grad_(False)
+        self._ending = ending(model, tokenizer)
+        known = fingerprint(model)
+        families: list[list[str]] = []
+        self._only_plain = why_not_carried(model)
+        if not self._only_plain:
+            copy_once(model)
+            families = same_inputs(model, lambda: model(input_ids=_one_token(model)))
+        else:
+            self.notices.append(
+                f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
+                "that begin together are written together, later ones wait for them"
+            )
+        self._slots = AdapterSlots(model, families)
+        self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
+        self._batch = self._new_batch()
+        self._used: dict[Version, None] = {}  # adapters in the slots, the latest used last
+        self._queue: deque[tuple[Ticket, Version | None, Factors | None]] = deque()
+        self._changed = Condition()
+        self._closing = False
+        self._deadline = 0.0
+        self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
+        self._thread.start()
+
+    def _new_batch(self) -> Batch:
+        if self._only_plain:
+            return PlainBatch(self._model, self._slots, self.max_rows)
+        return ContinuousBatch(self._model, self._slots, self.max_rows, self.context_length)
+
+    # --- for those who ask ------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapter: str | None = None,
+        sampling: Sampling | None = None,
+    ) -> Ticket:
+        """Hands in a request, from any thread. An adapter that is not in memory is read here.
+
+        Args:
+            prompt: the tokens to be answered.
+            adapter: a name in the pool; None is the base alone.
+            sampling: None is greedy. `max_new_tokens` is cut to what the context has room for.
+
+        Raises:
+            InputError: there is no such adapter, or the prompt is empty, too long, or has numbers
+                that are no tokens.
+            LorakitError: the engine is closed.
+        """
+        sampling = sampling or Sampling()
+        room = self.context_length - len(prompt)
+        if not prompt:
+            raise InputError("the prompt is empty")
+        if room < 1:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, and with the answer at most "
+                f"{self.context_length} are read: shorten it"
+            )
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise InputError(f"the prompt's tokens must be from 0 to {vocabulary - 1}")
+        version = factors = None
+        if adapter is not None:
+            version = self.pool.version(adapter)
+            factors = self.pool.factors(version)
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        ticket = Ticket(tuple(prompt), adapter, sampling)
+        with self._changed:
+            if self._closing:
+                raise LorakitError("the engine is closed and takes no more requests")
+            self._queue.append((ticket, version, factors))
+            self._changed.notify()
+        return ticket
+
+    def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
+        """The tokenizer with the chat template that the adapter was trained with.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        return self.tokenizer if adapter is None else self.pool.version(adapter).tokenizer
+
+    def waiting(self) -> int:
+        """How many requests wait for room."""
+        return len(self._queue)
+
+    def running(self) -> int:
+        """How many answers are being written."""
+        return len(self._batch.rows)
+
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
+    def close(self, drain: float = 0.0, wait: float | None = None) -> bool:
+        """Takes no more requests, and ends the running ones after at most `drain` seconds.
+
+        Args:
+            wait: for how many seconds more to wait for the thread that computes; None is for ever.
+
+        Returns: whether that thread has ended.
+        """
+        with self._changed:
+            self._closing = True
+            self._deadline = time.monotonic() + drain
+            self._changed.notify()
+        self._thread.join(None if wait is None else drain + wait)
+        return not self._thread.is_alive()
+
+    # --- the thread that computes -----------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            self._answer()
+        finally:  # whatever happened: nobody waits for a thread that has ended
+            self._end_all()
+
+    @torch.inference_mode()
+    def _answer(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._queue or self._batch.rows or self._closing):
+                    self._changed.wait()
+                done = not (self._queue or self._batch.rows)
+                if self._closing and (done or time.monotonic() > self._deadline):
+                    return
+            self._let_go()
+            self._admit()
+            if self._batch.rows:
+                self._step()
+
+    def _step(self) -> None:
+        rows = list(self._batch.rows)
+        try:
+            self._batch.step()
+        except BaseException as error:
+            # The batch ends rows that fail by themselves: this is beyond any one of them.
+            for row in rows:
+                row.fail(f"the model failed while answering: {reason(error)}")
+            self._batch = self._new_batch()
+
+    def _let_go(self) -> None:
+        """Ends requests that were cancelled while they waited, so that they take no room there."""
+        if not any(ticket.cancelled.is_set() for ticket, _, _ in list(self._queue)):
+            return
+        with self._changed:
+            waiting, self._queue = self._queue, deque()
+            for ticket, version, factors in waiting:
+                if ticket.cancelled.is_set():
+                    ticket.put(Piece(finish_reason="cancelled"))
+                else:
+                    self._queue.append((ticket, version, factors))
+
+    def _admit(self) -> None:
+        """Lets waiting requests join, in their order."""
+        while self._queue and self._batch.has_room():
+            ticket, version, factors = self._queue.popleft()
+            try:
+                self._bring(version, factors)
+                self._batch.add(self._row(ticket, version))
+            except BaseException as error:
+                ticket.put(Piece(finish_reason="error", error=reason(error)))
+
+    def _row(self, ticket: Ticket, version: Version | None) -> Row:
+        if version is None:
+            return Row(ticket, None, self.tokenizer, self._ending, self._model.device)
+        return Row(ticket, version, version.tokenizer, version.ending, self._model.device)
+
+    def _bring(self, version: Version | None, factors: Factors | None) -> None:
+        """Puts an adapter into the slots, in the place of an idle one if they are full."""
+        if version is None or factors is None:
+            return
+        if version not in self._slots:
+            in_use = {row.adapter for row in self._batch.rows}
+            idle = [other for other in self._used if other not in in_use]
+            # As many as there are rows find room; the longest unused goes first.
+            for other in idle[: max(0, len(self._used) - self.max_rows + 1)]:
+                self._slots.remove(other)
+                del self._used[other]
+            self._slots.put(version, factors)
+        self._used.pop(version, None)
+        self._used[version] = None
+
+    def _end_all(self) -> None:
+        with self._changed:
+            self._closing = True
+            left, self._queue = self._queue, deque()
+        for row in self._batch.rows:
+            row.finish("cancelled")
+        for ticket, _, _ in left:
+            ticket.put(Piece(finish_reason="cancelled"))
+
+
+def _one_token(model: PreTrainedModel) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.long, device=model.device)
+
+
+def _context_length(model: PreTrainedModel, wanted: int | None) -> int:
+    """The most tokens a row may have.
+
+    Raises:
+        InputError: the model reads fewer than wanted.
+    """
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if wanted is not None and (wanted < 2 or (own and wanted > own)):
+        raise InputError(f"context_length must be from 2 to {own or 'any number'}, not {wanted}")
+    return wanted or own or 2048

@@ -1,0 +1,122 @@
+"""An engine from names: the base that the adapters are for, loaded, and the adapters in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.open import chosen_quantization, open_adapter, read_files
+from lorakit.adapters.updates import read_updates
+from lorakit.engine.engine import POOL_BYTES, Engine
+from lorakit.engine.pool import require_text, why_not_beside
+from lorakit.errors import InputError, listed
+from lorakit.models.load import load_model
+
+
+def open_engine(
+    model: str | None,
+    adapters: Mapping[str, Path],
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    max_rows: int = 16,
+    context_length: int | None = None,
+    merged: bool = False,
+    pool_bytes: int = POOL_BYTES,
+) -> Engine:
+    """Loads the base model and registers the adapters, by the names that they are served under.
+
+    Args:
+        model: the base; None is what the adapters were trained on.
+        quantization: of the base, as in `open_adapter`.
+        merged: fold the one adapter into the base, for full speed; its name is the model's then.
+
+    Raises:
+        InputError: there is no usable base or adapter, or the adapters are for several bases.
+    """
+    options: dict[str, Any] = {
+        "max_rows": max_rows,
+        "context_length": context_length,
+        "pool_bytes": pool_bytes,
+    }
+    if merged:
+        if len(adapters) != 1:
+            raise InputError(f"merged serves one adapter, not {len(adapters)}")
+        ((name, folder),) = adapters.items()
+        loading = {"base": model, "dtype": dtype, "quantization": quantization}
+        return _merged(name, folder, loading, options)
+    base = model or _base_of(adapters)
+    stored = chosen_quantization(adapters.values(), quantization)
+    loaded, tokenizer = load_model(base, dtype, quantization=stored)
+    engine = Engine(loaded, tokenizer, base, **options)
+    if stored and quantization is None:
+        engine.notices.append(
+            f"the base is quantised to {stored}, as it was for training: --quantization none is "
+            "faster, and takes more memory"
+        )
+    try:
+        for name, folder in adapters.items():
+            info = engine.pool.register(name, folder)
+            if info.notice:
+                engine.notices.append(info.notice)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def open_with(
+    model: str | None,
+    name: str,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    max_rows: int = 16,
+) -> Engine:
+    """The engine for one adapter: beside its base, or merged into it where only that is possible.
+
+    Raises:
+        InputError: as `open_engine`.
+    """
+    file = read_updates(folder)
+    require_text(file)
+    reason = why_not_beside(file)
+    engine = open_engine(
+        model,
+        {name: folder},
+        dtype=dtype,
+        quantization=quantization,
+        max_rows=max_rows,
+        merged=bool(reason),
+    )
+    if reason:
+        engine.notices.append(
+            f"{folder} {reason}, so it is merged into the base, which cannot answer without it"
+        )
+    return engine
+
+
+def _merged(name: str, folder: Path, loading: dict[str, Any], options: dict[str, Any]) -> Engine:
+    require_text(read_updates(folder))
+    opened = open_adapter(folder, **loading, dequantize=True)
+    plain = opened.model.merge_and_unload()
+    engine = Engine(plain, opened.tokenizer, name, **options)
+    engine.pool.closed_because = (
+        f"{name} is merged into the model, which serves nothing else: start without --merged"
+    )
+    return engine
+
+
+def _base_of(adapters: Mapping[str, Path]) -> str:
+    bases = {name: read_files(folder).base_model for name, folder in adapters.items()}
+    if not bases:
+        raise InputError("there is nothing to serve: give --model, an adapter, or both")
+    if len(set(bases.values())) > 1:
+        told = [f"{name} for {base}" for name, base in bases.items()]
+        raise InputError(
+            f"the adapters are for different bases ({listed(told)}): serve each base on its own, "
+            "or say with --model which one is meant"
+        )
+    return next(iter(bases.values()))

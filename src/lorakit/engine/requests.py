@@ -1,0 +1,116 @@
+"""One request that was handed to an engine, and the pieces of its answer.
+
+The engine's thread puts pieces in; one listener takes them out, a thread or a coroutine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Generator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Event, Lock
+from typing import Literal
+
+from lorakit.engine.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, what it reads as, and the log of its probability before any sampling setting."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ChosenToken(TokenLogprob):
+    """A token of an answer, and the likeliest ones in its place."""
+
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of an answer.
+
+    Attributes:
+        text: what was added; it may be empty.
+        logprobs: of the tokens since the last piece, where they were asked for.
+        new_tokens: how many tokens the answer has so far.
+        finish_reason: why it ended, in the last piece alone.
+        error: what went wrong, with the reason `error`.
+    """
+
+    text: str = ""
+    logprobs: tuple[ChosenToken, ...] = ()
+    new_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in an engine's hands. One listener may take the pieces of its answer."""
+
+    prompt: tuple[int, ...]
+    adapter: str | None
+    sampling: Sampling
+    cancelled: Event = field(default_factory=Event)
+    _pieces: SimpleQueue[Piece] = field(default_factory=SimpleQueue)
+    _lock: Lock = field(default_factory=Lock)
+    _listener: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return len(self.prompt)
+
+    def cancel(self) -> None:
+        """Has the engine stop the answer at its next step. It then ends as `cancelled`."""
+        self.cancelled.set()
+
+    def put(self, piece: Piece) -> None:
+        """For the engine: hands a piece to whoever listens, now or later."""
+        with self._lock:
+            self._pieces.put(piece)
+            if self._listener is not None:
+                loop, came = self._listener
+                try:
+                    loop.call_soon_threadsafe(came.set)
+                except Exception:  # the loop is closed: nobody listens any more
+                    self.cancel()
+
+    def __iter__(self) -> Generator[Piece]:
+        """The pieces until the answer ends. Who stops listening early cancels it."""
+        ended = False
+        try:
+            while not ended:
+                piece = self._pieces.get()
+                ended = piece.finish_reason is not None
+                yield piece
+        finally:
+            if not ended:
+                self.cancel()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """As iterating, without blocking the event loop."""
+        came = asyncio.Event()
+        with self._lock:
+            self._listener = asyncio.get_running_loop(), came
+        ended = False
+        try:
+            while not ended:
+                while not self._pieces.empty():
+                    piece = self._pieces.get_nowait()
+                    ended = piece.finish_reason is not None
+                    yield piece
+                if not ended:
+                    await came.wait()
+                    came.clear()
+        finally:
+            if not ended:
+                self.cancel()

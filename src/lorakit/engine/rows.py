@@ -1,0 +1,166 @@
+"""One answer while it is written: what it has, what comes next, and when it ends.
+
+Whatever a request brings (a tokenizer, sampling settings, stop texts) is used here and may fail.
+Nothing of that leaves a row: a row that fails ends with the reason `error`, and it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit.engine.choosing import Chooser
+from lorakit.engine.requests import ChosenToken, FinishReason, Piece, Ticket, TokenLogprob
+from lorakit.engine.sampling import Ending
+from lorakit.engine.text import AnswerText
+from lorakit.errors import LorakitError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Row:
+    """A request in a batch.
+
+    Attributes:
+        adapter: the key of its adapter in the slots; None for the base alone.
+        read: how many tokens of the prompt the model has seen.
+        tokens: the answer's tokens.
+        finished: whether the last piece has been handed over.
+        failed: whether it ended with an error.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        adapter: Hashable | None,
+        tokenizer: PreTrainedTokenizerBase,
+        ending: Ending,
+        device: torch.device,
+    ) -> None:
+        self.ticket, self.adapter = ticket, adapter
+        self.prompt = ticket.prompt
+        self.read = 0
+        self.tokens: list[int] = []
+        self.finished = self.failed = False
+        self._tokenizer, self._ends = tokenizer, ending.tokens
+        self._chooser = Chooser(ticket.sampling, self.prompt, device)
+        stop = (*ticket.sampling.stop, *([ending.text] if ending.text else []))
+        before = ending.before if ending.before and self._is_asked(ending.prompt) else ""
+        self._text = AnswerText(tokenizer, stop, before)
+        self._logprobs: list[ChosenToken] = []
+
+    def _is_asked(self, how: str) -> bool:
+        """Whether the prompt ends as the chat template asks for an answer."""
+        tail = self.prompt[-len(how.encode()) - 1 :]
+        return bool(how) and str(self._tokenizer.decode(list(tail))).endswith(how)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its next token is the likeliest one, and nothing else is asked for."""
+        return self._chooser.is_plain and self.ticket.sampling.logprobs is None
+
+    @property
+    def last(self) -> int:
+        """The newest token of the answer, which the model has not seen yet."""
+        return self.tokens[-1]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """How many of its tokens the model has seen."""
+        return self.read + max(0, self.new_tokens - 1)
+
+    def advance(self, logits: torch.Tensor, likeliest: int | None = None) -> int:
+        """Chooses the next token by `logits` (vocabulary,), takes it in, and returns it.
+
+        A row that fails at this is finished, with the reason `error`.
+
+        Args:
+            likeliest: the token of the largest, where that is known and `is_plain`.
+        """
+        try:
+            if likeliest is None:
+                likeliest = self._chosen(logits.float())
+            self._took(likeliest)
+        except BaseException as error:  # panics of Rust's tokenizers are no Exception
+            self.fail(f"the answer could not be written: {reason(error)}")
+        return self.last if self.tokens else 0
+
+    def finish(self, why: FinishReason, text: str = "") -> None:
+        """Ends the answer, with the text that was held back."""
+        if self.finished:
+            return
+        try:
+            text += self._text.finish()
+        except BaseException as error:
+            self.fail(f"the answer could not be written: {reason(error)}")
+        else:
+            self._end(why, text)
+
+    def fail(self, error: str) -> None:
+        """Ends the answer with an error; nothing that its request brought is used for that."""
+        if not self.finished:
+            self._end("error", error=error)
+
+    def fail_by_logits(self) -> None:
+        """Ends an answer whose logits are NaN or Inf."""
+        who = "the base model" if self.ticket.adapter is None else f"'{self.ticket.adapter}'"
+        self.fail(f"the logits of {who} are NaN or Inf here, so there is no next token")
+
+    def _chosen(self, logits: torch.Tensor) -> int:
+        asked = self.ticket.sampling.logprobs
+        # Kept before the choice, which may change the logits.
+        logs = None if asked is None else logits.log_softmax(-1)
+        token = self._chooser.choose(logits)
+        if logs is not None:
+            self._logprobs.append(self._logprob(logs, token, asked or 0))
+        return token
+
+    def _took(self, token: int) -> None:
+        self.tokens.append(token)
+        self._chooser.took(token)
+        if token in self._ends:
+            self.finish("stop")
+            return
+        text = self._text.add(token)
+        if self._text.stopped:
+            self.finish("stop", text)
+        elif self.new_tokens >= self.ticket.sampling.max_new_tokens:
+            self.finish("length", text)
+        elif text or self._logprobs:
+            self._hand_over(text)
+
+    def _end(self, why: FinishReason, text: str = "", error: str = "") -> None:
+        self.finished, self.failed = True, why == "error"
+        self._hand_over(text, why, error)
+
+    def _hand_over(self, text: str, why: FinishReason | None = None, error: str = "") -> None:
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        self.ticket.put(Piece(text, logprobs, self.new_tokens, why, error))
+
+    def _logprob(self, logs: torch.Tensor, token: int, rivals: int) -> ChosenToken:
+        top = logs.topk(min(rivals, len(logs)))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return ChosenToken(
+            token,
+            self._read(token),
+            logs[token].item(),
+            tuple(TokenLogprob(other, self._read(other), value) for other, value in pairs),
+        )
+
+    def _read(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says in one line, with its kind where that adds something."""
+    said, kind = first_line(error), type(error).__name__
+    plain = isinstance(error, (LorakitError, RuntimeError)) or said == kind
+    return said if plain else f"{kind}: {said}"

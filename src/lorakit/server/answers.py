@@ -1,0 +1,285 @@
+"""The answers to one request: a ticket of the engine's for each prompt and choice.
+
+A `Desk` hands them in as long as there is room. Whatever ends a request early (a client that left,
+the time limit, the server's end) ends in `Answers.close` or `Answers.cut`, which frees the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from lorakit.engine.engine import Engine
+from lorakit.engine.requests import ChosenToken, Piece, Ticket
+from lorakit.errors import InputError
+from lorakit.server.adapters import adapter_named
+from lorakit.server.errors import ApiError, bad_field
+from lorakit.server.metrics import Metrics
+from lorakit.server.options import Limits
+from lorakit.server.payloads import SamplingFields
+from lorakit.server.replies import FinishReason, Usage
+
+_RETRY_AFTER = 1
+_Numbered = tuple[int, Piece | None]  # None: the answers were cut
+
+
+@dataclass
+class Answer:
+    """One answer, whole."""
+
+    text: str = ""
+    logprobs: list[ChosenToken] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
+
+
+class Answers:
+    """The answers to one request while they are written.
+
+    Attributes:
+        prompt_tokens: of all prompts; one that gets several answers counts once.
+    """
+
+    def __init__(
+        self, desk: Desk, tickets: list[Ticket], prompt_tokens: int, deadline: float
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._desk, self._tickets = desk, tickets
+        self._counts = [0] * len(tickets)
+        self._seen = [time.perf_counter()] * len(tickets)
+        self._queue: asyncio.Queue[_Numbered] = asyncio.Queue()
+        self._cut: ApiError | None = None
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_at(deadline, self.cut, desk.late())
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def usage(self) -> Usage:
+        """The counts so far."""
+        written = sum(self._counts)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written,
+            "total_tokens": self.prompt_tokens + written,
+        }
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
+        """Pieces with the number of their answer, as they come.
+
+        Raises:
+            ApiError: 500, an answer failed; 503, the engine has stopped, or an answer was cut that
+                cannot end so.
+        """
+        queue = self._queue
+        pumps = [asyncio.create_task(_pump(*item, queue)) for item in enumerate(self._tickets)]
+        try:
+            left = len(pumps)
+            while left:
+                number, piece = await queue.get()
+                if piece is None:
+                    self._check_cut()
+                    continue
+                left -= piece.finish_reason is not None
+                yield number, self._noted(number, piece)
+        finally:
+            for task in pumps:
+                task.cancel()
+
+    async def whole(self) -> list[Answer]:
+        """All answers, when they have ended.
+
+        Raises:
+            ApiError: as `pieces`.
+        """
+        answers = [Answer() for _ in self._tickets]
+        texts: list[list[str]] = [[] for _ in self._tickets]
+        async with aclosing(self.pieces()) as pieces:
+            async for number, piece in pieces:
+                texts[number].append(piece.text)
+                answers[number].logprobs += piece.logprobs
+                answers[number].finish_reason = finish_reason(piece) or "stop"
+        for answer, parts in zip(answers, texts, strict=True):
+            answer.text = "".join(parts)
+        return answers
+
+    def cut(self, reason: ApiError) -> None:
+        """Ends the answers where they are; those without a token yet fail with `reason`."""
+        self._cut = self._cut or reason
+        for ticket in self._tickets:
+            ticket.cancel()
+        self._queue.put_nowait((-1, None))
+
+    def close(self) -> None:
+        """Frees the rows that are still taken. Nobody listens any more."""
+        self._deadline.cancel()
+        for ticket in self._tickets:
+            ticket.cancel()
+        self._desk.forget(self)
+
+    def _noted(self, number: int, piece: Piece) -> Piece:
+        now, metrics = time.perf_counter(), self._desk.metrics
+        new = piece.new_tokens - self._counts[number]
+        if new > 0:
+            waited = now - self._seen[number]
+            if self._counts[number] == 0:
+                metrics.to_first_token.observe(waited)
+            else:
+                metrics.between_tokens.observe(waited / new)
+            metrics.generated_tokens.inc(new)
+            self._counts[number], self._seen[number] = piece.new_tokens, now
+        if piece.finish_reason == "error":
+            raise ApiError(500, f"the answer failed: {piece.error}", code="answer_failed")
+        if piece.finish_reason == "cancelled":
+            if self._cut is None:
+                raise ApiError(503, "the engine has stopped", code="shutdown")
+            return replace(piece, finish_reason="length")
+        return piece
+
+    def _check_cut(self) -> None:
+        """Raises why the answers were cut, unless what they have can pass for shorter answers."""
+        if self._cut is not None and (self._cut.code != "timeout" or 0 in self._counts):
+            raise self._cut
+
+
+async def _pump(number: int, ticket: Ticket, queue: asyncio.Queue[_Numbered]) -> None:
+    async for piece in ticket.pieces():
+        queue.put_nowait((number, piece))
+
+
+class Desk:
+    """Where requests are handed in, and all that are under way.
+
+    Attributes:
+        draining: whether the server ends and takes nothing new.
+        inside: how many requests are under way, from their head to the end of the reply.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
+        self.engine, self.limits, self.metrics = engine, limits, metrics
+        self.draining = False
+        self.inside = 0
+        self._stopped: ApiError | None = None
+        self._open: set[Answers] = set()
+        self._rows = 0
+
+    def deadline(self) -> float:
+        """When a request that comes now must have ended, on the event loop's clock."""
+        return asyncio.get_running_loop().time() + self.limits.request_seconds
+
+    def late(self) -> ApiError:
+        """What a request is told that has no answer at its deadline."""
+        return ApiError(
+            503,
+            f"no row became free within {self.limits.request_seconds:g} s: ask again later",
+            code="timeout",
+            retry_after=_RETRY_AFTER,
+        )
+
+    def require_room(self, rows: int) -> None:
+        """Refuses so many answers if they cannot be taken now.
+
+        Raises:
+            ApiError: 400, so many never can; 429, too many are under way.
+        """
+        room = self.engine.max_rows + self.limits.waiting
+        if rows > room:
+            raise bad_field(f"this asks for {rows} answers at once; at most {room} are taken", "n")
+        if self._rows + rows > room:
+            raise ApiError(
+                429,
+                f"{self._rows} answers are under way and {room} are taken at most: ask again later",
+                code="rate_limit_exceeded",
+                retry_after=_RETRY_AFTER,
+            )
+
+    async def hand_in(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapter: str | None,
+        asked: SamplingFields,
+        deadline: float,
+    ) -> Answers:
+        """Hands `asked.choices` requests a prompt to the engine.
+
+        Args:
+            deadline: of `deadline()`, when the request came.
+
+        Raises:
+            ApiError: 400 when a prompt does not fit the context, 404 when the adapter was unloaded
+                meanwhile, 429 when too much waits.
+            InputError: the engine refuses one.
+        """
+        limits = [self._token_limit(prompt, asked) for prompt in prompts]
+        rows = len(prompts) * asked.choices
+        self.require_room(rows)
+
+        def submit() -> list[Ticket]:
+            tickets: list[Ticket] = []
+            try:
+                for prompt, limit in zip(prompts, limits, strict=True):
+                    for choice in range(asked.choices):
+                        sampling = asked.sampling(limit, choice)
+                        tickets.append(self.engine.submit(prompt, adapter, sampling))
+            except BaseException:
+                for ticket in tickets:
+                    ticket.cancel()
+                raise
+            return tickets
+
+        self._rows += rows
+        try:
+            # An adapter that is not in memory is read when it is asked for, which takes a while.
+            at_once = adapter is None or self.engine.pool.holds(adapter)
+            tickets = submit() if at_once else await asyncio.to_thread(submit)
+        except BaseException as error:
+            self._rows -= rows
+            if isinstance(error, InputError) and adapter is not None:
+                adapter_named(self.engine, adapter)  # it may have been unloaded meanwhile
+            raise
+        tokens = sum(map(len, prompts))
+        self.metrics.prompt_tokens.inc(tokens)
+        answers = Answers(self, tickets, tokens, deadline)
+        self._open.add(answers)
+        if self._stopped is not None:  # meanwhile
+            answers.cut(self._stopped)
+        return answers
+
+    def forget(self, answers: Answers) -> None:
+        """These are no longer under way."""
+        if answers in self._open:
+            self._open.remove(answers)
+            self._rows -= len(answers)
+
+    def stop(self) -> None:
+        """Cuts off what is under way, and what still comes: the server ends."""
+        self._stopped = ApiError(503, "the server ends before this answer", code="shutdown")
+        for answers in list(self._open):
+            answers.cut(self._stopped)
+
+    def _token_limit(self, prompt: Sequence[int], asked: SamplingFields) -> int:
+        """How many tokens an answer to `prompt` may have.
+
+        Raises:
+            ApiError: 400, more than the context holds were asked for.
+        """
+        context, wanted, field = self.engine.context_length, asked.token_limit, asked.limit_field
+        left = context - len(prompt)
+        if field is not None and wanted is not None and wanted > left:
+            raise bad_field(
+                f"{field} is {wanted}, and the model's context is {context} tokens, of which the "
+                f"prompt takes {len(prompt)}: ask for at most {left}, or leave {field} out",
+                field,
+                code="context_length_exceeded",
+            )
+        return min(wanted or left, left)
+
+
+def finish_reason(piece: Piece) -> FinishReason | None:
+    """Why an answer ended, in OpenAI's words; None as long as it has not."""
+    if piece.finish_reason is None:
+        return None
+    return "stop" if piece.finish_reason == "stop" else "length"

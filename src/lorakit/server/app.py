@@ -1,0 +1,178 @@
+"""The application: every route, with the description that clients and tests read (OpenAPI)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from lorakit.engine.engine import Engine
+from lorakit.server import errors, guarded_routes, page
+from lorakit.server.adapters import Shelf
+from lorakit.server.answers import Desk
+from lorakit.server.chat import chat
+from lorakit.server.completions import complete
+from lorakit.server.errors import ApiError
+from lorakit.server.gate import Gate
+from lorakit.server.guarded_routes import Guard, Level, needs
+from lorakit.server.hosts import Hosts
+from lorakit.server.keys import Keys
+from lorakit.server.metrics import CONTENT_TYPE, Metrics
+from lorakit.server.options import ServerOptions
+from lorakit.server.payloads import (
+    ChatRequest,
+    CompletionRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
+from lorakit.server.prompts import Prompts
+from lorakit.server.replies import (
+    ChatCompletion,
+    Completion,
+    ErrorReply,
+    Health,
+    ModelCard,
+    ModelList,
+)
+from lorakit.server.turns import Turns
+from lorakit.version import __version__
+
+_REASONS = {
+    400: "The request cannot be answered as it is.",
+    401: "The key is missing or wrong.",
+    403: "The key does not do, or the server was not started for this.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    429: "Too much is under way: ask again after the seconds in Retry-After.",
+    500: "The answer failed, and no other one with it.",
+    503: "The server ends, or the engine has stopped.",
+}
+
+_STREAMED = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": "A chunk, or [DONE]."}},
+            "required": ["data"],
+        }
+    }
+}
+
+
+def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
+    """The application over `engine`, and the desk where its requests lie."""
+    metrics = Metrics(engine)
+    desk = Desk(engine, options.limits, metrics)
+    prompts = Prompts(engine)
+    shelf = Shelf(engine, options.adapter_root)
+    app = FastAPI(
+        title="lorakit serve",
+        version=__version__,
+        description="OpenAI's API over one base model and its adapters; `model` names the adapter.",
+        openapi_url=None,  # a route below, as what FastAPI would add nothing guards
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    app.state.turns = Turns("lorakit-bodies")
+    guarded_routes.install(app, Guard(desk, Keys(options.api_key, options.admin_key)))
+    hosts = Hosts(options.host, options.allowed_hosts, has_key=options.api_key is not None)
+    app.add_middleware(Gate, hosts=hosts, metrics=metrics)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
+        dependencies=needs(Level.API_KEY),
+    )
+    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+        """The model's turn in a conversation."""
+        return await chat(request, asked, desk, prompts)
+
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
+        dependencies=needs(Level.API_KEY),
+    )
+    async def completions(request: Request, asked: CompletionRequest) -> Response:
+        """How the model goes on from a text."""
+        return await complete(request, asked, desk, prompts)
+
+    @app.get("/v1/models", responses=_errors(401, 429, 503), dependencies=needs(Level.API_KEY))
+    async def models() -> ModelList:
+        """The base and its adapters."""
+        return shelf.models()
+
+    @app.get(
+        "/v1/models/{model:path}",
+        responses=_errors(401, 404, 429, 503),
+        dependencies=needs(Level.API_KEY),
+    )
+    async def model(model: str) -> ModelCard:
+        """One of them."""
+        return shelf.model(model)
+
+    @app.post(
+        "/v1/load_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=_errors(400, 401, 403, 408, 413, 429, 503, beside_text=True),
+        dependencies=needs(Level.ADMIN_KEY),
+    )
+    async def load_lora_adapter(asked: LoadAdapterRequest) -> PlainTextResponse:
+        """Serve one more adapter, or a new version of one."""
+        return PlainTextResponse(await shelf.load(asked))
+
+    @app.post(
+        "/v1/unload_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=_errors(400, 401, 403, 404, 408, 413, 429, 503, beside_text=True),
+        dependencies=needs(Level.ADMIN_KEY),
+    )
+    async def unload_lora_adapter(asked: UnloadAdapterRequest) -> PlainTextResponse:
+        """Serve an adapter no longer."""
+        return PlainTextResponse(await shelf.unload(asked))
+
+    @app.get(
+        "/health",
+        response_model=Health,
+        responses=_errors(503),
+        dependencies=needs(Level.ANYONE, when_busy=True, when_ending=True),
+    )
+    async def health() -> JSONResponse:
+        """Whether the server takes requests."""
+        if desk.draining:
+            raise ApiError(503, "the server ends", code="shutdown")
+        if not engine.alive():
+            raise ApiError(503, "the engine has stopped: start the server again", code="stopped")
+        return JSONResponse({"status": "ok"})
+
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses=_errors(401, beside_text=True),
+        dependencies=needs(Level.API_KEY, when_busy=True, when_ending=True),
+    )
+    async def figures() -> Response:
+        """What the server counts, for Prometheus."""
+        return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=needs(Level.API_KEY))
+    async def description() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    page.install(app)
+    return app, desk
+
+
+def _errors(*statuses: int, beside_text: bool = False) -> dict[int | str, dict[str, Any]]:
+    form: dict[str, Any] = {"model": ErrorReply}
+    if beside_text:  # FastAPI would give the errors of such a route the type of its text
+        schema = {"$ref": f"#/components/schemas/{ErrorReply.__name__}"}
+        form = {"content": {"application/json": {"schema": schema}}}
+    # "4XX" also keeps FastAPI from adding its own 422, which is never sent here.
+    replies: dict[int | str, dict[str, Any]] = {"4XX": {**form, "description": "Refused."}}
+    for status in statuses:
+        replies[status] = {**form, "description": _REASONS[status]}
+    return replies

@@ -1,0 +1,109 @@
+"""From what a request says to the tokens that the model reads.
+
+That takes a while for a long prompt, so a thread does it, prompt by prompt and in turn
+(`turns.py`): the event loop goes on meanwhile, and a tokenizer is never used twice at once here.
+Before that, its template is rendered in another process, in turn with others of that template: one
+that takes its time holds up nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from lorakit.data.bounded_templates import TemplateTimeoutError
+from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
+from lorakit.engine.engine import Engine
+from lorakit.engine.shown import NotShownError, shown_text
+from lorakit.server.errors import ApiError, bad_field, in_words
+from lorakit.server.payloads import ChatRequest
+from lorakit.server.turns import Turns
+
+
+class Prompts:
+    """Prompts for one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._turns = Turns("lorakit-prompts")
+        self._of_templates: dict[str, Turns] = {}
+
+    async def of_chat(
+        self, adapter: str | None, asked: ChatRequest, client: str, characters: int
+    ) -> list[int]:
+        """The conversation in the template of the adapter, up to where the answer begins.
+
+        Args:
+            client: who asks, for a fair order.
+            characters: about how long the conversation is.
+
+        Raises:
+            InputError: the template refuses it.
+            ApiError: 400, the template takes too long for it, or it leaves no room in the context
+                for an answer.
+        """
+        tokenizer = self._engine.tokenizer_of(adapter)
+
+        def written() -> str:
+            messages = [message.for_template() for message in asked.messages]
+            variables = asked.chat_template_kwargs
+            return shown_text(messages, tokenizer, asked.shown_tools(), variables)
+
+        template = str(tokenizer.chat_template)
+        turns = self._of_templates.setdefault(template, Turns("lorakit-template"))
+        try:
+            text = await turns.run(written, characters, client)
+        except TemplateTimeoutError as error:
+            raise bad_field(str(error), "messages") from error
+        except NotShownError as error:
+            raise bad_field(str(error), in_words(error.place), "unsupported_value") from error
+        finally:
+            if turns.idle:
+                self._of_templates.pop(template, None)
+        work = partial(tokens_within, text, tokenizer, self._limit)
+        return await self._in_turn(work, len(text), client, "messages")
+
+    async def of_texts(
+        self, adapter: str | None, prompts: Sequence[str | list[int]], client: str
+    ) -> list[list[int]]:
+        """Each prompt's tokens; texts get the special tokens that the tokenizer adds.
+
+        Raises:
+            ApiError: 400, a token id is none of the model's, or a prompt leaves no room in the
+                context for an answer.
+        """
+        tokenizer = self._engine.tokenizer_of(adapter)
+        size, made = len(tokenizer), []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                work = partial(
+                    tokens_within, prompt, tokenizer, self._limit, add_special_tokens=True
+                )
+                prompt = await self._in_turn(work, len(prompt), client, "prompt")
+            elif len(prompt) > self._limit:
+                raise self._too_long(TooManyTokensError(len(prompt), self._limit, True), "prompt")
+            elif (highest := max(prompt)) >= size:
+                raise bad_field(f"prompt: {highest} is no token; there are {size}", "prompt")
+            made.append(prompt)
+        return made
+
+    @property
+    def _limit(self) -> int:
+        return self._engine.context_length - 1  # one token of an answer must fit
+
+    async def _in_turn(
+        self, work: Callable[[], list[int]], characters: int, client: str, param: str
+    ) -> list[int]:
+        try:
+            return await self._turns.run(work, characters, client)
+        except TooManyTokensError as error:
+            raise self._too_long(error, param) from error
+
+    def _too_long(self, error: TooManyTokensError, param: str) -> ApiError:
+        amount = f"{error.tokens}" if error.counted else f"more than {error.tokens}"
+        return bad_field(
+            f"the model's context is {self._engine.context_length} tokens, and the prompt alone "
+            f"has {amount}: shorten the prompt",
+            param,
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,303 @@
+"""From adapters to vLLM's command line: what is served, from which files, with which limits.
+
+The adapters' files are read and checked, and the base's modules are looked at without weights.
+Only an adapter that vLLM would read otherwise than it is meant is written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.chat_template import AdapterTemplate, adapter_template
+from lorakit.adapters.derived import Origin, origin, other_weights, sha256
+from lorakit.adapters.export.vllm import (
+    EMBEDDINGS,
+    Servable,
+    lora_module,
+    read_servable,
+    template_file,
+    write_copy,
+)
+from lorakit.adapters.open import trained_quantization
+from lorakit.errors import InputError, listed, one_line
+from lorakit.lora.checkpoint import INITIAL_NAME, weights_file
+from lorakit.lora.config import CONFIG_NAME
+from lorakit.models.bundled import home, usable_folder
+from lorakit.models.template_files import default_of
+from lorakit.server.access import is_loopback
+from lorakit.server.vllm.base import (
+    Base,
+    blank,
+    find_base,
+    fingerprint,
+    own_template,
+    require_context,
+    require_fit,
+    require_lora,
+    slot_bytes,
+)
+from lorakit.server.vllm.options import VllmOptions, require_sound
+
+MOST_SLOTS = 16
+"""Adapters in one batch at most: each slot takes memory of the GPU, used or not."""
+LATER = 8
+"""Slots in all, at least, where adapters can be loaded later."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The command that serves, the variables that it needs, and what the user should know."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    notices: tuple[str, ...]
+
+    def shown(self) -> str:
+        """The command for a shell, with its variables.
+
+        The key is not in it: the line takes it from `VLLM_API_KEY`, and stops without one.
+        """
+        variables = [
+            f'{name}="${{{name}:?}}"' if name == "VLLM_API_KEY" else f"{name}={shlex.quote(value)}"
+            for name, value in self.environment.items()
+        ]
+        return " ".join([*variables, shlex.join(self.command)])
+
+
+def plan(options: VllmOptions) -> Plan:
+    """Checks what `options` ask for, and writes the copies of adapters that vLLM needs.
+
+    Raises:
+        InputError: vLLM cannot serve it, or the options contradict each other.
+    """
+    require_sound(options)
+    notices: list[str] = []
+    servables = {
+        name: read_servable(folder, options.model) for name, folder in options.adapters.items()
+    }
+    origins = {name: origin(s.folder, s.plain.config) for name, s in servables.items()}
+    base, revision = _common_base(options, servables, origins)
+    if base.name in servables:
+        raise InputError(f"the base model and an adapter are both called {base.name}: rename one")
+    lora = bool(servables) or options.adapter_root is not None
+    if lora:
+        require_lora(base)
+    model = blank(base)
+    if model is None:
+        notices.append(f"{base.name} is not on this machine: nothing of it was checked")
+    else:
+        for servable in servables.values():
+            require_fit(servable, model, base)
+        if options.context_length is not None:
+            require_context(options.context_length, model, base)
+    notices += _other_weights(origins, base, model)
+    for name, folder in options.adapters.items():
+        if stored := trained_quantization(folder):
+            notices.append(
+                f"{name} was trained beside a base quantised to {stored}: vLLM serves it beside "
+                "the one that is not"
+            )
+    workspace = (options.workspace or home() / "vllm").absolute()
+    template = _template(servables, base, workspace, notices)
+
+    command = ["vllm", "serve", base.argument, f"--served-model-name={base.name}"]
+    if base.is_hub_id and revision is not None:
+        command += ["--revision", revision]
+    if lora:
+        command += _limits(servables, model, options, notices)
+    # Without this vLLM takes defaults of sampling from the model's generation_config.json.
+    command += ["--generation-config", "vllm"]
+    if template is not None:
+        command += ["--chat-template", str(template)]
+    if options.dtype is not None:
+        command += ["--dtype", options.dtype]
+    if options.context_length is not None:
+        command += ["--max-model-len", str(options.context_length)]
+    command += ["--host", options.host, "--port", str(options.port)]
+    if servables:  # last, as it takes everything up to the next option
+        command += ["--lora-modules", *_modules(servables, base, options, notices)]
+    environment = _environment(options, notices)
+    return Plan(tuple(command), environment, tuple(one_line(notice) for notice in notices))
+
+
+def _common_base(
+    options: VllmOptions, servables: Mapping[str, Servable], origins: Mapping[str, Origin]
+) -> tuple[Base, str | None]:
+    """The one base model of all, and its revision on the hub if one is recorded.
+
+    Raises:
+        InputError: the adapters are for different ones.
+    """
+    revisions = list(dict.fromkeys(s.plain.config.revision for s in servables.values()))
+    if options.model is not None:
+        recorded = {found.base_model for found in origins.values()}
+        revision = revisions[0] if recorded == {options.model} and len(revisions) == 1 else None
+        return find_base(options.model, revision), revision
+    first, *others = origins
+    base = find_base(servables[first].plain.base_model, revisions[0])
+    for other in others:
+        name, prints = servables[other].plain.base_model, _prints(origins, first, other)
+        if not _same(name, base) and not (None not in prints and len(prints) == 1):
+            raise InputError(
+                f"{first} is for {base.name} and {other} for {name}, and a server has one base: "
+                "start one for each, or give --model if they are the same"
+            )
+    if base.is_hub_id and len(revisions) > 1:
+        raise InputError(
+            f"the adapters are for the revisions {listed(map(str, revisions))} of {base.name}, "
+            "and a server has one base: start one for each, or give --model"
+        )
+    return base, revisions[0]
+
+
+def _prints(origins: Mapping[str, Origin], *names: str) -> set[str | None]:
+    return {origins[name].base_fingerprint for name in names}
+
+
+def _other_weights(origins: Mapping[str, Origin], base: Base, model: Any | None) -> list[str]:
+    """A notice for every adapter that was trained on other weights, as far as that is known."""
+    known = any(o.base_fingerprint for o in origins.values())
+    own = fingerprint(base, model) if model is not None and known else None
+    notices = []
+    for name, found in origins.items():
+        if own is not None and found.base_fingerprint is not None:
+            if found.base_fingerprint != own:
+                notices.append(other_weights(name, base.name))
+        elif found.base_model is not None and not _same(found.base_model, base):
+            notices.append(
+                f"{name} was trained on {found.base_model}: its answers are right only if "
+                f"{base.name} has the same weights"
+            )
+    return notices
+
+
+def _same(name: str, base: Base) -> bool:
+    """Whether `name` means the model `base`."""
+    if name == base.name:
+        return True
+    try:
+        other = find_base(name)
+    except InputError:
+        return False
+    return os.path.realpath(other.argument) == os.path.realpath(base.argument)
+
+
+def _template(
+    servables: Mapping[str, Servable], base: Base, workspace: Path, notices: list[str]
+) -> Path | None:
+    """The file with the chat template that all adapters were trained with, if not the base's.
+
+    Raises:
+        InputError: they were trained with different ones.
+    """
+    own = own_template(base)
+    found: dict[str | None, AdapterTemplate] = {}
+    names: dict[str | None, str] = {}
+    for name, servable in servables.items():
+        trained = adapter_template(servable.folder)
+        if base.folder is not None and (notice := trained.notice(base.name, own)):
+            notices.append(notice)
+        text = default_of(own if trained.own is None else trained.own)
+        text = text and text.strip()
+        names.setdefault(text, name)
+        if trained.own is not None:
+            found.setdefault(text, trained)
+    if len(names) > 1:
+        one, other, *_ = names.values()
+        raise InputError(
+            f"{one} and {other} have different chat templates, and vLLM has one for all: start a "
+            "server for each, or serve with --engine lorakit"
+        )
+    text, plain = next(iter(names), None), default_of(own)
+    if text is None or text == (plain and plain.strip()):
+        return None
+    notices.append(f"the chat template is that of {names[text]}, also for {base.name} alone")
+    return template_file(found[text], workspace)
+
+
+def _limits(
+    servables: Mapping[str, Servable], model: Any | None, options: VllmOptions, notices: list[str]
+) -> list[str]:
+    """The options that size vLLM's memory for adapters: ranks, slots of the GPU, the host's."""
+    later = options.adapter_root is not None
+    rank = max((servable.r for servable in servables.values()), default=16)
+    slots = min(max(len(servables), LATER if later else 1), MOST_SLOTS)
+    if model is not None:
+        size = slots * slot_bytes(model, rank) / 1e6
+        notices.append(f"{slots} slots of rank {rank} take about {size:,.0f} MB of the GPU")
+    if len(servables) > slots:
+        notices.append(
+            f"a batch holds {slots} of the {len(servables)} adapters: requests for others wait"
+        )
+    if later:
+        notices.append(f"adapters that are loaded later can have ranks up to {rank}")
+    limits = {"--max-loras": slots, "--max-lora-rank": rank}
+    limits["--max-cpu-loras"] = max(len(servables), slots)
+    return ["--enable-lora", *(word for name, n in limits.items() for word in (name, str(n)))]
+
+
+def _modules(
+    servables: Mapping[str, Servable], base: Base, options: VllmOptions, notices: list[str]
+) -> list[str]:
+    """The values of `--lora-modules`. Their JSON form names the parent in `/v1/models`."""
+    modules = []
+    for name, servable in servables.items():
+        folder = servable.folder.absolute()
+        if servable.needs_copy:
+            workspace = options.workspace or usable_folder("vllm")
+            folder = _copy(servable, workspace.absolute())
+            notices.append(
+                f"{name} is served from a copy with the same updates, {folder}, as vLLM would "
+                f"misread it: {listed(servable.needs_copy)}"
+            )
+        ends = {path.rpartition(".")[2] for path in servable.plain.pairs}
+        if special := sorted(ends.intersection(EMBEDDINGS)):
+            notices.append(
+                f"{name} adapts {listed(special)}, which vLLM takes for some models only: it says "
+                "so when it starts"
+            )
+        modules.append(lora_module(name, str(folder), base.name))
+    return modules
+
+
+def _copy(servable: Servable, workspace: Path) -> Path:
+    """The copy for vLLM, named by what the adapter's files hold, so that it is written once."""
+    others = [servable.folder / name for name in (CONFIG_NAME, INITIAL_NAME)]
+    files = [weights_file(servable.folder), *others]
+    digests = [sha256(file) for file in files if file.is_file()]
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "_", servable.folder.absolute().name)[:80]
+    folder = workspace / f"{readable}-{digest}"
+    if not folder.is_dir():
+        write_copy(servable, folder)
+    return folder
+
+
+def _environment(options: VllmOptions, notices: list[str]) -> dict[str, str]:
+    """What vLLM takes from variables: the key, which a command line would show to everybody."""
+    environment = {"VLLM_NO_USAGE_STATS": "1"}  # it reports to its makers otherwise
+    later = options.adapter_root is not None
+    environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str(later)
+    if options.api_key is not None:
+        environment["VLLM_API_KEY"] = options.api_key
+        notices.append(
+            "vLLM asks for the key under /v1 only: let a proxy pass nothing else to other machines"
+            if not is_loopback(options.host)
+            else "vLLM asks for the key under /v1 only"
+        )
+    elif os.environ.get("VLLM_API_KEY"):
+        notices.append("VLLM_API_KEY is set here, so vLLM will ask for that key")
+    if later:
+        notices.append(
+            "vLLM has neither --admin-key nor --adapter-root: whoever has the API key can load "
+            "adapters, from any folder that the server can read and from the hub, and unload them; "
+            "they are not checked (lorakit export ADAPTER --to vllm makes one that is read right)"
+        )
+    return environment
