@@ -40,8 +40,8 @@ def write_rows(path: Path, count: int) -> None:
 def measure(side: str, options: argparse.Namespace) -> Figures:
     """Tokens a second of all runs, whatever belongs to them, and the peak memory in MB."""
     from lorakit.models.load import best_device, torch_dtype
-    from lorakit.sweep.runner import Configuration
-    from lorakit.sweep.together.runner import TogetherRunner
+    from lorakit.sweeps.runner import Configuration
+    from lorakit.sweeps.together.runner import TogetherRunner
     from lorakit.training.machine import settle_in
     from lorakit.training.recipe import load_recipe
     from lorakit.training.tasks import begin

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lorakit.models.quantization import (
         prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
-    from lorakit.sweep.run import sweep as sweep
+    from lorakit.sweeps.run import sweep as sweep
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
 
@@ -84,7 +84,7 @@ _BY_MODULE = {
     "lorakit.models.quantization": ["prepare_model_for_kbit_training"],
     "lorakit.training.monitor": ["LoraMonitor"],
     "lorakit.training.run": ["train"],
-    "lorakit.sweep.run": ["sweep"],
+    "lorakit.sweeps.run": ["sweep"],
 }
 _TASKS = (
     "CausalLM",

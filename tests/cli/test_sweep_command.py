@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training.sweep.small_sweeps import sayings
 
 from command import Command
+from sweeps.small_sweeps import sayings
 
 
 def recipe_in(folder: Path, model: Path, *lines: str) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from training.together.sweeps import configurations, distance, runner_for, small, solo
 
 import lorakit
 from answered import tokens
@@ -34,6 +33,7 @@ from lorakit.models.quantization import (
 )
 from plain_adapters import save_adapter
 from small_runs import recipe, weights
+from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
 from tiny import save_tiny_encoder
 
 KINDS = ["nf4", "fp4", "int8"]

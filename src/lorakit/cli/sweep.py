@@ -73,11 +73,11 @@ def sweep(
         "engine": engine,
         "workers": workers,
     }
-    from lorakit.sweep.space.settings import load_sweep
+    from lorakit.sweeps.space.settings import load_sweep
 
     complete, wishes = load_sweep(recipe, overrides, over or (), settings)
 
-    from lorakit.sweep.run import run_sweep
+    from lorakit.sweeps.run import run_sweep
 
     gc.freeze()
     gc.enable()

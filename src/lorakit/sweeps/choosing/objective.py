@@ -1,0 +1,142 @@
+"""What the best is chosen by: the held-out loss, or a metric of `lorakit eval` over answers.
+
+A metric takes answers of every row, which is dear: it is asked of those alone that finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit import atomic
+from lorakit.data.formats import Sample
+from lorakit.errors import InputError
+from lorakit.evaluation.answers import write_answers
+from lorakit.evaluation.evaluate import references
+from lorakit.evaluation.metrics import METRICS
+from lorakit.evaluation.seq2seq import generate_targets
+from lorakit.progress import task
+from lorakit.sweeps.choosing.bootstrap import (
+    Interval,
+    loss_difference,
+    loss_interval,
+    score_difference,
+    score_interval,
+)
+from lorakit.sweeps.ground import Ground, Split
+from lorakit.sweeps.records import Record
+
+if TYPE_CHECKING:
+    from lorakit.lora import LoraModel
+
+ANSWERS_NAME = "sweep-answers.json"
+_LONGEST = 128  # tokens of an answer
+
+Score = Callable[[list[int]], float]
+
+
+def check_objective(name: str, ground: Ground) -> None:
+    """Raises InputError unless the task's rows can be scored by `name`."""
+    if name == "loss":
+        return
+    task = ground.recipe.task_type
+    if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise InputError(f"sweep.objective {name} is of answers, which {task} has none of: loss")
+    for part in ground.splits.values():
+        plain = next((s for s in part.samples if not s.messages), None)
+        if plain is not None:
+            raise InputError(f"{plain.where} is plain text, which {name} cannot score: use loss")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One number of a configuration on a split; `sign` is 1 where smaller is better, else -1."""
+
+    name: str
+    ground: Ground
+    seed: int
+
+    @property
+    def sign(self) -> int:
+        """1 where smaller is better."""
+        return 1 if self.name == "loss" else -1
+
+    def interval(self, record: Record, split: str) -> Interval:
+        """The value of a finished configuration, with its interval."""
+        part = self.ground.splits[split]
+        if self.name == "loss":
+            return loss_interval(record.last.losses[split], part.units, self.seed)
+        return score_interval(self._score(record, split), max(part.units) + 1, self.seed)
+
+    def difference(self, record: Record, other: Record, split: str) -> Interval:
+        """The value of one finished configuration less that of another."""
+        part = self.ground.splits[split]
+        if self.name == "loss":
+            mine, theirs = record.last.losses[split], other.last.losses[split]
+            return loss_difference(mine, theirs, part.units, self.seed)
+        scores = self._score(record, split), self._score(other, split)
+        return score_difference(*scores, max(part.units) + 1, self.seed)
+
+    def prepare(self, record: Record) -> None:
+        """Makes what the value is taken of: the answers, unless they are there already."""
+        path = _answers_path(record)
+        if self.name == "loss" or path.is_file():
+            return
+        folder = Path(record.configuration.recipe.output_dir)
+        name, prompts = record.configuration.name, map(_asked, self.ground.splits.values())
+        with (
+            self.ground.with_adapter(folder, record.configuration.recipe) as model,
+            task(f"answering with {name}", sum(map(len, prompts))),
+        ):
+            answers = {
+                name: self._answers(model, part) for name, part in self.ground.splits.items()
+            }
+        atomic.write_file(path, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+
+    def _answers(self, model: LoraModel, part: Split) -> list[str]:
+        """An answer to each prompt of a split."""
+        asked = _asked(part)
+        tokenizer = self.ground.begun.tokenizer
+        if self.ground.recipe.task_type == "SEQ_2_SEQ_LM":
+            return generate_targets(model, tokenizer, asked, max_new_tokens=_LONGEST)
+        written = write_answers(
+            model,
+            tokenizer,
+            [sample.prompt for sample in asked],
+            tools=[sample.tools for sample in asked],
+            max_new_tokens=_LONGEST,
+        )
+        return [one.answer for one in written]
+
+    def _score(self, record: Record, split: str) -> Score:
+        """The metric of the answers to some of the prompts."""
+        answers = json.loads(_answers_path(record).read_text(encoding="utf-8"))[split]
+        wanted = self._references(self.ground.splits[split])
+        metric = METRICS[self.name]
+        return lambda which: metric([answers[i] for i in which], [wanted[i] for i in which])
+
+    def _references(self, part: Split) -> list[list[str]]:
+        """The answers of all rows of each prompt."""
+        found: dict[int, list[Sample]] = {}
+        for sample, unit in zip(part.samples, part.units, strict=True):
+            assert isinstance(sample, Sample)
+            found.setdefault(unit, []).append(sample)
+        templated = self.ground.recipe.task_type != "SEQ_2_SEQ_LM"
+        groups = [found[unit] for unit in sorted(found)]
+        return references(self.ground.begun.tokenizer, groups, templated)
+
+
+def _answers_path(record: Record) -> Path:
+    return Path(record.configuration.recipe.output_dir) / ANSWERS_NAME
+
+
+def _asked(part: Split) -> list[Sample]:
+    """The first sample of each prompt."""
+    first: dict[int, Sample] = {}
+    for sample, unit in zip(part.samples, part.units, strict=True):
+        assert isinstance(sample, Sample)
+        first.setdefault(unit, sample)
+    return [first[unit] for unit in sorted(first)]

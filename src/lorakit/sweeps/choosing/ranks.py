@@ -1,0 +1,118 @@
+"""How small the winner may become: truncated to smaller ranks and looked at again.
+
+The smallest rank that keeps nearly all of the gain is chosen on the selection rows, and what it
+keeps is told of the others.
+"""
+
+from __future__ import annotations
+
+import shutil
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lorakit.adapters.resize import resize
+from lorakit.errors import InputError
+from lorakit.sweeps.choosing.bootstrap import Interval, loss_difference, mean_loss
+from lorakit.sweeps.ground import REPORT, SELECTION, Ground
+from lorakit.sweeps.records import Record
+from lorakit.sweeps.row_losses import SplitLosses
+
+KEPT = 0.99
+"""The share of the gain that a smaller rank has to keep."""
+_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """The winner at a rank.
+
+    Attributes:
+        kept: the share of the gain (the base's loss less the adapter's) that is left, by split.
+        report: the loss on the report rows.
+        difference: `report` less that of the whole winner.
+    """
+
+    r: int
+    kept: dict[str, float]
+    report: float
+    difference: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """The winner's own rank, the smaller ones that were tried, and the smallest that does.
+
+    `chosen` is None where none does; where it is not, the next smaller one was tried and does not.
+    """
+
+    trained: int
+    results: list[RankResult]
+    chosen: RankResult | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    @property
+    def line(self) -> str:
+        """`r=16 trained, r=6 keeps 99.2% of the gain`."""
+        if self.chosen is None:
+            return f"r={self.trained} trained, and no smaller rank keeps {KEPT:.0%} of the gain"
+        kept = self.chosen.kept[REPORT]
+        return f"r={self.trained} trained, r={self.chosen.r} keeps {kept:.1%} of the gain"
+
+
+def rank_choice(
+    winner: Record, base: SplitLosses, ground: Ground, seed: int, say: Callable[[str], None]
+) -> RankChoice | None:
+    """Truncates the winner by SVD to smaller ranks and evaluates each.
+
+    The chosen one is kept beside the winner's folder, as `<winner>-as-r6`.
+
+    Returns: None where the winner has gained nothing, or cannot be truncated; `say` tells why.
+    """
+    recipe, losses = winner.configuration.recipe, winner.last.losses
+    folder = Path(recipe.output_dir)
+    gains = {name: mean_loss(base[name]) - mean_loss(losses[name]) for name in losses}
+    if min(gains.values()) <= 0:
+        say("smaller ranks are not looked at: the winner gains nothing over the base")
+        return None
+    config = recipe.lora_config()
+    trained = max([config.r, *config.rank_pattern.values()])
+    units = ground.splits[REPORT].units
+    results: dict[int, RankResult] = {}
+
+    def enough(r: int, place: str) -> bool:
+        """Whether the rank does, by the rows that choosing may see."""
+        small = Path(place) / f"r{r}"
+        resize(folder, small, rank=r)
+        with ground.with_adapter(small, recipe) as model:
+            found = ground.losses(model)
+        kept = {n: (mean_loss(base[n]) - mean_loss(found[n])) / gains[n] for n in gains}
+        difference = loss_difference(found[REPORT], losses[REPORT], units, seed)
+        results[r] = RankResult(r, kept, mean_loss(found[REPORT]), difference)
+        say(f"r={r}: keeps {kept[REPORT]:.1%} of the gain")
+        return kept[SELECTION] >= KEPT
+
+    ranks = [r for r in _RANKS if r < trained]
+    try:
+        with TemporaryDirectory(dir=folder.parent, prefix=".ranks-", suffix=".tmp") as place:
+            # The smaller the rank, the more is cut off, so that halving finds the smallest.
+            smallest = bisect_left(ranks, True, key=lambda r: enough(r, place))
+    except InputError as error:
+        say(f"smaller ranks are not looked at: {error}")
+        return None
+    chosen = results[ranks[smallest]] if smallest < len(ranks) else None
+    if chosen:
+        kept_as = folder.with_name(f"{folder.name}-as-r{chosen.r}")
+        shutil.rmtree(kept_as, ignore_errors=True)  # of a sweep that was killed here
+        resize(folder, kept_as, rank=chosen.r)
+    return RankChoice(trained, [results[r] for r in sorted(results)], chosen)

@@ -1,0 +1,187 @@
+"""One sweep, from a recipe and what to vary to a table, in the order in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorakit.console import open_console
+from lorakit.errors import InputError, LorakitError, one_line
+from lorakit.folder_lock import locked_folder
+from lorakit.progress import showing
+from lorakit.report.sweep import write_sweep_page
+from lorakit.sweeps.choosing.bootstrap import loss_interval
+from lorakit.sweeps.choosing.halving import rungs
+from lorakit.sweeps.choosing.objective import Objective, check_objective
+from lorakit.sweeps.choosing.ranks import rank_choice
+from lorakit.sweeps.choosing.standings import standings
+from lorakit.sweeps.engines import Say, engine, require_engine
+from lorakit.sweeps.ground import SELECTION, Ground
+from lorakit.sweeps.leaderboard import leaderboard, read_leaderboard, write_leaderboard
+from lorakit.sweeps.output import check_disk, check_folder, claim_folder, require_same
+from lorakit.sweeps.publish import clean_up, publish, write_recipe
+from lorakit.sweeps.runner import Configuration
+from lorakit.sweeps.search import Search
+from lorakit.sweeps.space.configurations import check_keys, configurations
+from lorakit.sweeps.space.samplers import Changes, Sampler, sampler_of
+from lorakit.sweeps.space.settings import SweepSettings, load_sweep
+from lorakit.training.recipe import Recipe
+from lorakit.training.run import named_failures
+from lorakit.training.setup import training_arguments
+
+FEW = 50
+"""Prompts of a split: with fewer, it is said how sure a mean over them is."""
+
+
+def sweep(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *overrides: str,
+    over: Mapping[str, Any] | Iterable[str] = (),
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Trains many configurations of one adapter on one base, and says which is the best.
+
+    Args:
+        recipe: a recipe's file, or its keys as a mapping; its `sweep` block is what is not given
+            here, and its `output_dir` the folder of all.
+        overrides: `dotted.key=value`, as on the command line.
+        over: recipe keys with the values that each takes (`{"lora.r": [4, 8]}`), or with a range
+            (`{"training.learning_rate": {"low": 1e-5, "high": 1e-3}}`).
+        resume: go on with the sweep in `output_dir`, when there is one.
+        quiet: show nothing.
+        settings: the other fields of `SweepSettings`, such as `sampler`, `trials`, `prune`,
+            `objective`.
+
+    Returns: a record of each configuration, the best first, as in `leaderboard.json`.
+
+    Raises:
+        InputError: the recipe, what is swept, the data or the folder cannot be used.
+        StoppedError: Ctrl-C or SIGTERM; what was trained is saved.
+        LorakitError: training failed, or no configuration came to its end.
+    """
+    console = open_console(stderr=True, quiet=quiet, soft_wrap=True)
+    complete, wishes = load_sweep(recipe, overrides, over, settings)
+
+    def say(line: str) -> None:
+        console.print(one_line(line))
+
+    with showing(console):
+        table = run_sweep(complete, wishes, resume=resume, say=say)
+    rows: list[dict[str, Any]] = table["configurations"]
+    return rows
+
+
+def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say) -> dict[str, Any]:
+    """As `sweep`, with what `load_sweep` has read; returns all of the leaderboard."""
+    folder = Path(recipe.output_dir)
+    seed = recipe.training.seed if settings.seed is None else settings.seed
+    require_engine(settings)
+    check_keys(recipe, list(settings.over))
+    sampler = sampler_of(settings, seed)
+    draws = sampler.draw([], [])
+    configurations(recipe, draws, lambda changed: changed)  # wrong ones, before a model is loaded
+    with locked_folder(folder, partial(check_folder, folder, resume=resume), say):
+        return _run(recipe, settings, folder, seed, sampler, draws, say)
+
+
+def _run(
+    recipe: Recipe,
+    settings: SweepSettings,
+    folder: Path,
+    seed: int,
+    sampler: Sampler,
+    draws: Sequence[Changes],
+    say: Say,
+) -> dict[str, Any]:
+    """`run_sweep`, in a folder that no other process writes."""
+    require_same(folder, recipe, settings)
+    if finished := read_leaderboard(folder):
+        say(f"{folder} is finished already: nothing is left to do")
+        clean_up(folder)
+        return finished
+
+    ground = Ground(recipe, settings.selection, seed)
+    check_objective(settings.objective, ground)
+
+    def make(draws: Sequence[Changes], taken: Sequence[Configuration]) -> list[Configuration]:
+        return configurations(recipe, draws, ground.complete, taken)
+
+    total = settings.trials or len(draws)
+    first = make(draws, [])
+    _check_training(first)
+    check_disk(folder, first, ground.trained_parameters, total)
+    facts = [asdict(fact) for fact in ground.begun.data.facts]
+    claim_folder(folder, recipe, settings, {"data": facts, "base": ground.base_fingerprint})
+    shares = rungs(total, settings.reduction_factor) if settings.prune else [1.0]
+    for line in _description(ground, total, shares):
+        say(line)
+    with named_failures(folder):
+        base = ground.losses(ground.begun.model)
+        notices = _doubts(ground, base[SELECTION], seed)
+        for line in notices:
+            say(line)
+        with engine(settings, ground, seed, say) as runner:
+            search = Search(sampler, make, runner, shares, settings.reduction_factor, say)
+            records = search.run()
+        if not any(record.finished and record.diverged is None for record in records):
+            raise LorakitError(
+                "every configuration diverged: lower the learning rates, or max_grad_norm"
+            )
+        for record in records:
+            for line in publish(record, ground, base):
+                say(line)
+        objective = Objective(settings.objective, ground, seed)
+        for record in records:
+            if record.finished:
+                objective.prepare(record)
+        found = standings(records, objective)
+        winner = found[0].record
+        ranks = rank_choice(winner, base, ground, seed, say)
+        table = leaderboard(found, objective, settings, base, ranks, [*ground.notices, *notices])
+        write_recipe(folder, winner.configuration)
+        losses = {record.configuration.name: record.train_losses for record in records}
+        write_sweep_page(folder, table, losses)
+        write_leaderboard(folder, table)
+        clean_up(folder)
+    return table
+
+
+def _check_training(configurations: Sequence[Configuration]) -> None:
+    """Raises InputError for what only transformers finds wrong."""
+    for configuration in configurations:
+        try:
+            training_arguments(configuration.recipe, held_out=False)
+        except InputError as error:
+            raise InputError(f"{configuration.name}: {error}") from error
+
+
+def _description(ground: Ground, total: int, shares: Sequence[float]) -> Iterable[str]:
+    parts = ground.splits.values()
+    chosen, reported = (f"{len(part.rows)} ({max(part.units) + 1} prompts)" for part in parts)
+    yield (
+        f"{total} configurations on {ground.recipe.model}, {len(ground.begun.data.train)} rows to "
+        f"learn from; held out are {chosen} to choose by and {reported} to report on"
+    )
+    yield from ground.notices
+    if len(shares) > 1:
+        listed = ", ".join(f"{share:.0%}" for share in shares[:-1])
+        yield f"losers are stopped behind {listed} of their steps"
+
+
+def _doubts(ground: Ground, base: Sequence[tuple[float, int]], seed: int) -> list[str]:
+    """A warning where settings will be hard to tell apart."""
+    units = ground.splits[SELECTION].units
+    fewest = min(max(part.units) + 1 for part in ground.splits.values())
+    if fewest >= FEW:
+        return []
+    interval = loss_interval(base, units, seed)
+    return [
+        f"only {fewest} prompts to choose by or to report on: there the base's loss is "
+        f"{interval.mean:.3f} ± {interval.half:.3f}, and settings that differ by little may not "
+        "be told apart; hold out more rows (data.eval)"
+    ]

@@ -1,0 +1,71 @@
+"""Every adapter trained beside others is the one that `lorakit train` gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from small_runs import weights
+from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
+
+MIXED: list[dict[str, Any]] = [
+    {"lora.r": 2, "training.learning_rate": 3e-3},
+    {"lora.r": 7, "lora.lora_alpha": 3, "lora.use_rslora": True, "lora.lora_dropout": 0.3},
+    {
+        "lora.target_modules": ["q_proj", "down_proj"],
+        "lora.init_lora_weights": "gaussian",
+        "training.lr_scheduler_type": "linear",
+        "training.warmup_steps": 3,
+    },
+    {"training.per_device_train_batch_size": 3, "training.gradient_accumulation_steps": 2},
+    {"training.max_grad_norm": 0.05, "training.seed": 7, "lora.lora_dropout": 0.1},
+    {"training.optim": "sgd", "training.weight_decay": 0.1, "training.max_steps": 6},
+    {"training.loraplus_lr_ratio": 8, "lora.r": 3, "training.label_smoothing_factor": 0.2},
+    {"lora.init_lora_weights": "pissa", "training.max_steps": -1, "training.num_train_epochs": 0.4},
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "tolerance"),
+    [
+        ("lines", "float64", 1e-9),
+        ("padded", "float64", 1e-9),
+        ("packed and checkpointed", "float64", 1e-9),
+        ("lines", "float32", 2e-3),
+    ],
+)
+def test_mixed_configurations_give_the_weights_of_their_solo_runs(
+    tiny_model: Path, rows: Path, tmp_path: Path, form: str, dtype: str, tolerance: float
+):
+    values = small(tiny_model, rows, tmp_path / "base", max_steps=4) | {"dtype": dtype}
+    if form == "padded":
+        values["data"]["padding_free"] = False
+    if form == "packed and checkpointed":
+        values["data"] |= {"packing": True, "max_length": 64}
+        values["training"]["activation_checkpointing"] = True
+    sweep = configurations(values, tmp_path / "sweep", MIXED)
+    found = runner_for(values, at_once=len(sweep)).advance(sweep, 1.0)
+    for configuration in sweep:
+        progress = found[configuration.name]
+        assert (progress.step, progress.diverged) == (progress.planned, None)
+        own = weights(Path(configuration.recipe.output_dir))
+        wanted = solo(configuration, tmp_path / "solo")
+        assert distance(own, wanted) < tolerance, configuration.changes
+
+
+def test_dora_embeddings_and_noise_beside_plain_adapters_give_the_weights_of_their_solo_runs(
+    tiny_model: Path, rows: Path, tmp_path: Path
+):
+    values = small(tiny_model, rows, tmp_path / "base", max_steps=3) | {"dtype": "float64"}
+    changes = [
+        {"lora.use_dora": True, "lora.lora_dropout": 0.2},
+        {"lora.target_modules": ["embed_tokens", "k_proj"]},
+        {"lora.r": 3},
+        {"lora.r": 3, "training.neftune_noise_alpha": 5},  # trains by itself
+    ]
+    sweep = configurations(values, tmp_path / "sweep", changes)
+    runner_for(values, at_once=len(sweep)).advance(sweep, 1.0)
+    for configuration in sweep:
+        own = weights(Path(configuration.recipe.output_dir))
+        wanted = solo(configuration, tmp_path / "solo")
+        assert distance(own, wanted) < 1e-9, configuration.changes
