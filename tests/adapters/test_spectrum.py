@@ -10,10 +10,11 @@ from torch import nn
 
 import lorakit
 from lorakit.adapters.spectrum import Spectrum, spectra
-from lorakit.lora.checkpoint import INITIAL_NAME, read_adapter, read_initial
+from lorakit.lora.checkpoint import read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.locate import INITIAL_NAME
 
 
 def spectrum_of(*values: float) -> Spectrum:

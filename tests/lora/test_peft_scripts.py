@@ -100,7 +100,7 @@ def test_what_a_loader_takes_besides_does_no_harm_with_a_folder_or_an_id(
         asked.update(options)
         return str(tmp_path)
 
-    monkeypatch.setattr("lorakit.lora.folders.snapshot_download", from_the_hub)
+    monkeypatch.setattr("lorakit.lora.locate.snapshot_download", from_the_hub)
     others = dict.fromkeys((*MODEL, *PLACEMENT)) | {"torch_dtype": torch.float16}
     hub = {"revision": "main", "token": "t", "cache_dir": str(tmp_path), "local_files_only": True}
     for name in (tmp_path, "owner/name"):

@@ -23,8 +23,9 @@ from lorakit.adapters.chatglm_names import FACTORS_A, native_adapter
 from lorakit.adapters.ranks import usual_and_others
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
-from lorakit.lora.checkpoint import PICKLED_NAME, PREFIX, WEIGHTS_NAME, write_adapter
+from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.locate import PICKLED_NAME, WEIGHTS_NAME
 from lorakit.lora.target_names import written_targets
 from lorakit.lora.tensor_files import read_tensors
 from lorakit.models.names import resolve

@@ -17,14 +17,8 @@ from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
 from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
 from lorakit.folder_lock import reserves
-from lorakit.lora.checkpoint import (
-    INITIAL_NAME,
-    PICKLED_NAME,
-    WEIGHTS_NAME,
-    read_adapter,
-    write_adapter,
-)
-from lorakit.lora.config import CONFIG_NAME
+from lorakit.lora.checkpoint import read_adapter, write_adapter
+from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, PICKLED_NAME, WEIGHTS_NAME
 from lorakit.models.names import ALIASES
 from lorakit.models.template_files import ADDITIONAL, TEMPLATE_NAME
 

@@ -133,7 +133,7 @@ def _packed(path: Path) -> str:
 
 def obstacle(job: MergeJob) -> str:
     """Why the base's files cannot be merged one by one; empty where they can."""
-    from lorakit.lora.checkpoint import INITIAL_NAME
+    from lorakit.lora.locate import INITIAL_NAME
 
     if job.quantization:
         return (

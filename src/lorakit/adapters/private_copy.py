@@ -21,8 +21,7 @@ from lorakit.adapters.manifest import MANIFEST_NAME
 from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.below import Folder, OutsideError
 from lorakit.errors import InputError, LorakitError
-from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
-from lorakit.lora.config import CONFIG_NAME
+from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME
 from lorakit.models.template_files import ADDITIONAL, PROCESSOR_NAME, TEMPLATE_NAME
 
 _MB = 1 << 20

@@ -16,18 +16,13 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.lora.config import CONFIG_NAME, LoraConfig
+from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.key_names import PREFIX, as_peft_names, without_wrappers
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, PICKLED_NAME, WEIGHTS_NAME
 from lorakit.lora.misfit import misfit
 from lorakit.lora.tensor_files import read_tensors
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_NAME = "adapter_model.bin"
-"""What PEFT wrote before it wrote safetensors; it is read and never written."""
-INITIAL_NAME = "initial_factors.safetensors"
-"""The factors that PiSSA and OLoRA started from, which PEFT's files do not have."""
 
 
 class LoadResult(NamedTuple):

@@ -21,10 +21,9 @@ from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
 from lorakit.lora.config_values import as_meant, is_inert, whole
 from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
+from lorakit.lora.locate import CONFIG_NAME, locate
 from lorakit.lora.patterns import TimeLeft, check, first_match
 from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
-
-CONFIG_NAME = "adapter_config.json"
 
 _INITIALIZATIONS = re.compile(
     "gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq|corda|lora_ga|mica"
@@ -285,8 +284,6 @@ class LoraConfig(CarriedFields):
         Raises:
             InputError: there is no adapter, or its configuration cannot be used.
         """
-        from lorakit.lora.folders import locate
-
         names = {f.name for f in dataclasses.fields(cls)} - {"revision"}
         fields = {name: options.pop(name) for name in names & options.keys()}
         folder = locate(model_id, subfolder, **options)

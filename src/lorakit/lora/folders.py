@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard
 from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import (
-    INITIAL_NAME,
-    PICKLED_NAME,
-    PREFIX,
-    WEIGHTS_NAME,
-    whole,
-    write_adapter,
-)
-from lorakit.lora.config import CONFIG_NAME, LoraConfig
+from lorakit.lora.checkpoint import PREFIX, whole, write_adapter
+from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 
@@ -45,45 +37,6 @@ from lorakit import PeftModel
 model = PeftModel.from_pretrained(base_model, "this folder")
 ```
 """
-
-
-def locate(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
-    """The local folder of an adapter; an id that is no folder is fetched from the hub.
-
-    Args:
-        hub: `revision`, `token`, `cache_dir`, … of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        InputError: there is no such folder, and the hub does not give it either.
-    """
-    folder = Path(model_id)
-    looks_like_id = str(model_id).count("/") == 1 and not str(model_id).startswith((".", "/", "~"))
-    if not folder.exists() and looks_like_id:
-        inside = f"{subfolder}/" if subfolder else ""
-        files = [inside + name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME, INITIAL_NAME)]
-        try:
-            folder = Path(snapshot_download(str(model_id), allow_patterns=files, **hub))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"{model_id} is neither a folder here nor an adapter on the hub: {reason}"
-            ) from error
-    return folder / subfolder if subfolder else folder
-
-
-def upload(
-    folder: str | Path, repo_id: str, private: bool | None, token: str | bool | None, **commit: Any
-) -> str:
-    """Uploads a folder to a repository of the hub, which is made if it is missing.
-
-    Args:
-        commit: of `HfApi.upload_folder`.
-
-    Returns: the address of the commit.
-    """
-    hub = HfApi(token=token)
-    name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(hub.upload_folder(repo_id=name, folder_path=folder, **commit))
 
 
 def save_adapters(

@@ -27,7 +27,8 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import Tensors, fitted
-from lorakit.lora.folders import locate, save_adapters, upload
+from lorakit.lora.folders import save_adapters
+from lorakit.lora.locate import locate, upload
 from lorakit.lora.script_arguments import (
     SAVING,
     hub_arguments,

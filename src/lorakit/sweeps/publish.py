@@ -17,8 +17,7 @@ import yaml
 from lorakit import atomic
 from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
 from lorakit.commands import quoted
-from lorakit.lora.checkpoint import INITIAL_NAME, WEIGHTS_NAME
-from lorakit.lora.config import CONFIG_NAME
+from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME
 from lorakit.models.template_files import write_templates
 from lorakit.sweeps.choosing.bootstrap import mean_loss
 from lorakit.sweeps.ground import Ground

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from taught import save_taught_models
 from visitor import BASE, WIDE, Person, serving
 
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
+from taught import save_taught_models
 
 
 @pytest.fixture(scope="package")

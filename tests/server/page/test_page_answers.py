@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from taught import BASE_SAYS, ENDLESS_SAYS, PROMPT, SHOP_SAYS
 from visitor import BASE, LONG, Person, until
 
 from lorakit.engine.engine import Engine
+from taught import BASE_SAYS, ENDLESS_SAYS, PROMPT, SHOP_SAYS
 
 
 def test_an_adapter_and_the_base_answer_side_by_side_as_text(person: Person):

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from taught import ENDLESS_SAYS
 from visitor import BASE, LONG, PHONE, WIDE, Person, serving
 
 from browsers import FAINT, LEAST_CONTRAST
 from lorakit.engine.engine import Engine
 from lorakit.server.options import Limits
+from taught import ENDLESS_SAYS
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

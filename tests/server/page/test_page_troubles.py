@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from taught import CONTEXT, ENDLESS_SAYS, SHOP_SAYS
 from visitor import BASE, LONG, Person, serving, until
 
 from lorakit.engine.engine import Engine
 from lorakit.server.options import Limits
+from taught import CONTEXT, ENDLESS_SAYS, SHOP_SAYS
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(

@@ -9,11 +9,10 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
-from taught import CONTEXT, PROMPT
-
 from lorakit.engine.engine import Engine
 from lorakit.server.options import ServerOptions
 from lorakit.server.run import DrainingServer, listen, make_server
+from taught import CONTEXT, PROMPT
 
 LONG = CONTEXT - 1000  # tokens: some seconds
 WIDE, PHONE = (1280, 860), (360, 740)

@@ -27,8 +27,8 @@ from lorakit.adapters.export.vllm import (
 )
 from lorakit.adapters.open import trained_quantization
 from lorakit.errors import InputError, listed, one_line
-from lorakit.lora.checkpoint import INITIAL_NAME, weights_file
-from lorakit.lora.config import CONFIG_NAME
+from lorakit.lora.checkpoint import weights_file
+from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME
 from lorakit.models.bundled import home, usable_folder
 from lorakit.models.template_files import default_of
 from lorakit.server.access import is_loopback
