@@ -6,10 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from browsers import started_browser
 from tiny import make_attentive, save_tiny_model
+
+settings.register_profile("every change", max_examples=10, deadline=None)
+settings.register_profile("exhaustive", max_examples=100, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis draws few examples, unless the exhaustive tests run too (`make test-all`)."""
+    few = "not exhaustive" in config.option.markexpr
+    settings.load_profile("every change" if few else "exhaustive")
 
 
 @pytest.fixture(scope="session")

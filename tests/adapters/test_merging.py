@@ -187,7 +187,7 @@ def test_an_adapter_that_replicates_layers_is_merged_into_the_deeper_model(
     assert merged.config.num_hidden_layers == len(merged.model.layers) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_gguf_base_is_unpacked_and_merged(tmp_path: Path):
     from lorakit.models.bundled import _gguf_file
 

@@ -100,7 +100,7 @@ def test_train_reads_a_recipe_and_its_overrides(
     assert all(t.dtype == torch.float32 for t in weights.values())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_trains_the_real_model_and_writes_what_it_measured(tmp_path: Path):
     said: list[str] = []
     result = run_demo(tmp_path / "demo", said.append, train_rows=40, held_out_rows=6)

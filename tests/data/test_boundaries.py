@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -108,7 +108,6 @@ ANSWERS = st.builds("{}{}{}".format, BLANKS, WORDS, BLANKS)
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
 @given(question=WORDS.filter(str.strip), answer=ANSWERS, more=ANSWERS)
 def test_all_of_an_answer_is_learned_behind_the_tokens_that_ask_for_it(
     kind: str, template: str, question: str, answer: str, more: str

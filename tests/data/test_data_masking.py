@@ -290,7 +290,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_when_one_is_needed(bos_toke
 CONTENT = st.text(st.characters(exclude_categories=["Cs"])).map(str.strip).filter(bool)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
 def test_in_any_conversation_the_answers_are_learned_and_nothing_else(
     bundled_tokenizer: Any, turns: list[tuple[str, str]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from chat_families import FAMILIES, FOLDER, family_tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.data.formats import Message, Sample
@@ -162,7 +162,6 @@ def conversations(family: str) -> st.SearchStrategy[list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_in_any_conversation_the_answers_are_learned_and_nothing_else(
     family: str, data: st.DataObject
@@ -223,7 +222,6 @@ CALLS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("family", CALLS)
-@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(CONTENT, VALUES, max_size=3), CONTENT.filter(bool), CONTENT.filter(bool))
 def test_a_call_with_any_arguments_is_learned_whole(
     family: str, arguments: dict[str, Any], given_back: str, said: str
@@ -246,7 +244,6 @@ ROUNDS = st.lists(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=30, deadline=None)
 @given(rounds=ROUNDS, with_system=st.booleans(), ends_with_call=st.booleans())
 def test_a_mask_never_takes_from_one_message_what_is_of_another(
     family: str, rounds: list[Any], with_system: bool, ends_with_call: bool

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from families import output, to_peft, wrap
@@ -157,7 +157,6 @@ def some_updates(seed: int, ranks: list[int], weights: list[float]) -> list[Upda
     return [Update(draw(r, 9), draw(7, r), 0.5, w) for r, w in zip(ranks, weights, strict=True)]
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 99),
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.eva import get_eva_state_dict
@@ -184,7 +184,6 @@ def test_padding_and_prompts_do_not_count_for_eva(model):
         torch.testing.assert_close(A, second[name])
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     d=st.integers(2, 12),
@@ -211,7 +210,6 @@ def test_an_incremental_decomposition_of_all_directions_is_exact(sizes, d, seed)
     torch.testing.assert_close(svd.explained_variance_ratio.sum().item(), 1.0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     ratios=st.dictionaries(
         st.text("abcde", min_size=1, max_size=3),

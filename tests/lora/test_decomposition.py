@@ -5,7 +5,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -103,7 +103,6 @@ def test_orthogonal_factors_are_pefts_on_the_same_seed(shape: tuple[int, int]):
     assert torch.equal(B, factors(layer)[1])
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, share=st.floats(0, 1), scaling=st.floats(0.1, 8), seed=st.integers(0, 99))
 def test_what_pissa_makes_is_the_best_approximation(shape, share, scaling, seed):
     W = matrix(*shape, seed=seed)
@@ -119,7 +118,6 @@ def test_what_pissa_makes_is_the_best_approximation(shape, share, scaling, seed)
         torch.testing.assert_close(A.norm(), B.norm(), **nearly)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_what_olora_makes_is_a_projection_of_the_weight(shape, share, seed):
     W = matrix(*shape, seed=seed)
@@ -129,7 +127,6 @@ def test_what_olora_makes_is_a_projection_of_the_weight(shape, share, seed):
     torch.testing.assert_close(A, B.T @ W, **nearly)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, half=st.integers(1, 6), seed=st.integers(0, 99))
 def test_orthogonal_factors_are_not_zero_and_their_product_is(shape, half, seed):
     torch.manual_seed(seed)
@@ -166,7 +163,6 @@ def test_levels_ascend_from_minus_one_to_one_and_have_a_zero(bits: int):
     assert (levels[0], levels[2 ** (bits - 1) - 1], levels[-1]) == (-1, 0, 1)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 99))
 def test_every_value_goes_to_the_nearest_level_of_its_block(shape, bits, seed):
     W = matrix(*shape, seed=seed)
@@ -178,7 +174,6 @@ def test_every_value_goes_to_the_nearest_level_of_its_block(shape, bits, seed):
         torch.testing.assert_close(normal_float(quantized, bits), quantized, **nearly)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 99))
 def test_eight_bits_are_whole_steps_of_each_rows_largest_value(shape, seed):
     W = matrix(*shape, seed=seed).half().double()
@@ -238,7 +233,6 @@ def test_loftq_takes_the_scaling_into_account_when_it_is_told():
 # --- CorDA and LoRA-GA ----------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
 @given(shape=shapes, share=st.floats(0, 1), scaling=st.floats(0.1, 8), seed=st.integers(0, 99))
 def test_cordas_two_modes_are_the_two_ends_of_one_decomposition(shape, share, scaling, seed):
     W, X = matrix(*shape, seed=seed), matrix(3 * shape[1], shape[1], seed=seed + 100)
@@ -299,7 +293,6 @@ def test_leading_directions_are_those_of_the_whole_decomposition(shape: tuple[in
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, k=st.integers(1, 12), rank=st.integers(0, 4), seed=st.integers(0, 99))
 def test_directions_in_which_there_is_nothing_are_left_out(shape, k, rank, seed):
     X = matrix(shape[0], rank, seed=seed) @ matrix(rank, shape[1], seed=seed + 100)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,7 +39,6 @@ def test_a_new_layer_computes_what_its_base_does_and_trains_its_factors_alone():
     assert torch.equal(base.weight, frozen)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     d_in=st.integers(1, 9),
     d_out=st.integers(1, 9),

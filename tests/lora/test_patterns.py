@@ -78,7 +78,7 @@ def outcome(action: Callable[[], object]) -> object:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(patterns)
 def test_every_way_of_matching_is_that_of_pefts_expressions(pattern: str):
     for name in NAMES:
@@ -93,7 +93,6 @@ def test_every_way_of_matching_is_that_of_pefts_expressions(pattern: str):
         assert layer_index(pattern, name) == (int(index["index"]) if index else None)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from([*NAMES, *map(re.escape, NAMES), "q.proj", "^q_proj", ".*q_proj"])))
 def test_the_first_of_many_patterns_is_the_one_that_peft_takes(drawn: list[str]):
     keys = list(dict.fromkeys(drawn))

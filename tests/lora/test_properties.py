@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -32,7 +32,6 @@ def make(sizes: tuple[int, int, int], dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(d_in, hidden), nn.Tanh(), nn.Linear(hidden, d_out)).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.tuples(SIZES, SIZES, SIZES), DTYPES, ADAPTERS, st.data())
 def test_rows_of_a_batch_are_what_each_adapter_gives_alone(sizes, dtype, adapters, data):
     torch.manual_seed(0)
@@ -62,7 +61,6 @@ def test_rows_of_a_batch_are_what_each_adapter_gives_alone(sizes, dtype, adapter
         assert torch.equal(own, other)
 
 
-@settings(max_examples=25, deadline=None)
 @given(ADAPTERS, st.lists(st.integers(-3, 3), min_size=4, max_size=4))
 def test_a_linear_combination_is_the_sum_of_the_updates(adapters, weights):
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ def test_a_damaged_bundled_file_is_refused_with_the_command_that_mends_it(tmp_pa
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_first_runs_at_once_convert_the_bundled_model_once_and_whole(tmp_path: Path):
     code = "import lorakit; lorakit.load_model('smollm2-135m-instruct')"
     environment = os.environ | {"LORAKIT_HOME": str(tmp_path)}
@@ -150,7 +150,7 @@ def test_two_first_runs_at_once_convert_the_bundled_model_once_and_whole(tmp_pat
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_bundled_model_is_plain_and_answers():
     model, tokenizer = lorakit.load_model("smollm2-135m-instruct", "float32")
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
@@ -162,7 +162,7 @@ def test_the_bundled_model_is_plain_and_answers():
     assert "Paris" in answer
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_gguf_file_loads_as_plain_linear_layers():
     from lorakit.models.bundled import _gguf_file
 

@@ -30,7 +30,7 @@ def batch(*lengths: int) -> dict[str, torch.Tensor]:
     return LineCollator()([TokenizedRow(row, [-100, *row[1:]], "") for row in rows])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_step_is_the_same_and_other_lengths_compile_nothing_anew(
     tiny_model: Path, checkpointing: bool
@@ -88,7 +88,7 @@ def test_what_cannot_be_compiled_is_an_error_where_asked_for_and_else_a_notice(
         choose(True, single, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_run_resumes_to_the_bytes_of_an_undisturbed_one(
     tiny_model: Path, tmp_path: Path
 ):

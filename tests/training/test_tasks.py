@@ -406,7 +406,7 @@ def test_a_model_without_the_tasks_form_is_named(make: Any, tiny_model: Path):
         lorakit.train(values)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_encoder_learns_a_task_far_beyond_the_most_frequent_label(tmp_path: Path):
     draw = random.Random(0)
     words = {

@@ -105,7 +105,7 @@ def test_q8_0_is_what_llama_cpp_itself_makes_of_the_float32_file(tmp_path: Path)
     assert own == other
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_bundled_model_with_ranks_and_rslora(tmp_path: Path):
     alias = "smollm2-135m-instruct"
     adapter = save_adapter(

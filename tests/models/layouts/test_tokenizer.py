@@ -79,7 +79,7 @@ def test_ids_of_english_and_chinese_text_are_sentencepieces_behind_the_two_marks
         assert fast.decode(sp.encode(text)) == sp.decode(sp.encode(text))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(text=TEXTS)
 def test_ids_of_any_text_are_sentencepieces(fast: Any, sp, text: str):
     found = fast(text, add_special_tokens=False, split_special_tokens=True)
@@ -256,7 +256,7 @@ def test_glm_4s_ids_are_tiktokens(glm4: Any, tik: tiktoken.Encoding):
         assert glm4.decode(tik.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(text=TEXTS)
 def test_glm_4s_ids_of_any_text_are_tiktokens(glm4: Any, tik: tiktoken.Encoding, text: str):
     found = glm4(text, add_special_tokens=False, split_special_tokens=True)
