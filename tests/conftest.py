@@ -1,5 +1,6 @@
 """What tests of several folders share: a tiny model, that model made to listen, a browser."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis draws few examples, unless the exhaustive tests run too (`make test-all`)."""
     few = "not exhaustive" in config.option.markexpr
     settings.load_profile("every change" if few else "exhaustive")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: each training run would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 
 
 def recipe(model: Path, rows: Path, output: Path, **training: Any) -> dict[str, Any]:
+    """Six steps, without sample answers: they take as long as the rest."""
     return {
         "model": str(model),
         "dtype": "float32",
         "data": {"train": str(rows), "eval": 0.25},
         "lora": {"r": 4, "lora_alpha": 8},
         "training": {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2} | training,
+        "samples": 0,
         "output_dir": str(output),
     }
 

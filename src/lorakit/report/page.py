@@ -10,6 +10,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def render(run: RunRecord) -> str:
     return environment().get_template("report.html.jinja").render(_content(run))
 
 
+@cache
 def environment() -> Environment:
     """Templates that escape what they are given, and take nothing that is not given."""
     return Environment(
