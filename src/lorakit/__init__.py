@@ -6,6 +6,7 @@ The names below are loaded when they are first used, so that `import lorakit` st
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import lorakit.models.quantization  # registers the formats of weights
 from lorakit.version import __version__
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from lorakit.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from lorakit.models.auto import AutoTokenizer as AutoTokenizer
     from lorakit.models.load import load_model as load_model
-    from lorakit.models.quantization import (
+    from lorakit.models.quantization.prepare import (
         prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
     from lorakit.sweeps.run import sweep as sweep
@@ -81,7 +82,7 @@ _BY_MODULE = {
     "lorakit.lora.recommend": ["recommended_config"],
     "lorakit.models.auto": ["AutoModelForCausalLM", "AutoTokenizer"],
     "lorakit.models.load": ["load_model"],
-    "lorakit.models.quantization": ["prepare_model_for_kbit_training"],
+    "lorakit.models.quantization.prepare": ["prepare_model_for_kbit_training"],
     "lorakit.training.monitor": ["LoraMonitor"],
     "lorakit.training.run": ["train"],
     "lorakit.sweeps.run": ["sweep"],
@@ -102,7 +103,7 @@ _PEFT_NAMES = {
 }
 _HOMES = {name: module for module, names in _BY_MODULE.items() for name in names}
 
-__all__ = [*sorted([*_HOMES, *_PEFT_NAMES]), "__version__"]
+__all__ = [*sorted([*_HOMES, *_PEFT_NAMES]), "__version__", "lorakit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ from torch import nn
 from families import wrap
 from lorakit import LoraConfig, LoraMonitor, PeftModel, get_peft_model
 from lorakit.errors import InputError
-from lorakit.lora.layers.quantized import LoraQuantizedLinear, dequantized
+from lorakit.lora.layers.quantized import LoraQuantizedLinear
+from lorakit.weight_formats import dequantized
 
 KINDS = ["nf4", "nf4 twice", "fp4", "int8"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -102,7 +103,7 @@ def test_exact_beside_the_dequantised_product(base, x, fields):
     plain = copy.deepcopy(base)
     for name, layer in [("first", plain.first), ("second", plain.second)]:
         whole = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        whole.weight.data = dequantized(layer.weight, getattr(layer, "state", None))
+        whole.weight.data = dequantized(layer.weight, layer)
         whole.bias = layer.bias
         setattr(plain, name, whole)
     model, exact = (
@@ -162,7 +163,7 @@ def test_merging_rounds_says_so_and_is_taken_back_to_the_byte(base, x):
     model = wrap(base, target_modules=["first"])
     layer = model.get_base_model().first
     weight, alone = layer.base_weight, model(x)
-    before = dequantized(weight, getattr(layer.base_layer, "state", None))
+    before = dequantized(weight, layer.base_layer)
     exact = before + layer.get_delta_weight("default")
     for _ in range(3):
         with pytest.warns(UserWarning, match="rounds its weight again"):
@@ -201,7 +202,7 @@ def test_a_start_from_the_weight_takes_it_as_it_is_stored(base, x, how):
 def test_the_monitor_measures_the_numbers_that_the_weight_stands_for(base):
     model = wrap(base, target_modules=["first"])
     layer = model.get_base_model().first
-    W = dequantized(layer.base_weight, getattr(layer.base_layer, "state", None))
+    W = dequantized(layer.base_weight, layer.base_layer)
     assert LoraMonitor(model).measure()["first"].weight_norm == pytest.approx(W.norm().item())
 
 
@@ -213,7 +214,7 @@ def test_loftq_wants_a_whole_weight(base):
 def test_dora_lengthens_the_weight_as_it_is_stored(base, x):
     model = wrap(base, target_modules=["first"], use_dora=True).train()
     layer = model.get_base_model().first
-    W = dequantized(layer.base_weight, getattr(layer.base_layer, "state", None))
+    W = dequantized(layer.base_weight, layer.base_layer)
     V = W + layer.get_delta_weight("default")
     length = layer.lora_magnitude_vector["default"].weight
     with torch.no_grad():

@@ -22,15 +22,12 @@ from lorakit.adapters.open import open_adapter
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
-from lorakit.lora.layers.quantized import dequantized
 from lorakit.lora.parameters import count_parameters
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_for_task
-from lorakit.models.quantization import (
-    Quantization,
-    as_quantization,
-    prepare_model_for_kbit_training,
-)
+from lorakit.models.quantization.prepare import prepare_model_for_kbit_training
+from lorakit.models.quantization.settings import Quantization, as_quantization
+from lorakit.weight_formats import dequantized
 from plain_adapters import save_adapter
 from small_runs import recipe, weights
 from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
@@ -64,8 +61,7 @@ def rounded_by_hand(path: Path, kind: str) -> Any:
     plain, tokenizer = lorakit.load_model(str(path), "float32")
     for name in quantised(model):
         layer = model.get_submodule(name)
-        state = getattr(layer, "state", None)
-        plain.get_submodule(name).weight.data = dequantized(layer.weight, state)
+        plain.get_submodule(name).weight.data = dequantized(layer.weight, layer)
     return plain, tokenizer
 
 
@@ -249,7 +245,7 @@ def test_a_gguf_file_is_unpacked_and_quantised(tmp_path: Path):
     whole, _ = lorakit.load_model(file, "float32")
     for name in quantised(model):
         layer, weight = model.get_submodule(name), whole.get_submodule(name).weight
-        rounded = dequantized(layer.weight, layer.state)
+        rounded = dequantized(layer.weight, layer)
         assert (rounded - weight).abs().max() <= weight.abs().max() / 200
     assert fingerprint(model) is None  # whose shapes and names only transformers knows
     adapter = save_adapter(file, tmp_path / "adapter", target_modules="all-linear")

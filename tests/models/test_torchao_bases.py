@@ -15,7 +15,8 @@ from lorakit.adapters.open import open_adapter
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
-from lorakit.lora.layers.quantized import LoraQuantizedLinear, dequantized, from_torchao
+from lorakit.lora.layers.quantized import LoraQuantizedLinear
+from lorakit.weight_formats import dequantized, format_of
 from plain_adapters import save_adapter
 from small_runs import recipe
 
@@ -52,7 +53,7 @@ def unpacked(folder: Path) -> Any:
     model, _ = lorakit.load_model(str(folder), "float32")
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            if from_torchao(weight):
+            if format_of(weight):
                 setattr(module, name, nn.Parameter(dequantized(weight), requires_grad=False))
     return model
 

@@ -24,7 +24,7 @@ from lorakit.lora.layers.rows import row_blocks
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.folders import shards_in
 from lorakit.models.load import stored_dtype
-from lorakit.models.quantization import UNQUANTIZED
+from lorakit.models.quantization.settings import UNQUANTIZED
 from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import file_names
 

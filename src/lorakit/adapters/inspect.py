@@ -217,7 +217,7 @@ def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | No
     """
     from lorakit.models.fingerprint import fingerprint_of_skeleton
     from lorakit.models.folders import shards_in
-    from lorakit.models.load import CLASSIFICATION
+    from lorakit.models.forms import CLASSIFICATION
     from lorakit.models.shards import all_tensors
 
     try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorakit.adapters.survival import Survival
-    from lorakit.models.quantization import Quantization
+    from lorakit.models.quantization.settings import Quantization
     from lorakit.models.shards import StoredTensor
 
 # What is copied besides the weights; the rest of a model's folder is for other frameworks, or

@@ -15,7 +15,7 @@ from lorakit.adapters.derived import Derivation, other_weights, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.errors import BASE_OPTION, InputError
-from lorakit.models.quantization import UNQUANTIZED, Quantization, as_quantization
+from lorakit.models.quantization.settings import UNQUANTIZED, Quantization, as_quantization
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
     """
     from lorakit.adapters.chatglm_names import refuse_original_names
     from lorakit.lora.checkpoint import read_adapter
-    from lorakit.models.load import CLASSIFICATION, FORMS
+    from lorakit.models.forms import CLASSIFICATION, FORMS
 
     config, tensors = read_adapter(folder)
     refuse_original_names(folder, tensors)
@@ -111,7 +111,7 @@ def open_adapter(
     from lorakit.lora.vocabulary import vocabulary_size
     from lorakit.models.fingerprint import fingerprint
     from lorakit.models.load import load_for_task, torch_dtype
-    from lorakit.models.quantization import dequantized
+    from lorakit.models.quantization.prepare import dequantized_model
 
     files = read_files(folder, base)  # a damaged adapter is said before a model is loaded
     manifest, name = files.manifest, files.base_model
@@ -129,7 +129,7 @@ def open_adapter(
     own = fingerprint(model, without=loaded.new_modules)
     notices: list[str] = []
     if dequantize:
-        model = dequantized(model, torch_dtype(dtype, str(model.device)))
+        model = dequantized_model(model, torch_dtype(dtype, str(model.device)))
     if record and own and record.base_fingerprint not in (None, own):
         notices.append(other_weights(folder, name))
     added = add_rows(model, files)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check_weights(adapters: Sequence[AdapterFiles], weights: Sequence[float]) -> None:
     """Raises InputError unless each adapter has a weight that it can be multiplied by."""
-    from lorakit.models.load import CLASSIFICATION
+    from lorakit.models.forms import CLASSIFICATION
 
     if len(weights) != len(adapters):
         raise InputError(f"--weights: {len(weights)} numbers for {len(adapters)} adapters")

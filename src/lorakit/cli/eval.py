@@ -55,7 +55,7 @@ def evaluate(
     from lorakit.adapters.open import open_adapter
     from lorakit.data.splits import MEASURED
     from lorakit.lora.checkpoint import read_config
-    from lorakit.models.load import CLASSIFICATION
+    from lorakit.models.forms import CLASSIFICATION
 
     task_type = read_config(adapter).task_type
     manifest = read_manifest(adapter)

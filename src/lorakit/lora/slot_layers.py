@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lorakit.lora.layers.quantized import is_quantized
+from lorakit.weight_formats import is_quantized
 
 if TYPE_CHECKING:
     from lorakit.lora.slots import AdapterSlots

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.folders import shards_in, templates_in
-from lorakit.models.load import FORMS, causal_form
+from lorakit.models.forms import FORMS, causal_form
 from lorakit.models.names import ModelSource, resolve
+from lorakit.models.quantization.backend import backends
 from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import blank_model, read_base_config
 from lorakit.models.template_files import default_of
@@ -136,13 +137,12 @@ def _quantization(config: PreTrainedConfig) -> str | None:
     if settings is None:
         return None
     values = settings if isinstance(settings, dict) else settings.to_dict()
-    more = [values.get("bnb_4bit_quant_type"), values.get("quant_type")]
-    if values.get("load_in_8bit"):
-        more = ["int8"]
+    method = values.get("quant_method", "in an unknown way")
+    known = [backend for backend in backends() if backend.method == method]
+    more = [b.described(values) for b in known] if known else [values.get("quant_type")]
     if isinstance(values.get("bits"), int):
         more.append(f"{values['bits']} bits")
-    parts = [values.get("quant_method", "in an unknown way"), *more]
-    return " ".join(str(part) for part in parts if isinstance(part, str))
+    return " ".join(str(part) for part in [method, *more] if isinstance(part, str))
 
 
 def _tasks(config: PreTrainedConfig) -> list[str]:

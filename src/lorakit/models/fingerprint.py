@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.models.quantization import quantized_when_loaded
+from lorakit.models.quantization.prepare import quantized_when_loaded
+from lorakit.weight_formats import dequantized
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,8 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str | None:
 
 
 def _first_numbers(parameter: torch.Tensor) -> torch.Tensor:
-    from lorakit.lora.layers.quantized import dequantized, from_torchao
-
-    plain = dequantized(parameter) if from_torchao(parameter) else parameter
+    # Packed values that are no floating numbers are taken as they are stored.
+    plain = dequantized(parameter) if parameter.is_floating_point() else parameter
     return plain.detach().flatten()[:_SAMPLED]
 
 

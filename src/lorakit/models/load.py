@@ -18,16 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, first_line, listed
 from lorakit.models.folders import config_in, model_in, tokenizer_in
+from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_options
 from lorakit.models.inside import base_model
 from lorakit.models.names import resolve
-from lorakit.models.quantization import (
-    Quantization,
-    as_quantization,
-    keep_exact,
-    kept_whole,
-    loading_options,
-    quantize_again,
-)
+from lorakit.models.quantization.prepare import keep_exact
+from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options
+from lorakit.models.skeleton import kept_whole
 from lorakit.progress import task, track
 
 if TYPE_CHECKING:
@@ -35,16 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-
-FORMS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-"""transformers' class for each of PEFT's task types that lorakit trains."""
-
-CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclass(frozen=True)
@@ -231,25 +217,6 @@ def _load_form(
     return model, {*info["missing_keys"], *mismatched}
 
 
-def causal_form(config: Any) -> str:
-    """The class that loads a model which writes text: one for pictures too has another."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    pictures = type(config) in AutoModelForImageTextToText._model_mapping
-    alone = type(config) in AutoModelForCausalLM._model_mapping
-    return "AutoModelForImageTextToText" if pictures and not alone else FORMS["CAUSAL_LM"]
-
-
-def label_options(labels: Sequence[str]) -> dict[str, Any]:
-    """The fields of a model's configuration that name a classifier's classes."""
-    if not labels:
-        return {}
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-
-
 def set_padding(model: Any, pad_token_id: int) -> None:
     """By this token a causal model finds the end of a row, which its classifier reads."""
     model.config.pad_token_id = pad_token_id
@@ -325,6 +292,22 @@ def stored_dtype(name: str) -> torch.dtype:
     if source.is_gguf:
         return torch.float32
     return getattr(config_in(source.path), "dtype", None) or torch.float32
+
+
+def quantize_again(model: Any, options: Mapping[str, Any]) -> Any:
+    """A loaded, plain `model` as transformers loads it with `options`; it is used up.
+
+    For models that are not read from a folder of safetensors.
+    """
+    loaded = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=dict(model.state_dict()),
+        dtype=model.dtype,
+        **options,
+    )
+    loaded.generation_config = model.generation_config
+    return loaded
 
 
 def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.folders import config_in
-from lorakit.models.load import FORMS, causal_form, label_options
+from lorakit.models.folders import config_in, shards_in
+from lorakit.models.forms import FORMS, causal_form, label_options
 from lorakit.models.remote_code import needed_code_refused, trusted
+from lorakit.models.shards import all_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -151,3 +152,19 @@ def file_names(model: PreTrainedModel, names: Iterable[str]) -> FileNames:
         else:
             unused.add(name)
     return FileNames(stored, frozenset(converted), frozenset(unused))
+
+
+def kept_whole(path: Path, task_type: str, labels: Sequence[str]) -> list[str]:
+    """Modules of the model at `path` that must not be quantised in its form for `task_type`.
+
+    A classifier's head is new, and so is what the model's files lack: they are trained whole.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    model = skeleton(path, task_type, labels=labels)
+    names = file_names(model, all_tensors(shards_in(path)))
+    kept = {name for name, child in model.named_children() if child is not model.base_model}
+    if not names.converted:
+        own = (name for name, _ in model.named_parameters())
+        kept |= {name.rpartition(".")[0] for name in own if name not in names.stored}
+    return sorted({*kept, *get_keys_to_not_convert(model)})

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from lorakit.errors import InputError
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
-from lorakit.lora.layers.quantized import dequantized
 from lorakit.lora.model import LoraModel
+from lorakit.weight_formats import dequantized
 
 _TOGETHER = 2**22  # numbers of A and B that are measured at once
 
@@ -89,7 +89,7 @@ class LoraMonitor(TrainerCallback):
         for name, layer in self._layers.items():
             A, B = layer.matrices(self._adapter)
             self._start[name] = (A.detach().clone(), B.detach().clone())
-            W = dequantized(layer.base_weight, getattr(layer.get_base_layer(), "state", None))
+            W = dequantized(layer.base_weight, layer.get_base_layer())
             self._weight_norms[name] = W.detach().float().norm().item()
             by_shape.setdefault((A.shape, B.shape, A.device), []).append(name)
         self._alike = [part for names in by_shape.values() for part in self._cut(names)]

@@ -30,7 +30,7 @@ from pydantic import (
 from lorakit.data.mixing import Source
 from lorakit.data.too_long import TooLong
 from lorakit.errors import InputError, did_you_mean
-from lorakit.models.quantization import Quantization, as_quantization
+from lorakit.models.quantization.settings import Quantization, as_quantization
 from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.effects import check_recipe
 from lorakit.training.key_hints import key_hint
@@ -262,7 +262,7 @@ class Recipe(_Strict):
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
         from lorakit.lora.config import LoraConfig
-        from lorakit.models.load import FORMS
+        from lorakit.models.forms import FORMS
 
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}

@@ -40,8 +40,9 @@ from lorakit.data.template_clock import (
 from lorakit.data.templates import render
 from lorakit.data.too_long import Limit, fit, none_left
 from lorakit.errors import InputError, listed
+from lorakit.models.forms import CLASSIFICATION
 from lorakit.models.label_loss import LabelLoss
-from lorakit.models.load import CLASSIFICATION, load_for_task, load_model, positions_of
+from lorakit.models.load import load_for_task, load_model, positions_of
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import digest
 

@@ -10,10 +10,11 @@ from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear, is_conv1d
 from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.layers.parameter import LoraParameter
-from lorakit.lora.layers.quantized import LoraQuantizedLinear, is_quantized
+from lorakit.lora.layers.quantized import LoraQuantizedLinear
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
 from lorakit.lora.layers.tied import LoraTiedEmbedding, LoraTiedHead
 from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
+from lorakit.weight_formats import is_quantized
 
 __all__ = [
     "LoraConv",

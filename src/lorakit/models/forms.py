@@ -1,0 +1,35 @@
+"""In which form a base model is loaded: PEFT's task types and transformers' classes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+FORMS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+"""transformers' class for each of PEFT's task types that lorakit trains."""
+
+CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def causal_form(config: Any) -> str:
+    """The class that loads a model which writes text: one for pictures too has another."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    pictures = type(config) in AutoModelForImageTextToText._model_mapping
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    return "AutoModelForImageTextToText" if pictures and not alone else FORMS["CAUSAL_LM"]
+
+
+def label_options(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields of a model's configuration that name a classifier's classes."""
+    if not labels:
+        return {}
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
