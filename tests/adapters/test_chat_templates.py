@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import lorakit
 from lorakit.adapters.diff import diff
-from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
+from lorakit.adapters.export.gguf_files import export_gguf_adapter
 from lorakit.adapters.export.mlx import export_mlx
 from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.hub import selection

@@ -13,9 +13,9 @@ import lorakit
 from chatglm_folders import config, write_original
 from chatglm_modules import OriginalModules
 from command import run_lorakit
+from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.export.chatglm import export_chatglm
 from lorakit.adapters.foreign import import_adapter
-from lorakit.adapters.open import read_files
 from lorakit.errors import InputError
 from lorakit.models.layouts.chatglm.convert import convert
 from plain_adapters import save_adapter

@@ -4,7 +4,7 @@ import pytest
 from chat_families import FAMILIES, FOLDER, family_tokenizer
 
 from lorakit.data.answer_form import AnswerForm, answer_form, taught_answer
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.data.templates import ensure_template
 from tiny import byte_tokenizer
 

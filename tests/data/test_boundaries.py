@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lorakit.data.conversations import Message
 from lorakit.data.dataset import prepare
-from lorakit.data.formats import Message, Sample
 from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
+from lorakit.data.samples import Sample
 from lorakit.data.templates import render
 
 WriteRows = Callable[..., Path]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lorakit.data.column_hints import as_yaml, proposed
-from lorakit.data.formats import to_sample
+from lorakit.data.column_hints import as_yaml
+from lorakit.data.formats import proposed, to_sample
 from lorakit.data.mixing import mix
 from lorakit.data.sources import Row
 from lorakit.errors import InputError

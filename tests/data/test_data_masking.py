@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from lorakit.data.formats import Sample
 from lorakit.data.masking import IGNORE, TokenizedRow, encode, label, read, tokenize
+from lorakit.data.samples import Sample
 from lorakit.data.templates import ensure_template, render
 from lorakit.errors import InputError
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from lorakit.data.dataset import prepare
-from lorakit.data.formats import Sample
 from lorakit.data.mixing import load_samples
+from lorakit.data.samples import Sample
 from lorakit.data.texts import findings_of_texts
 from tiny import byte_tokenizer
 

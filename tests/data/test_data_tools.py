@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.data.formats import Sample, to_sample
+from lorakit.data.formats import to_sample
+from lorakit.data.samples import Sample
 from lorakit.data.sources import Row
 
 ARGUMENTS = {"city": "Cork", "days": 2}

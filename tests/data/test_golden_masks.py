@@ -17,8 +17,9 @@ from chat_families import FAMILIES, FOLDER, family_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.formats import Message, Sample
+from lorakit.data.conversations import Message
 from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
+from lorakit.data.samples import Sample
 from lorakit.data.spans import find_answers
 from lorakit.data.templates import render
 from lorakit.errors import InputError

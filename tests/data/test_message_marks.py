@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from lorakit.data.dataset import prepare
-from lorakit.data.formats import Sample, to_sample
+from lorakit.data.formats import to_sample
 from lorakit.data.masking import IGNORE, tokenize
 from lorakit.data.prompts import read_prompts
+from lorakit.data.samples import Sample
 from lorakit.data.sources import Row
 from lorakit.errors import InputError
 from tiny import byte_tokenizer

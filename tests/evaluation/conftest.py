@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.lora import LoraConfig, LoraModel
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.evaluate import evaluate

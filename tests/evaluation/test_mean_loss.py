@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.data.formats import Sample
 from lorakit.data.masking import tokenize
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.loss import mean_loss
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorakit.data.formats import Sample
 from lorakit.data.masking import tokenize
 from lorakit.data.prompts import Prompt
+from lorakit.data.samples import Sample
 from lorakit.engine.answer_all import answer_all
 from lorakit.engine.engine import Engine
 from lorakit.engine.sampling import Sampling

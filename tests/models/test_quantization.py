@@ -16,7 +16,7 @@ from answered import tokens
 from chatglm_folders import write_original
 from command import run_lorakit
 from gguf_models import save_family
-from lorakit.adapters.export.gguf_model import write_gguf
+from lorakit.adapters.export.gguf_files import write_gguf
 from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import open_adapter
 from lorakit.engine.open_engine import open_engine

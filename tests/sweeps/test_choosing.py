@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.sweeps.choosing.bootstrap import (
     loss_difference,

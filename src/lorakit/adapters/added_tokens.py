@@ -7,17 +7,15 @@ a resized model. Its tokenizer is `tokenizer.py`'s.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lorakit.adapters.adapter_files import AdapterFiles
 from lorakit.errors import BASE_OPTION, InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.targets import tied_modules
 from lorakit.lora.vocabulary import embeddings, rows_in_file, vocabulary_size
-
-if TYPE_CHECKING:
-    from lorakit.adapters.open import AdapterFiles
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
-from lorakit.adapters.open import read_files
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
 from lorakit.errors import InputError

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.adapter_files import AdapterFiles, read_files
 from lorakit.adapters.chat_template import adapter_template, common_template
-from lorakit.adapters.open import AdapterFiles, chosen_quantization, read_files
+from lorakit.adapters.open import chosen_quantization
 from lorakit.adapters.together import check_weights
 from lorakit.adapters.tokenizer import (
     TOKENIZER_FILES,

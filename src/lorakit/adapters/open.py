@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
-from lorakit.adapters.derived import Derivation, other_weights, read_derivation
+from lorakit.adapters.derived import other_weights, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.adapters.tokenizer import own_tokenizer
-from lorakit.errors import BASE_OPTION, InputError
+from lorakit.errors import InputError
 from lorakit.models.quantization.settings import UNQUANTIZED, Quantization, as_quantization
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.lora import LoraConfig, LoraModel
+    from lorakit.lora import LoraModel
 
 
 @dataclass(frozen=True)
@@ -40,49 +40,6 @@ class OpenAdapter:
     task_type: str = "CAUSAL_LM"
     labels: tuple[str, ...] = ()
     added_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """What an adapter's folder holds, read and checked, and the base model that it is for.
-
-    Fields are those of `OpenAdapter`, and the configuration and tensors under PEFT's keys.
-    """
-
-    folder: Path
-    config: LoraConfig
-    tensors: dict[str, torch.Tensor]
-    base_model: str
-    manifest: Manifest | None
-    task_type: str
-    labels: tuple[str, ...]
-
-
-def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
-    """Reads the adapter in `folder`, and no model.
-
-    Args:
-        base: the base model to use in place of the recorded one.
-
-    Raises:
-        InputError: there is no usable adapter, or it does not say its base.
-    """
-    from lorakit.adapters.chatglm_names import refuse_original_names
-    from lorakit.lora.checkpoint import read_adapter
-    from lorakit.models.forms import CLASSIFICATION, FORMS
-
-    config, tensors = read_adapter(folder)
-    refuse_original_names(folder, tensors)
-    manifest = read_manifest(folder)
-    record = manifest or read_derivation(folder)
-    name = base or (record.base_model if record else None) or config.base_model_name_or_path
-    if not name:
-        raise InputError(f"{folder} does not say which base model it is for: give {BASE_OPTION}")
-    task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
-    labels: tuple[str, ...] = ()
-    if task_type in CLASSIFICATION:
-        labels = _labels(record, tensors, folder)
-    return AdapterFiles(Path(folder), config, tensors, name, manifest, str(task_type), labels)
 
 
 def open_adapter(
@@ -175,29 +132,3 @@ def trained_quantization(folder: str | Path) -> Quantization | None:
     """How the base was quantised beside which the adapter in `folder` was trained."""
     manifest = read_manifest(folder)
     return as_quantization(manifest.recipe.get("quantization")) if manifest else None
-
-
-def _labels(
-    record: Manifest | Derivation | None,
-    tensors: Mapping[str, torch.Tensor],
-    folder: str | Path,
-) -> tuple[str, ...]:
-    """A classifier's labels by number: the record's, or as many as its head has outputs.
-
-    Raises:
-        InputError: neither says.
-    """
-    if record and record.labels:
-        try:
-            names = record.labels["id2label"]
-            return tuple(str(names[str(i)]) for i in range(len(names)))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder}: its record does not number its labels from 0") from error
-    outputs = [
-        tensor.shape[0]
-        for key, tensor in tensors.items()
-        if re.search(r"\.(classifier|score|out_proj)\.weight$", key) and "lora_" not in key
-    ]
-    if len(set(outputs)) != 1:
-        raise InputError(f"{folder} does not say which labels its classifier has")
-    return tuple(f"LABEL_{i}" for i in range(outputs[0]))  # transformers' own names

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lorakit.adapters.adapter_files import AdapterFiles
 from lorakit.adapters.added_tokens import add_rows, said_added
 from lorakit.adapters.derived import other_weights
 from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
-from lorakit.adapters.open import AdapterFiles
 from lorakit.adapters.plan import Change, Entry, NotStreamable, Plan, finish_plan, start_plan
 from lorakit.adapters.survival import Survival, sum_of_squares
 from lorakit.adapters.together import add_others

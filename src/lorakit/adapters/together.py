@@ -10,7 +10,7 @@ from lorakit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from lorakit.adapters.open import AdapterFiles
+    from lorakit.adapters.adapter_files import AdapterFiles
     from lorakit.lora import LoraModel
 
 

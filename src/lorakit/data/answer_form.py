@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.formats import Message, Sample
+from lorakit.data.conversations import Message
+from lorakit.data.samples import Sample
 from lorakit.data.spans import REASONING, find_answers
 from lorakit.data.templates import render, special_tokens
 from lorakit.errors import InputError

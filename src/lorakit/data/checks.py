@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.data.formats import Sample
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.samples import Sample
 from lorakit.data.too_long import Limit
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What columns of other names mean: a proposal for `data.columns`, or none where it is unclear.
+"""What columns of other names can mean, for proposals of `data.columns`.
 
 The names are those of public data sets (Dolly, Firefly, OpenOrca, MetaMath, XSum, SAMSum, E2E, …)
 and their Chinese like. A name counts only where it can be meant in one way.
@@ -43,29 +43,6 @@ _YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 def means(name: str, meaning: str) -> bool:
     """Whether a column of this name can hold a `meaning` (`question`, `answer`, `system`, …)."""
     return re.sub(r"[\s-]+", "_", name.strip().lower()) in _WORDS[meaning]
-
-
-def proposed(values: Mapping[str, object]) -> dict[str, str] | None:
-    """A `data.columns` for a row with these columns; None where its meaning is not clear."""
-    strings = [name for name, value in values.items() if isinstance(value, str)]
-    for name, value in values.items():
-        if means(name, "talk") and (column := _talk(value)):
-            return {column: name, **_beside(values, ("system", "tools"))}
-    answers = _meaning(strings, "answer")
-    questions, contexts = _meaning(strings, "question"), _meaning(strings, "context")
-    if not answers:
-        alone = len(strings) == 1 and means(strings[0], "text")
-        return {"text": strings[0]} if alone else None
-    if not questions:
-        # One thing that is asked about: a document, or what is called an input.
-        about = _meaning(strings, "document") or contexts or _meaning(strings, "text")
-        questions, contexts = about, []
-    if len(answers) != 1 or len(questions) != 1 or len(contexts) > 1:
-        return None
-    more = _beside(values, ("system", "history", "tools"))
-    if contexts:
-        return {"instruction": questions[0], "input": contexts[0], "output": answers[0], **more}
-    return {"prompt": questions[0], "completion": answers[0], **more}
 
 
 _UNREAD = {
@@ -116,24 +93,16 @@ def _quoted(name: str) -> str:
     return name if plain else json.dumps(name, ensure_ascii=False)
 
 
-def _meaning(names: Iterable[str], meaning: str) -> list[str]:
+def named_for(names: Iterable[str], meaning: str) -> list[str]:
+    """Those of the names that can hold a `meaning`."""
     return [name for name in names if means(name, meaning)]
 
 
-def _beside(values: Mapping[str, object], meanings: Iterable[str]) -> dict[str, str]:
+def beside(values: Mapping[str, object], meanings: Iterable[str]) -> dict[str, str]:
+    """The one column for each of the meanings, of those that have just one."""
     found = {}
     for meaning in meanings:
-        names = [n for n in _meaning(values, meaning) if isinstance(values[n], (str, list))]
+        names = [n for n in named_for(values, meaning) if isinstance(values[n], (str, list))]
         if len(names) == 1:
             found[meaning] = names[0]
     return found
-
-
-def _talk(value: object) -> str | None:
-    """The column that a list of messages belongs into, by the keys of its first."""
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, dict):
-        return None
-    if {"role", "content"} <= first.keys():
-        return "messages"
-    return "conversations" if {"from", "value"} <= first.keys() else None

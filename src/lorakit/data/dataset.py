@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
-from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.message_fields import findings_of_fields
 from lorakit.data.mixing import (
@@ -22,6 +21,7 @@ from lorakit.data.mixing import (
     mix,
     notice_of_own,
 )
+from lorakit.data.samples import Sample
 from lorakit.data.splits import HELD_OUT
 from lorakit.data.templates import ensure_template
 from lorakit.data.texts import findings_of_texts

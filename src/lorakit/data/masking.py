@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lorakit.data.boundaries import Encoded, encode_apart, encode_texts
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.data.spans import Answers, find_answers
 from lorakit.errors import InputError
 from lorakit.models.loss import IGNORE

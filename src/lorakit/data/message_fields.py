@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import SHOWN, Finding
-from lorakit.data.formats import Sample
 from lorakit.data.message_marks import MARKS
+from lorakit.data.samples import Sample
 from lorakit.data.spans import REASONING
 
 if TYPE_CHECKING:

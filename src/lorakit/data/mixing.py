@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorakit.data.column_hints import unread_cure
-from lorakit.data.formats import Sample, check_columns, recognise
+from lorakit.data.formats import check_columns, recognise
 from lorakit.data.other_objectives import refuse_other_objectives
+from lorakit.data.samples import Sample
 from lorakit.data.sources import Contents, Row, read_source
 from lorakit.data.splits import LEARNED, MEASURED
 from lorakit.errors import InputError, did_you_mean, listed

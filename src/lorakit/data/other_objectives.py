@@ -5,7 +5,7 @@ fit a format by half, and the wrong text would be learned. They are refused with
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lorakit.data.sources import Row
 from lorakit.errors import InputError, listed
@@ -21,25 +21,28 @@ _JUDGEMENTS = ("label", "kto_tag")
 _PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 
 
-def refuse_other_objectives(row: Row, columns: Mapping[str, str]) -> None:
+def refuse_other_objectives(
+    row: Row, columns: Mapping[str, str], kinds: Collection[str] = ()
+) -> None:
     """Raises InputError for a row that no answer can be learned from as it is.
 
     Args:
         columns: the recipe's `data.columns`. Whoever names a column of a pair there has chosen
             what is learned of it.
+        kinds: the kinds of rows that the objective takes, as in `RowFormat.kind`.
     """
     given = {name: value for name, value in row.values.items() if not _is_empty(value)}
     own = set(columns.values())
     pair = [name for name in given if _PAIR.fullmatch(name.strip().lower())]
     if {"instruction", "output"} <= given.keys() and _is_pair(given["output"]):
         pair.append("output")  # LLaMA-Factory's older form: the better answer first
-    if pair and not own & set(pair):
+    if pair and "preference" not in kinds and not own & set(pair):
         raise InputError(
             f"{row.where}: is a preference pair ({listed(pair, 4)}), for objectives such as DPO "
             "that lorakit does not have yet: to learn the chosen answers alone, write rows of a "
             f"prompt and that answer{_example(given)}"
         )
-    for name in _JUDGEMENTS:
+    for name in _JUDGEMENTS if "unpaired_preference" not in kinds else ():
         names = given.keys() | columns.keys()
         if name in own or not any(columns_of <= names for columns_of in _CONVERSATION):
             continue
@@ -49,7 +52,8 @@ def refuse_other_objectives(row: Row, columns: Mapping[str, str]) -> None:
                 "KTO, which lorakit does not have yet: keep the rows whose answer is desirable, "
                 f"and remove '{name}'"
             )
-    if {"prompt", "completions", "labels"} <= given.keys() and not own:
+    stepwise = {"prompt", "completions", "labels"} <= given.keys() and not own
+    if stepwise and "stepwise_supervision" not in kinds:
         raise InputError(
             f"{row.where}: has a label for each step of an answer, for a reward model of "
             "processes, which lorakit does not have: write rows of prompt and completion"

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.console import piped_text
-from lorakit.data.conversations import conversation, history, string, tools
-from lorakit.data.formats import Message, recognise, system_message
+from lorakit.data.conversations import Message, conversation, history, string, tools
+from lorakit.data.formats import recognise
 from lorakit.data.message_marks import take_marks
+from lorakit.data.samples import system_message
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError
 
@@ -80,7 +81,7 @@ def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
         text = string(row, row.values["prompt"], "'prompt'", empty=False)
         return [*system_message(row), *history(row), {"role": "user", "content": text}]
     form, row = recognise(row, columns)
-    if form.read is None:
+    if form.kind != "conversation":
         raise InputError(f"{row.where}: plain text asks nothing: give the column 'prompt'")
     return [*system_message(row), *_without_answer(form.read(row))]
 

@@ -5,8 +5,8 @@ There is no chat template in between: what a row asks is the text that the encod
 
 from typing import TYPE_CHECKING
 
-from lorakit.data.formats import Sample
 from lorakit.data.label_rows import LabelledRow
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:

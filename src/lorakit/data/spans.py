@@ -13,7 +13,7 @@ from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.data.templates import render, special_tokens
 from lorakit.errors import InputError
 

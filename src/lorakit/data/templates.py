@@ -13,7 +13,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.bounded_templates import apply_template
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.data.template_clock import show_clock
 from lorakit.errors import InputError, LorakitError
 from lorakit.models.template_files import default_of, digest

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import SHOWN, Finding
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.data.templates import special_tokens
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.engine.bounded_tokens import tokens_within
 from lorakit.engine.engine import Engine
 from lorakit.engine.requests import Ticket

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.open import chosen_quantization, open_adapter, read_files
+from lorakit.adapters.adapter_files import read_files
+from lorakit.adapters.open import chosen_quantization, open_adapter
 from lorakit.adapters.updates import read_updates
 from lorakit.engine.engine import POOL_BYTES, Engine
 from lorakit.engine.pool import require_text, why_not_beside

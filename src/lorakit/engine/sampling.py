@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import answer_form
 from lorakit.data.bounded_templates import isolated_templates
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.data.templates import render
 from lorakit.engine.bounded_tokens import tokens_within
 from lorakit.errors import InputError

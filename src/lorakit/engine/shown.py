@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.bounded_templates import isolated_templates
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.data.spans import REASONING
 from lorakit.data.template_variables import check_variables, template_source
 from lorakit.data.templates import render

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import AnswerForm, answer_form
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.engine.sampling import (
     end_tokens,
     generate,

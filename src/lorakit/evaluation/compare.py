@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.open import OpenAdapter, open_adapter
-from lorakit.data.formats import Message, Sample
+from lorakit.data.conversations import Message
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import write_answers
 from lorakit.evaluation.loss import mean_loss

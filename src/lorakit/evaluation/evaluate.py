@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import answer_form, taught_answer
-from lorakit.data.formats import Message, Sample
+from lorakit.data.conversations import Message
 from lorakit.data.mixing import count as count_of
 from lorakit.data.mixing import each
+from lorakit.data.samples import Sample
 from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import Written, write_answers

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.data.batches import Collator
-from lorakit.data.formats import Sample
 from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.data.mixing import each
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.models.loss import SupervisedLoss
 from lorakit.progress import innermost

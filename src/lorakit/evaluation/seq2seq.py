@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.data.batches import LabelCollator
-from lorakit.data.formats import Sample
 from lorakit.data.grouping import cut
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.mixing import each
+from lorakit.data.samples import Sample
 from lorakit.data.seq2seq import prompt_tokens, tokenize_pair
 from lorakit.engine.sampling import generate, greedy_settings
 from lorakit.evaluation.loss import mean_over

@@ -10,7 +10,7 @@ import torch
 
 from lorakit import atomic
 from lorakit.adapters.manifest import SAMPLES_NAME
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.seq2seq import generate_targets

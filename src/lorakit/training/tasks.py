@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorakit.data.batches import LabelCollator
 from lorakit.data.checks import findings
 from lorakit.data.dataset import PreparedData, prepare
-from lorakit.data.formats import Sample
 from lorakit.data.label_rows import notice_unseen, tokenize_sequence, tokenize_words
 from lorakit.data.labelled import (
     LabelledSample,
@@ -26,6 +25,7 @@ from lorakit.data.labelled import (
     read_labelled,
 )
 from lorakit.data.mixing import DataFacts, Source, notice_of_own
+from lorakit.data.samples import Sample
 from lorakit.data.scores import LabelScorer
 from lorakit.data.seq2seq import tokenize_pair
 from lorakit.data.sources import read_source

@@ -54,7 +54,7 @@ def test_peft_on_the_original_modules_computes_the_same(kind: str, chatglm: Path
         expected = lorakit.PeftModel.from_pretrained(model, str(adapter)).eval()(ids).logits
     adapted = peft.PeftModel.from_pretrained(OriginalModules(), tmp_path / "named")
     layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    assert len(layers) == report.modules == sum(report.ranks.values())
+    assert len(layers) == report.figures["modules"] == sum(report.figures["ranks"].values())
     merged = adapted.merge_and_unload().state_dict()
     found = PlainChatGLM(config(), merged)(ids)[0]
     assert (expected - bare).abs().max() > 0.05

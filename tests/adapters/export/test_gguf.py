@@ -12,8 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gguf_models import FAMILIES, TEXTS, TOKENIZERS, UNREAD, merging_tokenizer, save_family
-from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
-from lorakit.adapters.export.gguf_model import export_gguf_model, write_gguf
+from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model, write_gguf
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
 from lorakit.models.load import load_gguf

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gguf_models import FAMILIES, TEXTS, TOKENIZERS, save_family
-from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
-from lorakit.adapters.export.gguf_model import export_gguf_model, write_gguf
+from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model, write_gguf
 from lorakit.adapters.open import open_adapter
 from lorakit.models.names import resolve
 from plain_adapters import save_adapter

@@ -23,10 +23,10 @@ def test_files_are_mlx_lms_and_hold_the_same_update(kind: str, tiny_model: Path,
     expected = updates(adapter)
     assert {key.rpartition(".")[0] for key in tensors} == expected.keys()
     parameters = values["lora_parameters"]
-    assert report.r == parameters["rank"]
+    assert report.figures["r"] == parameters["rank"]
     for path, update in expected.items():
         a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
-        assert (a.shape[1], b.shape[0]) == (report.r, report.r)
+        assert (a.shape[1], b.shape[0]) == (parameters["rank"],) * 2
         # mlx-lm: scale * (x @ lora_a) @ lora_b
         found = (parameters["scale"] * a @ b).T
         torch.testing.assert_close(found, update, rtol=1e-5, atol=1e-6)

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gguf_models import merging_tokenizer, save_family
-from lorakit.adapters.export.gguf_adapter import export_gguf_adapter
-from lorakit.adapters.export.gguf_model import export_gguf_model
+from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model
 from lorakit.adapters.export.mlx import export_mlx
 from lorakit.adapters.export.ollama import export_ollama
 from lorakit.adapters.export.vllm import export_vllm

@@ -191,7 +191,7 @@ def test_the_folder_has_the_adapter_and_a_modelfile_that_names_the_base(tmp_path
     base = save_family(tmp_path / "base", "llama")
     adapter = save_adapter(base, tmp_path / "adapter", r=2)
     report = export_ollama(adapter, tmp_path / "orders")
-    assert report.files == ("Modelfile", "adapter.gguf")
+    assert report.figures["files"] == ("Modelfile", "adapter.gguf")
     assert report.command == f"ollama create orders -f {tmp_path / 'orders' / 'Modelfile'}"
     assert (tmp_path / "orders" / "Modelfile").read_text() == (
         f"FROM {base}\nADAPTER ./adapter.gguf\n"

@@ -20,7 +20,7 @@ def test_the_copy_has_the_same_update_in_every_module(kind: str, tiny_model: Pat
     report = export_vllm(adapter, tmp_path / "served")
     before, after = updates(adapter), updates(tmp_path / "served")
     assert before.keys() == after.keys()
-    assert report.modules == len(before)
+    assert report.figures["modules"] == len(before)
     for path in before:
         torch.testing.assert_close(after[path], before[path], rtol=1e-5, atol=1e-6)
     values = json.loads((tmp_path / "served" / "adapter_config.json").read_text())

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lorakit
 from chatglm_folders import config, corpus, ranks_file, sentencepiece_model, write_original
-from lorakit.data.formats import Sample
 from lorakit.data.masking import tokenize
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.models.layouts.chatglm.config import Generation, read_original
 from lorakit.models.layouts.chatglm.tokenizer import original_tokenizer

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.data.formats import Message
+from lorakit.data.conversations import Message
 from lorakit.data.template_clock import reads_clock
 from lorakit.data.templates import render
 from lorakit.errors import InputError, listed

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import torch
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
+from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.plain import Pair, read_plain
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
@@ -31,21 +31,8 @@ if TYPE_CHECKING:
     from transformers import GlmConfig
 
 
-@dataclass(frozen=True)
-class ChatGLMExport:
-    """What was written; `ranks` counts modules by rank, `command` is Python that loads it."""
-
-    output: str
-    modules: int
-    ranks: dict[int, int]
-    command: str
-    notices: tuple[str, ...] = ()
-
-
 @reserves("output")
-def export_chatglm(
-    adapter: str | Path, output: str | Path, *, base: str | None = None
-) -> ChatGLMExport:
+def export_chatglm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> Exported:
     """Writes `output`, an adapter with the same ΔW for the original code with PEFT.
 
     Args:
@@ -72,7 +59,7 @@ def export_chatglm(
             _config(found, scaling, config.num_hidden_layers, plain.config),
             {key: tensor for path, pair in found.items() for key, tensor in _tensors(path, pair)},
         )
-    ranks = Counter(pair.r for pair in found.values())
+    ranks = dict(sorted(Counter(pair.r for pair in found.values()).items()))
     command = (
         f"PeftModel.from_pretrained(AutoModel.from_pretrained({plain.base_model!r}, "
         f"trust_remote_code=True), {str(output)!r})"
@@ -84,9 +71,10 @@ def export_chatglm(
             "ChatGLM's original code writes prompts by itself (build_chat_input): it has no place "
             "for the adapter's chat template"
         )
-    return ChatGLMExport(
-        str(output), len(found), dict(sorted(ranks.items())), command, tuple(notices)
-    )
+    counted = ", ".join(f"{count} of rank {r}" for r, count in ranks.items())
+    summary = f"for ChatGLM's original code: {output} ({len(found)} modules: {counted})"
+    figures = {"modules": len(found), "ranks": ranks}
+    return Exported(str(output), summary, command, tuple(notices), figures)
 
 
 def _renamed(

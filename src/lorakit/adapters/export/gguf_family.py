@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """How one of transformers' model types stands in llama.cpp.
 
     `interleaves` is whether llama.cpp rotates neighbouring pairs where transformers rotates
@@ -38,20 +38,20 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(gguf.MODEL_ARCH.LLAMA, interleaves=True),  # SmolLM2 too
-    "mistral": Family(gguf.MODEL_ARCH.LLAMA, interleaves=True),
-    "qwen2": Family(gguf.MODEL_ARCH.QWEN2),
-    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
-    "gpt2": Family(gguf.MODEL_ARCH.GPT2, ("gelu_new", "gelu_pytorch_tanh")),
-    "glm": Family(gguf.MODEL_ARCH.CHATGLM),
-    "glm4": Family(gguf.MODEL_ARCH.GLM4),
+    "llama": GgufFamily(gguf.MODEL_ARCH.LLAMA, interleaves=True),  # SmolLM2 too
+    "mistral": GgufFamily(gguf.MODEL_ARCH.LLAMA, interleaves=True),
+    "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2),
+    "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3),
+    "gpt2": GgufFamily(gguf.MODEL_ARCH.GPT2, ("gelu_new", "gelu_pytorch_tanh")),
+    "glm": GgufFamily(gguf.MODEL_ARCH.CHATGLM),
+    "glm4": GgufFamily(gguf.MODEL_ARCH.GLM4),
 }
 """By `config.model_type`."""
 
 _TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2's Conv1D
 
 
-def family_of(config: PreTrainedConfig, model: str) -> Family:
+def family_of(config: PreTrainedConfig, model: str) -> GgufFamily:
     """The family of a model with this configuration.
 
     Raises:
@@ -76,7 +76,7 @@ def family_of(config: PreTrainedConfig, model: str) -> Family:
     return family
 
 
-def tensor_name(family: Family, config: PreTrainedConfig, name: str) -> str:
+def tensor_name(family: GgufFamily, config: PreTrainedConfig, name: str) -> str:
     """llama.cpp's name for the tensor `name` (`model.layers.0.self_attn.q_proj.weight`).
 
     Raises:
@@ -93,7 +93,7 @@ def tensor_name(family: Family, config: PreTrainedConfig, name: str) -> str:
 
 
 def laid_out(
-    family: Family, config: PreTrainedConfig, name: str, tensor: torch.Tensor
+    family: GgufFamily, config: PreTrainedConfig, name: str, tensor: torch.Tensor
 ) -> torch.Tensor:
     """The model's tensor as llama.cpp has it: (d_out, d_in), rotary rows interleaved."""
     if family.arch == gguf.MODEL_ARCH.GPT2 and name.endswith(_TRANSPOSED):
@@ -102,7 +102,7 @@ def laid_out(
 
 
 def interleaved(
-    family: Family, config: PreTrainedConfig, path: str, rows: torch.Tensor
+    family: GgufFamily, config: PreTrainedConfig, path: str, rows: torch.Tensor
 ) -> torch.Tensor:
     """`rows` (d_out, …) of the module at `path` in llama.cpp's order.
 
@@ -118,7 +118,9 @@ def interleaved(
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def add_hyperparameters(writer: gguf.GGUFWriter, family: Family, config: PreTrainedConfig) -> None:
+def add_hyperparameters(
+    writer: gguf.GGUFWriter, family: GgufFamily, config: PreTrainedConfig
+) -> None:
     """Writes the sizes and settings that llama.cpp builds the model from."""
     hidden: int = config.hidden_size
     head_dim: int = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -171,7 +173,7 @@ def _rope_type(config: PreTrainedConfig) -> str:
     return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
 
 
-def _rotates_alike(config: PreTrainedConfig, family: Family) -> bool:
+def _rotates_alike(config: PreTrainedConfig, family: GgufFamily) -> bool:
     known = {"default", "linear"}
     if family.arch == gguf.MODEL_ARCH.LLAMA:
         known.add("llama3")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lorakit.adapters.export.gguf_family import Family
+from lorakit.adapters.export.gguf_family import GgufFamily
 from lorakit.errors import InputError
 from lorakit.models.template_files import Templates
 
@@ -37,7 +37,7 @@ _GLM = (gguf.MODEL_ARCH.CHATGLM, gguf.MODEL_ARCH.GLM4)
 def add_tokenizer(
     writer: gguf.GGUFWriter,
     tokenizer: PreTrainedTokenizerBase,
-    family: Family,
+    family: GgufFamily,
     vocab_size: int,
     model: str,
 ) -> None:
@@ -113,7 +113,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     return [-float(rank.get(token, len(merges) + number)) for number, token in enumerate(tokens)]
 
 
-def _pre_tokenizer(rules: dict[str, Any], family: Family, model: str) -> str:
+def _pre_tokenizer(rules: dict[str, Any], family: GgufFamily, model: str) -> str:
     """llama.cpp's name (`llama-vocab.cpp`) for the rule that cuts text into words."""
     whole_first = bool(rules["model"].get("ignore_merges"))
     names = {
@@ -152,7 +152,7 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _add_special(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, family: Family
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, family: GgufFamily
 ) -> None:
     ids = tokenizer("a").input_ids
     adds_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id

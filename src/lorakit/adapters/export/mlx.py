@@ -7,7 +7,6 @@ named in `keys` in the last `num_layers` layers (`mlx_lm/tuner/utils.py`).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
+from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.plain import Pair, PlainAdapter, fitted_plain, found_at, read_plain
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
@@ -31,20 +31,8 @@ _SAME_NAMES = ("gemma", "gemma2", "glm4", "llama", "mistral", "phi3", "qwen2", "
 _LAYERS = "model.layers."
 
 
-@dataclass(frozen=True)
-class MlxExport:
-    """What was written."""
-
-    output: str
-    r: int
-    scale: float
-    modules: int
-    command: str
-    notices: tuple[str, ...] = ()
-
-
 @reserves("output")
-def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = None) -> MlxExport:
+def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = None) -> Exported:
     """Writes the folder `output`, which mlx-lm takes as `--adapter-path`.
 
     Where ranks or scalings differ, smaller ranks are filled with zeros and scalings go into
@@ -101,7 +89,8 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
             "mlx-lm takes the chat template from the model's folder: copy "
             f"{Path(output) / TEMPLATE_NAME} there, or use a merged model (lorakit merge)"
         )
-    return MlxExport(str(output), r, scale, len(plain.pairs), command, tuple(notices))
+    summary = f"for mlx-lm: {output} ({len(plain.pairs)} modules, rank {r}, scale {scale:g})"
+    return Exported(str(output), summary, command, tuple(notices), {"r": r})
 
 
 def _factors(pair: Pair, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

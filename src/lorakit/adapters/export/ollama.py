@@ -7,18 +7,17 @@ be translated is `chat_form.py`'s. Format: Ollama's docs/modelfile.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
+from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
-from lorakit.adapters.export.gguf_adapter import DTYPES, export_gguf_adapter
-from lorakit.adapters.export.gguf_model import export_gguf_model
+from lorakit.adapters.export.export_formats import Exported
+from lorakit.adapters.export.gguf_files import DTYPES, export_gguf_adapter, export_gguf_model
 from lorakit.adapters.manifest import read_manifest
-from lorakit.adapters.open import read_files
 from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.commands import quoted
 from lorakit.errors import InputError
@@ -41,17 +40,6 @@ def ollama_name(folder: str) -> str:
     return name or "adapter"
 
 
-@dataclass(frozen=True)
-class OllamaExport:
-    """What was written: the folder, its files, and the family of the chat template."""
-
-    output: str
-    files: tuple[str, ...]
-    family: str
-    command: str
-    notices: tuple[str, ...] = ()
-
-
 @reserves("output")
 def export_ollama(
     adapter: str | Path,
@@ -61,7 +49,7 @@ def export_ollama(
     merged: bool = False,
     dtype: str | None = None,
     system: str | None = None,
-) -> OllamaExport:
+) -> Exported:
     """Writes the folder `output` with a `Modelfile` and the GGUF file that it names.
 
     Args:
@@ -104,12 +92,14 @@ def export_ollama(
     if not form.takes_system:
         notices.append("the chat template takes no system message: Ollama leaves one out")
     name = ollama_name(folder_name(output))
-    return OllamaExport(
+    files = ("Modelfile", Path(written.output).name)
+    return Exported(
         str(output),
-        ("Modelfile", Path(written.output).name),
-        form.family,
+        f"for Ollama: {output} ({', '.join(files)})\n"
+        f"the chat template is of the family {form.family}, and was compared with it",
         f"ollama create {quoted(name)} -f {quoted(Path(output) / 'Modelfile')}",
         tuple(notices),
+        {"files": files},
     )
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import AdapterTemplate, exported_template
+from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.plain import Pair, PlainAdapter, fitted_plain, found_at, read_plain
 from lorakit.commands import quoted
 from lorakit.errors import InputError
@@ -49,17 +50,6 @@ class Servable:
     plain: PlainAdapter
     r: int
     needs_copy: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class VllmExport:
-    """What was written, and the command that serves it."""
-
-    output: str
-    r: int
-    modules: int
-    command: str
-    notices: tuple[str, ...] = ()
 
 
 def read_servable(adapter: str | Path, base: str | None = None) -> Servable:
@@ -119,7 +109,7 @@ def write_copy(servable: Servable, output: str | Path) -> None:
 
 
 @reserves("output")
-def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> VllmExport:
+def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> Exported:
     """Writes the adapter for vLLM into the new folder `output`, whether it needs that or not.
 
     Raises:
@@ -148,7 +138,9 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
             "--chat-template is the one that the adapter was trained with; vLLM has one for all "
             "that a server serves"
         )
-    return VllmExport(str(output), r, len(plain.pairs), command, tuple(notices))
+    modules = len(plain.pairs)
+    summary = f"for vLLM: {output} ({modules} modules, rank {r}, scaling 1)"
+    return Exported(str(output), summary, command, tuple(notices), {"r": r, "modules": modules})
 
 
 def template_file(trained: AdapterTemplate, workspace: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import atomic
-from lorakit.data.formats import Sample
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import write_answers
 from lorakit.evaluation.evaluate import references

@@ -1,0 +1,290 @@
+"""GGUF files for llama.cpp: an adapter for a base of its own (`--lora`), or base + adapter.
+
+llama.cpp multiplies `B A` by `adapter.lora.alpha / r` with the file's one alpha and each pair's
+own r (`llama_adapter_lora_weight::get_scale`), so what differs from that goes into `B`. A model is
+merged and checked by `lorakit.adapters.merge`, and written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import gguf
+import torch
+from safetensors import safe_open
+
+from lorakit import atomic
+from lorakit.adapters.chat_template import exported_template
+from lorakit.adapters.export.export_formats import Exported
+from lorakit.adapters.export.gguf_family import (
+    GgufFamily,
+    add_hyperparameters,
+    differences,
+    extra_tensors,
+    family_of,
+    interleaved,
+    laid_out,
+    tensor_name,
+)
+from lorakit.adapters.export.gguf_tokenizer import add_templates, add_tokenizer
+from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, read_plain
+from lorakit.commands import quoted
+from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
+from lorakit.folder_name import folder_name
+from lorakit.models.names import resolve
+from lorakit.models.skeleton import read_base_config
+from lorakit.models.template_files import TEMPLATE_NAME
+from lorakit.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DTYPES = {
+    "float32": gguf.GGMLQuantizationType.F32,
+    "float16": gguf.GGMLQuantizationType.F16,
+    "bfloat16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+_FILE_TYPES = {
+    "float32": gguf.LlamaFileType.ALL_F32,
+    "float16": gguf.LlamaFileType.MOSTLY_F16,
+    "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What was written: `tensors` counts those of the file.
+
+    `template` is the file with an adapter's chat template, where its base may have another one.
+    """
+
+    output: str
+    architecture: str
+    dtype: str
+    tensors: int
+    bytes: int
+    notices: tuple[str, ...] = ()
+    template: str | None = None
+
+
+def export_gguf(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    merged: bool = False,
+    dtype: str | None = None,
+) -> Exported:
+    """Writes the adapter, or with `merged` base + adapter, to the file `output`.
+
+    Arguments and errors are those of `export_gguf_model` and `export_gguf_adapter`.
+    """
+    if merged:
+        file = export_gguf_model(adapter, output, base=base, dtype=dtype or "float16")
+    else:
+        file = export_gguf_adapter(adapter, output, base=base, dtype=dtype or "float32")
+    written = quoted(file.output)
+    command = f"llama-cli -m {written}" if merged else f"llama-cli -m BASE.gguf --lora {written}"
+    if file.template:
+        command += f" --jinja --chat-template-file {quoted(file.template)}"
+    summary = (
+        f"GGUF {'model' if merged else 'adapter'}: {file.output} ({file.architecture}, "
+        f"{file.tensors} tensors, {file.dtype}, {file.bytes / 1e6:.1f} MB)"
+    )
+    return Exported(file.output, summary, command, file.notices)
+
+
+@reserves("output")
+def export_gguf_adapter(
+    adapter: str | Path, output: str | Path, *, base: str | None = None, dtype: str = "float32"
+) -> GgufFile:
+    """Writes the adapter in the folder `adapter` to the file `output`, for llama.cpp.
+
+    Args:
+        base: the base model, when it is not the recorded one; only its configuration is read.
+        dtype: of the written factors, one of `DTYPES` without q8_0.
+
+    Raises:
+        InputError: the adapter, its base's architecture or `output` cannot be used.
+    """
+    require_file(output)
+    if dtype not in DTYPES or dtype == "q8_0":
+        raise InputError(
+            f"--dtype of an adapter must be float32, float16 or bfloat16, not {dtype!r}"
+        )
+    plain = read_plain(adapter, "llama.cpp", base)
+    config = read_base_config(resolve(plain.base_model).path)
+    family = family_of(config, plain.base_model)
+    plain = fitted_plain(adapter, plain)
+    template = exported_template(adapter, plain.base_model)
+    with atomic.replacing_file(output) as path:
+        writer = gguf.GGUFWriter(path, family.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(folder_name(adapter))
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(plain.config.lora_alpha))
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, plain.base_model)
+        add_templates(writer, template.own)
+        count = 0
+        for name, tensor in _factors(plain, family, config):
+            values = gguf.quantize(tensor.float().contiguous().numpy(), DTYPES[dtype])
+            writer.add_tensor(name, values, raw_dtype=DTYPES[dtype])
+            count += 1
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    size = Path(output).stat().st_size
+    notices = [*plain.notices, *template.notices]
+    file = Path(adapter) / TEMPLATE_NAME
+    if template.differs:
+        notices.append(
+            "llama.cpp takes the chat template from the base's file: give the adapter's own "
+            "(--jinja --chat-template-file), or export with --merged"
+        )
+    own = str(file) if template.differs and file.is_file() else None
+    return GgufFile(str(output), family.name, dtype, count, size, tuple(notices), own)
+
+
+def require_file(output: str | Path) -> None:
+    """Raises InputError unless `output` is the name of a GGUF file that is not there yet."""
+    if Path(output).suffix != ".gguf":
+        raise InputError(f"-o {output}: a GGUF file's name ends in .gguf")
+    atomic.require_free(output)
+
+
+def _factors(
+    plain: PlainAdapter, family: GgufFamily, config: PreTrainedConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """llama.cpp's tensors: `lora_a` (r, d_in) and `lora_b` (d_out, r).
+
+    The token embedding's `lora_a` is (tokens, r), as rows are taken out of it.
+    """
+    for path, pair in plain.pairs.items():
+        name = tensor_name(family, config, f"{path}.weight")
+        at_the_ends = name in ("token_embd.weight", "output.weight")
+        if at_the_ends and config.tie_word_embeddings:
+            raise InputError(
+                f"the adapter changes {path}, and {plain.base_model} uses one weight as embedding "
+                "and as head, which llama.cpp cannot adapt apart: export with --merged"
+            )
+        if name == "position_embd.weight":
+            raise InputError(f"llama.cpp adapts no {path}: export with --merged")
+        scale = plain.config.lora_alpha / pair.r
+        yield f"{name}.lora_a", pair.A.T if pair.is_embedding else pair.A
+        yield f"{name}.lora_b", interleaved(family, config, path, pair.folded(scale))
+
+
+@reserves("output")
+def export_gguf_model(
+    adapter: str | Path, output: str | Path, *, base: str | None = None, dtype: str = "float16"
+) -> GgufFile:
+    """Merges the adapter into its base and writes the model to the file `output`.
+
+    The merge is made in float32 and checked, and rounded once when it is written. Beside `output`
+    it needs the float32 model's size on the disk for a while.
+
+    Args:
+        base: the base model, when it is not the recorded one.
+        dtype: of the written weights, one of `DTYPES`. Vectors, and rows that q8_0 cannot hold
+            (not of a multiple of 32 values), are written wider.
+
+    Raises:
+        InputError: the adapter, the base's architecture or tokenizer, or `output` cannot be used.
+        LorakitError: the merged model differs from base + adapter.
+    """
+    from lorakit.adapters.manifest import read_manifest
+    from lorakit.adapters.merge import merge
+    from lorakit.lora.checkpoint import read_config
+
+    require_file(output)
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    manifest = read_manifest(adapter)
+    recorded = manifest.base_model if manifest else read_config(adapter).base_model_name_or_path
+    if name := base or recorded:  # what cannot be written is said before anything is merged
+        family_of(read_base_config(resolve(name).path), name)
+    with (
+        atomic.replacing_file(output) as path,
+        TemporaryDirectory(prefix=f".{Path(output).name}.", dir=path.parent) as folder,
+    ):
+        merged = merge(adapter, Path(folder) / "merged", base=base, dtype="float32")
+        report = write_gguf(Path(folder) / "merged", path, dtype, name or str(adapter))
+    notices = (*merged.notices, *report.notices)
+    return replace(report, output=str(output), notices=notices)
+
+
+def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufFile:
+    """Writes the plain model in `folder` (safetensors) to the GGUF file `output`.
+
+    Args:
+        dtype: one of `DTYPES`.
+        name: what the model is called, in messages too.
+
+    Raises:
+        InputError: its architecture or tokenizer has no known form in llama.cpp.
+    """
+    from transformers import AutoTokenizer
+
+    config = read_base_config(folder)
+    family = family_of(config, name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with atomic.replacing_file(output) as path:
+        writer = gguf.GGUFWriter(path, family.name)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(Path(name).name)
+        add_hyperparameters(writer, family, config)
+        writer.add_file_type(_FILE_TYPES[dtype])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_tokenizer(writer, tokenizer, family, config.vocab_size, name)
+        count = 0
+        for own, tensor in _tensors(folder, family, config):
+            form = _form(own, tensor, dtype)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, form)
+            size = int(torch.tensor(shape).prod())
+            writer.add_tensor_info(own, shape, _BYTES, size, form)
+            count += 1
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for own, tensor in track(_tensors(folder, family, config), "writing tensors", count):
+            values = tensor.float().contiguous().numpy()
+            writer.write_tensor_data(gguf.quantize(values, _form(own, tensor, dtype)))
+        writer.close()
+    size = Path(output).stat().st_size
+    notices = tuple(differences(config, name))
+    return GgufFile(str(output), family.name, dtype, count, size, notices)
+
+
+_BYTES = torch.zeros(0, dtype=torch.uint8).numpy().dtype
+
+
+def _tensors(
+    folder: Path, family: GgufFamily, config: PreTrainedConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """llama.cpp's tensors, one at a time, in an order that is always the same."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                if name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue  # GPT-2's causal mask, in old files
+                own = tensor_name(family, config, name)
+                yield own, laid_out(family, config, name, file.get_tensor(name))
+    yield from extra_tensors(config).items()
+
+
+def _form(name: str, tensor: torch.Tensor, dtype: str) -> gguf.GGMLQuantizationType:
+    """How a tensor is written; llama.cpp computes with vectors and positions in float32 only."""
+    if tensor.dim() < 2 or name == "position_embd.weight":
+        return gguf.GGMLQuantizationType.F32
+    if dtype == "q8_0" and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[DTYPES[dtype]][0]:
+        return gguf.GGMLQuantizationType.F16
+    return DTYPES[dtype]
