@@ -16,6 +16,7 @@ from lorakit.training.arguments import ARGUMENTS
 from lorakit.training.continuing import CHANGES, change_of, refuse
 from lorakit.training.differences import Difference
 from lorakit.training.recipe import DataRecipe, Recipe, TrainingRecipe
+from matrix import few
 from small_runs import lines, recipe
 
 Start = tuple[dict[str, Any], Path]
@@ -130,6 +131,13 @@ EFFECTS: dict[str, dict[str, Any]] = {
 }
 
 
+USUAL = (
+    *("data.train", "data.packing", "lora.lora_alpha", "lora.lora_dropout", "training.optim"),
+    *("training.num_train_epochs", "training.per_device_train_batch_size"),
+    *("training.learning_rate", "training.lr_scheduler_type", "training.neftune_noise_alpha"),
+)
+"""One key of each kind: rows, batches, layers, schedule, optimiser, a hook of the model."""
+
 SHOWN_ELSEWHERE = {
     # by other tests of this file, or of test_moved_runs.py
     *("data", "data.eval", "data.too_long", "template", "training.load_best_model_at_end"),
@@ -151,7 +159,7 @@ def test_the_effect_of_every_key_that_has_one_is_shown():
     }
 
 
-@pytest.mark.parametrize("key", EFFECTS)
+@pytest.mark.parametrize("key", few(list(EFFECTS), *USUAL))
 def test_a_changed_key_takes_effect_and_is_recorded(
     key: str, start: Start, unchanged: bytes, tmp_path: Path
 ):
@@ -223,11 +231,14 @@ def test_what_is_nothing_to_the_adapter_does_what_it_says_and_leaves_the_same_by
 
 @pytest.mark.parametrize(
     "schedule",
-    [
+    few(
+        [
+            {"training__lr_scheduler_type": "cosine", "training__learning_rate": 3e-3},
+            {"training__lr_scheduler_type": "constant"},
+            {"training__warmup_steps": 10},
+        ],
         {"training__lr_scheduler_type": "cosine", "training__learning_rate": 3e-3},
-        {"training__lr_scheduler_type": "constant"},
-        {"training__warmup_steps": 10},
-    ],
+    ),
 )
 def test_the_schedule_goes_on_where_a_run_of_the_new_recipe_would_be(
     schedule: dict[str, Any], start: Start, tmp_path: Path
@@ -278,7 +289,13 @@ def test_rates_by_groups_and_by_evaluations_go_on_too(start: Start, tmp_path: Pa
     assert new["learning_rate"] == pytest.approx(last / 4)  # halved behind that step too
 
 
-@pytest.mark.parametrize("size", [{"batch_size": 2, "steps": 9}, {"batch_size": 12, "steps": 4}])
+@pytest.mark.parametrize(
+    "size",
+    few(
+        [{"batch_size": 2, "steps": 9}, {"batch_size": 12, "steps": 4}],
+        {"batch_size": 12, "steps": 4},
+    ),
+)
 def test_with_another_batch_size_each_row_of_the_epoch_is_still_learned_once(
     size: dict[str, int], start: Start, tmp_path: Path
 ):

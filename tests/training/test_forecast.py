@@ -10,18 +10,23 @@ from lorakit.training.check import check
 from lorakit.training.forecast import Forecast, _all_batches, forecast, planned_steps
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
+from matrix import few
 from small_runs import lines, recipe
 
 
 @pytest.mark.parametrize(
     "training",
-    [
-        {"max_steps": 7, "eval_strategy": "steps", "eval_steps": 3},
+    few(
+        [
+            {"max_steps": 7, "eval_strategy": "steps", "eval_steps": 3},
+            {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 0.5},
+            {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
+            {"max_steps": -1, "num_train_epochs": 1.5},
+            {"max_steps": 4, "eval_strategy": "no"},
+        ],
         {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 0.5},
         {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
-        {"max_steps": -1, "num_train_epochs": 1.5},
-        {"max_steps": 4, "eval_strategy": "no"},
-    ],
+    ),
 )
 def test_steps_and_evaluations_are_those_of_the_run(
     training: dict, tiny_model: Path, rows: Path, tmp_path: Path
@@ -69,7 +74,7 @@ def test_a_run_with_a_forecast_gives_the_bytes_of_one_without(
     assert trained("with") == without
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize("accumulation", few([1, 2, 8], 2))
 def test_the_tokens_of_a_forecast_are_those_that_the_run_trains(
     accumulation: int, tiny_model: Path, rows: Path, tmp_path: Path
 ):

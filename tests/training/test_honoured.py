@@ -15,6 +15,7 @@ from lorakit.training.arguments import ARGUMENTS
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
 from lorakit.training.trainer import LoraTrainer
+from matrix import few
 from small_runs import lines, recipe, weights
 
 PASSED_ON: dict[str, Any] = {
@@ -173,10 +174,13 @@ def test_the_cache_is_emptied_every_so_many_steps(run: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [
-        ("activation_checkpointing", "activation_checkpointing_kwargs"),
+    few(
+        [
+            ("activation_checkpointing", "activation_checkpointing_kwargs"),
+            ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        ],
         ("gradient_checkpointing", "gradient_checkpointing_kwargs"),
-    ],
+    ),
 )
 def test_every_nth_layer_computes_again_what_it_did_not_keep(
     run: Any, make: Any, name: str, kwargs: str

@@ -124,6 +124,7 @@ def test_another_base_model_at_the_same_place_is_noticed(
         lorakit.train(values, resume=True, accept_changes=True, quiet=True)
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_that_was_stopped_and_moved_goes_on_to_the_table_of_one_that_stayed(
     tiny_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

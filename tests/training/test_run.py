@@ -20,6 +20,7 @@ from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.loss import mean_loss
+from matrix import few
 from small_runs import recipe, weights
 from tiny import byte_tokenizer
 
@@ -144,6 +145,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert read[0] == read[1] != read[2]
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_in_the_middle_resumes_to_the_bytes_of_an_undisturbed_one(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
@@ -183,7 +185,9 @@ def test_a_run_killed_in_the_middle_resumes_to_the_bytes_of_an_undisturbed_one(
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("saving", [{"save_steps": 5}, {"save_strategy": "best"}])
+@pytest.mark.parametrize(
+    "saving", few([{"save_steps": 5}, {"save_strategy": "best"}], {"save_strategy": "best"})
+)
 def test_the_best_checkpoint_is_kept_and_is_what_a_run_leaves_when_asked(
     tiny_model: Path, rows: Path, tmp_path: Path, saving: dict[str, Any]
 ):

@@ -117,6 +117,7 @@ def test_however_a_step_is_divided_into_batches_it_is_the_same_step(make: Any, t
         assert (tensor - found[1][name]).abs().max() < 1e-9, name
 
 
+@pytest.mark.exhaustive
 def test_two_processes_give_the_scores_and_the_adapter_of_one(make: Any, tmp_path: Path):
     one = make("TOKEN_CLS", "one", max_steps=3, per_device_train_batch_size=4)
     two = make("TOKEN_CLS", "two", max_steps=3, per_device_train_batch_size=2)

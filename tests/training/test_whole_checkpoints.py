@@ -10,6 +10,7 @@ import pytest
 import lorakit
 from lorakit.errors import InputError
 from lorakit.training.checkpoints import SEAL_NAME, damage, newest_whole
+from matrix import few
 from small_runs import recipe
 
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
@@ -81,7 +82,7 @@ def test_every_file_of_a_checkpoint_that_is_missing_cut_or_changed_is_noticed(
             shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("harm", [Path.unlink, cut, flip])
+@pytest.mark.parametrize("harm", few([Path.unlink, cut, flip], flip))
 def test_the_newest_whole_checkpoint_is_resumed_from_to_the_same_bytes_and_that_is_said(
     finished: tuple[Any, Path],
     tmp_path: Path,
