@@ -30,6 +30,7 @@ from lorakit.engine.open_engine import open_engine, open_with
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_adapter, write_adapter
+from matrix import few
 from random_adapters import make_adapter
 from tiny import byte_tokenizer
 
@@ -111,7 +112,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("multiple", [None, 64])
+@pytest.mark.parametrize("multiple", few([None, 64], 64))
 @pytest.mark.parametrize("kind", MODELS)
 def test_extracted_and_merged_again_it_is_the_tuned_model(
     kind: str, multiple: int | None, tmp_path: Path
@@ -185,8 +186,18 @@ PEFTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [("untied", c) for c in PEFTS if c not in ("embedding", "tied, saved")]
-    + [("tied", c) for c in PEFTS],
+    few(
+        [
+            *(("untied", c) for c in PEFTS if c not in ("embedding", "tied, saved")),
+            *(("tied", c) for c in PEFTS),
+        ],
+        *(
+            ("untied", "saved"),
+            ("untied", "tokens"),
+            ("tied", "tied, saved"),
+            ("tied", "embedding"),
+        ),
+    ),
 )
 def test_what_peft_trained_on_a_resized_model_opens_and_merges(
     kind: str, case: str, tmp_path: Path

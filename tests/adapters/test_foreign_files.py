@@ -101,6 +101,7 @@ def test_what_of_a_dump_is_left_out_is_counted_and_two_adapters_are_refused(
         read_updates(folder)
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_was_compiled_first_saves_pefts_names(tiny_model: Path, tmp_path: Path):
     config = lorakit.LoraConfig(
         r=2,

@@ -29,6 +29,7 @@ from lorakit.adapters.plan import finish_plan, start_plan
 from lorakit.adapters.streaming import write_merged
 from lorakit.models.shards import WEIGHTS_NAME, ShardReader, read_shards
 from lorakit.models.skeleton import FileNames
+from matrix import few
 from tiny import byte_tokenizer
 
 LINEAR: dict[str, Any] = {"target_modules": "all-linear", "r": 4}
@@ -66,6 +67,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "beside experts": (make_mixtral, {"target_modules": ["q_proj", "v_proj"]}),
     "encoder and decoder": (make_t5, {"target_modules": ["q", "v", "wo"]}),
 }
+USUAL = (
+    *("linear", "DoRA", "patterns", "all biases and lora_bias", "saved module", "embedding"),
+    *("Conv1D", "tied, both", "tied tokens", "two parameters", "encoder and decoder"),
+)
+"""One of each kind of layer and of file."""
+
 LOADED = {
     "experts (out, in)": (make_mixtral, {**SMALL, "target_parameters": ["experts.down_proj"]})
 }
@@ -117,8 +124,8 @@ def _quietly() -> Any:
         yield
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", few(list(CASES), *USUAL))
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
 def test_every_kind_of_layer_is_merged_to_the_same_bytes_as_in_memory(
     case: str, dtype: torch.dtype, tmp_path: Path
 ):
@@ -141,7 +148,10 @@ def test_every_kind_of_layer_is_merged_to_the_same_bytes_as_in_memory(
 APART = {"tied, apart", "tied, head", "tied, both"}
 
 
-@pytest.mark.parametrize("case", [case for case in [*CASES, *LOADED] if case not in APART])
+@pytest.mark.parametrize(
+    "case",
+    few([c for c in [*CASES, *LOADED] if c not in APART], *(c for c in USUAL if c not in APART)),
+)
 def test_in_float32_every_merge_is_pefts(case: str, tmp_path: Path):
     make, fields = (CASES | LOADED)[case]
     torch.manual_seed(1)

@@ -17,6 +17,7 @@ from lorakit.adapters.in_memory import open_all
 from lorakit.adapters.job import prepare
 from lorakit.errors import InputError
 from lorakit.lora.layers import LoraLayer
+from matrix import few
 from tiny import save_tiny_encoder
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
@@ -54,8 +55,8 @@ def is_low_rank(name: str, fields: dict[str, Any]) -> bool:
     return name.endswith(tuple(f"{target}.{end}" for target in targets for end in ends))
 
 
-@pytest.mark.parametrize("weight", [0.3, -0.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", few([0.3, -0.7], 0.3))
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways_of_merging_go_the_same_part_of_the_way(
     case: str, dtype: torch.dtype, weight: float, tmp_path: Path

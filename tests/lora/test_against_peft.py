@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from families import output, to_peft, wrap
 from lorakit import LoraConfig, PeftModel, get_peft_model
 from lorakit.lora.checkpoint import adapter_parameters
+from matrix import few
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-minimal": ("llama", {"target_modules": "attention-minimal"}),
@@ -90,6 +91,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert all-linear": ("bert", {"target_modules": "all-linear"}),
 }
 every_case = pytest.mark.parametrize(("family", "fields"), CASES.values(), ids=CASES.keys())
+some_cases = pytest.mark.parametrize(
+    ("family", "fields"),
+    few(
+        CASES,
+        *("all-linear", "embedding", "head", "patterns", "bias lora_only", "bias all"),
+        *("modules to save", "gpt2 attention", "dora and rslora", "lora bias"),
+        *("convolutions with dora", "experts", "tokens by name", "tokens of a tied embedding"),
+    ),
+)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -124,7 +134,7 @@ def test_the_outputs_are_those_of_peft_plain_merged_and_disabled(
         assert close(parameter, theirs_merged[name]), name
 
 
-@every_case
+@some_cases
 def test_in_float32_the_difference_is_rounding(
     build, ids, tmp_path: Path, family: str, fields: dict[str, Any]
 ):
@@ -169,7 +179,7 @@ def test_the_gradients_are_those_of_peft(
     assert trained == set(found.values())
 
 
-@every_case
+@some_cases
 def test_files_have_the_keys_and_the_configuration_that_peft_writes(
     build, ids, tmp_path: Path, family: str, fields: dict[str, Any]
 ):

@@ -230,6 +230,7 @@ def test_the_base_models_signature_shows_through(build):
     assert "input_ids" in names
 
 
+@pytest.mark.exhaustive
 def test_compiled_it_computes_the_same(build, ids):
     model = wrap(build().float(), target_modules="all-linear", lora_dropout=0.0)
     compiled = torch.compile(model, backend="aot_eager")

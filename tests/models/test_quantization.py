@@ -28,6 +28,7 @@ from lorakit.models.load import load_for_task
 from lorakit.models.quantization.prepare import prepare_model_for_kbit_training
 from lorakit.models.quantization.settings import Quantization, as_quantization
 from lorakit.weight_formats import dequantized
+from matrix import few
 from plain_adapters import save_adapter
 from small_runs import recipe, weights
 from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
@@ -89,7 +90,7 @@ def test_scales_and_dtype_of_products_are_as_asked(tiny_model: Path):
         assert layer.compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "int8"))
 def test_a_run_is_recorded_opened_as_it_was_trained_and_merged_exactly(
     tiny_model: Path, rows: Path, tmp_path: Path, kind: str
 ):
@@ -168,7 +169,7 @@ def test_configurations_together_give_the_weights_of_their_solo_runs(
         assert distance(own, solo(configuration, tmp_path / "solo")) < 2e-3, configuration.changes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "int8"))
 def test_an_engine_answers_beside_the_quantised_base(tiny_model: Path, tmp_path: Path, kind: str):
     names = {"plain": {"r": 4}, "rslora": {"r": 2, "use_rslora": True}}
     folders = {
@@ -209,7 +210,7 @@ def test_adapters_of_different_bases_need_a_word(tiny_model: Path, rows: Path, t
     assert "quantised to nf4, as it was for training" in alone.notices[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "nf4"))
 def test_a_classifiers_new_head_stays_whole(tmp_path: Path, kind: str):
     encoder = save_tiny_encoder(tmp_path / "encoder", pooler=False)
     labels = ("a", "b")
@@ -224,7 +225,7 @@ def test_a_classifiers_new_head_stays_whole(tmp_path: Path, kind: str):
         assert all(torch.equal(own[key], other[key]) for key in other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "nf4"))
 def test_chatglms_original_layout_is_quantised_as_it_is_read(tmp_path: Path, kind: str):
     folder = write_original(tmp_path / "chatglm3-6b")
     model, tokenizer = lorakit.load_model(str(folder), "float32", quantization=kind)

@@ -41,6 +41,7 @@ while True:
 """
 
 
+@pytest.mark.exhaustive
 def test_whenever_it_is_killed_it_goes_on_to_the_same_table(tiny_model: Path, tmp_path: Path):
     values = sweep_recipe(tiny_model, tmp_path, "killed", save_steps=1) | {"dtype": "float64"}
     driver = subprocess.run(

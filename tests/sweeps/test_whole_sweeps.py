@@ -14,6 +14,7 @@ from lorakit.errors import InputError
 from lorakit.evaluation.loss import mean_loss
 from lorakit.sweeps.ground import Ground
 from lorakit.training.recipe import load_recipe
+from matrix import few
 from small_runs import weights
 from sweeps.small_sweeps import sayings, sweep_recipe
 from sweeps.together.sweeps import distance
@@ -156,6 +157,7 @@ def test_settings_that_are_alike_are_called_alike(tiny_model: Path, tmp_path: Pa
     assert any("only 16 prompts to choose by" in line for line in table["notices"])
 
 
+@pytest.mark.exhaustive
 def test_samplers_go_in_rounds_and_later_ones_are_measured_by_the_earlier(
     tiny_model: Path, tmp_path: Path
 ):
@@ -175,7 +177,7 @@ def test_samplers_go_in_rounds_and_later_ones_are_measured_by_the_earlier(
 
 
 def test_a_metric_of_answers_may_be_what_is_chosen_by(tiny_model: Path, tmp_path: Path):
-    values = sweep_recipe(tiny_model, tmp_path, max_steps=40, learning_rate=5e-2)
+    values = sweep_recipe(tiny_model, tmp_path, max_steps=12, learning_rate=5e-2)
     rows = lorakit.sweep(
         values, over={"lora.r": [2, 8]}, objective="rouge", prune=False, quiet=True
     )
@@ -223,7 +225,7 @@ def test_held_out_rows_of_a_file_are_split_too(tiny_model: Path, tmp_path: Path)
     assert table["steps"] == {"planned": 4, "done": 4, "saved": 0}
 
 
-@pytest.mark.parametrize("engine", ["together", "solo"])
+@pytest.mark.parametrize("engine", few(["together", "solo"], "together"))
 def test_a_configuration_that_learns_nothing_is_named_with_the_warning_of_its_run(
     tiny_model: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
 ):

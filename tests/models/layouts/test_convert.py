@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from chatglm_folders import config, tensors, write_original
 from command import run_lorakit
 from lorakit.errors import InputError
 from lorakit.models.layouts.chatglm.convert import convert
+from matrix import few
 from plain_chatglm import PlainChatGLM
 from tiny import save_tiny_model
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("form", "shards"), few(list(product(["safetensors", "bin"], [1, 3])), ("bin", 3))
+)
 def test_plain_transformers_loads_what_was_written(tmp_path: Path, form: str, shards: int):
     source = write_original(tmp_path / "original", form, torch.float16, shards=shards)
     (source / "MODEL_LICENSE").write_text("terms")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from matrix import few
 from small_runs import weights
 from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
 
@@ -27,12 +28,15 @@ MIXED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("form", "dtype", "tolerance"),
-    [
+    few(
+        [
+            ("lines", "float64", 1e-9),
+            ("padded", "float64", 1e-9),
+            ("packed and checkpointed", "float64", 1e-9),
+            ("lines", "float32", 2e-3),
+        ],
         ("lines", "float64", 1e-9),
-        ("padded", "float64", 1e-9),
-        ("packed and checkpointed", "float64", 1e-9),
-        ("lines", "float32", 2e-3),
-    ],
+    ),
 )
 def test_mixed_configurations_give_the_weights_of_their_solo_runs(
     tiny_model: Path, rows: Path, tmp_path: Path, form: str, dtype: str, tolerance: float

@@ -174,6 +174,7 @@ while True:
 """
 
 
+@pytest.mark.exhaustive
 def test_whenever_a_group_is_killed_it_goes_on_to_the_weights_of_an_undisturbed_one(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
