@@ -44,7 +44,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     from lorakit.sweeps.together.runner import TogetherRunner
     from lorakit.training.machine import settle_in
     from lorakit.training.recipe import load_recipe
-    from lorakit.training.tasks import begin
+    from lorakit.training.setup import load_inputs
 
     settle_in()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
             recipe = load_recipe(values, own.items())
             configurations.append(Configuration(f"c{i}", own, recipe))
         base = load_recipe(values)
-        begun = begin(base, torch_dtype(base.dtype, best_device()))
+        begun = load_inputs(base, torch_dtype(base.dtype, best_device()))
         at_once = {"together": None, "one pass": options.count}.get(side, 1)
         say = partial(print, file=sys.stderr)
         runner = TogetherRunner(begun, {}, at_once=at_once, say=say)

@@ -18,8 +18,8 @@ from lorakit.data.dataset import load_samples, prepare
 from lorakit.data.formats import to_sample
 from lorakit.data.sources import file_sha256, read_rows, read_source
 from lorakit.errors import InputError
-from lorakit.training.recipe import load_recipe
-from lorakit.training.tasks import _labelled_samples
+from lorakit.objectives.classification import labelled_samples
+from lorakit.objectives.objective import RunRequest
 from tiny import byte_tokenizer
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -306,11 +306,7 @@ def test_a_classifier_holds_out_a_folder_s_own_part(tmp_path: Path) -> None:
         rows = [{"text": f"{name} {label}", "label": label} for label in "ab"]
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(values) + "\n" for values in rows))
-    recipe = load_recipe(
-        {"model": "m", "output_dir": "o", "lora": {"task_type": "SEQ_CLS"}},
-        [("data.train", str(tmp_path))],
-    )
-    train, held, facts, notices = _labelled_samples(recipe)
+    train, held, facts, notices = labelled_samples(RunRequest("m", None, str(tmp_path)), "SEQ_CLS")
     assert {sample.texts[0] for sample in train} == {"train a", "train b"}
     assert {sample.texts[0] for sample in held} == {"validation a", "validation b"}
     assert [fact.path for fact in facts] == [str(tmp_path), f"{tmp_path}:validation"]

@@ -24,7 +24,7 @@ from lorakit.evaluation.classification import evaluate_labels
 from lorakit.lora import LoraModel
 from lorakit.training.check import check, shown_row
 from lorakit.training.recipe import load_recipe
-from lorakit.training.tasks import begin
+from lorakit.training.setup import load_inputs
 from tiny import save_tiny_encoder, save_tiny_encoder_decoder
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM")
@@ -185,7 +185,7 @@ def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
     values["training"] |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     values["training"] |= {"per_device_train_batch_size": 24, "save_strategy": "no"}
     values["data"]["eval"] = 0
-    begun = begin(load_recipe(values), torch.float32)
+    begun = load_inputs(load_recipe(values), torch.float32)
     set_seed(42)
     LoraModel(begun.model, begun.lora_config(load_recipe(values))).save_pretrained(tmp_path / "0")
 

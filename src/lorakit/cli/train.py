@@ -48,7 +48,8 @@ def train(
         say(f"held-out loss: {manifest.base_eval_loss:.4f} before, {manifest.eval_loss:.4f} after")
     for name, score in (manifest.eval_scores or {}).items():
         before = (manifest.base_eval_scores or {})[name]
-        say(f"held-out {name}: {before:.4f} with the untrained head, {score:.4f} after")
+        start = "with the untrained head" if manifest.labels else "before"
+        say(f"held-out {name}: {before:.4f} {start}, {score:.4f} after")
     if any(warning.get("warning") == "unchanged" for warning in manifest.warnings):
         raise LorakitError(
             "nothing was learned: the adapter is unchanged, as a warning in lorakit.json says too"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
-from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.masking import IGNORE, TokenizedRow, sequences_of
 from lorakit.data.prefixes import Segment, in_segments
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Collator:
         """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq)."""
         import torch
 
+        rows = sequences_of(rows)
         longest = max(len(row) for row in rows)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(rows), length)
@@ -98,6 +99,7 @@ class LineCollator:
 
         from lorakit.models.lines import in_a_line
 
+        rows = sequences_of(rows)
         if self.share_prefixes:
             segments = in_segments(rows)
         else:

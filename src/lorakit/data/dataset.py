@@ -14,6 +14,7 @@ from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.message_fields import findings_of_fields
 from lorakit.data.mixing import (
     DataFacts,
+    Recognise,
     Sources,
     count,
     each,
@@ -69,6 +70,8 @@ def prepare(
     limit: int | None = None,
     seed: int = 42,
     to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] | None = None,
+    recognise: Recognise | None = None,
+    templated: bool = True,
     too_long: TooLong = "cut",
     positions: int | None = None,
 ) -> PreparedData:
@@ -87,6 +90,8 @@ def prepare(
         seed: of the split, and of the rows that a weight draws.
         to_row: makes a row of a sample, with at most `max_length` tokens; None for rows that a
             causal model learns.
+        recognise: reads rows of other formats than conversations and texts, as in `mix`.
+        templated: conversations become text by the chat template.
         positions: the most tokens that the model reads, where it says so.
 
     Raises:
@@ -94,7 +99,7 @@ def prepare(
     """
     if max_length < 2:
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
-    learned = mix(train, columns, limit, seed=seed)
+    learned = mix(train, columns, limit, seed=seed, recognise=recognise)
     facts, notices = learned.facts, learned.notices
     if isinstance(eval, (int, float)) and eval and learned.held_out:
         notices.append(notice_of_own(learned.held_out))
@@ -103,7 +108,15 @@ def prepare(
         kept, held, said = _split(learned.samples, eval, seed, learned.name)
         notices += said
     else:
-        measured = mix(eval, columns, limit, seed=seed, key="data.eval", wanted=HELD_OUT)
+        measured = mix(
+            eval,
+            columns,
+            limit,
+            seed=seed,
+            key="data.eval",
+            wanted=HELD_OUT,
+            recognise=recognise,
+        )
         kept, held = learned.samples, measured.samples
         facts += measured.facts
         notices += measured.notices
@@ -124,7 +137,7 @@ def prepare(
             lambda pair: label(*pair, tokenizer, length),
         )
 
-    if to_row is None and any(sample.messages for sample in everything):
+    if templated and any(sample.messages for sample in everything):
         notices += [notice] if (notice := ensure_template(tokenizer)) else []
     most = Limit(max_length, positions)
     fitted = fit([(i < len(kept), s) for i, s in enumerate(everything)], make, most, too_long)
@@ -136,7 +149,7 @@ def prepare(
     notices += fitted.notices
     found = findings(to_learn, held_out, tokenizer, most, fitted.left_out)
     found += findings_of_texts(everything, tokenizer)
-    found += findings_of_fields(everything, tokenizer, by_template=to_row is None)
+    found += findings_of_fields(everything, tokenizer, by_template=templated)
     copied = [pair for pair in to_learn for _ in range(pair[0].copies)]
     return PreparedData(
         [row for _, row in copied],

@@ -6,7 +6,7 @@ and each is labelled (`label`). `tokenize` does all of it for one.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -52,6 +52,50 @@ class TokenizedRow:
     def supervised(self) -> int:
         """Tokens that the loss is taken on; a causal model never predicts the first one."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+    @property
+    def sequences(self) -> "tuple[TokenizedRow, ...]":
+        """What stands in a batch for the row: itself, or the parts of a `RowGroup`."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup(TokenizedRow):
+    """Sequences that are learned together, such as two answers to one prompt.
+
+    `input_ids` and `labels` are those of all `parts`, one after the other.
+    """
+
+    parts: tuple[TokenizedRow, ...] = ()
+
+    @classmethod
+    def of(cls, *parts: TokenizedRow) -> "RowGroup":
+        """The group of `parts`, of one sample."""
+        return cls(
+            [token for part in parts for token in part.input_ids],
+            [label for part in parts for label in part.labels],
+            parts[0].where,
+            sum(part.cut for part in parts),
+            tuple(dict.fromkeys(name for part in parts for name in part.unshown)),
+            any(part.apart for part in parts),
+            parts,
+        )
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that the loss is taken on; 0 where a part has none."""
+        counts = [part.supervised for part in self.parts]
+        return sum(counts) if all(counts) else 0
+
+    @property
+    def sequences(self) -> tuple[TokenizedRow, ...]:
+        """The parts."""
+        return self.parts
+
+
+def sequences_of(rows: Iterable[TokenizedRow]) -> list[TokenizedRow]:
+    """The sequences of all rows, in order."""
+    return [sequence for row in rows for sequence in row.sequences]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 from lorakit.data.label_rows import LabelledRow
-from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.masking import IGNORE, RowGroup, TokenizedRow
 from lorakit.errors import InputError
 
 TooLong = Literal["cut", "drop", "error", "split"]
@@ -112,7 +112,7 @@ def _divided(samples: Sequence[Sample], rows: Sequence[Row], limit: Limit) -> Fi
     for sample, row in zip(samples, rows, strict=True):
         if len(row) <= tokens:
             kept.append((sample, row))
-        elif isinstance(row, LabelledRow):
+        elif isinstance(row, (LabelledRow, RowGroup)):
             raise InputError(
                 "data.too_long split is for plain text that a causal model learns: set it to cut, "
                 "drop or error"

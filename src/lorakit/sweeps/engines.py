@@ -36,8 +36,10 @@ def engine(settings: SweepSettings, ground: Ground, seed: int, say: Say) -> Iter
 
 def in_this_process(ground: Ground, say: Say, *, together: bool = True) -> Runner:
     """Groups in shared batches where the task allows it."""
-    if together and ground.begun.collator is None:
+    if together and ground.begun.objective.name == "sft":
         return TogetherRunner(ground.begun, ground.held_out, say=say)
     if together:
-        say(f"configurations of {ground.recipe.task_type} are trained one after the other")
+        objective = ground.begun.objective
+        what = objective.name if objective.task_type == "CAUSAL_LM" else objective.task_type
+        say(f"configurations of {what} are trained one after the other")
     return SoloRunner(ground, say)

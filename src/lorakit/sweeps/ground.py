@@ -21,14 +21,14 @@ from lorakit.lora.parameters import count_parameters
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
+from lorakit.objectives.objective import TrainingInputs
 from lorakit.sweeps.row_losses import SplitLosses, losses_of
 from lorakit.sweeps.space.configurations import changed
 from lorakit.training.advice import advised
 from lorakit.training.batching import choose_batching
 from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe
-from lorakit.training.setup import wished_device
-from lorakit.training.tasks import Beginning, begin
+from lorakit.training.setup import load_inputs, wished_device
 
 SELECTION, REPORT = "selection", "report"
 
@@ -94,7 +94,7 @@ class Ground:
             full = full.filled_in({"data.seed": self.recipe.data_seed})
         return full
 
-    def beginning(self, recipe: Recipe) -> Beginning:
+    def beginning(self, recipe: Recipe) -> TrainingInputs:
         """What a configuration begins with: these rows, and the base.
 
         A base with a new head is loaded again for another seed, which draws the head's values.
@@ -131,10 +131,10 @@ class Ground:
         finally:
             model.unload()
 
-    def _begin(self, recipe: Recipe) -> Beginning:
+    def _begin(self, recipe: Recipe) -> TrainingInputs:
         device = wished_device(recipe)
         dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
-        return begin(recipe, dtype, device)
+        return load_inputs(recipe, dtype, device)
 
 
 def split(

@@ -30,7 +30,6 @@ from lorakit.training.counts import read_counts
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.run import versions
 from lorakit.training.step_lines import StepLines
-from lorakit.training.tasks import rendering_facts
 
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 
@@ -70,7 +69,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
             recipe=recipe.to_dict(),
             data=[asdict(fact) for fact in begun.data.facts],
             data_statistics={name: asdict(part) for name, part in statistics.items()},
-            **rendering_facts(begun),
+            **begun.rendering_facts(),
             base_fingerprint=ground.base_fingerprint,
             notices=[*ground.notices, *([] if record.finished else [stopped])],
             warnings=warnings,
@@ -82,7 +81,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
             peak_memory_mb=peak_memory_mb(),
             eval_loss=mean_loss(all_rows(record.last.losses)),
             base_eval_loss=mean_loss(all_rows(base)),
-            labels=begun.labels.to_dict() if begun.labels else None,
+            labels=begun.objective.labels.to_dict() if begun.objective.labels else None,
             versions=versions(),
             seed=recipe.training.seed,
         ),

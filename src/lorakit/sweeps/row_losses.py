@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.data.batches import LabelCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.models.loss import SupervisedLoss
 from lorakit.progress import track
@@ -17,7 +16,7 @@ from lorakit.training.batching import Batching
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.training.tasks import Beginning
+    from lorakit.objectives.objective import Collate, TrainingInputs
 
 SplitLosses = dict[str, RowLosses]
 """By split, of each of its rows."""
@@ -25,7 +24,7 @@ SplitLosses = dict[str, RowLosses]
 
 def losses_of(
     model: nn.Module,
-    begun: Beginning,
+    begun: TrainingInputs,
     splits: Mapping[str, Sequence[TokenizedRow]],
     batching: Batching,
 ) -> SplitLosses:
@@ -34,8 +33,8 @@ def losses_of(
     Args:
         batching: how those of a causal language model become batches.
     """
-    if begun.collator is not None:
-        own = begun.collator
+    if begun.objective.name != "sft":
+        own = begun.collator or batching.collator(learning=False)
         return {name: _one_by_one(model, begun, own, rows) for name, rows in splits.items()}
     loss = SupervisedLoss(model)
     return {
@@ -51,19 +50,19 @@ def all_rows(losses: Mapping[str, RowLosses]) -> RowLosses:
 
 @torch.no_grad()
 def _one_by_one(
-    model: nn.Module, begun: Beginning, collate: LabelCollator, rows: Sequence[TokenizedRow]
+    model: nn.Module, begun: TrainingInputs, collate: Collate, rows: Sequence[TokenizedRow]
 ) -> RowLosses:
     """Losses of other tasks are sums over a batch, so that each row is one."""
     device = next(model.parameters()).device
-    loss = begun.loss(model, False)
+    forward = begun.objective.forward(model)
     was_training = model.training
     model.eval()
     found = []
     try:
         for row in track(rows, "evaluating rows"):
             batch = {name: tensor.to(device) for name, tensor in collate([row]).items()}
-            total, count = loss(model, batch)
-            found.append((float(total), int(count)))
+            loss = begun.objective.loss(forward, batch)
+            found.append((float(loss.total), int(loss.count)))
     finally:
         model.train(was_training)
     return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from lorakit.data.batches import Collator, LabelCollator, LineCollator
+from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.grouping import (
     Batches,
     by_beginning,
@@ -25,7 +25,7 @@ from lorakit.data.grouping import (
     by_tokens,
     evened,
 )
-from lorakit.data.masking import TokenizedRow
+from lorakit.data.masking import TokenizedRow, sequences_of
 from lorakit.data.prefixes import in_segments
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerControl, TrainerState
 
     from lorakit.models.lines import Lines
+    from lorakit.objectives.objective import Collate
     from lorakit.training.recipe import Recipe
 
 
@@ -52,7 +53,7 @@ class Batching:
             line (`models.attention.take_lines`).
         pack_length: with it a batch of n is n times so many tokens, filled by best fit; without
             it a batch of n is n rows.
-        own_collator: what makes the tensors of rows that are no causal language model's.
+        own_collator: what makes the tensors where rows are not sequences of tokens.
         prefixes: the model takes prefixes that rows share (`models.lines.take_prefixes`).
         draws: there is dropout or noise in training, which each row is to have of its own.
         eval_rows: the held-out rows of a batch; None for as many as a pass takes well.
@@ -60,12 +61,12 @@ class Batching:
 
     pad_token_id: int | None
     pack_length: int | None = None
-    own_collator: LabelCollator | None = None
+    own_collator: Collate | None = None
     prefixes: bool = False
     draws: bool = False
     eval_rows: int | None = None
 
-    def collator(self, *, learning: bool) -> Collator | LabelCollator | LineCollator:
+    def collator(self, *, learning: bool) -> Collate:
         """What makes one batch's tensors, of rows that are learned or held out."""
         if self.own_collator is not None:
             return self.own_collator
@@ -95,7 +96,9 @@ class Batching:
         collate = self.collator(learning=True)
         if not isinstance(collate, LineCollator) or not collate.share_prefixes:
             return 0.0
-        several = [[rows[i] for i in b] for b in self.train_batches(rows, args, 0)[:_LOOKED_AT]]
+        several = [
+            sequences_of(rows[i] for i in b) for b in self.train_batches(rows, args, 0)[:_LOOKED_AT]
+        ]
         computed = sum(s.end - s.begin for batch in several for s in in_segments(batch))
         return 1 - computed / sum(len(row) for batch in several for row in batch)
 
@@ -121,13 +124,13 @@ class Batching:
 
 
 def choose_batching(
-    recipe: Recipe, lines: Lines, pad_token_id: int, own_collator: LabelCollator | None = None
+    recipe: Recipe, lines: Lines, pad_token_id: int, own_collator: Collate | None = None
 ) -> tuple[Batching, list[str]]:
     """How rows become batches, with what to say where that is not as the recipe has it.
 
     Args:
         lines: what the model takes.
-        own_collator: of a task other than causal language models.
+        own_collator: the objective's, where rows are not sequences of tokens.
     """
     size = recipe.training.per_device_eval_batch_size
     if own_collator:

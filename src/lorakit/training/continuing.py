@@ -68,6 +68,7 @@ CHANGES: Mapping[str, Change] = {
     "data.share_prefixes": _TAKES_EFFECT,
     "data.packing": _TAKES_EFFECT,
     # --- the adapter
+    "objective": _TAKES_EFFECT,
     "lora.peft_type": _SHAPE,
     "lora.r": _refused("it decides the shapes of the adapter's tensors (see lorakit resize)"),
     "lora.target_modules": _SHAPE,

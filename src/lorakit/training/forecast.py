@@ -132,8 +132,8 @@ def _undone(trainer: LoraTrainer) -> Iterator[Callable[[Sequence[int]], None]]:
 
     def train(rows: Sequence[int]) -> None:
         batch = trainer._prepare_inputs(trainer.train_dataset[list(rows)])
-        total, count = trainer.supervised_loss(model, batch)
-        (total / count).backward()
+        loss = trainer.objective.loss(trainer.forward.calling(model), batch)
+        (loss.total / loss.count).backward()
         if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
             optimizer.step()  # of length 0
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -31,11 +31,15 @@ from lorakit.data.mixing import Source
 from lorakit.data.too_long import TooLong
 from lorakit.errors import InputError, did_you_mean
 from lorakit.models.quantization.settings import Quantization, as_quantization
+from lorakit.objectives.registry import default_objective, make_objective
 from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.effects import check_recipe
 from lorakit.training.key_hints import key_hint
 from lorakit.training.recipe_errors import in_one_line, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
+
+if TYPE_CHECKING:
+    from lorakit.objectives.objective import Objective
 
 _LARGEST = 2**31 - 1
 
@@ -196,14 +200,33 @@ class Recipe(_Strict):
     quantization: Annotated[Quantization | None, BeforeValidator(as_quantization)] = None
     compile: bool | Literal["auto"] = "auto"
     data: DataRecipe
+    objective: dict[str, Any] | None = None
     lora: dict[str, Any] = {}
     training: TrainingRecipe = TrainingRecipe()
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     samples: Annotated[int, Field(ge=0)] = 3
     output_dir: Name
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known_objective(cls, value: Any) -> Any:
+        """A name alone is an objective with its default settings; all of them are recorded."""
+        if not isinstance(value, (str, Mapping)):
+            return value
+        return make_objective(value).to_dict()
+
     @model_validator(mode="after")
     def _only_lora_fields(self) -> Self:
+        if self.objective is not None:
+            wanted = make_objective(self.objective).task_type
+            given = self.lora.get("task_type") or wanted
+            if given != wanted:
+                raise ValueError(
+                    f"objective {self.objective['type']} is for lora.task_type {wanted}, not "
+                    f"{given}: leave one of them out"
+                )
+            if wanted != "CAUSAL_LM":
+                self.lora = {**self.lora, "task_type": wanted}
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()
@@ -255,6 +278,12 @@ class Recipe(_Strict):
         """PEFT's name of the task: `lora.task_type`, or `CAUSAL_LM`."""
         return str(self.lora.get("task_type") or "CAUSAL_LM")
 
+    def make_objective(self) -> Objective:
+        """What is learned: `objective`, or what `lora.task_type` stands for."""
+        if self.objective is None:
+            return default_objective(self.task_type)
+        return make_objective(self.objective)
+
     def filled_in(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with the values of some dotted keys."""
         return load_recipe(self.to_dict(), values.items())
@@ -300,8 +329,8 @@ class Recipe(_Strict):
                 _check_argument(f"lora.{name}", value, types[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, defaults included, as plain JSON types."""
-        return self.model_dump(mode="json")
+        """All values, defaults included, as plain JSON types; without an objective not given."""
+        return self.model_dump(mode="json", exclude=None if self.objective else {"objective"})
 
 
 def _is_number(annotation: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ _KEPT = ("loss", "grad_norm", "learning_rate")
 class Recorder(TrainerCallback):
     """Keeps the training time in `counts` and appends what Trainer logs to `lines`.
 
-    After resuming, lines of steps that will be made again are dropped.
+    After resuming, lines of steps that will be made again are dropped. `metrics` are what the
+    objective logs beside the loss.
     """
 
-    def __init__(self, lines: StepLines, counts: Counts) -> None:
+    def __init__(self, lines: StepLines, counts: Counts, metrics: Sequence[str] = ()) -> None:
         self.lines = lines
+        self.kept = {*_KEPT, *metrics}
         self.counts = counts
         self._step_began = 0.0
         self._last_logged = Counts()
@@ -52,7 +55,7 @@ class Recorder(TrainerCallback):
             LorakitError: the loss or the gradient is no number.
         """
         logs = logs or {}
-        values = {k: v for k, v in logs.items() if k in _KEPT or k.startswith("eval_")}
+        values = {k: v for k, v in logs.items() if k in self.kept or k.startswith("eval_")}
         if not values:
             return
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):

@@ -60,7 +60,6 @@ from lorakit.training.resuming import check_going_on, not_taken_over
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
-from lorakit.training.tasks import rendering_facts
 from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation
 from lorakit.training.unchanged import warn_of_unchanged
 from lorakit.training.watch import Watch
@@ -176,8 +175,8 @@ def _train(
         trainer = setup.trainer()
         trainer.say = lambda line: _say(console, [line])
         trainer.forget_evaluations = changes_evaluation([*stale, *(c.key for c in changes)])
-        loss = trainer.supervised_loss
-        if isinstance(loss, SupervisedLoss) and loss.output is None:
+        reader = trainer.forward.reader
+        if isinstance(reader, SupervisedLoss) and reader.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
         with _callbacks(trainer, setup, metrics, console), setup.fast():
             if checkpoint is None and _long(trainer):
@@ -207,7 +206,7 @@ def _identity(setup: Setup) -> dict[str, Any]:
         setup.data_facts,
         setup.arguments.world_size,
         setup.base_fingerprint,
-        **rendering_facts(setup.begun),
+        **setup.begun.rendering_facts(),
     )
 
 
@@ -219,7 +218,10 @@ def _callbacks(
     bar = ProgressBar(trainer.counts, console)
     interrupt = Interrupt(lambda line: _say(console, [line]))
     trainer.interrupt = interrupt
-    looking: list[TrainerCallback] = [Recorder(metrics, trainer.counts), bar]
+    looking: list[TrainerCallback] = [
+        Recorder(metrics, trainer.counts, trainer.objective.score_names),
+        bar,
+    ]
     if trainer.is_spread:
         _say(console, ["weights are spread over processes: the adapter's changes are not measured"])
     else:
@@ -309,13 +311,13 @@ def manifest_of(
     Args:
         base, tuned: the held-out loss and scores of the bare base, and of the adapter.
     """
-    counts, labels = trainer.counts, setup.begun.labels
+    counts, labels = trainer.counts, setup.begun.objective.labels
     return Manifest(
         base_model=setup.recipe.model,
         recipe=setup.recipe.to_dict(),
         data=setup.data_facts,
         data_statistics={k: asdict(part) for k, part in setup.data.statistics().items()},
-        **rendering_facts(setup.begun),
+        **setup.begun.rendering_facts(),
         base_fingerprint=setup.base_fingerprint,
         advice=[asdict(advice) for advice in setup.advice],
         notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],

@@ -25,6 +25,7 @@ from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
+from lorakit.objectives.objective import Objective, RunRequest, TrainingInputs
 from lorakit.training.advice import Advice, advised
 from lorakit.training.batching import Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
@@ -40,7 +41,6 @@ from lorakit.training.machine import settle_in
 from lorakit.training.recipe import Recipe, TrainingRecipe
 from lorakit.training.schedule import check_schedule
 from lorakit.training.sharded import asks_to_spread, check_fsdp
-from lorakit.training.tasks import Beginning, begin
 from lorakit.training.trainer import LoraTrainer
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ class Setup:
 
     Attributes:
         recipe: with what it left out filled in, as `advice` says.
-        begun: what the task decides: loss, scores, labels.
+        begun: what the objective has read and loaded.
         base_fingerprint: of the base model's weights.
         notices: lines for the user.
     """
 
     recipe: Recipe
     advice: list[Advice]
-    begun: Beginning
+    begun: TrainingInputs
     model: LoraModel
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -84,8 +84,7 @@ class Setup:
             data.train,
             data.eval,
             self.batching,
-            begun.loss,
-            begun.scorer,
+            begun.objective,
             self.recipe.training.loraplus_lr_ratio,
         )
         trainer.templates = begun.templates
@@ -103,13 +102,16 @@ class Setup:
 
 
 def set_up(
-    recipe: Recipe, begun: Beginning | None = None, rendering: Rendering | None = None
+    recipe: Recipe,
+    begun: TrainingInputs | None = None,
+    rendering: Rendering | None = None,
+    objective: Objective | None = None,
 ) -> Setup:
     """Loads the model and the rows, and settles what the recipe leaves open.
 
     Args:
         begun: model and rows that are loaded already; the model has no adapter.
-        rendering: as in `begin`, for rows that are loaded here.
+        rendering, objective: as in `load_inputs`, for rows that are loaded here.
 
     Raises:
         InputError: the recipe, the model or the rows cannot be used.
@@ -120,7 +122,7 @@ def set_up(
         # A model that is spread over GPUs may not fit into one: each takes its share from here.
         device = wished_device(recipe)
         dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
-        begun = begin(recipe, dtype, device="cpu" if spread else device, rendering=rendering)
+        begun = load_inputs(recipe, dtype, "cpu" if spread else device, rendering, objective)
     model, tokenizer, data = begun.model, begun.tokenizer, begun.data
     parameters = count_parameters(model)[1]
     recipe, advice = advised(recipe, parameters, len(data.train))
@@ -130,7 +132,7 @@ def set_up(
     if not data.eval and (name := needs_held_out_rows(recipe)):
         raise InputError(f"{name} needs held-out rows, and there are none: give data.eval a file")
     arguments = training_arguments(recipe, held_out=bool(data.eval))
-    check_metric(arguments, ["loss", *(begun.scorer.metrics if begun.scorer else ())])
+    check_metric(arguments, ["loss", *begun.objective.score_names])
     check_fsdp(arguments, begun.lora_config(recipe))
     batching, notices = choose_batching(
         recipe, Lines(adapted), tokenizer.pad_token_id, begun.collator
@@ -165,6 +167,42 @@ def set_up(
         base_fingerprint=base_fingerprint,
         notices=[*data.notices, *notices],
     )
+
+
+def load_inputs(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: str | None = None,
+    rendering: Rendering | None = None,
+    objective: Objective | None = None,
+) -> TrainingInputs:
+    """Loads the recipe's model and prepares its rows, by its objective.
+
+    Args:
+        dtype, device: of the model, as in `load_model`.
+        rendering: how rows become text; None is as the tokenizer has it, now.
+        objective: what is learned, where it is not made from the recipe.
+
+    Raises:
+        InputError: the model or the rows cannot be used.
+    """
+    data = recipe.data
+    request = RunRequest(
+        model=recipe.model,
+        dtype=dtype,
+        train=data.train,
+        eval=data.eval,
+        device=device,
+        quantization=recipe.quantization,
+        seed=recipe.training.seed,
+        max_length=data.max_length,
+        columns=data.columns or None,
+        limit=data.limit,
+        too_long=data.too_long,
+        data_seed=recipe.data_seed,
+        rendering=rendering or Rendering(),
+    )
+    return (objective or recipe.make_objective()).prepare(request)
 
 
 def wished_device(recipe: Recipe) -> str | None:

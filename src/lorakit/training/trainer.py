@@ -27,13 +27,11 @@ from transformers.training_args import TrainingArguments
 
 from lorakit.data.batches import count_tokens
 from lorakit.data.masking import TokenizedRow
-from lorakit.data.scores import LabelScorer
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
-from lorakit.models.label_loss import LabelLoss
-from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import Templates, write_templates
+from lorakit.objectives.objective import Objective
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
@@ -45,7 +43,6 @@ from lorakit.training.position import place_at, planned_steps
 from lorakit.training.restoring import facts_of_optimisation, load_state, restore
 from lorakit.training.schedule import warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
-from lorakit.training.tasks import Loss
 from lorakit.training.unchanged import Start
 
 _STAGING = ".saving"
@@ -59,8 +56,7 @@ class LoraTrainer(Trainer):
         args: Trainer's own arguments.
         train_rows, eval_rows: the rows; `eval_rows` may be empty.
         batching: how rows become batches.
-        loss: makes the loss; its second argument says that weights are spread over machines.
-        scorer: scores a classifier's held-out rows.
+        objective: what is learned: the loss of a batch, and the scores of held-out rows.
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
 
     Attributes:
@@ -81,15 +77,16 @@ class LoraTrainer(Trainer):
         train_rows: Sequence[TokenizedRow],
         eval_rows: Sequence[TokenizedRow],
         batching: Batching,
-        loss: Callable[[nn.Module, bool], Loss] = SupervisedLoss,
-        scorer: LabelScorer | None = None,
+        objective: Objective,
         loraplus_lr_ratio: float | None = None,
     ) -> None:
         self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
         self.held_out = batching.eval_batches(eval_rows, args)
         held_out = BatchDataset(eval_rows, batching, learning=False)
         self.counts = Counts()
-        self.scorer = scorer
+        self.objective = objective
+        self._metrics: dict[str, torch.Tensor] = {}  # summed since they were logged last
+        self._metrics_count: torch.Tensor | float = 0.0
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
         self.forget_evaluations = False
@@ -109,7 +106,7 @@ class LoraTrainer(Trainer):
             )
         finally:
             args.label_smoothing_factor = smoothing
-        self.supervised_loss = loss(model, self.is_spread)
+        self.forward = objective.forward(model, self.is_spread)
         self.start = None if self.is_spread else Start(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # Trainer's takes a line of rows for one row
@@ -189,43 +186,61 @@ class LoraTrainer(Trainer):
         so the sum over them is the mean over tokens, however they were divided up.
         """
         with self.noise.on(inputs):
-            total, count = self.supervised_loss(model, inputs, self.args.label_smoothing_factor)
-        whole = count if num_items_in_batch is None else num_items_in_batch
+            forward = self.forward.calling(model, self.args.label_smoothing_factor)
+            loss = self.objective.loss(forward, inputs)
+        if loss.metrics and self.model.training:
+            for name, value in loss.metrics.items():
+                self._metrics[name] = self._metrics.get(name, 0) + value.detach()
+            self._metrics_count = self._metrics_count + loss.count
+        whole = loss.count if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over ranks; the sum is wanted.
-        return total * self.accelerator.num_processes / whole
+        return loss.total * self.accelerator.num_processes / whole
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the objective's metrics since the last time beside the loss."""
+        if self._metrics and "loss" in logs:
+            count = torch.as_tensor(self._metrics_count, device=self.args.device)
+            sums = self.accelerator.reduce({**self._metrics, "count": count}, "sum")
+            whole = float(sums.pop("count"))
+            logs |= self.objective.scores(sums, whole)
+            self._metrics, self._metrics_count = {}, 0.0
+        super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def held_out_scores(self) -> dict[str, float]:
-        """`loss` per supervised token of the held-out rows, in nats, and a classifier's scores."""
+        """The held-out rows' `loss` per supervised token (or the objective's unit), and scores."""
         self.model.eval()
         self._averaged()
-        sums = torch.zeros(2 + (self.scorer.size if self.scorer else 0), dtype=torch.float64)
+        sums, found = torch.zeros(0), {}
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in track(range(math.ceil(len(batches) / processes)), "evaluating batches"):
             mine = turn * processes + self.args.process_index
             found = self.sums_of_held_out(batches[mine % len(batches)])
+            flat = torch.cat([value.flatten() for value in found.values()])
+            sums = sums if len(sums) else torch.zeros_like(flat)
             if mine < len(batches):
-                sums += found
+                sums += flat
         if processes > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        total, count = sums[:2].tolist()
-        return {"loss": total / count} | (self.scorer.scores(sums[2:]) if self.scorer else {})
+        whole = {
+            name: part.reshape(value.shape)
+            for part, (name, value) in zip(
+                sums.split([value.numel() for value in found.values()]), found.items(), strict=True
+            )
+        }
+        total, count = float(whole.pop("total")), float(whole.pop("count"))
+        return {"loss": total / count} | self.objective.scores(whole, count)
 
     @torch.no_grad()
-    def sums_of_held_out(self, rows: list[int]) -> torch.Tensor:
-        """A batch's summed loss, its labels, and what a scorer counts: float64, on the CPU."""
+    def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """A batch's `total` and `count`, and the objective's metrics: float64, on the CPU."""
         batch = self._prepare_inputs(self.eval_dataset[rows])
-        loss = self.supervised_loss
-        counts = torch.zeros(0, dtype=torch.float64)
         # Compiled for training, the blocks would be compiled again without gradients.
         with torch.compiler.set_stance("force_eager"):
-            if self.scorer and isinstance(loss, LabelLoss):
-                total, count, logits = loss.with_logits(self.model, batch)
-                counts = self.scorer.count(logits.argmax(-1), batch["labels"])
-            else:
-                total, count = loss(self.model, batch)
-        return torch.cat([torch.stack([total.cpu().double(), count.cpu().double()]), counts])
+            loss = self.objective.loss(self.forward.calling(self.model), batch)
+        sums = {**loss.metrics, "total": loss.total, "count": loss.count}
+        return {name: torch.as_tensor(value).cpu().double() for name, value in sums.items()}
 
     def evaluate(
         self,
@@ -254,23 +269,24 @@ class LoraTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: Any
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """This process' batches of an optimiser step, and the supervised tokens of all processes.
+        """This process' batches of an optimiser step, and what the loss of all is divided by.
 
         Counts both kinds of tokens, as the step will use them up, and whether a process was
         asked to stop.
         """
         batches = list(islice(epoch_iterator, num_batches))
-        tokens = torch.zeros(3, dtype=torch.int64, device=device)
+        tokens = torch.zeros(4, dtype=torch.int64, device=device)
         tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:
             tokens[0] += count_tokens(batch)
-            tokens[1] += self.supervised_loss.count(batch["labels"])
+            tokens[1] += self.objective.supervised(batch)
+            tokens[3] += self.objective.count(batch)
         tokens = self.accelerator.reduce(tokens, "sum")
         self.counts.train_tokens += int(tokens[0])
         self.counts.supervised_tokens += int(tokens[1])
         if self.interrupt:
             self.interrupt.agreed = bool(tokens[2])
-        return batches, tokens[1]
+        return batches, tokens[3]
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as `batching` makes them; to the dataloader each is one item."""

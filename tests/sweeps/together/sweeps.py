@@ -11,7 +11,7 @@ from lorakit.models.load import best_device, torch_dtype
 from lorakit.sweeps.runner import Configuration
 from lorakit.sweeps.together.runner import TogetherRunner
 from lorakit.training.recipe import load_recipe
-from lorakit.training.tasks import begin
+from lorakit.training.setup import load_inputs
 from small_runs import recipe, weights
 
 
@@ -30,7 +30,7 @@ def configurations(
 def runner_for(values: Mapping[str, Any], **options: Any) -> TogetherRunner:
     """A runner whose held-out rows are all in one split."""
     base = load_recipe(values)
-    begun = begin(base, torch_dtype(base.dtype, best_device()))
+    begun = load_inputs(base, torch_dtype(base.dtype, best_device()))
     return TogetherRunner(begun, {"held": begun.data.eval}, **options)
 
 

@@ -19,6 +19,7 @@ from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.loss import SupervisedLoss
+from lorakit.objectives.objective import TrainingInputs
 from lorakit.sweeps.together.alone import evaluates_itself
 from lorakit.sweeps.together.evaluate import RowLosses, row_losses
 from lorakit.training.batching import Batching, choose_batching
@@ -27,7 +28,6 @@ from lorakit.training.recipe import Recipe
 from lorakit.training.schedule import check_schedule
 from lorakit.training.setup import Setup, training_arguments
 from lorakit.training.sharded import asks_to_spread
-from lorakit.training.tasks import Beginning
 
 
 class Resident:
@@ -38,7 +38,7 @@ class Resident:
         splits: held-out rows, by the names under which their losses are asked for.
     """
 
-    def __init__(self, begun: Beginning, splits: Mapping[str, Sequence[TokenizedRow]]) -> None:
+    def __init__(self, begun: TrainingInputs, splits: Mapping[str, Sequence[TokenizedRow]]) -> None:
         self.begun, self.splits = begun, splits
         self.model = begun.model
         self.device: torch.device = next(self.model.parameters()).device

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError, listed
+from lorakit.objectives.objective import TrainingInputs
 from lorakit.sweeps.runner import Configuration, Progress
 from lorakit.sweeps.together.alone import why_alone
 from lorakit.sweeps.together.batch import Part
@@ -20,7 +21,6 @@ from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import memory_mb, used_memory_mb
 from lorakit.training.position import planned_steps
 from lorakit.training.setup import training_arguments
-from lorakit.training.tasks import Beginning
 
 _ONLY_BATCHES = ("padding_free", "packing", "share_prefixes")  # of data: what is no other row
 
@@ -47,13 +47,13 @@ class TogetherRunner:
 
     def __init__(
         self,
-        begun: Beginning,
+        begun: TrainingInputs,
         splits: Mapping[str, Sequence[TokenizedRow]],
         *,
         at_once: int | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if begun.collator is not None:
+        if begun.objective.name != "sft":
             raise InputError(
                 "configurations train together as causal language models alone: "
                 "train those of other tasks one by one"

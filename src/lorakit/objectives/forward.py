@@ -1,0 +1,133 @@
+"""A model as an objective calls it: under its own adapter, or under several in the same pass.
+
+Which tokens count is told by the batch's labels; how their cross-entropy is taken without logits
+for the other tokens is `models.loss`' work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+from lorakit.lora.routing import BASE, Route
+from lorakit.models.label_loss import LabelLoss
+from lorakit.models.loss import IGNORE, SupervisedLoss
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["BASE", "Forward", "supervised_per_sequence"]
+
+
+class Forward:
+    """A model as a loss calls it.
+
+    Args:
+        adapted: the model with its adapter.
+        reader: takes the cross-entropy of labels.
+
+    Attributes:
+        module: what is called: `adapted`, or what a framework has wrapped around it.
+        smoothing: the share of a target that is spread evenly over all classes.
+    """
+
+    def __init__(self, adapted: nn.Module, reader: SupervisedLoss | LabelLoss) -> None:
+        self.adapted, self.reader = adapted, reader
+        self.module, self.smoothing = adapted, 0.0
+
+    def calling(self, module: nn.Module, smoothing: float = 0.0) -> Forward:
+        """The same, with another module and label smoothing."""
+        other = copy(self)
+        other.module, other.smoothing = module, smoothing
+        return other
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode, and no held-out row is scored."""
+        return bool(self.module.training)
+
+    def token_losses(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of every supervised token (n,), sequence after sequence, in nats."""
+        assert isinstance(self.reader, SupervisedLoss)
+        return self.reader.of_tokens(self.module, batch, self.smoothing)
+
+    def label_logits(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a batch's labels, and their logits (batch, places, classes)."""
+        assert isinstance(self.reader, LabelLoss)
+        total, _, logits = self.reader.with_logits(self.module, batch, self.smoothing)
+        return total, logits
+
+    def log_probabilities(
+        self, batch: Mapping[str, torch.Tensor], adapters: Sequence[str] = ()
+    ) -> list[torch.Tensor]:
+        """The log-probability of each sequence's supervised tokens (sequences,), in nats.
+
+        Args:
+            adapters: the names under which it is asked for, all in one pass, `BASE` among them
+                for the bare base; none for what is active.
+
+        Returns: one tensor for each of `adapters`.
+        """
+        assert isinstance(self.reader, SupervisedLoss)
+        counts = supervised_per_sequence(batch)
+        if not adapters:
+            return [_sums(-self.reader.of_tokens(self.module, batch), counts)]
+        dimension = 1 if "cu_seq_lens_q" in batch else 0
+        several = repeated(batch, len(adapters))
+        rows, tokens = several["input_ids"].shape
+        route = Route(
+            rows=tuple(adapters),
+            shape=(rows, tokens),
+            sizes=(batch["input_ids"].shape[dimension],) * len(adapters),
+        )
+        routing: Any = self.adapted.routing
+        with routing.using(route):
+            found = -self.reader.of_tokens(self.module, several)
+        return [_sums(part, counts) for part in found.chunk(len(adapters))]
+
+
+def supervised_per_sequence(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """How many tokens of each sequence of a causal model's batch are supervised (sequences,)."""
+    import torch
+
+    learned = batch["labels"][:, 1:] != IGNORE
+    if "cu_seq_lens_q" not in batch:
+        return learned.sum(1)
+    begins = batch["cu_seq_lens_q"].long()
+    # The first label of a segment is ignored, so that tokens and their predictions are together.
+    before = torch.cat([learned.new_zeros(2, dtype=torch.int64), learned[0].cumsum(0)])
+    counts = before[begins[1:]] - before[begins[:-1]]
+    if (parents := batch.get("parents")) is not None:
+        is_prefix = torch.zeros_like(parents, dtype=torch.bool)
+        is_prefix[parents[parents >= 0].long()] = True
+        counts = counts[~is_prefix]  # what is shared is not learned
+    return counts
+
+
+def repeated(batch: Mapping[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
+    """A causal model's batch so many times, one after the other: rows, or in one line."""
+    import torch
+
+    if "cu_seq_lens_q" not in batch:
+        return {name: torch.cat([tensor] * times) for name, tensor in batch.items()}
+    begins = batch["cu_seq_lens_q"]
+    length, segments = begins[-1], len(begins) - 1
+    ends = torch.cat([begins[:1], *(begins[1:] + i * length for i in range(times))])
+    found = {
+        name: torch.cat([batch[name]] * times, dim=1)
+        for name in ("input_ids", "position_ids", "labels")
+    }
+    if (parents := batch.get("parents")) is not None:
+        each = [torch.where(parents < 0, parents, parents + i * segments) for i in range(times)]
+        found["parents"] = torch.cat(each)
+    return {**found, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+
+
+def _sums(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Sums of neighbouring values, so many for each."""
+    import torch
+
+    owner = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
+    return values.new_zeros(len(counts)).index_add(0, owner, values)

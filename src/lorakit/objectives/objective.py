@@ -1,0 +1,346 @@
+"""The contract of an objective: from a run's rows to token sequences, a loss and held-out scores.
+
+Each objective is one file beside this one, with a subclass of `Objective`, and one line in
+`registry`. What it does not define is as for a causal language model. Trainer, checkpoints,
+several processes and the record are the same for all of them and know none by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.formats import Sample, renamed
+from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering, time_in
+from lorakit.data.templates import render
+from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.models.load import load_for_task, positions_of
+from lorakit.models.loss import SupervisedLoss
+from lorakit.models.template_files import digest
+from lorakit.objectives.forward import Forward, supervised_per_sequence
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.data.labelled import Labels
+    from lorakit.data.mixing import Sources
+    from lorakit.data.sources import Row
+    from lorakit.data.too_long import TooLong
+    from lorakit.models.label_loss import LabelLoss
+    from lorakit.models.quantization.settings import Quantization
+    from lorakit.models.template_files import Templates
+
+Batch = Mapping[str, "torch.Tensor"]
+Collate = Callable[[Sequence[TokenizedRow]], "dict[str, torch.Tensor]"]
+
+
+class Settings(BaseModel):
+    """An objective's settings: the keys beside `type` in the recipe's `objective`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch as a sum, so that batches, accumulated steps and processes add up.
+
+    Args:
+        total: the summed loss, with its graph in training.
+        count: what `total` is divided by: the batch's supervised tokens, pairs, completions.
+        metrics: sums beside the loss, of any shape and without a graph; by the same names in
+            every batch. Those of training are logged, those of held-out rows become scores.
+    """
+
+    total: torch.Tensor
+    count: torch.Tensor | int
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The base model and the rows that a run asks for.
+
+    Args:
+        model, dtype, device, quantization: as in `load_model`.
+        seed: of weights that the model's files lack.
+        train, eval, max_length, columns, limit, too_long: as in `data.dataset.prepare`.
+        data_seed: of the rows that are held out or drawn by a weight.
+        rendering: how conversations become text; by default as the tokenizer has it, now.
+    """
+
+    model: str
+    dtype: str | torch.dtype | None
+    train: Sources
+    eval: float | Sources = 0.1
+    device: str | None = None
+    quantization: Quantization | None = None
+    seed: int = 42
+    max_length: int = 1024
+    columns: Mapping[str, str] | None = None
+    limit: int | None = None
+    too_long: TooLong = "cut"
+    data_seed: int = 42
+    rendering: Rendering = field(default_factory=Rendering)
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """A model and its rows, ready for an adapter.
+
+    Args:
+        objective: what the rows are learned by; it has read them.
+        collator: makes a batch's tensors; None for sequences of tokens, in one line or padded.
+        new_modules: what the adapter trains whole and keeps.
+        templates: the chat templates that rows were rendered with; None where no row was.
+        rendered_at: the time that a template wrote into rows, where one did.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    objective: Objective
+    collator: Collate | None = None
+    new_modules: list[str] = field(default_factory=list)
+    templates: Templates | None = None
+    rendered_at: datetime | None = None
+
+    def lora_config(self, recipe: Any) -> Any:
+        """The recipe's `LoraConfig`, with the new modules among those that are trained whole."""
+        config = recipe.lora_config()
+        if self.new_modules:
+            own = config.modules_to_save or []
+            config.modules_to_save = list(dict.fromkeys([*own, *self.new_modules]))
+        return config
+
+    def rendering_facts(self) -> dict[str, Any]:
+        """What the record keeps of the chat template, fields of `Manifest`."""
+        templates, time = self.templates, self.rendered_at
+        return {
+            "template_sha256": None if templates is None else digest(templates),
+            "template_time": time.isoformat() if time else None,
+        }
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """The columns of an objective's own rows, and how a sample is read from them."""
+
+    required: tuple[str, ...]
+    sample: Callable[[Row], Sample]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Its name in messages, such as `prompt+chosen+rejected`."""
+        return "+".join(self.required)
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """All columns that it reads."""
+        return frozenset({*self.required, *self.optional})
+
+
+class Objective:
+    """What a run learns from its rows. Subclasses set `name` and define what differs.
+
+    Most define `columns`, `sample`, `tokenize`, `loss` and `scores`. One instance belongs to one
+    run: `prepare` may keep in it what was found in the rows.
+
+    Attributes:
+        name: its `type` in a recipe.
+        task_type: PEFT's name for the form of the model.
+        unit: what the loss is divided by, in words.
+        columns: of its own rows; empty for conversations and texts in any known format.
+        optional_columns: what such a row may have beside them.
+        templated: conversations become text by the chat template.
+        score_names: the held-out scores that `scores` gives.
+        labels: the classes, of a classifier that has read its rows.
+    """
+
+    name: ClassVar[str]
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    unit: ClassVar[str] = "supervised token"
+    columns: ClassVar[tuple[str, ...]] = ()
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    templated: ClassVar[bool] = True
+    Settings: ClassVar[type[Settings]] = Settings
+
+    score_names: Sequence[str] = ()
+    labels: Labels | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        """Raises InputError for a setting that the objective does not have, or a wrong value."""
+        try:
+            self.settings: Any = self.Settings(**settings)
+        except ValidationError as error:
+            found = error.errors()[0]
+            key = ".".join(map(str, found["loc"]))
+            known = list(self.Settings.model_fields)
+            if found["type"] == "extra_forbidden":
+                others = listed(["type", *known])
+                reason = f"is not a setting of {self.name}{did_you_mean(key, known)}; it has"
+                raise InputError(f"objective.{key} {reason} {others}") from error
+            message = found["msg"].removeprefix("Value error, ")
+            raise InputError(
+                f"objective.{key}: {message[0].lower()}{message[1:]}, not {found['input']!r}"
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe's `objective`: the type and all settings, as plain JSON types."""
+        return {"type": self.name, **self.settings.model_dump(mode="json")}
+
+    # --- rows to batches --------------------------------------------------------------------
+
+    def prepare(self, request: RunRequest) -> TrainingInputs:
+        """Loads the model and reads the rows.
+
+        Raises:
+            InputError: the model or the rows cannot be used.
+        """
+        loaded = load_for_task(
+            self.task_type,
+            request.model,
+            request.dtype,
+            device=request.device,
+            seed=request.seed,
+            quantization=request.quantization,
+        )
+        model, tokenizer, rendering = loaded.model, loaded.tokenizer, request.rendering
+        if rendering.templates is not None:
+            tokenizer.chat_template = rendering.templates
+        clock = StandingClock(rendering.time)
+        with at(clock):
+            data = self.read(request, tokenizer, positions_of(model))
+        inputs = TrainingInputs(
+            model, tokenizer, data, self, self.collator(tokenizer), loaded.new_modules
+        )
+        samples = (*data.train_samples, *data.eval_samples)
+        conversations = [s for s in samples if isinstance(s, Sample) and s.messages]
+        if not conversations or not self.templated:
+            return inputs
+        texts = (partial(render, s.messages, tokenizer, tools=s.tools) for s in conversations)
+        time = time_in(texts, clock)
+        templates: Any = tokenizer.chat_template
+        data.notices.extend(notices_of_rendering(time, templates))
+        return replace(inputs, templates=templates, rendered_at=time)
+
+    def read(
+        self, request: RunRequest, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    ) -> PreparedData:
+        """The rows of `request`, tokenized; `positions` are the most tokens that the model reads.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        own_rows = type(self).tokenize is not Objective.tokenize
+        return prepare(
+            tokenizer,
+            request.train,
+            request.eval,
+            max_length=request.max_length,
+            columns=request.columns or None,
+            limit=request.limit,
+            seed=request.data_seed,
+            too_long=request.too_long,
+            positions=positions,
+            recognise=self.recognise if self.columns else None,
+            to_row=self.tokenize if own_rows else None,
+            templated=self.templated,
+        )
+
+    def recognise(self, row: Row, columns: Mapping[str, str]) -> tuple[RowForm, Row]:
+        """The form of one of the objective's own rows, and the row under that form's columns.
+
+        Args:
+            columns: maps the form's columns to the file's own (`data.columns`).
+
+        Raises:
+            InputError: the row has not these columns.
+        """
+        form = RowForm(self.columns, self.sample, self.optional_columns)
+        for name in columns:
+            if name not in form.columns:
+                known = [*form.required, *form.optional]
+                raise InputError(
+                    f"data.columns: '{name}' is not a column of {self.name}"
+                    f"{did_you_mean(name, known)}; known are {listed(known)}"
+                )
+        row = renamed(row, columns)
+        if missing := [name for name in form.required if name not in row.values]:
+            example = ", ".join(f"{name}: your_{name}" for name in missing)
+            raise InputError(
+                f"{row.where}: its columns ({listed(row.values) or 'none'}) are not those of "
+                f"{self.name}, {form.label}; name yours in the recipe, "
+                f"e.g. data.columns: {{{example}}}"
+            )
+        return form, row
+
+    def sample(self, row: Row) -> Sample:
+        """What one of the objective's own rows says. Raises InputError for a value of no use."""
+        raise NotImplementedError(f"{type(self).__name__} has columns, and reads no rows")
+
+    def tokenize(
+        self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> TokenizedRow:
+        """A sample's tokens and labels, cut to `max_length`; a `RowGroup` for several sequences.
+
+        Raises:
+            InputError: there is nothing to learn in it.
+        """
+        return tokenize(sample, tokenizer, max_length)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate | None:
+        """Makes a batch's tensors; None for sequences of tokens, in one line or padded."""
+        return None
+
+    # --- loss and scores --------------------------------------------------------------------
+
+    def forward(self, model: nn.Module, own_logits: bool = False) -> Forward:
+        """How `loss` calls a model; made before the model is compiled or spread.
+
+        Args:
+            model: the model with its adapter.
+            own_logits: the model must compute its own logits, as its weights are spread.
+        """
+        return Forward(model, self.reader(model, own_logits))
+
+    def reader(self, model: nn.Module, own_logits: bool) -> SupervisedLoss | LabelLoss:
+        """What takes the cross-entropy of a batch's labels."""
+        return SupervisedLoss(model, own_logits)
+
+    def loss(self, forward: Forward, batch: Batch) -> Loss:
+        """The loss of a batch; without gradients, of held-out rows.
+
+        Args:
+            forward: calls the model, under the adapters that the loss needs.
+            batch: as the collator makes it, on the model's device.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def supervised(self, batch: Batch) -> torch.Tensor:
+        """How many labels of a batch are supervised (int64)."""
+        return supervised_per_sequence(batch).sum()
+
+    def count(self, batch: Batch) -> torch.Tensor | int:
+        """`Loss.count` of a batch, known before its loss: a step divides by that of all batches.
+
+        By default the supervised labels.
+        """
+        return self.supervised(batch)
+
+    def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:
+        """Scores by name of `Loss.metrics`, summed over held-out rows, or over steps of training.
+
+        By default each is divided by `count`, the sum of `Loss.count`.
+        """
+        return {name: float(total) / count for name, total in sums.items()}

@@ -1,0 +1,149 @@
+"""An objective is one class and one registered line: rows, a loss, held-out scores, the record."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.nn.functional import logsigmoid
+
+import lorakit
+from lorakit.cli.main import app
+from lorakit.data.conversations import exchange, string
+from lorakit.data.formats import Sample
+from lorakit.data.masking import RowGroup, TokenizedRow, tokenize
+from lorakit.errors import InputError
+from lorakit.objectives import objective as contract
+from lorakit.objectives import registry
+from lorakit.objectives.forward import BASE, Forward, supervised_per_sequence
+from small_runs import recipe, weights
+
+
+# --- a preference objective, all of it ---------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class PairSample(Sample):
+    rejected: Sample | None = None
+
+
+@registry.register
+class ToyPreference(contract.Objective):
+    name = "toy-preference"
+    unit = "pair"
+    columns = ("prompt", "chosen", "rejected")
+    score_names = ("accuracy", "margin")
+
+    class Settings(contract.Settings):
+        beta: float = 0.1
+
+    def sample(self, row: Any) -> Sample:
+        prompt, *answers = (string(row, row.values[name], f"'{name}'") for name in self.columns)
+        chosen, rejected = (Sample(tuple(exchange(prompt, a)), None, row.where) for a in answers)
+        return PairSample(chosen.messages, None, row.where, rejected=rejected)
+
+    def tokenize(self, sample: Any, tokenizer: Any, max_length: int) -> TokenizedRow:
+        return RowGroup.of(*(tokenize(s, tokenizer, max_length) for s in (sample, sample.rejected)))
+
+    def count(self, batch: contract.Batch) -> int:
+        return len(supervised_per_sequence(batch)) // 2
+
+    def loss(self, forward: Forward, batch: contract.Batch) -> contract.Loss:
+        policy, reference = forward.log_probabilities(batch, ("default", BASE))
+        margin = self.settings.beta * (policy - reference.detach()).view(-1, 2).diff(dim=1).neg()
+        metrics = {"accuracy": (margin > 0).sum().double(), "margin": margin.detach().sum()}
+        return contract.Loss(-logsigmoid(margin).sum(), self.count(batch), metrics)
+
+
+# -------------------------------------------------------------------------------------------------
+PAIRS = [
+    {"prompt": f"{n} + {n}?", "chosen": f"It is {2 * n}.", "rejected": "I do not know" + "." * n}
+    for n in range(12)
+]
+TOY = {"type": "toy-preference", "beta": 0.5}
+
+
+@pytest.fixture
+def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
+    """Its recipe: six steps in float64 on `PAIRS`."""
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    made = recipe(tiny_model, rows, tmp_path / "run", per_device_train_batch_size=3)
+    return made | {"objective": TOY, "dtype": "float64", "samples": 1}
+
+
+def test_the_verb_trains_it_resumes_it_and_records_its_scores(
+    values: dict[str, Any], tmp_path: Path
+):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(values))
+    command = ["train", str(path), "training.save_steps=3"]
+    app(command, standalone_mode=False)
+    record = json.loads((tmp_path / "run" / "lorakit.json").read_text())
+    assert record["recipe"]["objective"] == TOY
+    assert record["base_eval_loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert record["eval_loss"] < math.log(2)
+    assert record["base_eval_scores"] == {"accuracy": 0, "margin": 0}
+    assert record["eval_scores"]["margin"] > 0
+    logged = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("margin" in entry for entry in logged)
+
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    for name in ("lorakit.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    for file in (tmp_path / "run" / "checkpoint-6").iterdir():
+        file.unlink()  # a whole one is left at step 3
+    app([*command, "--resume"], standalone_mode=False)
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_padded_rows_and_divided_steps_give_what_a_line_gives(values: dict[str, Any]):
+    found = []
+    for size, free in ((9, True), (9, False), (3, True)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 9 // size}
+        changed = {
+            **values,
+            "data": {**values["data"], "padding_free": free},
+            "training": values["training"]
+            | settings
+            | {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1},
+            "output_dir": f"{values['output_dir']}-{size}-{free}",
+        }
+        found.append(weights(lorakit.train(changed, quiet=True).output_dir))
+    assert any("lora_B" in name and tensor.any() for name, tensor in found[0].items())
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            assert (tensor - other[name]).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"objective": "toy-preferences"}, "toy-preference"),
+        ({"objective": {"type": "toy-preference", "bta": 1}}, "beta"),
+        ({"objective": {"type": "toy-preference", "beta": "much"}}, "objective.beta"),
+        ({"objective": {"beta": 1}}, "type"),
+        ({"objective": "sft", "lora": {"task_type": "SEQ_CLS"}}, "CAUSAL_LM"),
+        ({"objective": "sft"}, "preference"),  # its rows are no answers to learn
+        ({"data": {"columns": {"better": "chosen"}}}, "chosen"),
+        ({"data": {"columns": {"chosen": "good"}}}, "good"),
+    ],
+)
+def test_what_it_cannot_use_is_named(values: dict[str, Any], changes: Any, named: str):
+    if "data" in changes:
+        changes = {"data": {**values["data"], **changes["data"]}}
+    with pytest.raises(InputError, match=named):
+        lorakit.train({**values, **changes}, quiet=True)
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_a_classifier_is_named_by_its_objective_or_its_task_type():
+    from lorakit.training.recipe import load_recipe
+
+    minimal = {"model": "m", "data": {"train": "d"}, "output_dir": "o"}
+    by_type = load_recipe({**minimal, "lora": {"task_type": "SEQ_CLS"}})
+    by_name = load_recipe({**minimal, "objective": "classification"})
+    assert by_type.make_objective().name == by_name.make_objective().name == "classification"
+    assert by_name.task_type == "SEQ_CLS"
+    assert "objective" not in by_type.to_dict()
+    assert load_recipe(by_name.to_dict()).to_dict() == by_name.to_dict()
