@@ -5,16 +5,16 @@ share) as `notices`, what was found in the rows as `findings`; printing is left 
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
+from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.message_fields import findings_of_fields
 from lorakit.data.mixing import (
     DataFacts,
-    Recognise,
     Sources,
     count,
     each,
@@ -70,7 +70,7 @@ def prepare(
     limit: int | None = None,
     seed: int = 42,
     to_row: Callable[[Sample, "PreTrainedTokenizerBase", int], TokenizedRow] | None = None,
-    recognise: Recognise | None = None,
+    kinds: Collection[str] = SUPERVISED,
     templated: bool = True,
     too_long: TooLong = "cut",
     positions: int | None = None,
@@ -90,7 +90,7 @@ def prepare(
         seed: of the split, and of the rows that a weight draws.
         to_row: makes a row of a sample, with at most `max_length` tokens; None for rows that a
             causal model learns.
-        recognise: reads rows of other formats than conversations and texts, as in `mix`.
+        kinds: of rows that the objective takes, as in `mix`.
         templated: conversations become text by the chat template.
         positions: the most tokens that the model reads, where it says so.
 
@@ -99,7 +99,7 @@ def prepare(
     """
     if max_length < 2:
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
-    learned = mix(train, columns, limit, seed=seed, recognise=recognise)
+    learned = mix(train, columns, limit, seed=seed, kinds=kinds)
     facts, notices = learned.facts, learned.notices
     if isinstance(eval, (int, float)) and eval and learned.held_out:
         notices.append(notice_of_own(learned.held_out))
@@ -115,7 +115,7 @@ def prepare(
             seed=seed,
             key="data.eval",
             wanted=HELD_OUT,
-            recognise=recognise,
+            kinds=kinds,
         )
         kept, held = learned.samples, measured.samples
         facts += measured.facts

@@ -8,13 +8,13 @@ import dataclasses
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lorakit.data.column_hints import unread_cure
-from lorakit.data.formats import check_columns, recognise
+from lorakit.data.formats import SUPERVISED, check_columns, recognise
 from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.samples import Sample
 from lorakit.data.sources import Contents, Row, read_source
@@ -64,13 +64,6 @@ class DataFacts:
     weight: float = 1.0
 
 
-Recognise = Callable[[Row, Mapping[str, str]], tuple[Any, Row]]
-"""Finds the format of a row, given `data.columns`, and the row under that format's columns.
-
-A format has a `label`, `columns`, and a `sample(row)`; see `formats.Format`.
-"""
-
-
 @dataclass(frozen=True)
 class Mixture:
     """The samples of all sources in their order, each once; `Sample.copies` says how often.
@@ -97,7 +90,7 @@ def mix(
     seed: int = 42,
     key: str = "data.train",
     wanted: Sequence[str] = LEARNED,
-    recognise: Recognise | None = None,
+    kinds: Collection[str] = SUPERVISED,
 ) -> Mixture:
     """Reads one source or several.
 
@@ -107,7 +100,7 @@ def mix(
         seed: draws the rows of a source whose weight is no whole number.
         key: the recipe's, for messages.
         wanted: which part of a data set in parts is read, as for `read_source`.
-        recognise: finds the format of a row; None for conversations and texts.
+        kinds: of rows that the objective takes (`RowFormat.kind`).
 
     Raises:
         InputError: a source or the columns cannot be used, or rows; of many bad rows of a source
@@ -118,8 +111,7 @@ def mix(
         raise InputError(f"{key} is an empty list; name at least one source")
     if limit is not None and limit < 1:
         raise InputError(f"data.limit is {limit}; give a number of rows from 1, or leave it out")
-    if recognise is None:
-        check_columns(columns or {})
+    check_columns(columns or {}, kinds)
     parts = [item if isinstance(item, Source) else Source(str(item)) for item in given]
     paths = [part.path for part in parts]
     if twice := [path for path, times in Counter(paths).items() if times > 1]:
@@ -130,7 +122,7 @@ def mix(
     for part, name in zip(parts, names, strict=True):
         contents = read_source(part.path, full_names=times[name] > 1, wanted=wanted)
         own = part.columns if part.columns is not None else columns
-        samples, notices = _samples(part, contents, own or {}, limit, recognise or _conversation)
+        samples, notices = _samples(part, contents, own or {}, limit, kinds)
         used, drawn = _weighted(samples, part, seed)
         mixture.samples.extend(used)
         if contents.held_out:
@@ -197,25 +189,21 @@ class _Places(dict[str, _Place]):
         self[what].rows += 1
 
 
-def _conversation(row: Row, columns: Mapping[str, str]) -> tuple[Any, Row]:
-    refuse_other_objectives(row, columns)
-    return recognise(row, columns)
-
-
 def _samples(
     source: Source,
     contents: Contents,
     columns: Mapping[str, str],
     limit: int | None,
-    recognise: Recognise,
+    kinds: Collection[str],
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
     formats, unread, found = _Places(), _Places(), _Places()
     known: set[str] = set()
 
     def read(row: Row) -> Sample:
-        form, row = recognise(row, columns)
-        sample: Sample = form.sample(row)
+        refuse_other_objectives(row, columns, kinds)
+        form, row = recognise(row, columns, kinds)
+        sample = form.sample(row)
         formats.add(form.label, row)
         known.update(form.columns)
         for name, value in row.values.items():

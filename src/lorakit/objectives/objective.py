@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorakit.data.dataset import PreparedData, prepare
-from lorakit.data.formats import Sample, renamed
+from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.samples import Sample
 from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering, time_in
 from lorakit.data.templates import render
 from lorakit.errors import InputError, did_you_mean, listed
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from lorakit.data.labelled import Labels
     from lorakit.data.mixing import Sources
-    from lorakit.data.sources import Row
     from lorakit.data.too_long import TooLong
     from lorakit.models.label_loss import LabelLoss
     from lorakit.models.quantization.settings import Quantization
@@ -131,37 +131,17 @@ class TrainingInputs:
         }
 
 
-@dataclass(frozen=True)
-class RowForm:
-    """The columns of an objective's own rows, and how a sample is read from them."""
-
-    required: tuple[str, ...]
-    sample: Callable[[Row], Sample]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """Its name in messages, such as `prompt+chosen+rejected`."""
-        return "+".join(self.required)
-
-    @cached_property
-    def columns(self) -> frozenset[str]:
-        """All columns that it reads."""
-        return frozenset({*self.required, *self.optional})
-
-
 class Objective:
     """What a run learns from its rows. Subclasses set `name` and define what differs.
 
-    Most define `columns`, `sample`, `tokenize`, `loss` and `scores`. One instance belongs to one
+    Most define `row_kinds`, `tokenize`, `loss` and `count`. One instance belongs to one
     run: `prepare` may keep in it what was found in the rows.
 
     Attributes:
         name: its `type` in a recipe.
         task_type: PEFT's name for the form of the model.
         unit: what the loss is divided by, in words.
-        columns: of its own rows; empty for conversations and texts in any known format.
-        optional_columns: what such a row may have beside them.
+        row_kinds: the kinds of rows that it takes (`data.samples.RowFormat.kind`).
         templated: conversations become text by the chat template.
         score_names: the held-out scores that `scores` gives.
         labels: the classes, of a classifier that has read its rows.
@@ -170,8 +150,7 @@ class Objective:
     name: ClassVar[str]
     task_type: ClassVar[str] = "CAUSAL_LM"
     unit: ClassVar[str] = "supervised token"
-    columns: ClassVar[tuple[str, ...]] = ()
-    optional_columns: ClassVar[tuple[str, ...]] = ()
+    row_kinds: ClassVar[tuple[str, ...]] = SUPERVISED
     templated: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = Settings
 
@@ -253,41 +232,10 @@ class Objective:
             seed=request.data_seed,
             too_long=request.too_long,
             positions=positions,
-            recognise=self.recognise if self.columns else None,
+            kinds=self.row_kinds,
             to_row=self.tokenize if own_rows else None,
             templated=self.templated,
         )
-
-    def recognise(self, row: Row, columns: Mapping[str, str]) -> tuple[RowForm, Row]:
-        """The form of one of the objective's own rows, and the row under that form's columns.
-
-        Args:
-            columns: maps the form's columns to the file's own (`data.columns`).
-
-        Raises:
-            InputError: the row has not these columns.
-        """
-        form = RowForm(self.columns, self.sample, self.optional_columns)
-        for name in columns:
-            if name not in form.columns:
-                known = [*form.required, *form.optional]
-                raise InputError(
-                    f"data.columns: '{name}' is not a column of {self.name}"
-                    f"{did_you_mean(name, known)}; known are {listed(known)}"
-                )
-        row = renamed(row, columns)
-        if missing := [name for name in form.required if name not in row.values]:
-            example = ", ".join(f"{name}: your_{name}" for name in missing)
-            raise InputError(
-                f"{row.where}: its columns ({listed(row.values) or 'none'}) are not those of "
-                f"{self.name}, {form.label}; name yours in the recipe, "
-                f"e.g. data.columns: {{{example}}}"
-            )
-        return form, row
-
-    def sample(self, row: Row) -> Sample:
-        """What one of the objective's own rows says. Raises InputError for a value of no use."""
-        raise NotImplementedError(f"{type(self).__name__} has columns, and reads no rows")
 
     def tokenize(
         self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int

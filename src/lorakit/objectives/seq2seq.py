@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.data.formats import Sample
     from lorakit.data.masking import TokenizedRow
+    from lorakit.data.samples import Sample
     from lorakit.objectives.forward import Forward
 
 

@@ -31,6 +31,7 @@ from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.models.template_files import Templates, write_templates
+from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Objective
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
@@ -57,6 +58,7 @@ class LoraTrainer(Trainer):
         train_rows, eval_rows: the rows; `eval_rows` may be empty.
         batching: how rows become batches.
         objective: what is learned: the loss of a batch, and the scores of held-out rows.
+        forward: how the loss calls the model, where that is made already.
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
 
     Attributes:
@@ -79,6 +81,7 @@ class LoraTrainer(Trainer):
         batching: Batching,
         objective: Objective,
         loraplus_lr_ratio: float | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
         self.held_out = batching.eval_batches(eval_rows, args)
@@ -106,7 +109,7 @@ class LoraTrainer(Trainer):
             )
         finally:
             args.label_smoothing_factor = smoothing
-        self.forward = objective.forward(model, self.is_spread)
+        self.forward = forward or objective.forward(model, self.is_spread)
         self.start = None if self.is_spread else Start(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # Trainer's takes a line of rows for one row

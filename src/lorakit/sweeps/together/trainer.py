@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.errors import LorakitError
+from lorakit.objectives.forward import Forward
 from lorakit.progress import innermost
 from lorakit.training.early_stopping import EarlyStopping
 from lorakit.training.interrupt import Interrupt
@@ -57,7 +58,8 @@ class ConfigurationTrainer(LoraTrainer):
             setup.data.train,
             setup.data.eval,
             setup.batching,
-            lambda model, spread: loss,
+            setup.begun.objective,
+            forward=Forward(setup.model, loss),
             loraplus_lr_ratio=setup.recipe.training.loraplus_lr_ratio,
         )
         self.interrupt, self.templates = interrupt, setup.begun.templates
