@@ -22,7 +22,7 @@ from lorakit.adapters.inspect import inspect
 from lorakit.adapters.open import open_adapter
 from lorakit.engine.open_engine import open_engine
 from lorakit.models.template_files import digest, read_templates, write_templates
-from lorakit.report.page import write_report
+from lorakit.report.run_page import write_report
 from small_runs import recipe
 from tiny import CHATML, save_tiny_model
 

@@ -14,6 +14,7 @@ from lorakit.adapters.inspect import inspect
 from lorakit.cli.main import main
 from lorakit.models.describe import describe
 from lorakit.server.options import ServerOptions
+from lorakit.server.vllm import VllmOptions, plan
 from served import running
 from tiny import byte_tokenizer, make_attentive
 
@@ -64,6 +65,12 @@ def test_qwen_vl_is_loaded_inspected_merged_and_exported(tmp_path: Path):
         written.append(load_file(tmp_path / f"{name}-vllm" / "adapter_model.safetensors"))
     assert written[0].keys() == written[1].keys() == own.keys()
     assert all(torch.equal(written[0][key], written[1][key]) for key in own)
+    served = VllmOptions(
+        model=str(base), adapters={"t": tmp_path / "of-text"}, workspace=tmp_path / "copies"
+    )
+    assert any("modules have other names" in notice for notice in plan(served).notices)
+    (copy,) = (tmp_path / "copies").glob("*/adapter_model.safetensors")
+    assert load_file(copy).keys() == own.keys()
 
 
 def test_qwen_vl_is_trained_by_the_command_and_answers_over_http(

@@ -212,7 +212,7 @@ def orphaned() -> Iterator[tuple[subprocess.Popen[str], int]]:
         "import threading, time\n"
         "from lorakit.data import bounded_templates as b\n"
         "b.SECONDS = 1.0\n"
-        "worker = b._Worker()\n"
+        "worker = b._TemplateProcess()\n"
         "print(worker._process.pid, flush=True)\n"
         f"worker.ask(b.pickle.dumps(({LOOP!r}, {{}}, 1.0)))\n"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.cli.options import chat_template_kwargs
 from lorakit.data.prompts import Prompt
-from lorakit.data.template_variables import template_variables
+from lorakit.data.templates import template_variables
 from lorakit.engine.answer_all import answer_all
 from lorakit.engine.conversation import ChatSession
 from lorakit.engine.engine import Engine

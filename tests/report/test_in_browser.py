@@ -10,7 +10,7 @@ import pytest
 from folders import save_run, save_samples
 
 from browsers import FAINT, LEAST_CONTRAST
-from lorakit.report.page import write_report
+from lorakit.report.run_page import write_report
 
 WIDE, PHONE = (1280, 900), (390, 844)
 LOOKS = [(size, scheme) for size in (WIDE, PHONE) for scheme in ("light", "dark")]

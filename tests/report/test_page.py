@@ -12,7 +12,7 @@ from folders import TEMPLATE_SHA256, save_factors, save_run, save_samples
 from command import run_lorakit
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.report.page import Report, write_report
+from lorakit.report.run_page import Report, write_report
 
 EVIL = """a_b</script></style><script>alert(1)</script><img src=x onerror='alert("2")'>&amp;"""
 

@@ -7,7 +7,7 @@ import pytest
 
 from browsers import FAINT, LEAST_CONTRAST
 from lorakit.report.scatter import Spot, axis_of, parallel, scatter
-from lorakit.report.sweep import write_sweep_page
+from lorakit.report.sweep_page import write_sweep_page
 
 EVIL = "<script>alert(1)</script>"
 

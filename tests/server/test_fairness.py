@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.data.templates import render
 from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
-from lorakit.server.turns import Turns
+from lorakit.server.fair_turns import Turns
 from served import Running, refused, until
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"

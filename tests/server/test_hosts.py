@@ -13,7 +13,7 @@ import pytest
 
 from browsers import started_browser
 from lorakit.errors import InputError
-from lorakit.server.hosts import Hosts
+from lorakit.server.gate import Hosts
 from lorakit.server.options import ServerOptions
 from served import Running, address, all_of, running
 

@@ -8,8 +8,7 @@ import pytest
 
 from lorakit.engine.adapter_names import named_adapters
 from lorakit.errors import InputError
-from lorakit.server.access import is_loopback
-from lorakit.server.options import Limits, ServerOptions
+from lorakit.server.options import Limits, ServerOptions, is_loopback
 from served import Running, address, refused
 
 TEXT = {"model": "shop", "prompt": "a", "max_tokens": 2}

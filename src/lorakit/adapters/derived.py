@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorakit.lora.config import LoraConfig
 
 
-class Source(BaseModel):
+class SourceRecord(BaseModel):
     """What an adapter was made of: where it lay, and the SHA-256 of its weights' file or files."""
 
     path: str
@@ -45,7 +45,7 @@ class Derivation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     made_by: Literal["combine", "resize", "extract"]
-    sources: list[Source]
+    sources: list[SourceRecord]
     options: dict[str, Any] = {}
     figures: dict[str, float] = {}
     notices: list[str] = []
@@ -91,9 +91,9 @@ def other_weights(adapter: str | Path, base: str) -> str:
     )
 
 
-def source(folder: Path) -> Source:
+def source(folder: Path) -> SourceRecord:
     """The adapter in `folder` as a source."""
-    return Source(path=str(folder), sha256=sha256(weights_file(folder)))
+    return SourceRecord(path=str(folder), sha256=sha256(weights_file(folder)))
 
 
 def sha256(path: Path) -> str:

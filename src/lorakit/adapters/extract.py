@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.adapters.derived import Derivation, Source, sha256, write_derived
+from lorakit.adapters.derived import Derivation, SourceRecord, sha256, write_derived
 from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.adapters.tokenizer import tokenizer_to_keep
@@ -339,7 +339,7 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def _source(model: _Model) -> Source:
+def _source(model: _Model) -> SourceRecord:
     """A model as a source; the digest is of its only file, or of its shards' digests."""
     paths = sorted({tensor.path for tensor in model.tensors.values()})
-    return Source(path=model.name, sha256=",".join(sha256(path) for path in paths))
+    return SourceRecord(path=model.name, sha256=",".join(sha256(path) for path in paths))

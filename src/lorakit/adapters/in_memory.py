@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from lorakit.adapters.added_tokens import said_added
-from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
+from lorakit.adapters.job import MergedFiles, MergeJob, add_others, copy_others, exact_dtype
 from lorakit.adapters.open import OpenAdapter, open_adapter
-from lorakit.adapters.survival import Survival, sum_of_squares
-from lorakit.adapters.together import add_others
+from lorakit.adapters.verify import Survival, sum_of_squares
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
@@ -58,7 +57,7 @@ def open_all(
 
 def merge_in_memory(
     job: MergeJob, opened: OpenAdapter, names: Sequence[str], folder: Path
-) -> Written:
+) -> MergedFiles:
     """Merges the model that `open_all` gave, and writes it into `folder` as transformers does.
 
     Raises:
@@ -82,7 +81,7 @@ def merge_in_memory(
         opened.tokenizer.save_pretrained(folder)
     added = opened.added_tokens
     notices = [said_added(added, job.first)] if added else []
-    return Written(type(merged), default, modules, survival, notices)
+    return MergedFiles(type(merged), default, modules, survival, notices)
 
 
 @torch.no_grad()

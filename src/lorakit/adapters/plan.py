@@ -38,7 +38,7 @@ class NotStreamable(Exception):  # noqa: N818 (no error: there is another way)
 
 
 @dataclass(frozen=True)
-class Change:
+class ParameterChange:
     """What happens to a parameter: a layer merges adapters into it, or a tensor replaces it.
 
     `path` is the module's in the plain model, `names` are the adapters that the layer has.
@@ -66,11 +66,11 @@ class Entry:
 
     new: NewTensor
     source: StoredTensor | None
-    change: Change | None
+    change: ParameterChange | None
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """What is written into which file.
 
     `changes` are by the parameter's name in the plain model, `sources` where its values are in
@@ -78,7 +78,7 @@ class Plan:
     the merged model. `notices` say what is left out.
     """
 
-    changes: dict[str, Change]
+    changes: dict[str, ParameterChange]
     sources: dict[str, StoredTensor]
     pairs: list[tuple[str, str]] = field(default_factory=list)
     shards: dict[str, dict[str, Entry]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Plan:
 
 def find_changes(
     model: nn.Module, own: Mapping[str, torch.Tensor], weights: Mapping[str, float]
-) -> dict[str, Change]:
+) -> dict[str, ParameterChange]:
     """What adapters change, by the name of the parameter in the plain model.
 
     Args:
@@ -109,7 +109,7 @@ def find_changes(
     """
     names, first = list(weights), next(iter(weights.values()))
     changes = {
-        key: Change(key.rpartition(".")[0], replaced=tensor, weight=first)
+        key: ParameterChange(key.rpartition(".")[0], replaced=tensor, weight=first)
         for key, tensor in own.items()
         if not tensor.is_meta  # a bias that the only adapter has trained
     }
@@ -119,7 +119,7 @@ def find_changes(
             module.require_together(names)
             for name in module.adapters:
                 for ending, tensor in module.adapter_tensors(name).items():
-                    changes[f"{path}.{ending}"] = Change(
+                    changes[f"{path}.{ending}"] = ParameterChange(
                         path, replaced=tensor, weight=weights[name]
                     )
             continue
@@ -128,7 +128,7 @@ def find_changes(
         for parameter in layer.changed_parameters(here) if here else []:
             key = f"{path}.{parameter}"
             weight = changes[key].weight if key in changes else 1.0  # of a trained bias
-            changes[key] = Change(path, layer, parameter, tuple(here), weight=weight)
+            changes[key] = ParameterChange(path, layer, parameter, tuple(here), weight=weight)
     return changes
 
 
@@ -138,7 +138,7 @@ def start_plan(
     shards: Shards,
     stored: FileNames,
     weights: Mapping[str, float],
-) -> Plan:
+) -> MergePlan:
     """Finds what changes, and where the values before are.
 
     Args:
@@ -152,7 +152,7 @@ def start_plan(
     """
     in_files = all_tensors(shards)
     sources = {key: in_files[name] for key, name in stored.stored.items()}
-    plan = Plan(find_changes(model, own, weights), sources)
+    plan = MergePlan(find_changes(model, own, weights), sources)
     for key, tensor in sources.items():
         if tensor.shape != tuple(own[key].shape):
             change = plan.changes.get(key)
@@ -182,7 +182,7 @@ def start_plan(
     return plan
 
 
-def _share_sources(plan: Plan, own: Mapping[str, torch.Tensor], stored: FileNames) -> None:
+def _share_sources(plan: MergePlan, own: Mapping[str, torch.Tensor], stored: FileNames) -> None:
     """Gives parameters that are one the source of the one that the files have."""
     groups: dict[int, list[str]] = {}
     for key, tensor in own.items():
@@ -205,7 +205,7 @@ def _share_sources(plan: Plan, own: Mapping[str, torch.Tensor], stored: FileName
 
 
 def finish_plan(
-    plan: Plan,
+    plan: MergePlan,
     own: Mapping[str, torch.Tensor],
     shards: Shards,
     stored: FileNames,

@@ -108,13 +108,11 @@ def _copied(folder: Path, root: Path | None, target: Path, limits: dict[str, int
         files = _opened(source, stack, folder, limits)
         before = [_state(descriptor) for descriptor in files.values()]
         total = hashlib.sha256()
-        try:
+        with _writing(target):
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
             for name in files:
                 (target / name).parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise LorakitError(f"{target} cannot be written: {error}") from error
         for name, descriptor in files.items():
             size, digest = _copy(descriptor, target / name, folder / name, limits[name])
             total.update(f"{name} {size} {digest}\n".encode())
@@ -132,17 +130,9 @@ def _copied(folder: Path, root: Path | None, target: Path, limits: dict[str, int
 
 def _more_templates(source: Folder, folder: Path) -> list[str]:
     """The files of chat templates that have names."""
-    try:
+    names: list[str] = []
+    with _reading(folder, ADDITIONAL):
         names = sorted(name for name in source.names_in(ADDITIONAL) if name.endswith(".jinja"))
-    except FileNotFoundError:
-        return []
-    except OutsideError as error:
-        raise InputError(
-            f"'{ADDITIONAL}' of that folder lies outside the server's --adapter-root"
-        ) from error
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise InputError(f"{folder / ADDITIONAL} cannot be read: {why.lower()}") from error
     if len(names) > _MOST_TEMPLATES:
         raise InputError(f"{folder} has {len(names)} chat templates: {_MOST_TEMPLATES} are read")
     return [f"{ADDITIONAL}/{name}" for name in names]
@@ -156,20 +146,34 @@ def _opened(
     for name in limits:
         if name == _PICKLE and WEIGHTS_NAME in found:
             continue
-        try:
-            descriptor = source.open_file(name)
-        except FileNotFoundError:
-            continue
-        except OutsideError as error:
-            raise InputError(
-                f"'{name}' of that folder lies outside the server's --adapter-root"
-            ) from error
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise InputError(f"{folder / name} cannot be read: {why.lower()}") from error
-        stack.callback(os.close, descriptor)
-        found[name] = descriptor
+        with _reading(folder, name):
+            found[name] = source.open_file(name)
+            stack.callback(os.close, found[name])
     return found
+
+
+@contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    """Says why a file cannot be read; one that is not there is passed over."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OutsideError as error:
+        raise InputError(
+            f"'{name}' of that folder lies outside the server's --adapter-root"
+        ) from error
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise InputError(f"{folder / name} cannot be read: {why.lower()}") from error
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LorakitError(f"{target} cannot be written: {error}") from error
 
 
 def _state(descriptor: int) -> tuple[int, ...]:
@@ -188,20 +192,13 @@ def _copy(descriptor: int, target: Path, name: Path, limit: int) -> tuple[int, s
     if os.fstat(descriptor).st_size > limit:
         raise too_large
     digest, size = hashlib.sha256(), 0
-    try:
-        copy = target.open("wb")
-    except OSError as error:
-        raise LorakitError(f"{target} cannot be written: {error}") from error
-    with copy:
+    with _writing(target), target.open("wb") as copy:
         while block := _read(descriptor, name):
             size += len(block)
             if size > limit:
                 raise too_large
             digest.update(block)
-            try:
-                copy.write(block)
-            except OSError as error:
-                raise LorakitError(f"{target} cannot be written: {error}") from error
+            copy.write(block)
     return size, digest.hexdigest()
 
 

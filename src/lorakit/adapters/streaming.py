@@ -25,11 +25,17 @@ from torch import nn
 from lorakit.adapters.adapter_files import AdapterFiles
 from lorakit.adapters.added_tokens import add_rows, said_added
 from lorakit.adapters.derived import other_weights
-from lorakit.adapters.job import MergeJob, Written, copy_others, exact_dtype
-from lorakit.adapters.plan import Change, Entry, NotStreamable, Plan, finish_plan, start_plan
-from lorakit.adapters.survival import Survival, sum_of_squares
-from lorakit.adapters.together import add_others
+from lorakit.adapters.job import MergedFiles, MergeJob, add_others, copy_others, exact_dtype
+from lorakit.adapters.plan import (
+    Entry,
+    MergePlan,
+    NotStreamable,
+    ParameterChange,
+    finish_plan,
+    start_plan,
+)
 from lorakit.adapters.updates import COPY
+from lorakit.adapters.verify import Survival, sum_of_squares
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
@@ -52,7 +58,7 @@ _MOST_THREADS = 8
 _AHEAD = _MOST_THREADS  # parts that are computed before their turn to be written
 
 
-def stream(job: MergeJob, folder: Path) -> Written:
+def stream(job: MergeJob, folder: Path) -> MergedFiles:
     """Writes the merged model into `folder`, file by file.
 
     Raises:
@@ -99,10 +105,10 @@ def stream(job: MergeJob, folder: Path) -> Written:
     if tokenizer is not None:
         set_padding(model, tokenizer.pad_token_id)
     config.save_pretrained(folder)
-    return Written(type(model), usual, plan.modules, survival, plan.notices)
+    return MergedFiles(type(model), usual, plan.modules, survival, plan.notices)
 
 
-def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
+def write_merged(folder: Path, plan: MergePlan, reader: ShardReader) -> Survival:
     """Writes the merged model's weights into `folder`: several threads compute, this one writes.
 
     Returns: what of the updates survived the rounding.
@@ -135,7 +141,7 @@ def write_merged(folder: Path, plan: Plan, reader: ShardReader) -> Survival:
     return survival
 
 
-def come_apart(plan: Plan, reader: ShardReader) -> list[str]:
+def come_apart(plan: MergePlan, reader: ShardReader) -> list[str]:
     """The parameters that were one with others in the base, and differ in the merged model."""
     apart = []
     for pair in plan.pairs:
@@ -147,7 +153,7 @@ def come_apart(plan: Plan, reader: ShardReader) -> list[str]:
 
 
 def check_fingerprint(
-    plan: Plan, parameters: Sequence[str], adapter: AdapterFiles, reader: ShardReader
+    plan: MergePlan, parameters: Sequence[str], adapter: AdapterFiles, reader: ShardReader
 ) -> None:
     """Adds a notice where the adapter's record tells of other weights than the base's."""
     expected = adapter.manifest and adapter.manifest.base_fingerprint
@@ -160,7 +166,7 @@ def check_fingerprint(
 
 
 def check_copies(
-    plan: Plan,
+    plan: MergePlan,
     own: Mapping[str, torch.Tensor],
     adapter: AdapterFiles,
     copies: Mapping[str, torch.Tensor],
@@ -215,7 +221,7 @@ _Part = Callable[[], _Merged]
 
 
 def _parts(
-    source: StoredTensor | None, change: Change | None, reader: ShardReader
+    source: StoredTensor | None, change: ParameterChange | None, reader: ShardReader
 ) -> Iterator[_Part]:
     """What has to be done for one tensor, row by row as far as that is possible."""
     if change is not None and change.replaced is not None:
@@ -275,7 +281,7 @@ def _added(
     return _Merged(total, sum_of_squares(total - W) if energy is None else energy)
 
 
-def _whole(source: StoredTensor, change: Change, reader: ShardReader) -> _Merged:
+def _whole(source: StoredTensor, change: ParameterChange, reader: ShardReader) -> _Merged:
     """For a layer whose rows depend on each other: it gets its weight for a moment."""
     assert change.layer is not None
     module = change.layer.get_base_layer()

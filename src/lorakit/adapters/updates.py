@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,23 @@ class ModuleUpdate:
             return A, B
         A0, B0 = (factor.flatten(1).to(A) for factor in self.initial)
         return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+
+    def without_start(self) -> ModuleUpdate:
+        """The same update as one pair, of 2 r where a start is taken off again."""
+        if self.initial is None:
+            return self
+        A0, B0 = self.initial
+        A, B = torch.cat([self.A, A0.to(self.A)]), torch.cat([self.B, -B0.to(self.B)], dim=1)
+        return replace(self, A=A, B=B, initial=None)
+
+    def folded(self, scaling: float = 1.0) -> torch.Tensor:
+        """`B` for an update that is written with another scaling: (d_out, r).
+
+        It stays in its dtype where nothing is lost by that, and is float32 otherwise.
+        """
+        wide = self.B.float() * (self.scaling / scaling)
+        narrow = wide.to(self.B.dtype)
+        return narrow if torch.equal(narrow.float(), wide) else wide
 
     def tensors(
         self, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None

@@ -1,10 +1,13 @@
-"""Whether a merged model does what base + adapter do: their logits on fixed texts, side by side.
+"""Whether a merged model does what base + adapter do: their logits on fixed texts, side by side,
+and what of the updates survived the rounding.
 
-Both are computed in float32, the merged model's after reading it back from the disk.
+Both logits are computed in float32, the merged model's after reading it back from the disk.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,3 +125,44 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
             logits = model(input_ids=ids, **both).logits
             found.append(logits.reshape(-1, logits.shape[-1]).cpu())
     return torch.cat(found)
+
+
+class Survival:
+    """How much of every module's ΔW is left when the merged weights have been rounded.
+
+    bfloat16 has 8 significant bits: where ΔW is 1% of W, about 17% of it is lost (the error's norm
+    by that of ΔW), and 83% survives.
+    """
+
+    def __init__(self) -> None:
+        self._squares: dict[str, tuple[float, float]] = {}
+
+    def add(self, module: str, delta: float, error: float) -> bool:
+        """Counts part of a weight: the sums of squares of what was added, and of the error.
+
+        Returns: whether both are finite.
+        """
+        sums = self._squares.get(module, (0.0, 0.0))
+        self._squares[module] = sums[0] + delta, sums[1] + error
+        return math.isfinite(error) and math.isfinite(delta)
+
+    @property
+    def total(self) -> float:
+        """The share of all updates together that survived: 1 where there are none."""
+        squares = self._squares.values()
+        return _share(math.fsum(d for d, _ in squares), math.fsum(e for _, e in squares))
+
+    @property
+    def by_module(self) -> Mapping[str, float]:
+        """The share of every module's update that survived, by path."""
+        return {module: _share(*squares) for module, squares in self._squares.items()}
+
+
+def sum_of_squares(values: torch.Tensor) -> float:
+    """‖values‖²."""
+    flat = values.flatten()
+    return torch.dot(flat, flat).item()
+
+
+def _share(delta: float, error: float) -> float:
+    return max(0.0, 1 - math.sqrt(error / delta)) if delta else 1.0

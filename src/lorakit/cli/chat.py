@@ -8,22 +8,26 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import ChatTemplateKwargsOption, QuantizationOption, chat_template_kwargs
+from lorakit.cli.options import (
+    BaseOption,
+    ChatTemplateKwargsOption,
+    DtypeOption,
+    QuantizationOption,
+    chat_template_kwargs,
+)
 from lorakit.console import piped_lines, readable, say, write
 from lorakit.folder_name import folder_name
 
 
 def chat(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base model, when it is not the recorded one.")
-    ] = None,
+    base: BaseOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 512,
     seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.recipes import Arguments, Data, Model, recipe_from
+from lorakit.cli.tables import printable
+from lorakit.console import open_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +43,6 @@ def check(
     options = {"model": model, "data.train": data}
     recipe = recipe_from(arguments, options, {"output_dir": "not-written"})
 
-    from lorakit.console import open_console
     from lorakit.errors import InputError, one_line
     from lorakit.training.check import check as run
     from lorakit.training.check import shown_row
@@ -91,9 +92,7 @@ def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
 
 
 def _visible(text: str) -> str:
-    """Control characters, which could do things to a terminal, as what they are."""
-    shown = text.replace("\n", "↵\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in shown)
+    return printable(text.replace("\n", "↵\n"))
 
 
 def _show_rows(console: Console, statistics: dict[str, RowStatistics]) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.options import numbers
 from lorakit.console import say
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def combine(
     report = run(
         adapters,
         output,
-        weights=_numbers(weights),
+        weights=numbers("--weights", weights),
         method=method,
         rank=rank,
         density=density,
@@ -73,12 +74,3 @@ def show_kinds(kinds: "list[KindRanks]") -> None:
         (k.kind, str(k.modules), spread(k.ranks), f"{k.lost:.3%}", f"{k.error:.3%}") for k in kinds
     ]
     print_table("", ("module", "number", "rank", "‖ΔW‖² lost", "error of ΔW"), rows)
-
-
-def _numbers(text: str) -> list[float]:
-    from lorakit.errors import InputError
-
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--weights {text!r} are not numbers with commas between") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.tables import print_table, printable
 from lorakit.console import open_console, say, say_json
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ def diff(
 
 
 def _show(found: Diff, every_module: bool) -> None:
-    from lorakit.cli.tables import print_table
-
     for letter, name, base in zip("AB", found.adapters, found.bases, strict=True):
         say(f"{letter}: {name}, for {base or 'a base that it does not say'}")
     if found.same_weights is False:
@@ -111,13 +110,8 @@ def _show_answers(changed: list[ChangedAnswer], asked: int) -> None:
     for answer in changed:
         last = answer.prompt[-1].get("content") if answer.prompt else ""
         texts = (str(last), answer.first, answer.second, answer.reference)
-        table.add_row(*(_visible(text) for text in texts))
+        table.add_row(*(printable(text) for text in texts))
     open_console().print(table)
-
-
-def _visible(text: str) -> str:
-    """Without control characters, which could do things to a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.options import QuantizationOption
+from lorakit.cli.options import BaseOption, DtypeOption, QuantizationOption
 from lorakit.cli.tables import print_table
 from lorakit.console import say
 from lorakit.progress import task
@@ -37,12 +37,10 @@ def evaluate(
         str | None,
         typer.Option(help="As prompt=mr,completion=ref; default: what the adapter learned from."),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, when it is not the recorded one.")
-    ] = None,
+    base: BaseOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
 ) -> None:
     """Score an adapter on rows, beside its bare base.

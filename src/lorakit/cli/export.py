@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lorakit.adapters.export.export_formats import FORMATS, ExportFormat
+from lorakit.cli.options import BaseOption
 from lorakit.console import say
 
 
@@ -33,9 +34,7 @@ def export(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="A new folder; for gguf a new .gguf file.")
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The base model, when it is not the recorded one.")
-    ] = None,
+    base: BaseOption = None,
     merged: Annotated[
         bool,
         typer.Option("--merged", help=f"{_takers('merged')}: base + adapter as one model."),

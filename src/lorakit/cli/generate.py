@@ -9,7 +9,13 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import ChatTemplateKwargsOption, QuantizationOption, chat_template_kwargs
+from lorakit.cli.options import (
+    BaseOption,
+    ChatTemplateKwargsOption,
+    DtypeOption,
+    QuantizationOption,
+    chat_template_kwargs,
+)
 from lorakit.console import say, say_json
 from lorakit.progress import track
 
@@ -24,9 +30,7 @@ def generate(
             metavar="[ADAPTER | NAME=PATH]...", help="Adapters' folders; each answers every prompt."
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base model, when it is not the recorded one.")
-    ] = None,
+    model: BaseOption = None,
     with_base: Annotated[
         bool, typer.Option("--with-base", help="The base answers too, without an adapter.")
     ] = False,
@@ -43,7 +47,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,
 ) -> None:

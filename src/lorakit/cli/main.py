@@ -8,34 +8,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from lorakit.cli.chat import chat
-from lorakit.cli.check import check
-from lorakit.cli.combine import combine
-from lorakit.cli.convert import convert
-from lorakit.cli.demo import demo
-from lorakit.cli.diff import diff
-from lorakit.cli.eval import evaluate
-from lorakit.cli.export import export
-from lorakit.cli.extract import extract
-from lorakit.cli.generate import generate
-from lorakit.cli.hub import pull, push
-from lorakit.cli.import_adapter import import_adapter
-from lorakit.cli.inspect import inspect
-from lorakit.cli.merge import merge
-from lorakit.cli.models import models
 from lorakit.cli.recipes import option_hint
-from lorakit.cli.report import report
-from lorakit.cli.reproduce import reproduce
-from lorakit.cli.resize import resize
-from lorakit.cli.serve import serve
-from lorakit.cli.sweep import sweep
-from lorakit.cli.train import train
 from lorakit.console import say, settle_streams
 from lorakit.errors import BASE_OPTION, InputError, LorakitError, one_line
 from lorakit.models import remote_code
@@ -48,23 +27,8 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 _INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 
-_GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "Data": {"check": check},
-    "Train": {"train": train, "sweep": sweep, "reproduce": reproduce},
-    "Compare": {"eval": evaluate, "report": report, "inspect": inspect, "diff": diff},
-    "Ship": {"merge": merge, "export": export, "push": push, "pull": pull},
-    "Serve": {"chat": chat, "generate": generate, "serve": serve},
-    "Tools": {
-        "models": models,
-        "convert": convert,
-        "import": import_adapter,
-        "combine": combine,
-        "resize": resize,
-        "extract": extract,
-        "demo": demo,
-    },
-}
-"""The verbs by what they are for, in the order of the help; each is a file of this folder."""
+_GROUPS: dict[str, list[str]] = {}
+"""The verbs by what they are for, in the order of the help."""
 
 
 class _GroupedHelp(TyperGroup):
@@ -91,9 +55,41 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verbs in _GROUPS.values():
-    for _name, _verb in _verbs.items():
-        app.command(_name)(_verb)
+
+
+def register(group: str, verb: str, function: str) -> None:
+    """Adds a verb under a heading of the help.
+
+    Args:
+        function: `module:name`; its signature says what typer parses.
+    """
+    module, _, name = function.partition(":")
+    _GROUPS.setdefault(group, []).append(verb)
+    app.command(verb)(getattr(import_module(module), name))
+
+
+register("Data", "check", "lorakit.cli.check:check")
+register("Train", "train", "lorakit.cli.train:train")
+register("Train", "sweep", "lorakit.cli.sweep:sweep")
+register("Train", "reproduce", "lorakit.cli.reproduce:reproduce")
+register("Compare", "eval", "lorakit.cli.eval:evaluate")
+register("Compare", "report", "lorakit.cli.report:report")
+register("Compare", "inspect", "lorakit.cli.inspect:inspect")
+register("Compare", "diff", "lorakit.cli.diff:diff")
+register("Ship", "merge", "lorakit.cli.merge:merge")
+register("Ship", "export", "lorakit.cli.export:export")
+register("Ship", "push", "lorakit.cli.hub:push")
+register("Ship", "pull", "lorakit.cli.hub:pull")
+register("Serve", "chat", "lorakit.cli.chat:chat")
+register("Serve", "generate", "lorakit.cli.generate:generate")
+register("Serve", "serve", "lorakit.cli.serve:serve")
+register("Tools", "models", "lorakit.cli.models:models")
+register("Tools", "convert", "lorakit.cli.convert:convert")
+register("Tools", "import", "lorakit.cli.import_adapter:import_adapter")
+register("Tools", "combine", "lorakit.cli.combine:combine")
+register("Tools", "resize", "lorakit.cli.resize:resize")
+register("Tools", "extract", "lorakit.cli.extract:extract")
+register("Tools", "demo", "lorakit.cli.demo:demo")
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.cli.options import QuantizationOption
+from lorakit.cli.options import BaseOption, QuantizationOption, numbers
 from lorakit.console import say
-from lorakit.errors import InputError
 
 if TYPE_CHECKING:
     from lorakit.adapters.merge import MergeReport
@@ -21,9 +20,7 @@ _MUCH = 0.95  # less of ΔW than this is worth a hint
 def merge(
     adapter: Annotated[list[Path], typer.Argument(help="The adapter's folder, or several.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the model.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base model, when it is not the recorded one.")
-    ] = None,
+    base: BaseOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the written weights; default: that of the base.")
     ] = None,
@@ -47,7 +44,7 @@ def merge(
         output,
         base=base,
         dtype=dtype,
-        weights=None if weights is None else _numbers(weights),
+        weights=None if weights is None else numbers("--weights", weights),
         quantization=quantization,
         in_memory=in_memory,
         verify=verify,
@@ -64,13 +61,6 @@ def merge(
             f"{report.lost_share:.1%} of that is lost to rounding), "
             f"KL {report.kl:.2g} nats, top-1 agreement {report.top1_agreement:.1%}"
         )
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--weights: {text!r} is no list of numbers, as 1.0,0.5") from error
 
 
 def _survived(report: MergeReport) -> str:

@@ -6,6 +6,12 @@ import typer
 
 from lorakit.errors import InputError
 
+BaseOption = Annotated[
+    str | None, typer.Option(help="The base model, when it is not the recorded one.")
+]
+
+DtypeOption = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
+
 QuantizationOption = Annotated[
     str | None,
     typer.Option(
@@ -40,3 +46,17 @@ def chat_template_kwargs(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError('--chat-template-kwargs takes an object like {"enable_thinking": false}')
     return value
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The value of an option that takes numbers with commas between, as 1.0,0.5.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"{option}: {text!r} must be numbers with commas between, as 1.0,0.5"
+        ) from error

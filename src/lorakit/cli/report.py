@@ -20,7 +20,7 @@ def report(
 
     The page needs no other file and no network.
     """
-    from lorakit.report.page import write_report
+    from lorakit.report.run_page import write_report
 
     written = write_report(adapter, output)
     for notice in written.notices:

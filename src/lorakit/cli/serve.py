@@ -1,12 +1,13 @@
 """`lorakit serve`: adapters and their base behind OpenAI's API."""
 
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import QuantizationOption
+from lorakit.cli.options import BaseOption, DtypeOption, QuantizationOption
 from lorakit.console import say
 from lorakit.errors import InputError
 
@@ -27,9 +28,7 @@ def serve(
             help="Adapters' folders; `model` names them by the folder's name, or NAME.",
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base model, when it is not the recorded one.")
-    ] = None,
+    model: BaseOption = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on; other machines' needs --api-key.")
     ] = "127.0.0.1",
@@ -62,7 +61,7 @@ def serve(
     context_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the model's.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 4 << 20,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that wait for a row.")] = 256,
@@ -91,8 +90,9 @@ def serve(
     if not named and model is None:
         raise InputError("say what to serve: adapters' folders, or --model")
     if engine is EngineName.VLLM:
-        _refuse_for_vllm(context)
         from lorakit.server import vllm
+
+        _refuse_for_vllm(context)
 
         options = vllm.VllmOptions(
             model=model,
@@ -158,23 +158,11 @@ def serve(
 
 
 def _refuse_for_vllm(context: typer.Context) -> None:
-    """Refuses options that are those of our own engine.
+    """Raises InputError for an option that is our own engine's alone."""
+    from lorakit.server.vllm import VllmOptions
 
-    Raises:
-        InputError: one was given.
-    """
-    for name in (
-        "allowed_host",
-        "merged",
-        "quantization",
-        "max_rows",
-        "max_body",
-        "max_waiting",
-        "max_requests",
-        "max_connections",
-        "request_timeout",
-        "drain",
-    ):
+    shared = {field.name for field in fields(VllmOptions)} | {"engine", "dry_run"}
+    for name in (name for name in context.params if name not in shared):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"

@@ -23,6 +23,11 @@ def print_table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str,
     console.print(table)
 
 
+def printable(text: str) -> str:
+    """`text` with control characters, which could act on a terminal, as what they are."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def spread(values: Iterable[float], form: str = "{:g}") -> str:
     """`8`, or `4 to 16` where values differ; `-` where there are none."""
     all_values = list(values)

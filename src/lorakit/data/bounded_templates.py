@@ -14,12 +14,11 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from threading import Condition, Lock, Thread
+from threading import Lock, Semaphore, Timer
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data import template_worker
@@ -37,7 +36,6 @@ SECONDS_HERE = 20.0
 """How long it may take in this process."""
 _SECONDS_TO_START = 60.0
 _MOST = 4  # processes
-_POLL, _QUIET = 0.1, 50
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -167,7 +165,7 @@ def _asked(template: str, variables: dict[str, Any] | None) -> str:
     raise TemplateFailedError(text)
 
 
-class _Worker:
+class _TemplateProcess:
     """One process. It is used by one thread at a time."""
 
     def __init__(self) -> None:
@@ -188,7 +186,6 @@ class _Worker:
             raise LorakitError(
                 f"the process that renders chat templates cannot be started: {error}"
             ) from error
-        self.deadline: float | None = None
         self.late = False
         try:
             self._exchange(b"", _SECONDS_TO_START)
@@ -227,22 +224,23 @@ class _Worker:
                     stream.close()
         self._process.wait()
 
-    def expire(self) -> None:
-        """For the one who watches: ends the process, so that who waits for it goes on."""
-        self.late, self.deadline = True, None
-        self._process.kill()
+    def _expire(self) -> None:
+        self.late = True
+        self._process.kill()  # so that who waits for the reply goes on
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
         inward, outward = self._process.stdin, self._process.stdout
         assert inward is not None
         assert outward is not None
-        self.deadline = time.monotonic() + seconds
+        limit = Timer(seconds, self._expire)
+        limit.daemon = True
+        limit.start()
         try:
             if request:
                 write_frame(inward, request)
             reply = read_exactly(outward)
         finally:
-            self.deadline = None
+            limit.cancel()
         if reply is None:
             raise EOFError
         return reply
@@ -253,53 +251,26 @@ class _Pool:
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self._changed = Condition()
-        self._idle: list[_Worker] = []
-        self._busy: set[_Worker | object] = set()
-        self._asleep = False
-        Thread(target=self._watch, name="lorakit-templates", daemon=True).start()
+        self._places = Semaphore(_MOST)
+        self._idle: list[_TemplateProcess] = []
+        self._busy: set[_TemplateProcess] = set()
 
     @contextmanager
-    def worker(self) -> Iterator[_Worker]:
+    def worker(self) -> Iterator[_TemplateProcess]:
         """A process to ask, when one is free."""
-        place = object()  # taken while a process starts
-        with self._changed:
-            while len(self._busy) >= _MOST:
-                self._changed.wait()
-            worker = self._idle.pop() if self._idle else None
-            self._busy.add(worker or place)
-            if self._asleep:
-                self._changed.notify_all()
-        try:
+        with self._places:
+            worker = None
+            with suppress(IndexError):
+                worker = self._idle.pop()
             if worker is None or not worker.alive():
-                self._replace(worker or place, worker := _Worker())
-            yield worker
-        finally:
-            with self._changed:
-                self._busy -= {worker, place}
-                if worker is not None and worker.alive():
+                worker = _TemplateProcess()
+            self._busy.add(worker)
+            try:
+                yield worker
+            finally:
+                self._busy.discard(worker)
+                if worker.alive():
                     self._idle.append(worker)
-                self._changed.notify()
-
-    def _replace(self, old: object, new: _Worker) -> None:
-        with self._changed:
-            self._busy.discard(old)
-            self._busy.add(new)
-
-    def _watch(self) -> None:
-        quiet = 0
-        while True:
-            time.sleep(_POLL)
-            with self._changed:
-                quiet = 0 if self._busy else quiet + 1
-                if quiet > _QUIET:
-                    self._asleep = True
-                    self._changed.wait_for(lambda: self._busy)
-                    self._asleep = False
-                now = time.monotonic()
-                for worker in self._busy:
-                    if isinstance(worker, _Worker) and worker.deadline and worker.deadline < now:
-                        worker.expire()
 
 
 _the_pool: _Pool | None = None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
 from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, encode, label, read
-from lorakit.data.message_fields import findings_of_fields
 from lorakit.data.mixing import (
     DataFacts,
     Sources,
@@ -25,7 +24,7 @@ from lorakit.data.mixing import (
 from lorakit.data.samples import Sample
 from lorakit.data.splits import HELD_OUT
 from lorakit.data.templates import ensure_template
-from lorakit.data.texts import findings_of_texts
+from lorakit.data.texts import findings_of_fields, findings_of_texts
 from lorakit.data.too_long import Limit, TooLong, fit, none_left
 from lorakit.errors import InputError
 from lorakit.progress import track

@@ -170,7 +170,7 @@ def count(number: int, noun: str) -> str:
 
 
 @dataclass
-class _Place:
+class _Rows:
     """How many rows have something, and where the first of them is."""
 
     first: str
@@ -180,12 +180,12 @@ class _Place:
         return f"{count(self.rows, 'row')} (first: {self.first})"
 
 
-class _Places(dict[str, _Place]):
+class _RowsBy(dict[str, _Rows]):
     """The rows that have something, by what it is."""
 
     def add(self, what: str, row: Row) -> None:
         if what not in self:
-            self[what] = _Place(row.where)
+            self[what] = _Rows(row.where)
         self[what].rows += 1
 
 
@@ -197,7 +197,7 @@ def _samples(
     kinds: Collection[str],
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
-    formats, unread, found = _Places(), _Places(), _Places()
+    formats, unread, found = _RowsBy(), _RowsBy(), _RowsBy()
     known: set[str] = set()
 
     def read(row: Row) -> Sample:
@@ -224,7 +224,7 @@ def _samples(
     return samples, [*notices, *_unread_notices(source.path, unread, known)]
 
 
-def _unread_notices(path: str, unread: Mapping[str, _Place], known: set[str]) -> list[str]:
+def _unread_notices(path: str, unread: Mapping[str, _Rows], known: set[str]) -> list[str]:
     """One notice with the names of all columns that no one reads, one for each that matters."""
     if not unread:
         return []

@@ -8,8 +8,7 @@ from typing import Any
 from lorakit.console import piped_text
 from lorakit.data.conversations import Message, conversation, history, string, tools
 from lorakit.data.formats import recognise
-from lorakit.data.message_marks import take_marks
-from lorakit.data.samples import system_message
+from lorakit.data.samples import system_message, take_marks
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError
 

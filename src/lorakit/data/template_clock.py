@@ -67,9 +67,9 @@ def clock_stands() -> bool:
     return _clock.get() is not None
 
 
-def show_clock(template: str | None) -> None:
+def show_clock(template: str) -> None:
     """Lets a template that names the clock read the one in force when it is rendered."""
-    if template is not None and _clock.get() is not None and reads_clock(template):
+    if template and _clock.get() is not None and reads_clock(template):
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         # Functions are no arguments of a template: transformers makes text of what it is given.

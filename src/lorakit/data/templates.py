@@ -4,6 +4,7 @@ A template is a small program that came with the model, so what it raises is tur
 line. Which characters of the text are learned is decided in `lorakit.data.spans`.
 """
 
+import inspect
 import json
 import re
 from collections import OrderedDict
@@ -12,10 +13,15 @@ from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.bounded_templates import apply_template
+from lorakit.data.bounded_templates import (
+    TemplateFailedError,
+    TemplateTimeoutError,
+    apply_template,
+    free_variables,
+)
 from lorakit.data.conversations import Message
 from lorakit.data.template_clock import show_clock
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, LorakitError, listed
 from lorakit.models.template_files import default_of, digest
 
 if TYPE_CHECKING:
@@ -52,7 +58,7 @@ def render(
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; call ensure_template first")
-    show_clock(_chosen(tokenizer, tools))
+    show_clock(template_source(tokenizer, tools))
     refusal: Exception | None = None
     has_calls = any(message.get("tool_calls") for message in messages)
 
@@ -84,12 +90,12 @@ def render(
     ) from refusal
 
 
-def _chosen(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[dict[str, Any]]) -> str | None:
-    """Of templates with names, the one that transformers takes."""
+def template_source(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] = ()) -> str:
+    """Of templates with names, the one that transformers takes; empty where there is none."""
     templates: Any = tokenizer.chat_template
     if isinstance(templates, dict) and tools and "tool_use" in templates:
-        return templates["tool_use"]
-    return default_of(templates)
+        return str(templates["tool_use"])
+    return default_of(templates) or ""
 
 
 def _spellings(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -221,3 +227,44 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> re.Patte
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     # Without special tokens nothing may match, the empty string least of all.
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+_PROVIDED = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
+)
+
+
+def check_variables(
+    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] = ()
+) -> None:
+    """Refuses variables that the template does not read, and those that are not the user's to set.
+
+    Raises:
+        InputError: it names the first of them, and what there is to set.
+    """
+    if not variables:
+        return
+    known = template_variables(template_source(tokenizer, tools)) - {
+        *tokenizer.special_tokens_map,
+        *inspect.signature(type(tokenizer).apply_chat_template).parameters,
+    }
+    for name in variables:
+        if name not in known:
+            there = f"it reads {listed(sorted(known))}" if known else "it reads none"
+            raise InputError(
+                f"the chat template does not read {name[:100]!r}, so that it would change "
+                f"nothing: {there}"
+            )
+
+
+@lru_cache(maxsize=64)
+def template_variables(template: str) -> frozenset[str]:
+    """The variables that a template reads and does not set itself, without the conversation's.
+
+    Raises:
+        InputError: the template cannot be parsed.
+    """
+    try:
+        return free_variables(template) - _PROVIDED
+    except (TemplateFailedError, TemplateTimeoutError) as error:
+        raise InputError(f"the chat template cannot be parsed: {error}") from error

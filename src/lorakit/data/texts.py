@@ -1,15 +1,18 @@
-"""What stands in texts and is not seen when one reads them: control characters, special tokens.
+"""What rows hold and is not seen when one reads them: control characters, special tokens, fields
+of messages that neither lorakit nor the chat template reads.
 
 A tokenizer reads the name of a special token as the token itself, wherever it stands. In a
 message that is an injection: the text of a row decides where the model sees a turn begin or end.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import SHOWN, Finding
-from lorakit.data.samples import Sample
+from lorakit.data.samples import MARKS, Sample
+from lorakit.data.spans import REASONING
 from lorakit.data.templates import special_tokens
 
 if TYPE_CHECKING:
@@ -20,6 +23,9 @@ _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 # What pandas and Python write for a value that is not there.
 _MISSING = re.compile(r"\s*(nan|NaN|None|null|NULL|<NA>|NaT)\s*")
+
+# What is read, or looked for elsewhere (`unshown` tells where reasoning is left out).
+_READ_FIELDS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
 
 
 def findings_of_texts(
@@ -60,6 +66,40 @@ def findings_of_texts(
             cure.format(ascii(places[0][1]) if places else "it"),
         )
         for what, places, cure in found
+    ]
+
+
+def findings_of_fields(
+    samples: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase", by_template: bool
+) -> list[Finding]:
+    """One for each field that holds something and is not read; none where all are.
+
+    Args:
+        by_template: whether messages become text by the chat template.
+    """
+    template = tokenizer.chat_template if by_template else ""
+    words = set(re.findall(r"\w+", template if isinstance(template, str) else json.dumps(template)))
+    places: dict[str, list[str]] = {}
+    for sample in samples:
+        fields = {
+            key
+            for message in sample.messages
+            for key, value in message.items()
+            if key not in _READ_FIELDS and value not in ("", [], {})
+        }
+        for field in fields - words:
+            places.setdefault(field, []).append(sample.where)
+    return [
+        Finding(
+            f"written with the message field '{field}', which nothing reads",
+            len(where),
+            len(samples),
+            tuple(where[:SHOWN]),
+            "only answers are learned: take the mark from the other messages"
+            if field in MARKS
+            else "it changes nothing: write what it says into 'content', or remove it",
+        )
+        for field, where in sorted(places.items())
     ]
 
 

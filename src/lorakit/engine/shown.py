@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.data.bounded_templates import isolated_templates
 from lorakit.data.conversations import Message
 from lorakit.data.spans import REASONING
-from lorakit.data.template_variables import check_variables, template_source
-from lorakit.data.templates import render
+from lorakit.data.templates import check_variables, render, template_source
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def shown_text(
     """
     variables = variables or {}
     try:
-        check_variables(variables, tokenizer, bool(tools))
+        check_variables(variables, tokenizer, tools)
     except InputError as error:
         raise NotShownError(("chat_template_kwargs",), str(error)) from error
     write = partial(
@@ -75,7 +74,7 @@ def shown_text(
     )
     with isolated_templates():
         text = write(messages, tools=tools)
-        hidden = _reasoning(messages, template_source(tokenizer, bool(tools)))
+        hidden = _reasoning(messages, template_source(tokenizer, tools))
     if (hidden := hidden or _hidden(messages, tools, text, write)) is not None:
         reason = _reason(hidden, messages)
         if notices is None:

@@ -35,7 +35,7 @@ _TOO_LARGE = 1e100  # sums and squares of what is below stay finite
 Form = TypeVar("Form")
 
 
-class Split(BaseModel):
+class RowFigures(BaseModel):
     """Statistics of the rows to learn from, or of those held out; lengths in tokens."""
 
     rows: int
@@ -57,7 +57,7 @@ class TrainingWarning(BaseModel):
     cure: str = ""
 
 
-class Advice(BaseModel):
+class RecipeAdvice(BaseModel):
     """A value that the recipe left out, and why it was chosen."""
 
     key: str
@@ -72,7 +72,7 @@ class Turn(BaseModel):
     content: Any = ""
 
 
-class Sample(BaseModel):
+class RecordedSample(BaseModel):
     """One held-out prompt with three answers: the row's, the base's, and the adapter's."""
 
     prompt: list[Turn]
@@ -121,13 +121,13 @@ class RunRecord:
     spectra: list[Spectrum]
     skipped: list[Skipped]
     manifest: Manifest | None = None
-    data_statistics: dict[str, Split] = field(default_factory=dict)
+    data_statistics: dict[str, RowFigures] = field(default_factory=dict)
     warnings: list[TrainingWarning] = field(default_factory=list)
-    advice: list[Advice] = field(default_factory=list)
+    advice: list[RecipeAdvice] = field(default_factory=list)
     run_notices: list[str] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     movement: Movement | None = None
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[RecordedSample] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> list[tuple[float, float]]:
@@ -174,11 +174,11 @@ def read_run(folder: str | Path) -> RunRecord:
         manifest=manifest,
         data_statistics={
             name: split
-            for name, split in (part("data_statistics", dict[str, Split | None]) or {}).items()
+            for name, split in (part("data_statistics", dict[str, RowFigures | None]) or {}).items()
             if split
         },
         warnings=part("warnings", list[TrainingWarning]) or [],
-        advice=part("advice", list[Advice]) or [],
+        advice=part("advice", list[RecipeAdvice]) or [],
         run_notices=part("notices", list[str]) or [],
         metrics=_read_metrics(folder, notices),
         movement=_read_movement(folder, notices),
@@ -234,13 +234,13 @@ def _read_movement(folder: Path, notices: list[str]) -> Movement | None:
     return Movement(names, weights, steps, gradients, updates) if steps else None
 
 
-def _read_samples(folder: Path, notices: list[str]) -> list[Sample]:
+def _read_samples(folder: Path, notices: list[str]) -> list[RecordedSample]:
     path = folder / SAMPLES_NAME
     if not path.is_file():
         notices.append(f"There is no {SAMPLES_NAME}: no answers before and after.")
         return []
     try:
-        return TypeAdapter(list[Sample]).validate_json(path.read_bytes())
+        return TypeAdapter(list[RecordedSample]).validate_json(path.read_bytes())
     except (ValidationError, OSError):
         notices.append(f"{SAMPLES_NAME} is damaged and left out.")
         return []

@@ -1,7 +1,7 @@
 """The answers to one request: a ticket of the engine's for each prompt and choice.
 
 A `Desk` hands them in as long as there is room. Whatever ends a request early (a client that left,
-the time limit, the server's end) ends in `Answers.close` or `Answers.cut`, which frees the rows.
+the time limit, the server's end) ends in `close` or `cut` of its `OpenAnswers`, which frees rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Answer:
     finish_reason: FinishReason = "stop"
 
 
-class Answers:
+class OpenAnswers:
     """The answers to one request while they are written.
 
     Attributes:
@@ -163,7 +163,7 @@ class Desk:
         self.draining = False
         self.inside = 0
         self._stopped: ApiError | None = None
-        self._open: set[Answers] = set()
+        self._open: set[OpenAnswers] = set()
         self._rows = 0
 
     def deadline(self) -> float:
@@ -202,7 +202,7 @@ class Desk:
         adapter: str | None,
         asked: SamplingFields,
         deadline: float,
-    ) -> Answers:
+    ) -> OpenAnswers:
         """Hands `asked.choices` requests a prompt to the engine.
 
         Args:
@@ -242,13 +242,13 @@ class Desk:
             raise
         tokens = sum(map(len, prompts))
         self.metrics.prompt_tokens.inc(tokens)
-        answers = Answers(self, tickets, tokens, deadline)
+        answers = OpenAnswers(self, tickets, tokens, deadline)
         self._open.add(answers)
         if self._stopped is not None:  # meanwhile
             answers.cut(self._stopped)
         return answers
 
-    def forget(self, answers: Answers) -> None:
+    def forget(self, answers: OpenAnswers) -> None:
         """These are no longer under way."""
         if answers in self._open:
             self._open.remove(answers)

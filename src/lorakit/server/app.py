@@ -14,10 +14,9 @@ from lorakit.server.answers import Desk
 from lorakit.server.chat import chat
 from lorakit.server.completions import complete
 from lorakit.server.errors import ApiError
-from lorakit.server.gate import Gate
+from lorakit.server.fair_turns import Turns
+from lorakit.server.gate import Gate, Hosts, Keys
 from lorakit.server.guarded_routes import Guard, Level, needs
-from lorakit.server.hosts import Hosts
-from lorakit.server.keys import Keys
 from lorakit.server.metrics import CONTENT_TYPE, Metrics
 from lorakit.server.options import ServerOptions
 from lorakit.server.payloads import (
@@ -26,7 +25,7 @@ from lorakit.server.payloads import (
     LoadAdapterRequest,
     UnloadAdapterRequest,
 )
-from lorakit.server.prompts import Prompts
+from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
     ChatCompletion,
     Completion,
@@ -35,7 +34,6 @@ from lorakit.server.replies import (
     ModelCard,
     ModelList,
 )
-from lorakit.server.turns import Turns
 from lorakit.version import __version__
 
 _REASONS = {

@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope
 
 from lorakit.data import strict_json
 from lorakit.server.errors import ApiError, bad_field
+from lorakit.server.fair_turns import Turns
 from lorakit.server.options import Limits
-from lorakit.server.turns import Turns
 
 _PASSED_OVER = 4  # so many times the limit is read of a body that is too large
 _SECONDS_TO_PASS_OVER = 2.0

@@ -14,7 +14,7 @@ from lorakit.engine.requests import ChosenToken, Piece, TokenLogprob
 from lorakit.server.adapters import adapter_named
 from lorakit.server.answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
-from lorakit.server.prompts import Prompts
+from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
     ChatChunk,
     ChatChunkChoice,

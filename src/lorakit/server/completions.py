@@ -14,7 +14,7 @@ from lorakit.server.adapters import adapter_named
 from lorakit.server.answers import Answer, Desk, finish_reason
 from lorakit.server.chat import finite
 from lorakit.server.payloads import CompletionRequest
-from lorakit.server.prompts import Prompts
+from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import Completion, CompletionChoice, CompletionLogprobs
 from lorakit.server.streams import EventStream, client_of, while_wanted, whole_response
 

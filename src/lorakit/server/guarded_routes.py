@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from lorakit.server.answers import Desk
 from lorakit.server.bodies import StrictRequest, read_body
 from lorakit.server.errors import ApiError
-from lorakit.server.keys import Keys
+from lorakit.server.gate import Keys
 
 
 class Level(IntEnum):

@@ -1,12 +1,63 @@
-"""What a server is started with: where it listens, the keys, and the limits that it keeps."""
+"""What a server is started with: where it listens, the keys that guard it, and its limits."""
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lorakit.errors import InputError
-from lorakit.server.access import check_host_name, check_key, require_key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_key(host: str, api_key: str | None) -> None:
+    """Refuses an address that other machines reach, unless there is a key.
+
+    Raises:
+        InputError: there is none.
+    """
+    if api_key is None and not is_loopback(host):
+        raise InputError(
+            f"--host {host} can be reached from other machines: give --api-key too, or leave "
+            "--host out to serve this machine alone"
+        )
+
+
+def check_key(option: str, key: str | None) -> None:
+    """Whether a header can carry the key.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise InputError(f"{option} must be printable ASCII without spaces, and not empty")
+
+
+def check_host_name(option: str, name: str) -> None:
+    """Whether `name` is a host's name or address, without a port.
+
+    Raises:
+        InputError: it is not.
+    """
+    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError as error:
+        raise InputError(
+            f"{option} takes a name like lora.example.org, or an address, without http:// and "
+            f"without a port, not {name!r}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +103,7 @@ class ServerOptions:
         api_key: what a request must bring; None lets everyone in, from this machine alone.
         admin_key: what loading and unloading adapters needs in its place; None forbids both.
         adapter_root: the folder that adapters are loaded from; None forbids loading.
-        allowed_hosts: names that the server is reached by, beside loopback ones (`hosts.py`).
+        allowed_hosts: names that the server is reached by, beside loopback ones (`gate.py`).
         drain: on SIGTERM, seconds that running answers have to finish.
 
     Raises:

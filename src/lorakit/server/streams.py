@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.engine.requests import Piece
 from lorakit.errors import LorakitError
-from lorakit.server.answers import Answer, Answers
+from lorakit.server.answers import Answer, OpenAnswers
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_content
 from lorakit.server.replies import event
 
@@ -48,12 +48,12 @@ async def while_wanted(
 
 
 async def whole_response(
-    request: Request, answers: Answers, content: Callable[[list[Answer]], Any]
+    request: Request, answers: OpenAnswers, content: Callable[[list[Answer]], Any]
 ) -> Response:
     """The response of `content(all answers)`; a client that leaves ends them.
 
     Raises:
-        ApiError: as `Answers.pieces`.
+        ApiError: as `OpenAnswers.pieces`.
     """
     work = asyncio.ensure_future(answers.whole())
     leaving = asyncio.ensure_future(_left(request))
@@ -80,7 +80,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        answers: Answers,
+        answers: OpenAnswers,
         opening: Iterable[Any],
         content: Callable[[int, Piece], Any],
         closing: Callable[[], Any] | None,
@@ -97,7 +97,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    answers: Answers,
+    answers: OpenAnswers,
     opening: Iterable[Any],
     content: Callable[[int, Piece], Any],
     closing: Callable[[], Any] | None,

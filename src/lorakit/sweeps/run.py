@@ -12,7 +12,7 @@ from lorakit.console import open_console
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.folder_lock import locked_folder
 from lorakit.progress import showing
-from lorakit.report.sweep import write_sweep_page
+from lorakit.report.sweep_page import write_sweep_page
 from lorakit.sweeps.choosing.bootstrap import loss_interval
 from lorakit.sweeps.choosing.halving import rungs
 from lorakit.sweeps.choosing.objective import Objective, check_objective

@@ -32,7 +32,7 @@ from lorakit.folder_lock import locked_folder, require_unlocked
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
 from lorakit.progress import showing
-from lorakit.report.page import write_report
+from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
 from lorakit.training.continuing import changes_evaluation
 from lorakit.training.differences import run_identity

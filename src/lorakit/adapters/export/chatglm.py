@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,11 @@ import torch
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.export_formats import Exported
-from lorakit.adapters.export.plain import Pair, read_plain
+from lorakit.adapters.export.plain import read_plain
+from lorakit.adapters.updates import ModuleUpdate
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
-from lorakit.lora.checkpoint import PREFIX, write_adapter
+from lorakit.lora.checkpoint import write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.models.layouts.chatglm.layout import QKV_PARTS, original_module, qkv_rows
 from lorakit.models.names import resolve
@@ -57,7 +59,7 @@ def export_chatglm(adapter: str | Path, output: str | Path, *, base: str | None 
         write_adapter(
             folder,
             _config(found, scaling, config.num_hidden_layers, plain.config),
-            {key: tensor for path, pair in found.items() for key, tensor in _tensors(path, pair)},
+            {k: t for pair in found.values() for k, t in pair.tensors(pair.A, pair.B).items()},
         )
     ranks = dict(sorted(Counter(pair.r for pair in found.values()).items()))
     command = (
@@ -78,17 +80,17 @@ def export_chatglm(adapter: str | Path, output: str | Path, *, base: str | None 
 
 
 def _renamed(
-    adapter: str | Path, pairs: Mapping[str, Pair], scaling: float, config: GlmConfig
-) -> dict[str, Pair]:
+    adapter: str | Path, pairs: Mapping[str, ModuleUpdate], scaling: float, config: GlmConfig
+) -> dict[str, ModuleUpdate]:
     """The pairs by the original path of their module, all with one scaling."""
-    alone: dict[str, Pair] = {}
-    joined: dict[str, dict[str, Pair]] = {}
+    alone: dict[str, ModuleUpdate] = {}
+    joined: dict[str, dict[str, ModuleUpdate]] = {}
     for path, pair in pairs.items():
-        own = Pair(pair.A, pair.folded(scaling), scaling, pair.is_embedding)
         try:
             name, part = original_module(path)
         except KeyError as error:
             raise InputError(f"{adapter}: GLM has no module {path}: it is for another") from error
+        own = replace(pair, path=name, B=pair.folded(scaling), scaling=scaling)
         if part is None:
             alone[name] = own
         else:
@@ -96,7 +98,9 @@ def _renamed(
     return {**alone, **{name: _joined(adapter, p, config) for name, p in joined.items()}}
 
 
-def _joined(adapter: str | Path, parts: Mapping[str, Pair], config: GlmConfig) -> Pair:
+def _joined(
+    adapter: str | Path, parts: Mapping[str, ModuleUpdate], config: GlmConfig
+) -> ModuleUpdate:
     """One update of `query_key_value` that changes its parts' rows as each of `parts` does."""
     rows = dict(zip(QKV_PARTS, qkv_rows(config), strict=True))
     for part, pair in parts.items():
@@ -115,11 +119,11 @@ def _joined(adapter: str | Path, parts: Mapping[str, Pair], config: GlmConfig) -
             B[row : row + rows[part], column : column + pair.r] = pair.B
             column += pair.r
         row += rows[part]
-    return Pair(torch.cat([pair.A for pair in there]), B, there[0].scaling)
+    return replace(there[0], A=torch.cat([pair.A for pair in there]), B=B)
 
 
 def _config(
-    pairs: Mapping[str, Pair], scaling: float, layers: int, trained: LoraConfig
+    pairs: Mapping[str, ModuleUpdate], scaling: float, layers: int, trained: LoraConfig
 ) -> LoraConfig:
     r = Counter(pair.r for pair in pairs.values()).most_common(1)[0][0]
     ranks = _patterns({path: pair.r for path, pair in pairs.items()}, r)
@@ -155,7 +159,7 @@ def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
     }
 
 
-def _targets(pairs: Mapping[str, Pair], layers: int) -> list[str]:
+def _targets(pairs: Mapping[str, ModuleUpdate], layers: int) -> list[str]:
     """Names of kinds where every layer is adapted, else paths."""
     counts = Counter(_kind(path) for path in pairs)
     return list(
@@ -164,12 +168,3 @@ def _targets(pairs: Mapping[str, Pair], layers: int) -> list[str]:
             for path in pairs
         )
     )
-
-
-def _tensors(path: str, pair: Pair) -> list[tuple[str, torch.Tensor]]:
-    A, B = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if pair.is_embedding
-        else ("lora_A.weight", "lora_B.weight")
-    )
-    return [(f"{PREFIX}{path}.{A}", pair.A.contiguous()), (f"{PREFIX}{path}.{B}", pair.B)]

@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.export.export_formats import Exported
-from lorakit.adapters.export.plain import Pair, PlainAdapter, fitted_plain, found_at, read_plain
+from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, found_at, read_plain
+from lorakit.adapters.updates import ModuleUpdate
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
@@ -93,7 +94,7 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
     return Exported(str(output), summary, command, tuple(notices), {"r": r})
 
 
-def _factors(pair: Pair, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(pair: ModuleUpdate, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """mlx-lm's `lora_a` (d_in, r) and `lora_b` (r, d_out); an embedding's d_in are its tokens."""
     missing = r - pair.r
     A, B = pad(pair.A, (0, 0, 0, missing)), pad(pair.folded(scale), (0, missing))

@@ -7,17 +7,17 @@ refused here with its name, as leaving it out would silently give another model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from lorakit.adapters.derived import origin
+from lorakit.adapters.updates import COPY, AdapterFile, ModuleUpdate, read_updates
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
-from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial, require_finite
+from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import renamed_modules
 from lorakit.lora.layers.linear import is_conv1d
@@ -25,45 +25,13 @@ from lorakit.models.layouts.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
 from lorakit.models.skeleton import skeleton
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One module's update `scaling * B A`.
-
-    A: (r, d_in), B: (d_out, r). An embedding's are PEFT's: A (r, tokens), B (d, r), and its
-    update is `(scaling * B A)` transposed.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-    is_embedding: bool = False
-
-    @property
-    def r(self) -> int:
-        """The rank."""
-        return self.A.shape[0]
-
-    def folded(self, scaling: float = 1.0) -> torch.Tensor:
-        """`B` for an update that is written with another scaling: (d_out, r).
-
-        It stays in its dtype where nothing is lost by that, and is float32 otherwise.
-        """
-        factor = self.scaling / scaling
-        wide = self.B.float() * factor
-        narrow = wide.to(self.B.dtype)
-        return narrow if torch.equal(narrow.float(), wide) else wide
-
 
 @dataclass(frozen=True)
 class PlainAdapter:
     """An adapter's pairs by the path of their module, its configuration, and its base's name."""
 
     config: LoraConfig
-    pairs: dict[str, Pair]
+    pairs: dict[str, ModuleUpdate]
     base_model: str
     notices: tuple[str, ...] = ()
 
@@ -80,19 +48,19 @@ def read_plain(folder: str | Path, target: str, base: str | None = None) -> Plai
     Raises:
         InputError: it is more than pairs, damaged, or does not say what it is for.
     """
-    config, tensors = read_adapter(folder)
-    name = base or origin(folder, config).base_model
+    file = read_updates(folder)
+    name = base or origin(folder, file.config).base_model
     if not name:
         raise InputError(f"{folder} does not say which base model it is for: give --base")
-    _require_plain(folder, target, config, tensors)
-    copies = [key for key in tensors if key.endswith(".base_layer.weight")]
+    _require_plain(file, target)
     notices = tuple(
-        f"left out {key.removeprefix(PREFIX)}: a copy of the base's own weight" for key in copies
+        f"left out {key.removeprefix(PREFIX)}: a copy of the base's own weight"
+        for key in file.others
     )
-    pairs = _pairs(folder, config, tensors, read_initial(folder))
-    if not pairs:
+    if not file.updates:
         raise InputError(f"{folder} holds no pair of matrices A and B")
-    return PlainAdapter(config, pairs, name, notices)
+    pairs = {path: update.without_start() for path, update in file.updates.items()}
+    return PlainAdapter(file.config, pairs, name, notices)
 
 
 def found_at(base_model: str) -> str:
@@ -114,28 +82,11 @@ def found_at(base_model: str) -> str:
 def fitted_plain(folder: str | Path, plain: PlainAdapter) -> PlainAdapter:
     """The adapter in `folder` under the names that its base has, of which no weight is read.
 
-    A language model has other names alone than in one for pictures.
-
     Raises:
         InputError: a pair is for a module that the base has not, or for one of another shape.
     """
     model = skeleton(resolve(plain.base_model).path)
-    if renamed := renamed_modules(model, plain.pairs):
-        pairs = {renamed.get(path, path): pair for path, pair in plain.pairs.items()}
-        one, other = next(iter(renamed.items()))
-        notice = f"{len(renamed)} modules have other names in {plain.base_model} "
-        plain = dataclasses.replace(
-            plain,
-            pairs=pairs,
-            config=dataclasses.replace(
-                plain.config,
-                target_modules=sorted(pairs),
-                exclude_modules=None,
-                layers_to_transform=None,
-                layers_pattern=None,
-            ),
-            notices=(*plain.notices, f"{notice}({one} is {other})"),
-        )
+    plain = renamed_plain(plain, model)
     modules: dict[str, Any] = dict(model.named_modules())
     for path, pair in plain.pairs.items():
         d_out, d_in = pair.B.shape[0], pair.A.shape[1]
@@ -154,10 +105,33 @@ def fitted_plain(folder: str | Path, plain: PlainAdapter) -> PlainAdapter:
     return plain
 
 
-def _require_plain(
-    folder: str | Path, target: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Raises InputError with the name of what is more than a pair of matrices."""
+def renamed_plain(plain: PlainAdapter, model: nn.Module) -> PlainAdapter:
+    """The adapter under the names that `model` has; itself where these are its own.
+
+    A language model has other names alone than in one for pictures.
+    """
+    renamed = renamed_modules(model, plain.pairs)
+    if not renamed:
+        return plain
+    pairs = {
+        (name := renamed.get(path, path)): dataclasses.replace(pair, path=name)
+        for path, pair in plain.pairs.items()
+    }
+    config = dataclasses.replace(
+        plain.config,
+        target_modules=sorted(pairs),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    one, other = next(iter(renamed.items()))
+    notice = f"{len(renamed)} modules have other names in {plain.base_model} ({one} is {other})"
+    return dataclasses.replace(plain, pairs=pairs, config=config, notices=(*plain.notices, notice))
+
+
+def _require_plain(file: AdapterFile, target: str) -> None:
+    """Raises InputError with the name of what is more than a pair of matrices, or damaged."""
+    config = file.config
     more = [
         (config.use_dora, "DoRA (use_dora)"),
         (bool(config.modules_to_save), f"modules trained whole ({config.modules_to_save})"),
@@ -167,67 +141,17 @@ def _require_plain(
         (bool(config.target_parameters), "adapted parameters (target_parameters), such as experts"),
         (bool(config.layer_replication), "replicated layers (layer_replication)"),
     ]
-    known = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, ".base_layer.weight")
-    more += [(not key.endswith(known), f"the tensor {key.removeprefix(PREFIX)}") for key in tensors]
-    more += [
-        (tensor.dim() != 2, f"a convolution ({key.removeprefix(PREFIX)})")
-        for key, tensor in tensors.items()
-        if key.endswith((_A, _B))
-    ]
+    more += [(not k.endswith(COPY), f"the tensor {k.removeprefix(PREFIX)}") for k in file.others]
+    for path, update in file.updates.items():
+        more += [
+            (update.bias is not None, f"a bias of B ({path})"),
+            (not update.is_matrix, f"a convolution ({path})"),
+        ]
     found = [what for present, what in more if present]
     if found:
         raise InputError(
-            f"{folder} has {listed(found, 2)}, which an adapter for {target} cannot hold: "
-            f"lorakit merge {quoted(folder)} -o MODEL makes a plain model that it can use"
+            f"{file.folder} has {listed(found, 2)}, which an adapter for {target} cannot hold: "
+            f"lorakit merge {quoted(file.folder)} -o MODEL makes a plain model that it can use"
         )
-    require_finite(tensors, folder)
-
-
-def _pairs(
-    folder: str | Path,
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor],
-    initial: Mapping[str, torch.Tensor],
-) -> dict[str, Pair]:
-    pairs: dict[str, Pair] = {}
-    for key, A in tensors.items():
-        for end_A, end_B in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
-            stem = key.removesuffix(end_B)
-            if stem != key and stem + end_A not in tensors:
-                raise InputError(f"{folder}: {key} has no partner {stem + end_A}")
-            stem = key.removesuffix(end_A)
-            if stem == key:
-                continue
-            B = tensors.get(stem + end_B)
-            path = stem.removeprefix(PREFIX)
-            if B is None:
-                raise InputError(f"{folder}: {key} has no partner {stem + end_B}")
-            r = config.rank_for(path)
-            if A.shape[0] != r or B.shape[1] != r:
-                raise InputError(
-                    f"{folder}: {path} has factors of shapes {tuple(A.shape)} and "
-                    f"{tuple(B.shape)}, and the configuration says r={r}"
-                )
-            pair = Pair(A, B, config.scaling_for(path), end_A == _EMBEDDING_A)
-            pairs[path] = _without_start(folder, config, path, pair, initial)
-    return pairs
-
-
-def _without_start(
-    folder: str | Path,
-    config: LoraConfig,
-    path: str,
-    pair: Pair,
-    initial: Mapping[str, torch.Tensor],
-) -> Pair:
-    """`B A - B₀ A₀` as one pair, where the adapter started from a part of the weight."""
-    if not config.takes_start_off:
-        return pair
-    A, B = initial.get(f"{path}.A"), initial.get(f"{path}.B")
-    if A is None or B is None:
-        raise InputError(
-            f"{folder} started from {config.init_lora_weights} factors that are not in it: save it "
-            "with path_initial_model_for_weight_conversion where it was trained"
-        )
-    both = torch.cat([pair.A, A.to(pair.A)]), torch.cat([pair.B, -B.to(pair.B)], dim=1)
-    return Pair(*both, pair.scaling, pair.is_embedding)
+    for part in file.skipped:
+        raise InputError(f"{file.folder}: {part.path}: {part.reason}")

@@ -18,12 +18,13 @@ from torch.nn.functional import pad
 from lorakit import atomic
 from lorakit.adapters.chat_template import AdapterTemplate, exported_template
 from lorakit.adapters.export.export_formats import Exported
-from lorakit.adapters.export.plain import Pair, PlainAdapter, fitted_plain, found_at, read_plain
+from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, found_at, read_plain
+from lorakit.adapters.updates import ModuleUpdate
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.folder_name import folder_name
-from lorakit.lora.checkpoint import PREFIX, write_adapter
+from lorakit.lora.checkpoint import write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.models.template_files import (
     TEMPLATE_NAME,
@@ -101,7 +102,7 @@ def write_copy(servable: Servable, output: str | Path) -> None:
         revision=plain.config.revision,
         task_type=plain.config.task_type,
     )
-    tensors = {key: t for path, pair in plain.pairs.items() for key, t in _padded(path, pair, r)}
+    tensors = {k: t for pair in plain.pairs.values() for k, t in _padded(pair, r).items()}
     with atomic.new_folder(output) as folder:
         write_adapter(folder, config, tensors)
         if templates := read_templates(servable.folder):
@@ -186,16 +187,10 @@ def _misread(plain: PlainAdapter) -> tuple[str, ...]:
     return tuple(reason for present, reason in reasons if present)
 
 
-def _padded(path: str, pair: Pair, r: int) -> list[tuple[str, torch.Tensor]]:
+def _padded(pair: ModuleUpdate, r: int) -> dict[str, torch.Tensor]:
     """The pair's two tensors under PEFT's keys: A (r, d_in), B (d_out, r), the scaling in B."""
     missing = r - pair.r
-    endings = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if pair.is_embedding
-        else ("lora_A.weight", "lora_B.weight")
-    )
-    A, B = pad(pair.A, (0, 0, 0, missing)), pad(pair.folded(), (0, missing))
-    return [(f"{PREFIX}{path}.{endings[0]}", A), (f"{PREFIX}{path}.{endings[1]}", B)]
+    return pair.tensors(pad(pair.A, (0, 0, 0, missing)), pad(pair.folded(), (0, missing)))
 
 
 def _targets(config: LoraConfig, paths: list[str]) -> list[str]:

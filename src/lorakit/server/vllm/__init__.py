@@ -5,8 +5,6 @@ not be installed for `dry_run`. Options, ranks and refusals were checked with vL
 of 0.26 and 0.27 and the sources of its main branch.
 """
 
-from lorakit.server.vllm.options import VllmOptions
-from lorakit.server.vllm.plan import Plan, plan
-from lorakit.server.vllm.start import serve
+from lorakit.server.vllm.command_line import VllmCommand, VllmOptions, plan, serve
 
-__all__ = ["Plan", "VllmOptions", "plan", "serve"]
+__all__ = ["VllmCommand", "VllmOptions", "plan", "serve"]

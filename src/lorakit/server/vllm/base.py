@@ -8,7 +8,7 @@ their weights, as far as its files are on this machine.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,15 +125,22 @@ def blank(base: Base) -> Any | None:
     return None if base.folder is None else skeleton(base.folder)
 
 
-def require_fit(servable: Servable, model: nn.Module, base: Base) -> None:
-    """Checks that every module that the adapter changes is in `model`, with the same shape.
+def fitted_to(servable: Servable, model: nn.Module, base: Base) -> Servable:
+    """The adapter under the module names of `model`, as `lorakit export --to vllm` writes it.
 
     Raises:
-        InputError: one is not, or is no layer that vLLM adapts.
+        InputError: a module that it changes is not there, has another shape, or is no layer that
+            vLLM adapts.
     """
     from torch import nn
 
-    for path, pair in servable.plain.pairs.items():
+    from lorakit.adapters.export.plain import renamed_plain
+
+    plain = renamed_plain(servable.plain, model)
+    if plain is not servable.plain:
+        reasons = (*servable.needs_copy, "its modules have other names in the base")
+        servable = replace(servable, plain=plain, needs_copy=reasons)
+    for path, pair in plain.pairs.items():
         try:
             module = model.get_submodule(path)
         except AttributeError:
@@ -154,6 +161,7 @@ def require_fit(servable: Servable, model: nn.Module, base: Base) -> None:
                 f"{servable.folder} has {shape[0]} × {shape[1]} for {path}, and that of "
                 f"{base.name} is {own[0]} × {own[1]}: it is for another base model"
             )
+    return servable
 
 
 def require_context(length: int, model: Any, base: Base) -> None:

@@ -16,7 +16,7 @@ from lorakit import atomic
 from lorakit.folder_name import folder_name
 from lorakit.report import numbers
 from lorakit.report.charts import Chart, Line, line_chart
-from lorakit.report.page import environment
+from lorakit.report.run_page import environment
 from lorakit.report.scatter import Spot, parallel, scatter, value_text
 from lorakit.version import __version__
 

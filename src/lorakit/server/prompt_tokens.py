@@ -1,7 +1,7 @@
 """From what a request says to the tokens that the model reads.
 
 That takes a while for a long prompt, so a thread does it, prompt by prompt and in turn
-(`turns.py`): the event loop goes on meanwhile, and a tokenizer is never used twice at once here.
+(`fair_turns.py`): the event loop goes on meanwhile, and a tokenizer is used by one at a time here.
 Before that, its template is rendered in another process, in turn with others of that template: one
 that takes its time holds up nobody else.
 """
@@ -16,8 +16,8 @@ from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.engine.engine import Engine
 from lorakit.engine.shown import NotShownError, shown_text
 from lorakit.server.errors import ApiError, bad_field, in_words
+from lorakit.server.fair_turns import Turns
 from lorakit.server.payloads import ChatRequest
-from lorakit.server.turns import Turns
 
 
 class Prompts:

@@ -10,8 +10,9 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,24 @@ from lorakit.adapters.export.vllm import (
     write_copy,
 )
 from lorakit.adapters.open import trained_quantization
-from lorakit.errors import InputError, listed, one_line
+from lorakit.console import say
+from lorakit.errors import InputError, LorakitError, listed, one_line
 from lorakit.lora.checkpoint import weights_file
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME
 from lorakit.models.bundled import home, usable_folder
 from lorakit.models.template_files import default_of
-from lorakit.server.access import is_loopback
+from lorakit.server.options import check_key, is_loopback, require_key
 from lorakit.server.vllm.base import (
     Base,
     blank,
     find_base,
     fingerprint,
+    fitted_to,
     own_template,
     require_context,
-    require_fit,
     require_lora,
     slot_bytes,
 )
-from lorakit.server.vllm.options import VllmOptions, require_sound
 
 MOST_SLOTS = 16
 """Adapters in one batch at most: each slot takes memory of the GPU, used or not."""
@@ -51,8 +52,58 @@ LATER = 8
 """Slots in all, at least, where adapters can be loaded later."""
 
 
+DTYPES = ("auto", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
-class Plan:
+class VllmOptions:
+    """What is served, and where: the options of `lorakit serve` that vLLM has too.
+
+    `adapters` are folders by the names that clients give as `model`. `model` is the base, by
+    default the one that the adapters record. `adapter_root` and `admin_key` together allow
+    loading adapters later. `workspace` is where copies of adapters are written, by default in
+    lorakit's cache. `context_length` counts tokens, prompt and answer together.
+    """
+
+    model: str | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    admin_key: str | None = None
+    adapter_root: Path | None = None
+    context_length: int | None = None
+    dtype: str | None = None
+    workspace: Path | None = None
+
+
+def _require_sound(options: VllmOptions) -> None:
+    """Raises InputError for options that cannot be meant."""
+    if options.model is None and not options.adapters:
+        raise InputError("there is nothing to serve: give adapters, or --model")
+    if "" in options.adapters:
+        raise InputError("an adapter needs a name: NAME=PATH")
+    if not options.host or options.host.startswith("-"):
+        raise InputError(f"--host {options.host!r} is no address")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise InputError(
+            f"vLLM computes adapters in {listed(DTYPES[1:])}, not in {options.dtype}: leave "
+            "--dtype out, or serve with --engine lorakit"
+        )
+    check_key("--api-key", options.api_key)
+    check_key("--admin-key", options.admin_key)
+    require_key(options.host, options.api_key)
+    if (options.adapter_root is None) != (options.admin_key is None):
+        raise InputError("loading adapters later needs both --adapter-root and --admin-key")
+    if options.adapter_root is not None and options.api_key is None:
+        raise InputError(
+            "vLLM has one key, which guards loading adapters too: give --api-key beside "
+            "--adapter-root"
+        )
+
+
+@dataclass(frozen=True)
+class VllmCommand:
     """The command that serves, the variables that it needs, and what the user should know."""
 
     command: tuple[str, ...]
@@ -71,13 +122,44 @@ class Plan:
         return " ".join([*variables, shlex.join(self.command)])
 
 
-def plan(options: VllmOptions) -> Plan:
+def serve(options: VllmOptions, *, dry_run: bool = False) -> None:
+    """Serves with vLLM: the entry point for `lorakit serve --engine vllm`.
+
+    The notices and the command are printed, as a comment a notice and one line for a shell: with
+    `dry_run` on stdout, and that is all; otherwise on stderr, and this process becomes vLLM's, so
+    the call does not return. Model ids and routes are those of lorakit's own server: the adapters'
+    names and the base's, `/v1/chat/completions`, `/v1/completions`, `/v1/models`,
+    `/v1/load_lora_adapter`, `/v1/unload_lora_adapter`, `/health`, `/metrics`.
+
+    Copies of adapters that vLLM would misread are written with `dry_run` too, as the command names
+    them.
+
+    Raises:
+        InputError: vLLM is not installed here, cannot serve this, or an option is wrong.
+        LorakitError: the system refuses to start it.
+    """
+    if not dry_run and shutil.which("vllm") is None:
+        raise InputError(
+            "there is no program vllm on the PATH: pip install vllm (on a machine with a GPU), or "
+            "add --dry-run to see the command that would be started"
+        )
+    planned = plan(options)
+    for line in [*(f"# {notice}" for notice in planned.notices), planned.shown()]:
+        say(line, err=not dry_run)
+    if not dry_run:
+        try:
+            os.execvpe(planned.command[0], planned.command, os.environ | planned.environment)
+        except OSError as error:
+            raise LorakitError(f"vllm cannot be started: {error.strerror or error}") from error
+
+
+def plan(options: VllmOptions) -> VllmCommand:
     """Checks what `options` ask for, and writes the copies of adapters that vLLM needs.
 
     Raises:
         InputError: vLLM cannot serve it, or the options contradict each other.
     """
-    require_sound(options)
+    _require_sound(options)
     notices: list[str] = []
     servables = {
         name: read_servable(folder, options.model) for name, folder in options.adapters.items()
@@ -93,8 +175,7 @@ def plan(options: VllmOptions) -> Plan:
     if model is None:
         notices.append(f"{base.name} is not on this machine: nothing of it was checked")
     else:
-        for servable in servables.values():
-            require_fit(servable, model, base)
+        servables = {name: fitted_to(found, model, base) for name, found in servables.items()}
         if options.context_length is not None:
             require_context(options.context_length, model, base)
     notices += _other_weights(origins, base, model)
@@ -124,7 +205,7 @@ def plan(options: VllmOptions) -> Plan:
     if servables:  # last, as it takes everything up to the next option
         command += ["--lora-modules", *_modules(servables, base, options, notices)]
     environment = _environment(options, notices)
-    return Plan(tuple(command), environment, tuple(one_line(notice) for notice in notices))
+    return VllmCommand(tuple(command), environment, tuple(one_line(notice) for notice in notices))
 
 
 def _common_base(
@@ -268,11 +349,12 @@ def _modules(
 
 
 def _copy(servable: Servable, workspace: Path) -> Path:
-    """The copy for vLLM, named by what the adapter's files hold, so that it is written once."""
+    """The copy for vLLM, named by what is written into it, so that it is written once."""
     others = [servable.folder / name for name in (CONFIG_NAME, INITIAL_NAME)]
     files = [weights_file(servable.folder), *others]
     digests = [sha256(file) for file in files if file.is_file()]
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    written = "".join([*digests, *servable.plain.notices])  # these tell of other names
+    digest = hashlib.sha256(written.encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9_.-]", "_", servable.folder.absolute().name)[:80]
     folder = workspace / f"{readable}-{digest}"
     if not folder.is_dir():

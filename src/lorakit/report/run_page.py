@@ -23,7 +23,7 @@ from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
 from lorakit.report.heat_map import LEVELS, heat_maps
-from lorakit.report.read import RunRecord, Sample, read_run
+from lorakit.report.read import RecordedSample, RunRecord, read_run
 from lorakit.version import __version__
 
 REPORT_NAME = "report.html"
@@ -214,7 +214,7 @@ def _lengths(lengths: dict[str, float]) -> list[tuple[str, float]]:
     return [(name, lengths[key]) for key, name in named.items() if key in lengths]
 
 
-def _sample(sample: Sample) -> dict[str, Any]:
+def _sample(sample: RecordedSample) -> dict[str, Any]:
     """One sample's texts, the long ones cut and the cut counted."""
     return {
         "prompt": [(turn.role, _shown(turn.content)) for turn in sample.prompt],
