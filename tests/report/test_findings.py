@@ -30,7 +30,7 @@ def with_losses(run: RunRecord, before: float | None, after: float | None) -> Ru
         (2.5, 2.6, "rose from 2.50 to 2.60: on new rows the adapter is worse than the base"),
         (2.5, 2.49, "stayed the same (from 2.50 to 2.49)"),
         (None, None, "No rows were held out"),
-        (2.5, float("nan"), "it is no number"),
+        (2.5, float("nan"), "it is NaN or Inf"),
     ],
 )
 def test_the_verdict_says_what_happened_to_the_held_out_loss(

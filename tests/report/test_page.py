@@ -126,7 +126,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path):
     report = write_report(folder)
     assert report.notices == [
         "metrics.jsonl: 3 of 28 lines are damaged and left out.",
-        "metrics.jsonl: 1 values are no numbers to draw (NaN?): left out.",
+        "metrics.jsonl: 1 values are NaN or Inf: left out.",
         "monitor.jsonl: 1 of 11 lines are damaged and left out.",
         "samples.json is damaged and left out.",
     ]
@@ -145,9 +145,9 @@ def test_a_run_that_ended_in_no_numbers_still_has_a_page(tmp_path: Path):
     rows = [head, row, row | {"step": 1, "update_norm": [1e300]}, row | {"step": 2}]
     (folder / "monitor.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     report = write_report(folder)
-    assert "it is no number, so the adapter is of no use" in Page(report).text
+    assert "it is NaN or Inf, so the adapter is of no use" in Page(report).text
     assert report.notices == [
-        "metrics.jsonl: 3 values are no numbers to draw (NaN?): left out.",
+        "metrics.jsonl: 3 values are NaN or Inf: left out.",
         "monitor.jsonl: 2 of 3 lines are damaged and left out.",
     ]
 

@@ -256,10 +256,10 @@ def _check_rank(
 def _require_combinable(files: Sequence[AdapterFile]) -> None:
     """Raises InputError for an adapter that is no sum of updates, or that fits no other one."""
     for file in files:
-        if file.has_lengths:
+        if file.has_magnitudes:
             raise InputError(
                 f"{file.folder} is a DoRA adapter: its update needs the base's weights, and "
-                "lengths do not add up. Merge it with lorakit merge, or combine in Python with "
+                "magnitudes do not add up. Merge it with lorakit merge, or combine in Python with "
                 "LoraModel.add_weighted_adapter(combination_type='svd')"
             )
         if file.config.bias != "none":

@@ -56,7 +56,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A tensor that is no factor: a module trained whole, rows of tokens, DoRA's lengths."""
+    """A tensor that is no factor: a module trained whole, rows of tokens, DoRA's magnitudes."""
 
     key: str
     shape: tuple[int, ...]

@@ -78,10 +78,10 @@ def resize(
     notices = []
     if rank is not None and (fewer := sum(1 for most in possible.values() if most < rank)):
         notices.append(f"{fewer} of {len(possible)} modules have fewer than {rank} directions")
-    if file.has_lengths:
+    if file.has_magnitudes:
         notices.append(
-            "this is a DoRA adapter: its lengths stay as they are, and errors are those of B A, "
-            "before lengths are applied"
+            "this is a DoRA adapter: its magnitudes stay as they are, and errors are those of B A, "
+            "before magnitudes are applied"
         )
     tensors: dict[str, torch.Tensor] = dict(file.others)
     ranks: dict[str, int] = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.adapters.updates import COPY, LENGTHS, ModuleUpdate, Skipped, split
+from lorakit.adapters.updates import COPY, MAGNITUDES, ModuleUpdate, Skipped, split
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.progress import track
 
@@ -76,7 +76,7 @@ def spectra(
 ) -> tuple[list[Spectrum], list[Skipped]]:
     """The spectrum of every module's update, layer 9 before layer 10.
 
-    With DoRA it is that of `scaling * B A`, the change of direction before lengths are applied,
+    With DoRA it is that of `scaling * B A`, the change of direction before magnitudes are applied,
     which needs no base weight. A bias of `B` is not part of it.
 
     Args:
@@ -94,7 +94,7 @@ def spectra(
             reason = "a convolution: its update is no matrix"
             skipped.append(Skipped(update.path, reason))
     for key in others:
-        if not key.endswith(LENGTHS):
+        if not key.endswith(MAGNITUDES):
             copied = key.endswith(COPY)
             reason = "a copy of the base's weight" if copied else "trained whole, not as B A"
             skipped.append(Skipped(key.removeprefix(PREFIX), reason))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # A factor's ending in PEFT's files, and that of its partner.
 _PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 _PARTNERS = set(_PAIRS.values())
-LENGTHS = ".lora_magnitude_vector"
+MAGNITUDES = ".lora_magnitude_vector"
 COPY = ".base_layer.weight"
 
 
@@ -153,9 +153,9 @@ class AdapterFile:
     parameters: dict[str, ParameterUpdate] = field(default_factory=dict)
 
     @property
-    def has_lengths(self) -> bool:
+    def has_magnitudes(self) -> bool:
         """Whether it is a DoRA adapter, whose whole update needs the base's weights."""
-        return self.config.use_dora or any(key.endswith(LENGTHS) for key in self.others)
+        return self.config.use_dora or any(key.endswith(MAGNITUDES) for key in self.others)
 
     def require_updates(self) -> None:
         """Raises InputError unless every low-rank part is an update of a known size."""

@@ -275,7 +275,7 @@ def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
     """`value` if it is made of JSON's types, as far as templates are shown it.
 
     Raises:
-        InputError: there is another type in it, a number that is none, or no bottom.
+        InputError: there is another type in it, NaN or Inf, or it is nested too deeply.
     """
     if depth > _DEEPEST:
         raise InputError(
@@ -294,7 +294,7 @@ def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    found = "no number" if isinstance(value, float) else kind_of_value(value)
+    found = "NaN or Inf" if isinstance(value, float) else kind_of_value(value)
     raise InputError(f"{row.where}: {what} is {found}; expected a value that JSON has")
 
 

@@ -40,7 +40,7 @@ def verdict(run: RunRecord) -> str:
         )
     said = f"from {figures(before)} to {figures(after)}"
     if not (math.isfinite(before) and math.isfinite(after)):
-        return f"The held-out loss went {said}: it is no number, so the adapter is of no use."
+        return f"The held-out loss went {said}: it is NaN or Inf, so the adapter is of no use."
     if abs(after - before) < SAME * before:
         return f"The held-out loss stayed the same ({said}): the adapter learned next to nothing."
     if after > before:

@@ -199,9 +199,7 @@ def _read_metrics(folder: Path, notices: list[str]) -> list[dict[str, float]]:
         kept.append(finite)
     _count(notices, METRICS_NAME, len(lines) - len(kept), len(lines))
     if not_finite:
-        notices.append(
-            f"{METRICS_NAME}: {not_finite} values are no numbers to draw (NaN?): left out."
-        )
+        notices.append(f"{METRICS_NAME}: {not_finite} values are NaN or Inf: left out.")
     return sorted(kept, key=lambda line: line["step"])
 
 
