@@ -287,7 +287,7 @@ def why_not_beside(file: AdapterFile) -> str:
     """Why the adapter cannot stand beside others, as it is more than products of two matrices
     beside weights; empty where it can.
     """
-    if file.has_lengths:
+    if file.has_magnitudes:
         return "is a DoRA adapter"
     if file.config.init_lora_weights == "loftq":
         return "is for the base as LoftQ quantised it"

@@ -7,7 +7,7 @@ page, so that both are as sharp and as large on a phone as on a wide screen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -192,15 +192,20 @@ def _hits(lines: Sequence[Line], x: Scale, text: Callable) -> list[Hit]:
     """Strips around at most 60 of the steps, each saying the values that are logged there."""
     steps = sorted({a for line in lines for a, _ in line.points})
     steps = steps[:: math.ceil(len(steps) / _MOST_HITS)]
-    edges = [0.0, *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), 1.0]
     by_step = [(line.name, dict(line.points)) for line in lines]
+    return strips(
+        (x(a), [f"step {a:,g}", *(f"{name} {text(at[a])}" for name, at in by_step if a in at)])
+        for a in steps
+    )
+
+
+def strips(said: Iterable[tuple[float, list[str]]]) -> list[Hit]:
+    """What is said at each place, 0 to 1 by rising place: each strip ends halfway to the next."""
+    said = list(said)
+    edges = [0.0, *((a + b) / 2 for (a, _), (b, _) in pairwise(said)), 1.0]
     return [
-        Hit(
-            100 * left,
-            100 * (right - left),
-            [f"step {a:,g}", *(f"{name} {text(at[a])}" for name, at in by_step if a in at)],
-        )
-        for a, (left, right) in zip(steps, pairwise(edges), strict=True)
+        Hit(100 * left, 100 * (right - left), lines)
+        for (_, lines), (left, right) in zip(said, pairwise(edges), strict=True)
     ]
 
 

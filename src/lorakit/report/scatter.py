@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from lorakit.report.charts import HEIGHT, WIDTH, Chart, Hit, Tick, plain, scale
+from lorakit.report.charts import HEIGHT, WIDTH, Chart, Hit, Tick, plain, scale, strips
 from lorakit.report.numbers import figures, power
 
 MOST_PLACES = 8
@@ -130,16 +129,13 @@ def _hits(spots: Sequence[Spot], axis: Axis, text: Callable[[float], str]) -> li
     by_place: dict[float, list[Spot]] = {}
     for spot in spots:
         by_place.setdefault(axis.place(spot.value), []).append(spot)
-    places = sorted(by_place)
-    edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), 1.0]
-    return [
-        Hit(
-            100 * left,
-            100 * (right - left),
+    return strips(
+        (
+            place,
             [
                 f"{text(spot.result)} {spot.name}"
-                for spot in sorted(by_place[place], key=lambda spot: spot.result)[:12]
+                for spot in sorted(there, key=lambda spot: spot.result)[:12]
             ],
         )
-        for place, (left, right) in zip(places, pairwise(edges), strict=True)
-    ]
+        for place, there in sorted(by_place.items())
+    )

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
+from lorakit.adapters.derived import origin
 from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.gguf_family import (
     GgufFamily,
@@ -201,16 +202,14 @@ def export_gguf_model(
         InputError: the adapter, the base's architecture or tokenizer, or `output` cannot be used.
         LorakitError: the merged model differs from base + adapter.
     """
-    from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.merge import merge
     from lorakit.lora.checkpoint import read_config
 
     require_file(output)
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    manifest = read_manifest(adapter)
-    recorded = manifest.base_model if manifest else read_config(adapter).base_model_name_or_path
-    if name := base or recorded:  # what cannot be written is said before anything is merged
+    name = base or origin(adapter, read_config(adapter)).base_model
+    if name:  # what cannot be written is said before anything is merged
         family_of(read_base_config(resolve(name).path), name)
     with (
         atomic.replacing_file(output) as path,

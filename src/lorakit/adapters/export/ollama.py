@@ -14,10 +14,10 @@ from lorakit import atomic
 from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
+from lorakit.adapters.derived import origin
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.gguf_files import DTYPES, export_gguf_adapter, export_gguf_model
-from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.commands import quoted
 from lorakit.errors import InputError
@@ -66,9 +66,7 @@ def export_ollama(
     dtype = dtype or ("float16" if merged else "float32")
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    manifest = read_manifest(adapter)
-    recorded = manifest.base_model if manifest else read_config(adapter).base_model_name_or_path
-    name = base or recorded
+    name = base or origin(adapter, read_config(adapter)).base_model
     if not name:
         raise InputError(f"{adapter} does not say which base model it is for: give --base")
     tokenizer, other_template = _tokenizer(adapter, name)
