@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
-from command import Command, run_lorakit
+from command import Command, run_lorakit, run_process
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,11 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def lorakit_command(tmp_path: Path) -> Command:
-    """Runs the real command in `tmp_path`; its output is text."""
-
+    """Runs the command in `tmp_path` and in this process; its output is text."""
     return partial(run_lorakit, tmp_path)
+
+
+@pytest.fixture
+def lorakit_process(tmp_path: Path) -> Command:
+    """Runs the command in `tmp_path` as a process of its own: seconds each."""
+    return partial(run_process, tmp_path)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from command import Command
+from command import Command, Done
 from tiny import save_tiny_model
 
 
-def refused(result: "subprocess.CompletedProcess[str]", *words: str, code: int = 2) -> None:
+def refused(result: Done, *words: str, code: int = 2) -> None:
     """The command said one line with these words, no traceback, and left with `code`."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
@@ -33,7 +33,7 @@ def written(path: Path, text: str) -> Path:
 def train(lorakit_command: Command, tiny_model: Path, rows: Path, tmp_path: Path) -> Command:
     """`lorakit train` on good input; what is given comes last, so it wins."""
 
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str) -> Done:
         good = {"model": tiny_model, "data.train": rows, "output_dir": tmp_path / "run"}
         given = {argument.partition("=")[0] for argument in arguments}
         defaults = [f"{key}={value}" for key, value in good.items() if key not in given]
@@ -178,8 +178,11 @@ def test_an_unknown_metric_is_named_with_the_nearest(lorakit_command: Command, t
     refused(result, "'blue'", "'bleu'")
 
 
-def test_debug_shows_the_traceback(lorakit_command: Command):
-    result = lorakit_command("train", "nowhere.yaml", "--debug")
+def test_a_process_says_it_in_one_line_too_and_shows_the_traceback_with_debug(
+    lorakit_process: Command,
+):
+    refused(lorakit_process("train", "nowhere.yaml"), "nowhere.yaml")
+    result = lorakit_process("train", "nowhere.yaml", "--debug")
     assert "Traceback" in result.stderr
     assert result.returncode == 1
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import Command
+from command import Command, Done
 from lorakit.cli.main import app
 from lorakit.demo.run import run_demo
 
 
-def done(result: "subprocess.CompletedProcess[str]") -> str:
+def done(result: Done) -> str:
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr
@@ -47,10 +47,10 @@ def test_help_lists_every_verb_under_what_it_is_for(lorakit_command: Command):
 
 
 def test_train_from_flags_alone_then_eval_chat_and_merge(
-    lorakit_command: Command, tiny_model: Path, rows: Path, tmp_path: Path
+    lorakit_command: Command, lorakit_process: Command, tiny_model: Path, rows: Path, tmp_path: Path
 ):
     flags = ["--model", tiny_model, "--data", rows, "--output-dir", "run"]
-    out = done(lorakit_command("train", *flags, "lora.r=4", "training.max_steps=3"))
+    out = done(lorakit_process("train", *flags, "lora.r=4", "training.max_steps=3"))
     assert "adapter: run" in out
     assert "held-out loss:" in out
 

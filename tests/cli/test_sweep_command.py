@@ -92,28 +92,29 @@ def test_a_sweep_block_is_not_lorakit_trains(
     assert "the sweep block is for lorakit sweep" in done.stderr
 
 
-def test_a_signal_stops_it_and_resume_goes_on(tiny_model: Path, tmp_path: Path):
-    recipe = recipe_in(tmp_path, tiny_model)
-    command = [sys.executable, "-m", "lorakit", "sweep", str(recipe), "--over", "lora.r=2,4,8"]
+def test_a_signal_stops_it_and_resume_goes_on(
+    lorakit_command: Command, tiny_model: Path, tmp_path: Path
+):
+    words = ["sweep", str(recipe_in(tmp_path, tiny_model)), "--over", "lora.r=2,4,8"]
     steps = ["training.max_steps=3000", "--no-prune"]
-    run = subprocess.Popen([*command, *steps], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "lorakit", *words, *steps]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (tmp_path / "runs/sweep/r8/metrics.jsonl").is_file():
             assert time.monotonic() < deadline
             assert run.poll() is None
             time.sleep(0.05)
         os.kill(run.pid, signal.SIGTERM)  # SIGINT is ignored behind a shell's &
-        assert run.wait(60) == 130
+        assert run.wait(120) == 130
     finally:
         run.kill()
     assert "Traceback" not in (run.stderr.read() if run.stderr else "")
     assert list((tmp_path / "runs/sweep").glob("*/checkpoint-*"))
-    again = subprocess.run([*command, *steps], cwd=tmp_path, capture_output=True, text=True)
+    again = lorakit_command(*words, *steps)
     assert again.returncode == 2
     assert "holds an unfinished sweep: add --resume" in again.stderr
-    other = [*command, "training.max_steps=30", "--resume"]
-    refused = subprocess.run(other, cwd=tmp_path, capture_output=True, text=True)
+    refused = lorakit_command(*words, "training.max_steps=30", "--resume")
     assert refused.returncode == 2
     assert "cannot go on with other values" in refused.stderr
     shutil.rmtree(tmp_path / "runs")
