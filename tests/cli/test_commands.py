@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from command import Command, Done
 from lorakit.cli.main import app
@@ -46,11 +47,19 @@ def test_help_lists_every_verb_under_what_it_is_for(lorakit_command: Command):
     assert "..." not in "".join(groups.values())  # no summary is cut off at 80 columns
 
 
+@pytest.mark.parametrize(
+    "lorakit",
+    [
+        pytest.param("lorakit_command", id="in this process"),
+        pytest.param("lorakit_process", id="as processes", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_train_from_flags_alone_then_eval_chat_and_merge(
-    lorakit_command: Command, lorakit_process: Command, tiny_model: Path, rows: Path, tmp_path: Path
+    request: pytest.FixtureRequest, lorakit: str, tiny_model: Path, rows: Path, tmp_path: Path
 ):
+    lorakit_command: Command = request.getfixturevalue(lorakit)
     flags = ["--model", tiny_model, "--data", rows, "--output-dir", "run"]
-    out = done(lorakit_process("train", *flags, "lora.r=4", "training.max_steps=3"))
+    out = done(lorakit_command("train", *flags, "lora.r=4", "training.max_steps=3"))
     assert "adapter: run" in out
     assert "held-out loss:" in out
 
@@ -72,6 +81,9 @@ def test_train_from_flags_alone_then_eval_chat_and_merge(
     out = done(lorakit_command("merge", "run", "-o", "merged"))
     assert "largest logit difference" in out
     assert "top-1 agreement" in out
+    if lorakit == "lorakit_command":
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
+        return
     code = (
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; import sys; "
         "m = M.from_pretrained('merged'); T.from_pretrained('merged'); "

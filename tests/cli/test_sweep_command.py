@@ -22,7 +22,7 @@ def recipe_in(folder: Path, model: Path, *lines: str) -> Path:
         f"model: {model}\ndtype: float32\ndata: {{train: {rows}, eval: 0.34}}\n"
         "lora: {lora_alpha: 8}\n"
         "training: {max_steps: 9, logging_steps: 1, learning_rate: 3.0e-2}\n"
-        "output_dir: runs/sweep\n" + "\n".join(lines) + "\n"
+        "samples: 0\noutput_dir: runs/sweep\n" + "\n".join(lines) + "\n"
     )
     return path
 
@@ -50,7 +50,8 @@ def test_a_sweep_is_shown_as_a_table_and_its_winner_can_be_trained_and_used(
     assert again.returncode == 0, again.stderr
     assert (tmp_path / f"runs/sweep-{table['winner']}/adapter_model.safetensors").is_file()
     evaluated = lorakit_command(
-        "eval", f"runs/sweep/{table['winner']}", "--data", tmp_path / "sayings.jsonl"
+        *("eval", f"runs/sweep/{table['winner']}", "--data", tmp_path / "sayings.jsonl"),
+        *("--max-new-tokens", "2"),
     )
     assert evaluated.returncode == 0, evaluated.stderr
 
@@ -92,6 +93,7 @@ def test_a_sweep_block_is_not_lorakit_trains(
     assert "the sweep block is for lorakit sweep" in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_signal_stops_it_and_resume_goes_on(
     lorakit_command: Command, tiny_model: Path, tmp_path: Path
 ):
