@@ -63,9 +63,7 @@ def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
 
 
 def _labels(
-    record: Manifest | Derivation | None,
-    tensors: Mapping[str, torch.Tensor],
-    folder: str | Path,
+    record: Manifest | Derivation | None, tensors: Mapping[str, torch.Tensor], folder: str | Path
 ) -> tuple[str, ...]:
     """A classifier's labels by number: the record's, or as many as its head has outputs.
 

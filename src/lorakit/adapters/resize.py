@@ -43,11 +43,7 @@ class ResizeReport:
 
 @reserves("output")
 def resize(
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
+    adapter: str | Path, output: str | Path, *, rank: int | None = None, energy: float | None = None
 ) -> ResizeReport:
     """Writes the adapter with other ranks to the new folder `output`.
 

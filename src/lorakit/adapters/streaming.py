@@ -44,13 +44,7 @@ from lorakit.lora.vocabulary import require_same_base, vocabulary_size
 from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.folders import shards_in
 from lorakit.models.load import set_padding
-from lorakit.models.shards import (
-    ShardReader,
-    StoredTensor,
-    all_tensors,
-    new_shard,
-    write_index,
-)
+from lorakit.models.shards import ShardReader, StoredTensor, all_tensors, new_shard, write_index
 from lorakit.models.skeleton import file_names, skeleton
 from lorakit.progress import task
 

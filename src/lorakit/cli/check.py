@@ -84,8 +84,7 @@ def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
         for state, group in groupby(pieces, lambda piece: piece.state):
             opening, closing = _MARKS[state]
             console.print(
-                opening + "".join(_visible(piece.text) for piece in group) + closing,
-                end="",
+                opening + "".join(_visible(piece.text) for piece in group) + closing, end=""
             )
         console.print()
     console.print()

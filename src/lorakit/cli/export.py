@@ -36,8 +36,7 @@ def export(
     ],
     base: BaseOption = None,
     merged: Annotated[
-        bool,
-        typer.Option("--merged", help=f"{_takers('merged')}: base + adapter as one model."),
+        bool, typer.Option("--merged", help=f"{_takers('merged')}: base + adapter as one model.")
     ] = False,
     dtype: Annotated[
         str | None,

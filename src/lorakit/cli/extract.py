@@ -15,8 +15,7 @@ def extract(
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
     rank: Annotated[int | None, typer.Option(help="At most, a module.")] = None,
     energy: Annotated[
-        float | None,
-        typer.Option(help="The share of each module's ‖ΔW‖² to keep. Default: 0.95."),
+        float | None, typer.Option(help="The share of each module's ‖ΔW‖² to keep. Default: 0.95.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what every module keeps, as JSON.")

@@ -14,8 +14,7 @@ def resize(
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
     rank: Annotated[int | None, typer.Option(help="At most, a module.")] = None,
     energy: Annotated[
-        float | None,
-        typer.Option(help="The share of each module's ‖ΔW‖² to keep, in (0, 1]."),
+        float | None, typer.Option(help="The share of each module's ‖ΔW‖² to keep, in (0, 1].")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Rows to compare the loss on, before and after.")

@@ -48,9 +48,7 @@ def encode_texts(
 
 
 def encode_apart(
-    texts: Sequence[str],
-    beginnings: Sequence[Sequence[int]],
-    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str], beginnings: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Encoded]:
     """Each text's tokens, of which none lies across one of its `beginnings`.
 

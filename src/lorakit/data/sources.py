@@ -22,14 +22,7 @@ from lorakit.data.arrow import (
     saved_splits,
 )
 from lorakit.data.files import kind_of, known_kinds, read_records
-from lorakit.data.splits import (
-    LEARNED,
-    SPLITS,
-    by_split,
-    chosen_split,
-    notice_of_parts,
-    split_of,
-)
+from lorakit.data.splits import LEARNED, SPLITS, by_split, chosen_split, notice_of_parts, split_of
 from lorakit.errors import InputError, did_you_mean, listed, one_line
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[^/]+))?", re.ASCII)

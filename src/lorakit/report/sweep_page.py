@@ -142,11 +142,7 @@ def _scatters(rows: list[dict[str, Any]], keys: list[str], share: float) -> list
 def _parallel(rows: list[dict[str, Any]], keys: list[str]) -> Any:
     """All settings beside the loss that each configuration came to."""
     lines = [
-        (
-            f"{_kind(row)} c{i}",
-            [row["changes"][key] for key in keys],
-            row["rungs"][-1]["selection"],
-        )
+        (f"{_kind(row)} c{i}", [row["changes"][key] for key in keys], row["rungs"][-1]["selection"])
         for i, row in reversed(list(enumerate(rows)))
         if row["rungs"]
     ]

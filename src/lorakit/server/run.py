@@ -32,11 +32,7 @@ _IDLE_SECONDS = 30  # longer than clients keep connections (httpx 5), so that th
 
 
 def run(
-    engine: Engine,
-    options: ServerOptions,
-    started: Callable[[str], None],
-    *,
-    exits: bool = False,
+    engine: Engine, options: ServerOptions, started: Callable[[str], None], *, exits: bool = False
 ) -> None:
     """Serves until SIGTERM or SIGINT, and then until running answers have ended or `drain` is over.
 
@@ -114,11 +110,7 @@ class DrainingServer(uvicorn.Server):
     """A server that keeps its door open while it drains, to say that it ends."""
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        desk: Desk,
-        drain: float,
-        started: Callable[[str], None],
+        self, config: uvicorn.Config, desk: Desk, drain: float, started: Callable[[str], None]
     ) -> None:
         super().__init__(config)
         self._desk, self._drain, self._told = desk, drain, started

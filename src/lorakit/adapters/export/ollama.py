@@ -102,11 +102,7 @@ def export_ollama(
 
 
 def modelfile(
-    form: ChatForm,
-    source: str,
-    adapter: str | None,
-    stops: list[str],
-    system: str | None = None,
+    form: ChatForm, source: str, adapter: str | None, stops: list[str], system: str | None = None
 ) -> str:
     """The text of a Modelfile.
 
