@@ -70,7 +70,7 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def scatter(title: str, spots: Sequence[Spot], text: Callable[[float], str] = figures) -> Chart:
+def scatter(title: str, spots: Sequence[Spot]) -> Chart:
     """What each value of a setting gave, a dot a configuration."""
     axis = axis_of(title, [spot.value for spot in spots])
     results = [spot.result for spot in spots]
@@ -84,11 +84,12 @@ def scatter(title: str, spots: Sequence[Spot], text: Callable[[float], str] = fi
     ]
     return Chart(
         title,
-        f"{title}: {text(min(results))} to {text(max(results))} over {len(spots)} configurations",
+        f"{title}: {figures(min(results))} to {figures(max(results))} over {len(spots)} "
+        "configurations",
         paths=paths,
         x_ticks=axis.ticks,
         y_ticks=[Tick(100 * (1 - y(value)), plain(value)) for value in y.ticks],
-        hits=_hits(spots, axis, text),
+        hits=_hits(spots, axis),
         notes=["log scale"] if y.log else [],
     )
 
@@ -124,7 +125,7 @@ def parallel(
     return ParallelChart(f"{len(rows)} configurations over {', '.join(names)}", turned, paths)
 
 
-def _hits(spots: Sequence[Spot], axis: Axis, text: Callable[[float], str]) -> list[Hit]:
+def _hits(spots: Sequence[Spot], axis: Axis) -> list[Hit]:
     """A strip around each value, saying what its configurations gave, the least first."""
     by_place: dict[float, list[Spot]] = {}
     for spot in spots:
@@ -133,7 +134,7 @@ def _hits(spots: Sequence[Spot], axis: Axis, text: Callable[[float], str]) -> li
         (
             place,
             [
-                f"{text(spot.result)} {spot.name}"
+                f"{figures(spot.result)} {spot.name}"
                 for spot in sorted(there, key=lambda spot: spot.result)[:12]
             ],
         )

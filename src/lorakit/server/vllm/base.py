@@ -7,7 +7,6 @@ their weights, as far as its files are on this machine.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +102,11 @@ def _require_native(name: str, folder: Path) -> None:
 
 def require_lora(base: Base) -> None:
     """Raises InputError if vLLM is known to run this model without adapters only."""
+    from lorakit.models.skeleton import read_base_config
+
     if base.folder is None:
         return
-    architectures = _json(base.folder / "config.json").get("architectures") or []
+    architectures = read_base_config(base.folder).architectures or []
     without = sorted(WITHOUT_LORA.intersection(architectures))
     if without:
         raise InputError(
@@ -212,13 +213,3 @@ def _in_cache(name: str, revision: str | None) -> Path | None:
     except HFValidationError as error:
         raise InputError(f"model: '{name}' is neither a folder nor a hub id") from error
     return Path(found).parent if isinstance(found, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: it is not readable JSON") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged: it is no JSON object")
-    return values
