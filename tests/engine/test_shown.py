@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.cli.options import chat_template_kwargs
+from lorakit.cli.shared_options import chat_template_kwargs
 from lorakit.data.prompts import Prompt
 from lorakit.data.templates import template_variables
 from lorakit.engine.answer_all import answer_all

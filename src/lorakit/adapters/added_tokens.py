@@ -1,7 +1,7 @@
 """Adapters of models that have more tokens than their base: the base gets the rows.
 
 Such an adapter holds the whole embedding and head, by `modules_to_save` or as PEFT saves those of
-a resized model. Its tokenizer is `tokenizer.py`'s.
+a resized model. Its tokenizer is `adapter_tokenizer.py`'s.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _cut(model: Any, adapter: AdapterFiles, rows: int, before: int) -> None:
     Raises:
         InputError: some stand for tokens, so that the adapter's vocabulary is another one.
     """
-    from lorakit.adapters.tokenizer import load_tokenizer
+    from lorakit.adapters.adapter_tokenizer import load_tokenizer
     from lorakit.models.names import resolve
 
     tokens = len(load_tokenizer(resolve(adapter.base_model).path))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GlmConfig, PreTrainedModel
 
-from lorakit.adapters.ranks import usual_and_others
+from lorakit.adapters.rank_patterns import usual_and_others
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel

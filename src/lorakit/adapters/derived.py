@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from lorakit import atomic
+from lorakit.adapters.adapter_tokenizer import copy_tokenizer
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest, read_record
-from lorakit.adapters.tokenizer import copy_tokenizer
 from lorakit.lora.checkpoint import weights_file, write_adapter
 from lorakit.models.template_files import Templates, write_templates
 from lorakit.version import __version__

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.adapters.adapter_tokenizer import tokenizer_to_keep
 from lorakit.adapters.derived import Derivation, SourceRecord, sha256, write_derived
-from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
-from lorakit.adapters.tokenizer import tokenizer_to_keep
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX

@@ -20,7 +20,7 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.adapters.chatglm_names import FACTORS_A, native_adapter
-from lorakit.adapters.ranks import usual_and_others
+from lorakit.adapters.rank_patterns import usual_and_others
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter

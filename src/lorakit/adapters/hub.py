@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit import atomic
+from lorakit.adapters.adapter_tokenizer import TOKENIZER_FILES
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
-from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.errors import InputError, LorakitError
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import read_adapter, write_adapter

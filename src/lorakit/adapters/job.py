@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter_files import AdapterFiles, read_files
-from lorakit.adapters.chat_template import adapter_template, common_template
-from lorakit.adapters.open import chosen_quantization
-from lorakit.adapters.tokenizer import (
+from lorakit.adapters.adapter_tokenizer import (
     TOKENIZER_FILES,
     copy_tokenizer,
     has_tokenizer,
     load_tokenizer,
     own_tokenizer,
 )
+from lorakit.adapters.chat_template import adapter_template, common_template
+from lorakit.adapters.open import chosen_quantization
 from lorakit.errors import InputError
 from lorakit.models.folders import templates_in
 from lorakit.models.template_files import copy_additional, write_templates

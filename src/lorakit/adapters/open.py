@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter_files import read_files
+from lorakit.adapters.adapter_tokenizer import own_tokenizer
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import other_weights, read_derivation
 from lorakit.adapters.manifest import Manifest, read_manifest
-from lorakit.adapters.tokenizer import own_tokenizer
 from lorakit.errors import InputError
 from lorakit.models.quantization.settings import UNQUANTIZED, Quantization, as_quantization
 

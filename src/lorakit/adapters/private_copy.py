@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lorakit.adapters.adapter_tokenizer import TOKENIZER_FILES
 from lorakit.adapters.manifest import MANIFEST_NAME
-from lorakit.adapters.tokenizer import TOKENIZER_FILES
 from lorakit.below import Folder, OutsideError
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from lorakit.adapters.adapter_tokenizer import common_tokenizer
 from lorakit.adapters.chat_template import common_template
 from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.ranks import KindRanks, by_kind, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, by_kind, set_ranks
 from lorakit.adapters.spectrum import spectrum
-from lorakit.adapters.tokenizer import common_tokenizer
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves

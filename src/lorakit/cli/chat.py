@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import (
+from lorakit.cli.shared_options import (
     BaseOption,
     ChatTemplateKwargsOption,
     DtypeOption,

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.cli.options import numbers
+from lorakit.cli.shared_options import numbers
 from lorakit.console import say
 
 if TYPE_CHECKING:
-    from lorakit.adapters.ranks import KindRanks
+    from lorakit.adapters.rank_patterns import KindRanks
 
 
 def combine(

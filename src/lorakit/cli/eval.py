@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.options import BaseOption, DtypeOption, QuantizationOption
+from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOption
 from lorakit.cli.tables import print_table
 from lorakit.console import say
 from lorakit.progress import task

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorakit.adapters.export.export_formats import FORMATS, ExportFormat
-from lorakit.cli.options import BaseOption
+from lorakit.cli.shared_options import BaseOption
 from lorakit.console import say
 
 

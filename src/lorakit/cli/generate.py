@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import (
+from lorakit.cli.shared_options import (
     BaseOption,
     ChatTemplateKwargsOption,
     DtypeOption,

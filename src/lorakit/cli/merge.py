@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.cli.options import BaseOption, QuantizationOption, numbers
+from lorakit.cli.shared_options import BaseOption, QuantizationOption, numbers
 from lorakit.console import say
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import BaseOption, DtypeOption, QuantizationOption
+from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOption
 from lorakit.console import say
 from lorakit.errors import InputError
 

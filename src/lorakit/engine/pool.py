@@ -17,10 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.adapter_tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import origin, other_weights
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
-from lorakit.adapters.tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.updates import (
     AdapterFile,
     ModuleUpdate,

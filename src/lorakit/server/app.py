@@ -10,14 +10,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from lorakit.engine.engine import Engine
 from lorakit.server import errors, guarded_routes, page
 from lorakit.server.adapters import Shelf
-from lorakit.server.answers import Desk
 from lorakit.server.chat import chat
 from lorakit.server.completions import complete
 from lorakit.server.errors import ApiError
 from lorakit.server.fair_turns import Turns
 from lorakit.server.gate import Gate, Hosts, Keys
 from lorakit.server.guarded_routes import Guard, Level, needs
-from lorakit.server.metrics import CONTENT_TYPE, Metrics
+from lorakit.server.open_answers import Desk
 from lorakit.server.options import ServerOptions
 from lorakit.server.payloads import (
     ChatRequest,
@@ -25,6 +24,7 @@ from lorakit.server.payloads import (
     LoadAdapterRequest,
     UnloadAdapterRequest,
 )
+from lorakit.server.prometheus import CONTENT_TYPE, Metrics
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
     ChatCompletion,

@@ -12,7 +12,8 @@ from fastapi.responses import Response
 
 from lorakit.engine.requests import ChosenToken, Piece, TokenLogprob
 from lorakit.server.adapters import adapter_named
-from lorakit.server.answers import Answer, Desk, finish_reason
+from lorakit.server.event_streams import EventStream, client_of, while_wanted, whole_response
+from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
@@ -23,7 +24,6 @@ from lorakit.server.replies import (
     Delta,
     Rival,
 )
-from lorakit.server.streams import EventStream, client_of, while_wanted, whole_response
 
 
 async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompts) -> Response:

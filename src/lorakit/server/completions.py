@@ -11,12 +11,12 @@ from fastapi.responses import Response
 
 from lorakit.engine.requests import ChosenToken, Piece
 from lorakit.server.adapters import adapter_named
-from lorakit.server.answers import Answer, Desk, finish_reason
 from lorakit.server.chat import finite
+from lorakit.server.event_streams import EventStream, client_of, while_wanted, whole_response
+from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import CompletionRequest
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import Completion, CompletionChoice, CompletionLogprobs
-from lorakit.server.streams import EventStream, client_of, while_wanted, whole_response
 
 
 async def complete(

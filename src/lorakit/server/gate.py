@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_response
-from lorakit.server.metrics import Metrics
 from lorakit.server.options import is_loopback
+from lorakit.server.prometheus import Metrics
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN = frozenset({"same-origin", "none"})  # none: typed by the user

@@ -19,10 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
-from lorakit.server.answers import Desk
 from lorakit.server.bodies import StrictRequest, read_body
 from lorakit.server.errors import ApiError
 from lorakit.server.gate import Keys
+from lorakit.server.open_answers import Desk
 
 
 class Level(IntEnum):

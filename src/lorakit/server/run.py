@@ -20,9 +20,9 @@ import uvicorn
 from lorakit.console import say
 from lorakit.engine.engine import Engine
 from lorakit.errors import InputError
-from lorakit.server.answers import Desk
 from lorakit.server.app import create_app
 from lorakit.server.connections import connection_class
+from lorakit.server.open_answers import Desk
 from lorakit.server.options import Limits, ServerOptions
 
 _LAST_WORDS = 2.0  # seconds in which answers that were cut off are told so

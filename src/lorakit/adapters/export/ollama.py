@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
 from lorakit.adapters.adapter_files import read_files
+from lorakit.adapters.adapter_tokenizer import has_tokenizer, own_tokenizer
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import origin
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.gguf_files import DTYPES, export_gguf_adapter, export_gguf_model
-from lorakit.adapters.tokenizer import has_tokenizer, own_tokenizer
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves

@@ -34,7 +34,7 @@ from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME
 from lorakit.models.bundled import home, usable_folder
 from lorakit.models.template_files import default_of
 from lorakit.server.options import check_key, is_loopback, require_key
-from lorakit.server.vllm.base import (
+from lorakit.server.vllm.vllm_base import (
     Base,
     blank,
     find_base,

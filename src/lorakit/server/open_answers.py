@@ -17,9 +17,9 @@ from lorakit.engine.requests import ChosenToken, Piece, Ticket
 from lorakit.errors import InputError
 from lorakit.server.adapters import adapter_named
 from lorakit.server.errors import ApiError, bad_field
-from lorakit.server.metrics import Metrics
 from lorakit.server.options import Limits
 from lorakit.server.payloads import SamplingFields
+from lorakit.server.prometheus import Metrics
 from lorakit.server.replies import FinishReason, Usage
 
 _RETRY_AFTER = 1

@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.engine.requests import Piece
 from lorakit.errors import LorakitError
-from lorakit.server.answers import Answer, OpenAnswers
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_content
+from lorakit.server.open_answers import Answer, OpenAnswers
 from lorakit.server.replies import event
 
 Result = TypeVar("Result")
