@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from lorakit.lora.in_place import inject_adapter_in_model as inject_adapter_in_model
     from lorakit.lora.in_place import set_base_model_state_dict as set_base_model_state_dict
     from lorakit.lora.in_place import set_peft_model_state_dict as set_peft_model_state_dict
-    from lorakit.lora.initial_settings import CordaConfig as CordaConfig
-    from lorakit.lora.initial_settings import EvaConfig as EvaConfig
-    from lorakit.lora.initial_settings import LoftQConfig as LoftQConfig
-    from lorakit.lora.initial_settings import LoraGAConfig as LoraGAConfig
+    from lorakit.lora.init.corda import CordaConfig as CordaConfig
+    from lorakit.lora.init.eva import EvaConfig as EvaConfig
+    from lorakit.lora.init.loftq import LoftQConfig as LoftQConfig
+    from lorakit.lora.init.lora_ga import LoraGAConfig as LoraGAConfig
     from lorakit.lora.layers import LoraLinear as LoraLinear
     from lorakit.lora.model import LoraModel as LoraModel
     from lorakit.lora.model import get_peft_model as get_peft_model
@@ -68,7 +68,10 @@ _BY_MODULE = {
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
-    "lorakit.lora.initial_settings": ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig"],
+    "lorakit.lora.init.corda": ["CordaConfig"],
+    "lorakit.lora.init.eva": ["EvaConfig"],
+    "lorakit.lora.init.loftq": ["LoftQConfig"],
+    "lorakit.lora.init.lora_ga": ["LoraGAConfig"],
     "lorakit.lora.layers": ["LoraLinear"],
     "lorakit.lora.model": ["LoraModel", "get_peft_model"],
     "lorakit.lora.optimizers": ["create_lorafa_optimizer", "create_loraplus_optimizer"],

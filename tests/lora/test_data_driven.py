@@ -16,15 +16,9 @@ from torch import nn
 
 from lorakit import LoraConfig, get_peft_model
 from lorakit.errors import InputError
-from lorakit.lora.data_driven import (
-    EvaConfig,
-    IncrementalSVD,
-    eva,
-    input_covariances,
-    redistribute_ranks,
-    weight_gradients,
-)
-from lorakit.lora.decomposition import corda, lora_ga
+from lorakit.lora.init.corda import corda, input_covariances
+from lorakit.lora.init.eva import EvaConfig, IncrementalSVD, eva, redistribute_ranks
+from lorakit.lora.init.lora_ga import lora_ga, weight_gradients
 
 R, SCALING = 3, 2.0
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]

@@ -10,16 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.decomposition import (
-    corda,
-    leading_directions,
-    loftq,
-    lora_ga,
-    olora,
-    orthogonal,
-    pissa,
-)
-from lorakit.lora.quantizers import int8_rows, normal_float, normal_float_levels
+from lorakit.lora.init.corda import corda
+from lorakit.lora.init.decompose import leading_directions
+from lorakit.lora.init.from_weight import olora, orthogonal, pissa
+from lorakit.lora.init.loftq import int8_rows, loftq, normal_float, normal_float_levels
+from lorakit.lora.init.lora_ga import lora_ga
 
 # The sixteen levels of NF4 that QLoRA publishes (arXiv:2305.14314, appendix E).
 NF4 = (
@@ -86,7 +81,7 @@ def test_oloras_factors_are_pefts(shape: tuple[int, int], dtype: torch.dtype):
     W = matrix(*shape, dtype=dtype)
     layer = peft_layer(W)
     layer.olora_init("default")
-    A, B = olora(W, R, SCALING)
+    A, B = olora(W, R)
     assert A.dtype == B.dtype == torch.float32
     torch.testing.assert_close((A, B), factors(layer), **near)
     rest = (W.float() - SCALING * B @ A).to(dtype)
@@ -122,7 +117,7 @@ def test_what_pissa_makes_is_the_best_approximation(shape, share, scaling, seed)
 def test_what_olora_makes_is_a_projection_of_the_weight(shape, share, seed):
     W = matrix(*shape, seed=seed)
     r = 1 + round(share * (min(shape) - 1))
-    A, B = olora(W, r, SCALING)
+    A, B = olora(W, r)
     torch.testing.assert_close(B.T @ B, torch.eye(r, dtype=W.dtype), **nearly)
     torch.testing.assert_close(A, B.T @ W, **nearly)
 
@@ -141,7 +136,7 @@ def test_the_weight_stays_as_it_is():
     W = matrix(8, 6)
     before = W.clone()
     pissa(W, 2, 1.0)
-    olora(W, 2, 1.0)
+    olora(W, 2)
     loftq(W, 2, 4, 2)
     corda(W, torch.eye(6), 2, 1.0)
     lora_ga(W, W, 2, 1.0)
@@ -309,23 +304,23 @@ NO_NUMBER = torch.full((8, 6), float("nan"))
 ERRORS: dict[str, tuple[str, Any]] = {
     "a rank above the weight's": ("r=7 .*8 x 6.*r=6 or less", lambda: pissa(W, 7, 1.0)),
     "a rank above it, fast": ("r=7 .*r=6 or less", lambda: pissa(W, 7, 1.0, niter=2)),
-    "a rank above it, olora": ("OLoRA: r=7", lambda: olora(W, 7, 1.0)),
+    "a rank above it, olora": ("OLoRA: r=7", lambda: olora(W, 7)),
     "a rank above it, loftq": ("LoftQ: r=7", lambda: loftq(W, 7, 4, 1)),
-    "no rank": ("r must be at least 1", lambda: olora(W, 0, 1.0)),
+    "no rank": ("r must be at least 1", lambda: olora(W, 0)),
     "an odd rank": ("even rank, not r=3", lambda: orthogonal(6, 8, 3)),
     "no rank, orthogonal": ("r must be at least 1", lambda: orthogonal(6, 8, 0)),
     "whole numbers": ("floating numbers, not .*int8", lambda: pissa(W.to(torch.int8), 2, 1.0)),
     "a vector": (r"not \(6,\)", lambda: pissa(W[0], 1, 1.0)),
-    "no numbers": ("infinite or no numbers", lambda: pissa(NO_NUMBER, 2, 1.0)),
+    "no numbers": ("NaN or Inf", lambda: pissa(NO_NUMBER, 2, 1.0)),
     "bits": ("loftq_bits must be 2, 4 or 8, not 3", lambda: loftq(W, 2, 3, 1)),
     "iterations": ("loftq_iter must be at least 1", lambda: loftq(W, 2, 4, 0)),
     "corda's method": ("ipm or kpm", lambda: corda(W, torch.eye(6), 2, 1.0, "ipn")),  # type: ignore[arg-type]
-    "a covariance of zero": ("zero or no number", lambda: corda(W, torch.zeros(6, 6), 2, 1.0)),
+    "a covariance of zero": ("zero, NaN or Inf", lambda: corda(W, torch.zeros(6, 6), 2, 1.0)),
     "a direction": ("direction must be", lambda: lora_ga(W, W, 2, 1.0, "ArBr2")),  # type: ignore[arg-type]
     "a scale": ("scale must be", lambda: lora_ga(W, W, 2, 1.0, scale="big")),  # type: ignore[arg-type]
     "gamma": ("stable_gamma must be", lambda: lora_ga(W, W, 2, 1.0, stable_gamma=0)),
     "too many directions": ("r=3 or less", lambda: lora_ga(W, W, 4, 1.0)),
-    "a gradient without numbers": ("infinite or no", lambda: lora_ga(NO_NUMBER, W, 2, 1.0)),
+    "a gradient without numbers": ("NaN or Inf", lambda: lora_ga(NO_NUMBER, W, 2, 1.0)),
 }
 
 

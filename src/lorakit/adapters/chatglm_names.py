@@ -87,9 +87,10 @@ def native_adapter(
 
 def _require_exact(folder: Path, config: LoraConfig) -> None:
     """Raises InputError for what means something else beside a weight that is cut into three."""
-    start = config.init_lora_weights
+    init = config.init
+    of_weights = init.kind.subtracted or init.kind.changes_base
     why = [
-        (config.takes_start_off or start == "loftq", f"starts from the base's weights ({start})"),
+        (of_weights, f"starts from the base's weights ({init.value})"),
         (bool(config.layer_replication), "replicates layers (layer_replication)"),
         (bool(config.target_parameters), "adapts parameters (target_parameters)"),
     ]

@@ -147,9 +147,9 @@ def obstacle(job: MergeJob) -> str:
         config = adapter.config
         if config.layer_replication:
             return "layer_replication builds another model than the one in the files"
-        if config.init_lora_weights == "loftq":
-            return "loftq quantises the base's weights anew"
-        if config.takes_start_off and not (adapter.folder / INITIAL_NAME).is_file():
+        if config.init.kind.changes_base:
+            return f"{config.init_lora_weights} quantises the base's weights anew"
+        if config.init.kind.subtracted and not (adapter.folder / INITIAL_NAME).is_file():
             return f"{config.init_lora_weights} takes its start out of the loaded weights"
     return ""
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial
-from lorakit.lora.decomposition import at_least_float32
+from lorakit.lora.init.decompose import at_least_float32
 
 if TYPE_CHECKING:
     from lorakit.lora.config import LoraConfig
@@ -161,7 +161,7 @@ class AdapterFile:
         """Raises InputError unless every low-rank part is an update of a known size."""
         for part in self.skipped:
             raise InputError(f"{self.folder}: {part.path}: {part.reason}")
-        if self.config.init_lora_weights == "loftq":
+        if self.config.init.kind.changes_base:
             raise InputError(
                 f"{self.folder} is an adapter for the base as LoftQ quantised it, which no other "
                 "configuration can say: merge it with lorakit merge instead"
@@ -191,7 +191,7 @@ def read_updates(folder: str | Path, model: nn.Module | None = None) -> AdapterF
         from lorakit.lora.fitting import fitted
 
         config, tensors, initial = fitted(model, config, tensors, initial, folder)
-        if config.takes_start_off and config.starts_from_weight and not initial:
+        if config.init.kind.subtracted and config.init.kind.repeatable and not initial:
             initial = _starts(model, config, tensors)
     updates: dict[str, ModuleUpdate] = {}
     parameters: dict[str, ParameterUpdate] = {}
@@ -250,8 +250,6 @@ def _starts(
     """The factors that an adapter starts from where the weights alone give them, as in training."""
     from transformers.pytorch_utils import Conv1D
 
-    from lorakit.lora.initialize import initialize
-
     modules = dict(model.named_modules())
     found: dict[str, torch.Tensor] = {}
     for key, stored in tensors.items():
@@ -265,7 +263,7 @@ def _starts(
             continue  # packed, or another model's: the caller finds out
         A = torch.empty(stored.shape, dtype=at_least_float32(W[:0]).dtype, device=W.device)
         B = A.new_empty(W.shape[0], stored.shape[0])
-        initialize(A, B, W.to(A.dtype), config.scaling_for(path), config)
+        config.init.fill(A, B, W.to(A.dtype), config.scaling_for(path))
         found |= {f"{path}.A": A.to(stored.device), f"{path}.B": B.to(stored.device)}
     return found
 
@@ -342,7 +340,7 @@ def _obstacle(
         if config.target_parameters and A.shape[0] % r == 0:
             return f"a stack of {A.shape[0] // r} matrices (experts), each with its own update"
         return f"has rank {A.shape[0]} in the file and {r} in the configuration"
-    if config.takes_start_off and not has_start:
+    if config.init.kind.subtracted and not has_start:
         how = config.init_lora_weights
         return (
             f"started from {how} factors that are not in the folder, so its change is unknown: "

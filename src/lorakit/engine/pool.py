@@ -289,7 +289,7 @@ def why_not_beside(file: AdapterFile) -> str:
     """
     if file.has_magnitudes:
         return "is a DoRA adapter"
-    if file.config.init_lora_weights == "loftq":
+    if file.config.init.kind.changes_base:
         return "is for the base as LoftQ quantised it"
     if file.config.bias != "none":
         return "trains the base's biases"

@@ -282,7 +282,7 @@ class AdapterBank(nn.Module):
         """Makes the parameters of these adapters trainable, or freezes them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.require(name)
-            trains_B = self.peft_config[name].trains_B
+            trains_B = self.peft_config[name].init.kind.trains_B
             for key, tensor in self.adapter_tensors(name).items():
                 frozen = not trains_B and ("lora_B" in key or "lora_embedding_B" in key)
                 set_trainable([tensor], requires_grad and not frozen)

@@ -18,8 +18,9 @@ def require_beside(name: str, config: LoraConfig, others: Mapping[str, LoraConfi
             "an adapter with bias='all' or 'lora_only' trains the base itself and cannot "
             "stand beside others: set bias='none' for all of them"
         )
-    if any(one.init_lora_weights == "loftq" for one in every):
-        raise InputError(
-            "an adapter with init_lora_weights='loftq' quantises the base itself and cannot "
-            "stand beside others"
-        )
+    for init in (one.init for one in every):
+        if init.kind.changes_base:
+            raise InputError(
+                f"an adapter with init_lora_weights='{init.value}' quantises the base itself and "
+                "cannot stand beside others"
+            )

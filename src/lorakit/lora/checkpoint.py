@@ -199,7 +199,7 @@ def load_initial(
         InputError: they cannot be had again, or are for another model.
     """
     if not initial:
-        if config.takes_start_off and not config.starts_from_weight:
+        if config.init.kind.subtracted and not config.init.kind.repeatable:
             raise InputError(
                 f"{folder} has no {INITIAL_NAME}, and {config.init_lora_weights} does not give "
                 "the same ones again: save it with path_initial_model_for_weight_conversion where "

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lorakit.errors import InputError, did_you_mean
-from lorakit.lora.decomposition import leading_directions
+from lorakit.lora.init.decompose import leading_directions
 
 _CACHED = 1 << 15  # entries of one adapter
 

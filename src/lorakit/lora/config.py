@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +19,14 @@ from typing import Any, Literal, Self
 from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
 from lorakit.lora.config_values import as_meant, is_inert, whole
-from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
+from lorakit.lora.init import ChosenInit, as_settings, find, registered
+from lorakit.lora.init.corda import CordaConfig
+from lorakit.lora.init.eva import EvaConfig
+from lorakit.lora.init.lora_ga import LoraGAConfig
 from lorakit.lora.locate import CONFIG_NAME, locate
 from lorakit.lora.patterns import TimeLeft, check, first_match
 from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
 
-_INITIALIZATIONS = re.compile(
-    "gaussian|pissa(_niter_[0-9]+)?|olora|orthogonal|eva|loftq|corda|lora_ga|mica"
-)
-_SETTINGS = {"eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}
-_TAKEN_OFF_AGAIN = re.compile("pissa.*|olora|corda|lora_ga")
-_OUT_OF_THE_WEIGHT = re.compile("pissa|olora|loftq")
 _HIGHEST_RANK = 1 << 20
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 
@@ -56,7 +52,7 @@ class LoraConfig(CarriedFields):
             or `pissa_niter_4` (the principal part of W), `olora`, `loftq` (W is quantised, and the
             adapter starts from what that loses), `mica` (`B` is minor directions of W and is not
             trained), False (both random, so that the adapter is not the identity: for tests), or
-            from data by the functions of `prepare.py`: `eva`, `corda`, `lora_ga`.
+            from data: `eva`, `corda`, `lora_ga` (`prepare.py`). Each is in `init/`.
         layers_to_transform: indices of the layers that are adapted; None means all.
         layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
         rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or
@@ -128,11 +124,14 @@ class LoraConfig(CarriedFields):
             value = getattr(self, name)
             if isinstance(value, (set, tuple, frozenset)):  # PEFT accepts and keeps sets
                 setattr(self, name, sorted(value))
-        for name, kind in _SETTINGS.items():
-            if isinstance(value := getattr(self, name), dict):
-                setattr(self, name, as_settings(kind, name, value))
-            elif value is not None and not dataclasses.is_dataclass(value):
-                raise InputError(f"{name} must be a dictionary of settings, not {value!r}")
+        for kind in registered():
+            value = getattr(self, kind.field) if kind.field else None
+            if value is None or kind.field == "loftq_config":  # a dictionary, in PEFT's files too
+                continue
+            if not isinstance(value, dict) and not dataclasses.is_dataclass(value):
+                raise InputError(f"{kind.field} must be a dictionary of settings, not {value!r}")
+            if isinstance(value, dict) and kind.settings:
+                setattr(self, kind.field, as_settings(kind.settings, kind.field, value))
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.task_type is not None:
             self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
@@ -152,7 +151,7 @@ class LoraConfig(CarriedFields):
                 raise InputError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise InputError(f"bias must be none, all or lora_only, not {self.bias!r}")
-        _check_initialization(self.init_lora_weights)
+        find(self.init_lora_weights)
         for name in ("target_modules", "exclude_modules"):
             _check_names(name, getattr(self, name), or_text=True)
         for name in ("modules_to_save", "target_parameters"):
@@ -191,19 +190,13 @@ class LoraConfig(CarriedFields):
             )
 
     @property
-    def trains_B(self) -> bool:  # noqa: N802 (the paper's letter)
-        """Whether `B` is trained, and not only `A`."""
-        return self.init_lora_weights != "mica"
-
-    @property
-    def takes_start_off(self) -> bool:
-        """Whether the initial factors are not zero, and their product is taken off again."""
-        return _TAKEN_OFF_AGAIN.fullmatch(str(self.init_lora_weights)) is not None
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Whether the weight alone gives the initial factors, always the same ones."""
-        return _OUT_OF_THE_WEIGHT.fullmatch(str(self.init_lora_weights)) is not None
+    def init(self) -> ChosenInit:
+        """The initialisation that `init_lora_weights` names, with its settings."""
+        kind = find(self.init_lora_weights)
+        if kind.settings is None:
+            return ChosenInit(kind, self.init_lora_weights)
+        settings = as_settings(kind.settings, kind.field, getattr(self, kind.field))
+        return ChosenInit(kind, self.init_lora_weights, settings)
 
     def rank_for(self, module_name: str) -> int:
         """The rank of the module at this path: `rank_pattern`'s first match, or `r`."""
@@ -319,15 +312,6 @@ def _check_names(field_name: str, value: object, *, or_text: bool) -> None:
         return
     text = " or a text" if or_text else ""
     raise InputError(f"{field_name} must be a list of names{text}, not {value!r}")
-
-
-def _check_initialization(how: object) -> None:
-    known = isinstance(how, bool) or (isinstance(how, str) and _INITIALIZATIONS.fullmatch(how))
-    if not known:
-        raise InputError(
-            f"init_lora_weights={how!r} is not supported: use true, gaussian, orthogonal, pissa, "
-            "pissa_niter_4, olora, eva, loftq, corda, lora_ga, mica or false"
-        )
 
 
 def _check_layers(value: object) -> None:

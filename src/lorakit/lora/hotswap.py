@@ -84,7 +84,7 @@ def hotswap_adapter(
             else torch.zeros_like(parameter)
         )
     load_tensors(parameters, {**tensors, **padded}, folder)
-    if config.takes_start_off:
+    if config.init.kind.subtracted:
         load_initial(base, adapter_name, initial, config, folder)
     for path, layer in layers.items():
         place = _place(path, layer)
@@ -118,7 +118,7 @@ def _record(
 def _require_same_start(own: LoraConfig, new: LoraConfig, folder: Path) -> None:
     """Raises InputError where one adapter's first factors are taken off and not so the other's."""
     mine, theirs = (
-        (one.init_lora_weights, one.r, one.rank_pattern) if one.takes_start_off else None
+        (one.init_lora_weights, one.r, one.rank_pattern) if one.init.kind.subtracted else None
         for one in (own, new)
     )
     if mine != theirs:

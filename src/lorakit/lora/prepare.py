@@ -1,9 +1,8 @@
 """First values of an adapter that come from data, put where the layers find them.
 
-`preprocess_corda` and `preprocess_loraga` run before an adapter is made and leave factors beside
-the layers; `initialize_lora_eva_weights` runs after, as EVA also says which rank each layer gets.
-What looks at the data is in `data_driven.py`, what makes factors of it in `decomposition.py`.
-The names and arguments are PEFT's.
+`start_from_data` serves every initialisation that takes something from data; the others are PEFT's
+functions, with PEFT's arguments. What looks at the data, and what makes factors of it, is in
+`init/`.
 """
 
 from __future__ import annotations
@@ -21,17 +20,53 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError, listed
+from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.bank import AdapterBank
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.data_driven import eva, input_covariances, weight_gradients
-from lorakit.lora.decomposition import corda, lora_ga
-from lorakit.lora.initial_settings import CordaConfig, EvaConfig, LoraGAConfig, as_settings
-from lorakit.lora.initialize import START
+from lorakit.lora.init import PREPARED, ChosenInit, DataPass, InitSite, as_settings, find
+from lorakit.lora.init.corda import input_covariances
+from lorakit.lora.init.decompose import at_least_float32
+from lorakit.lora.init.eva import EvaConfig, eva
+from lorakit.lora.init.lora_ga import weight_gradients
 from lorakit.lora.injection import put_back_unused, wrapped_modules
-from lorakit.lora.layers import LoraLinear, is_conv1d
+from lorakit.lora.layers import LoraLinear
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.target_names import written_targets
 from lorakit.lora.targets import resolve_targets
+
+
+def start_from_data(
+    model: nn.Module, config: LoraConfig, batches: Iterable[Any], run: Callable[[Any], Any]
+) -> LoraConfig:
+    """Makes the factors that an adapter with `config` starts from, where they come from data.
+
+    They wait beside the linear layers that `config` targets, for the next adapter.
+
+    Args:
+        model: without adapters.
+        batches: dictionaries as the model takes them; not looked at where no data is needed.
+        run: runs the model on a batch, and returns its loss.
+
+    Returns: `config`, with other ranks where the initialisation deals them out anew.
+
+    Raises:
+        InputError: no target is linear, or the data gives no factors.
+    """
+    init = config.init
+    if init.kind.collect is None:
+        return config
+    modules = _linear_targets(model, config)
+    ranks = {path: config.rank_for(path) for path in modules}
+    data = init.kind.collect(DataPass(modules, batches, run, ranks, init.settings, model))
+    factors = _factors(config, init, modules, data)
+    found = {path: len(factors[f"{path}.A"]) for path in modules}
+    if found != ranks:
+        scales = getattr(init.settings, "adjust_scaling_factors", True)
+        targets = [path for path in resolve_targets(model, config) if found.get(path) != 0]
+        config = _with_ranks(config, found, scales)
+        config.target_modules = written_targets(targets, model)
+    _leave({path: module for path, module in modules.items() if found[path]}, factors)
+    return config
 
 
 def preprocess_corda(
@@ -51,7 +86,7 @@ def preprocess_corda(
     Raises:
         InputError: no target is linear, or neither data nor a file is given.
     """
-    settings = as_settings(CordaConfig, "corda_config", lora_config.corda_config)
+    init = _named(lora_config, "corda")
     modules = _linear_targets(model, lora_config)
 
     def covariances() -> dict[str, torch.Tensor]:
@@ -62,15 +97,10 @@ def preprocess_corda(
         return input_covariances(seen, [None], lambda _: run_model(), model=hooked)
 
     def factors() -> dict[str, torch.Tensor]:
-        found = _cached(settings.covariance_file, covariances)
-        made: dict[str, torch.Tensor] = {}
-        for path, module in modules.items():
-            r, scaling = lora_config.rank_for(path), lora_config.scaling_for(path)
-            A, B = corda(_matrix(module), found[path], r, scaling, settings.corda_method)
-            made |= {f"{path}.A": A, f"{path}.B": B}
-        return made
+        data = _cached(init.settings.covariance_file, covariances)
+        return _factors(lora_config, init, modules, data)
 
-    _leave(modules, _cached(settings.cache_file, factors))
+    _leave(modules, _cached(init.settings.cache_file, factors))
 
 
 def preprocess_loraga(
@@ -90,19 +120,13 @@ def preprocess_loraga(
     Raises:
         InputError: no target is linear, or no gradient reaches one.
     """
-    settings = as_settings(LoraGAConfig, "lora_ga_config", lora_config.lora_ga_config)
     modules = _linear_targets(model, lora_config)
 
     def gradients() -> dict[str, torch.Tensor]:
         return weight_gradients(modules, [None], lambda _: train_step(), model=model)
 
-    found = _cached(cache_file, gradients)
-    made: dict[str, torch.Tensor] = {}
-    for path, module in modules.items():
-        r, scaling = lora_config.rank_for(path), lora_config.scaling_for(path)
-        A, B = lora_ga(found[path], _matrix(module), r, scaling, **dataclasses.asdict(settings))
-        made |= {f"{path}.A": A, f"{path}.B": B}
-    _leave(modules, made)
+    data = _cached(cache_file, gradients)
+    _leave(modules, _factors(lora_config, _named(lora_config, "lora_ga"), modules, data))
 
 
 def get_eva_state_dict(
@@ -183,7 +207,8 @@ def initialize_lora_eva_weights(
         raise InputError(f"eva_state_dict has what this model has not: {listed(unknown)}")
     settings = as_settings(EvaConfig, "eva_config", config.eva_config)
     base = model.get_base_model()
-    new = _with_ranks(config, {p: len(A) for p, A in eva_state_dict.items()}, settings)
+    ranks = {path: len(A) for path, A in eva_state_dict.items()}
+    new = _with_ranks(config, ranks, settings.adjust_scaling_factors)
     for path, A in eva_state_dict.items():
         layers[path].delete_adapter(adapter_name)
         if len(A):
@@ -198,8 +223,12 @@ def initialize_lora_eva_weights(
     set_trainable(model.adapter_tensors(adapter_name).values(), trainable)
 
 
-def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], settings: EvaConfig) -> LoraConfig:
-    """`config` with these ranks, each layer's path a pattern of its own."""
+def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], scales: bool) -> LoraConfig:
+    """`config` with these ranks, each layer's path a pattern of its own.
+
+    Args:
+        scales: alpha changes with the rank, so that the scaling stays.
+    """
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     for path in sorted(ranks, key=len, reverse=True):  # a path can be the end of a longer one
@@ -208,7 +237,7 @@ def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], settings: EvaConfi
             continue
         if config.rank_pattern or rank != config.r:
             rank_pattern[path] = rank
-        if settings.adjust_scaling_factors:
+        if scales:
             alpha *= rank / before
         if config.alpha_pattern or alpha != config.lora_alpha:
             alpha_pattern[path] = alpha
@@ -243,12 +272,40 @@ def _matrix(module: Any) -> torch.Tensor:
     return module.weight.T if is_conv1d(module) else module.weight
 
 
+def _named(config: LoraConfig, value: str) -> ChosenInit:
+    """The initialisation of this name with the settings in `config`, whatever that has chosen."""
+    kind = find(value)
+    assert kind.settings is not None
+    return ChosenInit(
+        kind, value, as_settings(kind.settings, kind.field, getattr(config, kind.field))
+    )
+
+
+def _factors(
+    config: LoraConfig,
+    init: ChosenInit,
+    modules: Mapping[str, nn.Module],
+    data: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Each module's factors, as `{path}.A` (r, d_in) and `{path}.B` (d_out, r)."""
+    made: dict[str, torch.Tensor] = {}
+    for path, module in modules.items():
+        W, r = _matrix(module).detach(), config.rank_for(path)
+        A = torch.empty(r, W.shape[1], dtype=at_least_float32(W[:0]).dtype, device=W.device)
+        B = A.new_empty(W.shape[0], r)
+        site = InitSite(A, B, W, config.scaling_for(path), init.value, init.settings, data[path])
+        with torch.no_grad():
+            found = init.kind.make(site)
+        made |= {f"{path}.A": found.A, f"{path}.B": found.B}
+    return made
+
+
 def _leave(modules: Mapping[str, nn.Module], factors: Mapping[str, torch.Tensor]) -> None:
     """Puts each layer's `A` and `B` where its next adapter looks for them."""
     for path, module in modules.items():
         if f"{path}.A" not in factors:
             raise InputError(f"the cache has no factors for {path}: it is another model's")
-        vars(module)[START] = factors[f"{path}.A"], factors[f"{path}.B"]
+        vars(module)[PREPARED] = factors[f"{path}.A"], factors[f"{path}.B"]
 
 
 def _cached(

@@ -43,12 +43,6 @@ _CHOICES = {
     "log_level_replica": _LEVELS,
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
 }
-_STARTS = {
-    "loftq_config": "loftq",
-    "eva_config": "eva",
-    "corda_config": "corda",
-    "lora_ga_config": "lora_ga",
-}
 _WORKERS = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
 _TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 _DDP = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph", "backend")
@@ -148,10 +142,14 @@ def _of_saving(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_the_rest(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
-    start = recipe.lora.get("init_lora_weights")
-    for name, wanted in _STARTS.items():
-        if recipe.lora.get(name) and start != wanted:
-            yield f"lora.{name} has no effect without lora.init_lora_weights={wanted}: add it"
+    from lorakit.lora.init import registered
+
+    for init in registered():
+        if recipe.lora.get(init.field) and recipe.lora.get("init_lora_weights") != init.value:
+            yield (
+                f"lora.{init.field} has no effect without "
+                f"lora.init_lora_weights={init.value}: add it"
+            )
     new, old = _CHECKPOINTING
     for suffix in ("", "_kwargs"):
         first, second = given.get(new + suffix), given.get(old + suffix)

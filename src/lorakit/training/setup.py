@@ -20,14 +20,16 @@ from lorakit.data.dataset import PreparedData
 from lorakit.data.template_clock import Rendering
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
+from lorakit.lora.config import LoraConfig
 from lorakit.lora.parameters import count_parameters
+from lorakit.lora.prepare import start_from_data
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.objectives.objective import Objective, RunRequest, TrainingInputs
 from lorakit.training.advice import Advice, advised
-from lorakit.training.batching import Batching, choose_batching
+from lorakit.training.batching import BatchDataset, Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
 from lorakit.training.effects import (
     check_metric,
@@ -45,6 +47,10 @@ from lorakit.training.trainer import LoraTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_START_BATCHES = 16
+"""Batches of the first epoch that an initialisation from data sees."""
 
 
 @dataclass
@@ -128,10 +134,10 @@ def set_up(
     recipe, advice = advised(recipe, parameters, len(data.train))
     base_fingerprint = fingerprint(model, without=begun.new_modules)
     set_seed(recipe.training.seed)
-    adapted = LoraModel(model, begun.lora_config(recipe))
+    arguments = training_arguments(recipe, held_out=bool(data.eval))
+    adapted = LoraModel(model, _started(begun, recipe, arguments))
     if not data.eval and (name := needs_held_out_rows(recipe)):
         raise InputError(f"{name} needs held-out rows, and there are none: give data.eval a file")
-    arguments = training_arguments(recipe, held_out=bool(data.eval))
     check_metric(arguments, ["loss", *begun.objective.score_names])
     check_fsdp(arguments, begun.lora_config(recipe))
     batching, notices = choose_batching(
@@ -203,6 +209,32 @@ def load_inputs(
         rendering=rendering or Rendering(),
     )
     return (objective or recipe.make_objective()).prepare(request)
+
+
+def _started(begun: TrainingInputs, recipe: Recipe, arguments: TrainingArguments) -> LoraConfig:
+    """The adapter's configuration; factors that come from data wait beside the model's layers.
+
+    The data are batches of rows, and their loss is the cross-entropy of the labels.
+    """
+    config: LoraConfig = begun.lora_config(recipe)
+    if config.init.kind.collect is None:
+        return config
+    if asks_to_spread(recipe.training.model_extra or {}):
+        raise InputError(
+            f"lora.init_lora_weights={config.init_lora_weights} runs the model over data before "
+            "it is spread over processes: leave fsdp out, or choose another initialisation"
+        )
+    model, read = begun.model, begun.objective.reader(begun.model, False)
+    batching = Batching(begun.tokenizer.pad_token_id, own_collator=begun.collator)
+    rows = BatchDataset(begun.data.train, batching, learning=True)
+    chosen = batching.train_batches(begun.data.train, arguments, epoch=0)[:_START_BATCHES]
+
+    def mean_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        total, count = read(model, batch)
+        return total / count
+
+    batches = [{key: x.to(model.device) for key, x in rows[batch].items()} for batch in chosen]
+    return start_from_data(model, config, batches, mean_loss)
 
 
 def wished_device(recipe: Recipe) -> str | None:

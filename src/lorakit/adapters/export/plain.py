@@ -17,10 +17,10 @@ from lorakit.adapters.derived import origin
 from lorakit.adapters.updates import COPY, AdapterFile, ModuleUpdate, read_updates
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
+from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import renamed_modules
-from lorakit.lora.layers.linear import is_conv1d
 from lorakit.models.layouts.chatglm.config import original_folder
 from lorakit.models.names import ALIASES, resolve
 from lorakit.models.skeleton import skeleton

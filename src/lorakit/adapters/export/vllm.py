@@ -175,7 +175,7 @@ def lora_module(name: str, path: str, base_model: str | None = None) -> str:
 def _misread(plain: PlainAdapter) -> tuple[str, ...]:
     """What vLLM would read otherwise than it is meant."""
     config = plain.config
-    if config.takes_start_off:
+    if config.init.kind.subtracted:
         return (f"it starts from a part of the weight ({config.init_lora_weights})",)
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     pairs = plain.pairs.values()

@@ -3,11 +3,12 @@
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.layers.attention import LoraMultiheadAttention
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.layers.conv import LoraConv
 from lorakit.lora.layers.embedding import LoraEmbedding
-from lorakit.lora.layers.linear import LoraLinear, is_conv1d
+from lorakit.lora.layers.linear import LoraLinear
 from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.quantized import LoraQuantizedLinear
@@ -31,7 +32,6 @@ __all__ = [
     "TiedModule",
     "TrainedTokens",
     "Wrapped",
-    "is_conv1d",
     "layer_class",
 ]
 

@@ -16,13 +16,7 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.dora import Magnitude, channel_norms
-from lorakit.lora.initialize import (
-    START,
-    InitialFactors,
-    initialize,
-    initialize_bias,
-    initialize_loftq,
-)
+from lorakit.lora.init import PREPARED, InitialFactors
 from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.layers.rows import (
     RowUpdate,
@@ -50,7 +44,7 @@ class LayerBank(Mergeable):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self._own_scaling: dict[str, float] = {}
-        self._whole_weights: dict[str, nn.Parameter] = {}  # those that LoftQ has quantised
+        self._whole_weights: dict[str, nn.Parameter] = {}  # those that LoftQ replaced
         if (bias := self.base_bias) is not None:
             bias.requires_grad_(False)
 
@@ -96,12 +90,11 @@ class LayerBank(Mergeable):
             message = f"`lora_bias=True` beside a layer without bias ({module_name}): no merging"
             warnings.warn(message, stacklevel=7)
         self._create(name, r, config.lora_bias, device=base.device, dtype=dtype)
-        if config.init_lora_weights == "loftq":
-            self._quantize_base(name, config)
-        elif initialize or config.takes_start_off:
-            self._initialize(name, config, fresh=initialize)
+        init = config.init.kind
+        if initialize or init.changes_base or init.subtracted:
+            self._initialize(name, config, fresh=initialize or init.changes_base)
         if (bias := self._factor_tensors(name).get("lora_B.bias")) is not None and initialize:
-            initialize_bias(bias, config.init_lora_weights)
+            init.bias(bias)
         if config.use_dora:
             norms = (
                 self._norms(name)
@@ -188,26 +181,24 @@ class LayerBank(Mergeable):
             fresh: False when values are loaded next, and only need a place.
         """
         A, B = self.initial_places(name)
-        if fresh or (config.starts_from_weight and not self.base_weight.is_meta):
-            start = vars(self.get_base_layer()).pop(START, None)
+        initial, weight = InitialFactors(torch.zeros_like(A), torch.zeros_like(B)), None
+        if fresh or (config.init.kind.repeatable and not self.base_weight.is_meta):
+            prepared = vars(self.get_base_layer()).pop(PREPARED, None)
             W = self._as_matrix(self.base_weight)
-            initial = initialize(A, B, W, self.scaling[name], config, start)
-        else:
-            initial = InitialFactors(torch.zeros_like(A), torch.zeros_like(B))
+            initial, weight = config.init.fill(A, B, W, self.scaling[name], prepared)
         if initial is not None:
             self.lora_initial[name] = initial
+        if weight is not None:
+            self._replace_base(name, weight)
 
     def initial_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The tensors that initialisation fills."""
         return self.matrices(name)
 
-    def _quantize_base(self, name: str, config: LoraConfig) -> None:
-        """LoftQ: the base's weight is quantised, and the adapter starts from what that loses."""
-        whole = self.base_weight
-        W = self._as_matrix(whole)
-        quantized = initialize_loftq(*self.matrices(name), W, self.scaling[name], config)
-        self._whole_weights[name] = whole
-        weight = self._as_stored(quantized).to(whole.dtype).contiguous()
+    def _replace_base(self, name: str, matrix: torch.Tensor) -> None:
+        """Puts a weight that an initialisation made in the base's place, until `name` goes."""
+        whole = self._whole_weights[name] = self.base_weight
+        weight = self._as_stored(matrix).to(whole.dtype).contiguous()
         setattr(self.get_base_layer(), self.weight_name, nn.Parameter(weight, requires_grad=False))
 
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -52,7 +52,7 @@ class LoraConv(LoraLayer):
         self.lora_A[name], self.lora_B[name] = A, B
 
     def _check(self, config: LoraConfig) -> None:
-        if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        if not config.init.kind.any_shape:
             raise InputError(
                 f"init_lora_weights='{config.init_lora_weights}' is not defined for convolutions"
             )

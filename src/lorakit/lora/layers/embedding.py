@@ -8,7 +8,6 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.initialize import initialize_embedding
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Routing
 
@@ -40,7 +39,10 @@ class LoraEmbedding(LoraLayer):
 
     def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         W = self._as_matrix(self.base_weight)
-        initialize_embedding(*self.matrices(name), W, config.init_lora_weights)
+        factors, scaling = self.matrices(name), self.scaling[name]
+        _, weight = config.init.fill(*factors, W, scaling, embedding=True)
+        if weight is not None:
+            self._replace_base(name, weight)
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]

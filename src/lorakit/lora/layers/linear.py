@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.kernels import Weight, lora_linear
 from lorakit.lora.layers.base import LoraLayer
@@ -144,8 +145,3 @@ class LoraLinear(LoraLayer):
         """Whether the base is `x W^T + b` in x's dtype and nothing else."""
         base = self.base_layer
         return type(base) is nn.Linear and not self.fan_in_fan_out and x.dtype == base.weight.dtype
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D` (GPT-2), a linear layer stored (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -9,7 +9,6 @@ from torch.func import functional_call
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.initialize import initialize
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.layers.rows import RowUpdate
 from lorakit.lora.routing import Route, Routing
@@ -63,10 +62,10 @@ class LoraParameter(LoraLayer):
 
     def _initialize(self, name: str, config: LoraConfig, fresh: bool = True) -> None:
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        initialize(A, B, self.base_weight.flatten(0, -2), self.scaling[name], config)  # type: ignore[arg-type]
+        config.init.fill(A, B, self.base_weight.flatten(0, -2), self.scaling[name])  # type: ignore[arg-type]
 
     def _check(self, config: LoraConfig) -> None:
-        if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        if not config.init.kind.any_shape:
             raise InputError(
                 f"init_lora_weights='{config.init_lora_weights}' is not defined for parameters"
             )

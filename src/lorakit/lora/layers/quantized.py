@@ -73,8 +73,12 @@ class LoraQuantizedLinear(LoraLinear):
             and (bias is None or bias.dtype == x.dtype)
         )
 
-    def _quantize_base(self, name: str, config: LoraConfig) -> None:
-        raise InputError("init_lora_weights='loftq' needs a base that is not quantised yet")
+    def _check(self, config: LoraConfig) -> None:
+        if config.init.kind.changes_base:
+            raise InputError(
+                f"init_lora_weights='{config.init_lora_weights}' needs a base that is not "
+                "quantised yet"
+            )
 
     @torch.no_grad()
     def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:

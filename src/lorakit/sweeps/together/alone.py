@@ -40,8 +40,10 @@ def _draws_itself(base: nn.Module) -> str | None:
 
 def _changes_more(config: LoraConfig) -> str | None:
     """What an adapter changes or trains beside its own factors."""
-    if config.init_lora_weights == "loftq":
-        return "init_lora_weights=loftq quantises the base"
+    if config.init.kind.changes_base:
+        return f"init_lora_weights={config.init_lora_weights} quantises the base"
+    if config.init.kind.collect:
+        return f"init_lora_weights={config.init_lora_weights} starts from data"
     if config.bias != "none":
         return f"bias={config.bias} trains biases of the base"
     names = "modules_to_save", "trainable_token_indices", "target_parameters"

@@ -1,36 +1,56 @@
-"""First values of an adapter that come from data: the collectors of EVA, CorDA and LoRA-GA.
-
-They look on while the model runs over a few batches, at the inputs of the modules to adapt or at
-the gradients of their weights, and leave the model as it was. What CorDA and LoRA-GA make of it
-is in `decomposition.py`; putting factors into layers is the caller's.
-"""
+"""EVA: `A` along the main directions of each module's inputs, ranks where they explain most."""
 
 import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.decomposition import at_least_float32, leading_directions
-from lorakit.lora.initial_settings import EvaConfig
-from lorakit.lora.layers.linear import is_conv1d
-from lorakit.lora.observing import (
+from lorakit.lora.init.decompose import leading_directions
+from lorakit.lora.init.observing import (
     Modules,
     Run,
-    alone_trained,
     as_rows,
     check_reached,
     counted_tokens,
     first_of,
     in_mode,
     leaders_of,
-    linear_base,
     observed,
 )
+from lorakit.lora.init.plain import kaiming
+from lorakit.lora.init.registry import DataPass, Factors, Initialization, InitSite, register
+
+
+@dataclass(frozen=True)
+class EvaConfig:
+    """The settings of EVA, with PEFT's names and defaults.
+
+    Args:
+        rho: a module gets at most `rho * r` of the ranks; 1 leaves every module its own.
+        tau: a component has settled when the cosine to its last value is at least this.
+        use_label_mask: leave out tokens whose label is `label_mask_value`.
+        whiten: divide the components by the roots of their singular values.
+        adjust_scaling_factors: the caller is to multiply alpha by new rank / old rank.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 1:
+            raise InputError(f"eva_config: rho must be at least 1, not {self.rho!r}")
+        if not 0 <= self.tau <= 1:
+            raise InputError(f"eva_config: tau must be between 0 and 1, not {self.tau!r}")
 
 
 class IncrementalSVD:
@@ -164,81 +184,16 @@ def eva(
     }
 
 
-@torch.no_grad()
-def input_covariances(
-    modules: Modules, batches: Iterable[Any], run: Run, *, model: nn.Module | None = None
-) -> dict[str, torch.Tensor]:
-    """The mean of `X^T X` (d_in, d_in) over the calls of each module, X its input as rows.
-
-    For `decomposition.corda`; the arguments are those of `eva`. As in PEFT, X is divided by its
-    largest value first. Modules that are given one and the same tensor get one covariance.
-
-    Raises:
-        InputError: there is no batch, a module is not linear, or got no input.
-    """
-    first, stream = first_of(batches, "CorDA")
-    sums: dict[str, torch.Tensor] = {}
-    calls: Counter[str] = Counter()
-    mask = None
-
-    def see(name: str, x: torch.Tensor) -> None:
-        rows = as_rows(x, mask)
-        if len(rows):
-            largest = rows.max().abs()
-            rows = rows / torch.where(largest > 0, largest, 1)
-            sums[name] = sums.get(name, 0) + rows.T @ rows
-            calls[name] += 1
-
-    with in_mode(model, training=False):
-        leaders = leaders_of(modules, run, first)
-        with observed({leader: modules[leader] for leader in leaders.values()}, see):
-            for batch in itertools.chain([first], stream):
-                mask = counted_tokens(batch, ignored_label=None)
-                run(batch)
-    check_reached(modules, {name for name in modules if leaders[name] in sums}, "CorDA")
-    means = {leader: total / calls[leader] for leader, total in sums.items()}
-    return {name: means[leader] for name, leader in leaders.items()}
+def _collect(data: DataPass) -> dict[str, torch.Tensor]:
+    return eva(data.modules, data.batches, data.run, data.ranks, data.settings, model=data.model)
 
 
-def weight_gradients(
-    modules: Modules, batches: Iterable[Any], run: Run, *, model: nn.Module | None = None
-) -> dict[str, torch.Tensor]:
-    """The mean over the batches of the loss's gradient for each weight (d_out, d_in), float32
-    (float64 where the weight is). For `decomposition.lora_ga`. No `.grad` is touched.
+def _eva(site: InitSite) -> Factors:
+    if site.data is None:  # until `initialize_lora_eva_weights`, as in PEFT
+        return kaiming(site)
+    return Factors(site.data, site.W.new_zeros(site.W.shape[0], len(site.data)))
 
-    Args:
-        run: runs the model on one batch, and returns the loss, a scalar, or calls its backward.
-        model: put into training mode meanwhile, as in PEFT; None leaves the mode to the caller.
-    Raises:
-        InputError: there is no batch, a module is not linear, or its weight has no gradient.
-    """
-    first, stream = first_of(batches, "LoRA-GA")
-    weights = {name: linear_base(name, module).weight for name, module in modules.items()}
-    for name, weight in weights.items():
-        if not weight.dtype.is_floating_point:
-            raise InputError(f"LoRA-GA: {name} is quantised, and its weight has no gradient")
-    sums: dict[str, torch.Tensor] = {}
-    counts: Counter[str] = Counter()
 
-    def add(name: str, gradient: torch.Tensor) -> None:
-        sums[name] = sums.get(name, 0) + at_least_float32(gradient)
-        counts[name] += 1
-
-    others = () if model is None else model.parameters()
-    with in_mode(model, training=True), torch.enable_grad(), alone_trained(weights, others, add):
-        for batch in itertools.chain([first], stream):
-            before = counts.total()
-            loss = run(batch)
-            if counts.total() > before:  # run has called backward
-                continue
-            if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.grad_fn):
-                raise InputError(
-                    "LoRA-GA: run must call backward, or return the loss, which weights determine"
-                )
-            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, found, strict=True):
-                if gradient is not None:
-                    add(name, gradient)
-    check_reached(modules, set(sums), "LoRA-GA")
-    means = {name: sums[name] / counts[name] for name in modules}
-    return {n: G.T if is_conv1d(linear_base(n, modules[n])) else G for n, G in means.items()}
+register(
+    Initialization(value="eva", make=_eva, settings=EvaConfig, field="eva_config", collect=_collect)
+)

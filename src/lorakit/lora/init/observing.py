@@ -1,7 +1,6 @@
-"""Looking on while a model runs over batches of data, and leaving it as it was.
+"""What initialisations from data see of a model that runs over batches, and leave as it was.
 
-For the first values that come from data (`data_driven.py`): the inputs that modules get, the
-gradients of their weights, which tokens of a batch count.
+The inputs of its modules, the gradients of their weights, and which tokens of a batch count.
 """
 
 from collections import Counter
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.decomposition import at_least_float32
-from lorakit.lora.layers.linear import is_conv1d
+from lorakit.lora.architecture import is_conv1d
+from lorakit.lora.init.decompose import at_least_float32
 
 Modules = Mapping[str, nn.Module]
 Run = Callable[[Any], Any]

@@ -1,0 +1,39 @@
+"""First values of an adapter: one file an initialisation, and the registry that names them.
+
+Pure functions from tensors to factors, which know neither layers nor configurations.
+"""
+
+from lorakit.lora.init import corda, eva, from_weight, loftq, lora_ga, plain  # they register
+from lorakit.lora.init.registry import (
+    PREPARED,
+    ChosenInit,
+    DataPass,
+    Factors,
+    InitialFactors,
+    Initialization,
+    InitSite,
+    as_settings,
+    find,
+    register,
+    registered,
+)
+
+__all__ = [
+    "PREPARED",
+    "ChosenInit",
+    "DataPass",
+    "Factors",
+    "InitSite",
+    "InitialFactors",
+    "Initialization",
+    "as_settings",
+    "corda",
+    "eva",
+    "find",
+    "from_weight",
+    "loftq",
+    "lora_ga",
+    "plain",
+    "register",
+    "registered",
+]
