@@ -26,7 +26,7 @@ from lorakit import (
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_adapter
 from lorakit.lora.layers import LoraLayer
-from lorakit.lora.script_arguments import HUB, MODEL, PLACEMENT
+from lorakit.lora.locate import HUB, MODEL, PLACEMENT
 
 NO_KEYWORD = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 

@@ -7,8 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from families import wrap
 from lorakit import LoraConfig
 from lorakit.errors import InputError
-from lorakit.lora.target_names import written_targets
-from lorakit.lora.targets import resolve_targets
+from lorakit.lora.targets import resolve_targets, written_targets
 
 SMALL = {
     "hidden_size": 32,

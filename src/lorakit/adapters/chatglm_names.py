@@ -19,7 +19,7 @@ from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import written_targets
 from lorakit.lora.vocabulary import put_frozen, split_frozen
 from lorakit.models.layouts.chatglm.layout import LAYERS, native_modules, native_names, qkv_rows
 from lorakit.models.names import resolve

@@ -21,13 +21,12 @@ from lorakit.adapters.rank_patterns import KindRanks, by_kind, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
-from lorakit.lora.architecture import is_conv1d
+from lorakit.lora.architecture import is_conv1d, output_head
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.combine import Combined, truncate_matrix
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLinear, layer_class
-from lorakit.lora.presets import output_head
-from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import written_targets
 from lorakit.lora.vocabulary import embeddings
 from lorakit.models.folders import shards_in, templates_in
 from lorakit.models.names import resolve

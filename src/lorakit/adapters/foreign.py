@@ -26,7 +26,7 @@ from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.locate import PICKLED_NAME, WEIGHTS_NAME
-from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import written_targets
 from lorakit.lora.tensor_files import read_tensors
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton

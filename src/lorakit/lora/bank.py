@@ -22,15 +22,13 @@ from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combine import Settings
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.fused_names import fused_targets
 from lorakit.lora.injection import inject, remove, wrapped_modules
 from lorakit.lora.layers import LoraLayer, LoraParameter, Mergeable
 from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
-from lorakit.lora.presets import PRESETS
+from lorakit.lora.presets import PRESETS, fused_targets
 from lorakit.lora.replication import Replication
 from lorakit.lora.routing import Route, Routing
-from lorakit.lora.target_names import written_targets
-from lorakit.lora.targets import task_heads
+from lorakit.lora.targets import task_heads, written_targets
 from lorakit.lora.weighted import combination
 
 _MANY = 20  # target names, as of an adapter that lists whole paths, are shortened to endings

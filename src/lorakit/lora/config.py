@@ -18,14 +18,20 @@ from typing import Any, Literal, Self
 
 from lorakit import atomic
 from lorakit.errors import InputError, did_you_mean
-from lorakit.lora.config_values import as_meant, is_inert, whole
 from lorakit.lora.init import ChosenInit, as_settings, find, registered
 from lorakit.lora.init.corda import CordaConfig
 from lorakit.lora.init.eva import EvaConfig
 from lorakit.lora.init.lora_ga import LoraGAConfig
 from lorakit.lora.locate import CONFIG_NAME, locate
 from lorakit.lora.patterns import TimeLeft, check, first_match
-from lorakit.lora.peft_fields import CarriedFields, PeftType, TaskType
+from lorakit.lora.peft_fields import (
+    CarriedFields,
+    PeftType,
+    TaskType,
+    as_meant,
+    is_inert,
+    whole,
+)
 
 _HIGHEST_RANK = 1 << 20
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.lora.architecture import language_part
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.experts import stack_experts
 from lorakit.lora.key_names import PREFIX
-from lorakit.lora.presets import language_part
 from lorakit.lora.targets import base_modules
 
 Tensors = Mapping[str, torch.Tensor]

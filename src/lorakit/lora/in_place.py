@@ -16,10 +16,9 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, LoadResult, load_tensors
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.key_names import as_peft_names, without_prefixes
+from lorakit.lora.key_names import as_peft_names, values_in, without_prefixes
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import count_parameters
-from lorakit.lora.state_values import values_in
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from lorakit.lora.vocabulary import frozen_embeddings, of_same_shape, put_frozen, split_frozen
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from lorakit.errors import InputError
+from lorakit.lora.architecture import without_wrappers
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.key_names import without_wrappers
 from lorakit.lora.layers import (
     LoraEmbedding,
     LoraLayer,

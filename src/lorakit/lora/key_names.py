@@ -10,16 +10,21 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from lorakit.errors import InputError, listed
+from lorakit.lora.architecture import without_wrappers
+
+Value = TypeVar("Value")
 
 PREFIX = "base_model.model."
 """Before the path of a module in all of PEFT's names."""
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _DISTRIBUTED = "module."
 _ADAPTER = re.compile(
     # Not by biases: with bias="all" PEFT saves lora_B.NAME.bias beside lora_B.weight.
@@ -28,13 +33,6 @@ _ADAPTER = re.compile(
     r"|.*\.lora_magnitude_vector\.(?P<of_length>(?!weight$)[^.]+)(?:\.weight)?"
 )
 _OWN = ("lora_", "trainable_tokens_delta")
-
-
-def without_wrappers(name: str) -> str:
-    """The path of a module or parameter without the parts that wrappers have put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def without_prefixes(key: str) -> str:
@@ -103,3 +101,67 @@ def _without_prefixes(keys: Iterable[str]) -> dict[str, str]:
 def _with_length(name: str) -> str:
     """DoRA's magnitudes by the name that has no `weight` behind it."""
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def values_in(
+    model: nn.Module, own: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The values in `state_dict` of an adapter's tensors, under the keys of `own`.
+
+    Args:
+        model: holds the tensors `own`; `state_dict` has its names, or the keys of `own` (with or
+            without PEFT's prefix) where somebody has taken the adapter's part of it already.
+
+    Returns: nothing for a `state_dict` without a tensor, which other processes than the first get.
+
+    Raises:
+        InputError: it lacks some.
+    """
+    # The model's `state_dict` is never called for its names: scripts of 2023 replaced it by a
+    # function that asks for the adapter's, which would ask for it again without end.
+    if not state_dict:
+        return {}
+    everything = chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    names = {id(tensor): name for name, tensor in everything}
+    plain = {without_prefixes(name): name for name in state_dict}
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in own.items():
+        name = names.get(id(tensor), key)
+        candidates = (name, key, key.removeprefix(PREFIX))
+        wrapped = [plain.get(without_prefixes(candidate), "") for candidate in candidates]
+        there = [candidate for candidate in (*candidates, *wrapped) if candidate in state_dict]
+        if there:
+            found[key] = state_dict[there[0]]
+    if missing := own.keys() - found.keys():
+        raise InputError(
+            f"state_dict lacks {listed(sorted(missing), 3)}: give the model's whole state_dict(), "
+            "or the adapter's"
+        )
+    return found
+
+
+def renamed(
+    tensors: Mapping[str, Value], key_mapping: Mapping[str, str] | None, prefix: str
+) -> dict[str, Value]:
+    """The tensors of a file under other keys: of each, what the first matching expression makes.
+
+    Args:
+        key_mapping: replacements by expression, of keys without `prefix`, as PEFT has them.
+
+    Raises:
+        InputError: two keys become one.
+    """
+    found: dict[str, Value] = {}
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(prefix)
+        for expression, replacement in (key_mapping or {}).items():
+            changed, count = re.subn(expression, replacement, plain)
+            if count:
+                key = key[: len(key) - len(plain)] + changed
+                break
+        if key in found:
+            raise InputError(f"key_mapping gives two tensors the key {key}")
+        found[key] = tensor
+    return found

@@ -8,7 +8,12 @@ PEFT matches.
 
 from __future__ import annotations
 
+import atexit
+import json
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +21,10 @@ from functools import lru_cache
 from typing import Any
 
 from lorakit.errors import InputError
-from lorakit.lora.pattern_process import MATCHER
 
 _SECONDS = 5.0
 _SECONDS_EACH = 1.0
+_SECONDS_TO_START = 30.0
 _SECONDS_FREE = 50e-6  # of an ordinary match, so that a configuration can be used for long
 _RE2_BYTES = 4 << 20
 _LONGEST_IN_RE2 = 20_000
@@ -245,3 +250,99 @@ def _too_slow(pattern: str) -> InputError:
 
 def _shown(pattern: str) -> str:
     return repr(pattern if len(pattern) <= 80 else f"{pattern[:80]}…")
+
+
+# A process of its own, ended when it takes long.
+_PROGRAM = """
+import json, re, sys, time, warnings
+warnings.simplefilter("ignore")
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+except (ImportError, ValueError, OSError):
+    pass
+try:
+    from signal import alarm
+except ImportError:
+    def alarm(seconds): pass
+print("{}", flush=True)
+for line in sys.stdin:
+    (expression, name, whole), limit = json.loads(line)
+    alarm(int(limit) + 2)  # where nobody is left who would end this process
+    began = time.process_time()
+    try:
+        compiled = re.compile(expression)
+        found = (compiled.fullmatch if whole else compiled.match)(name)
+        answer = {"groups": found and found.groupdict()}
+    except (re.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+        answer = {"error": str(error) or type(error).__name__}
+    answer["seconds"] = time.process_time() - began
+    alarm(0)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class PatternProcess:
+    """A process with Python's engine, started when first asked and again after it was ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.end)
+
+    def ask(self, question: list[Any], seconds: float) -> dict[str, Any]:
+        """`{groups, seconds}` or `{error}` for [expression, name, whether all of it must match].
+
+        Raises:
+            TimeoutError: there is no answer after so many seconds, or memory was too small for it.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    encoding="utf-8",
+                )
+                self._answer(self._process, _SECONDS_TO_START)
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(json.dumps([question, seconds]) + "\n")
+                self._process.stdin.flush()
+            except OSError as error:
+                self._kill()
+                raise TimeoutError("the process ended") from error
+            return self._answer(self._process, seconds)
+
+    def end(self) -> None:
+        """Ends the process, if there is one."""
+        with self._lock:
+            self._kill()
+
+    def _answer(self, process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
+        # A timer works for pipes on every system, as select does not.
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line.endswith("\n"):
+            self._kill()
+            raise TimeoutError(f"no answer in {seconds:g} seconds")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            with self._process:  # closes the pipes and waits
+                pass
+            self._process = None
+
+
+MATCHER = PatternProcess()

@@ -31,8 +31,7 @@ from lorakit.lora.init.lora_ga import weight_gradients
 from lorakit.lora.injection import put_back_unused, wrapped_modules
 from lorakit.lora.layers import LoraLinear
 from lorakit.lora.parameters import set_trainable
-from lorakit.lora.target_names import written_targets
-from lorakit.lora.targets import resolve_targets
+from lorakit.lora.targets import resolve_targets, written_targets
 
 
 def start_from_data(

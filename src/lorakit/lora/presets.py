@@ -1,19 +1,25 @@
-"""The presets of `target_modules`: `attention-minimal`, `attention` and `all-linear`.
+"""The presets of `target_modules` (`attention-minimal`, `attention`, `all-linear`), fused layers.
 
 They are found by what modules are called and where they stand, so that fused and renamed
 projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too. What a preset leaves out of a
 model, and why, is told beside what it finds.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from lorakit.lora.key_names import without_wrappers
+from lorakit.lora.architecture import expert_parameters, language_part, reads_weights
 
 PRESETS = ("attention-minimal", "attention", "all-linear")
+
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
+"""The name of the one layer, and those of its parts in most models."""
 
 # What the projections of attention are called, by the families of transformers.
 _FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj"})
@@ -68,15 +74,6 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> Chosen:
     return Chosen(found or [name for name in names if _stands_in(name, mixers)], notices)
 
 
-def reads_weights(module: nn.Module) -> bool:
-    """Whether this is a mixer of Mamba's kind.
-
-    It calls its `in_proj`; the weights of its other layers are read, by its own code or by its
-    kernels, so that an adapter beside these layers would do nothing there.
-    """
-    return isinstance(getattr(module, "A_log", None), nn.Parameter) and hasattr(module, "in_proj")
-
-
 def _stands_in(name: str, parents: Iterable[str]) -> bool:
     return name.rpartition(".")[0] in set(parents)
 
@@ -85,44 +82,26 @@ def _is_read(name: str, mixers: Iterable[str]) -> bool:
     return _stands_in(name, mixers) and name.rpartition(".")[2] != "in_proj"
 
 
-def language_part(model: nn.Module) -> str | None:
-    """The path of the language model in a model for pictures or sound too; None in all others."""
-    config: Any = getattr(model, "config", None)
-    get_text, get_decoder = (
-        getattr(config, "get_text_config", None),
-        getattr(model, "get_decoder", None),
-    )
-    if get_text is None or get_decoder is None:
-        return None
-    try:
-        if get_text() is config:
-            return None
-    except ValueError:  # an encoder and a decoder, both for text
-        return None
-    decoder = get_decoder()
-    found = (name for name, module in model.named_modules() if module is decoder)
-    path = without_wrappers(next(found, ""))
-    speaks = output_head(model) is not None or path.rpartition(".")[2] == "language_model"
-    return path if path and speaks else None
-
-
-def expert_parameters(model: nn.Module) -> list[str]:
-    """The paths of the stacked weights (experts, …, …) of a mixture's experts."""
-    return [
-        name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name.lower()
-    ]
-
-
 def _in_attention(name: str) -> bool:
     """Whether a module stands in an attention block: `dense` or `c_proj` do outside it too."""
     above = name.lower().split(".")[:-1]
     return any("attn" in part or "attention" in part for part in above)
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the logits, None where the model does not say."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except NotImplementedError:
-        return None
+def fused_targets(model: nn.Module, targets: list[str]) -> list[str]:
+    """`targets` with the layer's own name in the place of all its parts, where it has them in one.
+
+    A part alone is left as it is: it matches nothing, and whoever resolves it says so.
+    """
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for whole, parts in FUSED.items():
+        if whole not in leaves or leaves.intersection(parts) or not set(parts) <= set(targets):
+            continue
+        others = [target for target in targets if target not in parts]
+        targets = others if whole in others else [*others, whole]
+        warnings.warn(
+            f"{', '.join(parts)} are one layer in this model, {whole}, which gets one pair of "
+            "matrices",
+            stacklevel=5,
+        )
+    return targets

@@ -28,15 +28,8 @@ from lorakit.lora.checkpoint import (
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import Tensors, fitted
 from lorakit.lora.folders import save_adapters
-from lorakit.lora.locate import locate, upload
-from lorakit.lora.script_arguments import (
-    SAVING,
-    hub_arguments,
-    refuse_offload,
-    renamed,
-    require_known,
-)
-from lorakit.lora.state_values import values_in
+from lorakit.lora.key_names import renamed, values_in
+from lorakit.lora.locate import SAVING, hub_arguments, locate, refuse_offload, require_known, upload
 from lorakit.lora.vocabulary import (
     frozen_embeddings,
     of_same_shape,
@@ -162,7 +155,7 @@ class StoredBank(AdapterBank):
             ignore_mismatched_sizes: what has another shape keeps its first value, with a warning.
             torch_device: as in PEFT's function; values go where the base layers are.
             hub: `revision`, `token`, … for an adapter on the hub, and what PEFT does nothing with
-                (`script_arguments.py`).
+                (`locate.py`).
 
         Raises:
             InputError: the folder holds no adapter, a damaged one, or one for another model.

@@ -1,9 +1,10 @@
-"""From `target_modules` to the modules of the model at hand.
+"""From `target_modules` to the modules of the model at hand, and back.
 
 Names and regular expressions match as in PEFT; presets are in `presets.py`. What matches nothing is
-an error.
+an error. What is written back must mean the same to readers that know no presets.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,14 @@ from typing import Any
 from torch import nn
 
 from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.lora.architecture import (
+    input_embedding,
+    language_part,
+    output_head,
+    reads_weights,
+    without_wrappers,
+)
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.fused_names import FUSED
-from lorakit.lora.key_names import without_wrappers
 from lorakit.lora.layers import (
     LoraLayer,
     LoraLinear,
@@ -28,7 +34,7 @@ from lorakit.lora.layers import (
     layer_class,
 )
 from lorakit.lora.patterns import endings, layer_index, matches_whole, without_match
-from lorakit.lora.presets import PRESETS, choose, output_head, reads_weights
+from lorakit.lora.presets import FUSED, PRESETS, choose
 from lorakit.lora.slot_layers import SlotModule
 
 
@@ -182,9 +188,8 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]
         return {}
     embeddings = {n: m for n, m in base_modules(model) if isinstance(unwrapped(m), nn.Embedding)}
     if isinstance(wanted, list):
-        get = getattr(model, "get_input_embeddings", None)
-        first = next(iter(embeddings), "none")
-        own = next((n for n, m in embeddings.items() if get is not None and m is get()), first)
+        first, read = next(iter(embeddings), "none"), input_embedding(model)
+        own = next((name for name, m in embeddings.items() if m is read), first)
         wanted = {own: wanted}
     found: dict[str, list[int]] = {}
     for name, tokens in wanted.items():
@@ -331,3 +336,35 @@ def _no_match(
         f"target_modules: {what} matches no module of this model{hint}. {matched}"
         f"There are {listed(names)}, and the presets {', '.join(PRESETS)}"
     )
+
+
+def written_targets(found: list[str], model: nn.Module) -> list[str] | str:
+    """`suffixes_for`, or an expression where those of a part of the model are many.
+
+    A model for pictures has layers of the same names and numbers beside those of its language part.
+    """
+    suffixes = suffixes_for(found, model)
+    part = language_part(model)
+    if part is None or not any("." in suffix for suffix in suffixes):
+        return suffixes
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in found)
+    expression = rf"{re.escape(part)}\..*\.({'|'.join(map(re.escape, kinds))})"
+    same = [name for name, _ in base_modules(model) if re.fullmatch(expression, name)] == found
+    return expression if same else suffixes
+
+
+def suffixes_for(found: list[str], model: nn.Module) -> list[str]:
+    """The shortest module-path endings that match `found` and nothing else LoRA could adapt.
+
+    This is how a preset is written to `adapter_config.json`, for readers that know no presets.
+    """
+    others = [n for n, m in base_modules(model) if n not in set(found) and n]
+    endings: dict[str, None] = {}
+    for name in found:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if not any(is_suffix(ending, other) for other in others):
+                break
+        endings[ending] = None
+    return list(endings)

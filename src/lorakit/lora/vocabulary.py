@@ -19,9 +19,9 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from lorakit.errors import InputError
+from lorakit.lora.architecture import input_embedding, output_head
 from lorakit.lora.checkpoint import PREFIX, require_finite, same_values, spread_like
 from lorakit.lora.layers import TiedModule
-from lorakit.lora.presets import output_head
 from lorakit.lora.targets import base_modules, unwrapped
 
 CONFIG = "config.json"
@@ -33,21 +33,13 @@ Frozen = dict[tuple[str, str], torch.Tensor]
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """The embedding that reads tokens and the head that writes them, if any, by their paths."""
-    ends = [end for end in (_input_embedding(model), output_head(model)) if end is not None]
+    ends = [end for end in (input_embedding(model), output_head(model)) if end is not None]
     return {path: m for path, m in base_modules(model) if any(m is end for end in ends)}
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except NotImplementedError:
-        return None
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """For how many tokens the model has embeddings; 0 where it does not say."""
-    embedding = _input_embedding(model)
+    embedding = input_embedding(model)
     return 0 if embedding is None else len(unwrapped(embedding).weight)
 
 

@@ -19,7 +19,7 @@ from lorakit.lora.combine import Settings, Update, check_settings, combine
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraParameter
-from lorakit.lora.target_names import written_targets
+from lorakit.lora.targets import written_targets
 
 
 @dataclass(frozen=True)

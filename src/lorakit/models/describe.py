@@ -160,8 +160,7 @@ def _presets(model: PreTrainedModel) -> tuple[dict[str, PresetFacts], list[str]]
     """What presets mean here, and what they say of it."""
     from lorakit.lora.config import LoraConfig
     from lorakit.lora.presets import PRESETS
-    from lorakit.lora.target_names import written_targets
-    from lorakit.lora.targets import resolve_targets
+    from lorakit.lora.targets import resolve_targets, written_targets
 
     presets: dict[str, PresetFacts] = {}
     with warnings.catch_warnings(record=True) as caught:
