@@ -201,7 +201,7 @@ class LoraConfig(CarriedFields):
         kind = find(self.init_lora_weights)
         if kind.settings is None:
             return ChosenInit(kind, self.init_lora_weights)
-        settings = as_settings(kind.settings, kind.field, getattr(self, kind.field))
+        settings: Any = as_settings(kind.settings, kind.field, getattr(self, kind.field))
         return ChosenInit(kind, self.init_lora_weights, settings)
 
     def rank_for(self, module_name: str) -> int:

@@ -181,11 +181,12 @@ class LayerBank(Mergeable):
             fresh: False when values are loaded next, and only need a place.
         """
         A, B = self.initial_places(name)
-        initial, weight = InitialFactors(torch.zeros_like(A), torch.zeros_like(B)), None
         if fresh or (config.init.kind.repeatable and not self.base_weight.is_meta):
             prepared = vars(self.get_base_layer()).pop(PREPARED, None)
             W = self._as_matrix(self.base_weight)
             initial, weight = config.init.fill(A, B, W, self.scaling[name], prepared)
+        else:
+            initial, weight = InitialFactors(torch.zeros_like(A), torch.zeros_like(B)), None
         if initial is not None:
             self.lora_initial[name] = initial
         if weight is not None:
