@@ -4,8 +4,12 @@ import base64
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+import pytest
+from huggingface_hub import constants
 
 
 class Hub(ThreadingHTTPServer):
@@ -20,6 +24,20 @@ class Hub(ThreadingHTTPServer):
     @property
     def sha(self) -> str:
         return hashlib.sha1(repr(self.files).encode()).hexdigest()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, cache: Path, endpoint: str | None) -> None:
+    """This process finds the hub at `endpoint`, or is offline where that is None.
+
+    huggingface_hub reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME once, when it is imported.
+    """
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", endpoint is None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "01"[endpoint is None])
+    if endpoint is not None:
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class _Answers(BaseHTTPRequestHandler):

@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hub_in_memory import Hub
+from command import run_lorakit
+from hub_in_memory import Hub, use_hub
 from lorakit.adapters.hub import pull, push, selection
 from lorakit.errors import InputError
 from plain_adapters import save_adapter, updates
@@ -55,10 +57,10 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def command(
+def process(
     tmp_path: Path, endpoint: str, *arguments: str | Path
 ) -> "subprocess.CompletedProcess[str]":
-    """The real command with the hub at `endpoint`, which is settled when Python starts."""
+    """The command in a process of its own with the hub at `endpoint`."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_test"}
     return subprocess.run(
         [sys.executable, "-m", "lorakit", *map(str, arguments)],
@@ -70,11 +72,23 @@ def command(
     )
 
 
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """As `process`, in this one."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+
+    def run(endpoint: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        use_hub(monkeypatch, tmp_path / "cache", endpoint)
+        return run_lorakit(tmp_path, *arguments)
+
+    return run
+
+
 def test_what_is_uploaded_comes_back_and_nothing_else_went(
     hub: Hub, adapter: Path, tiny_model: Path, tmp_path: Path
 ):
     where = f"http://127.0.0.1:{hub.server_port}"
-    pushed = command(tmp_path, where, "push", adapter, "ada/orders", "--private", "--yes")
+    pushed = process(tmp_path, where, "push", adapter, "ada/orders", "--private", "--yes")
     assert pushed.returncode == 0, pushed.stderr
     assert "stays here: checkpoint-5/, lorakit.json, metrics.jsonl, samples.json" in pushed.stdout
     assert "/home/ada/secret/rows.jsonl" in pushed.stdout  # it is said what the record has
@@ -83,7 +97,7 @@ def test_what_is_uploaded_comes_back_and_nothing_else_went(
     assert hub.private is True
     assert not any(b"secret" in content for content in hub.files.values())
 
-    pulled = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    pulled = process(tmp_path, where, "pull", "ada/orders", "-o", "back")
     assert pulled.returncode == 0, pulled.stderr
     assert {path.name for path in (tmp_path / "back").iterdir()} == names
     for name in names:
@@ -91,19 +105,19 @@ def test_what_is_uploaded_comes_back_and_nothing_else_went(
     assert updates(tmp_path / "back", tiny_model).keys() == updates(adapter, tiny_model).keys()
 
 
-def test_the_record_goes_up_when_asked_for_and_to_a_branch(hub: Hub, adapter: Path, tmp_path: Path):
+def test_the_record_goes_up_when_asked_for_and_to_a_branch(hub: Hub, adapter: Path, command: Any):
     where = f"http://127.0.0.1:{hub.server_port}"
     arguments = ("--with-record", "--revision", "v2", "-y")
-    pushed = command(tmp_path, where, "push", adapter, "ada/orders", *arguments)
+    pushed = command(where, "push", adapter, "ada/orders", *arguments)
     assert pushed.returncode == 0, pushed.stderr
     assert "lorakit.json is uploaded, and names the recipe and the data" in pushed.stdout
     assert "lorakit.json" in hub.files
     assert hub.branches == ["v2"]
 
 
-def test_without_an_answer_nothing_is_sent(hub: Hub, adapter: Path, tmp_path: Path):
+def test_without_an_answer_nothing_is_sent(hub: Hub, adapter: Path, command: Any):
     where = f"http://127.0.0.1:{hub.server_port}"
-    asked = command(tmp_path, where, "push", adapter, "ada/orders")
+    asked = command(where, "push", adapter, "ada/orders")
     assert asked.returncode == 2
     assert "adapter_model.safetensors (" in asked.stdout
     assert asked.stderr == "error: nobody is there to be asked: --yes uploads without asking\n"
@@ -111,10 +125,10 @@ def test_without_an_answer_nothing_is_sent(hub: Hub, adapter: Path, tmp_path: Pa
     assert push(adapter, "ada/orders", confirm=lambda chosen: False) is None
 
 
-def test_a_hub_that_is_not_there_is_one_line(adapter: Path, tmp_path: Path):
+def test_a_hub_that_is_not_there_is_one_line(adapter: Path, command: Any, tmp_path: Path):
     nowhere = "http://127.0.0.1:9"
-    pushed = command(tmp_path, nowhere, "push", adapter, "ada/orders", "--yes")
-    pulled = command(tmp_path, nowhere, "pull", "ada/orders", "-o", "back")
+    pushed = command(nowhere, "push", adapter, "ada/orders", "--yes")
+    pulled = command(nowhere, "pull", "ada/orders", "-o", "back")
     for result, what in ((pushed, "was not uploaded"), (pulled, "was not fetched")):
         assert result.returncode == 1
         assert result.stderr.startswith(f"error: ada/orders {what}: ")
@@ -122,24 +136,24 @@ def test_a_hub_that_is_not_there_is_one_line(adapter: Path, tmp_path: Path):
     assert not (tmp_path / "back").exists()
 
 
-def test_what_is_no_adapter_is_not_pulled(hub: Hub, adapter: Path, tmp_path: Path):
+def test_what_is_no_adapter_is_not_pulled(hub: Hub, adapter: Path, command: Any, tmp_path: Path):
     where = f"http://127.0.0.1:{hub.server_port}"
     hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.bin": b"pickle"}
-    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    result = command(where, "pull", "ada/orders", "-o", "back")
     assert result.returncode == 2
     assert "ada/orders/adapter_model.bin is damaged" in result.stderr
     hub.files = {"adapter_config.json": b'{"peft_type": "LORA"}'}
-    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    result = command(where, "pull", "ada/orders", "-o", "back")
     assert result.returncode == 2
     assert "ada/orders holds no adapter_model.safetensors" in result.stderr
     hub.files = {"config.json": b"{}"}
-    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back2")
+    result = command(where, "pull", "ada/orders", "-o", "back2")
     assert "holds no adapter: there is no adapter_config.json" in result.stderr
     assert not (tmp_path / "back").exists()
 
 
 def test_a_pickle_of_tensors_is_pulled_as_safetensors_and_never_pushed(
-    hub: Hub, adapter: Path, tmp_path: Path
+    hub: Hub, adapter: Path, command: Any, tmp_path: Path
 ):
     tensors = load_file(adapter / "adapter_model.safetensors")
     torch.save(tensors, tmp_path / "adapter_model.bin")
@@ -149,7 +163,7 @@ def test_a_pickle_of_tensors_is_pulled_as_safetensors_and_never_pushed(
         for name in ("adapter_model.bin", "adapter_config.json")
     }
     where = f"http://127.0.0.1:{hub.server_port}"
-    result = command(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    result = command(where, "pull", "ada/orders", "-o", "back")
     assert result.returncode == 0, result.stderr
     back = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert back.keys() == tensors.keys()

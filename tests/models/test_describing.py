@@ -12,6 +12,7 @@ import lorakit
 from chatglm_folders import write_original
 from command import run_lorakit
 from gguf_models import save_family
+from lorakit.adapters.export.gguf_files import write_gguf
 from lorakit.errors import InputError
 from lorakit.models import bundled
 from lorakit.models.cached import known_models
@@ -64,7 +65,18 @@ def test_the_facts_are_those_of_the_loaded_model(kind: str, tmp_path: Path):
     assert list(facts.presets) == ["attention-minimal", "attention", "all-linear"]
 
 
-def test_a_gguf_file_is_described_from_its_header():
+def test_a_gguf_file_is_described_from_its_header(tmp_path: Path):
+    folder = save_family(tmp_path / "llama", "llama", "smollm")
+    write_gguf(folder, tmp_path / "llama.gguf", "q8_0", "llama")
+    facts, plain = describe(str(tmp_path / "llama.gguf")), describe(str(folder))
+    assert (facts.family, facts.dtype) == ("llama", "Q8_0")
+    assert facts.parameters == plain.parameters
+    assert facts.bytes == (tmp_path / "llama.gguf").stat().st_size
+    assert facts.template == plain.template
+
+
+@pytest.mark.exhaustive
+def test_the_bundled_gguf_file_is_described():
     gguf = bundled._gguf_file()
     facts = describe(str(gguf))
     assert (facts.family, facts.dtype, facts.parameters) == ("llama", "Q4_1", 134_515_008)
