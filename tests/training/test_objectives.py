@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from torch.nn.functional import logsigmoid
+from transformers import TrainerCallback
 
 import lorakit
 from lorakit.cli.main import app
@@ -121,6 +123,73 @@ def test_padded_rows_and_divided_steps_give_what_a_line_gives(values: dict[str, 
     for other in found[1:]:
         for name, tensor in found[0].items():
             assert (tensor - other[name]).abs().max() < 1e-9, name
+
+
+def test_rows_objective_and_callbacks_are_given_from_python(values: dict[str, Any], tmp_path: Path):
+    class Looking(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+
+    values = {k: v for k, v in values.items() if k not in ("objective", "data")}
+    toy, looking = ToyPreference(beta=0.5), Looking()
+    data = {"train": PAIRS[:9], "eval": PAIRS[9:]}
+    first = lorakit.train(
+        {**values, "training": values["training"] | {"max_steps": 2}},
+        data=data,
+        objective=toy,
+        callbacks=[looking],
+        quiet=True,
+    )
+    assert looking.steps == 2
+    assert first.manifest.recipe["objective"] == TOY
+    assert first.manifest.recipe["data"]["train"] == "python:train"
+    assert [(fact["path"], fact["rows"]) for fact in first.manifest.data] == [
+        ("python:train", 9),
+        ("python:eval", 3),
+    ]
+    folder = str(first.output_dir)
+    changed = {"train": [*PAIRS[:8], PAIRS[0]], "eval": PAIRS[9:]}
+    for other, named in ((changed, "python:train"), (None, "data=")):
+        with pytest.raises(InputError, match=named):
+            lorakit.train(first.manifest.recipe, data=other, resume=True, quiet=True)
+    on = lorakit.train(
+        first.manifest.recipe, "training.max_steps=3", data=data, resume=True,
+        accept_changes=True, quiet=True
+    )  # fmt: skip
+    assert str(on.output_dir) == folder
+    assert on.manifest.steps == 3
+
+    table = datasets.Dataset.from_list(PAIRS)
+    found = lorakit.train(
+        {**values, "output_dir": str(tmp_path / "b"), "data": {"eval": 0.25}},
+        "training.max_steps=1",
+        data=table,
+        objective="toy-preference",
+        quiet=True,
+    )
+    assert found.manifest.data[0]["rows"] == 12
+    assert found.manifest.recipe["objective"]["beta"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ([], "no rows"),
+        ("rows.jsonl", "recipe's data"),
+        ([{"prompt": "a"}, ["b"]], "data.train:2"),
+        ({"train": PAIRS, "test": PAIRS}, "test"),
+        (PAIRS[:1], "data.eval"),
+        ([{"prompt": "a", "answer": "b"}], "data.train:1"),
+    ],
+)
+def test_rows_from_python_that_cannot_be_used_are_named(
+    values: dict[str, Any], data: Any, named: str
+):
+    with pytest.raises(InputError, match=named):
+        lorakit.train(values, data=data, quiet=True)
+    assert not Path(values["output_dir"]).exists()
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,7 @@ def saved_records(folder: Path) -> list[dict[str, Any]]:
     """
     datasets = _library(f"{folder}: is a folder saved by the library datasets")
     try:
-        table = datasets.load_from_disk(str(folder)).with_format("arrow")[:]
-        _check_rows(str(folder), table.num_rows)
-        return _records(table)
+        return dataset_records(datasets.load_from_disk(str(folder)), str(folder))
     except InputError:
         raise
     except Exception as error:  # that library's readers raise anything on damaged files
@@ -131,13 +129,18 @@ def hub_records(name: str, split: str) -> list[dict[str, Any]]:
     datasets = _library(f"{name}: is no file here, and would be a data set of the hub")
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(name, split=split).with_format("arrow")[:]
-        _check_rows(name, table.num_rows)
-        return _records(table)
+        return dataset_records(datasets.load_dataset(name, split=split), name)
     except InputError:
         raise
     except Exception as error:  # no network, no such name, a format it does not know, …
         raise _unreachable(name, split, error) from error
+
+
+def dataset_records(dataset: Any, name: str) -> list[dict[str, Any]]:
+    """The rows of a `datasets.Dataset`. Raises InputError for more than `ROW_LIMIT`."""
+    table = dataset.with_format("arrow")[:]
+    _check_rows(name, table.num_rows)
+    return _records(table)
 
 
 def hub_splits(name: str) -> list[str]:

@@ -8,12 +8,15 @@ import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.arrow import (
+    dataset_records,
     hub_records,
     hub_splits,
     is_saved_dataset,
@@ -60,6 +63,68 @@ class Contents:
     held_out: str | None = None
 
 
+IN_MEMORY = "python:"
+"""What the names of rows begin with that were given from Python and lie in no file."""
+
+_given: ContextVar[Mapping[str, list[dict[str, Any]]]] = ContextVar("rows given from Python")
+
+
+@contextmanager
+def rows_from_python(data: Any) -> Iterator[dict[str, str]]:
+    """Lets sources be rows in memory, for the duration of a block.
+
+    Args:
+        data: rows to learn from, as an iterable of mappings or a `datasets.Dataset`; or a mapping
+            with such under `train` and, to hold them out, under `eval`.
+
+    Yields: the names of these sources, by the recipe's keys (`data.train`, `data.eval`).
+
+    Raises:
+        InputError: it is none of these.
+    """
+    parts = data if isinstance(data, Mapping) else {"train": data}
+    if "train" not in parts or not parts.keys() <= {"train", "eval"}:
+        raise InputError(
+            f"data has {listed(map(str, parts)) or 'nothing'}: give the rows under 'train', and "
+            "those to hold out, if there are any, under 'eval'"
+        )
+    records = {f"{IN_MEMORY}{key}": _records(rows, key) for key, rows in parts.items()}
+    token = _given.set(records)
+    try:
+        yield {f"data.{key}": f"{IN_MEMORY}{key}" for key in parts}
+    finally:
+        _given.reset(token)
+
+
+def _records(rows: Any, key: str) -> list[dict[str, Any]]:
+    if hasattr(rows, "with_format") and hasattr(rows, "num_rows"):
+        return dataset_records(rows, f"data.{key}")
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise InputError(
+            f"data.{key} is a {type(rows).__name__}: give a list of rows, each a dict, or a "
+            "datasets.Dataset; a file goes into the recipe's data"
+        )
+    found = list(rows)
+    for i, row in enumerate(found, 1):
+        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+            raise InputError(
+                f"data.{key}:{i}: is a {type(row).__name__}, expected a dict of columns"
+            )
+    return [dict(row) for row in found]
+
+
+def _given_from_python(name: str) -> Contents:
+    given = _given.get({})
+    if name not in given:
+        raise InputError(
+            f"{name}: these rows were given from Python and are in no file: give the same ones "
+            "again, as in lorakit.train(recipe, data=rows)"
+        )
+    label = f"data.{name.removeprefix(IN_MEMORY)}"
+    rows = [Row(values, Path(name), i, label) for i, values in enumerate(given[name], 1)]
+    return Contents(_some(rows, Path(label)), _sha256_of_rows(rows), [])
+
+
 def read_rows(path: str | Path, wanted: Sequence[str] = LEARNED) -> list[Row]:
     """All rows of the source at `path`, in order; arguments and errors as of `read_source`."""
     return read_source(path, wanted=wanted).rows
@@ -82,6 +147,8 @@ def read_source(
     Raises:
         InputError: there is nothing to read there, or it is broken, not UTF-8, or without rows.
     """
+    if str(path).startswith(IN_MEMORY):
+        return _given_from_python(str(path))
     place = _expanded(path)
     try:
         base, split = _without_split(place)
@@ -221,11 +288,16 @@ def _read_hub(name: str, split: str | None, wanted: Sequence[str]) -> Contents:
         split, notices, own = _choose_named(Path(name), hub_splits(name), wanted)
     place, label = Path(name), f"{name}:{split}"
     rows = [Row(values, place, i, label) for i, values in enumerate(hub_records(name, split), 1)]
+    return Contents(_some(rows, place), _sha256_of_rows(rows), notices, own)
+
+
+def _sha256_of_rows(rows: Iterable[Row]) -> str:
+    """SHA-256 over the rows as JSON, one a line."""
     digest = hashlib.sha256()
     for row in rows:
         line = json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode(errors="surrogatepass") + b"\n")
-    return Contents(_some(rows, place), digest.hexdigest(), notices, own)
+    return digest.hexdigest()
 
 
 def _rows(file: Path, name: str) -> list[Row]:

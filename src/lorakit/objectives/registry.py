@@ -42,6 +42,18 @@ def register(kind: type[Objective]) -> type[Objective]:
     return kind
 
 
+def registered(objective: Objective) -> Objective:
+    """`objective`, whose class is known by its name from here on.
+
+    Raises:
+        InputError: the name is that of another objective of lorakit's.
+    """
+    kind = type(objective)
+    if kind.name not in _BUILT_IN or objective_class(kind.name) is not kind:
+        register(kind)
+    return objective
+
+
 def objective_class(name: str) -> type[Objective]:
     """The class of the objective `name`. Raises InputError where there is none."""
     if name in _registered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,11 +26,14 @@ from lorakit.adapters.manifest import (
     write_manifest,
 )
 from lorakit.console import open_console
+from lorakit.data.sources import rows_from_python
 from lorakit.data.template_clock import Rendering
 from lorakit.errors import LorakitError, one_line
 from lorakit.folder_lock import locked_folder, require_unlocked
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
+from lorakit.objectives.objective import Objective
+from lorakit.objectives.registry import registered
 from lorakit.progress import showing
 from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
@@ -85,6 +88,9 @@ class TrainResult:
 def train(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *overrides: str,
+    data: Any = None,
+    objective: Objective | str | Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
     accept_changes: bool = False,
     expected_data: list[dict[str, Any]] | None = None,
@@ -96,6 +102,11 @@ def train(
     Args:
         recipe: a recipe's file, or its keys as a mapping.
         overrides: `dotted.key=value`, as on the command line.
+        data: rows in place of the recipe's `data.train`: a list of dicts, a `datasets.Dataset`,
+            or a mapping with such under `train` and `eval`. To resume, give the same ones again.
+        objective: what is learned, in place of the recipe's `objective`: its name, `type` and
+            settings, or an instance of a subclass of `objectives.objective.Objective`.
+        callbacks: transformers' callbacks, beside lorakit's own.
         resume: go on from the last checkpoint in `output_dir`, when there is one.
         accept_changes: with `resume`, go on although recipe or data are not those of the run so
             far; what changed is recorded.
@@ -108,40 +119,45 @@ def train(
         StoppedError: Ctrl-C or SIGTERM; the step was finished and saved.
         LorakitError: training failed (a full disk, a loss that is no number).
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    elif overrides:
-        recipe = load_recipe(recipe.to_dict(), overrides)
-    given = recipe.training.model_extra or {}
-    join(given.get("ddp_backend"), given.get("ddp_timeout", 1800))
-    main = is_main_process()
-    console = open_console(stderr=True, quiet=quiet or not main, soft_wrap=True)
-    folder = Path(recipe.output_dir)
     with ExitStack() as held:
+        changes: list[str | tuple[str, Any]] = list(overrides)
+        if data is not None:
+            changes += held.enter_context(rows_from_python(data)).items()
+        own = objective if isinstance(objective, Objective) else None
+        if objective is not None:
+            changes.append(("objective", registered(own).to_dict() if own else objective))
+        if not isinstance(recipe, Recipe):
+            recipe = load_recipe(recipe, changes)
+        elif changes:
+            recipe = load_recipe(recipe.to_dict(), changes)
+        given = recipe.training.model_extra or {}
+        join(given.get("ddp_backend"), given.get("ddp_timeout", 1800))
+        main = is_main_process()
+        console = open_console(stderr=True, quiet=quiet or not main, soft_wrap=True)
+        folder = Path(recipe.output_dir)
         held.enter_context(showing(console))
         if main:
             require_unlocked(folder.absolute().parent)  # a sweep's, whose configuration it is
             check = partial(check_output, folder, resume=resume)
             held.enter_context(locked_folder(folder, check, lambda line: _say(console, [line])))
-        return _train(recipe, console, main, resume, accept_changes, expected_data, rendering)
+        if resume and rendering is None:
+            rendering = rendering_of(folder)
+        setup = set_up(recipe, rendering=rendering, objective=own)
+        if expected_data is not None:
+            require_data(expected_data, setup.data_facts)
+        return _train(setup, console, main, resume, accept_changes, callbacks)
 
 
 def _train(
-    recipe: Recipe,
+    setup: Setup,
     console: Console,
     main: bool,
     resume: bool,
     accept_changes: bool,
-    expected_data: list[dict[str, Any]] | None,
-    rendering: Rendering | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> TrainResult:
     """`train`, in a folder that no other process writes."""
-    folder = Path(recipe.output_dir)
-    if resume and rendering is None:
-        rendering = rendering_of(folder)
-    setup = set_up(recipe, rendering=rendering)
-    if expected_data is not None:
-        require_data(expected_data, setup.data_facts)
+    folder = Path(setup.recipe.output_dir)
     found, changes, said = Found(), [], []
     if resume:
         now = _identity(setup)
@@ -178,7 +194,7 @@ def _train(
         reader = trainer.forward.reader
         if isinstance(reader, SupervisedLoss) and reader.output is None:
             _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
-        with _callbacks(trainer, setup, metrics, console), setup.fast():
+        with _callbacks(trainer, setup, metrics, console, callbacks), setup.fast():
             if checkpoint is None and _long(trainer):
                 _say(console, [forecast(trainer).line])
             began = time.perf_counter()
@@ -212,7 +228,11 @@ def _identity(setup: Setup) -> dict[str, Any]:
 
 @contextmanager
 def _callbacks(
-    trainer: LoraTrainer, setup: Setup, metrics: StepLines, console: Console
+    trainer: LoraTrainer,
+    setup: Setup,
+    metrics: StepLines,
+    console: Console,
+    own: Sequence[TrainerCallback],
 ) -> Iterator[None]:
     """Everything that looks on while the block trains: times, warnings, progress, interrupts."""
     bar = ProgressBar(trainer.counts, console)
@@ -230,7 +250,7 @@ def _callbacks(
     if patience := setup.recipe.early_stopping_patience:
         looking.append(EarlyStopping(patience))
     trainer.remove_callback(PrinterCallback)
-    for callback in (*looking, interrupt, SaveAfterEvaluation()):
+    for callback in (*looking, *own, interrupt, SaveAfterEvaluation()):
         trainer.add_callback(callback)
     try:
         with interrupt.listening():
