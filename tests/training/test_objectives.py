@@ -21,7 +21,7 @@ from lorakit.data.sources import Row
 from lorakit.errors import InputError
 from lorakit.objectives import objective as contract
 from lorakit.objectives import registry
-from lorakit.objectives.forward import BASE, Forward, supervised_per_sequence
+from lorakit.objectives.forward import ACTIVE, BASE, Forward, supervised_per_sequence
 from small_runs import recipe, weights
 
 # --- a preference objective, all of it ---------------------------------------------------------
@@ -56,7 +56,7 @@ class ToyPreference(contract.Objective):
         return len(supervised_per_sequence(batch)) // 2
 
     def loss(self, forward: Forward, batch: contract.Batch) -> contract.Loss:
-        policy, reference = forward.log_probabilities(batch, ("default", BASE))
+        policy, reference = forward.log_probabilities(batch, (ACTIVE, BASE))
         margin = self.settings.beta * (policy - reference.detach()).view(-1, 2).diff(dim=1).neg()
         metrics = {"accuracy": (margin > 0).sum().double(), "margin": margin.detach().sum()}
         return contract.Loss(-logsigmoid(margin).sum(), self.count(batch), metrics)
@@ -154,10 +154,8 @@ def test_rows_objective_and_callbacks_are_given_from_python(values: dict[str, An
     for other, named in ((changed, "python:train"), (None, "data=")):
         with pytest.raises(InputError, match=named):
             lorakit.train(first.manifest.recipe, data=other, resume=True, quiet=True)
-    on = lorakit.train(
-        first.manifest.recipe, "training.max_steps=3", data=data, resume=True,
-        accept_changes=True, quiet=True
-    )  # fmt: skip
+    going_on: dict[str, Any] = {"data": data, "resume": True, "accept_changes": True}
+    on = lorakit.train(first.manifest.recipe, "training.max_steps=3", **going_on, quiet=True)
     assert str(on.output_dir) == folder
     assert on.manifest.steps == 3
 
@@ -223,3 +221,12 @@ def test_a_classifier_is_named_by_its_objective_or_its_task_type():
     assert by_name.task_type == "SEQ_CLS"
     assert "objective" not in by_type.to_dict()
     assert load_recipe(by_name.to_dict()).to_dict() == by_name.to_dict()
+
+
+def test_a_sweep_of_it_takes_rows_from_python(values: dict[str, Any]):
+    pairs = [{**PAIRS[n % 12], "prompt": f"{n}?"} for n in range(40)]
+    values["training"] |= {"max_steps": 2}
+    values["data"] = {"eval": 0.5}
+    found = lorakit.sweep(values, over={"objective.beta": [0.1, 0.5]}, data=pairs, quiet=True)
+    assert {one["changes"]["objective.beta"] for one in found} == {0.1, 0.5}
+    assert all(one["rungs"][-1]["selection"] < math.log(2) for one in found)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["BASE", "Forward", "supervised_per_sequence"]
+__all__ = ["ACTIVE", "BASE", "Forward", "supervised_per_sequence"]
+
+ACTIVE = "__active__"
+"""The name that stands for the adapter in training."""
 
 
 class Forward:
@@ -65,24 +68,26 @@ class Forward:
         """The log-probability of each sequence's supervised tokens (sequences,), in nats.
 
         Args:
-            adapters: the names under which it is asked for, all in one pass, `BASE` among them
-                for the bare base; none for what is active.
+            adapters: the names under which it is asked for, all in one pass: of adapters, `ACTIVE`
+                for the one in training, `BASE` for the bare base. None for what is in force.
 
         Returns: one tensor for each of `adapters`.
         """
         assert isinstance(self.reader, SupervisedLoss)
         counts = supervised_per_sequence(batch)
-        if not adapters:
-            return [_sums(-self.reader.of_tokens(self.module, batch), counts)]
+        routing: Any = getattr(self.adapted, "routing", None)
+        if not adapters or routing is None:  # a bare model is its own base
+            found = _sums(-self.reader.of_tokens(self.module, batch), counts)
+            return [found] * max(1, len(adapters))
+        active: Any = self.adapted.active_adapter
         dimension = 1 if "cu_seq_lens_q" in batch else 0
         several = repeated(batch, len(adapters))
         rows, tokens = several["input_ids"].shape
         route = Route(
-            rows=tuple(adapters),
+            rows=tuple(active if name == ACTIVE else name for name in adapters),
             shape=(rows, tokens),
             sizes=(batch["input_ids"].shape[dimension],) * len(adapters),
         )
-        routing: Any = self.adapted.routing
         with routing.using(route):
             found = -self.reader.of_tokens(self.module, several)
         return [_sums(part, counts) for part in found.chunk(len(adapters))]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorakit.console import open_console
+from lorakit.data.sources import rows_from_python
 from lorakit.errors import InputError, LorakitError, one_line
 from lorakit.folder_lock import locked_folder
 from lorakit.progress import showing
@@ -40,6 +42,7 @@ def sweep(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *overrides: str,
     over: Mapping[str, Any] | Iterable[str] = (),
+    data: Any = None,
     resume: bool = False,
     quiet: bool = False,
     **settings: Any,
@@ -52,6 +55,7 @@ def sweep(
         overrides: `dotted.key=value`, as on the command line.
         over: recipe keys with the values that each takes (`{"lora.r": [4, 8]}`), or with a range
             (`{"training.learning_rate": {"low": 1e-5, "high": 1e-3}}`).
+        data: rows in place of the recipe's `data.train`, as in `lorakit.train`.
         resume: go on with the sweep in `output_dir`, when there is one.
         quiet: show nothing.
         settings: the other fields of `SweepSettings`, such as `sampler`, `trials`, `prune`,
@@ -65,12 +69,18 @@ def sweep(
         LorakitError: training failed, or no configuration came to its end.
     """
     console = open_console(stderr=True, quiet=quiet, soft_wrap=True)
-    complete, wishes = load_sweep(recipe, overrides, over, settings)
 
     def say(line: str) -> None:
         console.print(one_line(line))
 
-    with showing(console):
+    with ExitStack() as held:
+        changes: list[str | tuple[str, Any]] = list(overrides)
+        if data is not None:
+            changes += held.enter_context(rows_from_python(data)).items()
+        complete, wishes = load_sweep(recipe, changes, over, settings)
+        if data is not None and wishes.engine == "ray":
+            raise InputError("the engine ray reads rows from files: write data into one")
+        held.enter_context(showing(console))
         table = run_sweep(complete, wishes, resume=resume, say=say)
     rows: list[dict[str, Any]] = table["configurations"]
     return rows
