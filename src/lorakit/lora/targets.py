@@ -24,9 +24,8 @@ from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
     LoraLayer,
     LoraLinear,
+    LoraMultiheadAttention,
     LoraParameter,
-    LoraQuantizedLinear,
-    LoraTiedHead,
     Mergeable,
     ModulesToSaveWrapper,
     TiedModule,
@@ -279,7 +278,7 @@ def _adaptable(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     kind = type(module) if isinstance(module, LoraLayer) else layer_class(module)
-    return kind in (LoraLinear, LoraQuantizedLinear, LoraTiedHead)
+    return kind is not None and issubclass(kind, LoraLinear) and kind is not LoraMultiheadAttention
 
 
 def is_suffix(target: str, name: str) -> bool:

@@ -1,4 +1,6 @@
-"""The wrapped layers, one file a kind of base layer, and the table that chooses among them."""
+"""The wrapped layers, one file a kind of base layer, and the registry that chooses among them."""
+
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -33,24 +35,38 @@ __all__ = [
     "TrainedTokens",
     "Wrapped",
     "layer_class",
+    "register_layer",
 ]
 
 Wrapped = Mergeable | ModulesToSaveWrapper | TiedModule
 """Everything that stands in the place of a model's own module."""
 
 
+Test = Callable[[nn.Module], bool]
+
+_KINDS: list[tuple[Test, type[LoraLayer]]] = []
+
+
+def register_layer(wraps: Test | tuple[type[nn.Module], ...], layer: type[LoraLayer]) -> None:
+    """Makes `layer` wrap the modules of these types, or those that pass the test.
+
+    What is registered later is asked first.
+    """
+    types = wraps
+    test = wraps if callable(wraps) else (lambda module: isinstance(module, types))
+    _KINDS.insert(0, (test, layer))
+
+
+register_layer((nn.MultiheadAttention,), LoraMultiheadAttention)
+register_layer((nn.Conv1d, nn.Conv2d, nn.Conv3d), LoraConv)
+register_layer((nn.Embedding,), LoraEmbedding)
+register_layer((nn.Linear,), LoraLinear)
+register_layer(is_conv1d, LoraLinear)
+register_layer(is_quantized, LoraQuantizedLinear)
+
+
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The class that wraps `module`, or None when LoRA is not defined for it here."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None  # `nn.MultiheadAttention` reads its weight and never calls it
-    if is_quantized(module):
-        return LoraQuantizedLinear
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return LoraLinear
-    if isinstance(module, nn.Embedding):
-        return LoraEmbedding
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return LoraConv
-    if isinstance(module, nn.MultiheadAttention):
-        return LoraMultiheadAttention
-    return None
+    return next((layer for test, layer in _KINDS if test(module)), None)
