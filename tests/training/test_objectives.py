@@ -97,6 +97,15 @@ def test_the_verb_trains_it_resumes_it_and_records_its_scores(
     logged = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("margin" in entry for entry in logged)
 
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS[:3]))
+    found = tmp_path / "scores.json"
+    given = [f"--data={held_out}", "--metrics=loss", f"--json={found}", "--dtype=float32"]
+    app(["eval", str(tmp_path / "run"), *given], standalone_mode=False)
+    scores = json.loads(found.read_text())["scores"]
+    assert scores["loss"]["tuned"] < scores["loss"]["base"] == pytest.approx(math.log(2))
+    assert scores["accuracy"] == {"base": 0, "tuned": 1}
+
     before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
     for name in ("lorakit.json", "adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "run" / name).unlink()

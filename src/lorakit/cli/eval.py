@@ -80,12 +80,17 @@ def evaluate(
             )
         _show_labels(result, names)
     else:
+        from lorakit.data.formats import SUPERVISED
         from lorakit.data.mixing import mix
         from lorakit.evaluation.evaluate import evaluate as run
         from lorakit.evaluation.metrics import parse_metrics
+        from lorakit.objectives.registry import make_objective
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
-        mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED)
+        recorded = manifest.recipe.get("objective") if manifest else None
+        objective = make_objective(recorded) if recorded else None
+        kinds = objective.row_kinds if objective else SUPERVISED
+        mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
         for notice in mixture.notices:
             say(notice, err=True)
         samples = mixture.samples
@@ -96,6 +101,7 @@ def evaluate(
                 opened.tokenizer,
                 samples,
                 metrics=chosen,
+                objective=objective,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 max_length=most,

@@ -12,7 +12,12 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import AnswerForm, answer_form
+from lorakit.data.batches import LabelCollator
 from lorakit.data.conversations import Message
+from lorakit.data.grouping import cut
+from lorakit.data.label_rows import LabelledRow
+from lorakit.data.samples import Sample
+from lorakit.data.seq2seq import prompt_tokens as encoder_tokens
 from lorakit.engine.sampling import (
     end_tokens,
     generate,
@@ -128,6 +133,36 @@ def write_answers(
                 on_batch(len(chosen))
     finally:
         model.train(was_training)
+    return answers
+
+
+def generate_targets(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """An encoder-decoder's greedy answer to each sample; arguments as in `write_answers`."""
+    settings = greedy_settings(model, tokenizer, max_new_tokens)
+    settings.decoder_start_token_id = model.config.decoder_start_token_id  # type: ignore[union-attr]
+    rows = [LabelledRow(encoder_tokens(s, tokenizer), [], s.where) for s in samples]
+    collate = LabelCollator(int(tokenizer.pad_token_id))
+    device = next(model.parameters()).device
+    answers = [""] * len(rows)
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for chosen in cut(order, batch_size):
+        batch = collate([rows[i] for i in chosen])
+        del batch["labels"]
+        output = generate(model, settings, **{k: v.to(device) for k, v in batch.items()})
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+        if on_batch:
+            on_batch(len(chosen))
     return answers
 
 

@@ -19,17 +19,19 @@ from lorakit.data.mixing import each
 from lorakit.data.samples import Sample
 from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import Written, write_answers
-from lorakit.evaluation.loss import loss_rows, mean_row_loss
+from lorakit.evaluation.answers import Written, generate_targets, write_answers
+from lorakit.evaluation.loss import held_out_scores, rows_of
 from lorakit.evaluation.metrics import METRICS, check_metrics
-from lorakit.evaluation.seq2seq import generate_targets, mean_target_loss, target_rows
 from lorakit.models.inside import base_model
-from lorakit.models.load import positions_of
+from lorakit.models.load import most_tokens, positions_of
+from lorakit.objectives.registry import default_objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lorakit.data.masking import TokenizedRow
     from lorakit.lora import LoraModel
+    from lorakit.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     metrics: Sequence[str] = ("exact_match", "bleu", "rouge", "loss"),
+    objective: Objective | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     max_length: int = 1024,
@@ -77,7 +80,9 @@ def evaluate(
     """Scores the model with its active adapters, and without any, on `samples`.
 
     Args:
-        metrics: names in `METRICS`, and `loss` (nats per supervised token).
+        metrics: names in `METRICS`, and `loss` (nats per supervised token, or the objective's
+            loss and scores).
+        objective: what the adapter has learned by; None for answers, token by token.
         max_new_tokens: at most so many tokens an answer.
         batch_size: rows at a time.
         max_length: tokens of a row that the loss is taken on.
@@ -99,13 +104,12 @@ def evaluate(
     encoder_decoder = base_model(model).config.is_encoder_decoder
     wanted = references(tokenizer, groups.values(), not encoder_decoder) if by_answers else []
     # Whatever a row can be refused for is found before the first answer is generated.
-    rows: Any = []
-    if "loss" in metrics and encoder_decoder:
-        rows = target_rows(model, tokenizer, samples, max_length)
-    elif "loss" in metrics:
-        rows = loss_rows(tokenizer, samples, max_length)
+    learned_by = objective or default_objective("SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
+    rows: list[TokenizedRow] = []
+    if "loss" in metrics:
+        length = most_tokens(model, max_length) if encoder_decoder else max_length
+        rows = rows_of(learned_by, tokenizer, samples, length)
     short = [] if encoder_decoder else _check_room(model, tokenizer, asked, max_new_tokens)
-    loss_of = mean_target_loss if encoder_decoder else mean_row_loss
     done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
 
     if on_progress:
@@ -134,7 +138,7 @@ def evaluate(
         answers = [one.answer for one in written]
         scores = {name: METRICS[name](answers, wanted) for name in by_answers}
         if "loss" in metrics:
-            scores["loss"] = loss_of(model, tokenizer, rows, batch_size, on_batch=count)
+            scores |= held_out_scores(learned_by, model, tokenizer, rows, batch_size, count)
         return written, scores
 
     tuned_answers, tuned_scores = score()
@@ -143,7 +147,10 @@ def evaluate(
     return Evaluation(
         rows=len(samples),
         prompts=len(groups),
-        scores={name: {"base": base_scores[name], "tuned": tuned_scores[name]} for name in metrics},
+        scores={
+            name: {"base": base_scores[name], "tuned": tuned_scores[name]}
+            for name in dict.fromkeys([*metrics, *tuned_scores])
+        },
         examples=[
             Example(prompt, texts, base.answer, tuned.answer)
             for prompt, texts, base, tuned in zip(

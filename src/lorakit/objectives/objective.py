@@ -65,6 +65,13 @@ class Loss:
     count: torch.Tensor | int
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def sums(self) -> dict[str, torch.Tensor]:
+        """All of it by name, float64 on the CPU, to be added up over batches."""
+        import torch
+
+        parts = {**self.metrics, "total": self.total, "count": self.count}
+        return {name: torch.as_tensor(value).cpu().double() for name, value in parts.items()}
+
 
 @dataclass(frozen=True)
 class RunRequest:
@@ -285,6 +292,12 @@ class Objective:
         By default the supervised labels.
         """
         return self.supervised(batch)
+
+    def held_out(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """`loss` and `scores` of held-out rows, by what `Loss.sums` has added up to."""
+        rest = dict(sums)
+        total, count = float(rest.pop("total")), float(rest.pop("count"))
+        return {"loss": total / count} | self.scores(rest, count)
 
     def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:
         """Scores by name of `Loss.metrics`, summed over held-out rows, or over steps of training.

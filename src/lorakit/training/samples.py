@@ -12,8 +12,7 @@ from lorakit import atomic
 from lorakit.adapters.manifest import SAMPLES_NAME
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers
-from lorakit.evaluation.seq2seq import generate_targets
+from lorakit.evaluation.answers import generate_answers, generate_targets
 from lorakit.progress import task
 from lorakit.training.setup import Setup
 

@@ -232,8 +232,7 @@ class LoraTrainer(Trainer):
                 sums.split([value.numel() for value in found.values()]), found.items(), strict=True
             )
         }
-        total, count = float(whole.pop("total")), float(whole.pop("count"))
-        return {"loss": total / count} | self.objective.scores(whole, count)
+        return self.objective.held_out(whole)
 
     @torch.no_grad()
     def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
@@ -241,9 +240,7 @@ class LoraTrainer(Trainer):
         batch = self._prepare_inputs(self.eval_dataset[rows])
         # Compiled for training, the blocks would be compiled again without gradients.
         with torch.compiler.set_stance("force_eager"):
-            loss = self.objective.loss(self.forward.calling(self.model), batch)
-        sums = {**loss.metrics, "total": loss.total, "count": loss.count}
-        return {name: torch.as_tensor(value).cpu().double() for name, value in sums.items()}
+            return self.objective.loss(self.forward.calling(self.model), batch).sums()
 
     def evaluate(
         self,

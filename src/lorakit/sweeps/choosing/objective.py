@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from lorakit import atomic
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import write_answers
+from lorakit.evaluation.answers import generate_targets, write_answers
 from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
-from lorakit.evaluation.seq2seq import generate_targets
 from lorakit.progress import task
 from lorakit.sweeps.choosing.bootstrap import (
     Interval,
