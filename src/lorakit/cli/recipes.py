@@ -78,7 +78,7 @@ def option_hint(error: Any) -> str | None:
     name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if name is None or context is None or context.command.name not in _WITH_RECIPES:
         return None
-    from lorakit.training.key_hints import key_hint
+    from lorakit.training.recipe import key_hint
 
     if hint := key_hint(name, ()):
         return f"No such option: {name}{hint}; recipe keys are given as KEY=VALUE"

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.errors import InputError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from lorakit.training.recipe import Recipe
+
+class RecipeLike(Protocol):
+    """What is looked at here of a `Recipe`."""
+
+    training: Any
+    data: Any
+    lora: dict[str, Any]
+    early_stopping_patience: int | None
+
 
 BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 """Schedules that change the learning rate when held-out rows were evaluated."""
@@ -48,7 +56,7 @@ _TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_
 _DDP = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph", "backend")
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: RecipeLike) -> None:
     """Raises InputError for the first setting of a recipe that the others leave without effect."""
     given = {k: v for k, v in (recipe.training.model_extra or {}).items() if v is not None}
     if recipe.data.eval == 0 and (name := needs_held_out_rows(recipe)):
@@ -62,7 +70,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError(reason)
 
 
-def needs_held_out_rows(recipe: Recipe) -> str | None:
+def needs_held_out_rows(recipe: RecipeLike) -> str | None:
     """What of a recipe cannot be done without held-out rows, as a key and its value."""
     given, training = recipe.training.model_extra or {}, recipe.training
     if training.save_strategy == "best":
@@ -73,7 +81,7 @@ def needs_held_out_rows(recipe: Recipe) -> str | None:
     return next((f"training.{name}" for name in names if given.get(name)), None)
 
 
-def _of_ranges(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+def _of_ranges(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
     for name in ("label_smoothing_factor", "adam_beta1", "adam_beta2"):
         if not 0 <= given.get(name, 0) < 1:
             yield f"training.{name}: should be in [0, 1), not {given[name]}"
@@ -91,7 +99,7 @@ def _of_ranges(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _of_evaluation(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+def _of_evaluation(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
     strategy = recipe.training.eval_strategy
     if given.get("eval_steps") and strategy != "steps":
         yield (
@@ -118,7 +126,7 @@ def _of_evaluation(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
         yield f"training.greater_is_better: {metric} is better {better}; leave it out"
 
 
-def _keeps_the_best(recipe: Recipe, given: dict[str, Any]) -> bool:
+def _keeps_the_best(recipe: RecipeLike, given: dict[str, Any]) -> bool:
     """Whether evaluations decide on anything by a metric."""
     return bool(
         recipe.early_stopping_patience
@@ -128,7 +136,7 @@ def _keeps_the_best(recipe: Recipe, given: dict[str, Any]) -> bool:
     )
 
 
-def _of_saving(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+def _of_saving(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
     training = recipe.training
     usual = type(training).model_fields["save_steps"].default
     by_best = recipe.early_stopping_patience or given.get("load_best_model_at_end")
@@ -141,7 +149,7 @@ def _of_saving(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
         yield "training.save_only_model has no effect with save_strategy no: leave it out"
 
 
-def _of_the_rest(recipe: Recipe, given: dict[str, Any]) -> Iterator[str]:
+def _of_the_rest(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
     from lorakit.lora.init import registered
 
     for init in registered():

@@ -34,8 +34,7 @@ from lorakit.models.quantization.settings import Quantization, as_quantization
 from lorakit.objectives.registry import default_objective, make_objective
 from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.effects import check_recipe
-from lorakit.training.key_hints import key_hint
-from lorakit.training.recipe_errors import in_one_line, shown
+from lorakit.training.recipe_errors import SECTIONS, in_one_line, key_hint, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
@@ -331,6 +330,15 @@ class Recipe(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """All values, defaults included, as plain JSON types; without an objective not given."""
         return self.model_dump(mode="json", exclude=None if self.objective else {"objective"})
+
+
+SECTIONS.update(
+    {
+        "": frozenset(Recipe.model_fields),
+        "training.": frozenset(TrainingRecipe.model_fields),
+        "data.": frozenset(DataRecipe.model_fields),
+    }
+)
 
 
 def _is_number(annotation: Any) -> bool:

@@ -1,13 +1,22 @@
-"""pydantic's findings about a recipe in one line, under the recipe's own names."""
+"""What is wrong with a recipe, in one line, under the recipe's own names.
+
+A key that it does not have is another tool's name, another section's, or a slip of the pen; a
+name that is like none is not guessed at.
+"""
 
 import dataclasses
 import reprlib
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from lorakit.errors import listed
-from lorakit.training.key_hints import key_hint
+from lorakit.errors import did_you_mean, listed
+from lorakit.training.arguments import ARGUMENTS
+from lorakit.training.other_names import instead, plain
+
+SECTIONS: dict[str, frozenset[str]] = {}
+"""The keys of a recipe's sections but `lora`, by what stands before them; `recipe` fills it."""
 
 
 def in_one_line(error: ValidationError, model: type[BaseModel]) -> str:
@@ -79,3 +88,31 @@ def shown(value: object) -> str:
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 _REPR.maxlevel = 3
+
+
+def key_hint(name: str, known: Iterable[str]) -> str:
+    """What follows `… is not a recipe key`: `: use data.max_length`, ` (did you mean 'r'?)`, or
+    nothing.
+
+    Args:
+        name: the last part of the key, without its section.
+        known: the keys that the section has.
+    """
+    if found := instead(name) or _elsewhere(plain(name)):
+        return f": {found}"
+    return did_you_mean(name, known)
+
+
+def _elsewhere(name: str) -> str | None:
+    """A key of this name in another section of a recipe, or what becomes of it there."""
+    from lorakit.lora.config import LoraConfig
+
+    lora = {f.name for f in dataclasses.fields(LoraConfig)} - {"revision", "inference_mode"}
+    for section, keys in {**SECTIONS, "lora.": lora}.items():
+        if name in keys:
+            return f"use {section}{name}"
+    if argument := ARGUMENTS.get(name):
+        if argument.treatment == "honoured":
+            return f"use training.{name}"
+        return f"{'use' if argument.treatment == 'reserved' else 'leave it out:'} {argument.note}"
+    return None
