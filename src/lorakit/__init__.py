@@ -12,29 +12,39 @@ from lorakit.version import __version__
 if TYPE_CHECKING:
     from lorakit.adapters.merge import merge as merge
     from lorakit.lora.config import LoraConfig as LoraConfig
-    from lorakit.lora.hotswap import hotswap_adapter as hotswap_adapter
-    from lorakit.lora.in_place import get_base_model_state_dict as get_base_model_state_dict
-    from lorakit.lora.in_place import get_layer_status as get_layer_status
-    from lorakit.lora.in_place import get_model_status as get_model_status
-    from lorakit.lora.in_place import get_peft_model_state_dict as get_peft_model_state_dict
-    from lorakit.lora.in_place import inject_adapter_in_model as inject_adapter_in_model
-    from lorakit.lora.in_place import set_base_model_state_dict as set_base_model_state_dict
-    from lorakit.lora.in_place import set_peft_model_state_dict as set_peft_model_state_dict
     from lorakit.lora.init.corda import CordaConfig as CordaConfig
     from lorakit.lora.init.eva import EvaConfig as EvaConfig
     from lorakit.lora.init.loftq import LoftQConfig as LoftQConfig
     from lorakit.lora.init.lora_ga import LoraGAConfig as LoraGAConfig
+    from lorakit.lora.init_from_data import get_eva_state_dict as get_eva_state_dict
+    from lorakit.lora.init_from_data import (
+        initialize_lora_eva_weights as initialize_lora_eva_weights,
+    )
+    from lorakit.lora.init_from_data import preprocess_corda as preprocess_corda
+    from lorakit.lora.init_from_data import preprocess_loraga as preprocess_loraga
     from lorakit.lora.layers import LoraLinear as LoraLinear
     from lorakit.lora.model import LoraModel as LoraModel
     from lorakit.lora.model import get_peft_model as get_peft_model
     from lorakit.lora.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
     from lorakit.lora.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+    from lorakit.lora.peft_api.hotswap import hotswap_adapter as hotswap_adapter
+    from lorakit.lora.peft_api.in_place import (
+        get_base_model_state_dict as get_base_model_state_dict,
+    )
+    from lorakit.lora.peft_api.in_place import get_layer_status as get_layer_status
+    from lorakit.lora.peft_api.in_place import get_model_status as get_model_status
+    from lorakit.lora.peft_api.in_place import (
+        get_peft_model_state_dict as get_peft_model_state_dict,
+    )
+    from lorakit.lora.peft_api.in_place import inject_adapter_in_model as inject_adapter_in_model
+    from lorakit.lora.peft_api.in_place import (
+        set_base_model_state_dict as set_base_model_state_dict,
+    )
+    from lorakit.lora.peft_api.in_place import (
+        set_peft_model_state_dict as set_peft_model_state_dict,
+    )
     from lorakit.lora.peft_fields import PeftType as PeftType
     from lorakit.lora.peft_fields import TaskType as TaskType
-    from lorakit.lora.prepare import get_eva_state_dict as get_eva_state_dict
-    from lorakit.lora.prepare import initialize_lora_eva_weights as initialize_lora_eva_weights
-    from lorakit.lora.prepare import preprocess_corda as preprocess_corda
-    from lorakit.lora.prepare import preprocess_loraga as preprocess_loraga
     from lorakit.lora.recommend import recommended_config as recommended_config
     from lorakit.models.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from lorakit.models.auto import AutoTokenizer as AutoTokenizer
@@ -58,8 +68,8 @@ if TYPE_CHECKING:
 _BY_MODULE = {
     "lorakit.adapters.merge": ["merge"],
     "lorakit.lora.config": ["LoraConfig"],
-    "lorakit.lora.hotswap": ["hotswap_adapter"],
-    "lorakit.lora.in_place": [
+    "lorakit.lora.peft_api.hotswap": ["hotswap_adapter"],
+    "lorakit.lora.peft_api.in_place": [
         "get_base_model_state_dict",
         "get_layer_status",
         "get_model_status",
@@ -76,7 +86,7 @@ _BY_MODULE = {
     "lorakit.lora.model": ["LoraModel", "get_peft_model"],
     "lorakit.lora.optimizers": ["create_lorafa_optimizer", "create_loraplus_optimizer"],
     "lorakit.lora.peft_fields": ["PeftType", "TaskType"],
-    "lorakit.lora.prepare": [
+    "lorakit.lora.init_from_data": [
         "get_eva_state_dict",
         "initialize_lora_eva_weights",
         "preprocess_corda",

@@ -10,7 +10,14 @@ from safetensors.torch import load_file
 
 import lorakit
 from lorakit.cli.main import app
-from lorakit.lora.init import DataPass, Factors, Initialization, InitSite, register, registry
+from lorakit.lora.init import (
+    DataPass,
+    Factors,
+    Initialization,
+    InitSite,
+    initialization,
+    register,
+)
 from lorakit.lora.init.observing import observed
 from small_runs import recipe
 
@@ -18,10 +25,10 @@ from small_runs import recipe
 @pytest.fixture
 def names() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    before = dict(registry._KNOWN)
+    before = dict(initialization._KNOWN)
     yield
-    registry._KNOWN.clear()
-    registry._KNOWN.update(before)
+    initialization._KNOWN.clear()
+    initialization._KNOWN.update(before)
 
 
 def first_rows(site: InitSite) -> Factors:

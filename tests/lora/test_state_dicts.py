@@ -17,7 +17,7 @@ from lorakit import (
     set_peft_model_state_dict,
 )
 from lorakit.errors import InputError
-from lorakit.lora.hotswap import prepare_model_for_compiled_hotswap
+from lorakit.lora.peft_api.hotswap import prepare_model_for_compiled_hotswap
 
 
 def test_an_adapters_state_is_found_in_whatever_form_it_is_given(build):

@@ -15,12 +15,12 @@ from torch import nn
 from families import output, to_peft, wrap
 from lorakit import LoraConfig, LoraModel, PeftModel, get_peft_model
 from lorakit.errors import InputError
-from lorakit.lora.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from lorakit.lora.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
     loraplus_groups,
 )
+from lorakit.lora.peft_api.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian"])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorakit.data.checks import RowStatistics
-    from lorakit.lora.parameter_table import ModuleKind
+    from lorakit.lora.status import ModuleKind
     from lorakit.training.check import Piece
 
 # Two shades in turn show where a token ends.

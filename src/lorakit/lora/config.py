@@ -58,7 +58,7 @@ class LoraConfig(CarriedFields):
             or `pissa_niter_4` (the principal part of W), `olora`, `loftq` (W is quantised, and the
             adapter starts from what that loses), `mica` (`B` is minor directions of W and is not
             trained), False (both random, so that the adapter is not the identity: for tests), or
-            from data: `eva`, `corda`, `lora_ga` (`prepare.py`). Each is in `init/`.
+            from data: `eva`, `corda`, `lora_ga` (`init_from_data.py`). Each is in `init/`.
         layers_to_transform: indices of the layers that are adapted; None means all.
         layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
         rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or

@@ -36,14 +36,14 @@ _ATTENTION = _MINIMAL | _KEY | _OUTPUT
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PresetTargets:
     """The paths of the modules that a preset means, and what it left out, for the user to know."""
 
     names: list[str]
     notices: list[str]
 
 
-def choose(preset: str, linear: Iterable[str], model: nn.Module) -> Chosen:
+def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTargets:
     """What `preset` means in `model`.
 
     Args:
@@ -67,11 +67,11 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> Chosen:
                 f"'{preset}' leaves out the experts, which are no linear layers but stacked "
                 f"weights: target_parameters=[{', '.join(kinds)}] adapts them"
             )
-        return Chosen(names, notices)
+        return PresetTargets(names, notices)
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
     found = [name for name in names if name.rpartition(".")[2] in wanted and _in_attention(name)]
     # Without attention the mixers do its work.
-    return Chosen(found or [name for name in names if _stands_in(name, mixers)], notices)
+    return PresetTargets(found or [name for name in names if _stands_in(name, mixers)], notices)
 
 
 def _stands_in(name: str, parents: Iterable[str]) -> bool:

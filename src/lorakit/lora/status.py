@@ -1,12 +1,14 @@
-"""What state a model with adapters is in, layer by layer and as a whole, under PEFT's names."""
+"""The state of a model with adapters, by layer and as a whole; and its parameters, by module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.layers import LoraLayer
+from lorakit.lora.parameters import numbers_in
 
 Irregular = Literal["irregular"]
 
@@ -104,3 +106,66 @@ def _agreed(values: list[Any]) -> bool | Irregular:
     if all(value is True for value in values):
         return True
     return False if not any(values) else "irregular"
+
+
+@dataclass(frozen=True)
+class ModuleKind:
+    """Modules of one name and shape, and the parameters of the adapter beside them.
+
+    Attributes:
+        name: the last part of their paths (`q_proj`).
+        d_in, d_out: of the frozen weight W (d_out, d_in); None for a module that is no matrix.
+        count: how many there are.
+        r: the rank; None for a module that is trained whole (`modules_to_save`).
+        trained: parameters that are trained, of all of them together.
+        frozen: parameters of the frozen weights that these stand beside.
+    """
+
+    name: str
+    d_in: int | None
+    d_out: int | None
+    count: int
+    r: int | None
+    trained: int
+    frozen: int
+
+    @property
+    def ratio(self) -> float:
+        """Trained parameters against frozen ones: r (d + k) / d k for LoRA (Hu et al. 2021)."""
+        return self.trained / self.frozen if self.frozen else float("inf")
+
+
+def parameter_table(model: nn.Module, adapter: str) -> list[ModuleKind]:
+    """The kinds of modules with a part in an adapter, in the order in which `model` holds them."""
+    groups: dict[tuple[str, int | None, int | None, int | None], list[tuple[int, int]]] = {}
+    for kind, sizes in _parts(model, adapter):
+        groups.setdefault(kind, []).append(sizes)
+    return [
+        ModuleKind(
+            name=name,
+            d_in=d_in,
+            d_out=d_out,
+            count=len(sizes),
+            r=r,
+            trained=sum(trained for trained, _ in sizes),
+            frozen=sum(frozen for _, frozen in sizes),
+        )
+        for (name, d_in, d_out, r), sizes in groups.items()
+    ]
+
+
+def _parts(
+    model: nn.Module, adapter: str
+) -> Iterator[tuple[tuple[str, int | None, int | None, int | None], tuple[int, int]]]:
+    """The kind of every module with a part in `adapter`, and its trained and frozen parameters."""
+    for path, module in wrapped_modules(model):
+        if adapter not in module.adapters:
+            continue
+        trained = sum(tensor.numel() for tensor in module.adapter_tensors(adapter).values())
+        name = path.rpartition(".")[2]
+        if isinstance(module, LoraLayer):
+            shape = (module.in_features, module.out_features)
+            yield (name, *shape, module.r[adapter]), (trained, numbers_in(module.base_weight))
+        else:
+            frozen = sum(map(numbers_in, module.parameters())) - trained
+            yield (name, None, None, None), (trained, frozen)

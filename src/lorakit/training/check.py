@@ -11,7 +11,7 @@ from lorakit.data.checks import AnySample, RowStatistics
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
-from lorakit.lora.parameter_table import ModuleKind, parameter_table
+from lorakit.lora.status import ModuleKind, parameter_table
 from lorakit.training.forecast import Forecast, forecast
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import Setup, set_up
@@ -54,7 +54,12 @@ def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
         with TemporaryDirectory() as elsewhere, setup.fast():
             setup.arguments.output_dir = elsewhere  # Trainer makes its folder at once
             expected = forecast(setup.trainer())
-    return Check(setup, setup.data.statistics(), parameter_table(setup.model), expected)
+    return Check(
+        setup,
+        setup.data.statistics(),
+        parameter_table(setup.model, setup.model.active_adapter),
+        expected,
+    )
 
 
 def shown_row(setup: Setup, index: int) -> list[Piece]:

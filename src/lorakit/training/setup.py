@@ -21,8 +21,8 @@ from lorakit.data.template_clock import Rendering
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.init_from_data import start_from_data
 from lorakit.lora.parameters import count_parameters
-from lorakit.lora.prepare import start_from_data
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines

@@ -3,8 +3,15 @@
 Pure functions from tensors to factors, which know neither layers nor configurations.
 """
 
-from lorakit.lora.init import corda, eva, from_weight, loftq, lora_ga, plain  # they register
-from lorakit.lora.init.registry import (
+from lorakit.lora.init import (  # each registers what it has
+    corda,
+    eva,
+    from_weight,
+    loftq,
+    lora_ga,
+    random_factors,
+)
+from lorakit.lora.init.initialization import (
     PREPARED,
     ChosenInit,
     DataPass,
@@ -33,7 +40,7 @@ __all__ = [
     "from_weight",
     "loftq",
     "lora_ga",
-    "plain",
+    "random_factors",
     "register",
     "registered",
 ]

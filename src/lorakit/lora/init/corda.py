@@ -11,6 +11,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.init.decompose import checked
+from lorakit.lora.init.initialization import DataPass, Factors, Initialization, InitSite, register
 from lorakit.lora.init.observing import (
     Modules,
     Run,
@@ -22,7 +23,6 @@ from lorakit.lora.init.observing import (
     leaders_of,
     observed,
 )
-from lorakit.lora.init.registry import DataPass, Factors, Initialization, InitSite, register
 
 
 @dataclass(frozen=True)

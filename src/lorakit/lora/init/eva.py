@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.errors import InputError, listed
 from lorakit.lora.init.decompose import leading_directions
+from lorakit.lora.init.initialization import DataPass, Factors, Initialization, InitSite, register
 from lorakit.lora.init.observing import (
     Modules,
     Run,
@@ -23,8 +24,7 @@ from lorakit.lora.init.observing import (
     leaders_of,
     observed,
 )
-from lorakit.lora.init.plain import kaiming
-from lorakit.lora.init.registry import DataPass, Factors, Initialization, InitSite, register
+from lorakit.lora.init.random_factors import kaiming
 
 
 @dataclass(frozen=True)

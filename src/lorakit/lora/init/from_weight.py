@@ -7,7 +7,7 @@ import torch
 
 from lorakit.errors import InputError
 from lorakit.lora.init.decompose import check_rank, checked, halves
-from lorakit.lora.init.registry import Factors, Initialization, InitSite, register
+from lorakit.lora.init.initialization import Factors, Initialization, InitSite, register
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """`A` (r, d_in) and `B` (d_out, r)."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lorakit.errors import InputError
 from lorakit.lora.init.decompose import checked, halves
-from lorakit.lora.init.registry import Factors, Initialization, InitSite, register
+from lorakit.lora.init.initialization import Factors, Initialization, InitSite, register
 
 _BLOCK = 64  # values that share one scale, as in bitsandbytes
 

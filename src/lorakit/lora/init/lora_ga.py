@@ -13,6 +13,7 @@ from torch import nn
 from lorakit.errors import InputError, listed
 from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.init.decompose import at_least_float32, checked
+from lorakit.lora.init.initialization import DataPass, Factors, Initialization, InitSite, register
 from lorakit.lora.init.observing import (
     Modules,
     Run,
@@ -22,7 +23,6 @@ from lorakit.lora.init.observing import (
     in_mode,
     linear_base,
 )
-from lorakit.lora.init.registry import DataPass, Factors, Initialization, InitSite, register
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lorakit.lora.init.registry import Factors, Initialization, InitSite, register
+from lorakit.lora.init.initialization import Factors, Initialization, InitSite, register
 
 
 def kaiming(site: InitSite) -> Factors:

@@ -1,0 +1,1 @@
+"""PEFT's low-level functions, for scripts that were written for PEFT."""
