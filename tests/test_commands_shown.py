@@ -10,7 +10,7 @@ import pytest
 
 import lorakit
 from lorakit import commands
-from lorakit.adapters.chatglm_names import refuse_original_names
+from lorakit.adapters.layout_names import refuse_own_names
 from lorakit.engine.adapter_names import named_adapters
 from lorakit.errors import InputError
 from lorakit.folder_name import folder_name
@@ -47,7 +47,7 @@ def test_no_source_prints_a_command_with_an_unquoted_path():
 def test_what_is_refused_names_a_command_that_can_be_copied():
     key = "transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight"
     with pytest.raises(InputError) as refused:
-        refuse_original_names("my runs/o'neil", [f"base_model.model.{key}"])
+        refuse_own_names("my runs/o'neil", [f"base_model.model.{key}"])
     command = str(refused.value).partition("here: ")[2].partition(",")[0]
     assert shlex.split(command) == ["lorakit", "import", "my runs/o'neil", "-o", "DIR"]
 

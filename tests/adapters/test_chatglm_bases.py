@@ -18,7 +18,7 @@ from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.merge import merge
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
-from lorakit.models.layouts.chatglm.convert import convert
+from lorakit.models.layouts.convert import convert
 from lorakit.server.options import ServerOptions
 from lorakit.server.vllm import VllmOptions, plan
 from plain_adapters import save_adapter

@@ -17,7 +17,7 @@ from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.export.chatglm import export_chatglm
 from lorakit.adapters.foreign import import_adapter
 from lorakit.errors import InputError
-from lorakit.models.layouts.chatglm.convert import convert
+from lorakit.models.layouts.convert import convert
 from plain_adapters import save_adapter
 from plain_chatglm import PlainChatGLM
 

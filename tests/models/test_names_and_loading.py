@@ -15,7 +15,8 @@ import lorakit
 from hub_in_memory import use_hub
 from lorakit.errors import InputError
 from lorakit.models.fingerprint import fingerprint
-from lorakit.models.load import best_dtype, computes, load_gguf, torch_dtype
+from lorakit.models.layouts.gguf_file import GGUFFile
+from lorakit.models.load import best_dtype, computes, torch_dtype
 from tiny import save_tiny_model
 
 
@@ -164,7 +165,9 @@ def test_the_bundled_model_is_plain_and_answers():
 def test_a_gguf_file_loads_as_plain_linear_layers():
     from lorakit.models.bundled import _gguf_file
 
-    model, tokenizer = load_gguf(_gguf_file(), torch.float32)
+    file = GGUFFile(_gguf_file())
+    model = file.model("AutoModelForCausalLM", dtype=torch.float32)
+    tokenizer = file.tokenizer()
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert model.dtype == torch.float32
     assert tokenizer.chat_template

@@ -44,12 +44,12 @@ def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
     Raises:
         InputError: there is no usable adapter, or it does not say its base.
     """
-    from lorakit.adapters.chatglm_names import refuse_original_names
+    from lorakit.adapters.layout_names import refuse_own_names
     from lorakit.lora.checkpoint import read_adapter
     from lorakit.models.forms import CLASSIFICATION, FORMS
 
     config, tensors = read_adapter(folder)
-    refuse_original_names(folder, tensors)
+    refuse_own_names(folder, tensors)
     manifest = read_manifest(folder)
     record = manifest or read_derivation(folder)
     name = base or (record.base_model if record else None) or config.base_model_name_or_path

@@ -36,10 +36,10 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    from lorakit.models.folders import tokenizer_in
+    from lorakit.models.layouts import layout_of
 
     try:
-        return tokenizer_in(folder)
+        return layout_of(folder).tokenizer()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"the tokenizer in {folder} is missing or damaged: copy or save it again"

@@ -130,10 +130,10 @@ def template_notice(folder: str | Path, base: str | None) -> str:
 
 def present_templates(base: str) -> tuple[bool, Templates | None]:
     """Whether the files of `base` are on this machine, and the chat templates in them."""
-    from lorakit.models.folders import templates_of
+    from lorakit.models.names import resolve
 
     try:
-        return True, templates_of(base)
+        return True, resolve(base, as_it_is=True).layout.templates()
     except InputError:
         return False, None
 

@@ -28,7 +28,7 @@ from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.targets import written_targets
 from lorakit.lora.vocabulary import embeddings
-from lorakit.models.folders import shards_in, templates_in
+from lorakit.models.layouts import layout_of
 from lorakit.models.names import resolve
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
 from lorakit.models.skeleton import file_names, read_base_config, skeleton
@@ -58,12 +58,7 @@ class _Model:
             InputError: it has no safetensors files, or they are damaged.
         """
         source = resolve(name)
-        if source.is_gguf:
-            raise InputError(
-                f"model: {name} is a GGUF file, whose tensors are packed: give a folder with "
-                "safetensors"
-            )
-        tensors = all_tensors(shards_in(source.path))
+        tensors = all_tensors(source.layout.shards())
         with ShardReader(tensor.path for tensor in tensors.values()) as reader:
             yield cls(name, source.path, tensors, reader)
 
@@ -219,7 +214,7 @@ def _extract(
         base_model=base,
         notices=notices,
     )
-    templates = templates_in(after.folder)
+    templates = layout_of(after.folder).templates()
     if templates is not None:
         derivation.template_sha256 = digest(templates)
     write_derived(output, set_ranks(config, ranks), tensors, derivation, templates, tokenizer)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorakit import atomic
-from lorakit.adapters.chatglm_names import FACTORS_A, native_adapter
+from lorakit.adapters.layout_names import FACTORS_A, native_adapter
 from lorakit.adapters.rank_patterns import usual_and_others
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves

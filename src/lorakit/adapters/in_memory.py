@@ -21,7 +21,7 @@ from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
 from lorakit.lora.layers.rows import row_blocks
 from lorakit.lora.vocabulary import vocabulary_size
-from lorakit.models.folders import shards_in
+from lorakit.models.layouts import layout_of
 from lorakit.models.load import stored_dtype
 from lorakit.models.quantization.settings import UNQUANTIZED
 from lorakit.models.shards import all_tensors
@@ -41,7 +41,8 @@ def open_all(
     Raises:
         InputError: the base cannot be loaded, or adapters do not fit it.
     """
-    stored = {} if job.path.is_file() else all_tensors(shards_in(job.path))
+    layout = layout_of(job.path)
+    stored = {} if layout.packing else all_tensors(layout.shards())
     exact = exact_dtype(job, stored)
     opened = open_adapter(
         job.first.folder,
@@ -67,7 +68,7 @@ def merge_in_memory(
     default = job.dtype or stored_dtype(opened.base_model)
     dtypes: dict[str, torch.dtype] = {}
     if job.dtype is None and not job.packed:
-        tensors = all_tensors(shards_in(job.path))
+        tensors = all_tensors(layout_of(job.path).shards())
         stored = file_names(base, tensors).stored
         dtypes = {key: tensors[name].dtype for key, name in stored.items()}
     merged, survival, modules = merge_loaded(opened.model, names, dtypes, default)

@@ -216,12 +216,12 @@ def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | No
         model: it without weights.
     """
     from lorakit.models.fingerprint import fingerprint_of_skeleton
-    from lorakit.models.folders import shards_in
     from lorakit.models.forms import CLASSIFICATION
+    from lorakit.models.layouts import layout_of
     from lorakit.models.shards import all_tensors
 
     try:
-        tensors = all_tensors(shards_in(path))
+        tensors = all_tensors(layout_of(path).shards())
     except InputError:  # a GGUF file, say
         return None
     # A classifier's new head is not of the base.

@@ -5,8 +5,7 @@ Both ways of merging, `streaming.py` and `in_memory.py`, start from it.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,8 @@ from lorakit.adapters.adapter_tokenizer import (
 from lorakit.adapters.chat_template import adapter_template, common_template
 from lorakit.adapters.open import chosen_quantization
 from lorakit.errors import InputError
-from lorakit.models.folders import templates_in
-from lorakit.models.template_files import copy_additional, write_templates
+from lorakit.models.layouts import layout_of
+from lorakit.models.template_files import write_templates
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +31,6 @@ if TYPE_CHECKING:
     from lorakit.lora import LoraModel
     from lorakit.models.quantization.settings import Quantization
     from lorakit.models.shards import StoredTensor
-
-# What is copied besides the weights; the rest of a model's folder is for other frameworks, or
-# tells of the base.
-_COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
-_OWN = {"config.json", "adapter_config.json", "lorakit.json"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +117,8 @@ def _packed(path: Path) -> str:
     """How the files of the model at `path` are quantised; empty where they are not."""
     from lorakit.models.skeleton import read_base_config
 
-    if path.is_file():
-        return "GGUF"
+    if packing := layout_of(path).packing:
+        return packing
     settings = getattr(read_base_config(path), "quantization_config", None)
     if settings is None:
         return ""
@@ -188,21 +182,14 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
     Raises:
         InputError: a file leads nowhere.
     """
-    from lorakit.models.layouts.chatglm.config import is_original, read_original
-
-    own = None
+    own, layout = None, layout_of(job.path)
     if has_tokenizer(job.first.folder):
         own = own_tokenizer(job.first.folder, load_tokenizer(job.path), rows)
-    if is_original(job.path):
-        from lorakit.models.layouts.chatglm.convert import write_companions
-
-        write_companions(read_original(job.path), folder)
-    else:
-        _copy_small(job.path, folder, without=TOKENIZER_FILES if own is not None else ())
+    layout.write_companions(folder, without=TOKENIZER_FILES if own is not None else ())
     if own is not None:
         copy_tokenizer(job.first.folder, folder)
     trained_with = adapter_template(job.first.folder).own
-    templates = templates_in(job.path) if trained_with is None else trained_with
+    templates = layout.templates() if trained_with is None else trained_with
     if templates is not None and not (trained_with is None and own is None):
         write_templates(folder, templates)
     if job.first.task_type == "CAUSAL_LM":
@@ -213,23 +200,6 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
     tokenizer.chat_template = templates
     tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-def _copy_small(source: Path, folder: Path, without: Collection[str]) -> None:
-    """Copies what goes with a model's weights, but files of the names in `without`.
-
-    Raises:
-        InputError: a file leads nowhere.
-    """
-    for path in sorted(source.iterdir()):
-        small = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
-        if not small or path.name in (*_OWN, *without) or path.name.endswith(".index.json"):
-            continue
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"model: {path} is a link that leads nowhere, or in a circle")
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    copy_additional(source, folder)
 
 
 def template_notices(job: MergeJob) -> list[str]:
@@ -243,7 +213,7 @@ def template_notices(job: MergeJob) -> list[str]:
     notices: list[str] = []
     common_template([adapter.folder for adapter in job.adapters], notices)
     trained = adapter_template(job.first.folder)
-    notices.append(trained.notice(job.first.base_model, templates_in(job.path)))
+    notices.append(trained.notice(job.first.base_model, layout_of(job.path).templates()))
     return [notice for notice in notices if notice]
 
 

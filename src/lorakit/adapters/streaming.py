@@ -42,7 +42,7 @@ from lorakit.lora.checkpoint import PREFIX, same_values
 from lorakit.lora.layers.rows import RowUpdate, in_part, merged_rows, row_blocks
 from lorakit.lora.vocabulary import require_same_base, vocabulary_size
 from lorakit.models.fingerprint import fingerprint_of_files
-from lorakit.models.folders import shards_in
+from lorakit.models.layouts import layout_of
 from lorakit.models.load import set_padding
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors, new_shard, write_index
 from lorakit.models.skeleton import file_names, skeleton
@@ -60,7 +60,7 @@ def stream(job: MergeJob, folder: Path) -> MergedFiles:
         LorakitError: merged values are not finite.
         NotStreamable: the model must be loaded; nothing is written.
     """
-    shards = shards_in(job.path)
+    shards = layout_of(job.path).shards()
     tensors = all_tensors(shards)
     model = skeleton(job.path, job.first.task_type, exact_dtype(job, tensors), job.first.labels)
     before = vocabulary_size(model)

@@ -18,11 +18,11 @@ def convert(
 
     The result needs none of the original code.
     """
-    from lorakit.models.layouts.chatglm.convert import convert as run
+    from lorakit.models.layouts.convert import convert as run
     from lorakit.models.names import resolve
 
     done = run(resolve(source).path, output)
     say(
-        f"{done.generation} as transformers' GLM: {done.output} ({done.tensors} tensors, "
+        f"{done.kind}: {done.output} ({done.tensors} tensors, "
         f"{done.parameters:,} parameters, {done.dtype})"
     )

@@ -11,8 +11,8 @@ from typing import Any
 
 import transformers
 
-from lorakit.models.folders import model_in, tokenizer_in
-from lorakit.models.layouts.chatglm.config import original_folder
+from lorakit.models.layouts import foreign_layout
+from lorakit.models.layouts.layout import ForeignLayout
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -25,8 +25,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         Raises:
             InputError: a ChatGLM's folder is damaged.
         """
-        if (folder := _original(pretrained_model_name_or_path)) is not None:
-            return model_in(folder, "AutoModelForCausalLM", **kwargs)
+        if foreign := _foreign(pretrained_model_name_or_path):
+            return foreign.model("AutoModelForCausalLM", **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
@@ -40,13 +40,10 @@ class AutoTokenizer(transformers.AutoTokenizer):
         Raises:
             InputError: a ChatGLM's folder is damaged.
         """
-        if (folder := _original(pretrained_model_name_or_path)) is not None:
-            return tokenizer_in(folder, **kwargs)
+        if foreign := _foreign(pretrained_model_name_or_path):
+            return foreign.tokenizer(**kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-def _original(name: Any) -> Path | None:
-    """The folder that `name` means, where it is in ChatGLM's layout: a path, or a cached hub id."""
-    if not isinstance(name, str | Path):
-        return None
-    return original_folder(name)
+def _foreign(name: Any) -> ForeignLayout | None:
+    return foreign_layout(name) if isinstance(name, str | Path) else None

@@ -142,11 +142,11 @@ def _gguf_file() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from lorakit.models.load import load_gguf
+    from lorakit.models.layouts.gguf_file import GGUFFile
 
     say(f"converting the bundled model {ALIAS} once, into {folder} …", err=True)
     with task("converting the bundled model"), atomic.new_folder(folder) as temporary:
         # bfloat16 is the dtype in which the model was published; a Q4_1 value keeps less.
-        model, tokenizer = load_gguf(gguf, "bfloat16")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        file = GGUFFile(gguf)
+        file.model("AutoModelForCausalLM", dtype="bfloat16").save_pretrained(temporary)
+        file.tokenizer().save_pretrained(temporary)

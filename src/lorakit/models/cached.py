@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models import bundled
+from lorakit.models.layouts import layout_of
+from lorakit.models.layouts.layout import stored_values
 from lorakit.models.names import ALIASES
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _of_repository(repository: CachedRepoInfo) -> KnownModel:
     else:
         state = "no weights"
     family = None if folder is None else _family(folder)
-    if family == "chatglm" and state.startswith("pickles"):
+    if folder is not None and state.startswith("pickles") and layout_of(folder).reads_pickles:
         state = "ready"  # of these nothing but tensors is read
     path = None if folder is None else str(folder)
     return KnownModel(repository.repo_id, family, repository.size_on_disk, path, state)
@@ -88,9 +89,5 @@ def _of_repository(repository: CachedRepoInfo) -> KnownModel:
 
 def _family(folder: Path) -> str | None:
     """The `model_type` of the configuration in the folder, None where none can be read."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    family = values.get("model_type") if isinstance(values, dict) else None
+    family = stored_values(folder).get("model_type")
     return family if isinstance(family, str) else None

@@ -6,17 +6,13 @@ Which models there are on this machine is `cached.py`'s.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.folders import shards_in, templates_in
 from lorakit.models.forms import FORMS, causal_form
-from lorakit.models.names import ModelSource, resolve
+from lorakit.models.names import resolve
 from lorakit.models.quantization.backend import backends
-from lorakit.models.shards import all_tensors
 from lorakit.models.skeleton import blank_model, read_base_config
 from lorakit.models.template_files import default_of
 
@@ -25,8 +21,6 @@ if TYPE_CHECKING:
 
 RANK = 8
 """The rank that presets' parameters are counted for, PEFT's default."""
-
-_PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ def describe(name: str) -> ModelFacts:
     config = read_base_config(source.path)
     model = blank_model(config, source.path)
     text = config.get_text_config()
-    dtype, size, notices = _stored(source)
+    dtype, size, notices = source.layout.stored()
     presets, said = _presets(model)
     return ModelFacts(
         name=name,
@@ -101,35 +95,10 @@ def describe(name: str) -> ModelFacts:
         context=getattr(text, "max_position_embeddings", None),
         vocabulary=getattr(text, "vocab_size", None),
         tasks=_tasks(config),
-        template=default_of(templates_in(source.path)),
+        template=default_of(source.layout.templates()),
         presets=presets,
         notices=[*notices, *said],
     )
-
-
-def _stored(source: ModelSource) -> tuple[str | None, int, list[str]]:
-    """The usual dtype of the weights, the size of their files, and what is odd about them."""
-    if source.is_gguf:
-        return _gguf_dtype(source.path), source.path.stat().st_size, []
-    files = sorted(source.path.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    if not files:
-        pickles = [file for pattern in _PICKLES for file in source.path.glob(pattern)]
-        why = "pickles only, which are not loaded" if pickles else "no weights here"
-        return None, sum(file.stat().st_size for file in pickles), [why]
-    numbers: Counter[str] = Counter()
-    for tensor in all_tensors(shards_in(source.path)).values():
-        numbers[str(tensor.dtype).removeprefix("torch.")] += tensor.size
-    return numbers.most_common(1)[0][0], size, []
-
-
-def _gguf_dtype(path: Path) -> str:
-    from gguf import GGUFReader
-
-    numbers: Counter[str] = Counter()
-    for tensor in GGUFReader(path).tensors:
-        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
-    return numbers.most_common(1)[0][0]
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:

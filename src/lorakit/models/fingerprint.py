@@ -48,14 +48,13 @@ def _first_numbers(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _of_its_files(model: Any, without: Sequence[str]) -> str | None:
-    from lorakit.models.folders import shards_in
     from lorakit.models.names import resolve
     from lorakit.models.shards import all_tensors
 
     source = resolve(model.config._name_or_path)
-    if source.is_gguf:
+    if source.layout.packing:
         return None
-    return fingerprint_of_skeleton(model, all_tensors(shards_in(source.path)), without=without)
+    return fingerprint_of_skeleton(model, all_tensors(source.layout.shards()), without=without)
 
 
 def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReader) -> str:

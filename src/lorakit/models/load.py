@@ -7,24 +7,22 @@ leads is `names.py`'s work; adapters are put on by others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as StructError
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, first_line, listed
-from lorakit.models.folders import config_in, model_in, tokenizer_in
 from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_options
 from lorakit.models.inside import base_model
+from lorakit.models.layouts.layout import Layout
 from lorakit.models.names import resolve
 from lorakit.models.quantization.prepare import keep_exact
 from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options
 from lorakit.models.skeleton import kept_whole
-from lorakit.progress import task, track
+from lorakit.progress import task
 
 if TYPE_CHECKING:
     import torch
@@ -112,30 +110,18 @@ def _load_for_task(
     wanted = as_quantization(quantization)
     options = loading_options(wanted, chosen, device)
     lacking: set[str] = set()
+    layout = source.layout
     try:
-        if not source.is_gguf and getattr(config_in(source.path), "quantization_config", None):
+        if not layout.packing and getattr(layout.config(), "quantization_config", None):
             if wanted:
                 raise InputError(
                     f"quantization: the weights of {name} are quantised already, and are used as "
                     "they are: leave it out"
                 )
             options["device_map"] = {"": device}  # they are not moved later
-        if source.is_gguf:
-            if task_type != "CAUSAL_LM":
-                raise InputError(
-                    f"model: {name} is a GGUF file, which holds a causal language model: "
-                    f"give a model's folder for lora.task_type {task_type}"
-                )
-            model, tokenizer = load_gguf(source.path, chosen)
-            model = quantize_again(model, options) if wanted else model
-        elif task_type == "CAUSAL_LM":
-            model, info = model_in(
-                source.path,
-                causal_form(config_in(source.path)),
-                dtype=chosen,
-                output_loading_info=True,
-                **options,
-            )
+        if task_type == "CAUSAL_LM":
+            form = FORMS[task_type] if layout.packing else causal_form(layout.config())
+            model, info = layout.model(form, dtype=chosen, output_loading_info=True, **options)
             if info["missing_keys"]:  # which are random now
                 raise InputError(
                     f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: "
@@ -147,13 +133,12 @@ def _load_for_task(
                     f"which are left out: {listed(left, 3)}",
                     stacklevel=4,
                 )
-            tokenizer = tokenizer_in(source.path)
         else:
-            if wanted:
+            if wanted and not layout.packing:
                 whole = kept_whole(source.path, task_type, labels)
                 options = loading_options(wanted, chosen, device, whole)
-            model, lacking = _load_form(source.path, task_type, chosen, labels, seed, options)
-            tokenizer = tokenizer_in(source.path)
+            model, lacking = _load_form(layout, task_type, chosen, labels, seed, options)
+        tokenizer = layout.tokenizer()
     except InputError:
         raise
     except UnpicklingError as error:
@@ -189,7 +174,7 @@ def _load_for_task(
 
 
 def _load_form(
-    path: Path,
+    layout: Layout,
     task_type: str,
     dtype: torch.dtype,
     labels: Sequence[str],
@@ -208,8 +193,8 @@ def _load_form(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = model_in(
-                path, FORMS[task_type], dtype=dtype, output_loading_info=True, **options
+            model, info = layout.model(
+                FORMS[task_type], dtype=dtype, output_loading_info=True, **options
             )
     finally:
         logging.set_verbosity(said)
@@ -286,61 +271,7 @@ def positions_of(model: Any) -> int | None:
 
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype of the weights as the model's files hold them; float32 when they do not say."""
-    import torch
-
-    source = resolve(str(name))
-    if source.is_gguf:
-        return torch.float32
-    return getattr(config_in(source.path), "dtype", None) or torch.float32
-
-
-def quantize_again(model: Any, options: Mapping[str, Any]) -> Any:
-    """A loaded, plain `model` as transformers loads it with `options`; it is used up.
-
-    For models that are not read from a folder of safetensors.
-    """
-    loaded = type(model).from_pretrained(
-        None,
-        config=model.config,
-        state_dict=dict(model.state_dict()),
-        dtype=model.dtype,
-        **options,
-    )
-    loaded.generation_config = model.generation_config
-    return loaded
-
-
-def load_gguf(path: Path, dtype: str | torch.dtype) -> tuple[Any, Any]:
-    """A GGUF file, dequantised, with the tokenizer inside it."""
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"gguf_file": path.name, "local_files_only": True}
-    # Newer releases keep the weights packed, which cannot be trained, unless told otherwise.
-    packed = getattr(transformers, "GgufConfig", None)
-    plain = {"quantization_config": packed(dequantize=True)} if packed else {}
-    with _counted():
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **where, **plain)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    # The weights are plain now; with these marks left transformers would refuse to save them.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    return model, tokenizer
-
-
-@contextmanager
-def _counted() -> Iterator[None]:
-    """Counts the tensors of a GGUF file as a task: transformers' own bar fills logs."""
-    from transformers import modeling_gguf_pytorch_utils as reading
-
-    bar = reading.tqdm
-    reading.tqdm = lambda tensors, **options: track(tensors, "unpacking tensors")
-    try:
-        yield
-    finally:
-        reading.tqdm = bar
+    return resolve(str(name)).layout.stored_dtype()
 
 
 def best_device() -> str:

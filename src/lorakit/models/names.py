@@ -6,11 +6,13 @@ from the local cache; only when it is missing there is the hub asked.
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lorakit.errors import BASE_OPTION, InputError, did_you_mean
 from lorakit.models import bundled
-from lorakit.models.layouts.chatglm.weights import lacks_weights
+from lorakit.models.layouts import layout_of
+from lorakit.models.layouts.layout import Layout
 
 ALIASES = {bundled.ALIAS: bundled.bundled_model, bundled.ENCODER: bundled.encoder}
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # of the files on the hub
@@ -23,10 +25,10 @@ class ModelSource:
     name: str
     path: Path
 
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the model is one GGUF file."""
-        return self.path.is_file()
+    @cached_property
+    def layout(self) -> Layout:
+        """What reads the files there."""
+        return layout_of(self.path)
 
 
 def resolve(name: str, *, as_it_is: bool = False) -> ModelSource:
@@ -49,7 +51,7 @@ def resolve(name: str, *, as_it_is: bool = False) -> ModelSource:
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise InputError(f"model: {name} is an adapter; give the base model it was trained on")
-        if not (path / "config.json").is_file():
+        if layout_of(path).is_native and not (path / "config.json").is_file():
             raise InputError(f"model: {name} holds no model: there is no config.json in it")
         return ModelSource(name, path)
     if path.exists():
@@ -91,7 +93,7 @@ def _in_cache(name: str) -> Path | None:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if (folder := _in_cache(name)) is not None and not lacks_weights(folder):
+    if (folder := _in_cache(name)) is not None and not layout_of(folder).lacks_weights():
         return folder
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise InputError(
@@ -100,7 +102,7 @@ def _from_hub(name: str) -> Path:
         )
     try:
         folder = Path(snapshot_download(name, allow_patterns=_WANTED))
-        if lacks_weights(folder):
+        if layout_of(folder).lacks_weights():
             folder = Path(snapshot_download(name, allow_patterns=[*_WANTED, "pytorch_model*.bin"]))
         return folder
     except Exception as error:  # every kind of network and hub failure means the same here

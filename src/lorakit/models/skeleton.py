@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.folders import config_in, shards_in
 from lorakit.models.forms import FORMS, causal_form, label_options
+from lorakit.models.layouts import layout_of
 from lorakit.models.remote_code import needed_code_refused, trusted
 from lorakit.models.shards import all_tensors
 
@@ -46,14 +46,8 @@ def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
     Raises:
         InputError: it cannot be read.
     """
-    from transformers import AutoConfig
-
     try:
-        if path.is_file():
-            return AutoConfig.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True, **options
-            )
-        return config_in(path, **options)
+        return layout_of(path).config(**options)
     except InputError:
         raise
     except Exception as error:  # transformers has a kind of its own for every check
@@ -162,7 +156,7 @@ def kept_whole(path: Path, task_type: str, labels: Sequence[str]) -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     model = skeleton(path, task_type, labels=labels)
-    names = file_names(model, all_tensors(shards_in(path)))
+    names = file_names(model, all_tensors(layout_of(path).shards()))
     kept = {name for name, child in model.named_children() if child is not model.base_model}
     if not names.converted:
         own = (name for name, _ in model.named_parameters())

@@ -15,7 +15,7 @@ from gguf_models import FAMILIES, TEXTS, TOKENIZERS, UNREAD, merging_tokenizer, 
 from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model, write_gguf
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
-from lorakit.models.load import load_gguf
+from lorakit.models.layouts.gguf_file import GGUFFile
 from plain_adapters import KINDS, save_adapter
 
 ALL = {"target_modules": "all-linear", "r": 3, "lora_alpha": 5}
@@ -53,7 +53,9 @@ def test_transformers_loads_the_merged_file_and_computes_the_same(
     adapter = save_adapter(base, tmp_path / "adapter", **ALL)
     export_gguf_model(adapter, tmp_path / "model.gguf", dtype="float32")
     opened = open_adapter(adapter, dtype="float32")
-    model, tokenizer = load_gguf(tmp_path / "model.gguf", "float32")
+    file = GGUFFile(tmp_path / "model.gguf")
+    model = file.model("AutoModelForCausalLM", dtype="float32")
+    tokenizer = file.tokenizer()
     for text in TEXTS:
         ids = opened.tokenizer(text, return_tensors="pt").input_ids
         assert tokenizer(text).input_ids == ids[0].tolist()
@@ -209,7 +211,8 @@ def test_what_an_adapter_file_cannot_hold_the_merged_file_can(tmp_path: Path):
     with pytest.raises(InputError, match="DoRA"):
         export_gguf_adapter(adapter, tmp_path / "a.gguf")
     export_gguf_model(adapter, tmp_path / "m.gguf", dtype="float32")
-    model, _ = load_gguf(tmp_path / "m.gguf", "float32")
+    file = GGUFFile(tmp_path / "m.gguf")
+    model = file.model("AutoModelForCausalLM", dtype="float32")
     ids = torch.arange(10, 40)[None]
     with torch.no_grad():
         expected = open_adapter(adapter, dtype="float32").model(input_ids=ids).logits

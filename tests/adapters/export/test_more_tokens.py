@@ -13,7 +13,7 @@ from lorakit.adapters.export.ollama import export_ollama
 from lorakit.adapters.export.vllm import export_vllm
 from lorakit.adapters.extract import extract
 from lorakit.errors import InputError
-from lorakit.models.load import load_gguf
+from lorakit.models.layouts.gguf_file import GGUFFile
 from tiny import CHATML
 
 END = "<|turn_end|>"
@@ -40,7 +40,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_merged_gguf_file_has_the_tokens(tuned: Path, tmp_path: Path):
     export_gguf_model(tuned / "a", tmp_path / "model.gguf", dtype="float32")
-    model, tokenizer = load_gguf(tmp_path / "model.gguf", "float32")
+    file = GGUFFile(tmp_path / "model.gguf")
+    model = file.model("AutoModelForCausalLM", dtype="float32")
+    tokenizer = file.tokenizer()
     ids = tokenizer(f"The{END}", return_tensors="pt").input_ids
     assert ids[0, -1] == 320
     expected = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)

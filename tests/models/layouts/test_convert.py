@@ -15,7 +15,7 @@ import lorakit
 from chatglm_folders import config, tensors, write_original
 from command import run_lorakit
 from lorakit.errors import InputError
-from lorakit.models.layouts.chatglm.convert import convert
+from lorakit.models.layouts.convert import convert
 from matrix import few
 from plain_chatglm import PlainChatGLM
 from tiny import save_tiny_model

@@ -1,20 +1,21 @@
-"""A copy of an adapter under the module names of ChatGLM's original code.
+"""A copy of an adapter under the module names of a layout's own code, as ChatGLM's.
 
-That code has one layer `query_key_value` where transformers' GLM has three. Updates of the three
-become one of the summed rank: their A one below the other, their B along the diagonal, which is the
-very same sum. All other layers are one to one.
+That code may have one layer where transformers' model has several (`query_key_value`). Updates of
+these become one of the summed rank: their A one below the other, their B along the diagonal, which
+is the very same sum. All other layers are one to one.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import nn
 
 from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
@@ -25,100 +26,114 @@ from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.models.layouts.chatglm.layout import QKV_PARTS, original_module, qkv_rows
+from lorakit.models.layouts.chatglm.weights import NAMES
+from lorakit.models.layouts.module_names import ModuleNames
 from lorakit.models.names import resolve
-from lorakit.models.skeleton import read_base_config
-
-if TYPE_CHECKING:
-    from transformers import GlmConfig
+from lorakit.models.skeleton import skeleton
 
 
 @reserves("output")
-def export_chatglm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> Exported:
-    """Writes `output`, an adapter with the same ΔW for the original code with PEFT.
+def export_chatglm(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    names: ModuleNames = NAMES,
+) -> Exported:
+    """Writes `output`, an adapter with the same ΔW for the layout's own code with PEFT.
 
     Args:
         base: the base model, when it is not the recorded one: in the original layout or converted.
+        names: those of the layout's code.
 
     Raises:
-        InputError: the base is no GLM, the adapter is more than pairs of matrices or does not fit
-            it, or `output` exists.
+        InputError: the base is another model, the adapter is more than pairs of matrices or does
+            not fit it, or `output` exists.
     """
-    from transformers import GlmConfig
-
-    plain = read_plain(adapter, "ChatGLM's original code", base)
-    config = read_base_config(resolve(plain.base_model).path)
-    if not isinstance(config, GlmConfig):
+    plain = read_plain(adapter, names.code, base)
+    model = skeleton(resolve(plain.base_model).path)
+    if type(model.config).__name__ != names.config:
         raise InputError(
-            f"{adapter} is for {plain.base_model}, a model of the kind {config.model_type}: only "
-            "adapters for ChatGLM2, ChatGLM3 and GLM-4 can be written for ChatGLM's original code"
+            f"{adapter} is for {plain.base_model}, a model of the kind {model.config.model_type}: "
+            f"only adapters for {names.models} can be written for {names.code}"
         )
     scaling = Counter(pair.scaling for pair in plain.pairs.values()).most_common(1)[0][0]
-    found = _renamed(adapter, plain.pairs, scaling, config)
+    found = _renamed(adapter, plain.pairs, scaling, names, model)
     with atomic.new_folder(output) as folder:
         write_adapter(
             folder,
-            _config(found, scaling, config.num_hidden_layers, plain.config),
+            _config(found, scaling, model.config.num_hidden_layers, plain.config),
             {k: t for pair in found.values() for k, t in pair.tensors(pair.A, pair.B).items()},
         )
     ranks = dict(sorted(Counter(pair.r for pair in found.values()).items()))
-    command = (
-        f"PeftModel.from_pretrained(AutoModel.from_pretrained({plain.base_model!r}, "
-        f"trust_remote_code=True), {str(output)!r})"
-    )
+    command = names.command.format(base=plain.base_model, adapter=str(output))
     template = exported_template(adapter, plain.base_model)
     notices = [*plain.notices, *template.notices]
     if template.differs:
-        notices.append(
-            "ChatGLM's original code writes prompts by itself (build_chat_input): it has no place "
-            "for the adapter's chat template"
-        )
+        notices.append(f"{names.code} {names.templates}")
     counted = ", ".join(f"{count} of rank {r}" for r, count in ranks.items())
-    summary = f"for ChatGLM's original code: {output} ({len(found)} modules: {counted})"
+    summary = f"for {names.code}: {output} ({len(found)} modules: {counted})"
     figures = {"modules": len(found), "ranks": ranks}
     return Exported(str(output), summary, command, tuple(notices), figures)
 
 
 def _renamed(
-    adapter: str | Path, pairs: Mapping[str, ModuleUpdate], scaling: float, config: GlmConfig
+    adapter: str | Path,
+    pairs: Mapping[str, ModuleUpdate],
+    scaling: float,
+    names: ModuleNames,
+    model: nn.Module,
 ) -> dict[str, ModuleUpdate]:
     """The pairs by the original path of their module, all with one scaling."""
     alone: dict[str, ModuleUpdate] = {}
     joined: dict[str, dict[str, ModuleUpdate]] = {}
     for path, pair in pairs.items():
         try:
-            name, part = original_module(path)
+            name, part = names.original_module(path)
         except KeyError as error:
-            raise InputError(f"{adapter}: GLM has no module {path}: it is for another") from error
+            kind = names.config.removesuffix("Config").upper()
+            raise InputError(
+                f"{adapter}: {kind} has no module {path}: it is for another"
+            ) from error
         own = replace(pair, path=name, B=pair.folded(scaling), scaling=scaling)
         if part is None:
             alone[name] = own
         else:
-            joined.setdefault(name, {})[part] = own
-    return {**alone, **{name: _joined(adapter, p, config) for name, p in joined.items()}}
+            joined.setdefault(name, {})[path] = own
+    return {
+        **alone,
+        **{n: _joined(adapter, names.native_modules(n)[1], p, model) for n, p in joined.items()},
+    }
 
 
 def _joined(
-    adapter: str | Path, parts: Mapping[str, ModuleUpdate], config: GlmConfig
+    adapter: str | Path,
+    natives: Sequence[str],
+    parts: Mapping[str, ModuleUpdate],
+    model: nn.Module,
 ) -> ModuleUpdate:
-    """One update of `query_key_value` that changes its parts' rows as each of `parts` does."""
-    rows = dict(zip(QKV_PARTS, qkv_rows(config), strict=True))
-    for part, pair in parts.items():
-        if pair.B.shape[0] != rows[part] or pair.A.shape[1] != config.hidden_size:
+    """One update of a fused module that changes the rows of `natives` as each of `parts` does."""
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in natives}
+    shapes = {path: tuple(module.weight.shape) for path, module in modules.items()}
+    for path, pair in parts.items():
+        found = (pair.B.shape[0], pair.A.shape[1])
+        if found != shapes[path]:
             raise InputError(
-                f"{adapter}: {part} has an update of shape {(pair.B.shape[0], pair.A.shape[1])}, "
-                f"and the base a weight of {(rows[part], config.hidden_size)}: give its own --base"
+                f"{adapter}: {'.'.join(path.split('.')[-2:])} has an update of shape {found}, and "
+                f"the base a weight of {shapes[path]}: give its own --base"
             )
-    there = [parts[part] for part in QKV_PARTS if part in parts]
+    there = [parts[path] for path in natives if path in parts]
     dtype = torch.promote_types(there[0].B.dtype, there[-1].B.dtype)
-    B = torch.zeros(sum(rows.values()), sum(pair.r for pair in there), dtype=dtype)
+    rows = sum(shape[0] for shape in shapes.values())
+    B = torch.zeros(rows, sum(pair.r for pair in there), dtype=dtype)
     row = column = 0
-    for part in QKV_PARTS:
-        if part in parts:
-            pair = parts[part]
-            B[row : row + rows[part], column : column + pair.r] = pair.B
+    for path in natives:
+        end = row + shapes[path][0]
+        if path in parts:
+            pair = parts[path]
+            B[row:end, column : column + pair.r] = pair.B
             column += pair.r
-        row += rows[part]
+        row = end
     return replace(there[0], A=torch.cat([pair.A for pair in there]), B=B)
 
 

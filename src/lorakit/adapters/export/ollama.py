@@ -160,7 +160,7 @@ def _tokenizer(adapter: str | Path, base: str) -> tuple[PreTrainedTokenizerBase,
     from transformers import AutoTokenizer
 
     from lorakit.data.templates import ensure_template
-    from lorakit.models.folders import tokenizer_in
+    from lorakit.models.layouts import layout_of
 
     path = resolve(base).path
     read_base_config(path)  # whose damages it names better
@@ -170,7 +170,7 @@ def _tokenizer(adapter: str | Path, base: str) -> tuple[PreTrainedTokenizerBase,
                 path.parent, gguf_file=path.name, local_files_only=True
             )
         else:
-            tokenizer = tokenizer_in(path)
+            tokenizer = layout_of(path).tokenizer()
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import renamed_modules
-from lorakit.models.layouts.chatglm.config import original_folder
+from lorakit.models.layouts import foreign_layout
 from lorakit.models.names import ALIASES, resolve
 from lorakit.models.skeleton import skeleton
 
@@ -71,9 +71,9 @@ def found_at(base_model: str) -> str:
     """
     if base_model in ALIASES:
         return str(resolve(base_model).path)
-    if original_folder(base_model) is not None:
+    if layout := foreign_layout(base_model):
         raise InputError(
-            f"model: {base_model} is in ChatGLM's original layout, whose modules have other names: "
+            f"model: {base_model} is in {layout.title}, whose modules have other names: "
             f"lorakit convert {quoted(base_model)} -o DIR, and give --base DIR"
         )
     return base_model

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
-from lorakit.models.folders import templates_in
-from lorakit.models.layouts.chatglm.config import is_original
+from lorakit.models.layouts import layout_of
 from lorakit.models.names import ALIASES, resolve
 from lorakit.models.template_files import Templates
 
@@ -92,10 +91,11 @@ def find_base(name: str, revision: str | None = None) -> Base:
 
 
 def _require_native(name: str, folder: Path) -> None:
-    """vLLM's own ChatGLM has no modules of the names that lorakit's adapters have."""
-    if is_original(folder):
+    """vLLM reads a foreign layout by code of its own, where modules have other names."""
+    layout = layout_of(folder)
+    if not layout.is_native:
         raise InputError(
-            f"{name} is in ChatGLM's original layout, whose modules have other names in vLLM than "
+            f"{name} is in {layout.title}, whose modules have other names in vLLM than "
             f"the adapters do: lorakit convert {quoted(name)} -o DIR, and give --model DIR"
         )
 
@@ -200,7 +200,7 @@ def slot_bytes(model: nn.Module, rank: int) -> int:
 
 def own_template(base: Base) -> Templates | None:
     """The base's own chat templates, None where there are none or they are not here."""
-    return None if base.folder is None else templates_in(base.folder)
+    return None if base.folder is None else layout_of(base.folder).templates()
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:

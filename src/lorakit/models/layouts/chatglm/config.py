@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 MODEL_TYPE = "chatglm"
 TOKENIZER_NAME = "tokenizer.model"
 _CODE, _TOKENIZER_CODE = "modeling_chatglm.py", "tokenization_chatglm.py"
-HUB_OPTIONS = (
-    *("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"),
-    *("variant", "use_safetensors", "trust_remote_code", "code_revision", "weights_only"),
-    "use_fast",
-)
-"""Options of `from_pretrained` without a meaning here: where files are, or whose code is run."""
-
 _BASE = 10000.0  # of the rotary embedding
 
 # What transformers' GLM does; the value is the original code's default.
@@ -80,30 +73,6 @@ class Original:
     def has_qkv_bias(self) -> bool:
         """Whether `query_key_value` has a bias."""
         return bool(self.values.get("add_qkv_bias", False))
-
-
-def is_original(path: Path) -> bool:
-    """Whether the folder at `path` is a model in the original layout."""
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError):
-        return False  # whoever reads it says what is wrong with it
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
-
-
-def original_folder(name: str | Path) -> Path | None:
-    """The folder that `name` means, a path or a cached hub id, if it is in the original layout."""
-    path = Path(name).expanduser()
-    if not path.is_dir() and isinstance(name, str) and name.count("/") == 1:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:
-            return None
-        path = Path(cached).parent if isinstance(cached, str) else path
-    return path if is_original(path) else None
 
 
 def read_original(path: Path) -> Original:

@@ -9,10 +9,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.layouts.chatglm.config import HUB_OPTIONS, TOKENIZER_NAME, Generation, Original
+from lorakit.models.layouts.chatglm.config import TOKENIZER_NAME, Generation, Original
 from lorakit.models.layouts.chatglm.fast import sentencepiece_tokenizer
 from lorakit.models.layouts.chatglm.template import TEMPLATES
 from lorakit.models.layouts.chatglm.tiktoken_file import tiktoken_tokenizer
+from lorakit.models.layouts.layout import HUB_OPTIONS
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast

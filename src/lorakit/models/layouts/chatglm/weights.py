@@ -8,22 +8,21 @@ read.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
-from lorakit.models.layouts.chatglm.config import Original, is_original
-from lorakit.models.layouts.chatglm.layout import UNUSED, parts, stored_shapes
+from lorakit.models.layouts.chatglm.config import Original
+from lorakit.models.layouts.layout import TensorSource
+from lorakit.models.layouts.module_names import ModuleNames
 from lorakit.models.shards import (
     INDEX_NAME,
     WEIGHTS_NAME,
     NewTensor,
-    ShardReader,
     StoredTensor,
     all_tensors,
     code_of,
@@ -40,41 +39,101 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 _FETCH = "copy or fetch the model again"
 
 
+_UNUSED = frozenset({"transformer.rotary_pos_emb.inv_freq"})  # computed anew
+QKV = "self_attention.query_key_value"
+QKV_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+# Nothing is turned or permuted: GLM's rotary pairs are neighbours in both, and its gate stands
+# before its up-projection in both.
+NAMES = ModuleNames(
+    code="ChatGLM's original code",
+    models="ChatGLM2, ChatGLM3 and GLM-4",
+    config="GlmConfig",
+    layers="transformer.encoder.layers",
+    native_layers="model.layers",
+    in_layer={
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+    outside={
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "lm_head": "transformer.output_layer",
+    },
+    fused={QKV: QKV_PARTS},
+    command=(
+        "PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}, trust_remote_code=True), "
+        "{adapter!r})"
+    ),
+    templates=(
+        "writes prompts by itself (build_chat_input): it has no place for the adapter's chat "
+        "template"
+    ),
+)
+
+
 @dataclass(frozen=True)
-class Rows:
-    """A native tensor whose values are read, into a memory of their own, by `rows[...]`.
+class Part:
+    """A native tensor: the rows from `start` of the original tensor `name`, `shape[0]` of them."""
 
-    transformers loads a model out of objects that can do this, as safetensors' own slices can.
-    """
-
-    tensor: NewTensor
-    read: Callable[[], torch.Tensor]
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        return self.read()[key]
+    name: str
+    start: int
+    shape: tuple[int, ...]
 
 
-def has_safetensors(path: Path) -> bool:
-    """Whether the weights in the folder are safetensors, which are then the ones that are read."""
-    return (path / WEIGHTS_NAME).is_file() or (path / INDEX_NAME).is_file()
+def parts(original: Original) -> dict[str, Part]:
+    """Every native tensor by its name, in the model's order."""
+    s = original.sizes
+    hidden, inner, vocabulary = s["hidden_size"], s["ffn_hidden_size"], s["padded_vocab_size"]
+    queries = original.qkv_rows[0]
+    shapes = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_up_proj": (2 * inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "model.embed_tokens": (vocabulary, hidden),
+        "model.norm": (hidden,),
+        "lm_head": (vocabulary, hidden),
+    }
+    found = {
+        f"{native}.weight": Part(f"{name}.weight", 0, shapes[native])
+        for native, name in NAMES.outside.items()
+    }
+    for layer in range(s["num_layers"]):
+        start = 0
+        for native, rows in zip(QKV_PARTS, original.qkv_rows, strict=True):
+            own, theirs = f"{NAMES.native_layers}.{layer}.{native}", f"{NAMES.layers}.{layer}.{QKV}"
+            found[f"{own}.weight"] = Part(f"{theirs}.weight", start, (rows, hidden))
+            if original.has_qkv_bias:
+                found[f"{own}.bias"] = Part(f"{theirs}.bias", start, (rows,))
+            start += rows
+        for native, name in NAMES.in_layer.items():
+            part = Part(f"{NAMES.layers}.{layer}.{name}.weight", 0, shapes[native])
+            found[f"{NAMES.native_layers}.{layer}.{native}.weight"] = part
+    return found
 
 
-def lacks_weights(path: Path) -> bool:
-    """Whether the folder is in the original layout, and no file of weights lies there.
+def stored_shapes(original: Original) -> dict[str, tuple[int, ...]]:
+    """The shapes that the original tensors must have, by their names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in parts(original).values():
+        rows = max(part.start + part.shape[0], shapes.get(part.name, (0,))[0])
+        shapes[part.name] = (rows, *part.shape[1:])
+    return shapes
 
-    chatglm2-6b has `.bin` files alone, which are fetched where there is nothing else.
-    """
-    return is_original(path) and not has_safetensors(path) and not any(path.glob("*.bin"))
 
-
-def native_shards(original: Original) -> dict[str, dict[str, StoredTensor]]:
+def native_shards(original: Original, safetensors: bool) -> dict[str, dict[str, StoredTensor]]:
     """Where every native tensor lies in the original safetensors files, by file and native name.
 
     Raises:
         InputError: the files do not fit the configuration, are damaged, or are `.bin` files.
     """
     path = original.path
-    if not has_safetensors(path):
+    if not safetensors:
         _bin_files(path)
         raise InputError(
             f"model: {path} has its weights in {BIN_NAME} files, which cannot be read tensor by "
@@ -94,34 +153,12 @@ def native_shards(original: Original) -> dict[str, dict[str, StoredTensor]]:
     return {file: found[file] for file in sorted(found)}
 
 
-@contextmanager
-def native_rows(original: Original) -> Iterator[dict[str, dict[str, Rows]]]:
-    """Every native tensor by file and name; within the block its values can be read.
+def bin_sources(original: Original) -> dict[str, dict[str, TensorSource]]:
+    """Every native tensor of mapped `.bin` files: values come into memory when they are copied.
 
     Raises:
         InputError: the files do not fit the configuration, or are damaged.
     """
-    if not has_safetensors(original.path):
-        yield _rows_of_bins(original)
-        return
-    shards = native_shards(original)
-    with ShardReader(tensor.path for tensor in all_tensors(shards).values()) as reader:
-        yield {
-            file: {name: Rows(t, partial(reader.read, t)) for name, t in tensors.items()}
-            for file, tensors in shards.items()
-        }
-
-
-def usual_code(tensors: Mapping[str, Rows]) -> str:
-    """The dtype of the most values, in safetensors' word."""
-    sizes: dict[str, int] = {}
-    for rows in tensors.values():
-        sizes[rows.tensor.code] = sizes.get(rows.tensor.code, 0) + rows.tensor.size
-    return max(sizes, key=lambda code: sizes[code])
-
-
-def _rows_of_bins(original: Original) -> dict[str, dict[str, Rows]]:
-    """As `native_rows`, of mapped files: values come into memory when they are copied."""
     files = {file: _load_bin(original.path / file) for file in _bin_files(original.path)}
     where: dict[str, str] = {}
     for file, tensors in files.items():
@@ -137,12 +174,12 @@ def _rows_of_bins(original: Original) -> dict[str, dict[str, Rows]]:
             for name, tensor in tensors.items()
         },
     )
-    found: dict[str, dict[str, Rows]] = {}
+    found: dict[str, dict[str, TensorSource]] = {}
     for native, part in parts(original).items():
         file = where[part.name]
         values = files[file][part.name][part.start : part.start + part.shape[0]]
         new = NewTensor(_code(values), part.shape)
-        found.setdefault(file, {})[native] = Rows(new, partial(_copied, values))
+        found.setdefault(file, {})[native] = TensorSource(new, partial(_copied, values))
     return {file: found[file] for file in sorted(found)}
 
 
@@ -220,7 +257,7 @@ def _check(original: Original, tensors: Mapping[str, NewTensor]) -> None:
     path, expected = original.path, stored_shapes(original)
     if missing := [name for name in expected if name not in tensors]:
         raise InputError(f"model: {path} lacks {listed(missing, 3)} in its files: {_FETCH}")
-    if more := sorted(tensors.keys() - expected.keys() - UNUSED):
+    if more := sorted(tensors.keys() - expected.keys() - _UNUSED):
         hint = " (a prefix of P-tuning)" if any("prefix_encoder" in name for name in more) else ""
         raise InputError(
             f"model: {path} holds {listed(more, 3)}{hint}, which its configuration has no place "

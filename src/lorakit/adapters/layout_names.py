@@ -1,7 +1,8 @@
-"""An adapter that PEFT trained on ChatGLM's original code, under the names of transformers' GLM.
+"""An adapter that PEFT trained on a foreign layout's own code, under transformers' names.
 
-The one layer `query_key_value` of that code is three in transformers. Their updates share `A`, and
-each has its own rows of `B`, which is the very same update; the inverse of `export/chatglm.py`.
+A module of that code that is several in transformers (ChatGLM's `query_key_value`) becomes as many
+updates with one `A` and their own rows of `B`, which is the very same update; the inverse of
+`export/chatglm.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GlmConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from lorakit.adapters.rank_patterns import usual_and_others
 from lorakit.commands import quoted
@@ -21,7 +24,8 @@ from lorakit.lora.checkpoint import PREFIX, load_tensors, read_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.targets import written_targets
 from lorakit.lora.vocabulary import put_frozen, split_frozen
-from lorakit.models.layouts.chatglm.layout import LAYERS, native_modules, native_names, qkv_rows
+from lorakit.models.layouts import LAYOUTS
+from lorakit.models.layouts.module_names import ModuleNames
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import skeleton
 
@@ -31,24 +35,35 @@ FACTORS_A = ("lora_A.weight", "lora_embedding_A")
 _UPDATE = {"lora_A.weight", "lora_B.weight"}
 
 
-def has_original_names(tensors: Iterable[str]) -> bool:
-    """Whether an adapter's keys are those of ChatGLM's original code."""
-    return any(key.startswith(f"{PREFIX}{LAYERS}.") for key in tensors)
+def own_names(tensors: Iterable[str]) -> ModuleNames | None:
+    """The layout's names that an adapter's keys have, where they are those of its own code."""
+    keys = list(tensors)
+    for layout in LAYOUTS:
+        names = layout.names
+        if names and any(key.startswith(f"{PREFIX}{names.layers}.") for key in keys):
+            return names
+    return None
 
 
-def refuse_original_names(folder: str | Path, tensors: Iterable[str]) -> None:
-    """Raises InputError, with what to do, for an adapter on ChatGLM's original code."""
-    if has_original_names(tensors):
+def refuse_own_names(folder: str | Path, tensors: Iterable[str]) -> None:
+    """Raises InputError, with what to do, for an adapter on a layout's own code."""
+    if names := own_names(tensors):
         raise InputError(
-            f"{folder} is an adapter on ChatGLM's original code, whose modules have other names "
-            f"here: lorakit import {quoted(folder)} -o DIR, and use DIR"
+            f"{folder} is an adapter on {names.code}, whose modules have other names here: "
+            f"lorakit import {quoted(folder)} -o DIR, and use DIR"
         )
+
+
+def part_rows(model: nn.Module, natives: Iterable[str]) -> list[int]:
+    """How many rows of a fused module each of the `natives` has in `model`, by their paths."""
+    modules: list[Any] = [model.get_submodule(path) for path in natives]
+    return [module.weight.shape[0] for module in modules]
 
 
 def native_adapter(
     folder: Path, base: str | None = None
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The adapter in `folder` as one on transformers' GLM with the same update of every weight.
+    """The adapter in `folder` as one on transformers' model with the same update of every weight.
 
     Args:
         base: the base model, in the original layout or converted; None is the recorded one.
@@ -56,11 +71,11 @@ def native_adapter(
     Returns: its configuration, and its tensors under PEFT's keys.
 
     Raises:
-        InputError: it is no adapter on ChatGLM's original code or on another base, or no adapter
-            on GLM does the same.
+        InputError: it is no adapter on a layout's own code or on another base, or no adapter on
+            transformers' model does the same.
     """
     config, tensors = read_adapter(folder)
-    if not has_original_names(tensors):
+    if (names := own_names(tensors)) is None:
         raise InputError(
             f"{folder} is in PEFT's form already, which every command takes as it is: there is "
             "nothing to import"
@@ -70,15 +85,15 @@ def native_adapter(
     if not name:
         raise InputError(f"{folder} does not say which base model it is for: give --base")
     model = skeleton(resolve(name).path)
-    if not isinstance(model.config, GlmConfig):
+    if type(model.config).__name__ != names.config:
         raise InputError(
-            f"{folder} is an adapter on ChatGLM's original code, and {name} a model of the kind "
+            f"{folder} is an adapter on {names.code}, and {name} a model of the kind "
             f"{model.config.model_type}: give --base"
         )
-    found, scalings = _renamed(folder, config, tensors, qkv_rows(model.config))
+    found, scalings = _renamed(folder, config, tensors, names, model)
     if not scalings:
         raise InputError(f"{folder} holds no pair of matrices A and B")
-    native = _config(config, found, scalings, model)
+    native = _config(config, found, scalings, names, model)
     native.base_model_name_or_path = name
     native.revision = config.revision if base is None else None
     _require_fit(folder, native, found, model)
@@ -96,28 +111,28 @@ def _require_exact(folder: Path, config: LoraConfig) -> None:
     ]
     if found := [what for present, what in why if present]:
         raise InputError(
-            f"{folder} {found[0]}, which has no equal on transformers' GLM: merge it where it was "
-            "trained"
+            f"{folder} {found[0]}, which has no equal on transformers' model: merge it "
+            "where it was trained"
         )
 
 
 def _renamed(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], rows: tuple[int, ...]
+    folder: Path,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    names: ModuleNames,
+    model: nn.Module,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The tensors under transformers' names, and the scaling of every update by its module's path.
-
-    Args:
-        rows: how many rows of `query_key_value` are queries, keys and values.
-    """
+    """The tensors under transformers' names, and every update's scaling by its module's path."""
     found: dict[str, torch.Tensor] = {}
     scalings: dict[str, float] = {}
     joined: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         try:
-            path, modules, ending = native_modules(key.removeprefix(PREFIX))
+            path, modules, ending = names.native_modules(key.removeprefix(PREFIX))
         except KeyError as error:
             raise InputError(
-                f"{folder}: {key} is no part of an adapter on ChatGLM2, ChatGLM3 or GLM-4"
+                f"{folder}: {key} is no part of an adapter on {names.models}"
             ) from error
         if ending in FACTORS_A:
             scalings |= dict.fromkeys(modules, config.scaling_for(path))
@@ -126,13 +141,14 @@ def _renamed(
         else:
             joined.setdefault(path, {})[ending] = tensor
     for path, parts in joined.items():
+        modules = names.native_modules(path)[1]
+        rows = part_rows(model, modules)
         for ending, tensor in parts.items():
             if ending != FACTORS_A[0] and tensor.shape[0] != sum(rows):
                 raise InputError(
                     f"{folder}: {path}.{ending} has {tensor.shape[0]} rows, and the base's "
                     f"{sum(rows)}: it is for another base model"
                 )
-        modules = native_modules(path)[1]
         start, silent = 0, []
         for module, count in zip(modules, rows, strict=True):
             own = {
@@ -166,6 +182,7 @@ def _config(
     config: LoraConfig,
     tensors: Mapping[str, torch.Tensor],
     scalings: Mapping[str, float],
+    names: ModuleNames,
     model: PreTrainedModel,
 ) -> LoraConfig:
     """The configuration that says of transformers' modules what `config` says of the original."""
@@ -179,6 +196,7 @@ def _config(
         {path: _whole(scaling * ranks[path] ** power) for path, scaling in scalings.items()}
     )
     saved, tokens = config.modules_to_save, config.trainable_token_indices
+    renamed = names.native_names
     order = [name for name, _ in model.named_modules() if name in scalings]
     return dataclasses.replace(
         config,
@@ -190,8 +208,8 @@ def _config(
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=saved and [native for name in saved for native in native_names(name)],
-        trainable_token_indices={n: t for name, t in tokens.items() for n in native_names(name)}
+        modules_to_save=saved and [native for name in saved for native in renamed(name)],
+        trainable_token_indices={n: t for name, t in tokens.items() for n in renamed(name)}
         if isinstance(tokens, dict)
         else tokens,
         init_lora_weights=True,

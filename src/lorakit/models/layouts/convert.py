@@ -1,0 +1,88 @@
+"""A model in a foreign layout written in transformers' own, one tensor after the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from lorakit import atomic
+from lorakit.errors import InputError
+from lorakit.folder_lock import reserves
+from lorakit.models.layouts import layout_of
+from lorakit.models.layouts.layout import ForeignLayout, TensorSource, usual_dtype
+from lorakit.models.shards import WEIGHTS_NAME, new_shard, write_index
+from lorakit.progress import track
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: which model, how many tensors and parameters, and their usual dtype."""
+
+    output: str
+    kind: str
+    tensors: int
+    parameters: int
+    dtype: str
+
+
+@reserves("output")
+def convert(source: Path, output: str | Path) -> Converted:
+    """Writes the model in the foreign folder `source` to `output`, for plain transformers.
+
+    Every value keeps its dtype; memory is about the largest tensor's.
+
+    Raises:
+        InputError: the source is damaged or no such folder, or `output` exists.
+        LorakitError: the disk is full.
+    """
+    layout = layout_of(source)
+    if not isinstance(layout, ForeignLayout):
+        raise InputError(
+            f"{source} is no model in ChatGLM's original layout (model_type chatglm): transformers "
+            "reads it as it is"
+        )
+    config = layout.config()
+    with atomic.new_folder(output) as folder:
+        layout.write_companions(folder)
+        with layout.sources() as files:
+            names = _file_names(len(files))
+            shards = {n: _ordered(t) for n, t in zip(names, files.values(), strict=True)}
+            every = {name: one for tensors in shards.values() for name, one in tensors.items()}
+            for name, tensors in track(shards.items(), "converting files"):
+                _write(folder / name, tensors)
+            if len(shards) > 1:
+                write_index(
+                    folder,
+                    {f: {n: one.tensor for n, one in t.items()} for f, t in shards.items()},
+                )
+            dtype = usual_dtype(every)
+        form = transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__
+        layout.config(dtype=dtype, architectures=[form]).save_pretrained(folder)
+    return Converted(
+        str(output),
+        layout.kind,
+        len(every),
+        sum(math.prod(one.tensor.shape) for one in every.values()),
+        str(dtype).removeprefix("torch."),
+    )
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHTS_NAME]
+    stem = WEIGHTS_NAME.removesuffix(".safetensors")
+    return [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def _ordered(tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:
+    """Wide values first, so that each tensor begins at a multiple of its own values' size."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].tensor.dtype.itemsize))
+
+
+def _write(path: Path, tensors: dict[str, TensorSource]) -> None:
+    with new_shard(path, {name: one.tensor for name, one in tensors.items()}) as shard:
+        for name, one in tensors.items():
+            shard.write(name, one[...])
