@@ -11,6 +11,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from browsers import started_browser
+from small_runs import save_sums
 from tiny import make_attentive, save_tiny_model
 
 settings.register_profile("every change", max_examples=10, deadline=None)
@@ -57,10 +58,4 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """48 short sums, of different lengths."""
-    path = tmp_path / "rows.jsonl"
-    lines = [
-        f'{{"prompt": "{"what is " * (n % 4)}{n} + {n}?", "completion": "{2 * n}"}}'
-        for n in range(48)
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return save_sums(tmp_path / "rows.jsonl")

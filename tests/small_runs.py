@@ -8,6 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 
+def save_sums(path: Path) -> Path:
+    """48 short sums, of different lengths."""
+    lines = [
+        f'{{"prompt": "{"what is " * (n % 4)}{n} + {n}?", "completion": "{2 * n}"}}'
+        for n in range(48)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def recipe(model: Path, rows: Path, output: Path, **training: Any) -> dict[str, Any]:
     """Six steps, without sample answers: they take as long as the rest."""
     return {

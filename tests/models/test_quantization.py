@@ -144,6 +144,7 @@ def test_training_beside_a_quantised_base_is_training_beside_its_rounded_weights
     assert distance(*map(weights, found)) < 2e-3
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_goes_on_from_a_checkpoint_ends_in_the_same_bytes(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
@@ -157,6 +158,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_in_the_same_bytes(
     assert (folder / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.exhaustive
 def test_configurations_together_give_the_weights_of_their_solo_runs(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):

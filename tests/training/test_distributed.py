@@ -18,6 +18,7 @@ from lorakit.errors import InputError
 from lorakit.training.processes import process_count
 from lorakit.training.recipe import load_recipe
 from matrix import few
+from small_runs import save_sums
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ACCELERATE = (
@@ -157,14 +158,9 @@ def several(
     """The folder with what two processes trained in one launch, and the rows."""
     everything = "not exhaustive" not in request.config.option.markexpr
     folder = tmp_path_factory.mktemp("several")
-    rows = folder / "rows.jsonl"
-    lines = [
-        f'{{"prompt": "{"what is " * (n % 4)}{n} + {n}?", "completion": "{2 * n}"}}'
-        for n in range(48)
-    ]
-    rows.write_text("\n".join(lines) + "\n")
-    few = folder / "few.jsonl"
-    few.write_text(lines[0] + "\n")
+    rows = save_sums(folder / "rows.jsonl")
+    single = folder / "single.jsonl"
+    single.write_text(rows.read_text().splitlines()[0] + "\n")
 
     def two(name: str, lora: Any = (), data: Path = rows, **training: Any) -> dict[str, Any]:
         return recipe(tiny_model, data, folder / name, 2, lora, **training)
@@ -184,12 +180,14 @@ def several(
         (two("replicated", {"layer_replication": [[0, 2], [0, 2]]}, **FSDP), None),
         (two("first_version", fsdp=True, fsdp_config={"version": 1}), None),
     ]
-    one_row = two("one_row", data=few)
+    one_row = two("one_row", data=single)
     one_row["data"]["eval"] = 0
     packed = two("packed", max_steps=3, num_train_epochs=3, gradient_accumulation_steps=48)
     packed["data"] |= {"eval": 0, "packing": True, "max_length": 100}
     packed["training"]["per_device_train_batch_size"] = 4
-    runs += [(one_row, None), *([(packed, None)] if everything else [])]
+    runs.append((one_row, None))
+    if everything:
+        runs += [(packed, None), (two("ddp_killed", drops), "ddp_undisturbed")]
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
     done = launched(TORCHRUN, Path(__file__).with_name("several_runs.py"), listed)

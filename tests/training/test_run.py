@@ -21,7 +21,7 @@ from lorakit.data.masking import tokenize
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.loss import mean_loss
 from matrix import few
-from small_runs import recipe, weights
+from small_runs import recipe, save_sums, weights
 from tiny import byte_tokenizer
 
 
@@ -87,51 +87,60 @@ def test_the_losses_in_the_record_are_those_of_the_files(
     assert result.manifest.base_eval_loss == pytest.approx(base, rel=1e-5)
 
 
+PACKS = {"packing": True, "max_length": 100}
+WHOLE = {"share_prefixes": False}
+DIVIDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # keys of `data` and of `training`, where they are not those of all rows in one line
+    "lines": (WHOLE, {"per_device_train_batch_size": 4}),
+    "single": ({}, {"per_device_train_batch_size": 1}),
+    "behind prefixes": ({}, {}),
+    "fours behind prefixes": ({}, {"per_device_train_batch_size": 4}),
+    "padded": ({"padding_free": False}, {}),
+    "pads": ({"padding_free": False}, {"per_device_train_batch_size": 4}),
+    "packed": (
+        PACKS | WHOLE,
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 48},
+    ),
+    "checkpointed": (WHOLE, {"gradient_checkpointing": True}),
+}
+
+
+def undivided(model: Path, rows: Path, folder: Path, data: Any, **training: Any) -> Any:
+    """Two steps of all rows in float64."""
+    everything = len(rows.read_text().splitlines())
+    size = training.setdefault("per_device_train_batch_size", everything)
+    training.setdefault("gradient_accumulation_steps", everything // size)
+    training |= {"eval_strategy": "no", "max_steps": 2, "num_train_epochs": 2}
+    training["label_smoothing_factor"] = 0.1
+    values = recipe(model, rows, folder, **training) | {"dtype": "float64"}
+    values["data"] |= {"eval": 0} | data
+    return lorakit.train(values, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def in_one_line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Rows, and the run whose steps take all of them in one line."""
+    folder = tmp_path_factory.mktemp("line")
+    rows = save_sums(folder / "rows.jsonl")
+    return rows, undivided(tiny_model, rows, folder / "run", WHOLE)
+
+
+@pytest.mark.parametrize(
+    "name", few(list(DIVIDED), "fours behind prefixes", "pads", "packed", "checkpointed")
+)
 def test_however_a_step_is_divided_into_batches_it_is_the_same_step(
-    tiny_model: Path, rows: Path, tmp_path: Path
+    name: str, in_one_line: Any, tiny_model: Path, tmp_path: Path
 ):
     """All rows in each step: in one line or padded, one by one, packed, behind shared prefixes."""
-    _, tokenizer = lorakit.load_model(tiny_model)
-    lengths = [len(tokenize(sample, tokenizer, 1024)) for sample in load_samples(rows)]
-    everything = len(lengths)
-
-    def values(name: str, data: dict[str, Any], **training: Any) -> dict[str, Any]:
-        training |= {"eval_strategy": "no", "max_steps": 3, "num_train_epochs": 3}
-        training["label_smoothing_factor"] = 0.1
-        made = recipe(tiny_model, rows, tmp_path / name, **training)
-        made["dtype"] = "float64"
-        made["data"] |= {"eval": 0} | data
-        return made
-
-    def batches(size: int) -> dict[str, int]:
-        return {
-            "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": everything // size,
-        }
-
-    packs = {"packing": True, "max_length": 100}
-    whole = {"share_prefixes": False}
-    runs = [
-        values("line", whole, **batches(everything)),
-        values("lines", whole, **batches(4)),
-        values("single", {}, **batches(1)),
-        values("behind prefixes", {}, **batches(everything)),
-        values("fours behind prefixes", {}, **batches(4)),
-        values("padded", {"padding_free": False}, **batches(everything)),
-        values("pads", {"padding_free": False}, **batches(4)),
-        values(
-            "packed", packs | whole, per_device_train_batch_size=3, gradient_accumulation_steps=48
-        ),
-        values("checkpointed", whole, gradient_checkpointing=True, **batches(everything)),
-    ]
-    results = [lorakit.train(made) for made in runs]
-    assert len({result.manifest.train_tokens for result in results}) == 1
-    first, *others = [weights(result.output_dir) for result in results]
-    for made, other in zip(runs[1:], others, strict=True):
-        # Norms round to float32, which Adam makes larger where a gradient is next to nothing.
-        close = 1e-7 if "prefixes" in made["output_dir"] else 1e-9
-        for name, tensor in first.items():
-            assert (tensor - other[name]).abs().max() < close, (made["output_dir"], name)
+    rows, whole = in_one_line
+    data, training = DIVIDED[name]
+    result = undivided(tiny_model, rows, tmp_path / "run", data, **training)
+    assert result.manifest.train_tokens == whole.manifest.train_tokens
+    # Norms round to float32, which Adam makes larger where a gradient is next to nothing.
+    close = 1e-7 if "prefixes" in name else 1e-9
+    found = weights(result.output_dir)
+    for key, tensor in weights(whole.output_dir).items():
+        assert (tensor - found[key]).abs().max() < close, key
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
