@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 import lorakit
 from lorakit import LoraLinear
 from lorakit.errors import InputError
-from lorakit.training.loraplus import over_loraplus_groups
+from lorakit.training.schedule import over_loraplus_groups
 from small_runs import recipe, weights
 
 

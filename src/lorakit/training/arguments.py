@@ -35,7 +35,7 @@ class Argument:
 def _read() -> dict[str, Argument]:
     text = (files(__package__) / "arguments.toml").read_text(encoding="utf-8")
     return {
-        name: Argument(treatment, *note[:1], inert=tuple(note[1:]))
+        name: Argument(treatment, note[0] if note else "", tuple(note[1:]))
         for name, (treatment, *note) in tomllib.loads(text).items()
     }
 

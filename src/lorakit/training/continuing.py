@@ -1,4 +1,4 @@
-"""What `--continue` makes of every recipe key that has another value: the one table of them.
+"""Whether and how a run is resumed, and what `--continue` makes of a recipe key that has changed.
 
 A change takes effect from the step at which the run goes on, or is refused by name, or changes
 nothing of the adapter. A key that the table lacks is refused until it is placed.
@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.errors import InputError, listed
+from lorakit.training.checkpoints import Found, read_seal
 from lorakit.training.differences import Difference
+from lorakit.training.position import place_at, planned_steps
+
+if TYPE_CHECKING:
+    from lorakit.training.setup import Setup
 
 Effect = Literal["effect", "refused", "without effect"]
 
@@ -38,131 +43,69 @@ def _refused(why: str) -> Change:
     return Change("refused", why)
 
 
-_SHAPE = _refused("it decides which tensors the adapter has")
-_BEGAN = _refused("it decides how the adapter began")
-_BASE = _refused("the adapter belongs to its base model")
-_SEED = _refused("it has decided how the adapter began, or which rows are held out")
+_TABLE: Mapping[Change, Mapping[str, str]] = {
+    _TAKES_EFFECT: {
+        "": "dtype quantization early_stopping_patience processes template data",
+        "data.": "train eval max_length too_long columns limit padding_free share_prefixes packing",
+        "lora.": "lora_alpha lora_dropout use_rslora alpha_pattern",
+        "training.": """
+            num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+            learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+            optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+            max_grad_norm loraplus_lr_ratio label_smoothing_factor neftune_noise_alpha
+            eval_strategy eval_steps eval_delay
+            load_best_model_at_end metric_for_best_model greater_is_better
+            tf32 use_cpu full_determinism fsdp fsdp_config
+        """,
+    },
+    _WITHOUT: {
+        "": "compile samples output_dir",
+        "lora.": "runtime_config auto_mapping peft_version",
+        "training.": """
+            eval_on_start per_device_eval_batch_size
+            activation_checkpointing activation_checkpointing_kwargs
+            gradient_checkpointing gradient_checkpointing_kwargs torch_empty_cache_steps
+            logging_strategy logging_steps logging_first_step
+            log_level log_level_replica log_on_each_node report_to run_name project
+            trackio_space_id trackio_bucket_id trackio_static_space_id
+            save_strategy save_steps save_total_limit save_only_model
+            dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
+            dataloader_persistent_workers dataloader_multiprocessing_context
+            ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+            ddp_static_graph ddp_backend ddp_timeout
+        """,
+    },
+    _refused("the adapter belongs to its base model"): {"": "model base"},
+    _refused("it decides what is learned"): {"": "objective"},
+    _refused("it has decided how the adapter began, or which rows are held out"): {
+        "data.": "seed",
+        "training.": "seed",
+    },
+    _refused("it decides the shapes of the adapter's tensors (see lorakit resize)"): {"lora.": "r"},
+    _refused("it decides which tensors the adapter has"): {
+        "lora.": """
+            peft_type target_modules exclude_modules fan_in_fan_out bias modules_to_save
+            layers_to_transform layers_pattern rank_pattern task_type use_dora lora_bias
+            trainable_token_indices target_parameters layer_replication ensure_weight_tying
+        """,
+    },
+    _refused("it decides how the adapter began"): {
+        "lora.": "init_lora_weights loftq_config eva_config corda_config lora_ga_config",
+    },
+    _refused("lorakit does not have this method"): {
+        "lora.": """
+            megatron_config megatron_core use_qalora qalora_group_size alora_invocation_tokens
+            arrow_config use_bdlora velora_config monteclora_config kasa_config
+        """,
+    },
+    _refused("its checkpoints have a form of their own"): {"training.": "deepspeed"},
+}
 
 CHANGES: Mapping[str, Change] = {
-    # --- what the run is of
-    "model": _BASE,
-    "base": _BASE,  # its weights
-    "dtype": _TAKES_EFFECT,
-    "quantization": _TAKES_EFFECT,
-    "compile": _WITHOUT,
-    "samples": _WITHOUT,
-    "output_dir": _WITHOUT,
-    "early_stopping_patience": _TAKES_EFFECT,
-    "processes": _TAKES_EFFECT,
-    "template": _TAKES_EFFECT,  # the chat template
-    # --- rows
-    "data": _TAKES_EFFECT,  # what the files hold
-    "data.train": _TAKES_EFFECT,
-    "data.eval": _TAKES_EFFECT,
-    "data.max_length": _TAKES_EFFECT,
-    "data.too_long": _TAKES_EFFECT,
-    "data.columns": _TAKES_EFFECT,
-    "data.limit": _TAKES_EFFECT,
-    "data.seed": _SEED,
-    "data.padding_free": _TAKES_EFFECT,
-    "data.share_prefixes": _TAKES_EFFECT,
-    "data.packing": _TAKES_EFFECT,
-    # --- the adapter
-    "objective": _TAKES_EFFECT,
-    "lora.peft_type": _SHAPE,
-    "lora.r": _refused("it decides the shapes of the adapter's tensors (see lorakit resize)"),
-    "lora.target_modules": _SHAPE,
-    "lora.exclude_modules": _SHAPE,
-    "lora.lora_alpha": _TAKES_EFFECT,
-    "lora.lora_dropout": _TAKES_EFFECT,
-    "lora.fan_in_fan_out": _SHAPE,
-    "lora.bias": _SHAPE,
-    "lora.use_rslora": _TAKES_EFFECT,
-    "lora.modules_to_save": _SHAPE,
-    "lora.init_lora_weights": _BEGAN,
-    "lora.layers_to_transform": _SHAPE,
-    "lora.layers_pattern": _SHAPE,
-    "lora.rank_pattern": _SHAPE,
-    "lora.alpha_pattern": _TAKES_EFFECT,
-    "lora.task_type": _SHAPE,
-    "lora.use_dora": _SHAPE,
-    "lora.lora_bias": _SHAPE,
-    "lora.trainable_token_indices": _SHAPE,
-    "lora.target_parameters": _SHAPE,
-    "lora.layer_replication": _SHAPE,
-    "lora.ensure_weight_tying": _SHAPE,
-    "lora.loftq_config": _BEGAN,
-    "lora.eva_config": _BEGAN,
-    "lora.corda_config": _BEGAN,
-    "lora.lora_ga_config": _BEGAN,
-    "lora.runtime_config": _WITHOUT,
-    "lora.auto_mapping": _WITHOUT,
-    "lora.peft_version": _WITHOUT,
-    **{
-        f"lora.{name}": _refused("lorakit does not have this method")
-        for name in (
-            *("megatron_config", "megatron_core", "use_qalora", "qalora_group_size"),
-            *("alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config"),
-            *("monteclora_config", "kasa_config"),
-        )
-    },
-    # --- duration and batches
-    "training.num_train_epochs": _TAKES_EFFECT,
-    "training.max_steps": _TAKES_EFFECT,
-    "training.per_device_train_batch_size": _TAKES_EFFECT,
-    "training.gradient_accumulation_steps": _TAKES_EFFECT,
-    # --- schedule and optimiser
-    "training.learning_rate": _TAKES_EFFECT,
-    "training.lr_scheduler_type": _TAKES_EFFECT,
-    "training.lr_scheduler_kwargs": _TAKES_EFFECT,
-    "training.warmup_steps": _TAKES_EFFECT,
-    "training.optim": _TAKES_EFFECT,
-    "training.optim_args": _TAKES_EFFECT,
-    "training.weight_decay": _TAKES_EFFECT,
-    "training.adam_beta1": _TAKES_EFFECT,
-    "training.adam_beta2": _TAKES_EFFECT,
-    "training.adam_epsilon": _TAKES_EFFECT,
-    "training.max_grad_norm": _TAKES_EFFECT,
-    "training.loraplus_lr_ratio": _TAKES_EFFECT,
-    # --- the loss and the model's input
-    "training.label_smoothing_factor": _TAKES_EFFECT,
-    "training.neftune_noise_alpha": _TAKES_EFFECT,
-    "training.seed": _SEED,
-    # --- which weights are left
-    "training.eval_strategy": _TAKES_EFFECT,
-    "training.eval_steps": _TAKES_EFFECT,
-    "training.eval_delay": _TAKES_EFFECT,
-    "training.eval_on_start": _WITHOUT,
-    "training.load_best_model_at_end": _TAKES_EFFECT,
-    "training.metric_for_best_model": _TAKES_EFFECT,
-    "training.greater_is_better": _TAKES_EFFECT,
-    # --- where it is computed
-    "training.tf32": _TAKES_EFFECT,
-    "training.use_cpu": _TAKES_EFFECT,
-    "training.full_determinism": _TAKES_EFFECT,
-    "training.fsdp": _TAKES_EFFECT,
-    "training.fsdp_config": _TAKES_EFFECT,
-    "training.deepspeed": _refused("its checkpoints have a form of their own"),
-    **{
-        f"training.{name}": _WITHOUT
-        for name in (
-            "per_device_eval_batch_size",
-            "activation_checkpointing",
-            "activation_checkpointing_kwargs",
-            "gradient_checkpointing",
-            "gradient_checkpointing_kwargs",
-            "torch_empty_cache_steps",
-            *("logging_strategy", "logging_steps", "logging_first_step"),
-            *("log_level", "log_level_replica", "log_on_each_node"),
-            *("report_to", "run_name", "project"),
-            *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-            *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
-            *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-            *("dataloader_persistent_workers", "dataloader_multiprocessing_context"),
-            *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-            *("ddp_static_graph", "ddp_backend", "ddp_timeout"),
-        )
-    },
+    f"{section}{name}": change
+    for change, sections in _TABLE.items()
+    for section, names in sections.items()
+    for name in names.split()
 }
 """By key; `data`, `base`, `template` and `processes` are no recipe keys, but decide a run too."""
 
@@ -276,3 +219,76 @@ def _misfit(change: Difference, recipe: Mapping[str, Any]) -> str | None:
 def _named(key: str) -> str:
     two = ".".join(key.split(".")[:2])
     return two if two in CHANGES else key.split(".")[0]
+
+
+def check_going_on(
+    setup: Setup, found: Found, changes: Sequence[Difference], *, finished: bool
+) -> list[str]:
+    """What a user should know of how a run goes on.
+
+    Args:
+        found: what it goes on from.
+        changes: since it was written.
+        finished: the run had come to its end.
+
+    Raises:
+        InputError: it cannot go on from there, or not with these changes.
+    """
+    folder = Path(setup.recipe.output_dir)
+    refuse(changes, setup.recipe.to_dict(), folder)
+    if found.checkpoint is None:
+        if found.damaged:
+            raise InputError(
+                f"none of the checkpoints in {folder} can be used: {listed(found.damaged, 4)}. "
+                "Remove them to start anew with the same command, or give another folder"
+            )
+        if finished and changes:
+            raise InputError(
+                f"{folder} holds a finished run without a checkpoint (training.save_strategy=no): "
+                "there is nothing to continue from; give another folder"
+            )
+        return []
+    world = setup.arguments.world_size
+    batches = len(setup.batching.train_batches(setup.data.train, setup.arguments, epoch=0))
+    place = place_at(found.checkpoint, setup.arguments, batches)
+    steps = planned_steps(setup.arguments, batches, place)
+    cure = (
+        "raise training.max_steps"
+        if setup.arguments.max_steps > 0
+        else ("raise training.num_train_epochs")
+    )
+    if found.step > steps:
+        raise InputError(
+            f"the run in {folder} stands at step {found.step}, behind its end at step {steps} as "
+            f"the recipe is now: {cure}, or give another folder"
+        )
+    idle = needs_steps(change.key for change in changes)
+    if found.step == steps and idle:
+        raise InputError(
+            f"the run in {folder} stands at its last step, {steps}, and no step is left in which "
+            f"{listed(idle, 4)} would take effect: {cure}, or give another folder"
+        )
+    keys = [change.key for change in changes]
+    said = notices(keys, setup.recipe.to_dict())
+    if place.batches and changes_batches(keys):
+        said.append(
+            f"epoch {place.epoch + 1} goes on at {place.batches * world / batches:.0%} in other "
+            "batches: where its rows are in another order now, some come twice or not at all in it"
+        )
+    return said
+
+
+def not_taken_over(found: Found, *, accept_changes: bool) -> list[str]:
+    """What a checkpoint lacks that an undisturbed run has; an error unless that is accepted."""
+    if found.checkpoint is None or read_seal(found.checkpoint)["optimizer"] is not None:
+        return []
+    lacking = (
+        f"{found.checkpoint.name} was saved without the state of optimiser and random numbers "
+        "(training.save_only_model)"
+    )
+    if not accept_changes:
+        raise InputError(
+            f"{lacking}: --resume cannot go on to what an undisturbed run gives; --continue goes "
+            "on with new moments, at the same step of the schedule"
+        )
+    return [lacking]

@@ -226,6 +226,8 @@ class Recipe(_Strict):
                 )
             if wanted != "CAUSAL_LM":
                 self.lora = {**self.lora, "task_type": wanted}
+            if self.objective == default_objective(wanted).to_dict():
+                self.objective = None  # as where a recipe does not say
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()

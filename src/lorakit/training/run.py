@@ -37,7 +37,7 @@ from lorakit.objectives.registry import registered
 from lorakit.progress import showing
 from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
-from lorakit.training.continuing import changes_evaluation
+from lorakit.training.continuing import changes_evaluation, check_going_on, not_taken_over
 from lorakit.training.differences import run_identity
 from lorakit.training.early_stopping import EarlyStopping, stopped_before
 from lorakit.training.forecast import forecast
@@ -59,7 +59,6 @@ from lorakit.training.processes import join, require_same_view
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import Recorder
-from lorakit.training.resuming import check_going_on, not_taken_over
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines

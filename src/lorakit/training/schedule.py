@@ -1,4 +1,4 @@
-"""The learning rate of every step: transformers' schedules, with a warm-up that begins above 0.
+"""The learning rate of every step, with a warm-up that begins above 0, and of `B` in LoRA+.
 
 transformers gives step k of a warm-up over w steps k / w of the rate, so that the first step of a
 run changes nothing. Here it has (k + 1) / w, and from the end of the warm-up on the schedule is
@@ -12,10 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from lorakit.errors import InputError
+from lorakit.lora.optimizers import loraplus_groups
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
@@ -109,3 +112,25 @@ def _rates(scheduler: Any, steps: int) -> list[float]:
     [factor], [base] = scheduler.lr_lambdas, scheduler.base_lrs
     looked_at = range(0, steps, -(-steps // _LOOKED_AT))
     return [float(base) * factor(step) for step in looked_at]
+
+
+def over_loraplus_groups(
+    model: nn.Module, args: TrainingArguments, ratio: float, kind: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """An optimiser's class and its arguments, with parameters in the groups of LoRA+.
+
+    Args:
+        ratio: how many times faster `B` learns than `A`.
+        kind, options: as Trainer chose them.
+
+    Raises:
+        InputError: the optimiser divides the parameters itself.
+    """
+    if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & options.keys():
+        name = getattr(args.optim, "value", args.optim)
+        raise InputError(
+            f"training.loraplus_lr_ratio does not go with training.optim={name}, which divides "
+            "the parameters itself: leave one of them out"
+        )
+    groups = loraplus_groups(model, args.learning_rate, ratio, args.weight_decay)
+    return kind, {**options, "params": [group for group in groups if group["params"]]}

@@ -68,9 +68,8 @@ def warn_of_unchanged(start: Start, model: nn.Module, step: int, lines: StepLine
             "No gradient has reached them: leave them out of lora.target_modules, or train longer "
             "where they are experts.",
         )
-    name = {"step": step, "warning": warned.name}
     if not any(line.get("warning") == warned.name for line in lines.read()):
-        lines.append({**name, "message": warned.message, "cure": warned.cure})
+        lines.append(warned.to_dict())
     yield warned.line
 
 

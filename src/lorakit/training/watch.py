@@ -39,6 +39,11 @@ class Warned:
         """The warning as one line."""
         return f"warning, step {self.step}: {self.message}. {self.cure}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its line in `metrics.jsonl`."""
+        found = {"step": self.step, "warning": self.name}
+        return {**found, "message": self.message, "cure": self.cure}
+
 
 class Watch(TrainerCallback):
     """Measures the adapter on every logged step and looks for what goes wrong.
@@ -121,8 +126,7 @@ class Watch(TrainerCallback):
         for warned in warnings:
             if warned.name not in self.warned:
                 self.warned[warned.name] = warned
-                line = {"step": warned.step, "warning": warned.name}
-                self.lines.append({**line, "message": warned.message, "cure": warned.cure})
+                self.lines.append(warned.to_dict())
                 self.say(warned.line)
 
 
