@@ -61,7 +61,7 @@ def scaled_model(tiny_model: Path, tmp_path: Path) -> Iterator[Path]:
     AutoConfig.register("scaled_llama", ScaledConfig, exist_ok=True)
     AutoModelForCausalLM.register(ScaledConfig, ScaledLlama, exist_ok=True)
     before = list(layers._KINDS)
-    register_layer((Scaled,), LoraScaled)
+    register_layer(LoraScaled, Scaled)
     values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
     folder = tmp_path / "scaled"
     shutil.copytree(tiny_model, folder)

@@ -1,4 +1,4 @@
-"""What is known of base models' modules, whatever is done with them."""
+"""Facts about base models: their embeddings, heads, attention and experts, without adapters."""
 
 from typing import Any
 

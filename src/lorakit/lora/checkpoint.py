@@ -32,7 +32,7 @@ _ANOTHER = "is an adapter for another base model"
 
 
 class LoadResult(NamedTuple):
-    """What did not fit, as `torch.nn.Module.load_state_dict` says it."""
+    """The keys that did not fit, as `torch.nn.Module.load_state_dict` returns them."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -202,7 +202,7 @@ def load_initial(
     done that already.
 
     Raises:
-        InputError: they cannot be had again, or are for another model.
+        InputError: they cannot be computed again, or are for another model.
     """
     if not initial:
         if config.init.kind.subtracted and not config.init.kind.repeatable:
@@ -250,7 +250,7 @@ def load_tensors(
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Raises InputError unless all values of the adapter in `folder` are numbers."""
+    """Raises InputError if the adapter in `folder` holds NaN or Inf."""
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {key} holds values that are not finite")
@@ -262,7 +262,7 @@ def same_values(copied: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 def _misfit(own: Shapes, theirs: Shapes) -> str:
-    """What is wrong with an adapter, as the rest of a sentence that begins with its folder.
+    """Why an adapter does not fit, as the rest of a sentence that begins with its folder.
 
     Args:
         own: what the model with the adapter's configuration needs.

@@ -318,4 +318,4 @@ METHODS = (
     *_SPARSE,
     *(f"{name}_svd" for name in _SPARSE),
 )
-"""What `combine` knows."""
+"""The methods of `combine`."""

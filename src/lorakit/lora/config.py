@@ -63,16 +63,16 @@ class LoraConfig(CarriedFields):
         layers_pattern: the name of the list that holds the layers, when it cannot be guessed.
         rank_pattern, alpha_pattern: `r` and `lora_alpha` for single modules, by suffix or
             regular expression.
-        use_dora: train the length of every output's weight apart (Liu et al. 2024,
-            arXiv:2402.09353).
+        use_dora: train the magnitude of every output's weight apart from its direction (Liu et
+            al. 2024, arXiv:2402.09353).
         lora_bias: give `B` a bias.
         target_parameters: paths of parameters that are adapted themselves, such as the experts
             of a mixture, (experts, d_in, d_out).
-        trainable_token_indices: numbers of tokens whose embeddings are trained, or these by the
+        trainable_token_indices: ids of tokens whose embeddings are trained, or a list of them by
             embedding's name.
         layer_replication: ranges [from, to) of layers that the model is built from anew, with
             the weights shared and an adapter for each.
-        ensure_weight_tying: what is done to an embedding is done to the head tied to it too.
+        ensure_weight_tying: a head that is tied to an adapted embedding is adapted with it.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of these initialisations,
             as in PEFT; a dictionary becomes an `EvaConfig` and so on.
         runtime_config: as in PEFT; never saved.
@@ -158,11 +158,10 @@ class LoraConfig(CarriedFields):
         if self.bias not in ("none", "all", "lora_only"):
             raise InputError(f"bias must be none, all or lora_only, not {self.bias!r}")
         find(self.init_lora_weights)
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(name, getattr(self, name), or_text=True)
         for name in ("modules_to_save", "target_parameters"):
             _check_names(name, getattr(self, name), or_text=False)
-        _check_names("layers_pattern", self.layers_pattern, or_text=True)
         _check_layers(self.layers_to_transform)
         _check_tokens(self.trainable_token_indices)
         if not isinstance(self.base_model_name_or_path, (str, Path, NoneType)):
@@ -215,7 +214,7 @@ class LoraConfig(CarriedFields):
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, module_name: str) -> float:
-        """What `B A` is multiplied by at this path: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA)."""
+        """The factor before `B A` at this path: `alpha / r`, or `alpha / sqrt(r)` (rsLoRA)."""
         r, alpha = self.rank_for(module_name), self.alpha_for(module_name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 

@@ -1,4 +1,4 @@
-"""An adapter's module names in the words of the model at hand.
+"""An adapter's module names, translated to those of the model that it is loaded into.
 
 Models get other names over time and in other wrappings: a language model alone or inside one for
 pictures, the body alone or with its head. Where every name of an adapter means one module of the
@@ -111,7 +111,7 @@ def _expert_parent(path: str) -> str | None:
 def _by_transformers(
     model: nn.Module, paths: Iterable[str], there: Collection[str]
 ) -> dict[str, str]:
-    """What transformers takes older names for when it loads the model's weights."""
+    """The names to which transformers maps older ones when it loads the model's weights."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

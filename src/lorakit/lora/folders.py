@@ -104,7 +104,7 @@ def write_card(directory: str | Path, base: nn.Module) -> None:
 
 
 def initial_factors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
-    """The factors that adapter `name` started from, where they are taken off its update."""
+    """The initial factors of adapter `name`, where they are subtracted from its update."""
     return {
         f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
         for path, layer in wrapped_modules(bank.get_base_model())

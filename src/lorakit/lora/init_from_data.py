@@ -1,8 +1,7 @@
 """First values of an adapter that come from data, put where the layers find them.
 
 `start_from_data` serves every initialisation that takes something from data; the others are PEFT's
-functions, with PEFT's arguments. What looks at the data, and what makes factors of it, is in
-`init/`.
+functions, with PEFT's arguments. The methods themselves are in `init/`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def start_from_data(
         batches: dictionaries as the model takes them; not looked at where no data is needed.
         run: runs the model on a batch, and returns its loss.
 
-    Returns: `config`, with other ranks where the initialisation deals them out anew.
+    Returns: `config`, with other ranks where the initialisation redistributes them.
 
     Raises:
         InputError: no target is linear, or the data gives no factors.
@@ -175,7 +174,7 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     show_progress_bar: bool = False,
 ) -> None:
-    """Starts an adapter with `init_lora_weights="eva"` from data, and deals its ranks out anew.
+    """Starts an adapter with `init_lora_weights="eva"` from data, and redistributes its ranks.
 
     The configuration's `rank_pattern`, `alpha_pattern` and `target_modules` say afterwards what
     each layer got; a layer of rank 0 has no adapter any more.

@@ -85,8 +85,8 @@ def inject(
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
     """All wrapped modules of `model`, with the paths that they had before they were wrapped.
 
-    What is inside another wrapped module has `base_layer` in its path, as in PEFT's files; what
-    FSDP and `torch.compile` put around modules does not count.
+    A module inside another wrapped one has `base_layer` in its path, as in PEFT's files; the
+    wrappers of FSDP and `torch.compile` are left out.
     """
     for name, module in model.named_modules():
         if isinstance(module, Wrapped):

@@ -1,8 +1,8 @@
 """Names of an adapter's tensors as other programs save them, made PEFT's.
 
 Wrappers around a model (DDP, FSDP, `torch.compile`) leave their own parts in every name, and a
-plain `state_dict()` has the adapter's name in each, beside all weights of the base. Which module
-of the model at hand a name means is `fitting.py`'s.
+plain `state_dict()` has the adapter's name in each, beside all weights of the base. `fitting.py`
+finds the module of a model that a name means.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where an adapter's folder is: on this machine, or on the hub, from and to which it is copied.
 
-What a folder holds is `checkpoint.py`'s; here are the names of its files, and the keyword arguments
-that scripts pass to PEFT's loaders and savers. PEFT takes any word there, and a misspelt one is
-lost; here each is honoured, or taken because PEFT does nothing with it either, or refused.
+`checkpoint.py` reads and writes the folder; here are the names of its files, and the keyword
+arguments that scripts pass to PEFT's loaders and savers. PEFT takes any word there, and a misspelt
+one is lost; here each is honoured, or taken because PEFT does nothing with it either, or refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.errors import InputError, did_you_mean
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-"""What PEFT wrote before it wrote safetensors; it is read and never written."""
+"""PEFT's file before it wrote safetensors; it is read and never written."""
 INITIAL_NAME = "initial_factors.safetensors"
 """The factors that PiSSA and OLoRA started from, which PEFT's files do not have."""
 
@@ -93,7 +93,7 @@ def upload(
 
 
 def hub_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the further keyword arguments of a loader is for the hub.
+    """Those of a loader's further keyword arguments that are for the hub.
 
     Args:
         function: the loader, for the message.

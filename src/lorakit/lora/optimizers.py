@@ -22,7 +22,7 @@ def loraplus_groups(
 
     Every trainable parameter is in one group: `A` and whatever else at `lr`, `B` at
     `loraplus_lr_ratio * lr`, embeddings' adapters at `loraplus_lr_embedding`; vectors (biases,
-    DoRA's lengths) go with `B`, without weight decay.
+    DoRA's magnitudes) go with `B`, without weight decay.
 
     Raises:
         InputError: nothing in `model` is trainable.

@@ -1,4 +1,4 @@
-"""What `adapter_config.json` holds beside LoRA's own fields, and values as other tools write them.
+"""Fields of `adapter_config.json` beside LoRA's own, and values as other tools write them.
 
 PEFT's fields for methods that lorakit does not have are written as PEFT writes them, refused when
 they are active, and named in a warning when they are set and would have no effect. Numbers come as
@@ -71,7 +71,7 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """What the model is for, in PEFT's words."""
+    """The tasks of models, under PEFT's names."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

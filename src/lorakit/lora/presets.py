@@ -1,8 +1,8 @@
 """The presets of `target_modules` (`attention-minimal`, `attention`, `all-linear`), fused layers.
 
 They are found by what modules are called and where they stand, so that fused and renamed
-projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too. What a preset leaves out of a
-model, and why, is told beside what it finds.
+projections (`c_attn`, `query_key_value`, `qkv_proj`) are found too. Notices name what a
+preset leaves out of a model, and why.
 """
 
 import warnings
@@ -21,7 +21,7 @@ FUSED = {
 }
 """The name of the one layer, and those of its parts in most models."""
 
-# What the projections of attention are called, by the families of transformers.
+# The names of the projections of attention in transformers' models.
 _FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj"})
 _QUERY = frozenset({"q_proj", "query", "q_lin", "query_proj", "q", "q_attn", "to_q", "wq"})
 _KEY = frozenset({"k_proj", "key", "k_lin", "key_proj", "k", "to_k", "wk"})
@@ -37,14 +37,14 @@ _ATTENTION = _MINIMAL | _KEY | _OUTPUT
 
 @dataclass(frozen=True)
 class PresetTargets:
-    """The paths of the modules that a preset means, and what it left out, for the user to know."""
+    """The paths of the modules that a preset means, and notices of what it left out."""
 
     names: list[str]
     notices: list[str]
 
 
 def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTargets:
-    """What `preset` means in `model`.
+    """The modules that `preset` means in `model`.
 
     Args:
         linear: the paths of its linear modules without its head.
@@ -91,7 +91,7 @@ def _in_attention(name: str) -> bool:
 def fused_targets(model: nn.Module, targets: list[str]) -> list[str]:
     """`targets` with the layer's own name in the place of all its parts, where it has them in one.
 
-    A part alone is left as it is: it matches nothing, and whoever resolves it says so.
+    A part alone is left as it is: it matches nothing, which is an error later.
     """
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for whole, parts in FUSED.items():

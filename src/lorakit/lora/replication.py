@@ -19,7 +19,7 @@ _NAMES = ("layers", "layer", "h", "blocks")
 
 @dataclass
 class Replication:
-    """What was done to a model, so that it can be undone; nothing when `ranges` is None."""
+    """A replication that can be undone; none when `ranges` is None."""
 
     ranges: list[list[int]] | None = None
     model: Any = None

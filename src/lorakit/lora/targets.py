@@ -1,7 +1,7 @@
-"""From `target_modules` to the modules of the model at hand, and back.
+"""From `target_modules` to the modules of a model, and back.
 
-Names and regular expressions match as in PEFT; presets are in `presets.py`. What matches nothing is
-an error. What is written back must mean the same to readers that know no presets.
+Names and regular expressions match as in PEFT; presets are in `presets.py`. A target without a
+match is an error. What is written back means the same to readers that know no presets.
 """
 
 import re
@@ -230,7 +230,7 @@ def tied_embedding(model: nn.Module, path: str) -> str:
 
 
 def warn_of_ties(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> None:
-    """Warns where only some of the modules that share a weight are adapted, and of a vain wish."""
+    """Warns where only some modules that share a weight are adapted, or tying has no effect."""
     ties = _ties(model)
     adapted = [path for path in paths if path in ties]
     if adapted and not config.ensure_weight_tying:

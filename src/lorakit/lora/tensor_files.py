@@ -61,7 +61,7 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """What the reader met; its own advice is to read the file without care."""
+    """What the reader found, without its advice to read the file unsafely."""
     words = " ".join(str(error).split()).partition(" Check the documentation")[0]
     _, found, rest = words.partition("WeightsUnpickler error:")
     return (rest if found else words).strip()[:120] or type(error).__name__

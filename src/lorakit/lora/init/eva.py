@@ -124,8 +124,8 @@ def eva(
     model: nn.Module | None = None,
     max_passes: int = 20,
 ) -> dict[str, torch.Tensor]:
-    """`A` along the main directions of each module's inputs, ranks dealt out where they explain
-    most (EVA, Paischer et al. 2024, arXiv:2410.07170). `B` starts at zero.
+    """`A` along the main directions of each module's inputs, with ranks distributed where they
+    explain most (EVA, Paischer et al. 2024, arXiv:2410.07170). `B` starts at zero.
 
     Modules that are given one and the same tensor (query, key, value) share a decomposition.
 
@@ -134,7 +134,7 @@ def eva(
         batches: gone over until the components in use have settled (once, if an iterator). Of
             dictionaries, `attention_mask` and `labels` say which tokens count.
         run: runs the model on one batch.
-        ranks: each module's rank before they are dealt out anew.
+        ranks: each module's rank before they are redistributed.
         model: put into evaluation mode meanwhile; None leaves the mode to the caller.
         max_passes: over the batches, at most; a warning names what has not settled by then.
 

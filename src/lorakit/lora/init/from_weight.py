@@ -57,7 +57,7 @@ def olora(W: torch.Tensor, r: int) -> Pair:
 def orthogonal(d_in: int, d_out: int, r: int) -> Pair:
     """Random factors, neither of them zero, whose product is zero.
 
-    The rows of one random orthogonal matrix `Q` (r, r) are dealt out in turn: `A` mixes the first,
+    The rows of one random orthogonal matrix `Q` (r, r) alternate: `A` mixes the first,
     third, … and `B` the others, so that `B A = 0`
     (https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation).
 

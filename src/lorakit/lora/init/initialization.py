@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class InitSite:
-    """What an initialisation knows of the layer whose factors it makes.
+    """One layer, as an initialisation sees it that makes its factors.
 
     Attributes:
         A, B: the adapter's parameters, for their shape, dtype and device: (r, d_in, …) and

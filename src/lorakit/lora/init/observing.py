@@ -1,6 +1,6 @@
-"""What initialisations from data see of a model that runs over batches, and leave as it was.
+"""A model's inputs and gradients over batches, for initialisations from data.
 
-The inputs of its modules, the gradients of their weights, and which tokens of a batch count.
+The model is left as it was.
 """
 
 from collections import Counter
@@ -100,7 +100,7 @@ def leaders_of(modules: Modules, run: Run, batch: Any) -> dict[str, str]:
 
     with observed(modules, see):
         run(batch)
-    # What runs several times is given several tensors, and would have to share them all.
+    # A module that runs several times would have to share every one of its inputs.
     return {n: lead if calls[n] == calls[lead] == 1 else n for n, lead in leaders.items()}
 
 

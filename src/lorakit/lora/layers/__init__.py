@@ -47,22 +47,22 @@ Test = Callable[[nn.Module], bool]
 _KINDS: list[tuple[Test, type[LoraLayer]]] = []
 
 
-def register_layer(wraps: Test | tuple[type[nn.Module], ...], layer: type[LoraLayer]) -> None:
-    """Makes `layer` wrap the modules of these types, or those that pass the test.
+def register_layer(
+    layer: type[LoraLayer], *types: type[nn.Module], test: Test | None = None
+) -> None:
+    """Makes `layer` wrap modules of these types, or those that pass `test`.
 
     What is registered later is asked first.
     """
-    types = wraps
-    test = wraps if callable(wraps) else (lambda module: isinstance(module, types))
-    _KINDS.insert(0, (test, layer))
+    _KINDS.insert(0, (test or (lambda module: isinstance(module, types)), layer))
 
 
-register_layer((nn.MultiheadAttention,), LoraMultiheadAttention)
-register_layer((nn.Conv1d, nn.Conv2d, nn.Conv3d), LoraConv)
-register_layer((nn.Embedding,), LoraEmbedding)
-register_layer((nn.Linear,), LoraLinear)
-register_layer(is_conv1d, LoraLinear)
-register_layer(is_quantized, LoraQuantizedLinear)
+register_layer(LoraMultiheadAttention, nn.MultiheadAttention)
+register_layer(LoraConv, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+register_layer(LoraEmbedding, nn.Embedding)
+register_layer(LoraLinear, nn.Linear)
+register_layer(LoraLinear, test=is_conv1d)
+register_layer(LoraQuantizedLinear, test=is_quantized)
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:

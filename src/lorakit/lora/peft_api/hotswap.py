@@ -116,7 +116,7 @@ def _record(
 
 
 def _require_same_start(own: LoraConfig, new: LoraConfig, folder: Path) -> None:
-    """Raises InputError where one adapter's first factors are taken off and not so the other's."""
+    """Raises InputError unless both adapters subtract the same initial factors, or none."""
     mine, theirs = (
         (one.init_lora_weights, one.r, one.rank_pattern) if one.init.kind.subtracted else None
         for one in (own, new)
@@ -130,7 +130,7 @@ def _require_same_start(own: LoraConfig, new: LoraConfig, folder: Path) -> None:
 
 
 def _place(path: str, layer: LoraLayer) -> str:
-    """What patterns of ranks and alphas are matched against: the path of a module or parameter."""
+    """The path that patterns of ranks and alphas are matched against."""
     if not isinstance(layer, LoraParameter):
         return path
     return f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
