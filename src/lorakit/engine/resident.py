@@ -1,0 +1,436 @@
+"""A resident base model with many adapters in training: one pass for rows of any of them.
+
+`forward_backward` accumulates gradients, `optim_step` applies one adapter's, and neither knows a
+recipe or a training loop. Each adapter's gradients are those of its own rows alone, whatever else
+is in the pass. Sampling from the same `LoraModel` sees the weights as they are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lorakit import atomic
+from lorakit.data.batches import Collator, LineCollator
+from lorakit.data.masking import TokenizedRow
+from lorakit.engine.shared_pass import AdapterBatch, side_by_side, why_not_shared
+from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.folders import save_adapter, write_card
+from lorakit.lora.model import LoraModel
+from lorakit.lora.routing import BASE, Route
+from lorakit.lora.streams import Stream
+from lorakit.models.inside import has_dropout
+from lorakit.models.lines import Lines
+from lorakit.models.loss import IGNORE, SupervisedLoss
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One row to learn from.
+
+    Args:
+        adapter: whose row it is; `BASE` in `forward` for the bare base.
+        input_ids: the tokens.
+        labels: as many, `IGNORE` (-100) where nothing is learned; `labels[t]` is predicted from
+            the tokens before it, so that the first one is never learned.
+        inputs: further numbers of a loss, one for each token, such as `weights`, `advantages`, or
+            `logprobs` of the policy that sampled.
+    """
+
+    adapter: str
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    inputs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in {"labels": self.labels, **self.inputs}.items():
+            if len(values) != len(self.input_ids):
+                raise InputError(
+                    f"{name}: {len(values)} values for a row of {len(self.input_ids)} tokens"
+                )
+
+    def learned(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The values of `inputs[name]` at the learned tokens: (n,), of `like`'s dtype and device.
+
+        Raises:
+            InputError: the row has no such input.
+        """
+        if name not in self.inputs:
+            raise InputError(f"this loss needs {name} for each token")
+        pairs = zip(self.inputs[name][1:], self.labels[1:], strict=True)
+        values = [value for value, label in pairs if label != IGNORE]
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+TokenLoss = Callable[[torch.Tensor, AdapterRow], torch.Tensor]
+"""The loss of a row, a scalar, of the log-probabilities (n,) of its learned tokens."""
+
+
+def cross_entropy(logprobs: torch.Tensor, row: AdapterRow) -> torch.Tensor:
+    """The negative log-likelihood of a row's learned tokens, summed; times `weights` if given."""
+    if "weights" in row.inputs:
+        logprobs = logprobs * row.learned("weights", logprobs)
+    return -logprobs.sum()
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass gave, in the order of its rows.
+
+    Attributes:
+        logprobs: of each row, the log-probabilities (n,) of its learned tokens, in nats.
+        losses: of each row; empty where no loss was asked for.
+    """
+
+    logprobs: list[torch.Tensor]
+    losses: list[float]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The loss and the learned tokens, summed over all rows."""
+        return {"loss": sum(self.losses), "tokens": float(sum(map(len, self.logprobs)))}
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+
+
+class ResidentModel:
+    """A frozen base and its adapters, each with gradients, dropout and optimizer of its own.
+
+    Args:
+        base: the base model; it is wrapped in place while there is an adapter.
+        pad_token_id: what shorter rows are filled with, where the model takes no lines.
+    """
+
+    def __init__(self, base: nn.Module, pad_token_id: int = 0) -> None:
+        self.base, self.pad_token_id = base, pad_token_id
+        self.device: torch.device = next(base.parameters()).device
+        self._base_draws = has_dropout(base)
+        self._model: LoraModel | None = None
+        self._loss: SupervisedLoss | None = None
+        self._collate: Collator | LineCollator | None = None
+        self._streams: dict[str, Stream] = {}
+        self._alone: set[str] = set()
+        self._optimizers: dict[str, torch.optim.AdamW] = {}
+
+    # --- adapters -------------------------------------------------------------------------
+
+    @property
+    def model(self) -> LoraModel:
+        """The base with its adapters.
+
+        Raises:
+            InputError: there is no adapter.
+        """
+        if self._model is None:
+            raise InputError("there is no adapter yet: create one")
+        return self._model
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters."""
+        return [] if self._model is None else self._model.adapters
+
+    def create(self, name: str, config: LoraConfig, seed: int = 0) -> None:
+        """Adds a new adapter; `seed` decides its first values and its dropout.
+
+        Rows of an adapter that cannot share a pass with others (`why_not_shared`) get their own.
+
+        Raises:
+            InputError: the name is taken, `config` matches nothing in the base, or it changes the
+                base that other adapters share.
+        """
+        self._require_new(name)
+        reason = why_not_shared(self.base, config)
+        if self.adapters and config.init_lora_weights == "loftq":
+            raise InputError(f"adapter {name} cannot be created beside others: {reason}")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if self._model is None:
+                self._model = LoraModel(self.base, config, name)
+            else:
+                self._model.add_adapter(name, config)
+        self._added(name, seed, reason)
+
+    def load(self, name: str, folder: str | Path, seed: int = 0) -> None:
+        """Adds the adapter in `folder`, with its optimizer's state if `save` has left one there.
+
+        Args:
+            seed: of its dropout.
+
+        Raises:
+            InputError: the name is taken, or the folder holds no adapter that fits the base.
+        """
+        self._require_new(name)
+        if self._model is None:
+            self._model = LoraModel.from_pretrained(self.base, folder, name, is_trainable=True)
+        else:
+            self._model.load_adapter(folder, name, is_trainable=True)
+        self._added(name, seed, why_not_shared(self.base, self.model.peft_config[name]))
+        state = Path(folder) / OPTIMIZER_NAME
+        if state.is_file():
+            _load_optimizer(self._optimizer(name), self.trained(name), state)
+
+    def save(self, name: str, folder: str | Path) -> None:
+        """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
+        self._require(name)
+        save_adapter(self.model, Path(folder), name)
+        write_card(folder, self.base)
+        state = Path(folder) / OPTIMIZER_NAME
+        if name in self._optimizers:
+            _save_optimizer(self._optimizers[name], self.trained(name), state)
+        else:
+            state.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; without any the base is as it was."""
+        self._require(name)
+        if self.adapters == [name]:
+            self.model.unload()
+            self._model = None
+        else:
+            self.model.delete_adapter(name)
+        self._streams.pop(name)
+        self._alone.discard(name)
+        self._optimizers.pop(name, None)
+        self._loss = self._collate = None
+
+    def trained(self, name: str) -> dict[str, torch.Tensor]:
+        """The trained parameters of an adapter, under the keys of PEFT's files."""
+        self._require(name)
+        tensors = self.model.adapter_tensors(name)
+        return {key: tensor for key, tensor in tensors.items() if tensor.requires_grad}
+
+    # --- computing ------------------------------------------------------------------------
+
+    def forward_backward(
+        self,
+        rows: Sequence[AdapterRow],
+        loss: TokenLoss = cross_entropy,
+        *,
+        max_tokens: int | None = None,
+    ) -> PassResult:
+        """Adds the gradients of the rows' losses, summed, to those of their adapters.
+
+        Args:
+            loss: of each row; the sum is neither a mean over tokens nor over rows.
+            max_tokens: so many tokens at most go through the model at a time.
+
+        Raises:
+            InputError: there is no such adapter, or a row has nothing to learn from.
+        """
+        for row in rows:
+            if row.adapter == BASE:
+                raise InputError("the bare base is not trained: give rows an adapter's name")
+        return self._over_rows(rows, loss, max_tokens, learning=True)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        rows: Sequence[AdapterRow],
+        loss: TokenLoss | None = None,
+        *,
+        max_tokens: int | None = None,
+    ) -> PassResult:
+        """As `forward_backward` without dropout and gradients; rows may be the bare base's."""
+        return self._over_rows(rows, loss, max_tokens, learning=False)
+
+    def _over_rows(
+        self,
+        rows: Sequence[AdapterRow],
+        loss: TokenLoss | None,
+        max_tokens: int | None,
+        *,
+        learning: bool,
+    ) -> PassResult:
+        collate = self._collator()
+        tokenized = [TokenizedRow([*row.input_ids], [*row.labels], "rows") for row in rows]
+        for row, own in zip(rows, tokenized, strict=True):
+            self._require(row.adapter)
+            if not own.supervised:
+                raise InputError(f"a row of {row.adapter} has no token to learn")
+        logprobs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        losses = [0.0] * len(rows) if loss else []
+        self._train(learning)
+        for by_adapter in self._passes(rows, max_tokens):
+            batches = [
+                AdapterBatch(
+                    name,
+                    {k: t.to(self.device) for k, t in collate([tokenized[i] for i in own]).items()},
+                    stream=self._streams.get(name) if learning else None,
+                )
+                for name, own in by_adapter.items()
+            ]
+            total: list[torch.Tensor] = []
+            for own, nats in zip(by_adapter.values(), self.token_losses(batches), strict=True):
+                parts = nats.neg().split([tokenized[i].supervised for i in own])
+                for i, part in zip(own, parts, strict=True):
+                    logprobs[i] = part.detach()
+                    if loss:
+                        value = loss(part, rows[i])
+                        losses[i] = float(value.detach())
+                        total.append(value)
+            if learning:
+                torch.stack(total).sum().backward()
+        return PassResult(logprobs, losses)
+
+    def backward(self, batches: Sequence[AdapterBatch]) -> list[torch.Tensor]:
+        """One pass over ready-made batches: adds the gradients of each one's mean cross-entropy.
+
+        Returns: of each batch its summed loss divided by its divisor, a scalar.
+        """
+        self._train(True)
+        losses = self.token_losses(batches)
+        found = [own.sum() / b.divisor for own, b in zip(losses, batches, strict=True)]
+        # No adapter has a parameter in another's loss: the sum's gradients are each one's own.
+        torch.stack(found).sum().backward()
+        return [value.detach() for value in found]
+
+    def token_losses(self, batches: Sequence[AdapterBatch]) -> list[torch.Tensor]:
+        """The loss of every learned token (n,) of each batch, in nats, out of one forward pass.
+
+        Activation checkpointing comes back to the route that is in force here.
+        """
+        if self._loss is None:
+            self._loss = SupervisedLoss(self.model)
+            # The head takes its parts from all positions where it has an adapter.
+            self._loss.keeps_logits &= len(self.adapters) == 1
+        loss = self._loss
+        if len(batches) == 1:
+            [one] = batches
+            if one.stream is None or one.adapter in self._alone:
+                drawing = one.stream.drawing() if one.stream else nullcontext()
+                route = Route(shared=() if one.adapter == BASE else (one.adapter,))
+                with self.model.routing.using(route), drawing:
+                    return [loss.of_tokens(self.model, one.tensors, one.smoothing)]
+        whole, route = side_by_side(batches, self.pad_token_id)
+        counts = torch.stack([loss.count(batch.tensors["labels"]) for batch in batches]).tolist()
+        smoothing: float | torch.Tensor = 0.0
+        if any(batch.smoothing for batch in batches):
+            own = torch.tensor([batch.smoothing for batch in batches], dtype=torch.float64)
+            smoothing = own.repeat_interleave(torch.tensor(counts)).to(self.device)
+        with self.model.routing.using(route):
+            losses = loss.of_tokens(self.model, whole, smoothing)
+        return list(losses.split(counts))
+
+    def optim_step(self, name: str, step: AdamW) -> dict[str, float]:
+        """Applies the gradients of an adapter, and clears them.
+
+        Returns: `grad_norm`, before clipping.
+
+        Raises:
+            InputError: there is no such adapter, or it has no gradients.
+        """
+        parameters = list(self.trained(name).values())
+        if all(parameter.grad is None for parameter in parameters):
+            raise InputError(f"adapter {name} has no gradients: call forward_backward first")
+        optimizer = self._optimizer(name)
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"], group["eps"] = step.learning_rate, step.betas, step.eps
+            group["weight_decay"] = step.weight_decay
+        limit = step.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"grad_norm": float(norm)}
+
+    # --- inside ---------------------------------------------------------------------------
+
+    def _train(self, learning: bool) -> None:
+        # Setting it goes through all modules; the base may have been set by itself.
+        if not self.model.training == self.base.training == learning:
+            self.model.train(learning)
+
+    def _passes(
+        self, rows: Sequence[AdapterRow], most: int | None
+    ) -> Iterator[dict[str, list[int]]]:
+        """The positions of rows by adapter, at most `most` tokens a pass, but at least a row."""
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(row.adapter if row.adapter in self._alone else "", []).append(i)
+        for group in groups.values():
+            filled: dict[str, list[int]] = {}
+            tokens = 0
+            for i in group:
+                length = len(rows[i].input_ids)
+                if filled and most is not None and tokens + length > most:
+                    yield filled
+                    filled, tokens = {}, 0
+                filled.setdefault(rows[i].adapter, []).append(i)
+                tokens += length
+            yield filled
+
+    def _optimizer(self, name: str) -> torch.optim.AdamW:
+        if name not in self._optimizers:
+            self._optimizers[name] = torch.optim.AdamW(self.trained(name).values())
+        return self._optimizers[name]
+
+    def _collator(self) -> Collator | LineCollator:
+        if self._collate is None:
+            lines = Lines(self.model).refused is None
+            self._collate = LineCollator() if lines else Collator(self.pad_token_id)
+        return self._collate
+
+    def _added(self, name: str, seed: int, alone: str | None) -> None:
+        """Every adapter is trained, and none serves rows that do not ask for it."""
+        self._alone |= {name} if alone or self._base_draws else set()
+        self.model.set_adapter([])
+        self.model.set_requires_grad(self.adapters)
+        self._loss = self._collate = None
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._streams[name] = Stream(self.device)
+
+    def _require_new(self, name: str) -> None:
+        if name in (*self.adapters, BASE):
+            raise InputError(f"there is an adapter {name} already: take another name")
+
+    def _require(self, name: str) -> None:
+        if name != BASE and name not in self.adapters:
+            near = did_you_mean(name, self.adapters)
+            raise InputError(f"there is no adapter {name}{near}: {listed(self.adapters) or 'none'}")
+
+
+def _save_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    tensors = {
+        f"{key}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for key, parameter in parameters.items()
+        for name, value in optimizer.state[parameter].items()
+    }
+    with atomic.replacing_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    for whole, value in load_file(path).items():
+        key, _, name = whole.rpartition(":")
+        if key not in parameters:
+            raise InputError(f"{path} is of another adapter: it has {key}")
+        parameter = parameters[key]
+        own = value if name == "step" else value.to(parameter)
+        optimizer.state[parameter][name] = own
