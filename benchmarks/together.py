@@ -40,8 +40,9 @@ def write_rows(path: Path, count: int) -> None:
 def measure(side: str, options: argparse.Namespace) -> Figures:
     """Tokens a second of all runs, whatever belongs to them, and the peak memory in MB."""
     from lorakit.models.load import best_device, torch_dtype
-    from lorakit.sweeps.runner import Configuration
-    from lorakit.sweeps.together.runner import TogetherRunner
+    from lorakit.sweeps.base import SweepBase
+    from lorakit.sweeps.local import LocalRunner
+    from lorakit.sweeps.space.configurations import Configuration
     from lorakit.training.machine import settle_in
     from lorakit.training.recipe import load_recipe
     from lorakit.training.setup import load_inputs
@@ -70,7 +71,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         begun = load_inputs(base, torch_dtype(base.dtype, best_device()))
         at_once = {"together": None, "one pass": options.count}.get(side, 1)
         say = partial(print, file=sys.stderr)
-        runner = TogetherRunner(begun, {}, at_once=at_once, say=say)
+        runner = LocalRunner(SweepBase(base, begun, {}), at_once=at_once, say=say)
         began = time.perf_counter()
         runner.advance(configurations, 1.0)
         seconds = time.perf_counter() - began

@@ -31,7 +31,7 @@ from lorakit.weight_formats import dequantized
 from matrix import few
 from plain_adapters import save_adapter
 from small_runs import recipe, weights
-from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
+from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
 from tiny import save_tiny_encoder
 
 KINDS = ["nf4", "fp4", "int8"]

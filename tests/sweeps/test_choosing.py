@@ -6,14 +6,14 @@ import pytest
 
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.sweeps.choosing.bootstrap import (
+from lorakit.sweeps.base import REPORT, SELECTION, split
+from lorakit.sweeps.bootstrap import (
     loss_difference,
     loss_interval,
     mean_loss,
     score_interval,
 )
-from lorakit.sweeps.choosing.halving import promoted, rungs
-from lorakit.sweeps.ground import REPORT, SELECTION, split
+from lorakit.sweeps.search import promoted, rungs
 
 
 def test_rungs_leave_one_or_a_few_at_the_end():

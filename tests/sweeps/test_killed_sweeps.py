@@ -9,8 +9,8 @@ import pytest
 
 import lorakit
 from small_runs import weights
+from sweeps.shared_sweeps import distance
 from sweeps.small_sweeps import sweep_recipe
-from sweeps.together.sweeps import distance
 
 OVER = {"lora.r": [2, 4, 8], "training.learning_rate": [1e-3, 3e-2]}
 

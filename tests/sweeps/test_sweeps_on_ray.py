@@ -7,8 +7,8 @@ import pytest
 import lorakit
 from lorakit.errors import LorakitError
 from small_runs import weights
+from sweeps.shared_sweeps import distance
 from sweeps.small_sweeps import sweep_recipe
-from sweeps.together.sweeps import distance
 
 pytest.importorskip("ray", reason="ray is not installed")
 

@@ -12,12 +12,12 @@ from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
 from lorakit.errors import InputError
 from lorakit.evaluation.loss import mean_loss
-from lorakit.sweeps.ground import Ground
+from lorakit.sweeps.base import load_base
 from lorakit.training.recipe import load_recipe
 from matrix import few
 from small_runs import weights
+from sweeps.shared_sweeps import distance
 from sweeps.small_sweeps import sayings, sweep_recipe
-from sweeps.together.sweeps import distance
 
 OVER = {"lora.r": [2, 6], "training.learning_rate": [1e-3, 3e-2, 1e30]}
 
@@ -54,7 +54,8 @@ def test_losers_stop_early_and_what_diverges_is_dropped_alone(swept: Any):
 def test_every_adapter_is_there_and_gives_the_losses_of_its_record(swept: Any):
     folder, values, rows = swept
     recipe = load_recipe(values)
-    ground = Ground(recipe, 0.5, recipe.training.seed)
+    ground = load_base(recipe, 0.5, recipe.training.seed)
+    base = json.loads((folder / "leaderboard.json").read_text())["base"]
     for row in rows[:4]:
         opened = open_adapter(folder / row["name"], dtype="float64")
         for split, part in ground.splits.items():
@@ -66,6 +67,8 @@ def test_every_adapter_is_there_and_gives_the_losses_of_its_record(swept: Any):
         everything = [s for part in ground.splits.values() for s in part.samples]
         whole = mean_loss(opened.model, opened.tokenizer, everything)
         assert manifest.eval_loss == pytest.approx(whole, rel=1e-9)
+        bare = sum(base[split]["mean"] for split in base) / len(base)
+        assert manifest.base_eval_loss == pytest.approx(bare, rel=0.05)
         stopped = [n for n in manifest.notices if n.startswith("stopped by the sweep at step 9")]
         assert bool(stopped) == (row["status"] == "stopped")
 
@@ -73,7 +76,7 @@ def test_every_adapter_is_there_and_gives_the_losses_of_its_record(swept: Any):
 def test_choosing_and_reporting_see_different_rows(swept: Any):
     _, values, _ = swept
     recipe = load_recipe(values)
-    parts = Ground(recipe, 0.5, recipe.training.seed).splits
+    parts = load_base(recipe, 0.5, recipe.training.seed).splits
     prompts = [{s.prompt_key for s in part.samples} for part in parts.values()]
     assert [len(own) for own in prompts] == [16, 16]
     assert not prompts[0] & prompts[1]
@@ -100,7 +103,7 @@ def test_the_winner_is_cut_to_the_smallest_rank_that_keeps_the_gain(swept: Any):
     )
     assert kept == sorted(kept)
     recipe = load_recipe(values)
-    parts = Ground(recipe, 0.5, recipe.training.seed).splits
+    parts = load_base(recipe, 0.5, recipe.training.seed).splits
     if ranks["chosen"] is None:
         assert max(kept) < 0.99
         assert "no smaller rank" in ranks["line"]

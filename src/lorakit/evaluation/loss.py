@@ -6,14 +6,15 @@ What is supervised is decided by the objective, as in training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.batches import Collator
 from lorakit.data.mixing import each
 from lorakit.errors import InputError
 from lorakit.objectives.registry import default_objective
-from lorakit.progress import innermost
+from lorakit.progress import innermost, track
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from lorakit.data.masking import TokenizedRow
     from lorakit.data.samples import Sample
     from lorakit.objectives.objective import Objective
+
+RowLosses = list[tuple[float, int]]
+"""Of each row: its summed nats, and its supervised tokens."""
 
 
 def mean_loss(
@@ -70,27 +74,61 @@ def held_out_scores(
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """The `loss` of `rows` and the objective's scores; rows of like length share a batch."""
-    import torch
-
     pad = tokenizer.pad_token_id
     # Padding is masked: any token will do.
     collate = objective.collator(tokenizer) or Collator(pad if isinstance(pad, int) else 0)
     forward = objective.forward(model)
-    ordered = sorted(rows, key=len, reverse=True)
-    device = next(model.parameters()).device
-    was_training, work = model.training, innermost()
+    ordered, work = sorted(rows, key=len, reverse=True), innermost()
     sums: dict[str, torch.Tensor] = {}
-    model.eval()
-    try:
+    with evaluating(model) as device:
         for at in range(0, len(ordered), batch_size):
             chosen = ordered[at : at + batch_size]
             batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
-            with torch.inference_mode():
-                found = objective.loss(forward, batch).sums()
+            found = objective.loss(forward, batch).sums()
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
             work.advance(len(chosen))
             if on_batch:
                 on_batch(len(chosen))
+    return objective.held_out(sums)
+
+
+def row_losses(
+    model: nn.Module,
+    rows: Sequence[TokenizedRow],
+    batches: Sequence[list[int]],
+    collate: Callable[[list[TokenizedRow]], dict[str, torch.Tensor]],
+    token_losses: Callable[[dict[str, torch.Tensor]], list[torch.Tensor]],
+    several: int = 1,
+) -> list[RowLosses]:
+    """What each row costs, in the order of `rows`, as often as `token_losses` takes a batch.
+
+    Args:
+        batches: the positions of rows that share a batch.
+        token_losses: the loss (n,) of every supervised token of a batch, row after row, for each
+            of `several` adapters.
+    """
+    found: list[RowLosses] = [[(0.0, 0)] * len(rows) for _ in range(several)]
+    with evaluating(model) as device:
+        for chosen in track(batches, "evaluating batches"):
+            tensors = collate([rows[i] for i in chosen])
+            counts = [rows[i].supervised for i in chosen]
+            by_adapter = token_losses({k: t.to(device) for k, t in tensors.items()})
+            for own, losses in zip(found, by_adapter, strict=True):
+                parts = losses.cpu().split(counts)
+                for i, tokens, part in zip(chosen, counts, parts, strict=True):
+                    own[i] = (part.double().sum().item(), tokens)
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """The device of `model`, which evaluates without gradients while the block runs."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
     finally:
         model.train(was_training)
-    return objective.held_out(sums)

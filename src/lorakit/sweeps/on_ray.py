@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from lorakit.errors import LorakitError
-from lorakit.sweeps.engines import in_this_process
-from lorakit.sweeps.ground import Ground
-from lorakit.sweeps.runner import Configuration, Progress
+from lorakit.sweeps.base import load_base
+from lorakit.sweeps.local import LocalRunner
+from lorakit.sweeps.records import Progress
+from lorakit.sweeps.space.configurations import Configuration
 from lorakit.training.interrupt import StoppedError
 from lorakit.training.recipe import Recipe
 
@@ -24,7 +25,7 @@ class RayRunner:
     """Spreads configurations over workers, and waits for all.
 
     Args:
-        recipe, selection, seed: of the sweep, from which each worker makes its own `Ground`.
+        recipe, selection, seed: of the sweep, from which each worker loads its own base.
         workers: how many; None for one a GPU, or one a node where there are none.
         say: shows a line to the user.
     """
@@ -60,7 +61,7 @@ class RayRunner:
         self.say = say
 
     def advance(self, configurations: Sequence[Configuration], to: float) -> dict[str, Progress]:
-        """Trains each to the share `to` of its own steps; see `Runner`.
+        """Trains each to the share `to` of its own steps; see `search.Runner`.
 
         Raises:
             StoppedError: Ctrl-C; each worker has saved what it did.
@@ -113,8 +114,8 @@ class _Worker:
     def __init__(self, here: str, recipe: Recipe, selection: float, seed: int) -> None:
         os.chdir(here)
         self.lines: list[str] = []
-        ground = Ground(recipe, selection, seed)
-        self.runner = in_this_process(ground, self.lines.append)
+        base = load_base(recipe, selection, seed)
+        self.runner = LocalRunner(base, say=self.lines.append)
 
     def advance(
         self, configurations: Sequence[Configuration], to: float

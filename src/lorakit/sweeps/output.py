@@ -11,7 +11,7 @@ from typing import Any
 from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import require_unlocked
-from lorakit.sweeps.runner import Configuration
+from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.space.settings import SweepSettings
 from lorakit.training.differences import Difference, differences, overlook_moves
 from lorakit.training.output import left_over

@@ -19,12 +19,11 @@ from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
 from lorakit.commands import quoted
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME
 from lorakit.models.template_files import write_templates
-from lorakit.sweeps.choosing.bootstrap import mean_loss
-from lorakit.sweeps.ground import Ground
+from lorakit.sweeps.base import SplitLosses, SweepBase, all_rows
+from lorakit.sweeps.bootstrap import mean_loss
 from lorakit.sweeps.output import RECIPE_NAME
 from lorakit.sweeps.records import Record
-from lorakit.sweeps.row_losses import SplitLosses, all_rows
-from lorakit.sweeps.runner import Configuration
+from lorakit.sweeps.space.configurations import Configuration
 from lorakit.training.checkpoints import newest_whole
 from lorakit.training.counts import read_counts
 from lorakit.training.machine import peak_memory_mb
@@ -34,7 +33,7 @@ from lorakit.training.step_lines import StepLines
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 
 
-def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
+def publish(record: Record, base: SweepBase, base_losses: SplitLosses) -> list[str]:
     """Makes the folder of a configuration one that `chat`, `eval` and `merge` take.
 
     One that has diverged leaves no adapter.
@@ -55,7 +54,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
             if (checkpoint / name).is_file():
                 atomic.write_file(folder / name, (checkpoint / name).read_bytes())
     counts = read_counts(checkpoint)
-    begun = ground.begun
+    begun = base.begun
     warnings = [x for x in StepLines(folder / METRICS_NAME).read() if "warning" in x]
     _write_curves(folder, record)
     if begun.templates is not None:
@@ -67,11 +66,11 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
         Manifest(
             base_model=recipe.model,
             recipe=recipe.to_dict(),
-            data=[asdict(fact) for fact in begun.data.facts],
+            data=base.facts,
             data_statistics={name: asdict(part) for name, part in statistics.items()},
             **begun.rendering_facts(),
-            base_fingerprint=ground.base_fingerprint,
-            notices=[*ground.notices, *([] if record.finished else [stopped])],
+            base_fingerprint=base.fingerprint,
+            notices=[*base.notices, *([] if record.finished else [stopped])],
             warnings=warnings,
             steps=record.step,
             train_seconds=round(counts.seconds, 2),
@@ -80,7 +79,7 @@ def publish(record: Record, ground: Ground, base: SplitLosses) -> list[str]:
             tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
             peak_memory_mb=peak_memory_mb(),
             eval_loss=mean_loss(all_rows(record.last.losses)),
-            base_eval_loss=mean_loss(all_rows(base)),
+            base_eval_loss=mean_loss(all_rows(base_losses)),
             labels=begun.objective.labels.to_dict() if begun.objective.labels else None,
             versions=versions(),
             seed=recipe.training.seed,

@@ -7,17 +7,39 @@ alone, so that a sweep that goes on after a kill decides as an undisturbed one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.sweeps.choosing.bootstrap import mean_loss
-from lorakit.sweeps.runner import Configuration, Progress
+from lorakit.evaluation.loss import RowLosses
+from lorakit.sweeps.bootstrap import mean_loss
+from lorakit.sweeps.space.configurations import Configuration
 
 RECORD_NAME = "sweep-progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a configuration has come, and what it does to the held-out rows there.
+
+    Attributes:
+        step: optimizer steps done.
+        planned: optimizer steps of the whole run.
+        losses: by split, for each held-out row its summed nats and its supervised tokens.
+        diverged: what was NaN or Inf and at which step, else None.
+        train_losses: step and mean nats per supervised token, since the start.
+        seconds: its share of the time that training took since the start.
+    """
+
+    step: int
+    planned: int
+    losses: Mapping[str, RowLosses]
+    diverged: str | None
+    train_losses: list[tuple[int, float]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class Rung:
 
     share: float
     step: int
-    losses: dict[str, list[tuple[float, int]]]
+    losses: dict[str, RowLosses]
 
 
 class Record:
@@ -35,7 +57,7 @@ class Record:
     Attributes:
         rungs: those that it has reached, the last one with share 1 when it is finished.
         planned: the optimiser steps of its whole run; 0 when it has not begun.
-        diverged: what was no number, or None.
+        diverged: what was NaN or Inf, or None.
         train_losses: step and mean nats per supervised token.
         seconds: what its training took.
         step: where it stands.

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lorakit.console import open_console
 from lorakit.data.sources import rows_from_python
 from lorakit.errors import InputError, LorakitError, one_line
+from lorakit.evaluation.loss import RowLosses
 from lorakit.folder_lock import locked_folder
 from lorakit.progress import showing
 from lorakit.report.sweep_page import write_sweep_page
-from lorakit.sweeps.choosing.bootstrap import loss_interval
-from lorakit.sweeps.choosing.halving import rungs
-from lorakit.sweeps.choosing.objective import Objective, check_objective
-from lorakit.sweeps.choosing.ranks import rank_choice
-from lorakit.sweeps.choosing.standings import standings
-from lorakit.sweeps.engines import Say, engine, require_engine
-from lorakit.sweeps.ground import SELECTION, Ground
-from lorakit.sweeps.leaderboard import leaderboard, read_leaderboard, write_leaderboard
+from lorakit.sweeps.base import SELECTION, SweepBase, load_base
+from lorakit.sweeps.bootstrap import loss_interval
+from lorakit.sweeps.criterion import Criterion, check_objective
+from lorakit.sweeps.leaderboard import leaderboard, read_leaderboard, standings, write_leaderboard
+from lorakit.sweeps.local import LocalRunner
 from lorakit.sweeps.output import check_disk, check_folder, claim_folder, require_same
 from lorakit.sweeps.publish import clean_up, publish, write_recipe
-from lorakit.sweeps.runner import Configuration
-from lorakit.sweeps.search import Search
-from lorakit.sweeps.space.configurations import check_keys, configurations
+from lorakit.sweeps.ranks import rank_choice
+from lorakit.sweeps.search import Runner, Search, rungs
+from lorakit.sweeps.space.configurations import Configuration, check_keys, configurations
 from lorakit.sweeps.space.samplers import Changes, Sampler, sampler_of
 from lorakit.sweeps.space.settings import SweepSettings, load_sweep
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import named_failures
 from lorakit.training.setup import training_arguments
+
+Say = Callable[[str], None]
 
 FEW = 50
 """Prompts of a split: with fewer, it is said how sure a mean over them is."""
@@ -90,7 +90,8 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
     """As `sweep`, with what `load_sweep` has read; returns all of the leaderboard."""
     folder = Path(recipe.output_dir)
     seed = recipe.training.seed if settings.seed is None else settings.seed
-    require_engine(settings)
+    if settings.engine == "ray" and not find_spec("ray"):
+        raise InputError("the engine ray needs ray: pip install 'lorakit[ray]'")
     check_keys(recipe, list(settings.over))
     sampler = sampler_of(settings, seed)
     draws = sampler.draw([], [])
@@ -115,27 +116,26 @@ def _run(
         clean_up(folder)
         return finished
 
-    ground = Ground(recipe, settings.selection, seed)
-    check_objective(settings.objective, ground)
+    base = load_base(recipe, settings.selection, seed)
+    check_objective(settings.objective, base)
 
     def make(draws: Sequence[Changes], taken: Sequence[Configuration]) -> list[Configuration]:
-        return configurations(recipe, draws, ground.complete, taken)
+        return configurations(recipe, draws, base.complete, taken)
 
     total = settings.trials or len(draws)
     first = make(draws, [])
     _check_training(first)
-    check_disk(folder, first, ground.trained_parameters, total)
-    facts = [asdict(fact) for fact in ground.begun.data.facts]
-    claim_folder(folder, recipe, settings, {"data": facts, "base": ground.base_fingerprint})
+    check_disk(folder, first, base.trained_parameters, total)
+    claim_folder(folder, recipe, settings, {"data": base.facts, "base": base.fingerprint})
     shares = rungs(total, settings.reduction_factor) if settings.prune else [1.0]
-    for line in _description(ground, total, shares):
+    for line in _description(base, total, shares):
         say(line)
     with named_failures(folder):
-        base = ground.losses(ground.begun.model)
-        notices = _doubts(ground, base[SELECTION], seed)
+        base_losses = base.losses(base.begun.model)
+        notices = _doubts(base, base_losses[SELECTION], seed)
         for line in notices:
             say(line)
-        with engine(settings, ground, seed, say) as runner:
+        with _runner(settings, base, seed, say) as runner:
             search = Search(sampler, make, runner, shares, settings.reduction_factor, say)
             records = search.run()
         if not any(record.finished and record.diverged is None for record in records):
@@ -143,22 +143,36 @@ def _run(
                 "every configuration diverged: lower the learning rates, or max_grad_norm"
             )
         for record in records:
-            for line in publish(record, ground, base):
+            for line in publish(record, base, base_losses):
                 say(line)
-        objective = Objective(settings.objective, ground, seed)
+        criterion = Criterion(settings.objective, base, seed)
         for record in records:
             if record.finished:
-                objective.prepare(record)
-        found = standings(records, objective)
+                criterion.prepare(record)
+        found = standings(records, criterion)
         winner = found[0].record
-        ranks = rank_choice(winner, base, ground, seed, say)
-        table = leaderboard(found, objective, settings, base, ranks, [*ground.notices, *notices])
+        ranks = rank_choice(winner, base_losses, base, seed, say)
+        table = leaderboard(
+            found, criterion, settings, base_losses, ranks, [*base.notices, *notices]
+        )
         write_recipe(folder, winner.configuration)
         losses = {record.configuration.name: record.train_losses for record in records}
         write_sweep_page(folder, table, losses)
         write_leaderboard(folder, table)
         clean_up(folder)
     return table
+
+
+@contextmanager
+def _runner(settings: SweepSettings, base: SweepBase, seed: int, say: Say) -> Iterator[Runner]:
+    """What trains the configurations, for as long as the block lasts."""
+    if settings.engine != "ray":
+        yield LocalRunner(base, together=settings.engine == "together", say=say)
+        return
+    from lorakit.sweeps.on_ray import RayRunner
+
+    with RayRunner(base.recipe, settings.selection, seed, settings.workers, say) as runner:
+        yield runner
 
 
 def _check_training(configurations: Sequence[Configuration]) -> None:
@@ -170,26 +184,26 @@ def _check_training(configurations: Sequence[Configuration]) -> None:
             raise InputError(f"{configuration.name}: {error}") from error
 
 
-def _description(ground: Ground, total: int, shares: Sequence[float]) -> Iterable[str]:
-    parts = ground.splits.values()
+def _description(base: SweepBase, total: int, shares: Sequence[float]) -> Iterable[str]:
+    parts = base.splits.values()
     chosen, reported = (f"{len(part.rows)} ({max(part.units) + 1} prompts)" for part in parts)
     yield (
-        f"{total} configurations on {ground.recipe.model}, {len(ground.begun.data.train)} rows to "
+        f"{total} configurations on {base.recipe.model}, {len(base.begun.data.train)} rows to "
         f"learn from; held out are {chosen} to choose by and {reported} to report on"
     )
-    yield from ground.notices
+    yield from base.notices
     if len(shares) > 1:
         listed = ", ".join(f"{share:.0%}" for share in shares[:-1])
         yield f"losers are stopped behind {listed} of their steps"
 
 
-def _doubts(ground: Ground, base: Sequence[tuple[float, int]], seed: int) -> list[str]:
+def _doubts(base: SweepBase, base_losses: RowLosses, seed: int) -> list[str]:
     """A warning where settings will be hard to tell apart."""
-    units = ground.splits[SELECTION].units
-    fewest = min(max(part.units) + 1 for part in ground.splits.values())
+    units = base.splits[SELECTION].units
+    fewest = min(max(part.units) + 1 for part in base.splits.values())
     if fewest >= FEW:
         return []
-    interval = loss_interval(base, units, seed)
+    interval = loss_interval(base_losses, units, seed)
     return [
         f"only {fewest} prompts to choose by or to report on: there the base's loss is "
         f"{interval.mean:.3f} ± {interval.half:.3f}, and settings that differ by little may not "

@@ -1,23 +1,38 @@
 """The course of a sweep: rounds of draws, the rungs that each round climbs, and who goes on.
 
-What it decides follows from the records of configurations, so that it may be stopped anywhere.
+At a rung one in `reduction_factor` goes on to train that many times longer (successive halving,
+Jamieson and Talwalkar 2016, arXiv:1502.07943). Where configurations come in rounds, a later one
+goes on by the rule of ASHA (Li et al. 2020, arXiv:1810.05934): when it is within the best share of
+all that reached the rung so far. Everything follows from the records of configurations, so that a
+sweep may be stopped anywhere and decides the same when it is resumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from lorakit.progress import task
-from lorakit.sweeps.choosing.bootstrap import mean_loss
-from lorakit.sweeps.choosing.halving import promoted
-from lorakit.sweeps.ground import SELECTION
-from lorakit.sweeps.records import Record, mean_at, read_record
-from lorakit.sweeps.runner import Configuration, Runner
+from lorakit.sweeps.base import SELECTION
+from lorakit.sweeps.bootstrap import mean_loss
+from lorakit.sweeps.records import Progress, Record, mean_at, read_record
+from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.space.samplers import Changes, Outcome, Sampler
 
 Make = Callable[[Sequence[Changes], Sequence[Configuration]], list[Configuration]]
 """Makes configurations of draws, beside those that there are."""
+
+
+class Runner(Protocol):
+    """Trains configurations, each to a share of its own run."""
+
+    def advance(self, configurations: Sequence[Configuration], to: float) -> dict[str, Progress]:
+        """Trains each to the share `to` (0 < to <= 1) of its own planned steps.
+
+        Resumes from where its own folder says it is; writes its checkpoint, and at `to == 1` its
+        adapter files, there. Both are those of `lorakit train`.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,3 +122,30 @@ class Search:
             [record] = [r for r in left if r.configuration.name == best]
             rung = next(i for i, share in enumerate(self.shares) if share == furthest)
             self._climb([record], [record], rung + 1)
+
+
+def rungs(configurations: int, reduction_factor: int) -> list[float]:
+    """The shares of a whole run at which losers are stopped, and 1.0 at the end.
+
+    So many rungs that one or a few are left at the end: 12 configurations and a factor of 3 give
+    1/9, 1/3 and 1, which 12, 4 and 1 of them reach.
+    """
+    count, left = 0, configurations
+    while left >= reduction_factor:
+        left //= reduction_factor
+        count += 1
+    return [reduction_factor**-k for k in range(count, -1, -1)]
+
+
+def promoted(
+    losses: Mapping[str, float], candidates: Sequence[str], reduction_factor: int
+) -> list[str]:
+    """Those of `candidates` that go on, in their order.
+
+    Args:
+        losses: at this rung, of all that ever reached it and did not diverge, by name.
+        candidates: those of this round that are in `losses`.
+    """
+    ranked = sorted(losses, key=lambda name: losses[name])  # stable: the earlier one wins a tie
+    best = set(ranked[: max(1, round(len(ranked) / reduction_factor))])
+    return [name for name in candidates if name in best]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError
-from lorakit.sweeps.runner import Configuration
 from lorakit.training.recipe import Recipe, load_recipe
 
 _SHORT = {
@@ -47,6 +47,21 @@ _FIXED = {
     "training.load_best_model_at_end": "is lorakit train's: a sweep compares what training ends in",
     "training.save_only_model": "is lorakit train's: a sweep goes on from its checkpoints",
 }
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One point of a sweep.
+
+    Attributes:
+        name: of its folder; unique and short: `r8-lr3e-4`, or `c03` where that is long.
+        changes: the swept dotted keys and their values.
+        recipe: complete; `recipe.output_dir` is `<sweep>/<name>`.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    recipe: Recipe
 
 
 def check_keys(recipe: Recipe, keys: Sequence[str]) -> None:

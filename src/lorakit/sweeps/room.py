@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.sweeps.together.batch import Part
+from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.training.forecast import TIGHT
 from lorakit.training.machine import memory_mb, peak_memory_mb
 
@@ -40,7 +40,9 @@ class Room:
     line: str
 
 
-def measure_room(parts: Sequence[Part], run: Callable[[Sequence[Part]], None]) -> Room:
+def measure_room(
+    parts: Sequence[AdapterBatch], run: Callable[[Sequence[AdapterBatch]], None]
+) -> Room:
     """Runs passes of one configuration, two, four, …, as long as that pays and fits.
 
     Args:
@@ -95,23 +97,6 @@ def fewest_worth(rates: Mapping[int, float]) -> int:
     return chosen
 
 
-def in_passes(parts: Sequence[Part], tokens: int | None) -> list[list[Part]]:
-    """`parts` in their order, as many in a pass as have so many tokens, but at least one.
-
-    Args:
-        tokens: None for all in one pass.
-    """
-    passes: list[list[Part]] = []
-    filled = 0
-    for part in parts:
-        if not passes or (tokens is not None and filled + part.tokens > tokens):
-            passes.append([])
-            filled = 0
-        passes[-1].append(part)
-        filled += part.tokens
-    return passes
-
-
 def _too_much(peaks: Mapping[int, float], count: int, following: int) -> float | None:
     """The memory in MB that `following` would take, where the machine has not got it."""
     each = (peaks[count] - peaks[0]) / count
@@ -119,7 +104,7 @@ def _too_much(peaks: Mapping[int, float], count: int, following: int) -> float |
     return needs if needs > TIGHT * memory_mb() else None
 
 
-def _expected(rates: Mapping[int, float], ordered: Sequence[Part], following: int) -> float:
+def _expected(rates: Mapping[int, float], ordered: Sequence[AdapterBatch], following: int) -> float:
     """The tokens a second of `following`, if a pass takes some time and each token its own.
 
     Trying it would take its memory. With one measurement there is nothing to go by: infinite.
@@ -138,11 +123,11 @@ def _before(count: int, rates: Mapping[int, float]) -> int:
     return max(number for number in rates if number < count)
 
 
-def _tokens(parts: Sequence[Part]) -> int:
+def _tokens(parts: Sequence[AdapterBatch]) -> int:
     return sum(part.tokens for part in parts)
 
 
-def _seconds(run: Callable[[Sequence[Part]], None], parts: Sequence[Part]) -> float:
+def _seconds(run: Callable[[Sequence[AdapterBatch]], None], parts: Sequence[AdapterBatch]) -> float:
     began = time.perf_counter()
     run(parts)
     return time.perf_counter() - began

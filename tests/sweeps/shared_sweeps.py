@@ -8,8 +8,9 @@ import torch
 
 import lorakit
 from lorakit.models.load import best_device, torch_dtype
-from lorakit.sweeps.runner import Configuration
-from lorakit.sweeps.together.runner import TogetherRunner
+from lorakit.sweeps.base import SweepBase, whole_split
+from lorakit.sweeps.local import LocalRunner
+from lorakit.sweeps.space.configurations import Configuration
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import load_inputs
 from small_runs import recipe, weights
@@ -27,11 +28,12 @@ def configurations(
     return found
 
 
-def runner_for(values: Mapping[str, Any], **options: Any) -> TogetherRunner:
+def runner_for(values: Mapping[str, Any], **options: Any) -> LocalRunner:
     """A runner whose held-out rows are all in one split."""
     base = load_recipe(values)
     begun = load_inputs(base, torch_dtype(base.dtype, best_device()))
-    return TogetherRunner(begun, {"held": begun.data.eval}, **options)
+    held = whole_split(begun.data.eval, begun.data.eval_samples)
+    return LocalRunner(SweepBase(base, begun, {"held": held}), **options)
 
 
 def solo(configuration: Configuration, folder: Path) -> dict[str, torch.Tensor]:

@@ -16,10 +16,9 @@ from typing import Any
 
 from lorakit.adapters.resize import resize
 from lorakit.errors import InputError
-from lorakit.sweeps.choosing.bootstrap import Interval, loss_difference, mean_loss
-from lorakit.sweeps.ground import REPORT, SELECTION, Ground
+from lorakit.sweeps.base import REPORT, SELECTION, SplitLosses, SweepBase
+from lorakit.sweeps.bootstrap import Interval, loss_difference, mean_loss
 from lorakit.sweeps.records import Record
-from lorakit.sweeps.row_losses import SplitLosses
 
 KEPT = 0.99
 """The share of the gain that a smaller rank has to keep."""
@@ -71,7 +70,7 @@ class RankChoice:
 
 
 def rank_choice(
-    winner: Record, base: SplitLosses, ground: Ground, seed: int, say: Callable[[str], None]
+    winner: Record, base_losses: SplitLosses, base: SweepBase, seed: int, say: Callable[[str], None]
 ) -> RankChoice | None:
     """Truncates the winner by SVD to smaller ranks and evaluates each.
 
@@ -81,22 +80,22 @@ def rank_choice(
     """
     recipe, losses = winner.configuration.recipe, winner.last.losses
     folder = Path(recipe.output_dir)
-    gains = {name: mean_loss(base[name]) - mean_loss(losses[name]) for name in losses}
+    gains = {name: mean_loss(base_losses[name]) - mean_loss(losses[name]) for name in losses}
     if min(gains.values()) <= 0:
         say("smaller ranks are not looked at: the winner gains nothing over the base")
         return None
     config = recipe.lora_config()
     trained = max([config.r, *config.rank_pattern.values()])
-    units = ground.splits[REPORT].units
+    units = base.splits[REPORT].units
     results: dict[int, RankResult] = {}
 
     def enough(r: int, place: str) -> bool:
         """Whether the rank does, by the rows that choosing may see."""
         small = Path(place) / f"r{r}"
         resize(folder, small, rank=r)
-        with ground.with_adapter(small, recipe) as model:
-            found = ground.losses(model)
-        kept = {n: (mean_loss(base[n]) - mean_loss(found[n])) / gains[n] for n in gains}
+        with base.with_adapter(small, recipe) as model:
+            found = base.losses(model)
+        kept = {n: (mean_loss(base_losses[n]) - mean_loss(found[n])) / gains[n] for n in gains}
         difference = loss_difference(found[REPORT], losses[REPORT], units, seed)
         results[r] = RankResult(r, kept, mean_loss(found[REPORT]), difference)
         say(f"r={r}: keeps {kept[REPORT]:.1%} of the gain")

@@ -1,25 +1,23 @@
-"""Trains the configurations of a sweep in groups that share batches of one resident base."""
+"""Trains the configurations of a sweep in this process, in groups that share passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
-from lorakit.data.masking import TokenizedRow
+from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import InputError, listed
-from lorakit.objectives.objective import TrainingInputs
-from lorakit.sweeps.runner import Configuration, Progress
-from lorakit.sweeps.together.alone import why_alone
-from lorakit.sweeps.together.batch import Part
-from lorakit.sweeps.together.group import advance_group
-from lorakit.sweeps.together.resident import Resident
-from lorakit.sweeps.together.room import Room, measure_room
+from lorakit.sweeps.base import SweepBase
+from lorakit.sweeps.group import advance_alone, advance_group
+from lorakit.sweeps.records import Progress
+from lorakit.sweeps.room import Room, measure_room
+from lorakit.sweeps.sharing import why_alone
+from lorakit.sweeps.space.configurations import Configuration
 from lorakit.training.forecast import TIGHT
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import memory_mb, used_memory_mb
-from lorakit.training.position import planned_steps
 from lorakit.training.setup import training_arguments
 
 _ONLY_BATCHES = ("padding_free", "packing", "share_prefixes")  # of data: what is no other row
@@ -28,92 +26,89 @@ FOR_ADAPTERS = 0.5
 """Of the free memory: passes need the rest."""
 
 Kind = tuple[Any, ...]
-"""What configurations must have in common to share a batch."""
+"""What configurations must have in common to share a pass."""
 
 
-class TogetherRunner:
+class LocalRunner:
     """A sweep's runner: the data are tokenised once, the base is held once.
 
     Args:
-        begun: the base model and the rows, as `tasks.begin` gives them for the sweep's recipe.
-        splits: held-out rows, by the names under which their losses come back.
-        at_once: so many configurations share a batch, as one; None makes groups as large as
+        base: model and rows.
+        at_once: so many configurations share a pass, as one; None makes groups as large as
             memory allows, and measures how much of them should go through the model at a time.
+        together: False trains one configuration after the other.
         say: shows a line to the user.
-
-    Raises:
-        InputError: the task is none of a causal language model.
     """
 
     def __init__(
         self,
-        begun: TrainingInputs,
-        splits: Mapping[str, Sequence[TokenizedRow]],
+        base: SweepBase,
         *,
         at_once: int | None = None,
+        together: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if begun.objective.name != "sft":
-            raise InputError(
-                "configurations train together as causal language models alone: "
-                "train those of other tasks one by one"
-            )
-        self.resident = Resident(begun, splits)
-        self.at_once, self.say = at_once, say
+        self.base, self.at_once, self.say = base, at_once, say
+        self.together = together and base.shares_passes
+        if together and not self.together:
+            objective = base.begun.objective
+            what = objective.name if objective.task_type == "CAUSAL_LM" else objective.task_type
+            say(f"configurations of {what} are trained one after the other")
         self._said: set[str] = set()
-        self._rooms: dict[Any, Room] = {}
+        self._rooms: dict[Kind, Room] = {}
 
     def advance(self, configurations: Sequence[Configuration], to: float) -> dict[str, Progress]:
-        """Trains each to the share `to` (0 < to <= 1) of its own planned steps.
+        """Trains each to the share `to` of its steps; see `search.Runner`.
 
         Raises:
             InputError: a configuration does not fit the base, or its folder is another run's.
             StoppedError: Ctrl-C or SIGTERM; every step was finished and saved.
         """
         _require_one_base(configurations)
+        groups, alone = self._groups(configurations) if self.together else ([], configurations)
         interrupt = Interrupt(self.say)
         found: dict[str, Progress] = {}
         with interrupt.listening():
-            for kind, group in self._groups(configurations):
+            for kind, group in groups:
                 room = partial(self._room, kind)
-                found |= advance_group(self.resident, group, to, interrupt, room)
+                found |= advance_group(self.base, group, to, interrupt, room)
+            for one in alone:
+                found[one.name] = advance_alone(self.base, one, to, interrupt)
         return {c.name: found[c.name] for c in configurations}
 
     def _groups(
         self, configurations: Sequence[Configuration]
-    ) -> list[tuple[Kind, list[Configuration]]]:
-        """Those that share batches, of about the same number of batches; others by themselves."""
+    ) -> tuple[list[tuple[Kind, list[Configuration]]], list[Configuration]]:
+        """Those that share passes, of about the same number of batches; and those that cannot."""
         alone, shared = [], []
         for configuration in configurations:
             recipe = configuration.recipe
             args = training_arguments(recipe, held_out=True)
-            config = self.resident.begun.lora_config(recipe)
-            if reason := why_alone(self.resident.model, recipe, config, args):
+            config = self.base.begun.lora_config(recipe)
+            if reason := why_alone(self.base.begun.model, recipe, config, args):
                 self._say_once(f"{configuration.name} is trained by itself: {reason}")
-                alone.append((("alone",), [configuration]))
+                alone.append(configuration)
                 continue
-            batching, _ = self.resident.batching(recipe)
-            batches = len(batching.train_batches(self.resident.begun.data.train, args, epoch=0))
-            steps = planned_steps(args, batches) * args.gradient_accumulation_steps
-            padded = batching.pad_token_id is not None
+            padded = self.base.batching(recipe)[0].pad_token_id is not None
             options = str(sorted((args.activation_checkpointing_kwargs or {}).items()))
             kind = (padded, bool(args.activation_checkpointing), options)
-            shared.append((kind, steps, configuration))
+            batches = self.base.steps(recipe, args) * args.gradient_accumulation_steps
+            shared.append((kind, batches, configuration))
         shared.sort(key=lambda entry: entry[:2])
         groups = []
         for kind, same in groupby(shared, key=lambda entry: entry[0]):
             members = [configuration for _, _, configuration in same]
             size = self.at_once or self._most_at_once(members)
-            # As even as can be: a group of one has nobody to share its batches with.
+            # As even as can be: a group of one has nobody to share its passes with.
             count = -(-len(members) // size)
             for i in range(count):
                 begin, end = (len(members) * n // count for n in (i, i + 1))
                 groups.append((kind, members[begin:end]))
-        return groups + alone
+        return groups, alone
 
     def _most_at_once(self, members: Sequence[Configuration]) -> int:
-        """How many of these the memory holds, with gradients and the optimiser's two averages."""
-        largest = max(self.resident.factor_parameters(c.recipe) for c in members)
+        """How many of these the memory holds, with gradients and the optimizer's two averages."""
+        largest = max(self.base.trained_parameters(c.recipe) for c in members)
         each = 16e-6 * largest  # MB; adapters are float32
         free = TIGHT * memory_mb() - used_memory_mb()
         most = max(1, int(FOR_ADAPTERS * free / each))
@@ -125,14 +120,17 @@ class TogetherRunner:
         return most
 
     def _room(
-        self, kind: Kind, parts: Sequence[Part], run: Callable[[Sequence[Part]], None]
+        self,
+        kind: Kind,
+        batches: Sequence[AdapterBatch],
+        run: Callable[[Sequence[AdapterBatch]], None],
     ) -> int | None:
         """The tokens that go through the model at a time, measured once for a kind of batches."""
         if self.at_once is not None:
             return None
         if kind not in self._rooms:
-            self._rooms[kind] = measure_room(parts, run)
-            self.say(f"{len(parts)} configurations train at once; {self._rooms[kind].line}")
+            self._rooms[kind] = measure_room(batches, run)
+            self.say(f"{len(batches)} configurations train at once; {self._rooms[kind].line}")
         return self._rooms[kind].tokens
 
     def _say_once(self, line: str) -> None:

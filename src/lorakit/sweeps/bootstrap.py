@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lorakit.evaluation.loss import RowLosses
+
 DRAWS = 2000
 LEVEL = 0.95
 """The share of draws within an interval."""
@@ -41,12 +43,12 @@ class Interval:
         return asdict(self)
 
 
-def mean_loss(rows: Sequence[tuple[float, int]]) -> float:
-    """Nats per supervised token of rows of (summed nats, tokens)."""
+def mean_loss(rows: RowLosses) -> float:
+    """Nats per supervised token of rows."""
     return sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
 
 
-def loss_interval(rows: Sequence[tuple[float, int]], units: Sequence[int], seed: int) -> Interval:
+def loss_interval(rows: RowLosses, units: Sequence[int], seed: int) -> Interval:
     """The mean loss of rows of (summed nats, tokens), and its interval.
 
     Args:
@@ -58,8 +60,8 @@ def loss_interval(rows: Sequence[tuple[float, int]], units: Sequence[int], seed:
 
 
 def loss_difference(
-    rows: Sequence[tuple[float, int]],
-    others: Sequence[tuple[float, int]],
+    rows: RowLosses,
+    others: RowLosses,
     units: Sequence[int],
     seed: int,
 ) -> Interval:
@@ -93,9 +95,7 @@ def score_difference(
     return score_interval(lambda which: score(which) - other(which), units, seed)
 
 
-def _by_unit(
-    rows: Sequence[tuple[float, int]], units: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_unit(rows: RowLosses, units: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The nats and the tokens of each unit, each (units,)."""
     values = torch.tensor(rows, dtype=torch.float64)
     where = torch.tensor(units)

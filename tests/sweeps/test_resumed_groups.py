@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import lorakit
-from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
@@ -20,7 +19,7 @@ from lorakit.errors import InputError
 from lorakit.evaluation.loss import mean_loss
 from lorakit.training.interrupt import StoppedError
 from small_runs import lines, weights
-from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
+from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
 
 CHANGES = [
     {"lora.lora_dropout": 0.2, "training.per_device_train_batch_size": 5},
@@ -82,7 +81,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_gone_on_from(
     sweep = configurations(values, tmp_path, [wild | {"training.warmup_steps": 0}, {}])
     for _ in range(2):
         found = runner_for(values).advance(sweep, 0.5)
-        assert found["c00"].diverged == "a weight is no number at step 1"
+        assert found["c00"].diverged == "a weight is NaN or Inf at step 1"
         assert found["c01"].diverged is None
         assert not list((tmp_path / "c00").glob("checkpoint-*"))
 
@@ -127,13 +126,9 @@ def test_a_whole_run_leaves_an_adapter_with_the_losses_that_were_returned(
         assert mean == pytest.approx(wanted, rel=1e-5)
         one = mean_loss(opened.model, opened.tokenizer, samples[3:4])
         assert losses[3][0] / losses[3][1] == pytest.approx(one, rel=1e-5)
-        manifest = read_manifest(folder)
-        assert manifest.eval_loss == pytest.approx(mean)
-        assert manifest.base_eval_loss > mean
-        assert manifest.steps == 6
         steps = [line["step"] for line in lines(folder / "metrics.jsonl") if "loss" in line]
         assert steps == [1, 2, 3, 4, 5, 6]
-    assert not any("lora" in name for name, _ in runner.resident.model.named_modules())
+    assert not any("lora" in name for name, _ in runner.base.begun.model.named_modules())
 
 
 def test_another_recipe_in_a_folder_is_refused(tiny_model: Path, rows: Path, tmp_path: Path):
@@ -147,8 +142,8 @@ def test_another_recipe_in_a_folder_is_refused(tiny_model: Path, rows: Path, tmp
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from sweeps.together.sweeps import configurations, runner_for
-import lorakit.sweeps.together.group, lorakit.training.run
+from sweeps.shared_sweeps import configurations, runner_for
+import lorakit.sweeps.group, lorakit.training.run
 
 values, folder, changes = json.loads(sys.argv[1])
 moments, kills = random.Random(3), 0
@@ -182,7 +177,7 @@ def test_whenever_a_group_is_killed_it_goes_on_to_the_weights_of_an_undisturbed_
     values["dtype"] = "float64"
     changes = [{"lora.lora_dropout": 0.1}, {"lora.r": 2, "training.max_steps": 20}]
     arguments = json.dumps([values, str(tmp_path / "killed"), changes])
-    tests = Path(__file__).parents[2]
+    tests = Path(__file__).parents[1]
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER, arguments],
         env=os.environ | {"PYTHONPATH": str(tests)},

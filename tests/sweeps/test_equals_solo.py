@@ -7,7 +7,7 @@ import pytest
 
 from matrix import few
 from small_runs import weights
-from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
+from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
 
 MIXED: list[dict[str, Any]] = [
     {"lora.r": 2, "training.learning_rate": 3e-3},

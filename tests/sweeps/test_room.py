@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import lorakit.sweeps.together.runner as runner_module
+import lorakit.sweeps.local as runner_module
+from lorakit.engine.shared_pass import AdapterBatch, passes
 from lorakit.errors import InputError
-from lorakit.sweeps.together.batch import Part
-from lorakit.sweeps.together.room import fewest_worth, in_passes, measure_room
+from lorakit.sweeps.room import fewest_worth, measure_room
 from lorakit.training.forecast import TIGHT
 from small_runs import weights
-from sweeps.together.sweeps import configurations, distance, runner_for, small, solo
+from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
 
 
-def part(name: str, tokens: int) -> Part:
-    return Part(name, {"input_ids": torch.zeros(1, tokens)})
+def part(name: str, tokens: int) -> AdapterBatch:
+    return AdapterBatch(name, {"input_ids": torch.zeros(1, tokens)})
 
 
 def test_as_many_at_a_time_as_pay():
@@ -28,16 +28,16 @@ def test_as_many_at_a_time_as_pay():
 
 def test_passes_are_filled_in_order_and_one_part_may_be_too_large():
     parts = [part(name, tokens) for name, tokens in zip("abcd", (30, 20, 70, 10), strict=True)]
-    names = [[p.name for p in each] for each in in_passes(parts, 50)]
+    names = [[p.adapter for p in each] for each in passes(parts, 50)]
     assert names == [["a", "b"], ["c"], ["d"]]
-    assert in_passes(parts, None) == [parts]
+    assert passes(parts, None) == [parts]
 
 
 def test_the_largest_batches_are_tried_until_more_do_not_fit():
     tried = []
 
     def run(parts):
-        tried.append([p.name for p in parts])
+        tried.append([p.adapter for p in parts])
         if len(parts) > 2:
             raise torch.OutOfMemoryError
         time.sleep(0.05)  # as long for two as for one
@@ -102,11 +102,11 @@ def test_the_parameters_of_a_configuration_are_counted_without_making_them(
 ):
     values = small(tiny_model, rows, tmp_path / "base")
     changes = [{}, {"lora.r": 3, "lora.target_modules": ["embed_tokens", "q_proj", "up_proj"]}]
-    resident = runner_for(values).resident
+    base = runner_for(values).base
     for configuration in configurations(values, tmp_path, changes):
-        with resident.adapted({"default": configuration.recipe}) as model:
-            made = model.get_nb_trainable_parameters()[0]
-        assert resident.factor_parameters(configuration.recipe) == made
+        with base.adapted({"default": configuration.recipe}) as resident:
+            made = resident.model.get_nb_trainable_parameters()[0]
+        assert base.trained_parameters(configuration.recipe) == made
 
 
 def test_groups_are_no_larger_than_memory_allows(
@@ -116,7 +116,7 @@ def test_groups_are_no_larger_than_memory_allows(
     sweep = configurations(values, tmp_path, [{}, {"lora.r": 2}, {"lora.r": 3}])
     said: list[str] = []
     runner = runner_for(values, say=said.append)
-    each = 16e-6 * runner.resident.factor_parameters(sweep[0].recipe)
+    each = 16e-6 * runner.base.trained_parameters(sweep[0].recipe)
     # Room for two and a half of the largest.
     monkeypatch.setattr(runner_module, "memory_mb", lambda: 5 * each / TIGHT)
     monkeypatch.setattr(runner_module, "used_memory_mb", lambda: 0.0)

@@ -18,14 +18,14 @@ from lorakit.evaluation.answers import generate_targets, write_answers
 from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
 from lorakit.progress import task
-from lorakit.sweeps.choosing.bootstrap import (
+from lorakit.sweeps.base import Split, SweepBase
+from lorakit.sweeps.bootstrap import (
     Interval,
     loss_difference,
     loss_interval,
     score_difference,
     score_interval,
 )
-from lorakit.sweeps.ground import Ground, Split
 from lorakit.sweeps.records import Record
 
 if TYPE_CHECKING:
@@ -37,25 +37,25 @@ _LONGEST = 128  # tokens of an answer
 Score = Callable[[list[int]], float]
 
 
-def check_objective(name: str, ground: Ground) -> None:
+def check_objective(name: str, base: SweepBase) -> None:
     """Raises InputError unless the task's rows can be scored by `name`."""
     if name == "loss":
         return
-    task = ground.recipe.task_type
+    task = base.recipe.task_type
     if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise InputError(f"sweep.objective {name} is of answers, which {task} has none of: loss")
-    for part in ground.splits.values():
+    for part in base.splits.values():
         plain = next((s for s in part.samples if not s.messages), None)
         if plain is not None:
             raise InputError(f"{plain.where} is plain text, which {name} cannot score: use loss")
 
 
 @dataclass(frozen=True)
-class Objective:
+class Criterion:
     """One number of a configuration on a split; `sign` is 1 where smaller is better, else -1."""
 
     name: str
-    ground: Ground
+    base: SweepBase
     seed: int
 
     @property
@@ -65,14 +65,14 @@ class Objective:
 
     def interval(self, record: Record, split: str) -> Interval:
         """The value of a finished configuration, with its interval."""
-        part = self.ground.splits[split]
+        part = self.base.splits[split]
         if self.name == "loss":
             return loss_interval(record.last.losses[split], part.units, self.seed)
         return score_interval(self._score(record, split), max(part.units) + 1, self.seed)
 
     def difference(self, record: Record, other: Record, split: str) -> Interval:
         """The value of one finished configuration less that of another."""
-        part = self.ground.splits[split]
+        part = self.base.splits[split]
         if self.name == "loss":
             mine, theirs = record.last.losses[split], other.last.losses[split]
             return loss_difference(mine, theirs, part.units, self.seed)
@@ -85,21 +85,19 @@ class Objective:
         if self.name == "loss" or path.is_file():
             return
         folder = Path(record.configuration.recipe.output_dir)
-        name, prompts = record.configuration.name, map(_asked, self.ground.splits.values())
+        name, prompts = record.configuration.name, map(_asked, self.base.splits.values())
         with (
-            self.ground.with_adapter(folder, record.configuration.recipe) as model,
+            self.base.with_adapter(folder, record.configuration.recipe) as model,
             task(f"answering with {name}", sum(map(len, prompts))),
         ):
-            answers = {
-                name: self._answers(model, part) for name, part in self.ground.splits.items()
-            }
+            answers = {name: self._answers(model, part) for name, part in self.base.splits.items()}
         atomic.write_file(path, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
 
     def _answers(self, model: LoraModel, part: Split) -> list[str]:
         """An answer to each prompt of a split."""
         asked = _asked(part)
-        tokenizer = self.ground.begun.tokenizer
-        if self.ground.recipe.task_type == "SEQ_2_SEQ_LM":
+        tokenizer = self.base.begun.tokenizer
+        if self.base.recipe.task_type == "SEQ_2_SEQ_LM":
             return generate_targets(model, tokenizer, asked, max_new_tokens=_LONGEST)
         written = write_answers(
             model,
@@ -113,7 +111,7 @@ class Objective:
     def _score(self, record: Record, split: str) -> Score:
         """The metric of the answers to some of the prompts."""
         answers = json.loads(_answers_path(record).read_text(encoding="utf-8"))[split]
-        wanted = self._references(self.ground.splits[split])
+        wanted = self._references(self.base.splits[split])
         metric = METRICS[self.name]
         return lambda which: metric([answers[i] for i in which], [wanted[i] for i in which])
 
@@ -123,9 +121,9 @@ class Objective:
         for sample, unit in zip(part.samples, part.units, strict=True):
             assert isinstance(sample, Sample)
             found.setdefault(unit, []).append(sample)
-        templated = self.ground.recipe.task_type != "SEQ_2_SEQ_LM"
+        templated = self.base.recipe.task_type != "SEQ_2_SEQ_LM"
         groups = [found[unit] for unit in sorted(found)]
-        return references(self.ground.begun.tokenizer, groups, templated)
+        return references(self.base.begun.tokenizer, groups, templated)
 
 
 def _answers_path(record: Record) -> Path:

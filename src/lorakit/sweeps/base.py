@@ -1,0 +1,290 @@
+"""What all configurations of a sweep share: the base model, the rows, and the held-out splits.
+
+The rows are read and tokenised once, and the base is held once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from lorakit.data.checks import AnySample
+from lorakit.data.grouping import AT_ONCE
+from lorakit.data.masking import TokenizedRow
+from lorakit.engine.resident import ResidentModel
+from lorakit.engine.shared_pass import AdapterBatch
+from lorakit.errors import InputError
+from lorakit.evaluation.loss import RowLosses, evaluating, row_losses
+from lorakit.lora import LoraModel
+from lorakit.lora.parameters import count_parameters
+from lorakit.models.fingerprint import fingerprint
+from lorakit.models.fused import fused
+from lorakit.models.lines import Lines
+from lorakit.models.load import best_device, torch_dtype
+from lorakit.models.loss import SupervisedLoss
+from lorakit.objectives.objective import TrainingInputs
+from lorakit.progress import track
+from lorakit.sweeps.space.configurations import changed
+from lorakit.training.advice import advised
+from lorakit.training.batching import Batching, choose_batching
+from lorakit.training.machine import settle_in
+from lorakit.training.position import planned_steps
+from lorakit.training.recipe import Recipe
+from lorakit.training.setup import load_inputs, wished_device
+
+SELECTION, REPORT = "selection", "report"
+
+FEWEST = 8
+"""Held-out prompts of a split: a bootstrap of fewer says nothing."""
+
+SplitLosses = dict[str, RowLosses]
+"""By split, the losses of its rows."""
+
+
+def all_rows(losses: Mapping[str, RowLosses]) -> RowLosses:
+    """The losses of all splits together."""
+    return [row for rows in losses.values() for row in rows]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Held-out rows with their samples; `units[i]` numbers the prompt of row i."""
+
+    rows: list[TokenizedRow]
+    samples: list[AnySample]
+    units: list[int]
+
+
+class SweepBase:
+    """A base model and its rows, for all configurations of a sweep.
+
+    Args:
+        recipe: of the sweep, without its changes.
+        begun: model, tokenizer, rows, loss and batches, as the task has them.
+        splits: held-out rows by name.
+
+    Attributes:
+        fingerprint: of the base model's weights.
+        parameters: of the base model.
+        notices: lines for the user.
+    """
+
+    def __init__(self, recipe: Recipe, begun: TrainingInputs, splits: Mapping[str, Split]) -> None:
+        self.recipe, self.begun, self.splits = recipe, begun, splits
+        self.device: torch.device = next(begun.model.parameters()).device
+        self.fingerprint = fingerprint(begun.model, without=begun.new_modules)
+        pad = begun.tokenizer.pad_token_id
+        self.pad_token_id: int = pad if isinstance(pad, int) else 0
+        self.parameters = count_parameters(begun.model)[1]
+        self.facts = [asdict(fact) for fact in begun.data.facts]
+        self.notices = [*begun.data.notices, *(f.line for f in begun.data.findings if f.count)]
+        self._lines = Lines(begun.model)
+        self._seed = recipe.training.seed  # a new head's values are drawn with it
+        self._trained: dict[str, int] = {}
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether configurations of this task can share a pass."""
+        return self.begun.objective.name == "sft"
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """`recipe` with what it leaves open filled in, and the rows of the sweep held out."""
+        full, _ = advised(recipe, self.parameters, len(self.begun.data.train))
+        if full.data_seed != self.recipe.data_seed:
+            full = full.filled_in({"data.seed": self.recipe.data_seed})
+        return full
+
+    def beginning(self, recipe: Recipe) -> TrainingInputs:
+        """What a configuration begins with: these rows, and the base.
+
+        A base with a new head is loaded again for another seed, which draws the head's values.
+        """
+        if self.begun.new_modules and recipe.training.seed != self._seed:
+            fresh = _begin(changed(self.recipe, {"training.seed": recipe.training.seed}))
+            self.begun = replace(self.begun, model=fresh.model)
+            self._seed = recipe.training.seed
+        return self.begun
+
+    def batching(self, recipe: Recipe) -> tuple[Batching, list[str]]:
+        """How rows become batches, with what to say where that is not as the recipe has it."""
+        return choose_batching(recipe, self._lines, self.pad_token_id, self.begun.collator)
+
+    def batches(self, recipe: Recipe, args: TrainingArguments) -> list[list[int]]:
+        """The rows of each batch of the first epoch."""
+        return self.batching(recipe)[0].train_batches(self.begun.data.train, args, epoch=0)
+
+    def steps(self, recipe: Recipe, args: TrainingArguments) -> int:
+        """The optimizer steps of a run of `recipe`."""
+        return planned_steps(args, len(self.batches(recipe, args)))
+
+    @contextmanager
+    def adapted(self, recipes: Mapping[str, Recipe]) -> Iterator[ResidentModel]:
+        """The base with an adapter for each recipe, by name, started as in a run of its own.
+
+        Behind the block the base is as it was.
+
+        Raises:
+            InputError: an adapter does not fit the base.
+        """
+        resident = ResidentModel(self.begun.model, self.pad_token_id)
+        try:
+            for name, recipe in recipes.items():
+                resident.create(name, self.begun.lora_config(recipe), recipe.training.seed)
+            with fused(resident.model):
+                yield resident
+        finally:
+            if getattr(self.begun.model, "is_activation_checkpointing", False):
+                self.begun.model.activation_checkpointing_disable()
+            if resident.adapters:
+                resident.model.unload()
+
+    @contextmanager
+    def with_adapter(self, folder: Path, recipe: Recipe) -> Iterator[LoraModel]:
+        """The base with the adapter in `folder`, to evaluate; bare again behind the block."""
+        model = LoraModel.from_pretrained(self.beginning(recipe).model, folder).eval()
+        try:
+            yield model
+        finally:
+            model.unload()
+
+    def trained_parameters(self, recipe: Recipe) -> int:
+        """How many parameters a configuration trains; they are counted without being made.
+
+        Raises:
+            InputError: its targets match nothing in the model.
+        """
+        key = json.dumps(recipe.lora, sort_keys=True, default=str)
+        if key not in self._trained:
+            begun = self.beginning(recipe)
+            model = LoraModel(begun.model, begun.lora_config(recipe), low_cpu_mem_usage=True)
+            try:
+                self._trained[key] = model.get_nb_trainable_parameters()[0]
+            finally:
+                model.unload()
+        return self._trained[key]
+
+    # --- held-out rows ----------------------------------------------------------------------
+
+    def losses(self, model: nn.Module) -> SplitLosses:
+        """The losses of the held-out rows, with the adapters that are active in `model`."""
+        if not self.shares_passes:
+            return {name: self._one_by_one(model, part.rows) for name, part in self.splits.items()}
+        loss = SupervisedLoss(model)
+        [found] = self._in_batches(model, lambda batch: [loss.of_tokens(model, batch)], 1)
+        return found
+
+    def losses_of_each(
+        self, resident: ResidentModel, names: Sequence[str]
+    ) -> dict[str, SplitLosses]:
+        """The losses of the held-out rows with each of these adapters.
+
+        As many of them share a pass as do not make it larger than it is to be.
+        """
+
+        def token_losses(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+            several = max(1, AT_ONCE // batch["input_ids"].numel())
+            return [
+                losses
+                for at in range(0, len(names), several)
+                for losses in resident.token_losses(
+                    [AdapterBatch(name, batch) for name in names[at : at + several]]
+                )
+            ]
+
+        found = self._in_batches(resident.model, token_losses, len(names))
+        return dict(zip(names, found, strict=True))
+
+    def _in_batches(self, model: nn.Module, token_losses: Any, several: int) -> list[SplitLosses]:
+        batching, _ = self.batching(self.recipe)
+        collate = batching.collator(learning=False)
+        found: list[SplitLosses] = [{} for _ in range(several)]
+        for split, part in self.splits.items():
+            batches, collate = (
+                batching.held_out_batches(part.rows),
+                batching.collator(learning=False),
+            )
+            by_name = row_losses(model, part.rows, batches, collate, token_losses, several)
+            for own, losses in zip(found, by_name, strict=True):
+                own[split] = losses
+        return found
+
+    def _one_by_one(self, model: nn.Module, rows: Sequence[TokenizedRow]) -> RowLosses:
+        """Losses of other tasks are sums over a batch, so that each row is one."""
+        objective, collate = self.begun.objective, self.begun.collator
+        collate = collate or self.batching(self.recipe)[0].collator(learning=False)
+        forward = objective.forward(model)
+        found = []
+        with evaluating(model) as device:
+            for row in track(rows, "evaluating rows"):
+                batch = {name: tensor.to(device) for name, tensor in collate([row]).items()}
+                loss = objective.loss(forward, batch)
+                found.append((float(loss.total), int(loss.count)))
+        return found
+
+
+def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
+    """Loads the base model of a sweep, and its rows.
+
+    Args:
+        selection: the share of the held-out prompts that choosing sees.
+        seed: of the split of held-out rows.
+
+    Raises:
+        InputError: the model or the rows cannot be used, or too few are held out.
+    """
+    settle_in()
+    begun = _begin(recipe)
+    parts = split(begun.data.eval, begun.data.eval_samples, selection, seed)
+    return SweepBase(recipe, begun, parts)
+
+
+def _begin(recipe: Recipe) -> TrainingInputs:
+    device = wished_device(recipe)
+    dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
+    return load_inputs(recipe, dtype, device)
+
+
+def split(
+    rows: Sequence[TokenizedRow], samples: Sequence[AnySample], share: float, seed: int
+) -> dict[str, Split]:
+    """Held-out rows as `selection` (about `share` of the prompts) and `report`.
+
+    Rows with the same prompt stay together: what is reported was not chosen by.
+
+    Raises:
+        InputError: there are too few prompts to choose by some and report on others.
+    """
+    numbers: dict[str, int] = {}
+    units = [numbers.setdefault(sample.prompt_key, len(numbers)) for sample in samples]
+    order = list(range(len(numbers)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[: round(share * len(order))])
+    if min(len(chosen), len(order) - len(chosen)) < FEWEST:
+        raise InputError(
+            f"data.eval: {len(rows)} rows with {len(order)} prompts are too few to tell settings "
+            f"apart: a sweep chooses by some of them and reports on the others, at least {FEWEST} "
+            f"prompts each; hold out {2 * FEWEST} or more"
+        )
+    sides: dict[str, list[int]] = {SELECTION: [], REPORT: []}
+    for i, unit in enumerate(units):
+        sides[SELECTION if unit in chosen else REPORT].append(i)
+    return {
+        name: whole_split([rows[i] for i in own], [samples[i] for i in own])
+        for name, own in sides.items()
+    }
+
+
+def whole_split(rows: Sequence[TokenizedRow], samples: Sequence[AnySample]) -> Split:
+    """All of these rows as one split."""
+    numbers: dict[str, int] = {}
+    units = [numbers.setdefault(sample.prompt_key, len(numbers)) for sample in samples]
+    return Split([*rows], [*samples], units)

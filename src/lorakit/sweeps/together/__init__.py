@@ -1,1 +1,0 @@
-"""Several LoRA configurations trained at once on one resident base model."""
