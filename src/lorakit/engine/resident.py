@@ -266,9 +266,9 @@ class ResidentModel:
     ) -> PassResult:
         collate = self._collator()
         tokenized = [TokenizedRow([*row.input_ids], [*row.labels], "rows") for row in rows]
-        for row, own in zip(rows, tokenized, strict=True):
+        for row, made in zip(rows, tokenized, strict=True):
             self._require(row.adapter)
-            if not own.supervised:
+            if not made.supervised:
                 raise InputError(f"a row of {row.adapter} has no token to learn")
         logprobs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         losses = [0.0] * len(rows) if loss else []

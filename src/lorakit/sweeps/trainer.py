@@ -88,7 +88,7 @@ class SweepTrainer(LoraTrainer):
 
         The next one is asked for when `finish_step` was called for the one before it.
         """
-        args, resumed = self.args, checkpoint and str(checkpoint)
+        args, resumed = self.args, str(checkpoint) if checkpoint else None
         self._began = time.time()
         enable_checkpointing(self.model, args)
         self._resumed_from = checkpoint
