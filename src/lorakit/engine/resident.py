@@ -163,7 +163,7 @@ class ResidentModel:
         """
         self._require_new(name)
         reason = why_not_shared(self.base, config)
-        if self.adapters and config.init_lora_weights == "loftq":
+        if self.adapters and config.init.kind.changes_base:
             raise InputError(f"adapter {name} cannot be created beside others: {reason}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)

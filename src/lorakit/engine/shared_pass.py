@@ -145,8 +145,10 @@ def why_not_shared(base: nn.Module, config: LoraConfig) -> str | None:
     Raises:
         InputError: the configuration matches nothing in the model.
     """
-    if config.init_lora_weights == "loftq":
-        return "init_lora_weights=loftq quantises the base"
+    if config.init.kind.changes_base:
+        return f"init_lora_weights={config.init_lora_weights} quantises the base"
+    if config.init.kind.collect:
+        return f"init_lora_weights={config.init_lora_weights} starts from data"
     if config.bias != "none":
         return f"bias={config.bias} trains biases of the base"
     names = "modules_to_save", "trainable_token_indices", "target_parameters"
