@@ -20,7 +20,7 @@ import torch
 from lorakit.adapters.adapter_tokenizer import common_tokenizer
 from lorakit.adapters.chat_template import common_template
 from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, by_kind, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
@@ -122,21 +122,18 @@ def combine(
         return found, first.tensors(found.A, found.B, bias)
 
     tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    losses: dict[str, tuple[float, float]] = {}
+    cut = Truncations()
     largest = max((u.A[0].numel() * len(u.B) for f in files for u in f.updates.values()), default=0)
     with _workers(largest) as pool:
         made = track(pool.map(combined, paths, seeds), "combining modules", len(paths))
         for path, (found, own) in zip(paths, made, strict=True):
             tensors |= own
-            ranks[path] = found.A.shape[0]
-            losses[path] = found.energy, found.lost
-    if not ranks:
+            cut.add(path, found)
+    if not cut.ranks:
         raise InputError(f"{listed(map(str, adapters))}: no adapter changes a module by B A")
     shared = sum(1 for path in paths if all(path in file.updates for file in files))
     if shared < len(paths):
         notices.append(f"{len(paths) - shared} of {len(paths)} modules are not in all adapters")
-    energy, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
     derivation = Derivation(
         made_by="combine",
         sources=[source(file.folder) for file in files],
@@ -149,7 +146,7 @@ def combine(
                 if value is not None
             },
         },
-        figures={"lost": lost / energy if energy else 0.0},
+        figures={"lost": cut.lost},
         base_model=base_model,
         base_fingerprint=base_fingerprint,
         labels=origin(files[0].folder, files[0].config).labels,
@@ -158,15 +155,15 @@ def combine(
     templates, derivation.template_sha256 = common_template(folders, notices)
     tokenizer = common_tokenizer(folders, notices)
     derivation.notices = notices
-    config = set_ranks(_config(files, paths, base_model), ranks)
+    config = set_ranks(_config(files, paths, base_model), cut.ranks)
     write_derived(output, config, tensors | whole, derivation, templates, tokenizer)
     return CombineReport(
         str(output),
         method,
         len(paths),
         sum(tensor.numel() for tensor in (tensors | whole).values()),
-        derivation.figures["lost"],
-        by_kind(ranks, losses),
+        cut.lost,
+        cut.kinds(),
         notices,
     )
 

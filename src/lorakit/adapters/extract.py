@@ -6,7 +6,6 @@ linear layer has no low-rank form in PEFT's files, and is kept whole (`modules_t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 
 from lorakit.adapters.adapter_tokenizer import tokenizer_to_keep
 from lorakit.adapters.derived import Derivation, SourceRecord, sha256, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, by_kind, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
 from lorakit.adapters.resize import check_size
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
@@ -132,8 +131,7 @@ def _extract(
     rows, added = _tokens(model, keys, before, after)
     tokenizer = tokenizer_to_keep(before.folder, after.folder, rows, grown=added > 0)
     tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    losses: dict[str, tuple[float, float]] = {}
+    cut = Truncations()
     whole: list[str] = []
     notices: list[str] = []
     limit = 0
@@ -158,20 +156,20 @@ def _extract(
             delta = delta.T if is_conv1d(module) else delta  # which is stored (d_in, d_out)
             limit = max(limit, min(delta.shape))
             found = _cut(delta, rank, energy)
-            ranks[path], losses[path] = found.A.shape[0], (found.energy, found.lost)
+            cut.add(path, found)
             tensors[f"{PREFIX}{path}.lora_A.weight"] = found.A
             tensors[f"{PREFIX}{path}.lora_B.weight"] = found.B
         else:
             whole.append(path)
     whole = list(dict.fromkeys(whole))
-    if not ranks:
+    if not cut.ranks:
         raise InputError(
             f"{tuned} and {base} have the same linear layers: there is nothing to extract"
             + (f" (they differ in {listed(whole, 3)}, which has no low-rank form)" if whole else "")
         )
     if rank is not None and rank > limit:
         raise InputError(f"--rank {rank} is more than any module can have: the largest is {limit}")
-    both = [path for path in whole if path in ranks]
+    both = [path for path in whole if path in cut.ranks]
     if both:
         raise InputError(
             f"{tuned} has other biases than {base} beside its linear layers ({listed(both, 3)}), "
@@ -192,15 +190,13 @@ def _extract(
             f"{PREFIX}{other}.weight": tensors[f"{PREFIX}{path}.weight"] for other in others
         }
     config = LoraConfig(
-        target_modules=written_targets(list(ranks), model),
+        target_modules=written_targets(list(cut.ranks), model),
         modules_to_save=whole or None,  # in full: PEFT takes any name that ends like it
         ensure_weight_tying=bool(tied),
-        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
+        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in cut.ranks),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    total, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
-    error = math.sqrt(lost / total)
     if added:
         notices.append(
             f"{tuned} has {added} tokens that {base} has not: their embeddings are kept with all "
@@ -210,21 +206,21 @@ def _extract(
         made_by="extract",
         sources=[_source(files) for files in (before, after)],
         options={"rank": rank} if rank is not None else {"energy": energy},
-        figures={"error": error},
+        figures={"error": cut.error},
         base_model=base,
         notices=notices,
     )
     templates = layout_of(after.folder).templates()
     if templates is not None:
         derivation.template_sha256 = digest(templates)
-    write_derived(output, set_ranks(config, ranks), tensors, derivation, templates, tokenizer)
+    write_derived(output, set_ranks(config, cut.ranks), tensors, derivation, templates, tokenizer)
     return ExtractReport(
         str(output),
-        len(ranks),
+        len(cut.ranks),
         sum(tensor.numel() for tensor in tensors.values()),
-        error,
-        by_kind(ranks, losses),
-        {path: 1 - lost / energy for path, (energy, lost) in losses.items()},
+        cut.error,
+        cut.kinds(),
+        cut.retained(),
         whole,
         notices,
     )

@@ -6,9 +6,10 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from lorakit.lora.combine import Combined
 from lorakit.lora.config import LoraConfig
 
 
@@ -31,23 +32,47 @@ class KindRanks:
         return math.sqrt(self.lost)
 
 
-def by_kind(ranks: Mapping[str, int], losses: Mapping[str, tuple[float, float]]) -> list[KindRanks]:
-    """Ranks and losses by the last part of the modules' paths.
+class Truncations:
+    """Ranks by module's path, and of each module ‖ΔW‖² and what of it was cut off."""
 
-    Args:
-        losses: ‖ΔW‖², and what of it was cut off, by path.
-    """
-    groups: dict[str, list[str]] = {}
-    for path in ranks:
-        groups.setdefault(path.rpartition(".")[2], []).append(path)
-    found = []
-    for kind, paths in groups.items():
-        own = [ranks[path] for path in paths]
-        energy = math.fsum(losses[path][0] for path in paths)
-        lost = math.fsum(losses[path][1] for path in paths)
-        share = max(0.0, lost / energy) if energy else 0.0
-        found.append(KindRanks(kind, len(paths), (min(own), max(own)), share))
-    return found
+    def __init__(self) -> None:
+        self.ranks: dict[str, int] = {}
+        self._energies: dict[str, tuple[float, float]] = {}
+
+    def add(self, path: str, found: Combined) -> None:
+        """Notes what became of a module's update."""
+        self.ranks[path], self._energies[path] = found.A.shape[0], (found.energy, found.lost)
+
+    @property
+    def lost(self) -> float:
+        """The share of ‖ΔW‖², over all modules, that was cut off."""
+        return _share(self._energies.values())
+
+    @property
+    def error(self) -> float:
+        """‖ΔW - ΔW'‖ / ‖ΔW‖ over all modules."""
+        return math.sqrt(self.lost)
+
+    def retained(self) -> dict[str, float]:
+        """The share of ‖ΔW‖² that each module keeps, by path."""
+        return {path: 1 - _share([one]) for path, one in self._energies.items()}
+
+    def kinds(self) -> list[KindRanks]:
+        """Ranks and losses by the last part of the modules' paths."""
+        groups: dict[str, list[str]] = {}
+        for path in self.ranks:
+            groups.setdefault(path.rpartition(".")[2], []).append(path)
+        found = []
+        for kind, paths in groups.items():
+            own = [self.ranks[path] for path in paths]
+            lost = _share([self._energies[path] for path in paths])
+            found.append(KindRanks(kind, len(paths), (min(own), max(own)), lost))
+        return found
+
+
+def _share(energies: Collection[tuple[float, float]]) -> float:
+    total, lost = (math.fsum(column) for column in zip(*energies, strict=True))
+    return max(0.0, lost / total) if total else 0.0
 
 
 def set_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:

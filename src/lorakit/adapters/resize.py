@@ -6,7 +6,6 @@ is measured by those who have rows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from lorakit.adapters.adapter_tokenizer import common_tokenizer
 from lorakit.adapters.chat_template import common_template
 from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, by_kind, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
 from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
@@ -80,24 +79,20 @@ def resize(
             "before magnitudes are applied"
         )
     tensors: dict[str, torch.Tensor] = dict(file.others)
-    ranks: dict[str, int] = {}
-    losses: dict[str, tuple[float, float]] = {}
+    cut = Truncations()
     for path, update in track(file.updates.items(), "resizing modules"):
         A, B = update.factors()
         wanted = rank if rank is not None else max(1, spectrum(update).directions(energy or 1.0))
         found = truncate(update.scaling * B, A, wanted)
         bias = None if update.bias is None else update.scaling * update.bias
         tensors |= update.tensors(found.A, found.B, bias)
-        ranks[path] = found.A.shape[0]
-        losses[path] = found.energy, found.lost
-    total, lost = (math.fsum(column) for column in zip(*losses.values(), strict=True))
+        cut.add(path, found)
     known = origin(file.folder, file.config)
-    error = math.sqrt(lost / total) if total else 0.0
     derivation = Derivation(
         made_by="resize",
         sources=[source(file.folder)],
         options={"rank": rank} if rank is not None else {"energy": energy},
-        figures={"error": error},
+        figures={"error": cut.error},
         base_model=known.base_model,
         base_fingerprint=known.base_fingerprint,
         labels=known.labels,
@@ -105,17 +100,17 @@ def resize(
     )
     templates, derivation.template_sha256 = common_template([file.folder], notices)
     tokenizer = common_tokenizer([file.folder], notices)
-    config = set_ranks(file.config, ranks)
+    config = set_ranks(file.config, cut.ranks)
     write_derived(output, config, tensors, derivation, templates, tokenizer)
     stored = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
     rest = sum(t.numel() for key, t in file.others.items() if not key.endswith(COPY))
     return ResizeReport(
         str(output),
-        len(ranks),
+        len(cut.ranks),
         rest + sum(tensor.numel() for tensor in stored),
         sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(COPY)),
-        error,
-        by_kind(ranks, losses),
+        cut.error,
+        cut.kinds(),
         notices,
     )
 

@@ -32,15 +32,15 @@ from lorakit.errors import InputError, LorakitError, listed, one_line
 from lorakit.lora.checkpoint import weights_file
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME
 from lorakit.models.bundled import home, usable_folder
+from lorakit.models.layouts import layout_of
+from lorakit.models.skeleton import skeleton
 from lorakit.models.template_files import default_of
 from lorakit.server.options import check_key, is_loopback, require_key
 from lorakit.server.vllm.vllm_base import (
     Base,
-    blank,
     find_base,
     fingerprint,
     fitted_to,
-    own_template,
     require_context,
     require_lora,
     slot_bytes,
@@ -171,7 +171,7 @@ def plan(options: VllmOptions) -> VllmCommand:
     lora = bool(servables) or options.adapter_root is not None
     if lora:
         require_lora(base)
-    model = blank(base)
+    model = None if base.folder is None else skeleton(base.folder)
     if model is None:
         notices.append(f"{base.name} is not on this machine: nothing of it was checked")
     else:
@@ -278,7 +278,7 @@ def _template(
     Raises:
         InputError: they were trained with different ones.
     """
-    own = own_template(base)
+    own = None if base.folder is None else layout_of(base.folder).templates()
     found: dict[str | None, AdapterTemplate] = {}
     names: dict[str | None, str] = {}
     for name, servable in servables.items():

@@ -15,7 +15,6 @@ from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.models.layouts import layout_of
 from lorakit.models.names import ALIASES, resolve
-from lorakit.models.template_files import Templates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,17 +114,6 @@ def require_lora(base: Base) -> None:
         )
 
 
-def blank(base: Base) -> Any | None:
-    """The model without its weights, None where its files are not here.
-
-    Raises:
-        InputError: transformers has no such causal language model.
-    """
-    from lorakit.models.skeleton import skeleton
-
-    return None if base.folder is None else skeleton(base.folder)
-
-
 def fitted_to(servable: Servable, model: nn.Module, base: Base) -> Servable:
     """The adapter under the module names of `model`, as `lorakit export --to vllm` writes it.
 
@@ -196,11 +184,6 @@ def slot_bytes(model: nn.Module, rank: int) -> int:
     experts = (p for p in model.parameters() if p.dim() == 3)
     columns = sum(sum(weight.shape) for weight in layers)
     return 2 * rank * (columns + sum(p.shape[0] * (p.shape[1] + p.shape[2]) for p in experts))
-
-
-def own_template(base: Base) -> Templates | None:
-    """The base's own chat templates, None where there are none or they are not here."""
-    return None if base.folder is None else layout_of(base.folder).templates()
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:
