@@ -111,79 +111,71 @@ def findings(
         left_out: the rows that are too long to be used at all.
     """
     everything = [*train, *held_out]
+    rows = [row for _, row in everything]
     samples = [sample for sample, _ in train]
-    cut = [row for _, row in everything if row.truncated]
-    learned = [sample.where for sample in _repeated(samples)]
+    cut = [row for row in rows if row.truncated]
     seen = {_key(sample) for sample, _ in held_out}
-    found: list[tuple[str, list[str], Sequence[object], str]] = [
-        (
+    bos, special = tokenizer.bos_token_id, tokenizer.all_special_ids
+    found = [
+        finding(
             f"longer than {limit} and cut at the end",
-            [row.where for row in cut],
-            everything,
+            cut,
+            len(everything),
             _too_long(cut, everything, left_out, limit),
         ),
-        (
+        finding(
             "the same as an earlier row to learn from",
-            learned,
-            train,
+            _repeated(samples),
+            len(train),
             "repeated rows are learned more strongly: drop them unless that is meant",
         ),
-        (
+        finding(
             "both learned from and held out",
-            [sample.where for sample in samples if _key(sample) in seen],
-            train,
+            [sample for sample in samples if _key(sample) in seen],
+            len(train),
             "held-out numbers will be too good: remove them from one of the two",
         ),
-        (
+        finding(
             "without an answer's text",
-            [sample.where for sample in _without_answer([s for s, _ in everything])],
-            everything,
+            _without_answer([sample for sample, _ in everything]),
+            len(everything),
             "they teach the model to say nothing: fill or drop them",
         ),
-        (
+        finding(
             "begun with two BOS tokens",
-            [row.where for _, row in everything if _two_bos(row, tokenizer.bos_token_id)],
-            everything,
+            [row for row in rows if _two_bos(row, bos)],
+            len(everything),
             "the text brings one and the template another: take it out of the text",
         ),
-        (
+        finding(
             "left without an end token behind an answer",
-            [
-                row.where
-                for sample, row in everything
-                if sample.messages and _endless(row, tokenizer.all_special_ids)
-            ],
-            everything,
+            [row for sample, row in everything if sample.messages and _endless(row, special)],
+            len(everything),
             "the model would not learn to stop: the chat template should close an answer",
         ),
     ]
-    if apart := [row.where for _, row in everything if row.apart]:
-        found.append(
-            (
-                "tokenised in parts, as one text would have joined a prompt and its answer",
-                apart,
-                everything,
-                "nothing is lost, the answer is learned behind the tokens of its generation "
-                "prompt; blanks at an answer's beginning are learned too: strip them unless meant",
-            )
+    if apart := [row for row in rows if row.apart]:
+        what = "tokenised in parts, as one text would have joined a prompt and its answer"
+        cure = (
+            "nothing is lost, the answer is learned behind the tokens of its generation "
+            "prompt; blanks at an answer's beginning are learned too: strip them unless meant"
         )
+        found.append(finding(what, apart, len(everything), cure))
     if left_out:
-        found.append(
-            (
-                f"left out, as {limit} ends before the row or its answer",
-                [row.where for row in left_out],
-                [*everything, *((None, row) for row in left_out)],
-                _too_long(left_out, everything, left_out, limit),
-            )
-        )
-    for part in dict.fromkeys(part for _, row in everything for part in row.unshown):
-        hidden = [row.where for _, row in everything if part in row.unshown]
+        what = f"left out, as {limit} ends before the row or its answer"
+        cure = _too_long(left_out, everything, left_out, limit)
+        found.append(finding(what, left_out, len(everything) + len(left_out), cure))
+    for part in dict.fromkeys(part for row in rows for part in row.unshown):
+        hidden = [row for row in rows if part in row.unshown]
         what = f"learned without {_PARTS[part]}, which the chat template does not show"
-        found.append((what, hidden, everything, "use a model whose template has a place for it"))
-    return [
-        Finding(what, len(where), len(of), tuple(where[:SHOWN]), cure)
-        for what, where, of, cure in found
-    ]
+        cure = "use a model whose template has a place for it"
+        found.append(finding(what, hidden, len(everything), cure))
+    return found
+
+
+def finding(what: str, rows: Sequence[AnySample | TokenizedRow], of: int, cure: str) -> Finding:
+    """A finding about `rows`, of so many."""
+    return Finding(what, len(rows), of, tuple(row.where for row in rows[:SHOWN]), cure)
 
 
 def _too_long(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import SHOWN, Finding
+from lorakit.data.checks import Finding, finding
 from lorakit.data.samples import MARKS, Sample
 from lorakit.data.spans import REASONING
 from lorakit.data.templates import special_tokens
@@ -58,14 +58,13 @@ def findings_of_texts(
             )
         )
     return [
-        Finding(
+        finding(
             what,
-            len(places),
+            [sample for sample, _ in matches],
             len(samples),
-            tuple(where for where, _ in places[:SHOWN]),
-            cure.format(ascii(places[0][1]) if places else "it"),
+            cure.format(ascii(matches[0][1]) if matches else "it"),
         )
-        for what, places, cure in found
+        for what, matches, cure in found
     ]
 
 
@@ -79,7 +78,7 @@ def findings_of_fields(
     """
     template = tokenizer.chat_template if by_template else ""
     words = set(re.findall(r"\w+", template if isinstance(template, str) else json.dumps(template)))
-    places: dict[str, list[str]] = {}
+    having: dict[str, list[Sample]] = {}
     for sample in samples:
         fields = {
             key
@@ -88,30 +87,29 @@ def findings_of_fields(
             if key not in _READ_FIELDS and value not in ("", [], {})
         }
         for field in fields - words:
-            places.setdefault(field, []).append(sample.where)
+            having.setdefault(field, []).append(sample)
     return [
-        Finding(
+        finding(
             f"written with the message field '{field}', which nothing reads",
-            len(where),
+            those,
             len(samples),
-            tuple(where[:SHOWN]),
             "only answers are learned: take the mark from the other messages"
             if field in MARKS
             else "it changes nothing: write what it says into 'content', or remove it",
         )
-        for field, where in sorted(places.items())
+        for field, those in sorted(having.items())
     ]
 
 
 def _found(
     samples: Sequence[Sample], search: Callable[[str], "re.Match[str] | None"]
-) -> list[tuple[str, str]]:
-    """Of each sample that holds a match, its place and the first match."""
+) -> list[tuple[Sample, str]]:
+    """Each sample that holds a match, and the first match."""
     found = []
     for sample in samples:
         match = next(filter(None, map(search, _texts(sample))), None)
         if match:
-            found.append((sample.where, match.group()))
+            found.append((sample, match.group()))
     return found
 
 
