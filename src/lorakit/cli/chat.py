@@ -22,11 +22,15 @@ from lorakit.folder_name import folder_name
 def chat(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     base: BaseOption = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    system: Annotated[
+        str | None, typer.Option(help="A system message for the conversation.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 512,
-    seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,

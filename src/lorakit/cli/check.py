@@ -31,9 +31,9 @@ def check(
     arguments: Arguments = None,
     model: Model = None,
     data: Data = None,
-    show: Annotated[int, typer.Option(min=0, help="So many rows, as tokens.")] = 1,
+    show: Annotated[int, typer.Option(min=0, help="How many rows to show as tokens.")] = 1,
     forecast: Annotated[
-        bool, typer.Option(help="Train a few batches to measure time and memory.")
+        bool, typer.Option(help="Measure time and memory on a few training batches.")
     ] = True,
 ) -> None:
     """Look at a recipe's rows, parameters, time and memory.

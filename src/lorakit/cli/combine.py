@@ -16,7 +16,7 @@ def combine(
     adapters: Annotated[list[Path], typer.Argument(help="The adapters' folders.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
     weights: Annotated[
-        str, typer.Option(help="One an adapter, with commas between: 0.7,0.3 (or 1,-1).")
+        str, typer.Option(help="A comma-separated weight for each adapter: 0.7,0.3 (or 1,-1).")
     ],
     method: Annotated[
         str,
@@ -28,13 +28,16 @@ def combine(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="At most, a module. Default: linear, cat and knots the sum, others the largest."
+            help="The highest rank of a module. Default: the sum of the ranks (linear, cat, "
+            "knots) or the largest of them."
         ),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="The share of entries to keep, in (0, 1].")
+        float | None, typer.Option(help="The share of entries to keep, above 0 and up to 1.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what dare drops. Default: 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed for dare_linear and dare_ties. Default: 0.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, where the adapters name it differently.")
     ] = None,

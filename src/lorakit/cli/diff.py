@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="An adapter's folder.")],
-    second: Annotated[Path, typer.Argument(help="Another one's.")],
+    first: Annotated[Path, typer.Argument(help="The first adapter's folder.")],
+    second: Annotated[Path, typer.Argument(help="The second adapter's folder.")],
     modules: Annotated[
-        bool, typer.Option("--modules", help="Every module, not only layers and kinds.")
+        bool,
+        typer.Option("--modules", help="Show every module, not only layers and kinds of module."),
     ] = False,
     data: Annotated[
-        str | None, typer.Option(help="Rows to answer by both: what changes is shown.")
+        str | None,
+        typer.Option(help="Rows that both adapters answer, to show which answers differ."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model for --data, when not the recorded one.")
+        str | None, typer.Option(help="The base model for --data, when it is not the recorded one.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Compare the updates of two adapters, or their answers.
 

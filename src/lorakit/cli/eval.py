@@ -25,20 +25,22 @@ def evaluate(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="With commas between: exact_match, bleu, rouge and loss; of a classifier "
+            help="Comma-separated: exact_match, bleu, rouge and loss; for classifiers "
             "accuracy, f1, entity_f1 (BIO tags) and loss. Default: all."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write scores and answers here.")
+        Path | None, typer.Option("--json", help="A JSON file for the scores and answers.")
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="As prompt=mr,completion=ref; default: what the adapter learned from."),
+        typer.Option(
+            help="Column names, as prompt=mr,completion=ref. Default: those of the training data."
+        ),
     ] = None,
     base: BaseOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,

@@ -28,7 +28,10 @@ def export(
     to: Annotated[
         ExportFormat,
         typer.Option(
-            "--to", parser=_format, metavar=f"[{'|'.join(FORMATS)}]", help="The program it is for."
+            "--to",
+            parser=_format,
+            metavar=f"[{'|'.join(FORMATS)}]",
+            help="The program to export for.",
         ),
     ],
     output: Annotated[
@@ -44,7 +47,7 @@ def export(
     ] = None,
     system: Annotated[
         str | None,
-        typer.Option(help=f"{_takers('system')}: the system message where there is none."),
+        typer.Option(help=f"{_takers('system')}: the default system message."),
     ] = None,
 ) -> None:
     """Write an adapter for llama.cpp, Ollama, vLLM or mlx-lm.

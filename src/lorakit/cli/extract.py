@@ -11,14 +11,14 @@ from lorakit.console import say, say_json
 
 def extract(
     base: Annotated[str, typer.Argument(help="The base model: alias, folder, or hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model that was trained whole.")],
+    tuned: Annotated[str, typer.Argument(help="The fully fine-tuned model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
-    rank: Annotated[int | None, typer.Option(help="At most, a module.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The highest rank of a module.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="The share of each module's ‖ΔW‖² to keep. Default: 0.95.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print what every module keeps, as JSON.")
+        bool, typer.Option("--json", help="Print what every module retains, as JSON.")
     ] = False,
 ) -> None:
     """Write the difference of two models as an adapter.

@@ -22,7 +22,10 @@ from lorakit.progress import track
 
 def generate(
     prompts: Annotated[
-        str, typer.Option(help="Lines of a .txt or of - (stdin), or rows as for training.")
+        str,
+        typer.Option(
+            help="A .txt file or - (stdin) with one prompt a line, or rows as for training."
+        ),
     ],
     adapters: Annotated[
         list[str] | None,
@@ -32,21 +35,30 @@ def generate(
     ] = None,
     model: BaseOption = None,
     with_base: Annotated[
-        bool, typer.Option("--with-base", help="The base answers too, without an adapter.")
+        bool, typer.Option("--with-base", help="Answer with the bare base model too.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A JSONL file. Default: stdout.")
+        Path | None,
+        typer.Option("-o", "--output", help="A JSON Lines file. Default: standard output."),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="A system message, where a prompt brings none.")
+        str | None, typer.Option(help="A system message for prompts without one.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0001, max=1)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, an answer.")] = 512,
-    seed: Annotated[int | None, typer.Option(help="For sampling.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from the k most likely tokens; 0 is all.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")
+    ] = None,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="The batch size: answers generated at once.")
+    ] = 16,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,

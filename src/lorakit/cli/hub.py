@@ -21,13 +21,16 @@ def push(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     repository: Repository,
     private: Annotated[
-        bool, typer.Option("--private", help="A new repository is for its owner only.")
+        bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="A branch; default: main.")] = None,
     with_record: Annotated[
-        bool, typer.Option("--with-record", help="lorakit.json too, with its data's paths.")
+        bool,
+        typer.Option(
+            "--with-record", help="Upload lorakit.json too, which names the data's paths."
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
 ) -> None:
     """Upload an adapter to the Hugging Face hub.
 

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    base: Annotated[str | None, typer.Option(help="A base model: does the adapter fit it?")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A base model to check the adapter against.")
+    ] = None,
     modules: Annotated[
-        bool, typer.Option("--modules", help="Every module, not only their kinds.")
+        bool, typer.Option("--modules", help="Show every module, not only kinds of module.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what an adapter is, from its files alone.
 

@@ -22,16 +22,18 @@ def merge(
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the model.")],
     base: BaseOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the written weights; default: that of the base.")
+        str | None, typer.Option(help="The dtype of the written weights. Default: the base's.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="What each adapter is multiplied by, as 1.0,0.5.")
+        str | None, typer.Option(help="A comma-separated weight for each adapter, as 1.0,0.5.")
     ] = None,
     quantization: QuantizationOption = None,
     in_memory: Annotated[
         bool, typer.Option("--in-memory", help="Load the whole model, merge and save it.")
     ] = False,
-    verify: Annotated[bool, typer.Option(help="Load both, and compare what they answer.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Compare the merged model with base + adapter.")
+    ] = True,
 ) -> None:
     """Merge adapters into their base model, and verify the result.
 

@@ -17,7 +17,7 @@ def models(
     name: Annotated[
         str | None, typer.Argument(help="An alias, a folder, a .gguf file, or a hub id.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """List the base models on this machine, or say what one is.
 

@@ -16,15 +16,13 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE.yaml] [KEY=VALUE]...",
-        help="A recipe, and values that take the place of its own (lora.r=16).",
+        help="A recipe, and values that override it (lora.r=16).",
     ),
 ]
 Model = Annotated[
     str | None, typer.Option(help="The base model: alias, folder, .gguf file, or hub id.")
 ]
-Data = Annotated[
-    str | None, typer.Option(help="The rows to learn from: a file, a folder, or a hub id.")
-]
+Data = Annotated[str | None, typer.Option(help="The training data: a file, a folder, or a hub id.")]
 
 _WITH_RECIPES = ("train", "check", "sweep")
 

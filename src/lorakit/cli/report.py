@@ -12,9 +12,13 @@ def report(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The page; default: report.html in the folder."),
+        typer.Option(
+            "-o", "--output", help="The HTML file. Default: report.html in the adapter's folder."
+        ),
     ] = None,
-    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the report in the browser.")
+    ] = False,
 ) -> None:
     """Write what is known of an adapter's run into one page.
 

@@ -12,14 +12,14 @@ from lorakit.folder_name import folder_name
 def reproduce(
     adapter: Annotated[Path, typer.Argument(help="The folder of an adapter that lorakit trained.")],
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Where the second adapter goes.")
+        Path | None, typer.Option("--output-dir", "-o", help="The folder of the second adapter.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Where the base model lies now, if it has moved.")
+        str | None, typer.Option(help="The base model's path, if it has moved.")
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Where the rows lie now, if they have moved; once a source."),
+        typer.Option(help="The data's path, if it has moved; once for each source."),
     ] = None,
 ) -> None:
     """Train again what an adapter's record says, and compare.

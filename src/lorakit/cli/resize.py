@@ -12,16 +12,17 @@ from lorakit.console import say
 def resize(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder.")],
-    rank: Annotated[int | None, typer.Option(help="At most, a module.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The highest rank of a module.")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="The share of each module's ‖ΔW‖² to keep, in (0, 1].")
+        float | None,
+        typer.Option(help="The share of each module's ‖ΔW‖² to keep, above 0 and up to 1."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Rows to compare the loss on, before and after.")
+        str | None, typer.Option(help="Rows to measure the loss on, before and after.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model for --data, when not the recorded one.")
+        str | None, typer.Option(help="The base model for --data, when it is not the recorded one.")
     ] = None,
 ) -> None:
     """Cut an adapter to lower ranks.

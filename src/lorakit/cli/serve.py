@@ -13,7 +13,7 @@ from lorakit.errors import InputError
 
 
 class EngineName(StrEnum):
-    """What computes the answers."""
+    """The inference engine."""
 
     LORAKIT = "lorakit"
     VLLM = "vllm"
@@ -30,54 +30,64 @@ def serve(
     ] = None,
     model: BaseOption = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; other machines' needs --api-key.")
+        str,
+        typer.Option(
+            help="The address to listen on; one that other machines reach needs --api-key."
+        ),
     ] = "127.0.0.1",
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name that the server may be asked by, beside localhost; repeatable."),
+        typer.Option(help="A host name that the server answers to, beside localhost; repeatable."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="LORAKIT_API_KEY", help="What requests must bring.", show_default=False
+            envvar="LORAKIT_API_KEY", help="The key that requests must bring.", show_default=False
         ),
     ] = None,
     admin_key: Annotated[
         str | None,
         typer.Option(
             envvar="LORAKIT_ADMIN_KEY",
-            help="What loading and unloading adapters needs.",
+            help="The key for loading and unloading adapters.",
             show_default=False,
         ),
     ] = None,
     adapter_root: Annotated[
-        Path | None, typer.Option(help="The folder that adapters may be loaded from.")
+        Path | None, typer.Option(help="The folder that adapters may be loaded from at run time.")
     ] = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Fold the one adapter into the base, for full speed.")
+        bool, typer.Option("--merged", help="Merge the one adapter into the base, for full speed.")
     ] = False,
-    max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="The batch size: answers generated at once.")
+    ] = 16,
     context_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and answer. Default: the model's.")
+        int | None,
+        typer.Option(min=2, help="The most tokens of prompt and answer. Default: the model's."),
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 4 << 20,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Answers that wait for a row.")] = 256,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 512,
-    max_connections: Annotated[int, typer.Option(min=1, help="Open connections.")] = 2048,
+    max_body: Annotated[int, typer.Option(min=1, help="The most bytes of a request's body.")] = 4
+    << 20,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="The most answers that wait for a place in the batch.")
+    ] = 256,
+    max_requests: Annotated[int, typer.Option(min=1, help="The most requests at once.")] = 512,
+    max_connections: Annotated[int, typer.Option(min=1, help="The most open connections.")] = 2048,
     request_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for an answer, waiting included.")
+        float, typer.Option(min=0.1, help="The most seconds for an answer, waiting included.")
     ] = 600,
     drain: Annotated[
         float, typer.Option(min=0, help="On SIGTERM, seconds for running answers to finish.")
     ] = 30,
-    engine: Annotated[EngineName, typer.Option(help="What computes the answers.")] = (
+    engine: Annotated[EngineName, typer.Option(help="The inference engine.")] = (
         EngineName.LORAKIT
     ),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --engine vllm: print its command, no more.")
+        bool,
+        typer.Option("--dry-run", help="With --engine vllm: print the command without running it."),
     ] = False,
 ) -> None:
     """Serve a base model and its adapters with OpenAI's API.

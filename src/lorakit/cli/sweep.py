@@ -15,42 +15,51 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUES",
-            help="What is varied: lora.r=4,8,16, or a range for --sampler (lora.r=4..64). "
-            "Give it once a key.",
+            help="A key and its values: lora.r=4,8,16, or a range for --sampler (lora.r=4..64). "
+            "Repeat it for each key.",
         ),
     ] = None,
     model: Model = None,
     data: Data = None,
-    output_dir: Annotated[str | None, typer.Option(help="The folder of all adapters.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="The output folder.")] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="grid (all), random, or Optuna's tpe, gp, cmaes, qmc, nsgaii."),
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Configurations that a sampler draws.")
+        int | None, typer.Option(min=1, help="How many configurations a sampler draws.")
     ] = None,
     no_prune: Annotated[
-        bool, typer.Option("--no-prune", help="Train all to their ends; stop no losers.")
+        bool,
+        typer.Option(
+            "--no-prune", help="Train every configuration to its end, without early stopping."
+        ),
     ] = False,
     reduction_factor: Annotated[
-        int | None, typer.Option(help="At each rung one in so many goes on (3).")
+        int | None,
+        typer.Option(help="At each rung, one in this many configurations continues. Default: 3."),
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="What the best is chosen by: loss, or a metric of eval.")
+        str | None,
+        typer.Option(help="The metric to choose the best by: loss, or a metric of lorakit eval."),
     ] = None,
     selection: Annotated[
-        float | None, typer.Option(help="The share of the held-out rows to choose by (0.5).")
+        float | None,
+        typer.Option(help="The share of the held-out rows used for choosing. Default: 0.5."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of draws and of the split; default is training.seed.")
+        int | None,
+        typer.Option(help="Random seed of the sampler and the split. Default: training.seed."),
     ] = None,
     engine: Annotated[
         str | None,
         typer.Option(help="together (shared batches), solo (one after the other) or ray."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="The number of workers for --engine ray.")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in the output folder.")
+        bool, typer.Option("--resume", help="Resume the sweep in the output folder.")
     ] = False,
 ) -> None:
     """Train many configurations together, and prove the best.

@@ -14,13 +14,13 @@ def train(
     arguments: Arguments = None,
     model: Model = None,
     data: Data = None,
-    output_dir: Annotated[str | None, typer.Option(help="Where the adapter goes.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="The folder for the adapter.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder.")
     ] = False,
     accept_changes: Annotated[
         bool,
-        typer.Option("--continue", help="As --resume, although the recipe or the data changed."),
+        typer.Option("--continue", help="As --resume, even if the recipe or the data changed."),
     ] = False,
 ) -> None:
     """Train an adapter, by a recipe or the command line alone."""
