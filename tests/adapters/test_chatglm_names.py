@@ -175,6 +175,6 @@ def test_what_cannot_be_the_same_is_refused_in_a_line(
         {**weights, f"{prefix}.core.lora_A.weight": torch.ones(1, 1)},
         plain / "adapter_model.safetensors",
     )
-    assert "core.lora_A.weight is no part of an adapter on ChatGLM2" in refusal(plain)
+    assert "core.lora_A.weight is not part of an adapter on ChatGLM2" in refusal(plain)
     native = save_adapter(chatglm, tmp_path / "native", target_modules=["q_proj"])
     assert "nothing to import" in refusal(native)

@@ -264,6 +264,6 @@ def test_an_import_refuses_settings_without_end_and_an_alpha_of_two(
     }
     save_file(factors, tmp_path / "kohya.safetensors")
     source, base = tmp_path / "kohya.safetensors", str(tiny_model)
-    refused(tmp_path, "is no single number", lambda out: import_adapter(source, out, base=base))
+    refused(tmp_path, "is not a single number", lambda out: import_adapter(source, out, base=base))
     (tmp_path / CONFIG).write_text("[" * 100_000)
     refused(tmp_path, "is not readable JSON", lambda out: import_adapter(source, out, base=base))

@@ -156,7 +156,7 @@ def test_what_an_adapter_cannot_hold_is_refused_with_advice(tiny_model: Path, tm
     deeper = LlamaForCausalLM.from_pretrained(tiny_model).config
     deeper.num_hidden_layers = 1
     LlamaForCausalLM(deeper).save_pretrained(tmp_path / "shallow")
-    assert "is no fine-tune" in refusal(tmp_path / "shallow")
+    assert "is not a fine-tune" in refusal(tmp_path / "shallow")
     weights = tuned / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     assert "damaged or cut off" in refusal(tuned)

@@ -175,9 +175,9 @@ def test_a_pickle_of_tensors_is_pulled_as_safetensors_and_never_pushed(
 
 def test_names_and_folders_that_cannot_be_are_refused(adapter: Path, tmp_path: Path):
     for repo in ("orders", "a/b/c", "ada/or ders"):
-        with pytest.raises(InputError, match="is no name of a repository"):
+        with pytest.raises(InputError, match="is not a repository's name"):
             push(adapter, repo)
-        with pytest.raises(InputError, match="is no name of a repository"):
+        with pytest.raises(InputError, match="is not a repository's name"):
             pull(repo, tmp_path / "x")
     with pytest.raises(InputError, match="already exists"):
         pull("ada/orders", adapter)

@@ -324,7 +324,7 @@ def test_a_hub_base_in_the_cache_is_checked_and_named_by_its_id(
     [
         ({"host": "0.0.0.0"}, "can be reached from other machines: give --api-key"),
         ({"host": "server.example"}, "can be reached from other machines: give --api-key"),
-        ({"host": "-x"}, "is no address"),
+        ({"host": "-x"}, "is not an address"),
         ({"api_key": ""}, "--api-key must be printable ASCII"),
         ({"dtype": "float32"}, "not in float32: leave --dtype out"),
         ({"context_length": 513}, "positions for 512 tokens: give --context-length 512 or less"),

@@ -192,7 +192,7 @@ def test_only_an_earlier_report_is_overwritten(tmp_path: Path):
     assert write_report(folder, page).path == page
     write_report(folder, page)
     page.write_text("<html>mine</html>")
-    with pytest.raises(InputError, match=r"page.html is there and is no report"):
+    with pytest.raises(InputError, match=r"page.html exists and is not a report"):
         write_report(folder, page)
     assert page.read_text() == "<html>mine</html>"
     with pytest.raises(InputError, match="is a folder: name a file"):

@@ -258,11 +258,12 @@ def _same_parameters(
         )
     if lacking := [name for name in names if name not in theirs.stored]:
         raise InputError(
-            f"{after.name} is no fine-tune of {before.name}: it lacks {listed(lacking, 3)}"
+            f"{after.name} is not a fine-tune of {before.name}: it lacks {listed(lacking, 3)}"
         )
     if extra := theirs.unused - ours.unused:
         raise InputError(
-            f"{after.name} is no fine-tune of {before.name}: it has {listed(sorted(extra), 3)} too"
+            f"{after.name} is not a fine-tune of {before.name}: it also has "
+            f"{listed(sorted(extra), 3)}"
         )
     for path, others in _tied(model).items():
         # A head that is tied in the base and has a weight of its own in the tuned model.
@@ -287,7 +288,7 @@ def _same_parameters(
                 f"(model.resize_token_embeddings({old[0]})), save it, and extract from that"
             )
         raise InputError(
-            f"{after.name} is no fine-tune of {before.name}: {key} is {new} and not {old}"
+            f"{after.name} is not a fine-tune of {before.name}: {key} is {new} and not {old}"
         )
     return keys
 

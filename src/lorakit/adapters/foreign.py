@@ -247,7 +247,7 @@ def _from_kohya(
     alphas = {k.removesuffix(".alpha"): t for k, t in renamed.items() if k.endswith(".alpha")}
     for name, tensor in alphas.items():
         if tensor.numel() != 1:
-            raise InputError(f"{path}: the alpha of {name} is no single number")
+            raise InputError(f"{path}: the alpha of {name} is not a single number")
     factors = {k: t for k, t in renamed.items() if not k.endswith(".alpha")}
     pairs = _paired(path, factors, ".lora_down.weight", ".lora_up.weight")
     if orphans := alphas.keys() - pairs.keys():
@@ -270,7 +270,7 @@ def _paired(
             else (key.removesuffix(second), first)
         )
         if stem == key:
-            raise InputError(f"{path}: {key} is no part of a plain LoRA")
+            raise InputError(f"{path}: {key} is not part of a plain LoRA")
         if stem + end not in tensors:
             raise InputError(f"{path}: {key} has no partner {stem + end}")
         if tensor.dim() != 2:
@@ -300,7 +300,7 @@ def _as_peft(
         A, B = factors.A, factors.B
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            raise InputError(f"{path}: {name} is no layer of {base} that an adapter can change")
+            raise InputError(f"{path}: {name} is not a layer of {base} that an adapter can change")
         if A.shape[0] != B.shape[1]:
             raise InputError(
                 f"{path}: {name} has factors of ranks {A.shape[0]} and {B.shape[1]}: several "

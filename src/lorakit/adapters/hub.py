@@ -173,9 +173,9 @@ def _require_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"{repo!r} is no name of a repository (owner/name): {error}") from error
+        raise InputError(f"{repo!r} is not a repository's name (owner/name): {error}") from error
     if "/" not in repo:
-        raise InputError(f"{repo!r} is no name of a repository: give owner/name")
+        raise InputError(f"{repo!r} is not a repository's name: give owner/name")
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def _renamed(
             path, modules, ending = names.native_modules(key.removeprefix(PREFIX))
         except KeyError as error:
             raise InputError(
-                f"{folder}: {key} is no part of an adapter on {names.models}"
+                f"{folder}: {key} is not part of an adapter on {names.models}"
             ) from error
         if ending in FACTORS_A:
             scalings |= dict.fromkeys(modules, config.scaling_for(path))

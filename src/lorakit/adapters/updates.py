@@ -168,7 +168,7 @@ class AdapterFile:
             )
         for key, tensor in self.others.items():
             if not key.startswith(PREFIX):
-                raise InputError(f"{self.folder} holds {key}, which is no part of an adapter")
+                raise InputError(f"{self.folder} holds {key}, which is not part of an adapter")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(f"{self.folder}: {key} holds values that are not finite")
 
@@ -331,10 +331,10 @@ def _obstacle(
 ) -> str:
     """Why this module's update is not `scaling` times the product of two matrices; or empty."""
     if A.dim() < 2 or B.dim() < 2:
-        return "its factors are no matrices"
+        return "its factors are not matrices"
     if A.shape[0] != B.shape[1]:
         if A.dim() > 2 and A.shape[0] % B.shape[1] == 0:
-            return "a grouped convolution, whose update is no product"
+            return "a grouped convolution, whose update is not a product of two matrices"
         return f"its factors do not fit: A has rank {A.shape[0]}, B {B.shape[1]}"
     if A.shape[0] != (r := config.rank_for(path)):
         if config.target_parameters and A.shape[0] % r == 0:

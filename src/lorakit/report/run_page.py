@@ -83,7 +83,7 @@ def _check_place(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file, such as {path / REPORT_NAME}")
     if path.exists() and not _is_report(path):
-        raise InputError(f"{path} is there and is no report: give another name with -o")
+        raise InputError(f"{path} exists and is not a report: give another name with -o")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"

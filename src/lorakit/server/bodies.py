@@ -99,7 +99,7 @@ def _parsed(body: bytes) -> Any:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise bad_field(f"the body is no UTF-8: byte {error.start} is not") from error
+        raise bad_field(f"the body is not UTF-8 (byte {error.start})") from error
     try:
         # Each is checked in the event loop, where that holds everyone up.
         value = strict_json.parse(text, MAX_OBJECTS)

@@ -83,7 +83,7 @@ class Prompts:
             elif len(prompt) > self._limit:
                 raise self._too_long(TooManyTokensError(len(prompt), self._limit, True), "prompt")
             elif (highest := max(prompt)) >= size:
-                raise bad_field(f"prompt: {highest} is no token; there are {size}", "prompt")
+                raise bad_field(f"prompt: {highest} is not a token id; there are {size}", "prompt")
             made.append(prompt)
         return made
 

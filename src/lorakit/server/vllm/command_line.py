@@ -84,7 +84,7 @@ def _require_sound(options: VllmOptions) -> None:
     if "" in options.adapters:
         raise InputError("an adapter needs a name: NAME=PATH")
     if not options.host or options.host.startswith("-"):
-        raise InputError(f"--host {options.host!r} is no address")
+        raise InputError(f"--host {options.host!r} is not an address")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise InputError(
             f"vLLM computes adapters in {listed(DTYPES[1:])}, not in {options.dtype}: leave "
