@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.recipes import Arguments, Data, Model, recipe_from
-from lorakit.cli.tables import printable
+from lorakit.cli.tables import print_table, printable
 from lorakit.console import open_console
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check(
         style = "yellow" if finding.count else ""
         console.print(one_line(line), style=style)
     trained, total = setup.model.get_nb_trainable_parameters()
-    _show_modules(console, result.modules, trained, total)
+    _show_modules(result.modules, trained, total)
     lines = [f"chosen: {advice.line}" for advice in setup.advice] + setup.notices
     for line in [*lines, *([result.forecast.line] if result.forecast else [])]:
         console.print(one_line(line))
@@ -95,22 +95,18 @@ def _visible(text: str) -> str:
 
 
 def _show_rows(console: Console, statistics: dict[str, RowStatistics]) -> None:
-    from rich.table import Table
-
-    table = Table(title="rows and tokens")
-    table.add_column("")
-    names = ["rows", "tokens", "supervised", "min", "p5", "p25", "p50", "p75", "p95", "max"]
-    for name in names:
-        table.add_column(name, justify="right")
-    for part, numbers in statistics.items():
-        table.add_row(
+    lengths = ("min", "p5", "p25", "p50", "p75", "p95", "max")
+    rows = [
+        (
             part,
             f"{numbers.rows:,}",
             f"{numbers.tokens:,}",
             f"{numbers.supervised_share:.0%}",
-            *(f"{numbers.lengths[name]:,}" for name in names[3:]),
+            *(f"{numbers.lengths[name]:,}" for name in lengths),
         )
-    console.print(table)
+        for part, numbers in statistics.items()
+    ]
+    print_table("rows and tokens", ("", "rows", "tokens", "supervised", *lengths), rows)
     histogram = statistics["train"].histogram
     most = max(count for *_, count in histogram)
     for low, high, count in histogram:
@@ -119,19 +115,18 @@ def _show_rows(console: Console, statistics: dict[str, RowStatistics]) -> None:
     console.print()
 
 
-def _show_modules(console: Console, modules: list[ModuleKind], trained: int, total: int) -> None:
-    from rich.table import Table
-
-    title = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
-    table = Table(title=title)
-    for name in ("module", "d_in", "d_out", "count", "r", "trained", "r(d+k)/dk"):
-        table.add_column(name, justify="left" if name == "module" else "right")
-    for kind in modules:
-        sizes = (kind.d_in, kind.d_out, kind.count, kind.r)
-        table.add_row(
+def _show_modules(modules: list[ModuleKind], trained: int, total: int) -> None:
+    rows = [
+        (
             kind.name,
-            *("whole" if size is None else f"{size:,}" for size in sizes),
+            *(
+                "whole" if size is None else f"{size:,}"
+                for size in (kind.d_in, kind.d_out, kind.count, kind.r)
+            ),
             f"{kind.trained:,}",
             f"{kind.ratio:.2%}",
         )
-    console.print(table)
+        for kind in modules
+    ]
+    title = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+    print_table(title, ("module", "d_in", "d_out", "count", "r", "trained", "r(d+k)/dk"), rows)
