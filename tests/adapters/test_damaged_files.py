@@ -130,7 +130,7 @@ def test_a_template_that_is_no_text_is_named(good: Path, bad: Path, tmp_path: Pa
 def test_a_tensor_that_is_of_no_adapter_is_not_carried_along(good: Path, bad: Path, tmp_path: Path):
     tensors(lambda t: t.update(x=torch.ones(2)))(bad)
     for run in (VERBS["combine"], VERBS["resize"]):
-        refused(tmp_path, "holds x, which is no part", lambda out, run=run: run(bad, good, out))
+        refused(tmp_path, "holds x, which is not part", lambda out, run=run: run(bad, good, out))
 
 
 @pytest.mark.parametrize("card", ["---\ntags: [\n---\n", "---\ntags: 3\n---\n", "---\n- a\n---\n"])

@@ -231,7 +231,7 @@ def _from_kohya(
             f"{path} is an adapter of an image model ({foreign[0]}), not of a language model"
         )
     if unknown := [key for key in tensors if not _KOHYA.fullmatch(key)]:
-        raise InputError(f"{path}: {listed(sorted(unknown), 3)} means no part of a plain LoRA")
+        raise InputError(f"{path}: {listed(sorted(unknown), 3)} is not part of a plain LoRA")
     meanings: dict[str, list[str]] = {}
     for name, _ in model.named_modules():
         meanings.setdefault(name.replace(".", "_"), []).append(name)
