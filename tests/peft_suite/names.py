@@ -14,10 +14,11 @@ from typing import Any
 import peft
 
 import lorakit
-from lorakit.lora import hotswap, layers
+from lorakit.lora import layers
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
 from lorakit.lora.layers.tokens import TiedModule, TokenRows, TrainedTokens
+from lorakit.lora.peft_api import hotswap
 
 COUNTERPARTS: dict[str, Any] = {
     "peft.optimizers.create_lorafa_optimizer": lorakit.create_lorafa_optimizer,
