@@ -1,7 +1,7 @@
-"""transformers' `AutoModelForCausalLM` and `AutoTokenizer`, which read ChatGLM's folders too.
+"""transformers' `AutoModelForCausalLM` and `AutoTokenizer`, which read foreign layouts too.
 
-For scripts: `from lorakit import AutoModelForCausalLM, AutoTokenizer`. Everything but a folder in
-ChatGLM's original layout goes to transformers unchanged.
+For scripts: `from lorakit import AutoModelForCausalLM, AutoTokenizer`. What is in transformers' own
+layout goes to transformers unchanged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import transformers
 
 from lorakit.models.layouts import foreign_layout
-from lorakit.models.layouts.layout import ForeignLayout
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -20,14 +19,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
-
-        Raises:
-            InputError: a ChatGLM's folder is damaged.
-        """
-        if foreign := _foreign(pretrained_model_name_or_path):
+        """As transformers' own. Raises InputError for a damaged folder in a foreign layout."""
+        name = pretrained_model_name_or_path
+        if isinstance(name, str | Path) and (foreign := foreign_layout(name)):
             return foreign.model("AutoModelForCausalLM", **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
 
 
 class AutoTokenizer(transformers.AutoTokenizer):
@@ -35,15 +31,8 @@ class AutoTokenizer(transformers.AutoTokenizer):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
-
-        Raises:
-            InputError: a ChatGLM's folder is damaged.
-        """
-        if foreign := _foreign(pretrained_model_name_or_path):
+        """As transformers' own. Raises InputError for a damaged folder in a foreign layout."""
+        name = pretrained_model_name_or_path
+        if isinstance(name, str | Path) and (foreign := foreign_layout(name)):
             return foreign.tokenizer(**kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-
-def _foreign(name: Any) -> ForeignLayout | None:
-    return foreign_layout(name) if isinstance(name, str | Path) else None
+        return super().from_pretrained(name, *args, **kwargs)

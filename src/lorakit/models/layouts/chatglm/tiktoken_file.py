@@ -30,9 +30,10 @@ def tiktoken_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
         InputError: the file is missing, damaged or cut off.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     ranks = read_ranks(path)
-    letters = _letters()
+    letters = bytes_to_unicode()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [
         (names[token[:cut]], names[token[cut:]]) for token in ranks for cut in _cuts(token, ranks)
@@ -79,10 +80,3 @@ def _cuts(token: bytes, ranks: dict[bytes, int]) -> list[int]:
     """Where a token can be cut into two others, the pair with the lowest ranks first."""
     cuts = [c for c in range(1, len(token)) if token[:c] in ranks and token[c:] in ranks]
     return sorted(cuts, key=lambda cut: (ranks[token[:cut]], ranks[token[cut:]]))
-
-
-def _letters() -> list[str]:
-    """The letter that `tokenizers` writes for each byte: itself where it can be seen."""
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
-    hidden = iter(range(256, 512))
-    return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]

@@ -1,6 +1,6 @@
 """The tokenizer of an original folder as transformers' fast one: ids, marks and chat template.
 
-The vocabulary is cut and joined in `fast.py` (sentencepiece) or `tiktoken_file.py` (GLM-4).
+The vocabulary is cut and joined in `sentencepiece_model.py` or `tiktoken_file.py` (GLM-4).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
 from lorakit.models.layouts.chatglm.config import TOKENIZER_NAME, Generation, Original
-from lorakit.models.layouts.chatglm.fast import sentencepiece_tokenizer
+from lorakit.models.layouts.chatglm.sentencepiece_model import sentencepiece_tokenizer
 from lorakit.models.layouts.chatglm.template import TEMPLATES
 from lorakit.models.layouts.chatglm.tiktoken_file import tiktoken_tokenizer
 from lorakit.models.layouts.layout import HUB_OPTIONS
