@@ -43,6 +43,10 @@ class WeightFormat:
         """
         raise NotImplementedError
 
+    def numel(self, weight: Any) -> int:
+        """How many numbers `weight` stands for."""
+        return weight.numel()
+
     def quantize(self, W: torch.Tensor, like: Any) -> nn.Parameter | None:
         """`W` (d_out, d_in) stored as `like` is; None if merging leaves the weight unpacked."""
         return None

@@ -15,8 +15,7 @@ from gguf_models import save_family
 from lorakit.adapters.export.gguf_files import write_gguf
 from lorakit.errors import InputError
 from lorakit.models import bundled
-from lorakit.models.cached import known_models
-from lorakit.models.describe import RANK, describe
+from lorakit.models.describe import RANK, describe, known_models
 from tiny import CHATML, save_tiny_encoder, save_tiny_model
 
 

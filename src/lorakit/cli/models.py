@@ -9,8 +9,7 @@ import typer
 from lorakit.console import say, say_json
 
 if TYPE_CHECKING:
-    from lorakit.models.cached import KnownModel
-    from lorakit.models.describe import ModelFacts
+    from lorakit.models.describe import KnownModel, ModelFacts
 
 
 def models(
@@ -24,7 +23,7 @@ def models(
     No weights are loaded.
     """
     if name is None:
-        from lorakit.models.cached import known_models
+        from lorakit.models.describe import known_models
 
         found = known_models()
         if as_json:

@@ -26,8 +26,7 @@ from lorakit.engine.sampling import Sampling, ending
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
 from lorakit.models.fingerprint import fingerprint
-from lorakit.models.head import copy_once
-from lorakit.models.own_memory import take_into_memory
+from lorakit.models.loaded import copy_once, take_into_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

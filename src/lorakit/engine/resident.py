@@ -26,8 +26,8 @@ from lorakit.lora.folders import save_adapter, write_card
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.streams import Stream
-from lorakit.models.inside import has_dropout
 from lorakit.models.lines import Lines
+from lorakit.models.loaded import has_dropout
 from lorakit.models.loss import IGNORE, SupervisedLoss
 
 OPTIMIZER_NAME = "optimizer.safetensors"

@@ -142,7 +142,7 @@ def generate(model: Any, settings: GenerationConfig, **inputs: Any) -> torch.Ten
     """
     import torch
 
-    from lorakit.models.head import copied_once
+    from lorakit.models.loaded import copied_once
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, inner.generation_config = inner.generation_config, settings

@@ -18,7 +18,7 @@ from lorakit.lora.layers import LoraEmbedding, LoraLinear, LoraQuantizedLinear, 
 from lorakit.lora.routing import Route
 from lorakit.lora.streams import Stream
 from lorakit.lora.targets import resolve_targets
-from lorakit.models.inside import base_model
+from lorakit.models.loaded import base_model
 from lorakit.models.loss import IGNORE
 
 Tensors = Mapping[str, torch.Tensor]

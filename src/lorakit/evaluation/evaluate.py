@@ -22,8 +22,8 @@ from lorakit.errors import InputError
 from lorakit.evaluation.answers import Written, generate_targets, write_answers
 from lorakit.evaluation.loss import held_out_scores, rows_of
 from lorakit.evaluation.metrics import METRICS, check_metrics
-from lorakit.models.inside import base_model
 from lorakit.models.load import most_tokens, positions_of
+from lorakit.models.loaded import base_model
 from lorakit.objectives.registry import default_objective
 
 if TYPE_CHECKING:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from lorakit.weight_formats import format_of
+
 
 def set_trainable(tensors: Iterable[torch.Tensor], trainable: bool) -> None:
     """Makes parameters trainable or frozen; buffers and tied views are passed over."""
@@ -37,9 +39,9 @@ def tied_apart(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, __: ob
 
 
 def numbers_in(parameter: torch.Tensor) -> int:
-    """How many numbers it stands for: two a byte where they are quantised to 4 bits."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    """How many numbers it stands for, which may be more than it stores where it is quantised."""
+    stored = format_of(parameter)
+    return parameter.numel() if stored is None else stored.numel(parameter)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

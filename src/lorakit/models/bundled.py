@@ -37,11 +37,10 @@ def home() -> Path:
         path = str(Path(cache) / "lorakit")
     try:
         found = Path(path).expanduser().absolute()
-        if found.exists() and not found.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
-        for parent in found.parents:
-            if parent.exists() and not parent.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, f"{parent} is no folder")
+        for place in (found, *found.parents):
+            if place.exists() and not place.is_dir():
+                what = "it" if place is found else place
+                raise NotADirectoryError(errno.ENOTDIR, f"{what} is no folder")
     except (OSError, RuntimeError, ValueError) as error:
         raise _unusable(name, path, error) from error
     return found

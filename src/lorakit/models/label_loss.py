@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.inside import base_model
+from lorakit.models.loaded import base_model
 from lorakit.models.loss import IGNORE, smoothed
 
 if TYPE_CHECKING:

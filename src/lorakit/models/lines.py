@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.models.attention import NAME, rows_apart
-from lorakit.models.inside import base_model, has_dropout
+from lorakit.models.loaded import base_model, has_dropout
 
 
 class Lines:

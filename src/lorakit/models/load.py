@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, first_line, listed
 from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_options
-from lorakit.models.inside import base_model
 from lorakit.models.layouts.layout import Layout
+from lorakit.models.loaded import base_model
 from lorakit.models.names import resolve
 from lorakit.models.quantization.prepare import keep_exact
 from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options

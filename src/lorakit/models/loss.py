@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.models.inside import base_model
+from lorakit.models.loaded import base_model
 
 if TYPE_CHECKING:
     import torch

@@ -52,21 +52,10 @@ def all_rows(
     # A position sees `window` positions, itself among them; -1 is no limit.
     left = -1 if window is None else window - 1
     longest = max(row_lengths(begins))
+    rows = begins, begins, longest, longest
     if half and (flash := _flash()):
-        return flash(
-            q,
-            k,
-            v,
-            begins,
-            begins,
-            longest,
-            longest,
-            dropout_p=dropout,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(left, 0),
-            softcap=softcap or 0.0,
-        )
+        options = {"dropout_p": dropout, "causal": True, "softcap": softcap or 0.0}
+        return flash(q, k, v, *rows, softmax_scale=scale, window_size=(left, 0), **options)
     if dropout:
         raise NotImplementedError("attention dropout over rows in a line needs flash-attention")
     if half and softcap is None and (pytorchs := _pytorchs()):
@@ -76,18 +65,7 @@ def all_rows(
                 options = {"enable_gqa": True}
             else:  # before PyTorch 2.12
                 k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        return pytorchs(
-            q,
-            k,
-            v,
-            begins,
-            begins,
-            longest,
-            longest,
-            scale=scale,
-            window_size=(left, 0),
-            **options,
-        )
+        return pytorchs(q, k, v, *rows, scale=scale, window_size=(left, 0), **options)
     return _flex(q, k, v, begins, scale, window, softcap)
 
 

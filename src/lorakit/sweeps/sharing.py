@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from lorakit.engine.shared_pass import why_not_shared
 from lorakit.lora.config import LoraConfig
-from lorakit.models.inside import has_dropout
+from lorakit.models.loaded import has_dropout
 from lorakit.training.recipe import Recipe
 
 

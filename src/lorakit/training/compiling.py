@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import InputError
 from lorakit.lora.parameters import count_parameters
-from lorakit.models.inside import base_model
+from lorakit.models.loaded import base_model
 
 if TYPE_CHECKING:
     from torch import nn

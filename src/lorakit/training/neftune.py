@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.models.inside import base_model
+from lorakit.models.loaded import base_model
 
 
 class EmbeddingNoise:

@@ -60,6 +60,10 @@ class FourBits(_BitsAndBytes):
         W = functional.dequantize_4bit(weight.data, weight.quant_state)
         return W if dtype is None else W.to(dtype)
 
+    def numel(self, weight: Any) -> int:
+        state = weight.quant_state  # two numbers lie in a byte
+        return weight.numel() if state is None else state.shape.numel()
+
     def quantize(self, W: torch.Tensor, like: Any) -> nn.Parameter:
         from bitsandbytes.nn import Params4bit
 
