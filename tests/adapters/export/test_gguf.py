@@ -16,12 +16,16 @@ from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
 from lorakit.models.layouts.gguf_file import GGUFFile
+from matrix import few
 from plain_adapters import KINDS, save_adapter
 
 ALL = {"target_modules": "all-linear", "r": 3, "lora_alpha": 5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+USUAL = ("llama with biases", "llama, tied", "qwen3", "glm4", "gpt2")
+
+
+@pytest.fixture(scope="module", params=few(list(FAMILIES), *USUAL))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -85,7 +89,7 @@ def test_base_file_and_adapter_file_add_up_to_the_merged_file(base: Path, tmp_pa
     assert changed == report.tensors / 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(list(KINDS), "plain", "patterns", "pissa"))
 def test_scaling_is_right_whatever_it_was_made_of(kind: str, tmp_path: Path):
     base = save_family(tmp_path / "base", "llama")
     adapter = save_adapter(base, tmp_path / "adapter", **KINDS[kind])
