@@ -145,7 +145,7 @@ SHOWN_ELSEWHERE = {
     *("early_stopping_patience", "training.metric_for_best_model", "training.greater_is_better"),
     *("training.eval_strategy", "training.eval_steps", "training.eval_delay"),
     # of the loss: their tests are their own
-    *("training.label_smoothing_factor", "objective"),
+    "training.label_smoothing_factor",
     # the same numbers, computed elsewhere or otherwise, but for their rounding
     *("quantization", "data.share_prefixes", "processes", "training.fsdp", "training.fsdp_config"),
     *("training.tf32", "training.use_cpu", "training.full_determinism"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.data.batches import Collator
 from lorakit.data.mixing import each
 from lorakit.errors import InputError
+from lorakit.objectives.objective import Objective, added
 from lorakit.objectives.registry import default_objective
 from lorakit.progress import innermost, track
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from lorakit.data.masking import TokenizedRow
     from lorakit.data.samples import Sample
-    from lorakit.objectives.objective import Objective
 
 RowLosses = list[tuple[float, int]]
 """Of each row: its summed nats, and its supervised tokens."""
@@ -84,8 +84,7 @@ def held_out_scores(
         for at in range(0, len(ordered), batch_size):
             chosen = ordered[at : at + batch_size]
             batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
-            found = objective.loss(forward, batch).sums()
-            sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+            sums = added(sums, objective.loss(forward, batch).sums())
             work.advance(len(chosen))
             if on_batch:
                 on_batch(len(chosen))

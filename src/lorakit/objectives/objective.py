@@ -70,7 +70,16 @@ class Loss:
         import torch
 
         parts = {**self.metrics, "total": self.total, "count": self.count}
-        return {name: torch.as_tensor(value).cpu().double() for name, value in parts.items()}
+        return {
+            name: torch.as_tensor(value).detach().cpu().double() for name, value in parts.items()
+        }
+
+
+def added(
+    sums: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`Loss.sums` of a batch and those before it together; `sums` is empty before the first."""
+    return {name: sums[name] + value if sums else value for name, value in more.items()}
 
 
 @dataclass(frozen=True)

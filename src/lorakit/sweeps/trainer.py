@@ -26,12 +26,12 @@ from lorakit.lora.folders import save_adapter, write_card
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import Route
 from lorakit.progress import innermost
-from lorakit.training.early_stopping import EarlyStopping
+from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.recorder import Recorder
 from lorakit.training.setup import Setup
 from lorakit.training.step_lines import StepLines
-from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation, enable_checkpointing
+from lorakit.training.trainer import LoraTrainer, enable_checkpointing
 
 
 class DivergedError(LorakitError):

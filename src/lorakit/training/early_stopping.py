@@ -1,4 +1,5 @@
-"""Stopping when the held-out rows no longer gain, and again in the same place when resumed."""
+"""Stopping when the held-out rows no longer gain, in the same place when resumed; and what is saved
+behind an evaluation."""
 
 from __future__ import annotations
 
@@ -38,3 +39,25 @@ def stopped_before(checkpoint: Path, args: TrainingArguments, patience: int) -> 
     """Whether the run had ended early when `checkpoint` was written."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return evaluations_in_vain(args, state) >= patience
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Saves the last step of an epoch when the epoch has been evaluated, as other steps are.
+
+    Trainer would save first: a run killed in between would go on without that evaluation.
+    Comes behind all callbacks that ask for saving.
+    """
+
+    _postponed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the saving off until the epoch's end, which is next."""
+        ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        self._postponed = control.should_save and ends
+        if self._postponed:
+            control.should_save = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves, behind the evaluation."""
+        control.should_save |= self._postponed
+        self._postponed = False

@@ -39,7 +39,7 @@ from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
 from lorakit.training.continuing import changes_evaluation, check_going_on, not_taken_over
 from lorakit.training.differences import run_identity
-from lorakit.training.early_stopping import EarlyStopping, stopped_before
+from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation, stopped_before
 from lorakit.training.forecast import forecast
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import LESS_MEMORY, is_main_process, memory_mb, peak_memory_mb
@@ -62,7 +62,7 @@ from lorakit.training.recorder import Recorder
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.step_lines import StepLines
-from lorakit.training.trainer import LoraTrainer, SaveAfterEvaluation
+from lorakit.training.trainer import LoraTrainer
 from lorakit.training.unchanged import warn_of_unchanged
 from lorakit.training.watch import Watch
 from lorakit.version import __version__

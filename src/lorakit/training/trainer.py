@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 from transformers.training_args import TrainingArguments
 
@@ -31,8 +31,7 @@ from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.models.template_files import Templates, write_templates
-from lorakit.objectives.forward import Forward
-from lorakit.objectives.objective import Objective
+from lorakit.objectives.objective import Objective, added
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
@@ -57,7 +56,6 @@ class LoraTrainer(Trainer):
         train_rows, eval_rows: the rows; `eval_rows` may be empty.
         batching: how rows become batches.
         objective: what is learned: the loss of a batch, and the scores of held-out rows.
-        forward: how the loss calls the model, where that is made already.
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
 
     Attributes:
@@ -80,7 +78,6 @@ class LoraTrainer(Trainer):
         batching: Batching,
         objective: Objective,
         loraplus_lr_ratio: float | None = None,
-        forward: Forward | None = None,
     ) -> None:
         self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
         self.held_out = batching.eval_batches(eval_rows, args)
@@ -88,7 +85,6 @@ class LoraTrainer(Trainer):
         self.counts = Counts()
         self.objective = objective
         self._metrics: dict[str, torch.Tensor] = {}  # summed since they were logged last
-        self._metrics_count: torch.Tensor | float = 0.0
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
         self.forget_evaluations = False
@@ -108,7 +104,7 @@ class LoraTrainer(Trainer):
             )
         finally:
             args.label_smoothing_factor = smoothing
-        self.forward = forward or objective.forward(model, self.is_spread)
+        self.forward = objective.forward(model, self.is_spread)
         self.start = None if self.is_spread else Start(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # Trainer's takes a line of rows for one row
@@ -191,9 +187,7 @@ class LoraTrainer(Trainer):
             forward = self.forward.calling(model, self.args.label_smoothing_factor)
             loss = self.objective.loss(forward, inputs)
         if loss.metrics and self.model.training:
-            for name, value in loss.metrics.items():
-                self._metrics[name] = self._metrics.get(name, 0) + value.detach()
-            self._metrics_count = self._metrics_count + loss.count
+            self._metrics = added(self._metrics, loss.sums())
         whole = loss.count if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over ranks; the sum is wanted.
         return loss.total * self.accelerator.num_processes / whole
@@ -201,11 +195,9 @@ class LoraTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the objective's metrics since the last time beside the loss."""
         if self._metrics and "loss" in logs:
-            count = torch.as_tensor(self._metrics_count, device=self.args.device)
-            sums = self.accelerator.reduce({**self._metrics, "count": count}, "sum")
-            whole = float(sums.pop("count"))
-            logs |= self.objective.scores(sums, whole)
-            self._metrics, self._metrics_count = {}, 0.0
+            found = self.objective.held_out(self._over_processes(self._metrics))
+            self._metrics = {}
+            logs |= {name: value for name, value in found.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -213,25 +205,24 @@ class LoraTrainer(Trainer):
         """The held-out rows' `loss` per supervised token (or the objective's unit), and scores."""
         self.model.eval()
         self._averaged()
-        sums, found = torch.zeros(0), {}
+        sums: dict[str, torch.Tensor] = {}
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in track(range(math.ceil(len(batches) / processes)), "evaluating batches"):
             mine = turn * processes + self.args.process_index
             found = self.sums_of_held_out(batches[mine % len(batches)])
-            flat = torch.cat([value.flatten() for value in found.values()])
-            sums = sums if len(sums) else torch.zeros_like(flat)
-            if mine < len(batches):
-                sums += flat
-        if processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        whole = {
-            name: part.reshape(value.shape)
-            for part, (name, value) in zip(
-                sums.split([value.numel() for value in found.values()]), found.items(), strict=True
-            )
-        }
-        return self.objective.held_out(whole)
+            if mine >= len(batches):
+                found = {name: torch.zeros_like(value) for name, value in found.items()}
+            sums = added(sums, found)
+        return self.objective.held_out(self._over_processes(sums))
+
+    def _over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """These sums, added up over the processes of the run; on the CPU."""
+        if self.args.world_size == 1:
+            return sums
+        own = {name: value.to(self.args.device) for name, value in sums.items()}
+        found: dict[str, torch.Tensor] = self.accelerator.reduce(own, "sum")
+        return {name: value.cpu() for name, value in found.items()}
 
     @torch.no_grad()
     def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
@@ -491,25 +482,3 @@ def enable_checkpointing(model: Any, args: TrainingArguments) -> None:
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         own = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
         model.gradient_checkpointing_enable(kwargs or None, **own)
-
-
-class SaveAfterEvaluation(TrainerCallback):
-    """Saves the last step of an epoch when the epoch has been evaluated, as other steps are.
-
-    Trainer would save first: a run killed in between would go on without that evaluation.
-    Comes behind all callbacks that ask for saving.
-    """
-
-    _postponed = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Puts the saving off until the epoch's end, which is next."""
-        ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
-        self._postponed = control.should_save and ends
-        if self._postponed:
-            control.should_save = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves, behind the evaluation."""
-        control.should_save |= self._postponed
-        self._postponed = False
