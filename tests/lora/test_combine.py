@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from families import output, to_peft, wrap
 from lorakit import LoraConfig, LoraModel
 from lorakit.errors import InputError
-from lorakit.lora.combine import METHODS, Settings, Update, combine
+from lorakit.lora.combination import METHODS, CombineSettings, Update, combine
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 
@@ -167,7 +167,7 @@ def test_svd_is_the_best_approximation_and_says_what_it_lost(seed, ranks, rank, 
     weights = data.draw(st.lists(st.floats(-2, 2), min_size=len(ranks), max_size=len(ranks)))
     parts = some_updates(seed, ranks, weights)
     total = torch.stack([u.weight * u.delta() for u in parts]).sum(0)
-    found = combine(parts, Settings("svd", rank))
+    found = combine(parts, CombineSettings("svd", rank))
     S = torch.linalg.svdvals(total)
     lost = S[rank:].square().sum()
     torch.testing.assert_close(
@@ -180,7 +180,10 @@ def test_svd_is_the_best_approximation_and_says_what_it_lost(seed, ranks, rank, 
 def test_dare_keeps_the_mean_and_draws_what_the_generator_says():
     (part,) = some_updates(0, [3], [1.0])
     draws = [
-        combine([part], Settings("dare_linear", 9, 0.5, generator=torch.Generator().manual_seed(i)))
+        combine(
+            [part],
+            CombineSettings("dare_linear", 9, 0.5, generator=torch.Generator().manual_seed(i)),
+        )
         for i in (*range(400), 0)
     ]
     deltas = torch.stack([d.B @ d.A for d in draws])
@@ -191,7 +194,7 @@ def test_dare_keeps_the_mean_and_draws_what_the_generator_says():
 
 def test_magnitude_prune_keeps_the_largest_entries():
     (part,) = some_updates(0, [3], [1.0])
-    found = combine([part], Settings("magnitude_prune_svd", 9, density=0.2))
+    found = combine([part], CombineSettings("magnitude_prune_svd", 9, density=0.2))
     delta, kept = part.delta(), found.B @ found.A
     largest = delta.abs() >= delta.abs().flatten().topk(round(0.2 * delta.numel())).values.min()
     torch.testing.assert_close(kept, delta * largest, rtol=0, atol=1e-12)

@@ -1,6 +1,6 @@
 """Several adapters' folders into one, on their updates ΔW, module by module, without a model.
 
-The methods themselves are `lora/combine.py`'s; here is what can be combined, and what the new
+The methods themselves are `lora/combination.py`'s; here is what can be combined, and what the new
 adapter's files say.
 """
 
@@ -24,7 +24,7 @@ from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
-from lorakit.lora import combine as methods
+from lorakit.lora import combination as methods
 from lorakit.lora.config import LoraConfig
 from lorakit.progress import track
 
@@ -107,7 +107,7 @@ def combine(
             for file, weight in zip(files, weights, strict=True)
             if path in file.updates
         ]
-        settings = methods.Settings(
+        settings = methods.CombineSettings(
             lora_method, rank, density, generator=torch.Generator().manual_seed(own_seed)
         )
         updates = [methods.Update(*u.factors(), u.scaling, weight) for u, weight in parts]
@@ -222,7 +222,7 @@ def _check(
         raise InputError(f"--seed has no effect with {method}, which draws nothing")
     if seed is not None and not 0 <= seed < 2**63:
         raise InputError(f"--seed must be a whole number from 0 to 2**63 - 1, not {seed}")
-    methods.check_settings(methods.Settings(method, rank, density))
+    methods.check_settings(methods.CombineSettings(method, rank, density))
 
 
 def _check_rank(

@@ -22,7 +22,7 @@ from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
 from lorakit.lora.architecture import is_conv1d, output_head
 from lorakit.lora.checkpoint import PREFIX
-from lorakit.lora.combine import Combined, truncate_matrix
+from lorakit.lora.combination import Combined, truncate_matrix
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLinear, layer_class
 from lorakit.lora.targets import written_targets

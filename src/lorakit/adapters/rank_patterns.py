@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from lorakit.lora.combine import Combined
+from lorakit.lora.combination import Combined
 from lorakit.lora.config import LoraConfig
 
 

@@ -19,7 +19,7 @@ from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
-from lorakit.lora.combine import truncate
+from lorakit.lora.combination import truncate
 from lorakit.progress import track
 
 

@@ -22,9 +22,9 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.engine.shared_pass import AdapterBatch, side_by_side, why_not_shared
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.folders import save_adapter, write_card
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import BASE, Route
+from lorakit.lora.saving import save_adapter, write_card
 from lorakit.lora.streams import Stream
 from lorakit.models.lines import Lines
 from lorakit.models.loaded import has_dropout

@@ -20,7 +20,7 @@ from lorakit.lora.base_model import BaseModel
 from lorakit.lora.beside import require_beside
 from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
-from lorakit.lora.combine import Settings
+from lorakit.lora.combination import CombineSettings
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import inject, remove, wrapped_modules
 from lorakit.lora.layers import LoraLayer, LoraParameter, Mergeable
@@ -164,7 +164,9 @@ class AdapterBank(nn.Module):
             self.require(name)
         if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
             raise InputError("add_weighted_adapter needs different adapters, and a weight for each")
-        settings = Settings(combination_type, svd_rank, density, majority_sign_method, generator)
+        settings = CombineSettings(
+            combination_type, svd_rank, density, majority_sign_method, generator
+        )
         by_name = dict(zip(adapters, weights, strict=True))
         found = combination(self.get_base_model(), self.peft_config, by_name, settings)
         self._add(adapter_name, found.config, autocast=True, initialize=False)

@@ -1,6 +1,6 @@
 """Saving the adapters of a model, and loading them: `AdapterBank` with folders and the hub.
 
-Where and in which form an adapter is written is `folders.py`'s, what its files hold
+Where and in which form an adapter is written is `saving.py`'s, what its files hold
 `checkpoint.py`'s.
 """
 
@@ -27,9 +27,9 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import Tensors, fitted
-from lorakit.lora.folders import save_adapters
 from lorakit.lora.key_names import renamed, values_in
 from lorakit.lora.locate import SAVING, hub_arguments, locate, refuse_offload, require_known, upload
+from lorakit.lora.saving import save_adapters
 from lorakit.lora.vocabulary import (
     frozen_embeddings,
     of_same_shape,

@@ -1,6 +1,6 @@
 """A new adapter out of several that a model has: `LoraModel.add_weighted_adapter`.
 
-How updates are combined is in `combine.py`; here they are taken from a model's layers, and what
+How updates are combined is in `combination.py`; here they are taken from a model's layers, and what
 comes out gets a configuration and keys, as if it had been read from an adapter's folder.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, adapter_parameters
-from lorakit.lora.combine import Settings, Update, check_settings, combine
+from lorakit.lora.combination import CombineSettings, Update, check_settings, combine
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraParameter
@@ -39,7 +39,7 @@ def combination(
     model: nn.Module,
     configs: Mapping[str, LoraConfig],
     weights: Mapping[str, float],
-    settings: Settings,
+    settings: CombineSettings,
 ) -> Combination:
     """The adapters of `weights` combined, each with its weight.
 

@@ -22,9 +22,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.errors import LorakitError
-from lorakit.lora.folders import save_adapter, write_card
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import Route
+from lorakit.lora.saving import save_adapter, write_card
 from lorakit.progress import innermost
 from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation
 from lorakit.training.interrupt import Interrupt

@@ -55,7 +55,7 @@ class Combined:
 
 
 @dataclass(frozen=True)
-class Settings:
+class CombineSettings:
     """How to combine; see `combine`."""
 
     method: str
@@ -65,7 +65,7 @@ class Settings:
     generator: torch.Generator | None = None
 
 
-def combine(updates: Sequence[Update], settings: Settings) -> Combined:
+def combine(updates: Sequence[Update], settings: CombineSettings) -> Combined:
     """Combines one module's updates.
 
     Args:
@@ -138,7 +138,7 @@ def truncate_matrix(delta: torch.Tensor, rank: int) -> Combined:
     return Combined(found.A, found.B, found.energy + rest, rest)
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: CombineSettings) -> None:
     """Raises InputError for an unknown method, or a density or rank that it cannot take."""
     if settings.method not in METHODS:
         raise InputError(
@@ -183,7 +183,9 @@ def _linear_factors(updates: Sequence[Update]) -> Combined:
     return Combined(A, B)
 
 
-def _knots(updates: Sequence[Update], settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def _knots(
+    updates: Sequence[Update], settings: CombineSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KnOTS (Stoica et al. 2024, arXiv:2410.19735), with TIES as what merges the aligned parts.
 
     With `[ΔW_1 … ΔW_n] = U S [V_1 … V_n]` (side by side, each `V_i` (k, d_in)), all updates are
@@ -211,7 +213,7 @@ def _knots(updates: Sequence[Update], settings: Settings) -> tuple[torch.Tensor,
     return (Q @ U * S).to(dtype), merged.to(dtype)
 
 
-def _ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+def _ties(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim, elect a sign an entry, add the agreeing.
 
     Entries whose sign is not the elected one are left out; the mean is over the others.
@@ -219,16 +221,16 @@ def _ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
     return _elected((_largest(u.delta(), settings.density) for u in updates), updates, settings)
 
 
-def _dare_ties(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+def _dare_ties(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
     return _elected((_dropped(u.delta(), settings) for u in updates), updates, settings)
 
 
-def _dare_linear(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+def _dare_linear(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
     """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, scale up what stays."""
     return _weighted_sum((_dropped(u.delta(), settings) for u in updates), updates)
 
 
-def _magnitude_prune(updates: Sequence[Update], settings: Settings) -> torch.Tensor:
+def _magnitude_prune(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
     return _weighted_sum((_largest(u.delta(), settings.density) for u in updates), updates)
 
 
@@ -241,7 +243,7 @@ def _weighted_sum(deltas: Iterable[torch.Tensor], updates: Sequence[Update]) -> 
 
 
 def _elected(
-    deltas: Iterable[torch.Tensor], updates: Sequence[Update], settings: Settings
+    deltas: Iterable[torch.Tensor], updates: Sequence[Update], settings: CombineSettings
 ) -> torch.Tensor:
     """The mean of the weighted entries that have the elected sign.
 
@@ -279,7 +281,7 @@ def _largest(delta: torch.Tensor, density: float | None) -> torch.Tensor:
     return delta * (sizes.view_as(delta) >= least)
 
 
-def _dropped(delta: torch.Tensor, settings: Settings) -> torch.Tensor:
+def _dropped(delta: torch.Tensor, settings: CombineSettings) -> torch.Tensor:
     """`delta` with entries kept with probability `density`, scaled so that its mean stays."""
     assert settings.density is not None
     # NumPy draws ten times as fast as PyTorch; the seed is the generator's.
@@ -303,7 +305,7 @@ def _cut(
     )
 
 
-_SPARSE: dict[str, Callable[[Sequence[Update], Settings], torch.Tensor]] = {
+_SPARSE: dict[str, Callable[[Sequence[Update], CombineSettings], torch.Tensor]] = {
     "ties": _ties,
     "dare_linear": _dare_linear,
     "dare_ties": _dare_ties,
