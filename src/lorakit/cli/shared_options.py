@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakit.errors import InputError
+from lorakit.models.quantization.backend import by_type
 
 BaseOption = Annotated[
     str | None, typer.Option(help="The base model, when it is not the recorded one.")
@@ -16,8 +17,8 @@ QuantizationOption = Annotated[
     str | None,
     typer.Option(
         "--quantization",
-        help="nf4, fp4 or int8 for the base while it is loaded, or none. Default: as the adapter "
-        "was trained.",
+        help=f"{', '.join(by_type())} for the base while it is loaded, or none. Default: as the "
+        "adapter was trained.",
     ),
 ]
 

@@ -44,18 +44,17 @@ class Quantization:
                 f"quantization.compute_dtype should be one of {', '.join(_COMPUTE_DTYPES)}, not "
                 f"{self.compute_dtype!r}"
             )
-        if not self.options.keys() <= {*known[self.type].options}:
+        if refused := [name for name in self.options if name not in known[self.type].options]:
+            takers = [t for t, backend in known.items() if refused[0] in backend.options]
             raise InputError(
-                "quantization: double_quantization and compute_dtype are for 4 bits (nf4, fp4): "
-                f"leave them out with {self.type}"
+                f"quantization: {' and '.join(refused)} is for {', '.join(takers)}: leave them out "
+                f"with {self.type}"
             )
 
     @property
     def options(self) -> dict[str, Any]:
         """What was given beside the type."""
-        given = (self.double_quantization, self.compute_dtype)
-        names = ("double_quantization", "compute_dtype")
-        return {n: value for n, value in zip(names, given, strict=True) if value is not None}
+        return {n: value for n, value in vars(self).items() if n != "type" and value is not None}
 
     def __str__(self) -> str:
         once = ", scales as they are" if self.double_quantization is False else ""
