@@ -56,11 +56,11 @@ def running(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
-            assert started.wait(30)
+            assert started.wait(60)
             yield Running(server, engine, addresses[0])
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)
             engine.close()
     assert not thread.is_alive()
 
@@ -130,7 +130,7 @@ def in_background(server: Running, **fields: Any) -> Callable[[], int]:
     return status
 
 
-def until(reached: Callable[[], bool], seconds: float = 10) -> None:
+def until(reached: Callable[[], bool], seconds: float = 60) -> None:
     """Waits for something, and fails when it does not come."""
     end = time.monotonic() + seconds
     while not reached():

@@ -127,7 +127,7 @@ def test_a_stream_that_is_closed_early_frees_its_row(served: Running) -> None:
             await stream.close()
 
     asyncio.run(leave())
-    until(lambda: served.engine.running() == 0, seconds=3)
+    until(lambda: served.engine.running() == 0)
 
 
 def test_an_error_is_of_the_clients_own_class(served: Running) -> None:

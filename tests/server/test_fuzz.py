@@ -89,7 +89,7 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
 
     @given(operation.as_strategy(generation_mode=mode), st.data())
     @settings(
-        max_examples=draws,
+        max_examples=max(5, draws * settings.default.max_examples // 100),
         deadline=None,
         derandomize=True,
         database=None,

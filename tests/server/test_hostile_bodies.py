@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 
-from served import Running, in_background, refused, until
+from matrix import few
+from served import Running, refused, until
 
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -36,14 +38,30 @@ SLOW: list[tuple[str, bytes]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), SLOW, ids=range(len(SLOW)))
+SLOW_BY_NUMBER = {str(number): case for number, case in enumerate(SLOW)}
+
+
+@contextmanager
+def soon(body: bytes) -> Iterator[None]:
+    """What is done meanwhile takes little more time than reading the JSON takes.
+
+    The time is the processor's; the server runs in this process.
+    """
+    begun = time.process_time()
+    with suppress(ValueError):
+        json.loads(body)
+    read = time.process_time()
+    yield
+    assert time.process_time() - read < 5 + 20 * (read - begun)
+
+
+@pytest.mark.parametrize(("path", "body"), few(SLOW_BY_NUMBER, "0", "6", "8", "10"))
 def test_a_body_of_very_many_things_holds_nobody_up(
     served: Running, path: str, body: bytes
 ) -> None:
-    before = time.process_time()  # the server runs in this process
-    error = refused(served.http.post(path, content=body, headers=JSON), 400)
+    with soon(body):  # the first wrong item is enough
+        error = refused(served.http.post(path, content=body, headers=JSON), 400)
     assert len(error["param"] or "") < 1200
-    assert time.process_time() - before < 2.5, "the first wrong item should have been enough"
 
 
 PART, CALL = b'{"type":"text","text":""}', b'{"function":{"name":"f","arguments":{}}}'
@@ -72,10 +90,9 @@ OBJECTS: list[tuple[bytes, str]] = [
 def test_objects_are_counted_before_they_are_checked(
     served: Running, messages: bytes, word: str
 ) -> None:
-    before = time.process_time()
     body = CHAT + messages + (b"" if word == "not JSON" else b"}")
-    response = served.http.post(CHATS, content=body, headers=JSON)
-    assert time.process_time() - before < 2.5
+    with soon(body):
+        response = served.http.post(CHATS, content=body, headers=JSON)
     if word:
         assert word in refused(response, 400)["message"]
     else:
@@ -85,7 +102,7 @@ def test_objects_are_counted_before_they_are_checked(
 DEPTHS = [100, 300, 500, 700, 900, 950, 990, 2000]
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", few(DEPTHS, 100, 900, 2000))
 def test_deep_json_is_taken_or_refused_wherever_it_stands(served: Running, depth: int) -> None:
     deep = b'{"a":' * depth + b'"\\u0041"' + b"}" * depth
     hello = b'[{"role":"user","content":"a"}'
@@ -104,12 +121,15 @@ def test_deep_json_is_taken_or_refused_wherever_it_stands(served: Running, depth
 
 @pytest.fixture
 def answering(served: Running) -> Iterator[None]:
-    """Another's answer is written meanwhile, and must end well."""
-    status = in_background(served, max_tokens=1000)
-    until(lambda: served.engine.running() >= 1)
-    yield
-    assert served.engine.running() >= 1, "the answer was over too early to prove anything"
-    assert status() == 200
+    """Another's answer is written meanwhile, and goes on."""
+    body = {"model": "shop", "prompt": "a", "max_tokens": 4000, "temperature": 0, "stream": True}
+    with served.http.stream("POST", TEXTS, json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield
+        assert served.engine.running() == 1
+        assert not any("error" in next(lines) for _ in range(20))
+    until(lambda: served.engine.running() == 0)
 
 
 @pytest.mark.parametrize("greedy", [False, True])

@@ -28,7 +28,7 @@ def chat(server: Running, model: str, content: str) -> httpx.Response:
 @pytest.fixture
 def looping(serve: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     """A server that has `bad`, whose template loops where somebody says bad."""
-    monkeypatch.setattr(bounded_templates, "SECONDS", 4.0)
+    monkeypatch.setattr(bounded_templates, "SECONDS", 2.0)
     own_root = Path(shutil.copytree(root, tmp_path / "adapters"))
     shutil.copytree(root / "poet", own_root / "bad")
     (own_root / "bad/chat_template.jinja").write_text(
@@ -44,19 +44,19 @@ def test_what_loops_is_refused_and_everything_else_goes_on_meanwhile(
     looping: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert chat(looping, "bad", "good").status_code == 200
-    monkeypatch.setattr(bounded_templates, "SECONDS", 8.0)
+    monkeypatch.setattr(bounded_templates, "SECONDS", 4.0)
     replies: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: replies.append(chat(looping, "bad", "bad")))
     thread.start()
     until(lambda: bool(bounded_templates._pool()._busy))
-    for _ in range(3):
+    for _ in range(1):
         assert chat(looping, "shop", "bad").status_code == 200
         assert looping.complete(max_tokens=2).status_code == 200
         body = {"lora_name": "poet", "lora_path": "poet", "load_inplace": True}
         assert looping.post("/v1/load_lora_adapter", body, headers=ADMIN).status_code == 200
     assert replies == []
-    thread.join(30)
-    assert "takes more than 8 s" in refused(replies[0], 400)["message"]
+    thread.join(60)
+    assert "takes more than 4 s" in refused(replies[0], 400)["message"]
     assert chat(looping, "bad", "good").status_code == 200
 
 
@@ -67,8 +67,8 @@ def test_an_adapter_whose_template_always_loops_is_refused(
     body = {"lora_name": "worse", "lora_path": "bad"}
     begin = time.monotonic()
     error = refused(looping.post("/v1/load_lora_adapter", body, headers=ADMIN), 400)
-    assert time.monotonic() - begin < 20
-    assert "the chat template takes more than 4 s" in error["message"]
+    assert time.monotonic() - begin < 60
+    assert "the chat template takes more than 2 s" in error["message"]
     assert looping.complete(max_tokens=2).status_code == 200
 
 
@@ -85,6 +85,7 @@ run(engine, ServerOptions(port=0, drain=0.2), lambda a: print(a, flush=True), ex
 """
 
 
+@pytest.mark.exhaustive
 def test_a_thread_that_is_stuck_does_not_keep_the_process_alive(base: Path) -> None:
     command = [sys.executable, "-c", STUCK, str(base)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -98,11 +99,11 @@ def test_a_thread_that_is_stuck_does_not_keep_the_process_alive(base: Path) -> N
 
         thread = threading.Thread(target=ask)
         thread.start()
-        until(lambda: "lorakit_answers_running 1" in httpx.get(f"{url}/metrics").text, 30)
+        until(lambda: "lorakit_answers_running 1" in httpx.get(f"{url}/metrics").text)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=40)
-        assert time.monotonic() - begin < 20
+        _, said = process.communicate(timeout=120)
+        assert time.monotonic() - begin < 60
         thread.join(5)
         assert statuses == [503]
         assert process.returncode == 1

@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 from visitor import BASE, WIDE, Person, serving
 
+from browsers import started_browser
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from taught import save_taught_models
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Any]:
+    """One browser for all of the page's tests, none of which runs an event loop of its own."""
+    yield from started_browser()
 
 
 @pytest.fixture(scope="package")
@@ -39,7 +46,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Person]]:
     ) -> Person:
         viewport = {"width": size[0], "height": size[1]}
         context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(60_000)
         people.append(Person(context, address))
         return people[-1]
 

@@ -34,11 +34,11 @@ def serving(engine: Engine, **options: Any) -> Iterator[tuple[str, DrainingServe
         thread = Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
-            assert ready.wait(10)
+            assert ready.wait(60)
             yield addresses[0], server
         finally:
             server.should_exit = server.force_exit = True
-            thread.join(10)
+            thread.join(60)
 
 
 class Person:
@@ -104,7 +104,7 @@ class Person:
             answer.filter(has_text=re.compile(f"^{re.escape(text)}")).wait_for()
 
 
-def until(true: Callable[[], bool], seconds: float = 5) -> bool:
+def until(true: Callable[[], bool], seconds: float = 30) -> bool:
     """Whether it becomes true within so many seconds."""
     end = time.monotonic() + seconds
     while not true():
