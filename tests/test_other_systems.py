@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _MODULES = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline", "curses")
 _FUNCTIONS = (
     *("fork", "forkpty", "getuid", "geteuid", "getgid", "getpgid", "setsid", "chown", "fchown"),
@@ -58,6 +60,7 @@ assert machine.available_cores() >= 1
 """
 
 
+@pytest.mark.exhaustive
 def test_without_posix_everything_imports_a_step_is_trained_and_a_chat_answered(
     tiny_model: Path, tmp_path: Path
 ):

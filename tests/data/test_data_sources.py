@@ -239,7 +239,7 @@ def test_the_header_of_a_wide_table_is_checked_in_linear_time(tmp_path: Path) ->
         to_sample(row)
     with pytest.raises(InputError, match="no column 'column_x'"):
         to_sample(row, {"text": "column_x"})
-    assert time.process_time() - began < 3  # of each pair of names it took half a minute
+    assert time.process_time() - began < 15  # of each pair of names it took half a minute
     assert len(row.values) == len(names)
 
 

