@@ -78,6 +78,7 @@ def test_who_cannot_share_batches_trains_by_itself_and_gives_the_weights_of_its_
         "it sets trainable_token_indices": {"lora.trainable_token_indices": [5, 6]},
         "it adapts the output layer lm_head": {"lora.target_modules": ["lm_head", "q_proj"]},
         "init_lora_weights=loftq quantises the base": {"lora.init_lora_weights": "loftq"},
+        "init_lora_weights=corda starts from data": {"lora.init_lora_weights": "corda"},
         "it keeps its best weights by evaluations of its own": {
             "early_stopping_patience": 1,
             "training.eval_strategy": "steps",
