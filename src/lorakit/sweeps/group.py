@@ -35,7 +35,7 @@ from lorakit.training.schedule import check_schedule
 from lorakit.training.setup import Setup, set_up, training_arguments
 from lorakit.training.sharded import asks_to_spread
 from lorakit.training.trainer import enable_checkpointing
-from lorakit.training.unchanged import warn_of_unchanged
+from lorakit.training.watch import warn_of_unchanged
 
 FindRoom = Callable[[Sequence[AdapterBatch], Callable[[Sequence[AdapterBatch]], None]], int | None]
 """Gives the tokens of a pass, out of the largest batches and a function that tries a pass out."""

@@ -25,10 +25,9 @@ from lorakit.sweeps.output import RECIPE_NAME
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.training.checkpoints import newest_whole
-from lorakit.training.counts import read_counts
 from lorakit.training.machine import peak_memory_mb
+from lorakit.training.recorder import StepLines, read_counts
 from lorakit.training.run import versions
-from lorakit.training.step_lines import StepLines
 
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 

@@ -28,9 +28,8 @@ from lorakit.lora.saving import save_adapter, write_card
 from lorakit.progress import innermost
 from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation
 from lorakit.training.interrupt import Interrupt
-from lorakit.training.recorder import Recorder
+from lorakit.training.recorder import Recorder, StepLines
 from lorakit.training.setup import Setup
-from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import LoraTrainer, enable_checkpointing
 
 

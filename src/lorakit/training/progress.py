@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from lorakit.progress import Task, task
-from lorakit.training.counts import Counts
+from lorakit.training.recorder import Counts
 
 
 class ProgressBar(TrainerCallback):

@@ -1,20 +1,89 @@
-"""What a run writes while it goes on: `metrics.jsonl`, a line a logged step, and its times."""
+"""What a run writes during training: files of JSON lines such as `metrics.jsonl`, and what it has
+consumed, kept in each checkpoint so that a resumed run counts on.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from lorakit import atomic
 from lorakit.errors import LorakitError
-from lorakit.training.counts import Counts
-from lorakit.training.step_lines import StepLines
 
 _KEPT = ("loss", "grad_norm", "learning_rate")
+_COUNTS = "lorakit_counts.json"
+
+
+@dataclass
+class Counts:
+    """What a run, all its processes, has consumed so far.
+
+    Padding is not counted; `seconds` excludes evaluation.
+    """
+
+    train_tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+
+
+def write_counts(checkpoint: Path, counts: Counts) -> None:
+    """Writes them into a checkpoint that is being written."""
+    (checkpoint / _COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
+
+
+def read_counts(checkpoint: Path) -> Counts:
+    """What a run had consumed when `checkpoint` was written."""
+    return Counts(**json.loads((checkpoint / _COUNTS).read_text("utf-8")))
+
+
+class StepLines:
+    """JSON Lines whose objects have a `step`; the main process alone writes.
+
+    Args:
+        path: the file.
+        writes: False in other processes, where nothing happens.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    def begin(self, step: int) -> None:
+        """Drops the lines of steps after `step`, which will be made again; all of them for 0."""
+        if not self.writes:
+            return
+        kept = [line for line in self._lines() if step and _step_of(line) <= step]
+        atomic.write_file(self.path, "".join(f"{line}\n" for line in kept))
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Adds one line."""
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects of all whole lines; a line that a kill cut off is left out."""
+        return [json.loads(line) for line in self._lines() if _step_of(line) < float("inf")]
+
+    def _lines(self) -> list[str]:
+        if not self.path.is_file():
+            return []
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _step_of(line: str) -> float:
+    """The step of one line; a line that a kill cut off belongs to no step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 class Recorder(TrainerCallback):

@@ -58,13 +58,11 @@ from lorakit.training.position import planned_steps
 from lorakit.training.processes import join, require_same_view
 from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
-from lorakit.training.recorder import Recorder
+from lorakit.training.recorder import Recorder, StepLines
 from lorakit.training.samples import write_samples
 from lorakit.training.setup import Setup, set_up
-from lorakit.training.step_lines import StepLines
 from lorakit.training.trainer import LoraTrainer
-from lorakit.training.unchanged import warn_of_unchanged
-from lorakit.training.watch import Watch
+from lorakit.training.watch import Watch, warn_of_unchanged
 from lorakit.version import __version__
 
 FORECAST_FROM = 200

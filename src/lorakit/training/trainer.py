@@ -35,14 +35,14 @@ from lorakit.objectives.objective import Objective, added
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
-from lorakit.training.counts import Counts, read_counts, write_counts
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
 from lorakit.training.position import place_at, planned_steps
+from lorakit.training.recorder import Counts, read_counts, write_counts
 from lorakit.training.restoring import facts_of_optimisation, load_state, restore
 from lorakit.training.schedule import over_loraplus_groups, warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
-from lorakit.training.unchanged import Start
+from lorakit.training.watch import Start
 
 _STAGING = ".saving"
 

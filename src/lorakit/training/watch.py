@@ -1,22 +1,26 @@
 """Watching a run: `monitor.jsonl`, and warnings that name the cause and the cure.
 
-A warning is said once for a run, when it first holds, and stands in `metrics.jsonl` too. What is
-measured is `monitor.py`'s.
+A warning is given once in a run, when it first holds, and stands in `metrics.jsonl` too. An adapter
+that has learned nothing is found by checksums of its tensors. What is measured is `monitor.py`'s.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from lorakit.errors import listed
 from lorakit.lora.model import LoraModel
 from lorakit.training.monitor import AdapterState, LoraMonitor
-from lorakit.training.step_lines import StepLines
+from lorakit.training.recorder import StepLines
 
 EXPLODES = 10.0  # times the median of the gradients before
 SEEN_BEFORE = 5  # gradients that make a median worth comparing with
@@ -180,3 +184,72 @@ def _of_held_out(losses: list[tuple[int, float]]) -> Iterator[Warned]:
 def _short(value: float) -> float:
     """Four significant digits: what a reader can see, at a third of the bytes."""
     return float(f"{value:.4g}")
+
+
+UNCHANGED = "unchanged"
+"""The warning's name where no tensor at all has changed."""
+
+
+class Start:
+    """The trained tensors of a model as they are now, by checksum.
+
+    Args:
+        model: its parameters that require a gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sums = _sums(model)
+
+    def unchanged(self, model: nn.Module) -> tuple[list[str], int]:
+        """The modules of which no trained tensor has changed, and the number of all modules."""
+        before, now = self._sums, _sums(model)
+        changed: dict[str, bool] = {}
+        for name, value in now.items():
+            module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+            changed[module] = changed.get(module, False) or before.get(name) != value
+        return [module for module, moved in changed.items() if not moved], len(changed)
+
+
+def warn_of_unchanged(start: Start, model: nn.Module, step: int, lines: StepLines) -> Iterator[str]:
+    """Appends a warning to `lines` if modules are as they were at `start`; yields it as a line.
+
+    Args:
+        step: the run's last.
+    """
+    modules, total = start.unchanged(model)
+    if not modules:
+        return
+    if len(modules) == total:
+        warned = Warned(
+            step,
+            UNCHANGED,
+            f"the adapter is unchanged: after {step} steps each of its {total} modules has the "
+            "very numbers that it began with, so nothing was learned",
+            "Look whether lora.target_modules take part in the loss, and whether "
+            "training.learning_rate and its schedule are above 0.",
+        )
+    else:
+        warned = Warned(
+            step,
+            "partly unchanged",
+            f"{len(modules)} of {total} modules are unchanged after {step} steps: "
+            f"{listed(modules, 3)}",
+            "No gradient has reached them: leave them out of lora.target_modules, or train longer "
+            "where they are experts.",
+        )
+    if not any(line.get("warning") == warned.name for line in lines.read()):
+        lines.append(warned.to_dict())
+    yield warned.line
+
+
+@torch.no_grad()
+def _sums(model: nn.Module) -> dict[str, int]:
+    return {
+        name: zlib.crc32(_bytes(parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
