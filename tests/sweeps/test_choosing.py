@@ -8,7 +8,6 @@ from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.sweeps.base import REPORT, SELECTION, split
 from lorakit.sweeps.bootstrap import (
-    loss_difference,
     loss_interval,
     mean_loss,
     score_interval,
@@ -54,14 +53,14 @@ def test_a_difference_is_found_where_single_means_could_not_tell():
     units = range(60)
     one, other = loss_interval(easy, units, 0), loss_interval(harder, units, 0)
     assert one.high > other.low
-    difference = loss_difference(harder, easy, units, 0)
+    difference = loss_interval(harder, units, 0, minus=easy)
     assert difference.mean == pytest.approx(0.05)
     assert not difference.holds_zero
     none = 0
     for seed in range(100):
         draw = random.Random(seed)
         noisy = [(nats + tokens * draw.gauss(0, 0.3), tokens) for nats, tokens in easy]
-        none += loss_difference(noisy, easy, units, seed).holds_zero
+        none += loss_interval(noisy, units, seed, minus=easy).holds_zero
     assert 88 <= none <= 99
 
 

@@ -1,7 +1,4 @@
-"""What all configurations of a sweep share: the base model, the rows, and the held-out splits.
-
-The rows are read and tokenised once, and the base is held once.
-"""
+"""What all configurations of a sweep share: one base model, rows tokenised once, held-out splits."""
 
 from __future__ import annotations
 

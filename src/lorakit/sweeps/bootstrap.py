@@ -48,30 +48,26 @@ def mean_loss(rows: RowLosses) -> float:
     return sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
 
 
-def loss_interval(rows: RowLosses, units: Sequence[int], seed: int) -> Interval:
-    """The mean loss of rows of (summed nats, tokens), and its interval.
+def loss_interval(
+    rows: RowLosses, units: Sequence[int], seed: int, minus: RowLosses | None = None
+) -> Interval:
+    """The mean loss of `rows`, and its interval.
 
     Args:
         units: the number of each row's prompt.
+        minus: other losses of the same rows, whose mean is taken off.
     """
-    nats, tokens = _by_unit(rows, units)
-    draws = _draws(len(nats), seed)
-    return _interval(mean_loss(rows), nats[draws].sum(1) / tokens[draws].sum(1))
+    draws = _draws(max(units) + 1, seed)
 
+    def means(rows: RowLosses) -> torch.Tensor:
+        sums = torch.zeros(draws.shape[1], 2, dtype=torch.float64)
+        sums.index_add_(0, torch.tensor(units), torch.tensor(rows, dtype=torch.float64))
+        nats, tokens = sums[draws].sum(1).unbind(1)
+        return nats / tokens
 
-def loss_difference(
-    rows: RowLosses,
-    others: RowLosses,
-    units: Sequence[int],
-    seed: int,
-) -> Interval:
-    """The mean loss of `rows` less that of `others`, the same held-out rows both times."""
-    nats, tokens = _by_unit(rows, units)
-    other_nats, other_tokens = _by_unit(others, units)
-    draws = _draws(len(nats), seed)
-    differences = nats[draws].sum(1) / tokens[draws].sum(1)
-    differences -= other_nats[draws].sum(1) / other_tokens[draws].sum(1)
-    return _interval(mean_loss(rows) - mean_loss(others), differences)
+    if minus is None:
+        return _interval(mean_loss(rows), means(rows))
+    return _interval(mean_loss(rows) - mean_loss(minus), means(rows) - means(minus))
 
 
 def score_interval(score: Callable[[list[int]], float], units: int, seed: int) -> Interval:
@@ -83,25 +79,6 @@ def score_interval(score: Callable[[list[int]], float], units: int, seed: int) -
     draws = _draws(units, seed, count=200)  # a corpus is scored anew for each
     values = torch.tensor([score(draw) for draw in draws.tolist()], dtype=torch.float64)
     return _interval(score(list(range(units))), values)
-
-
-def score_difference(
-    score: Callable[[list[int]], float],
-    other: Callable[[list[int]], float],
-    units: int,
-    seed: int,
-) -> Interval:
-    """`score` less `other` over the same draws."""
-    return score_interval(lambda which: score(which) - other(which), units, seed)
-
-
-def _by_unit(rows: RowLosses, units: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nats and the tokens of each unit, each (units,)."""
-    values = torch.tensor(rows, dtype=torch.float64)
-    where = torch.tensor(units)
-    sums = torch.zeros(int(where.max()) + 1, 2, dtype=torch.float64)
-    sums.index_add_(0, where, values)
-    return sums[:, 0], sums[:, 1]
 
 
 def _draws(units: int, seed: int, count: int = DRAWS) -> torch.Tensor:

@@ -19,13 +19,7 @@ from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
 from lorakit.progress import task
 from lorakit.sweeps.base import Split, SweepBase
-from lorakit.sweeps.bootstrap import (
-    Interval,
-    loss_difference,
-    loss_interval,
-    score_difference,
-    score_interval,
-)
+from lorakit.sweeps.bootstrap import Interval, loss_interval, score_interval
 from lorakit.sweeps.records import Record
 
 if TYPE_CHECKING:
@@ -63,21 +57,18 @@ class Criterion:
         """1 where smaller is better."""
         return 1 if self.name == "loss" else -1
 
-    def interval(self, record: Record, split: str) -> Interval:
-        """The value of a finished configuration, with its interval."""
+    def interval(self, record: Record, split: str, minus: Record | None = None) -> Interval:
+        """The value of a finished configuration, less that of another, with its interval."""
         part = self.base.splits[split]
         if self.name == "loss":
-            return loss_interval(record.last.losses[split], part.units, self.seed)
-        return score_interval(self._score(record, split), max(part.units) + 1, self.seed)
-
-    def difference(self, record: Record, other: Record, split: str) -> Interval:
-        """The value of one finished configuration less that of another."""
-        part = self.base.splits[split]
-        if self.name == "loss":
-            mine, theirs = record.last.losses[split], other.last.losses[split]
-            return loss_difference(mine, theirs, part.units, self.seed)
-        scores = self._score(record, split), self._score(other, split)
-        return score_difference(*scores, max(part.units) + 1, self.seed)
+            others = minus.last.losses[split] if minus else None
+            return loss_interval(record.last.losses[split], part.units, self.seed, others)
+        score, other = self._score(record, split), minus and self._score(minus, split)
+        return score_interval(
+            lambda which: score(which) - (other(which) if other else 0.0),
+            max(part.units) + 1,
+            self.seed,
+        )
 
     def prepare(self, record: Record) -> None:
         """Makes what the value is taken of: the answers, unless they are there already."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.sweeps.base import REPORT, SELECTION, SplitLosses
-from lorakit.sweeps.bootstrap import Interval, loss_difference, loss_interval, mean_loss
+from lorakit.sweeps.bootstrap import Interval, loss_interval, mean_loss
 from lorakit.sweeps.criterion import Criterion
 from lorakit.sweeps.output import LEADERBOARD_NAME
 from lorakit.sweeps.ranks import RankChoice
@@ -103,7 +103,7 @@ def standings(records: Sequence[Record], criterion: Criterion) -> list[Standing]
                 1.0,
                 values[record.configuration.name],
                 criterion.interval(record, REPORT),
-                None if first else criterion.difference(record, winner, REPORT),
+                None if first else criterion.interval(record, REPORT, minus=winner),
             )
         )
     stopped = [r for r in records if not r.finished and r.diverged is None]
@@ -121,7 +121,7 @@ def _stopped(record: Record, winner: Record, criterion: Criterion) -> Standing:
     behind = None
     if beside is not None:
         units = splits[REPORT].units
-        behind = loss_difference(last.losses[REPORT], beside.losses[REPORT], units, seed)
+        behind = loss_interval(last.losses[REPORT], units, seed, minus=beside.losses[REPORT])
     return Standing(record, "stopped", last.share, intervals[SELECTION], intervals[REPORT], behind)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a sweep: who may write into it, what going on requires, and what it will take."""
+"""The folder of a sweep: who may write into it, what resuming requires, and the disk space it takes."""
 
 from __future__ import annotations
 
@@ -125,19 +125,16 @@ def check_disk(
         parameters: how many a configuration trains.
         total: configurations of the whole sweep, of which these are the first.
     """
-    known: dict[str, int] = {}
     needed = 0
     for configuration in configurations:
         if Path(configuration.recipe.output_dir).is_dir():
             continue  # it has taken its room
-        key = json.dumps(configuration.recipe.lora, sort_keys=True, default=str)
-        if key not in known:
-            try:
-                known[key] = parameters(configuration.recipe)
-            except InputError as error:
-                raise InputError(f"{configuration.name}: {error}") from error
+        try:
+            trained = parameters(configuration.recipe)
+        except InputError as error:
+            raise InputError(f"{configuration.name}: {error}") from error
         kept = (configuration.recipe.training.save_total_limit or 10) + 1  # one is being written
-        needed += known[key] * (_ADAPTER + kept * (_ADAPTER + _OPTIMISER))
+        needed += trained * (_ADAPTER + kept * (_ADAPTER + _OPTIMISER))
     needed = needed * max(1, total // max(1, len(configurations)))
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free

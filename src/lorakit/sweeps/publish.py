@@ -101,7 +101,7 @@ def write_recipe(folder: Path, winner: Configuration) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Removes what only going on would need: checkpoints, and what a kill has left."""
+    """Removes what only resuming needs: checkpoints, and what a kill has left."""
     for pattern in ("*/checkpoint-*", ".ranks-*.tmp"):
         for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import Any
 from lorakit.adapters.resize import resize
 from lorakit.errors import InputError
 from lorakit.sweeps.base import REPORT, SELECTION, SplitLosses, SweepBase
-from lorakit.sweeps.bootstrap import Interval, loss_difference, mean_loss
+from lorakit.sweeps.bootstrap import Interval, loss_interval, mean_loss
 from lorakit.sweeps.records import Record
 
 KEPT = 0.99
@@ -96,7 +96,7 @@ def rank_choice(
         with base.with_adapter(small, recipe) as model:
             found = base.losses(model)
         kept = {n: (mean_loss(base_losses[n]) - mean_loss(found[n])) / gains[n] for n in gains}
-        difference = loss_difference(found[REPORT], losses[REPORT], units, seed)
+        difference = loss_interval(found[REPORT], units, seed, minus=losses[REPORT])
         results[r] = RankResult(r, kept, mean_loss(found[REPORT]), difference)
         say(f"r={r}: keeps {kept[REPORT]:.1%} of the gain")
         return kept[SELECTION] >= KEPT

@@ -1,7 +1,7 @@
 """What is known of each configuration, in a file of its folder: all that resuming needs.
 
 A record is written when a configuration has reached a rung. Every decision follows from records
-alone, so that a sweep that goes on after a kill decides as an undisturbed one.
+alone, so that a sweep that is resumed after a kill decides as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Record:
         return self.rungs[-1]
 
     def add(self, share: float, progress: Progress) -> None:
-        """Takes over what a runner says, and writes it."""
+        """Adds what a runner reports, and writes the record."""
         self.planned, self.diverged = progress.planned, progress.diverged
         self.train_losses = list(progress.train_losses)
         self.seconds = progress.seconds

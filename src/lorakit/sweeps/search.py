@@ -1,10 +1,10 @@
-"""The course of a sweep: rounds of draws, the rungs that each round climbs, and who goes on.
+"""The course of a sweep: rounds of draws, the rungs that each round climbs, and who is promoted.
 
-At a rung one in `reduction_factor` goes on to train that many times longer (successive halving,
-Jamieson and Talwalkar 2016, arXiv:1502.07943). Where configurations come in rounds, a later one
-goes on by the rule of ASHA (Li et al. 2020, arXiv:1810.05934): when it is within the best share of
-all that reached the rung so far. Everything follows from the records of configurations, so that a
-sweep may be stopped anywhere and decides the same when it is resumed.
+At a rung one in `reduction_factor` is promoted to train that many times longer (successive
+halving, Jamieson and Talwalkar 2016, arXiv:1502.07943). Where configurations come in rounds, a
+later one is promoted by the rule of ASHA (Li et al. 2020, arXiv:1810.05934): when it is within the
+best share of all that reached the rung so far. Everything follows from the records of
+configurations, so that a sweep may be stopped anywhere and decides the same when it is resumed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Search:
     Args:
         make: draws as configurations.
         shares: the rungs, as shares of a whole run; the last one is 1.
-        reduction_factor: one in so many goes on behind each rung.
+        reduction_factor: one in so many is promoted at each rung.
         say: shows a line to the user.
     """
 
@@ -77,7 +77,7 @@ class Search:
         return self.sampler.draw([dict(r.configuration.changes) for r in records], known)
 
     def _climb(self, entrants: Sequence[Record], records: Sequence[Record], start: int = 0) -> None:
-        """Trains `entrants` from the rung `start` on; at each rung, those go on that may."""
+        """Trains `entrants` from the rung `start` on; at each rung the best are promoted."""
         for i in range(start, len(self.shares)):
             share = self.shares[i]
             self._train([record for record in entrants if record.at(share) is None], share)
@@ -110,7 +110,7 @@ class Search:
                 self.say(f"{record.configuration.name} is dropped: {record.diverged}")
 
     def _replace_the_fallen(self, records: Sequence[Record]) -> None:
-        """The best of those that were stopped goes on where all that went on have diverged."""
+        """Resumes the best stopped configuration where all that were promoted have diverged."""
         while not any(record.finished for record in records):
             left = [record for record in records if record.diverged is None]
             if not left:

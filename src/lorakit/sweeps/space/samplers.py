@@ -1,6 +1,6 @@
 """Which values are tried: all of a grid, random ones, or what one of Optuna's samplers asks for.
 
-Each draw is decided by a seed and by what is known so far, so that a sweep that goes on after a
+Each draw is decided by a seed and by what is known so far, so that a sweep that is resumed after a
 kill draws the same again.
 """
 

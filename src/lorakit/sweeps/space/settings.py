@@ -65,7 +65,7 @@ class SweepSettings(BaseModel):
         sampler: one of `SAMPLERS`.
         trials: configurations that are drawn; the grid has its own number.
         prune: whether losers are stopped early.
-        reduction_factor: at each rung one in so many goes on.
+        reduction_factor: at each rung one in so many is promoted.
         objective: what the best is chosen by: `loss`, or a metric of `lorakit eval`.
         selection: the share of the held-out rows that choosing sees; the others are reported on.
         seed: of draws and of the split of held-out rows; None for the recipe's.
