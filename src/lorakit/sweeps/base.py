@@ -1,4 +1,4 @@
-"""What all configurations of a sweep share: one base model, rows tokenised once, held-out splits."""
+"""What a sweep's configurations share: one base model, rows tokenised once, held-out splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a sweep: who may write into it, what resuming requires, and the disk space it takes."""
+"""The folder of a sweep: who may write into it, what resuming requires, the disk it takes."""
 
 from __future__ import annotations
 
