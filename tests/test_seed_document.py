@@ -396,6 +396,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_very_same_weights(
         assert torch.equal(tensor, whole[name]), name
 
 
+@pytest.mark.exhaustive
 def test_the_best_checkpoint_is_loaded_at_the_end(tiny_model: Path, tokenizer, tmp_path: Path):
     model = wrapped(tiny_model)
     options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
@@ -606,12 +607,17 @@ class DocumentsMonitor(TrainerCallback):
         self.history.append((log_gradient_norm(self.model), changes))
 
 
-@pytest.fixture
-def watched(tiny_model: Path, tokenizer, tmp_path: Path) -> tuple[LoraMonitor, DocumentsMonitor]:
-    model = wrapped(tiny_model)
+@pytest.fixture(scope="module")
+def watched(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LoraMonitor, DocumentsMonitor]:
+    model, tokenizer = wrapped(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     ours, documents = LoraMonitor(), DocumentsMonitor(model)
     trainer = trainer_for(
-        model, tokenizer, tmp_path, callbacks=[ours, documents], save_strategy="no"
+        *(model, tokenizer, tmp_path_factory.mktemp("watched")),
+        callbacks=[ours, documents],
+        save_strategy="no",
+        eval_strategy="no",
     )
     trainer.train()
     return ours, documents

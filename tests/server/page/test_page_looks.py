@@ -9,11 +9,17 @@ from visitor import BASE, LONG, PHONE, WIDE, Person, serving
 from browsers import FAINT, LEAST_CONTRAST
 from lorakit.engine.engine import Engine
 from lorakit.server.options import Limits
+from matrix import few
 from taught import ENDLESS_SAYS
 
+SCREENS = {
+    f"{name}-{scheme}": (size, scheme)
+    for name, size in {"wide": WIDE, "middle": (800, 700), "phone": PHONE}.items()
+    for scheme in ("light", "dark")
+}
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, (800, 700), PHONE], ids=["wide", "middle", "phone"])
+
+@pytest.mark.parametrize(("size", "scheme"), few(SCREENS, "phone-light", "wide-dark"))
 def test_everything_fits_the_screen_and_can_be_read(
     visit: Callable[..., Person],
     engine: Engine,
