@@ -7,7 +7,8 @@ leads is `names.py`'s work; adapters are put on by others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pickle import UnpicklingError
@@ -87,58 +88,55 @@ def load_for_task(
     Raises:
         InputError: as in `load_model`, or the model has no such form.
     """
-    with task(f"loading {name}"):
-        return _load_for_task(task_type, name, dtype, device, labels, seed, quantization)
-
-
-def _load_for_task(
-    task_type: str,
-    name: str,
-    dtype: str | torch.dtype | None,
-    device: str | None,
-    labels: Sequence[str],
-    seed: int,
-    quantization: str | Mapping[str, Any] | Quantization | None,
-) -> LoadedModel:
-    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # loading is a matter of a second
-    source = resolve(str(name))
-    device = device or best_device()
-    chosen = torch_dtype(dtype, device)
-    wanted = as_quantization(quantization)
-    options = loading_options(wanted, chosen, device)
-    lacking: set[str] = set()
-    layout = source.layout
+    with task(f"loading {name}"):
+        layout = resolve(str(name)).layout
+        device = device or best_device()
+        chosen = torch_dtype(dtype, device)
+        wanted = as_quantization(quantization)
+        options = loading_options(wanted, chosen, device)
+        with _failures_named(name, task_type):
+            if not layout.packing and getattr(layout.config(), "quantization_config", None):
+                if wanted:
+                    raise InputError(
+                        f"quantization: the weights of {name} are quantised already, and are used "
+                        "as they are: leave it out"
+                    )
+                options["device_map"] = {"": device}  # they are not moved later
+            if task_type == "CAUSAL_LM":
+                model, lacking = _load_causal(layout, name, chosen, options), set[str]()
+            else:
+                if wanted and not layout.packing:
+                    whole = kept_whole(layout.path, task_type, labels)
+                    options = loading_options(wanted, chosen, device, whole)
+                model, lacking = _load_form(layout, task_type, chosen, labels, seed, options)
+            tokenizer = layout.tokenizer()
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config._name_or_path = str(name)
+        new: list[str] = []
+        if task_type != "CAUSAL_LM":
+            if tokenizer.pad_token_id is None:
+                raise InputError(f"model: the tokenizer of {name} has no padding token: add one")
+            set_padding(model, tokenizer.pad_token_id)
+            new = _new_modules(model, lacking, heads=task_type in CLASSIFICATION)
+            _keep_wide(model, new)
+        if getattr(model, "hf_quantizer", None) is None:
+            model = model.to(device)
+        return LoadedModel(keep_exact(model).eval(), tokenizer, new)
+
+
+@contextmanager
+def _failures_named(name: str, task_type: str) -> Iterator[None]:
+    """Makes one clear line of what transformers and the readers of files raise.
+
+    Raises:
+        InputError: the model `name` cannot be loaded in its form for `task_type`.
+    """
     try:
-        if not layout.packing and getattr(layout.config(), "quantization_config", None):
-            if wanted:
-                raise InputError(
-                    f"quantization: the weights of {name} are quantised already, and are used as "
-                    "they are: leave it out"
-                )
-            options["device_map"] = {"": device}  # they are not moved later
-        if task_type == "CAUSAL_LM":
-            form = FORMS[task_type] if layout.packing else causal_form(layout.config())
-            model, info = layout.model(form, dtype=chosen, output_loading_info=True, **options)
-            if info["missing_keys"]:  # which are random now
-                raise InputError(
-                    f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: "
-                    "copy or fetch the model again"
-                )
-            if left := sorted(info["unexpected_keys"]):
-                warnings.warn(
-                    f"model: {name} holds tensors that {type(model).__name__} has no place for, "
-                    f"which are left out: {listed(left, 3)}",
-                    stacklevel=4,
-                )
-        else:
-            if wanted and not layout.packing:
-                whole = kept_whole(source.path, task_type, labels)
-                options = loading_options(wanted, chosen, device, whole)
-            model, lacking = _load_form(layout, task_type, chosen, labels, seed, options)
-        tokenizer = layout.tokenizer()
+        yield
     except InputError:
         raise
     except UnpicklingError as error:
@@ -157,20 +155,23 @@ def _load_for_task(
         if type(error).__name__ != "SafetensorError":
             raise
         raise InputError(f"model: {name} holds a damaged file: {_first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config._name_or_path = str(name)
-    assert isinstance(model, torch.nn.Module)
-    new: list[str] = []
-    if task_type != "CAUSAL_LM":
-        if tokenizer.pad_token_id is None:
-            raise InputError(f"model: the tokenizer of {name} has no padding token: add one")
-        set_padding(model, tokenizer.pad_token_id)
-        new = _new_modules(model, lacking, heads=task_type in CLASSIFICATION)
-        _keep_wide(model, new)
-    if getattr(model, "hf_quantizer", None) is None:
-        model = model.to(device)
-    return LoadedModel(keep_exact(model).eval(), tokenizer, new)
+
+
+def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    form = FORMS["CAUSAL_LM"] if layout.packing else causal_form(layout.config())
+    model, info = layout.model(form, dtype=dtype, output_loading_info=True, **options)
+    if info["missing_keys"]:  # which are random now
+        raise InputError(
+            f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: copy or "
+            "fetch the model again"
+        )
+    if left := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"model: {name} holds tensors that {type(model).__name__} has no place for, which are "
+            f"left out: {listed(left, 3)}",
+            stacklevel=4,
+        )
+    return model
 
 
 def _load_form(
