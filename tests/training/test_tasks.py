@@ -186,9 +186,9 @@ def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
     values["training"] |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     values["training"] |= {"per_device_train_batch_size": 24, "save_strategy": "no"}
     values["data"]["eval"] = 0
-    begun = load_inputs(load_recipe(values), torch.float32)
+    inputs = load_inputs(load_recipe(values), torch.float32)
     set_seed(42)
-    LoraModel(begun.model, begun.lora_config(load_recipe(values))).save_pretrained(tmp_path / "0")
+    LoraModel(inputs.model, inputs.lora_config(load_recipe(values))).save_pretrained(tmp_path / "0")
 
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         values["model"], num_labels=3
@@ -196,14 +196,14 @@ def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "0", is_trainable=True)
     rows = [
         {"input_ids": row.input_ids, "token_type_ids": [0] * len(row), "labels": row.labels[0]}
-        for row in begun.data.train
+        for row in inputs.data.train
     ]
     settings = load_recipe(values).training.model_dump(exclude={"loraplus_lr_ratio"})
     trainer = transformers.Trainer(
         theirs,
         transformers.TrainingArguments(tmp_path / "trainer", use_cpu=True, **settings),
         train_dataset=rows,
-        data_collator=transformers.DataCollatorWithPadding(begun.tokenizer),
+        data_collator=transformers.DataCollatorWithPadding(inputs.tokenizer),
     )
     trainer.train()
     theirs.save_pretrained(tmp_path / "theirs")

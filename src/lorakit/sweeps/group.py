@@ -289,7 +289,7 @@ def _setup(
     return Setup(
         recipe=recipe,
         advice=[],
-        begun=begun,
+        inputs=begun,
         model=AdapterView(resident.model, adapter),  # type: ignore[arg-type]
         tokenizer=begun.tokenizer,
         data=replace(begun.data, eval=[], eval_samples=[]),

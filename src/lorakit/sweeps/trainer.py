@@ -68,10 +68,10 @@ class SweepTrainer(LoraTrainer):
             setup.data.train,
             setup.data.eval,
             setup.batching,
-            setup.begun.objective,
+            setup.inputs.objective,
             setup.recipe.training.loraplus_lr_ratio,
         )
-        self.interrupt, self.templates = interrupt, setup.begun.templates
+        self.interrupt, self.templates = interrupt, setup.inputs.templates
         self.lines = StepLines(Path(setup.recipe.output_dir) / METRICS_NAME)
         self.remove_callback(PrinterCallback)
         looking: list[TrainerCallback] = [Recorder(self.lines, self.counts)]

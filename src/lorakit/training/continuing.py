@@ -221,18 +221,18 @@ def _named(key: str) -> str:
     return two if two in CHANGES else key.split(".")[0]
 
 
-def check_going_on(
+def check_resume(
     setup: Setup, found: Found, changes: Sequence[Difference], *, finished: bool
 ) -> list[str]:
-    """What a user should know of how a run goes on.
+    """What a user should know of how a run is resumed.
 
     Args:
-        found: what it goes on from.
+        found: what it is resumed from.
         changes: since it was written.
         finished: the run had come to its end.
 
     Raises:
-        InputError: it cannot go on from there, or not with these changes.
+        InputError: it cannot be resumed from there, or not with these changes.
     """
     folder = Path(setup.recipe.output_dir)
     refuse(changes, setup.recipe.to_dict(), folder)
@@ -278,7 +278,7 @@ def check_going_on(
     return said
 
 
-def not_taken_over(found: Found, *, accept_changes: bool) -> list[str]:
+def missing_state(found: Found, *, accept_changes: bool) -> list[str]:
     """What a checkpoint lacks that an undisturbed run has; an error unless that is accepted."""
     if found.checkpoint is None or read_seal(found.checkpoint)["optimizer"] is not None:
         return []

@@ -76,7 +76,7 @@ _List = Annotated[list[_Item], Field(min_length=1), Tag("<list>")]
 
 
 class _Numbers(BaseModel):
-    """True is no 1 here, and infinity no number."""
+    """True is not taken for 1 here, and neither NaN nor Inf is accepted."""
 
     model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
 

@@ -121,7 +121,7 @@ class Recorder(TrainerCallback):
         """Appends one line: the step, the epoch, what was logged, and tokens per second.
 
         Raises:
-            LorakitError: the loss or the gradient is no number.
+            LorakitError: the loss or the gradient is NaN or Inf.
         """
         logs = logs or {}
         values = {k: v for k, v in logs.items() if k in self.kept or k.startswith("eval_")}

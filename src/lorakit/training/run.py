@@ -37,7 +37,7 @@ from lorakit.objectives.registry import registered
 from lorakit.progress import showing
 from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
-from lorakit.training.continuing import changes_evaluation, check_going_on, not_taken_over
+from lorakit.training.continuing import changes_evaluation, check_resume, missing_state
 from lorakit.training.differences import run_identity
 from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation, stopped_before
 from lorakit.training.forecast import forecast
@@ -104,8 +104,8 @@ def train(
         objective: what is learned, in place of the recipe's `objective`: its name, `type` and
             settings, or an instance of a subclass of `objectives.objective.Objective`.
         callbacks: transformers' callbacks, beside lorakit's own.
-        resume: go on from the last checkpoint in `output_dir`, when there is one.
-        accept_changes: with `resume`, go on although recipe or data are not those of the run so
+        resume: resume from the last checkpoint in `output_dir`, when there is one.
+        accept_changes: with `resume`, resume although recipe or data are not those of the run so
             far; what changed is recorded.
         expected_data: what the data must be, as `Manifest.data` has it.
         rendering: how rows are to become text; None is as the tokenizer has it, now.
@@ -114,7 +114,7 @@ def train(
     Raises:
         InputError: the recipe, the data or the folder cannot be used; nothing is written then.
         StoppedError: Ctrl-C or SIGTERM; the step was finished and saved.
-        LorakitError: training failed (a full disk, a loss that is no number).
+        LorakitError: training failed (a full disk, a loss that is NaN or Inf).
     """
     with ExitStack() as held:
         changes: list[str | tuple[str, Any]] = list(overrides)
@@ -171,8 +171,8 @@ def _train(
         _say(console, found.damaged)
         if not accept_changes:
             require_unchanged(changes, folder)
-        said = check_going_on(setup, found, changes, finished=finished is not None)
-    also = not_taken_over(found, accept_changes=accept_changes)
+        said = check_resume(setup, found, changes, finished=finished is not None)
+    also = missing_state(found, accept_changes=accept_changes)
     stale = changed_since(folder, found.step) if resume else []
     if main:
         claim_output(folder, _identity(setup), changes, step=found.step, also=also)
@@ -201,8 +201,8 @@ def _train(
             step = trainer.state.global_step
             _say(console, warn_of_unchanged(trainer.start, setup.model, step, metrics))
         manifest = manifest_of(setup, trainer, base, tuned, metrics, seconds)
-        if main and setup.begun.templates is not None:  # so that chat and serve use the same
-            write_templates(folder, setup.begun.templates)
+        if main and setup.inputs.templates is not None:  # so that chat and serve use the same
+            write_templates(folder, setup.inputs.templates)
         # All processes help to gather what is spread.
         setup.model.save_pretrained(folder, is_main_process=main)
         if main:
@@ -219,7 +219,7 @@ def _identity(setup: Setup) -> dict[str, Any]:
         setup.data_facts,
         setup.arguments.world_size,
         setup.base_fingerprint,
-        **setup.begun.rendering_facts(),
+        **setup.inputs.rendering_facts(),
     )
 
 
@@ -328,13 +328,13 @@ def manifest_of(
     Args:
         base, tuned: the held-out loss and scores of the bare base, and of the adapter.
     """
-    counts, labels = trainer.counts, setup.begun.objective.labels
+    counts, labels = trainer.counts, setup.inputs.objective.labels
     return Manifest(
         base_model=setup.recipe.model,
         recipe=setup.recipe.to_dict(),
         data=setup.data_facts,
         data_statistics={k: asdict(part) for k, part in setup.data.statistics().items()},
-        **setup.begun.rendering_facts(),
+        **setup.inputs.rendering_facts(),
         base_fingerprint=setup.base_fingerprint,
         advice=[asdict(advice) for advice in setup.advice],
         notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],

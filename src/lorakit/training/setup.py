@@ -59,14 +59,14 @@ class Setup:
 
     Attributes:
         recipe: with what it left out filled in, as `advice` says.
-        begun: what the objective has read and loaded.
+        inputs: what the objective has read and loaded.
         base_fingerprint: of the base model's weights.
         notices: lines for the user.
     """
 
     recipe: Recipe
     advice: list[Advice]
-    begun: TrainingInputs
+    inputs: TrainingInputs
     model: LoraModel
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -83,17 +83,17 @@ class Setup:
 
     def trainer(self) -> LoraTrainer:
         """What trains the model on the rows."""
-        data, begun = self.data, self.begun
+        data, inputs = self.data, self.inputs
         trainer = LoraTrainer(
             self.model,
             self.arguments,
             data.train,
             data.eval,
             self.batching,
-            begun.objective,
+            inputs.objective,
             self.recipe.training.loraplus_lr_ratio,
         )
-        trainer.templates = begun.templates
+        trainer.templates = inputs.templates
         return trainer
 
     @contextmanager
@@ -109,14 +109,14 @@ class Setup:
 
 def set_up(
     recipe: Recipe,
-    begun: TrainingInputs | None = None,
+    inputs: TrainingInputs | None = None,
     rendering: Rendering | None = None,
     objective: Objective | None = None,
 ) -> Setup:
     """Loads the model and the rows, and settles what the recipe leaves open.
 
     Args:
-        begun: model and rows that are loaded already; the model has no adapter.
+        inputs: model and rows that are loaded already; the model has no adapter.
         rendering, objective: as in `load_inputs`, for rows that are loaded here.
 
     Raises:
@@ -124,24 +124,24 @@ def set_up(
     """
     settle_in()
     spread = asks_to_spread(recipe.training.model_extra or {})
-    if begun is None:
+    if inputs is None:
         # A model that is spread over GPUs may not fit into one: each takes its share from here.
         device = wished_device(recipe)
         dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
-        begun = load_inputs(recipe, dtype, "cpu" if spread else device, rendering, objective)
-    model, tokenizer, data = begun.model, begun.tokenizer, begun.data
+        inputs = load_inputs(recipe, dtype, "cpu" if spread else device, rendering, objective)
+    model, tokenizer, data = inputs.model, inputs.tokenizer, inputs.data
     parameters = count_parameters(model)[1]
     recipe, advice = advised(recipe, parameters, len(data.train))
-    base_fingerprint = fingerprint(model, without=begun.new_modules)
+    base_fingerprint = fingerprint(model, without=inputs.new_modules)
     set_seed(recipe.training.seed)
     arguments = training_arguments(recipe, held_out=bool(data.eval))
-    adapted = LoraModel(model, _started(begun, recipe, arguments))
+    adapted = LoraModel(model, _started(inputs, recipe, arguments))
     if not data.eval and (name := needs_held_out_rows(recipe)):
         raise InputError(f"{name} needs held-out rows, and there are none: give data.eval a file")
-    check_metric(arguments, ["loss", *begun.objective.score_names])
-    check_fsdp(arguments, begun.lora_config(recipe))
+    check_metric(arguments, ["loss", *inputs.objective.score_names])
+    check_fsdp(arguments, inputs.lora_config(recipe))
     batching, notices = choose_batching(
-        recipe, Lines(adapted), tokenizer.pad_token_id, begun.collator
+        recipe, Lines(adapted), tokenizer.pad_token_id, inputs.collator
     )
     notices += _divided(data, batching, arguments)
     steps = planned_steps(arguments, len(batching.train_batches(data.train, arguments, epoch=0)))
@@ -163,7 +163,7 @@ def set_up(
     return Setup(
         recipe=recipe,
         advice=advice,
-        begun=begun,
+        inputs=inputs,
         model=adapted,
         tokenizer=tokenizer,
         data=data,
@@ -211,12 +211,12 @@ def load_inputs(
     return (objective or recipe.make_objective()).prepare(request)
 
 
-def _started(begun: TrainingInputs, recipe: Recipe, arguments: TrainingArguments) -> LoraConfig:
+def _started(inputs: TrainingInputs, recipe: Recipe, arguments: TrainingArguments) -> LoraConfig:
     """The adapter's configuration; factors that come from data wait beside the model's layers.
 
     The data are batches of rows, and their loss is the cross-entropy of the labels.
     """
-    config: LoraConfig = begun.lora_config(recipe)
+    config: LoraConfig = inputs.lora_config(recipe)
     if config.init.kind.collect is None:
         return config
     if asks_to_spread(recipe.training.model_extra or {}):
@@ -224,10 +224,10 @@ def _started(begun: TrainingInputs, recipe: Recipe, arguments: TrainingArguments
             f"lora.init_lora_weights={config.init_lora_weights} runs the model over data before "
             "it is spread over processes: leave fsdp out, or choose another initialisation"
         )
-    model, read = begun.model, begun.objective.reader(begun.model, False)
-    batching = Batching(begun.tokenizer.pad_token_id, own_collator=begun.collator)
-    rows = BatchDataset(begun.data.train, batching, learning=True)
-    chosen = batching.train_batches(begun.data.train, arguments, epoch=0)[:_START_BATCHES]
+    model, read = inputs.model, inputs.objective.reader(inputs.model, False)
+    batching = Batching(inputs.tokenizer.pad_token_id, own_collator=inputs.collator)
+    rows = BatchDataset(inputs.data.train, batching, learning=True)
+    chosen = batching.train_batches(inputs.data.train, arguments, epoch=0)[:_START_BATCHES]
 
     def mean_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         total, count = read(model, batch)
@@ -263,7 +263,7 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         "output_dir": recipe.output_dir,
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+        "logging_nan_inf_filter": False,  # it would hide a loss that is NaN or Inf
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": False,
         **recipe.training.model_dump(exclude={"loraplus_lr_ratio"}),  # the trainer's own
