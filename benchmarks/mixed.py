@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.functional import grouped_mm, linear
 
-from lorakit.lora.slots import AdapterSlots
+from lorakit import LoraConfig, LoraModel
+from lorakit.lora.routing import Route
 
 BLOCKS = 30
 SHAPES = {  # by the input that layers share: (d_out, d_in)
@@ -93,15 +94,21 @@ class Bench:
             linear(x, layer.weight).addmm_(inner, B)
 
 
-def slots(bench: Bench) -> Callable[[], None]:
+def packed(bench: Bench) -> Callable[[], None]:
     """lorakit's way: masked dense, one product for the weights and B of layers with one input."""
     paths = [path for path, layer in bench.model.named_modules() if isinstance(layer, nn.Linear)]
     families = [list(group) for _, group in groupby(paths, lambda path: path.rpartition(".")[0])]
-    made = AdapterSlots(bench.model, families)
+    bank = LoraModel(bench.model, None)
+    bank.pack(families)
+    config = LoraConfig(r=bench.r, lora_alpha=bench.r, target_modules=list(paths))
     for row in range(bench.rows):
-        own = {path: (A[row], B[row]) for path, (A, B) in zip(paths, bench.stacks, strict=True)}
-        made.put(row, own)
-    made.use(list(range(bench.rows)))
+        tensors = {
+            f"base_model.model.{path}.lora_{factor}.weight": tensor
+            for path, (A, B) in zip(paths, bench.stacks, strict=True)
+            for factor, tensor in (("A", A[row]), ("B", B[row]))
+        }
+        bank.add_packed(f"row-{row}", config, tensors)
+    bank.routing.route = Route.of_rows([f"row-{row}" for row in range(bench.rows)])
     inputs = {
         id(group): torch.randn(bench.rows, group[0].in_features).to(group[0].weight.dtype)
         for block in bench.model
@@ -135,7 +142,7 @@ def main() -> None:
         "grouped, a product a row": bench.grouped,
         "grouped_mm": bench.grouped_mm,
         "masked dense": bench.masked_dense,
-        "masked dense, W and B of layers with one input in one product (lorakit)": slots(other),
+        "masked dense, W and B of layers with one input in one product (lorakit)": packed(other),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     with torch.inference_mode():

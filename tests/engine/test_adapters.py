@@ -99,16 +99,17 @@ def test_a_folder_that_changed_unseen_is_not_taken_for_the_adapter_it_was(
     assert text(engine.submit(PROMPT, "few", Sampling(max_new_tokens=2)))
 
 
-def test_more_adapters_than_slots_take_turns(start: Start, base: Path, tmp_path: Path):
+def test_more_adapters_than_rows_take_turns(start: Start, base: Path, tmp_path: Path):
     folders = {f"n{i}": make_adapter(base, tmp_path / f"n{i}", i, r=1 + i) for i in range(6)}
     engine = start(adapters=folders, max_rows=2)
     for _ in range(2):
         tickets = {name: engine.submit(PROMPT, name, GREEDY) for name in folders}
         for name, ticket in tickets.items():
             assert tokens(ticket) == alone(base, folders[name], PROMPT, 12, [257])
-    assert len(engine._slots._ranges) <= 2
+    assert len(engine._bank.adapters) <= 2
     # Ranks 5 and 6 are the most that two have at once, gaps between them included.
-    assert engine._slots.columns <= 6 + 5 + 4
+    assert engine._bank.packed is not None
+    assert engine._bank.packed.columns <= 6 + 5 + 4
 
 
 def test_an_adapter_answers_with_the_template_and_the_end_that_it_was_trained_with(
@@ -127,16 +128,14 @@ def test_an_adapter_answers_with_the_template_and_the_end_that_it_was_trained_wi
 
 
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "is a DoRA adapter"),
     "bias": ({"bias": "lora_only"}, "trains the base's biases"),
-    "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "has a bias of its own"),
-    "embedding": ({"target_modules": ["embed_tokens"]}, "adapts an embedding"),
-    "head": ({"modules_to_save": ["lm_head"]}, "brings weights of its own"),
+    "all biases": ({"bias": "all"}, "trains the base's biases"),
+    "layers": ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers of the base"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_product_beside_a_linear_layer_is_refused_with_advice(
+def test_what_changes_the_base_itself_is_refused_with_advice(
     start: Start, base: Path, tmp_path: Path, kind: str
 ):
     config, words = KINDS[kind]

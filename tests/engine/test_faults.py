@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.requests import Piece, Ticket
 from lorakit.engine.sampling import Sampling
-from lorakit.lora.slots import AdapterSlots
 from matrix import few
 from random_adapters import make_adapter
 from tiny import byte_tokenizer
@@ -183,50 +183,15 @@ def test_an_adapter_that_overflows_harms_no_row_beside_it(
         assert {name: tokens(ticket) for name, ticket in tickets.items()} == expected
 
 
-def test_factors_that_cannot_be_put_beside_the_model_end_their_requests(
-    start: Start, expected: Any
-):
+def test_an_adapter_that_cannot_be_added_to_the_bank_ends_its_requests(start: Start, expected: Any):
     engine = start()
     version = engine.pool.version("poet")
-    right = engine.pool._factors[version]
-    engine.pool._factors[version] = {path: (A[:, 1:], B) for path, (A, B) in right.items()}
+    right = engine.pool._loaded[version]
+    cut = {key: tensor[:, 1:] for key, tensor in right.tensors.items()}
+    engine.pool._loaded[version] = replace(right, tensors=cut)
     assert "size" in check(engine, expected, "poet")
-    engine.pool._factors[version] = right
+    engine.pool._loaded[version] = right
     assert tokens(engine.submit(PROMPTS["poet"], "poet", GREEDY)) == expected["poet"]
-
-
-def test_memory_that_ends_while_an_adapter_is_put_leaves_the_others_right(base: Path):
-    class Scarce(AdapterSlots):
-        left = 10**9
-
-        def empty(self, *shape: int) -> torch.Tensor:
-            self.left -= 1
-            if self.left < 0:
-                raise MemoryError
-            return super().empty(*shape)
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    path, x = "model.layers.0.self_attn.q_proj", torch.randn(1, 3, 32)
-    layer = model.get_submodule(path)
-    before = layer(x)
-    slots = Scarce(model)
-    factors = {n: {path: (torch.randn(n, 32), torch.randn(32, n))} for n in (2, 3, 9)}
-    slots.put(2, factors[2])
-    for left in range(4):  # the allocation that fails is one after the other
-        slots.left = left
-        try:
-            slots.put(9, factors[9])
-        except MemoryError:
-            assert 9 not in slots
-        slots.left = 10**9
-        slots.put(3, factors[3])
-        for key in (2, 3):
-            slots.use([key])
-            A, B = factors[key][path]
-            torch.testing.assert_close(model.get_submodule(path)(x), before + x @ A.T @ B.T)
-        slots.remove(3)
-        if 9 in slots:
-            slots.remove(9)
 
 
 def test_a_listener_whose_loop_is_closed_ends_its_row_alone(start: Start, expected: Any):

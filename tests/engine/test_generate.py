@@ -64,13 +64,13 @@ def test_answers_go_to_the_standard_output_and_prompts_come_from_the_input(
 def test_an_adapter_that_stands_beside_no_others_is_merged_with_a_notice(
     generate: Command, base: Path, asked: Path, tmp_path: Path
 ):
-    dora = make_adapter(base, tmp_path / "dora", use_dora=True)
-    done = generate(dora, "--prompts", asked)
-    assert "is a DoRA adapter, so it is merged into the base" in done.stderr
+    layers = make_adapter(base, tmp_path / "layers", layer_replication=[[0, 2], [1, 2]])
+    done = generate(layers, "--prompts", asked)
+    assert "(layer_replication), so it is merged into the base" in done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["messages"][-1]["content"] for row in rows] == alone(dora)
-    assert {row["model"] for row in rows} == {"dora"}
-    refused = generate(dora, "--with-base", "--prompts", asked)
+    assert [row["messages"][-1]["content"] for row in rows] == alone(layers)
+    assert {row["model"] for row in rows} == {"layers"}
+    refused = generate(layers, "--with-base", "--prompts", asked)
     assert refused.returncode == 2
     assert "cannot be served beside other adapters" in refused.stderr
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial
@@ -112,23 +111,6 @@ class ModuleUpdate:
 
 
 @dataclass(frozen=True)
-class ParameterUpdate:
-    """The update `scaling * B A` of a parameter that is adapted itself, such as stacked experts.
-
-    Attributes:
-        A, B: (matrices, r, d_in) and (matrices, d_out, r).
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in at least float32."""
-        return at_least_float32(self.A), at_least_float32(self.B)
-
-
-@dataclass(frozen=True)
 class Skipped:
     """A part of the adapter that has no update of this form, and why."""
 
@@ -140,9 +122,8 @@ class Skipped:
 class AdapterFile:
     """An adapter's folder, read.
 
-    `updates` are by module's path, layer 9 before layer 10; `parameters` by the paths of parameters
-    that are adapted themselves, where the file was read for a model; `others` are all tensors that
-    are no factor, under their keys; `skipped` are factors that make no update of this form.
+    `updates` are by module's path, layer 9 before layer 10; `others` are all tensors that are no
+    factor, under their keys; `skipped` are factors that make no update of this form.
     """
 
     folder: Path
@@ -150,7 +131,6 @@ class AdapterFile:
     updates: dict[str, ModuleUpdate]
     others: dict[str, torch.Tensor]
     skipped: list[Skipped]
-    parameters: dict[str, ParameterUpdate] = field(default_factory=dict)
 
     @property
     def has_magnitudes(self) -> bool:
@@ -173,99 +153,16 @@ class AdapterFile:
                 raise InputError(f"{self.folder}: {key} holds values that are not finite")
 
 
-def read_updates(folder: str | Path, model: nn.Module | None = None) -> AdapterFile:
+def read_updates(folder: str | Path) -> AdapterFile:
     """The adapter in `folder`. Its tensors stay in the file until they are used.
-
-    Args:
-        model: the base model, if it is at hand. Modules are then called as it calls them, factors
-            of `target_parameters` are told apart, and those that PiSSA and OLoRA start from come
-            out of its weights, where PEFT has saved the adapter without them.
 
     Raises:
         InputError: it is no adapter's folder, or it is damaged.
     """
-    config, own_tensors = read_adapter(folder)
-    tensors: Mapping[str, torch.Tensor] = own_tensors
-    initial: Mapping[str, torch.Tensor] = read_initial(folder)
-    if model is not None:
-        from lorakit.lora.fitting import fitted
-
-        config, tensors, initial = fitted(model, config, tensors, initial, folder)
-        if config.init.kind.subtracted and config.init.kind.repeatable and not initial:
-            initial = _starts(model, config, tensors)
-    updates: dict[str, ModuleUpdate] = {}
-    parameters: dict[str, ParameterUpdate] = {}
-    if model is not None and config.target_parameters:
-        updates, parameters, tensors = _of_parameters(model, config, tensors, folder)
-    found, others, skipped = split(config, tensors, initial)
-    updates |= {update.path: update for update in found}
-    return AdapterFile(Path(folder), config, updates, others, skipped, parameters)
-
-
-def _of_parameters(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor], folder: str | Path
-) -> tuple[dict[str, ModuleUpdate], dict[str, ParameterUpdate], dict[str, torch.Tensor]]:
-    """The updates of `target_parameters`, and the tensors that are no factor of theirs.
-
-    That of a linear layer's weight is an update of the layer.
-
-    Raises:
-        InputError: a factor is missing or does not fit.
-    """
-    from lorakit.lora.layers.parameter import by_matrix
-    from lorakit.lora.slot_parameters import stacked_shape
-    from lorakit.lora.targets import base_modules, resolve_parameters, unwrapped
-
-    modules = {path: unwrapped(module) for path, module in base_modules(model)}
-    names: dict[str, list[str]] = {}
-    for path, name in resolve_parameters(model, config):
-        names.setdefault(path, []).append(name)
-    linear: dict[str, ModuleUpdate] = {}
-    stacked: dict[str, ParameterUpdate] = {}
-    rest = dict(tensors)
-    for path, own in names.items():
-        for number, name in enumerate(own):
-            inside = "base_layer." * (len(own) - 1 - number)  # the first is the innermost
-            stem, place = f"{PREFIX}{path}.{inside}lora_", f"{path}.{name}"
-            A, B = rest.pop(f"{stem}A.weight", None), rest.pop(f"{stem}B.weight", None)
-            if A is None or B is None:
-                raise InputError(f"{folder}: a factor of {place} is missing")
-            count, d_out, d_in = stacked_shape(modules[path], name) or (0, 0, 0)
-            ranks, scaling = config.rank_for(place) * count, config.scaling_for(place)
-            if A.shape != (ranks, d_in) or B.shape != (d_out, ranks):
-                raise InputError(
-                    f"{folder}: {place} has another shape in the base model: A is "
-                    f"{tuple(A.shape)}, B {tuple(B.shape)}"
-                )
-            if isinstance(modules[path], nn.Linear):
-                linear[path] = ModuleUpdate(path, A, B, scaling)
-            else:
-                stacked[place] = ParameterUpdate(*by_matrix(A, B, count), scaling)
-    return linear, stacked, rest
-
-
-def _starts(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The factors that an adapter starts from where the weights alone give them, as in training."""
-    from transformers.pytorch_utils import Conv1D
-
-    modules = dict(model.named_modules())
-    found: dict[str, torch.Tensor] = {}
-    for key, stored in tensors.items():
-        path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        module = modules.get(path)
-        layer = getattr(module, "base_layer", module)
-        if not key.endswith(".lora_A.weight") or not isinstance(layer, (nn.Linear, Conv1D)):
-            continue
-        W = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
-        if not W.is_floating_point() or stored.dim() != 2 or stored.shape[1] != W.shape[1]:
-            continue  # packed, or another model's: the caller finds out
-        A = torch.empty(stored.shape, dtype=at_least_float32(W[:0]).dtype, device=W.device)
-        B = A.new_empty(W.shape[0], stored.shape[0])
-        config.init.fill(A, B, W.to(A.dtype), config.scaling_for(path))
-        found |= {f"{path}.A": A.to(stored.device), f"{path}.B": B.to(stored.device)}
-    return found
+    config, tensors = read_adapter(folder)
+    found, others, skipped = split(config, tensors, read_initial(folder))
+    updates = {update.path: update for update in found}
+    return AdapterFile(Path(folder), config, updates, others, skipped)
 
 
 def split(

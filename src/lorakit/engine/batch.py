@@ -1,8 +1,8 @@
 """Answers that are written together, a token each a step; they join and leave at any step.
 
 A step reads prompts of rows that have come, short ones together and long ones in parts; then all
-rows whose prompts are read write one token. Which adapter serves which row: `lora/slots.py`. Where
-a forward fails, its rows are computed one by one, so that only those end that fail alone too.
+rows whose prompts are read write one token. The route says which adapter serves which row. Where a
+forward fails, its rows are computed one by one, so that only those end that fail alone too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorakit.engine.cache import RowCache
 from lorakit.engine.inputs import newest_tokens, part_of_row, whole_prompts
 from lorakit.engine.rows import Row, reason
+from lorakit.lora.routing import Route, Routing
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-    from lorakit.lora.slots import AdapterSlots
 
 _Inputs = Callable[[int, Sequence[Row]], dict[str, Any]]
 
@@ -37,7 +36,7 @@ class Batch(Protocol):
         """Whether another row may join now."""
 
     def add(self, row: Row) -> None:
-        """Takes a row in; its adapter is in the slots."""
+        """Takes a row in; its adapter is in the bank."""
 
     def step(self) -> None:
         """Computes something, and lets go of the rows that are finished."""
@@ -47,15 +46,16 @@ class ContinuousBatch:
     """Rows with a cache of their own, for models of plain causal attention.
 
     Args:
-        model: the causal language model in which the slots' layers are.
+        model: the causal language model with the bank's layers in it.
+        routing: the bank's.
         most: how many rows there may be.
         length: how many tokens a row may have.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: AdapterSlots, most: int, length: int) -> None:
+    def __init__(self, model: PreTrainedModel, routing: Routing, most: int, length: int) -> None:
         self.rows: list[Row] = []
         self._model: Any = model
-        self._slots, self._most = slots, most
+        self._routing, self._most = routing, most
         self._writing = 0  # the first so many rows have read their prompts
         layers = model.config.get_text_config().num_hidden_layers
         self._cache = RowCache(layers, most, length)
@@ -111,9 +111,11 @@ class ContinuousBatch:
         Args:
             inputs: the model's arguments for such rows, also for one of them.
         """
-        self._slots.use([row.adapter for row in rows])
         try:
-            logits = self._model(**inputs(first, rows), logits_to_keep=1).logits[:, -1]
+            given = inputs(first, rows)
+            names = [row.adapter for row in rows]
+            self._routing.route = Route.of_rows(names, tuple(given["input_ids"].shape))
+            logits = self._model(**given, logits_to_keep=1).logits[:, -1]
         except Exception as error:
             failure = reason(error)
         else:

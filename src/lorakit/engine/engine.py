@@ -19,12 +19,15 @@ import torch
 from lorakit.engine.batch import Batch, ContinuousBatch
 from lorakit.engine.carries import why_not_carried
 from lorakit.engine.plain_batch import PlainBatch
-from lorakit.engine.pool import AdapterPool, Version
+from lorakit.engine.pool import AdapterPool, Loaded, Version
 from lorakit.engine.requests import Piece, Ticket
 from lorakit.engine.rows import Row, reason
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.errors import InputError, LorakitError
-from lorakit.lora.slots import AdapterSlots, Factors, same_inputs
+from lorakit.lora.model import LoraModel
+from lorakit.lora.packed import same_inputs
+from lorakit.lora.routing import BASE, Route
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.loaded import copy_once, take_into_memory
 
@@ -81,11 +84,13 @@ class Engine:
                 f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
                 "that begin together are written together, later ones wait for them"
             )
-        self._slots = AdapterSlots(model, families)
-        self.pool = AdapterPool(self._slots, tokenizer, model_name, known, pool_bytes)
+        self._vocabulary = vocabulary_size(model)
+        self.pool = AdapterPool(model, tokenizer, model_name, known, pool_bytes)
+        self._bank = LoraModel(model, None)
+        self._bank.pack(families)
         self._batch = self._new_batch()
-        self._used: dict[Version, None] = {}  # adapters in the slots, the latest used last
-        self._queue: deque[tuple[Ticket, Version | None, Factors | None]] = deque()
+        self._used: dict[str, None] = {}  # adapters in the bank, the latest used last
+        self._queue: deque[tuple[Ticket, Version | None, Loaded | None]] = deque()
         self._changed = Condition()
         self._closing = False
         self._deadline = 0.0
@@ -94,8 +99,8 @@ class Engine:
 
     def _new_batch(self) -> Batch:
         if self._only_plain:
-            return PlainBatch(self._model, self._slots, self.max_rows)
-        return ContinuousBatch(self._model, self._slots, self.max_rows, self.context_length)
+            return PlainBatch(self._model, self._bank.routing, self.max_rows)
+        return ContinuousBatch(self._model, self._bank.routing, self.max_rows, self.context_length)
 
     # --- for those who ask ------------------------------------------------------------------
 
@@ -126,19 +131,18 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, and with the answer at most "
                 f"{self.context_length} are read: shorten it"
             )
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise InputError(f"the prompt's tokens must be from 0 to {vocabulary - 1}")
-        version = factors = None
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise InputError(f"the prompt's tokens must be from 0 to {self._vocabulary - 1}")
+        version = loaded = None
         if adapter is not None:
             version = self.pool.version(adapter)
-            factors = self.pool.factors(version)
+            loaded = self.pool.loaded(version)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         ticket = Ticket(tuple(prompt), adapter, sampling)
         with self._changed:
             if self._closing:
                 raise LorakitError("the engine is closed and takes no more requests")
-            self._queue.append((ticket, version, factors))
+            self._queue.append((ticket, version, loaded))
             self._changed.notify()
         return ticket
 
@@ -215,41 +219,43 @@ class Engine:
             return
         with self._changed:
             waiting, self._queue = self._queue, deque()
-            for ticket, version, factors in waiting:
+            for ticket, version, loaded in waiting:
                 if ticket.cancelled.is_set():
                     ticket.put(Piece(finish_reason="cancelled"))
                 else:
-                    self._queue.append((ticket, version, factors))
+                    self._queue.append((ticket, version, loaded))
 
     def _admit(self) -> None:
         """Lets waiting requests join, in their order."""
         while self._queue and self._batch.has_room():
-            ticket, version, factors = self._queue.popleft()
+            ticket, version, loaded = self._queue.popleft()
             try:
-                self._bring(version, factors)
+                self._bring(version, loaded)
                 self._batch.add(self._row(ticket, version))
             except BaseException as error:
                 ticket.put(Piece(finish_reason="error", error=reason(error)))
 
     def _row(self, ticket: Ticket, version: Version | None) -> Row:
         if version is None:
-            return Row(ticket, None, self.tokenizer, self._ending, self._model.device)
-        return Row(ticket, version, version.tokenizer, version.ending, self._model.device)
+            return Row(ticket, BASE, self.tokenizer, self._ending, self._model.device)
+        return Row(ticket, version.key, version.tokenizer, version.ending, self._model.device)
 
-    def _bring(self, version: Version | None, factors: Factors | None) -> None:
-        """Puts an adapter into the slots, in the place of an idle one if they are full."""
-        if version is None or factors is None:
+    @torch.inference_mode(False)
+    def _bring(self, version: Version | None, loaded: Loaded | None) -> None:
+        """Adds an adapter to the bank, in the place of an idle one if it is full."""
+        if version is None or loaded is None:
             return
-        if version not in self._slots:
+        if version.key not in self._bank.peft_config:
+            self._bank.routing.route = Route()
             in_use = {row.adapter for row in self._batch.rows}
             idle = [other for other in self._used if other not in in_use]
             # As many as there are rows find room; the longest unused goes first.
             for other in idle[: max(0, len(self._used) - self.max_rows + 1)]:
-                self._slots.remove(other)
+                self._bank.delete_adapter(other)
                 del self._used[other]
-            self._slots.put(version, factors)
-        self._used.pop(version, None)
-        self._used[version] = None
+            self._bank.add_packed(version.key, loaded.config, loaded.tensors)
+        self._used.pop(version.key, None)
+        self._used[version.key] = None
 
     def _end_all(self) -> None:
         with self._changed:

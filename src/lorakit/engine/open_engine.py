@@ -8,10 +8,10 @@ from typing import Any
 
 from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.open import chosen_quantization, open_adapter
-from lorakit.adapters.updates import read_updates
 from lorakit.engine.engine import POOL_BYTES, Engine
-from lorakit.engine.pool import require_text, why_not_beside
+from lorakit.engine.pool import AloneError, require_text, why_not_beside
 from lorakit.errors import InputError, listed
+from lorakit.lora.checkpoint import read_config
 from lorakit.models.load import load_model
 
 
@@ -81,26 +81,24 @@ def open_with(
     Raises:
         InputError: as `open_engine`.
     """
-    file = read_updates(folder)
-    require_text(file)
-    reason = why_not_beside(file)
-    engine = open_engine(
-        model,
-        {name: folder},
-        dtype=dtype,
-        quantization=quantization,
-        max_rows=max_rows,
-        merged=bool(reason),
+    options: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "max_rows": max_rows}
+    config = read_config(folder)
+    require_text(folder, config)
+    reason = why_not_beside(config)
+    if not reason:
+        try:
+            return open_engine(model, {name: folder}, **options)
+        except AloneError as error:
+            reason = error.reason
+    engine = open_engine(model, {name: folder}, merged=True, **options)
+    engine.notices.append(
+        f"{folder} {reason}, so it is merged into the base, which cannot answer without it"
     )
-    if reason:
-        engine.notices.append(
-            f"{folder} {reason}, so it is merged into the base, which cannot answer without it"
-        )
     return engine
 
 
 def _merged(name: str, folder: Path, loading: dict[str, Any], options: dict[str, Any]) -> Engine:
-    require_text(read_updates(folder))
+    require_text(folder, read_config(folder))
     opened = open_adapter(folder, **loading, dequantize=True)
     plain = opened.model.merge_and_unload()
     engine = Engine(plain, opened.tokenizer, name, **options)

@@ -19,15 +19,15 @@ from lorakit.engine.sampling import generate, pad_left
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lorakit.lora.slots import AdapterSlots
+    from lorakit.lora.routing import Routing
 
 
 class PlainBatch:
     """Rows that begin together. Arguments as in `ContinuousBatch`."""
 
-    def __init__(self, model: PreTrainedModel, slots: AdapterSlots, most: int) -> None:
+    def __init__(self, model: PreTrainedModel, routing: Routing, most: int) -> None:
         self.rows: list[Row] = []
-        self._model, self._slots, self._most = model, slots, most
+        self._model, self._routing, self._most = model, routing, most
         self._computed: list[Row] = []  # by the `generate` that runs
         self._written = 0  # tokens of each that it has written
         self._failure = ""
@@ -54,21 +54,21 @@ class PlainBatch:
     def _generate(self, rows: list[Row]) -> bool:
         """Whether these rows could be written to their ends."""
         self._computed, self._written = rows, 0
-        self._slots.use([row.adapter for row in rows])
         ids, mask = pad_left([row.prompt for row in rows], 0)
         settings = GenerationConfig(
             max_new_tokens=max(row.ticket.sampling.max_new_tokens for row in rows), pad_token_id=0
         )
         device = self._model.device
         try:
-            generate(
-                self._model,
-                settings,
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                logits_processor=[self._choose],
-                stopping_criteria=[self._ended],
-            )
+            with self._routing.rows(self._model, [row.adapter for row in rows]):
+                generate(
+                    self._model,
+                    settings,
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    logits_processor=[self._choose],
+                    stopping_criteria=[self._ended],
+                )
         except Exception as error:
             self._failure = reason(error)
             return False

@@ -10,31 +10,43 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from lorakit.adapters.adapter_tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import origin, other_weights
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
-from lorakit.adapters.updates import (
-    AdapterFile,
-    ModuleUpdate,
-    ParameterUpdate,
-    read_updates,
-)
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
-from lorakit.lora.slots import AdapterSlots, Factors
-from lorakit.lora.vocabulary import vocabulary_size
+from lorakit.lora.checkpoint import (
+    load_initial,
+    load_tensors,
+    read_adapter,
+    read_initial,
+    same_values,
+)
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.fitting import fitted
+from lorakit.lora.folders import as_plain, initial_factors, plain_tensors
+from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.layers import LoraLayer
+from lorakit.lora.model import LoraModel
+from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TRIAL = "trial"
 
 _LEAST_LIMIT = 1 << 30
 """Bytes that a file of weights may have, however small the base is."""
@@ -46,9 +58,9 @@ class AdapterInfo:
 
     Attributes:
         rank: the largest of its modules'.
-        size: of its factors in memory, in bytes.
+        size: of its values in memory, in bytes.
         version: how often the name has been registered.
-        loaded: whether its factors are in memory now.
+        loaded: whether it is in memory now.
         notice: what its user should know; mostly empty.
     """
 
@@ -63,10 +75,32 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, eq=False)
+class Loaded:
+    """An adapter in memory.
+
+    Attributes:
+        config: for the base at hand; where the adapter started from other factors than zero, these
+            are part of it (twice the rank).
+        tensors: its parameters under PEFT's keys, in the dtype of the bank's.
+        rank: the largest of its modules'.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
 class Version:
     """One version of an adapter. Requests hold it for as long as they need it."""
 
     info: AdapterInfo
+    key: str  # its name in the bank
     tokenizer: PreTrainedTokenizerBase = field(repr=False)  # with the adapter's chat template
     ending: Ending
     root: Path | None  # what the folder must lie below
@@ -77,25 +111,27 @@ class AdapterPool:
     """Adapters of one base model by name.
 
     Args:
-        slots: the model that they are for.
+        model: the base that they are for, without adapters; it is read here and never changed.
         base_model: its name.
         fingerprint: of its weights, to notice an adapter of others; None where it is not known.
-        limit: how many bytes of factors may stay in memory.
+        limit: how many bytes of adapters may stay in memory.
     """
 
     def __init__(
         self,
-        slots: AdapterSlots,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         base_model: str,
         fingerprint: str | None,
         limit: int,
     ) -> None:
-        self._slots, self._tokenizer, self._base_model = slots, tokenizer, base_model
+        self._model: Any = structure_of(model)  # as others wrap modules of the model itself
+        self._tokenizer, self._base_model = tokenizer, base_model
         self._fingerprint, self._limit = fingerprint, limit
         self._versions: dict[str, Version] = {}
         self._registered: dict[str, int] = {}
-        self._factors: OrderedDict[Version, Factors] = OrderedDict()
+        self._keys = count()
+        self._loaded: OrderedDict[Version, Loaded] = OrderedDict()
         self._lock = Lock()
         self.closed_because = ""
         """Why no adapter can be registered, if none can."""
@@ -116,27 +152,27 @@ class AdapterPool:
             raise InputError(f"an adapter cannot be named {name!r}: that is the base's own name")
         path = Path(folder)
         with self._copy(path, root) as copied:
-            file = read_updates(copied.folder, self._slots.model)
-            factors = self._check(file)
+            loaded = self._load(copied.folder)
             tokenizer, other_template = self._tokenizer_of(copied.folder)
-            notices = [self._other_weights(file), other_template]
+            notices = [self._other_weights(copied.folder, loaded.config), other_template]
             notice = copied.said("; ".join(filter(None, notices)))
-            own = ending(self._slots.model, tokenizer)
+            own = ending(self._model, tokenizer)
         info = AdapterInfo(
             name,
             path if root is None else root.absolute() / path,
             self._base_model,
-            rank=max(A.shape[-2] for A, _ in factors.values()),
-            size=_size(factors),
+            rank=loaded.rank,
+            size=loaded.size,
             notice=notice,
         )
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
             info = replace(info, version=number)
-            version = Version(info, tokenizer, own, root, copied.digest)
-            self._factors.pop(self._versions.get(name, version), None)
+            key = f"adapter-{next(self._keys)}"
+            version = Version(info, key, tokenizer, own, root, copied.digest)
+            self._loaded.pop(self._versions.get(name, version), None)
             self._versions[name] = version
-            self._keep(version, factors)
+            self._keep(version, loaded)
         return version.info
 
     def unregister(self, name: str) -> None:
@@ -148,17 +184,17 @@ class AdapterPool:
         version = self.version(name)
         with self._lock:
             self._versions.pop(name, None)
-            self._factors.pop(version, None)
+            self._loaded.pop(version, None)
 
     def infos(self) -> list[AdapterInfo]:
         """All adapters, in the order of their registration."""
         with self._lock:
-            return [replace(v.info, loaded=v in self._factors) for v in self._versions.values()]
+            return [replace(v.info, loaded=v in self._loaded) for v in self._versions.values()]
 
     def holds(self, name: str) -> bool:
         """Whether the adapter `name` is in memory."""
         with self._lock:
-            return self._versions.get(name) in self._factors
+            return self._versions.get(name) in self._loaded
 
     def version(self, name: str) -> Version:
         """The version in force of the adapter `name`.
@@ -175,15 +211,15 @@ class AdapterPool:
             )
         return found
 
-    def factors(self, version: Version) -> Factors:
-        """The factors of an adapter, from memory or from its folder.
+    def loaded(self, version: Version) -> Loaded:
+        """The values of an adapter, from memory or from its folder.
 
         Raises:
             InputError: the folder is not what it was when the adapter was registered.
         """
         with self._lock:
-            if (found := self._factors.get(version)) is not None:
-                self._factors.move_to_end(version)
+            if (found := self._loaded.get(version)) is not None:
+                self._loaded.move_to_end(version)
                 return found
         info = version.info
         changed = InputError(
@@ -193,27 +229,29 @@ class AdapterPool:
             with self._copy(info.folder, version.root) as copied:
                 if copied.digest != version.digest:
                     raise changed
-                factors = self._check(read_updates(copied.folder, self._slots.model))
+                loaded = self._load(copied.folder)
         except InputError as error:
             raise changed from error
         with self._lock:
             if self._versions.get(info.name) is version:
-                self._keep(version, factors)
-        return factors
+                self._keep(version, loaded)
+        return loaded
 
-    def _keep(self, version: Version, factors: Factors) -> None:
-        """Keeps factors, and lets go of others; the newest stay, however large they are."""
-        self._factors[version] = factors
-        while len(self._factors) > 1 and sum(v.info.size for v in self._factors) > self._limit:
-            self._factors.popitem(last=False)
+    def _keep(self, version: Version, loaded: Loaded) -> None:
+        """Keeps an adapter, and lets go of others; the newest stays, however large it is."""
+        self._loaded[version] = loaded
+        while len(self._loaded) > 1 and sum(v.info.size for v in self._loaded) > self._limit:
+            self._loaded.popitem(last=False)
 
     @contextmanager
     def _copy(self, folder: Path, root: Path | None) -> Iterator[PrivateCopy]:
         """A private copy of a folder; whatever is raised while it is read is an error of ours."""
-        base = sum(p.numel() * p.element_size() for p in self._slots.model.parameters())
+        base = sum(p.numel() * p.element_size() for p in self._model.parameters())
         with private_copy(folder, max(_LEAST_LIMIT, 4 * base), root) as copied:
             try:
                 yield copied
+            except AloneError as error:
+                raise AloneError(folder, error.reason) from error
             except (InputError, TemplateTimeoutError) as error:
                 raise InputError(copied.said(str(error))) from error
             except (LorakitError, KeyboardInterrupt, SystemExit):
@@ -229,7 +267,7 @@ class AdapterPool:
 
         Returns: it, and a notice where that template is not the base's.
         """
-        rows = vocabulary_size(self._slots.model)
+        rows = vocabulary_size(self._model)
         own = own_tokenizer(folder, self._tokenizer, rows)
         if own is not None:
             require_same_pipeline(folder, own, self._tokenizer)
@@ -237,72 +275,102 @@ class AdapterPool:
         present: Any = self._tokenizer.chat_template
         return tokenizer, use_template(tokenizer, folder, self._base_model, present)
 
-    def _check(self, file: AdapterFile) -> Factors:
-        """The adapter's factors in the model's dtype, in memory of their own.
+    def _load(self, folder: Path) -> Loaded:
+        """The adapter in `folder`, in memory of its own: tried on a model of the base's structure.
 
         Raises:
-            InputError: it does not fit the base, or changes more than weights by B A.
+            InputError: it does not fit the base, or cannot stand beside others.
         """
-        require_text(file)
-        if reason := why_not_beside(file):
-            raise InputError(
-                f"{file.folder} {reason}, which cannot be served beside other adapters: merge it "
-                "with lorakit merge and serve the result, or serve it alone with --merged"
-            )
-        file.require_updates()
-        updates: dict[str, ModuleUpdate | ParameterUpdate]
-        updates = {**file.updates, **file.parameters}
-        if not updates:
-            raise InputError(f"{file.folder} changes no module by B A")
-        dtype = self._slots.dtype
-        factors = {}
-        for path, update in updates.items():
-            A, B = update.factors()
-            factors[path] = A.to(dtype, copy=True), (B * update.scaling).to(dtype)
-            if not (factors[path][0].isfinite().all() and factors[path][1].isfinite().all()):
-                raise InputError(f"{file.folder}: {path} holds values that {dtype} cannot hold")
+        config, tensors = read_adapter(folder)
+        require_text(folder, config)
+        if reason := why_not_beside(config):
+            raise AloneError(folder, reason)
+        base = structure_of(self._model)
         try:
-            self._slots.require_fitting(factors)
+            config, found, initial = fitted(base, config, tensors, read_initial(folder), folder)
+            self._require_vocabulary(folder, found)
+            dora = config.use_dora
+            trial = LoraModel(base, config, _TRIAL, autocast_adapter_dtype=dora, initialize=False)
+            own = trial.adapter_tensors(_TRIAL)
+            found, frozen = split_frozen(base, found, own)
+            for (path, name), copied in frozen.items():
+                if not same_values(copied, getattr(self._model.get_submodule(path), name)):
+                    raise AloneError(folder, f"brings weights of the base's own ({path})")
+            load_tensors(own, found, folder)
+            load_initial(base, _TRIAL, initial, config, folder)
+        except AloneError:
+            raise
         except InputError as error:
-            raise InputError(f"{file.folder} does not fit {self._base_model}: {error}") from error
-        return factors
+            why = str(error).removeprefix(f"{folder} ")
+            why = why if why == str(error) else f"it {why}"
+            raise InputError(f"{folder} does not fit {self._base_model}: {why}") from error
+        if initial_factors(trial, _TRIAL):
+            config, own = as_plain(trial, _TRIAL), plain_tensors(trial, _TRIAL)
+        for key, tensor in own.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(f"{folder}: {key} holds values that {tensor.dtype} cannot hold")
+        layers = [layer for _, layer in wrapped_modules(base) if isinstance(layer, LoraLayer)]
+        rank = max((len(layer.factors(_TRIAL)[0]) for layer in layers if layer.r), default=0)
+        return Loaded(config, {key: tensor.detach() for key, tensor in own.items()}, rank)
 
-    def _other_weights(self, file: AdapterFile) -> str:
-        expected = origin(file.folder, file.config).base_fingerprint
+    def _require_vocabulary(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises AloneError for an adapter that has another number of tokens than the base."""
+        for path, module in embeddings(self._model).items():
+            rows: Any = rows_in_file(tensors, path)
+            if rows is not None and rows != len(module.weight):
+                raise AloneError(
+                    folder, f"is for {rows} tokens (the base has {len(module.weight)})"
+                )
+
+    def _other_weights(self, folder: Path, config: LoraConfig) -> str:
+        expected = origin(folder, config).base_fingerprint
         if None in (expected, self._fingerprint) or expected == self._fingerprint:
             return ""
-        return other_weights(file.folder, self._base_model)
+        return other_weights(folder, self._base_model)
 
 
-def require_text(file: AdapterFile) -> None:
+class AloneError(InputError):
+    """An adapter that changes the base itself, so that it cannot stand beside others."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(
+            f"{folder} {reason}, which cannot be served beside other adapters: merge it with "
+            "lorakit merge and serve the result, or serve it alone with --merged"
+        )
+        self.reason = reason
+
+
+def structure_of(model: nn.Module, _known: dict[int, Any] | None = None) -> Any:
+    """The modules of `model` once more, around the same parameters and buffers.
+
+    Wrapping them, or giving them other parameters, leaves the model as it is.
+    """
+    known = {} if _known is None else _known
+    if id(model) not in known:
+        known[id(model)] = twin = copy.copy(model)
+        twin._parameters, twin._buffers = dict(model._parameters), dict(model._buffers)
+        twin._modules = {
+            name: None if child is None else structure_of(child, known)
+            for name, child in model._modules.items()
+        }
+    return known[id(model)]
+
+
+def require_text(folder: Path, config: LoraConfig) -> None:
     """Raises InputError for an adapter of a model that does not write text."""
-    if file.config.task_type not in (None, "CAUSAL_LM"):
+    if config.task_type not in (None, "CAUSAL_LM"):
         raise InputError(
-            f"{file.folder} is for {file.config.task_type} and cannot answer with text: score it "
-            "with lorakit eval"
+            f"{folder} is for {config.task_type} and cannot answer with text: score it with "
+            "lorakit eval"
         )
 
 
-def why_not_beside(file: AdapterFile) -> str:
-    """Why the adapter cannot stand beside others, as it is more than products of two matrices
-    beside weights; empty where it can.
-    """
-    if file.has_magnitudes:
-        return "is a DoRA adapter"
-    if file.config.init.kind.changes_base:
+def why_not_beside(config: LoraConfig) -> str:
+    """Why the adapter cannot stand beside others, as it changes the base; empty where it can."""
+    if config.init.kind.changes_base:
         return "is for the base as LoftQ quantised it"
-    if file.config.bias != "none":
+    if config.bias != "none":
         return "trains the base's biases"
-    if any(update.bias is not None for update in file.updates.values()):
-        return "has a bias of its own (lora_bias)"
-    if any(update.ending != "lora_A.weight" for update in file.updates.values()):
-        return "adapts an embedding"
-    if file.config.layer_replication:
+    if config.layer_replication:
         return "repeats layers of the base (layer_replication)"
-    if file.others:
-        return f"brings weights of its own ({listed(sorted(file.others), 2)})"
     return ""
-
-
-def _size(factors: Factors) -> int:
-    return sum(m.numel() * m.element_size() for pair in factors.values() for m in pair)

@@ -6,7 +6,6 @@ Nothing of that leaves a row: a row that fails ends with the reason `error`, and
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +24,7 @@ class Row:
     """A request in a batch.
 
     Attributes:
-        adapter: the key of its adapter in the slots; None for the base alone.
+        adapter: its adapter's name in the bank, or `"__base__"`.
         read: how many tokens of the prompt the model has seen.
         tokens: the answer's tokens.
         finished: whether the last piece has been handed over.
@@ -35,7 +34,7 @@ class Row:
     def __init__(
         self,
         ticket: Ticket,
-        adapter: Hashable | None,
+        adapter: str,
         tokenizer: PreTrainedTokenizerBase,
         ending: Ending,
         device: torch.device,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -22,8 +22,15 @@ from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combination import CombineSettings
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import inject, remove, wrapped_modules
-from lorakit.lora.layers import LoraLayer, LoraParameter, Mergeable
+from lorakit.lora.injection import inject, remove, require_together, wrapped_modules
+from lorakit.lora.layers import (
+    LoraLayer,
+    LoraLinear,
+    LoraParameter,
+    LoraQuantizedLinear,
+    Mergeable,
+)
+from lorakit.lora.packed import PackedFactors
 from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
 from lorakit.lora.presets import PRESETS, fused_targets
 from lorakit.lora.replication import Replication
@@ -39,7 +46,8 @@ class AdapterBank(nn.Module):
 
     Args:
         model: the base model; it is changed in place.
-        config: the first adapter's configuration; it is the adapter's own from here on.
+        config: the first adapter's configuration; it is the adapter's own from here on. None
+            begins without adapters.
         adapter_name: the first adapter's name.
         autocast_adapter_dtype: adapters are float32 where the base is float16 or bfloat16;
             otherwise they have the base's dtype.
@@ -50,7 +58,7 @@ class AdapterBank(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        config: LoraConfig,
+        config: LoraConfig | None,
         adapter_name: str = "default",
         *,
         autocast_adapter_dtype: bool = True,
@@ -66,8 +74,13 @@ class AdapterBank(nn.Module):
         self.peft_config: dict[str, LoraConfig] = {}
         self.biases: TrainedBiases | None = None
         self._trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
-        self._replication = Replication.of(model, config.layer_replication)
+        self.packed: PackedFactors | None = None
+        ranges = config.layer_replication if config else None
+        self._replication = Replication.of(model, ranges)
         self.base_model = BaseModel(model, self)
+        if config is None:
+            model.requires_grad_(False)
+            return
         try:
             self._add(adapter_name, config, autocast_adapter_dtype, initialize, low_cpu_mem_usage)
         except InputError:
@@ -102,6 +115,47 @@ class AdapterBank(nn.Module):
             raise InputError("layer_replication must be the same for all adapters of a model")
         config = copy.deepcopy(peft_config)
         self._add(adapter_name, config, autocast_adapter_dtype, meta=low_cpu_mem_usage)
+
+    def pack(self, families: Iterable[Sequence[str]] = ()) -> None:
+        """Prepares for inference with many adapters, whose values stay as they are from here on.
+
+        Args:
+            families: the paths of layers that get the same input (`packed.same_inputs`).
+        """
+        self.routing.frozen = True
+        self.packed = PackedFactors(self.get_base_model(), families)
+
+    def add_packed(
+        self, adapter_name: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Adds an adapter for inference beside the others, which may be in use meanwhile.
+
+        Args:
+            tensors: its own, under PEFT's keys, in the dtype of its parameters, which they become.
+
+        An error, of whatever kind, leaves the model as it was.
+        """
+        assert self.packed is not None
+        try:
+            dora = config.use_dora
+            self._add(adapter_name, copy.deepcopy(config), autocast=dora, initialize=False)
+            with torch.no_grad():
+                for key, parameter in self.adapter_tensors(adapter_name).items():
+                    if isinstance(parameter, nn.Parameter):
+                        parameter.data = tensors[key]
+                    else:
+                        parameter.copy_(tensors[key])
+            layers = {
+                path: layer
+                for path, layer in wrapped_modules(self.get_base_model())
+                if type(layer) in (LoraLinear, LoraQuantizedLinear)
+            }
+            self.packed.put(adapter_name, layers)
+        except BaseException:
+            self.packed.remove(adapter_name)
+            remove(self.get_base_model(), adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            raise
 
     def _add(
         self,
@@ -189,6 +243,8 @@ class AdapterBank(nn.Module):
             self.biases.use(False)
             self.get_base_model().requires_grad_(False)
             self.biases = None
+        if self.packed is not None:
+            self.packed.remove(adapter_name)
         remove(self.get_base_model(), adapter_name)
         del self.peft_config[adapter_name]
         left = [name for name in self.active_adapters if name != adapter_name]
@@ -231,8 +287,7 @@ class AdapterBank(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         for name in names:
             self.require(name)
-        for _, module in wrapped_modules(self.get_base_model()):
-            module.require_together(names)
+        require_together(self.get_base_model(), names)
         if self.biases:
             self.biases.use(bool(names))
         for layer in self._layers():

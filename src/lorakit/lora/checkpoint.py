@@ -18,7 +18,7 @@ from lorakit import atomic
 from lorakit.errors import BASE_OPTION, InputError, listed
 from lorakit.lora.architecture import without_wrappers
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.injection import adapter_modules
 from lorakit.lora.key_names import PREFIX, as_peft_names
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, PICKLED_NAME, WEIGHTS_NAME
@@ -48,7 +48,7 @@ def adapter_parameters(model: nn.Module, name: str, bias: str = "none") -> dict[
         bias: `LoraConfig.bias`; trained biases belong to the adapter too.
     """
     found: dict[str, torch.Tensor] = {}
-    for path, module in wrapped_modules(model):
+    for path, module in adapter_modules(model, name):
         for ending, tensor in module.adapter_tensors(name).items():
             found[f"{PREFIX}{path}.{ending}"] = tensor
         if bias != "lora_only" or not isinstance(module, LoraLayer) or name not in module.r:
@@ -214,7 +214,7 @@ def load_initial(
         return
     own = {
         f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
-        for path, layer in wrapped_modules(model)
+        for path, layer in adapter_modules(model, name)
         if isinstance(layer, LoraLayer) and name in layer.lora_initial
         for factor in ("A", "B")
     }

@@ -3,7 +3,8 @@
 The model's own modules are replaced in place; `eject` leaves it as it was before.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +14,12 @@ from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
     LoraEmbedding,
     LoraLayer,
+    LoraLinear,
     LoraParameter,
     LoraTiedEmbedding,
     LoraTiedHead,
     ModulesToSaveWrapper,
+    TiedModule,
     TrainedTokens,
     Wrapped,
     layer_class,
@@ -29,6 +32,7 @@ from lorakit.lora.targets import (
     resolve_tokens,
     tied_embedding,
     tied_modules,
+    unwrapped,
     warn_of_ties,
     warn_of_unused,
 )
@@ -71,6 +75,8 @@ def inject(
         for path, parameter in parameters:
             wrapper = _wrap_parameter(model, path, parameter, routing)
             place = f"{path}.{parameter}"
+            if adapter_name in wrapper.adapters:
+                raise InputError(f"target_parameters: {path} is adapted as a layer already")
             wrapper.add_adapter(adapter_name, config, place, autocast, initialize)
         for path, numbers in tokens.items():
             _wrap_tokens(model, path, routing).add_adapter(adapter_name, numbers)
@@ -82,6 +88,38 @@ def inject(
     return targets
 
 
+def adapter_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Wrapped]]:
+    """The wrapped modules that have adapter `name`, with the paths that PEFT's files have.
+
+    They are those that the modules have where the adapter is alone: around one module may be
+    wrappers of other adapters, and a module's parameters are wrapped in the order of its own.
+    """
+    parameters: dict[str, list[LoraParameter]] = {}
+    for path, module in wrapped_places(model):
+        if name not in module.adapters:
+            continue
+        if isinstance(module, LoraParameter):
+            parameters.setdefault(path, []).append(module)
+        else:
+            yield path, module
+    for path, wrappers in parameters.items():
+        order = [key for key, _ in unwrapped(wrappers[0]).named_parameters(recurse=False)]
+        wrappers.sort(key=lambda wrapper: order.index(wrapper.parameter_name), reverse=True)
+        for depth, wrapper in enumerate(wrappers):  # the first parameter is the innermost
+            yield path + ".base_layer" * depth, wrapper
+
+
+def wrapped_places(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
+    """All wrapped modules, each with the path that the model's own module inside it had."""
+    outermost = ""
+    inside: set[int] = set()
+    for path, module in wrapped_modules(model):
+        if id(module) not in inside:
+            outermost = path
+            inside = {id(wrapper) for wrapper in _chain(module)[:-1]}
+        yield outermost, module
+
+
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
     """All wrapped modules of `model`, with the paths that they had before they were wrapped.
 
@@ -91,6 +129,22 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
     for name, module in model.named_modules():
         if isinstance(module, Wrapped):
             yield without_wrappers(name), module
+
+
+def require_together(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises InputError when adapters that are added up each have a module, or tokens, whole."""
+    whole: dict[str, str] = {}
+    for path, module in wrapped_places(model):
+        module.require_together(names)
+        replaces = isinstance(module, ModulesToSaveWrapper | TrainedTokens)
+        for name in names if len(names) > 1 else ():
+            if name in module.adapters:
+                other = whole.setdefault(path, name) if replaces else whole.get(path, name)
+                if other != name:
+                    raise InputError(
+                        f"{other} trains {path} itself, which {name} adapts: run adapters one at "
+                        "a time"
+                    )
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:
@@ -114,54 +168,102 @@ def eject(model: nn.Module, active: Iterable[str] = ()) -> nn.Module:
     return model
 
 
+_ORDER: tuple[Any, ...] = (
+    ModulesToSaveWrapper,
+    LoraParameter,
+    (TrainedTokens, TiedModule),
+    (LoraTiedEmbedding, LoraTiedHead),
+    LoraLayer,
+)
+"""Wrappers of one module, from the outermost: what rows have it in place of the whole module, of
+a parameter, of rows of it, and what is added to it.
+"""
+
+
+def _chain(module: nn.Module) -> list[Any]:
+    """A module's wrappers from the outermost, and the model's own module as the last."""
+    chain = [module]
+    while isinstance(chain[-1], Wrapped):
+        chain.append(_inner(chain[-1]))
+    return chain
+
+
+def _inner(module: Any) -> Any:
+    saved = isinstance(module, ModulesToSaveWrapper)
+    return module.original_module if saved else module.base_layer
+
+
+def _rank(module: nn.Module) -> int:
+    return next((i for i, kinds in enumerate(_ORDER) if isinstance(module, kinds)), len(_ORDER))
+
+
+def _wrap(model: nn.Module, path: str, rank: int, make: Callable[[Any], Any]) -> Any:
+    """The wrapper of `_ORDER[rank]` around the module at `path`, which is made if there is none."""
+    chain = _chain(model.get_submodule(path))
+    at = next(i for i, module in enumerate(chain) if _rank(module) >= rank)
+    if _rank(chain[at]) == rank:
+        return chain[at]
+    return _insert(model, path, at, make(chain[at]))
+
+
+def _insert(model: nn.Module, path: str, at: int, wrapper: Any) -> Any:
+    """Puts a wrapper into the `at`th place of the chain at `path`."""
+    outer = [_attribute(module) for module in _chain(model.get_submodule(path))[:at]]
+    _replace(model, ".".join([path, *outer]), wrapper)
+    return wrapper
+
+
+def _attribute(module: nn.Module) -> str:
+    return "original_module" if isinstance(module, ModulesToSaveWrapper) else "base_layer"
+
+
 def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
-    module = model.get_submodule(path)
-    if isinstance(module, LoraLayer):
-        return module
-    kind = layer_class(module)
+    kind = layer_class(unwrapped(model.get_submodule(path)))
     assert kind is not None  # resolve_targets refuses the rest
-    layer = kind.from_base(module, routing)
-    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        layer.register_forward_pre_hook(_called)
-    _replace(model, path, layer)
-    return layer
+    for at, wrapper in enumerate(_chain(model.get_submodule(path))):
+        if isinstance(wrapper, LoraParameter) and issubclass(kind, LoraLinear):
+            return _insert(model, path, at, wrapper.as_layer())
+
+    def make(module: nn.Module) -> LoraLayer:
+        layer = kind.from_base(module, routing)
+        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            layer.register_forward_pre_hook(_called)
+        return layer
+
+    return _wrap(model, path, 4, make)
 
 
 def _wrap_tied(model: nn.Module, path: str, name: str, config: LoraConfig) -> None:
     """Gives the modules that are tied to a wrapped embedding its adapter `name` too."""
-    embedding = model.get_submodule(path)
+    embedding = _chain(model.get_submodule(path))[-2]
     if not isinstance(embedding, LoraEmbedding):
         return
     for tied_path in tied_modules(model, path):
-        tied = model.get_submodule(tied_path)
-        if not isinstance(tied, (LoraTiedEmbedding, LoraTiedHead)):
-            kind = LoraTiedEmbedding if isinstance(tied, nn.Embedding) else LoraTiedHead
-            tied = kind(tied, embedding)
-            _replace(model, tied_path, tied)
+        own = unwrapped(model.get_submodule(tied_path))
+        kind = LoraTiedEmbedding if isinstance(own, nn.Embedding) else LoraTiedHead
+        tied = _wrap(model, tied_path, 3, lambda module, kind=kind: kind(module, embedding))
         tied.add_adapter(name, config, path)
 
 
-def _wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routing) -> LoraParameter:
+def _wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routing) -> LoraLayer:
     if not path:
         raise InputError(f"target_parameters: {parameter} is the model's own: put it in a module")
-    module = model.get_submodule(path)
-    for wrapper in module.wrappers if isinstance(module, LoraParameter) else []:
-        if wrapper.parameter_name == parameter:
+    chain = _chain(model.get_submodule(path))
+    for wrapper in chain:
+        same = isinstance(wrapper, LoraParameter) and wrapper.parameter_name == parameter
+        # Others adapt this linear layer, whose weight is all that it has.
+        if same or (isinstance(wrapper, LoraLinear) and wrapper.weight_name == parameter):
             return wrapper
-    wrapper = LoraParameter(module, parameter, routing)
-    _replace(model, path, wrapper)
-    return wrapper
+    at = next(i for i, module in enumerate(chain) if _rank(module) >= 1)
+    return _insert(model, path, at, LoraParameter(chain[at], parameter, routing))
 
 
 def _wrap_tokens(model: nn.Module, path: str, routing: Routing) -> TrainedTokens:
-    module = model.get_submodule(path)
-    if isinstance(module, TrainedTokens):
-        return module
     tied = tied_modules(model, path)
-    embedding = TrainedTokens(module, routing)
-    _replace(model, path, embedding)
+    embedding = _wrap(model, path, 2, lambda module: TrainedTokens(module, routing))
     for one in tied:
-        _replace(model, one, embedding.tie(model.get_submodule(one)))
+        own = unwrapped(model.get_submodule(one))
+        _wrap(model, one, 2, lambda module, own=own: embedding.tie(module, own))
     return embedding
 
 
@@ -171,13 +273,13 @@ def _wrap_saved(
     tied = tied_modules(model, path) if config.ensure_weight_tying else []
     tied_to = None
     for one in (path, *tied):
-        module = model.get_submodule(one)
-        if not isinstance(module, ModulesToSaveWrapper):
-            module = ModulesToSaveWrapper(module, routing)
-            _replace(model, one, module)
-        if name not in module.adapters:
-            module.add_adapter(name, tied_to)
-        tied_to = tied_to or module.modules_to_save[name]
+        own = unwrapped(model.get_submodule(one))
+        wrapper = _wrap(
+            model, one, 0, lambda module, own=own: ModulesToSaveWrapper(module, routing, own)
+        )
+        if name not in wrapper.adapters:
+            wrapper.add_adapter(name, tied_to)
+        tied_to = tied_to or wrapper.modules_to_save[name]
 
 
 def _require_apart(
@@ -185,16 +287,13 @@ def _require_apart(
 ) -> None:
     """Raises InputError when a module to save would hold another wrapped module, or be in one."""
     for name in tokens:
-        if name in saved or name in targets or isinstance(model.get_submodule(name), LoraLayer):
+        if name in saved or name in targets:
             raise InputError(f"trainable_token_indices: {name} is adapted as a whole already")
-    wrapped = [name for name, m in wrapped_modules(model) if name not in saved]
-    layers = [name for name, m in wrapped_modules(model) if isinstance(m, LoraLayer)]
+    wrapped = {path for path, _ in wrapped_places(model)}
     for name in saved:
-        for other in {*saved, *wrapped} - {name}:
+        for other in {*saved, *targets, *wrapped} - {name}:
             if other.startswith(f"{name}.") or name.startswith(f"{other}."):
                 raise InputError(f"modules_to_save: {name} and {other} cannot both be adapted")
-        if name in layers:
-            raise InputError(f"modules_to_save: {name} has the LoRA weights of another adapter")
 
 
 def _called(module: nn.Module, args: tuple) -> None:

@@ -35,7 +35,7 @@ class LoraModel(StoredBank):
 
     Args:
         model: the base model.
-        config: the first adapter's configuration.
+        config: the first adapter's configuration; None begins without adapters.
         adapter_name: the first adapter's name.
         options: as in `AdapterBank`.
 
@@ -49,7 +49,7 @@ class LoraModel(StoredBank):
     def __init__(
         self,
         model: nn.Module,
-        config: LoraConfig,
+        config: LoraConfig | None,
         adapter_name: str = "default",
         **options: Any,
     ) -> None:

@@ -46,6 +46,13 @@ class Route:
     widths: tuple[int, ...] | None = None
     streams: tuple[Stream | None, ...] = ()
 
+    @classmethod
+    def of_rows(cls, names: Sequence[str], shape: tuple[int, int] | None = None) -> Route:
+        """The route that gives each row the adapter of its name, or `"__base__"`."""
+        if len(set(names)) > 1:
+            return cls(rows=tuple(names), shape=shape)
+        return cls(shared=tuple(name for name in names[:1] if name != BASE))
+
     @cached_property
     def row_names(self) -> tuple[str, ...]:
         """The different adapters among `rows`, each once, in the order of their first row."""
@@ -63,18 +70,21 @@ class Route:
             InputError: it cannot be told which row each of these belongs to, as when a mixture of
                 experts sends each expert some tokens, or several copies of all.
         """
-        rows, batch = self._names(), x.shape[0]
-        known = (
-            {len(rows)} if self.shape is None else {self.shape[0], self.shape[0] * self.shape[1]}
-        )
-        if batch % len(rows) or (self.shape is not None and batch not in known):
-            raise InputError(
-                f"adapter_names has {len(rows)} names, and a layer got {batch} rows, of which it "
-                "cannot be told whose they are: adapt other modules, or run one adapter at a time"
-            )
+        rows = self._names()
+        self.require_rows(x)
         position = {name: i for i, name in enumerate(present)}
         index = torch.tensor([position.get(name, len(present)) for name in rows], device=x.device)
-        return index.repeat_interleave(batch // len(rows))
+        return index.repeat_interleave(x.shape[0] // len(rows))
+
+    def require_rows(self, x: torch.Tensor) -> None:
+        """Raises InputError unless it can be told which row each of `x` belongs to."""
+        rows, batch = sum(self.sizes) if self.sizes else len(self.rows or ()), x.shape[0]
+        known = self.shape is None or batch in (self.shape[0], self.shape[0] * self.shape[1])
+        if batch % rows or not known:
+            raise InputError(
+                f"adapter_names has {rows} names, and a layer got {batch} rows, of which it "
+                "cannot be told whose they are: adapt other modules, or run one adapter at a time"
+            )
 
     def _names(self) -> tuple[str, ...]:
         """One name for each row of the batch."""
@@ -141,6 +151,8 @@ class Routing:
         self.chosen = route or Route()
         """The route that is in force as long as adapters are enabled."""
         self.enabled = True
+        self.frozen = False
+        """Whether adapters' values stay as they are, so that what follows of them may be kept."""
         self.recomputes_route = True
         """Whether activation checkpointing, if there is any, comes back to its forward's route."""
 
@@ -196,11 +208,11 @@ class Routing:
         def look(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if (x := first_tensor(args, kwargs)) is not None:
                 shape = (x.shape[0], x.shape[1] if x.dim() > 1 else 1)
-                self.chosen = Route(rows=tuple(names), shape=shape)
+                self.chosen = Route.of_rows(names, shape)
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            with self.using(Route(rows=tuple(names))):
+            with self.using(Route.of_rows(names)):
                 yield
         finally:
             handle.remove()

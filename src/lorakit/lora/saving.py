@@ -18,7 +18,7 @@ from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, whole, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.injection import adapter_modules
 from lorakit.lora.layers import LoraLayer
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def initial_factors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
     """The initial factors of adapter `name`, where they are subtracted from its update."""
     return {
         f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
-        for path, layer in wrapped_modules(bank.get_base_model())
+        for path, layer in adapter_modules(bank.get_base_model(), name)
         if isinstance(layer, LoraLayer) and name in layer.lora_initial
         for factor in ("A", "B")
     }
@@ -132,7 +132,7 @@ def as_plain(bank: AdapterBank, name: str) -> LoraConfig:
 def plain_tensors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
     """The tensors of adapter `name` with its initial factors in `A` and `B`."""
     tensors = bank.adapter_tensors(name)
-    for path, layer in wrapped_modules(bank.get_base_model()):
+    for path, layer in adapter_modules(bank.get_base_model(), name):
         if isinstance(layer, LoraLayer) and name in layer.lora_initial:
             A, B = layer.factors(name)
             tensors[f"{PREFIX}{path}.lora_A.weight"] = A

@@ -22,19 +22,14 @@ from lorakit.lora.architecture import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
-    LoraLayer,
     LoraLinear,
     LoraMultiheadAttention,
-    LoraParameter,
-    Mergeable,
     ModulesToSaveWrapper,
-    TiedModule,
     Wrapped,
     layer_class,
 )
 from lorakit.lora.patterns import endings, layer_index, matches_whole, without_match
 from lorakit.lora.presets import FUSED, PRESETS, choose
-from lorakit.lora.slot_layers import SlotModule
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -47,7 +42,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and name.startswith(inside):
             continue
         inside = None
-        if isinstance(module, Wrapped | SlotModule):
+        if isinstance(module, Wrapped):
             inside = f"{name}."
         yield without_wrappers(name), module
 
@@ -161,7 +156,6 @@ def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, 
         (path, name)
         for path, module in base_modules(model)
         for name, _ in unwrapped(module).named_parameters(recurse=False)
-        if not isinstance(module, LoraLayer) or isinstance(module, LoraParameter)
     ]
     found = []
     for wanted in config.target_parameters or []:
@@ -259,11 +253,10 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
 
 def unwrapped(module: nn.Module) -> Any:
     """The model's own module, where `module` is one of ours around it; else `module`."""
-    if isinstance(module, Mergeable):
-        return module.get_base_layer()
-    if isinstance(module, TiedModule | SlotModule):
-        return module.base_layer
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    while isinstance(module, Wrapped):
+        saved = isinstance(module, ModulesToSaveWrapper)
+        module = module.original_module if saved else module.base_layer
+    return module
 
 
 def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
@@ -272,12 +265,11 @@ def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _adaptable(module: nn.Module) -> bool:
-    own = isinstance(module, LoraLayer) and not isinstance(module, LoraParameter)
-    return own or layer_class(module) is not None
+    return layer_class(unwrapped(module)) is not None
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kind = type(module) if isinstance(module, LoraLayer) else layer_class(module)
+    kind = layer_class(unwrapped(module))
     return kind is not None and issubclass(kind, LoraLinear) and kind is not LoraMultiheadAttention
 
 

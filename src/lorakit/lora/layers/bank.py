@@ -44,6 +44,7 @@ class LayerBank(Mergeable):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self._own_scaling: dict[str, float] = {}
+        self._kept_factors: dict[str, torch.Tensor] = {}  # DoRA's, where adapters stay as they are
         self._whole_weights: dict[str, nn.Parameter] = {}  # those that LoftQ replaced
         if (bias := self.base_bias) is not None:
             bias.requires_grad_(False)
@@ -122,6 +123,7 @@ class LayerBank(Mergeable):
 
     def _forget(self, name: str) -> None:
         self._make_whole([name])
+        self._kept_factors.pop(name, None)
         for part in (self.r, self.lora_alpha, self.scaling, self._own_scaling):
             part.pop(name, None)
         for bank in self._banks():
@@ -132,6 +134,11 @@ class LayerBank(Mergeable):
         """Gives adapter `name` an alpha, and the scaling that comes of it."""
         self.lora_alpha[name] = alpha
         self.scaling[name] = self._own_scaling[name] = scaling
+        self._changed(name)
+
+    def _changed(self, name: str) -> None:
+        """Forgets what was computed of adapter `name` before its scaling changed."""
+        self._kept_factors.pop(name, None)
 
     def own_scaling(self, name: str) -> float:
         """The scaling of adapter `name` without what `set_scale` has made of it."""
@@ -141,6 +148,7 @@ class LayerBank(Mergeable):
         """Multiplies adapter `name`'s own scaling by `scale`: 0 is off, 1 as it was trained."""
         if name in self.r:
             self.scaling[name] = scale * self._own_scaling[name]
+            self._changed(name)
 
     def take_part(self, name: str, share: float) -> None:
         if name in self.lora_magnitude_vector:  # its update is no multiple of its scaling
@@ -152,11 +160,13 @@ class LayerBank(Mergeable):
         """Multiplies the scaling of the active adapters by `scale`, on top of what it is."""
         for name in self.active_adapters:
             self.scaling[name] *= scale
+            self._changed(name)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters by `scale`; None makes it their own again."""
         for name in self.active_adapters:
             self.scaling[name] = self.scaling[name] / scale if scale else self._own_scaling[name]
+            self._changed(name)
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The parameters of adapter `name` under the ends of PEFT's keys (`lora_A.weight`, …)."""
@@ -261,9 +271,14 @@ class LayerBank(Mergeable):
 
     def _lengthening(self, name: str) -> torch.Tensor:
         """DoRA's factor for every output channel (d_out,): the trained length by the norm."""
+        if (kept := self._kept_factors.get(name)) is not None:
+            return kept
         magnitude = self._magnitude(name)
         assert magnitude is not None
-        return magnitude.flatten() / self._norms(name)
+        factor = magnitude.flatten() / self._norms(name)
+        if self.routing.frozen and not torch.is_grad_enabled():
+            self._kept_factors[name] = factor
+        return factor
 
     # --- merging --------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class LoraLayer(LayerBank):
             raise InputError("rows cannot choose adapters while one is merged: unmerge first")
         if route.sizes is not None:
             return self._forward_parts(x, route, *args, **kwargs)
-        y = self._base(x, *args, **kwargs)
+        y = self.base_output(x, *args, **kwargs)
         names = self._on_route()
         return y + self._row_update(x, y, names, route).to(y.dtype) if names else y
 
@@ -40,7 +40,7 @@ class LoraLayer(LayerBank):
             return self.active_adapters
         return [name for name in route.row_names if name in self.r]
 
-    def _base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The frozen layer's own output."""
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         return y
@@ -49,7 +49,7 @@ class LoraLayer(LayerBank):
         self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """The output when `names` serve every row; an empty list is the base alone."""
-        y = total = self._base(x, *args, **kwargs)
+        y = total = self.base_output(x, *args, **kwargs)
         for name in names:
             total = total + self._update(x, y, name).to(y.dtype)
         return total
@@ -58,7 +58,7 @@ class LoraLayer(LayerBank):
         self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """The output when neighbouring positions have one adapter, as `route.sizes` says."""
-        y = self._base(x, *args, **kwargs)
+        y = self.base_output(x, *args, **kwargs)
         dim, sizes = route.parts(x)
         total = []
         for part, output, name, width, stream in zip(

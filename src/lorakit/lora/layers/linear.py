@@ -12,6 +12,7 @@ from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.kernels import Weight, lora_linear
 from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.packed import Family
 from lorakit.lora.routing import Route, Routing
 from lorakit.lora.spans import Span, lora_spans
 
@@ -40,6 +41,10 @@ class LoraLinear(LoraLayer):
         **options: Any,
     ) -> None:
         super().__init__(base_layer, routing)
+        self.family: Family | None = None
+        """The packed factors of adapters of this layer, and of others with the same input."""
+        self.place = 0
+        """Its place among the layers of the family."""
         self.fan_in_fan_out = is_conv1d(base_layer) if fan_in_fan_out is None else fan_in_fan_out
         self.stored_transposed = self.fan_in_fan_out
         self.out_features, self.in_features = self._shape()
@@ -71,6 +76,39 @@ class LoraLinear(LoraLayer):
 
     def _as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.T if self.fan_in_fan_out else matrix
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output plus the update of the adapters on the route."""
+        family, route = self.family, self.routing.route
+        if (
+            family is None
+            or torch.is_grad_enabled()
+            or self.merged_adapters
+            or len(route.shared) > 1
+            or route.sizes is not None
+            or x.dtype != family.dtype
+        ):
+            return super().forward(x, *args, **kwargs)
+        y = family.output(x, self.place, route)
+        for rows, name in family.others(x, self.place, route, self.r):
+            y[rows] += self._update(x[rows], y[rows], name).to(y.dtype)
+        return y
+
+    def _changed(self, name: str) -> None:
+        super()._changed(name)
+        if self.family is not None:
+            self.family.drop(name, self.place)
+
+    def packed_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (n, d_in) and B (d_out, n) whose product is all that adapter `name` adds; else None."""
+        if (
+            name not in self.r
+            or self.bias_update(name) is not None
+            or self._magnitude(name) is not None
+        ):
+            return None
+        A, B = self.factors(name)
+        return A, B.to(torch.promote_types(B.dtype, torch.float32)) * self.scaling[name]
 
     def _forward_shared(
         self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any

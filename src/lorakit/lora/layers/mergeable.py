@@ -42,8 +42,9 @@ class Mergeable(nn.Module, ABC):
         self.base_weight.requires_grad_(False)
 
     def get_base_layer(self) -> nn.Module:
-        """The frozen layer itself."""
-        return self.base_layer
+        """The frozen layer itself, inside of all wrappers."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, Mergeable) else base
 
     @property
     def base_weight(self) -> nn.Parameter:

@@ -10,8 +10,11 @@ from torch.func import functional_call
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.linear import LoraLinear
 from lorakit.lora.layers.rows import RowUpdate
 from lorakit.lora.routing import Route, Routing
+
+_MODULES = ("lora_dropout", "lora_A", "lora_B")
 
 
 class LoraParameter(LoraLayer):
@@ -35,8 +38,8 @@ class LoraParameter(LoraLayer):
                 f"target_parameters: {parameter_name} has {weight.dim()} dimensions, not 2 or 3"
             )
         self.num_experts = weight.shape[0] if weight.dim() == 3 else 1
-        transposed = weight.dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
-        self._stored_transposed = bool(transposed)
+        transposed = weight.dim() == 3 and is_transposed(self.get_base_layer())
+        self._stored_transposed = transposed
         self.out_features, self.in_features = (weight.mT if transposed else weight).shape[-2:]
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -44,10 +47,13 @@ class LoraParameter(LoraLayer):
     def _get_name(self) -> str:
         return "lora.ParamWrapper"  # PEFT's name for it
 
-    def get_base_layer(self) -> nn.Module:
-        """The module that has the parameter, inside all wrappers."""
-        base = self.base_layer
-        return base.get_base_layer() if isinstance(base, LoraParameter) else base
+    def as_layer(self) -> LoraLinear:
+        """A linear layer whose weight is adapted, as a layer with these adapters."""
+        layer = LoraLinear.from_base(self.base_layer, self.routing)
+        for bank in ("r", "lora_alpha", "scaling", "_own_scaling", *_MODULES):
+            getattr(layer, bank).update(getattr(self, bank))
+        layer.merged_adapters, layer._before_merge = self.merged_adapters, self._before_merge
+        return layer
 
     @property
     def wrappers(self) -> list["LoraParameter"]:
@@ -106,7 +112,8 @@ class LoraParameter(LoraLayer):
             return self._with(self._on_route() if not self.merged else [], args, kwargs)
         if self.merged:
             raise InputError("rows cannot choose adapters while one is merged: unmerge first")
-        names = self._on_route()
+        own = {name for wrapper in self.wrappers for name in wrapper.r}
+        names = list(dict.fromkeys(name for name in route.row_names if name in own))
         if not names:
             return self.base_layer(*args, **kwargs)
         return self._with_rows(names, route, args, kwargs)
@@ -117,18 +124,24 @@ class LoraParameter(LoraLayer):
         W: torch.Tensor = self.base_weight
         for name in names:
             W = W + self._delta(name).to(W.dtype)
-        path = "base_layer." * (len(self.wrappers) - 1) + self.parameter_name
+        inner, path = self.base_layer, self.parameter_name
+        while inner is not self.get_base_layer():
+            inner, path = inner.base_layer, f"base_layer.{path}"
         return functional_call(self.base_layer, {path: W}, args, kwargs)
 
     def _with_rows(
         self, names: list[str], route: Route, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        outputs = torch.stack([self._with(one, args, kwargs) for one in ([n] for n in names)])
-        base = self._with([], args, kwargs)
-        outputs = torch.cat([outputs, base[None]])
         index = route.row_index(x, names)
-        return outputs[index, torch.arange(len(index), device=x.device)]
+        outputs = []
+        for one in ([n] for n in names):
+            with self.routing.using(Route(shared=tuple(one))):  # those inside have the adapter too
+                outputs.append(self._with(self._on_route(), args, kwargs))
+        if not set(route.rows or ()) <= set(names):
+            with self.routing.using(Route()):
+                outputs.append(self._with([], args, kwargs))
+        return torch.stack(outputs)[index, torch.arange(len(index), device=x.device)]
 
     def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
         raise NotImplementedError("a parameter has no input of its own")
@@ -151,3 +164,21 @@ def by_matrix(A: torch.Tensor, B: torch.Tensor, count: int) -> tuple[torch.Tenso
         A.reshape(count, -1, A.shape[-1]),
         B.reshape(B.shape[0], -1, count).permute(2, 0, 1),
     )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module's stacked parameters are (experts, d_in, d_out), as gpt-oss has them."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def stacked_shape(module: nn.Module, parameter: str) -> tuple[int, int, int] | None:
+    """(matrices, d_out, d_in) of a module's parameter; None where it has none of 2 or 3 dimensions.
+
+    A matrix alone is a stack of one.
+    """
+    W = dict(module.named_parameters(recurse=False)).get(parameter)
+    if W is None or W.dim() not in (2, 3):
+        return None
+    count = W.shape[0] if W.dim() == 3 else 1
+    d_out, d_in = (W.mT if W.dim() == 3 and is_transposed(module) else W).shape[-2:]
+    return count, d_out, d_in

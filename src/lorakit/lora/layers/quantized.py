@@ -38,16 +38,16 @@ class LoraQuantizedLinear(LoraLinear):
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return dequantized(weight, self.base_layer)
 
-    def _base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         stored = format_of(self.base_weight)
         if stored is None or not stored.rounds_input or not self._plain_products(x):
-            return super()._base(x, *args, **kwargs)
+            return super().base_output(x, *args, **kwargs)
         return lora_spans(x, self._frozen_weight(x), self.base_layer.bias, (), ())
 
     def _base_product(
         self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
     ) -> torch.Tensor:
-        product = y if dropped is x else self._base(dropped)
+        product = y if dropped is x else self.base_output(dropped)
         bias = self.base_bias
         return product if bias is None else product - bias.to(product.dtype)
 

@@ -15,18 +15,26 @@ from lorakit.lora.routing import BASE, Routing
 
 
 class ModulesToSaveWrapper(nn.Module):
-    """The frozen original and one trained copy an adapter, chosen by the route in force."""
+    """The frozen original and one trained copy an adapter, chosen by the route in force.
 
-    def __init__(self, original_module: nn.Module, routing: Routing) -> None:
+    Args:
+        original_module: perhaps with wrappers of other adapters around it.
+        own: the model's own module, inside of them; None where there are none.
+    """
+
+    def __init__(
+        self, original_module: nn.Module, routing: Routing, own: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.original_module = original_module.requires_grad_(False)
+        self.original_module = original_module
+        self._own = [(own or original_module).requires_grad_(False)]  # no submodule
         self.training = original_module.training
         self.modules_to_save = nn.ModuleDict()
         self.routing = routing
 
     def add_adapter(self, name: str, tied_to: nn.Module | None = None) -> None:
         """Starts adapter `name`'s own copy from the original, with the weight of `tied_to`."""
-        own = copy.deepcopy(self.original_module).requires_grad_(True)
+        own = copy.deepcopy(self._own[0]).requires_grad_(True)
         if tied_to is not None:
             own.weight = tied_to.weight
         self.modules_to_save[name] = own
@@ -96,13 +104,14 @@ class ModulesToSaveWrapper(nn.Module):
             return self.active_module(*args, **kwargs)
         x, *others = args
         index = route.row_index(x, names)
-        modules = [*(self.modules_to_save[name] for name in names), self.original_module]
-        parts = [(index == i, module) for i, module in enumerate(modules)]
-        outputs = [
-            (rows, module(x[rows], *others, **kwargs)) for rows, module in parts if rows.any()
-        ]
-        y = outputs[0][1].new_empty(x.shape[0], *outputs[0][1].shape[1:])
-        for rows, output in outputs:
+        if (index == len(names)).any():  # all rows, as others' wrappers inside go by the route
+            y = self.original_module(x, *others, **kwargs).clone()
+        else:
+            y = None
+        for i, name in enumerate(names):
+            rows = index == i
+            output = self.modules_to_save[name](x[rows], *others, **kwargs)
+            y = output.new_empty(x.shape[0], *output.shape[1:]) if y is None else y
             y[rows] = output
         return y
 

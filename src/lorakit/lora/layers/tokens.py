@@ -37,10 +37,14 @@ class TrainedTokens(Mergeable):
         self.token_adapter = TokenRows()
         self._tied: list[nn.Module] = []  # in a list, so that it is no submodule here
 
-    def tie(self, module: nn.Module) -> "TiedModule":
-        """A module with this embedding's weight, wrapped to follow it; merging keeps them tied."""
-        self._tied.append(module)
-        return (TiedEmbedding if isinstance(module, nn.Embedding) else TiedHead)(module, self)
+    def tie(self, module: nn.Module, own: nn.Module) -> "TiedModule":
+        """A module with this embedding's weight, wrapped to follow it; merging keeps them tied.
+
+        Args:
+            own: the model's own module, inside of what may be around it.
+        """
+        self._tied.append(own)
+        return (TiedEmbedding if isinstance(own, nn.Embedding) else TiedHead)(module, self)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As every layer's, for the tied modules too."""

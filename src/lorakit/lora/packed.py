@@ -1,0 +1,460 @@
+"""The factors of a bank's adapters as inference multiplies them: a copy, laid out for its products.
+
+Beside linear layers that get the same input, such as the projections of queries, keys and values,
+stand two matrices, in which each adapter has a range of columns that is as wide as its rank. Rows
+that have a token each, of different adapters, take two products for all of them together,
+`x' = (x Aᵀ) · mask` and `[x x'] [W B]ᵀ`, in which the mask leaves every row its own columns. Rows
+of one adapter, and prompts, take that adapter's columns alone. Exact for ranks of any kind: layers
+in which an adapter has a smaller rank, or none, have zeros. Why these forms: docs/performance.md.
+Whatever is not laid out here (DoRA, a bias, other kinds of layers) the layers compute themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from lorakit.lora.routing import BASE, Route
+from lorakit.weight_formats import format_of
+
+Base = Callable[[torch.Tensor], torch.Tensor]
+"""A layer's own product of x (rows, …, d_in), with its bias: (rows, …, d_out)."""
+
+
+class Columns(NamedTuple):
+    """Neighbouring rows that have the same adapter, and the columns that are its own."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A route in terms of columns.
+
+    Attributes:
+        rows: how many rows there are; 1 where all of them have the same adapter.
+        groups: (first row, row behind the last, adapter) of neighbours with the same adapter.
+        parts: those of the groups whose adapter has columns.
+        whole: the only part in which every row has all columns.
+        hidden: (rows, columns, 1), which of these a row does not have; None where all rows have
+            the same adapter.
+    """
+
+    rows: int
+    groups: tuple[tuple[int, int, str], ...]
+    parts: tuple[Columns, ...]
+    whole: tuple[Columns, ...]
+    hidden: torch.Tensor | None
+
+    def mixes(self, x: torch.Tensor) -> bool:
+        """Whether one product serves all rows of x: those that have a single token each."""
+        return self.hidden is not None and x.numel() == self.rows * x.shape[-1]
+
+    def tokens(self, first: int, last: int, count: int) -> slice:
+        """Which of `count` tokens, or rows, of a batch are those of its rows first to last."""
+        if last - first == self.rows:
+            return slice(None)
+        each = count // self.rows
+        return slice(first * each, last * each)
+
+
+class Family:
+    """Layers that get the same input, and the factors of every packed adapter for them.
+
+    One product then serves them all. Of `n` layers, column `c n + j` is the adapters' column `c` of
+    layer `j`; of B it is zero in the rows of the other layers.
+
+    Args:
+        base: what computes the only layer where its weight cannot lie here; None where the layers'
+            weights, plain matrices of no other module's, lie here too.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], factors: PackedFactors, base: Base | None
+    ) -> None:
+        self.layers: Sequence[Any] = layers
+        self.base = base
+        self.names: list[set[str]] = [set() for _ in layers]
+        """The adapters whose factors each layer has here."""
+        self._packed, self.dtype = factors, factors.dtype
+        shapes = [linear_shape(layer) or (0, 0) for layer in layers]
+        self._d_in = shapes[0][1]
+        ends = list(accumulate(d_out for d_out, _ in shapes))
+        self._rows = [slice(end - d_out, end) for end, (d_out, _) in zip(ends, shapes, strict=True)]
+        self._A = factors.empty(0, self._d_in)
+        """(columns, d_in)."""
+        self._stack = factors.empty(ends[-1], 0 if base else self._d_in)
+        """(all d_out, (d_in +) columns): the weights, if they are here, and every B."""
+        self._before = self._stack.shape[1]
+        self._bias: torch.Tensor | None = None
+        if base is None:
+            for layer, rows in zip(layers, self._rows, strict=True):
+                self._stack[rows] = _weight(layer)
+            self._take_biases()
+            self._give_weights()
+        self._parts: Sequence[Columns] = ()
+        self._of_parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._x: torch.Tensor | None = None
+        self._route: Route | None = None
+        self._y = self._stack
+        self._left = 0  # layers that have not taken their outputs yet
+
+    def put(
+        self,
+        name: str,
+        begin: int,
+        width: int,
+        room: int,
+        factors: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+    ) -> None:
+        """Fills columns with an adapter's factors, a pair for each layer, zeros where it has none.
+
+        Args:
+            room: how many columns a layer must have in all.
+        """
+        n = len(self.layers)
+        self._grow(room * n)
+        A = self._A[begin * n : (begin + width) * n].zero_()
+        B = self._stack[:, self._before + begin * n :][:, : width * n].zero_()
+        for j, (rows, given) in enumerate(zip(self._rows, factors, strict=True)):
+            self.names[j].discard(name)
+            if given is not None:
+                A[j::n][: given[0].shape[0]] = given[0]
+                B[rows, j::n][:, : given[1].shape[1]] = given[1]
+                self.names[j].add(name)
+
+    def drop(self, name: str, layer: int) -> None:
+        """Takes the factors that an adapter has for one layer out again."""
+        if name in self.names[layer]:
+            begin, end = (len(self.layers) * at for at in self._packed.columns_of(name))
+            self._stack[self._rows[layer], self._before + begin : self._before + end] = 0
+            self.names[layer].discard(name)
+
+    def output(self, x: torch.Tensor, layer: int, route: Route) -> torch.Tensor:
+        """What the layer makes of x (rows, …, d_in), with the packed adapters: (rows, …, d_out).
+
+        Raises:
+            InputError: it cannot be told which row each of these belongs to.
+        """
+        if x is not self._x or route is not self._route:
+            self._x, self._route, self._left = x, route, len(self.layers)
+            self._y = self._computed(x, self._packed.plan(route, x)).view(*x.shape[:-1], -1)
+        y = self._y[..., self._rows[layer]]
+        self._left -= 1
+        if not self._left:
+            self._x, self._y = None, self._stack
+        return y
+
+    def others(
+        self, x: torch.Tensor, layer: int, route: Route, own: Mapping[str, Any]
+    ) -> list[tuple[slice, str]]:
+        """Which rows of x have an adapter that is among the layer's `own`, and not packed."""
+        names = self.names[layer]
+        if own.keys() <= names:
+            return []
+        plan = self._packed.planned(route)
+        return [
+            (plan.tokens(first, last, x.shape[0]), name)
+            for first, last, name in plan.groups
+            if name in own and name not in names
+        ]
+
+    def _computed(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """(tokens, all d_out)."""
+        tokens = x.reshape(-1, self._d_in)
+        if not plan.parts:
+            return self._base(x, tokens)
+        mixes = plan.mixes(x)
+        parts = plan.whole if mixes else plan.parts
+        if parts is not self._parts:
+            self._parts = parts
+            self._of_parts = [self._factors(part, mixes) for part in parts]
+        inner = [
+            tokens[plan.tokens(part.first, part.last, len(tokens))] @ A
+            for part, (A, _) in zip(parts, self._of_parts, strict=True)
+        ]
+        if mixes:
+            assert plan.hidden is not None
+            inner[0].unflatten(1, (-1, len(self.layers))).masked_fill_(plan.hidden, 0)
+            if self._before:
+                weights_and_Bs = self._of_parts[0][1]
+                return linear(torch.cat((tokens, inner[0]), dim=1), weights_and_Bs, self._bias)
+        y = self._base(x, tokens)
+        for part, product, (_, B) in zip(parts, inner, self._of_parts, strict=True):
+            y[plan.tokens(part.first, part.last, len(y))].addmm_(product, B.T)
+        return y
+
+    def _base(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if self.base is not None:
+            return self.base(x).view(len(tokens), -1)
+        return linear(tokens, self._stack[:, : self._d_in], self._bias)
+
+    def _factors(self, part: Columns, mixes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (d_in, columns), and B (all d_out, columns), behind the weights if it mixes."""
+        n = len(self.layers)
+        begin, end = part.begin * n, part.end * n
+        of_B = slice(0 if mixes else self._before + begin, self._before + end)
+        return self._A[begin:end].T, self._stack[:, of_B]
+
+    def _grow(self, columns: int) -> None:
+        """Makes room for so many columns; at least twice what there was, so that it is rare."""
+        there = len(self._A)
+        if columns <= there:
+            return
+        columns = max(columns, 2 * there)
+        # Both before either is used, as there may be no memory for the second.
+        A = self._packed.empty(columns, self._d_in)
+        stack = self._packed.empty(len(self._stack), self._before + columns)
+        A[:there] = self._A
+        A[there:] = 0
+        stack[:, : self._stack.shape[1]] = self._stack
+        stack[:, self._stack.shape[1] :] = 0
+        self._A, self._stack = A, stack
+        self._parts = ()
+        self._give_weights()
+
+    def _take_biases(self) -> None:
+        biases = [getattr(layer, "bias", None) for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return
+        self._bias = self._packed.empty(len(self._stack)).zero_()
+        for bias, rows in zip(biases, self._rows, strict=True):
+            if bias is not None:
+                self._bias[rows] = bias
+                bias.data = self._bias[rows]
+
+    def _give_weights(self) -> None:
+        """Lets the layers' own weights be the rows here, so that they are in memory once."""
+        if self._before:
+            for layer, rows in zip(self.layers, self._rows, strict=True):
+                weight = self._stack[rows, : self._d_in]
+                layer.weight.data = weight if type(layer) is nn.Linear else weight.T
+
+
+class PackedFactors:
+    """The adapters of a bank whose factors are packed, and where.
+
+    Args:
+        model: the bank's model.
+        families: the paths of layers that get the same input, as `same_inputs` finds them. They
+            share products.
+    """
+
+    def __init__(self, model: nn.Module, families: Iterable[Sequence[str]] = ()) -> None:
+        values = next(p for p in model.parameters() if p.is_floating_point())
+        self.dtype, self.device = values.dtype, values.device
+        self._together = {path: tuple(family) for family in families for path in family}
+        self._families: dict[tuple[str, ...], Family] = {}
+        """By the paths of the layers that are in it."""
+        self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        """By a parameter's id, how many modules have it."""
+        self._ranges: dict[str, tuple[int, int]] = {}
+        self.columns = 0
+        """Columns in use, those of adapters that have gone and lie between others among them."""
+        self._planned: tuple[object, Plan | None] = None, None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ranges
+
+    def columns_of(self, name: str) -> tuple[int, int]:
+        """Where the columns of adapter `name` begin and end."""
+        return self._ranges[name]
+
+    @torch.no_grad()
+    def put(self, name: str, layers: Mapping[str, Any]) -> None:
+        """Packs the factors of adapter `name`, again if it is packed.
+
+        Args:
+            layers: all `LoraLinear` of the bank whose products are made here, by their paths.
+        """
+        try:
+            self._put(name, layers)
+        except BaseException:
+            self.remove(name)
+            raise
+
+    def _put(self, name: str, layers: Mapping[str, Any]) -> None:
+        self.remove(name)
+        factors = {path: layer.packed_factors(name) for path, layer in layers.items()}
+        ranks = [given[0].shape[0] for given in factors.values() if given is not None]
+        width = max(ranks, default=0)
+        begin = self._free(width)
+        self._gather(layers)
+        room = max(self.columns, begin + width)
+        for paths, family in self._families.items():
+            family.put(name, begin, width, room, [factors.get(path) for path in paths])
+        self._ranges[name] = begin, begin + width
+        self._count()
+
+    def remove(self, name: str) -> None:
+        """Frees an adapter's columns."""
+        self._ranges.pop(name, None)
+        for family in self._families.values():
+            for names in family.names:
+                names.discard(name)
+        self._count()
+
+    def plan(self, route: Route, x: torch.Tensor) -> Plan:
+        """The plan of a route for a layer's input x (batch, …) or (batch * tokens, d_in).
+
+        Raises:
+            InputError: it cannot be told which row each of these belongs to.
+        """
+        plan = self.planned(route)
+        if plan.rows > 1:
+            route.require_rows(x)
+        return plan
+
+    def planned(self, route: Route) -> Plan:
+        """The plan of a route, from before where it has the same rows."""
+        key = route.rows, route.shared
+        known, plan = self._planned
+        if plan is None or known != key:
+            plan = self._new_plan(route.rows or route.shared or (BASE,))
+            self._planned = key, plan
+        return plan
+
+    def _new_plan(self, names: Sequence[str]) -> Plan:
+        if len(set(names)) == 1:
+            names = names[:1]
+        groups, first = [], 0
+        for name, group in groupby(names):
+            last = first + len(list(group))
+            if name != BASE:
+                groups.append((first, last, name))
+            first = last
+        parts = tuple(
+            Columns(first, last, *self._ranges[name])
+            for first, last, name in groups
+            if name in self._ranges and self._ranges[name][0] < self._ranges[name][1]
+        )
+        hidden = None
+        if parts and len(names) > 1:
+            hidden = torch.ones(len(names), self.columns, 1, dtype=torch.bool)
+            for part in parts:
+                hidden[part.first : part.last, part.begin : part.end] = False
+            hidden = hidden.to(self.device)
+        whole = (Columns(0, len(names), 0, self.columns),)
+        return Plan(len(names), tuple(groups), parts, whole, hidden)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """A matrix of the model's kind."""
+        return torch.empty(*shape, dtype=self.dtype, device=self.device)
+
+    def _free(self, width: int) -> int:
+        """Where the first gap of `width` columns begins."""
+        begin = 0
+        for start, end in sorted(self._ranges.values()):
+            if start - begin >= width:
+                break
+            begin = max(begin, end)
+        return begin
+
+    def _count(self) -> None:
+        self._planned = None, None
+        self.columns = max((end for _, end in self._ranges.values()), default=0)
+
+    def _gather(self, layers: Mapping[str, Any]) -> None:
+        """Puts layers that get the same input into one family, and tells each of them its own.
+
+        A family that a layer joins is made anew, with the factors that it had.
+        """
+        there = {path: paths for paths in self._families for path in paths}
+        for path, layer in layers.items():
+            if path not in there:
+                fusible = self._is_fusible(layer.base_layer)
+                together = self._together.get(path, (path,)) if fusible else (path,)
+                paths = tuple(p for p in together if p == path or self._may_join(p, there, layers))
+                self._make(paths, layers, None if fusible else layer.base_output)
+                there |= dict.fromkeys(paths, paths)
+        for path, layer in layers.items():
+            family = self._families[there[path]]
+            layer.family, layer.place = family, there[path].index(path)
+            if family.base is not None:
+                family.base = layer.base_output
+
+    def _make(self, paths: tuple[str, ...], layers: Mapping[str, Any], base: Base | None) -> None:
+        """A family of the layers at `paths`, in the place of those that some of them were in."""
+        before = {old: self._families[old] for old in self._families if set(old) & set(paths)}
+        held = {path: f.layers[old.index(path)] for old, f in before.items() for path in old}
+        own = [layers[path].base_layer if path in layers else held[path] for path in paths]
+        family = Family(own, self, base)
+        for name, (begin, end) in self._ranges.items():
+            given = [layers[p].packed_factors(name) if p in layers else None for p in paths]
+            family.put(name, begin, end - begin, self.columns, given)
+        for old in before:
+            del self._families[old]
+        self._families[paths] = family
+
+    def _may_join(
+        self, path: str, there: Mapping[str, tuple[str, ...]], layers: Mapping[str, Any]
+    ) -> bool:
+        if path in there:
+            return self._families[there[path]].base is None
+        return path in layers and self._is_fusible(layers[path].base_layer)
+
+    def _is_fusible(self, layer: Any) -> bool:
+        """Whether a layer is its weight and bias, of the model's dtype, and nothing else's."""
+        return (
+            (type(layer) is nn.Linear or type(layer).__name__ == "Conv1D")
+            and type(layer.weight) is nn.Parameter
+            and format_of(layer.weight) is None
+            and all(p.dtype == self.dtype for p in layer.parameters())
+            and not layer._forward_hooks
+            and self._users[id(layer.weight)] == 1
+        )
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    """(d_out, d_in)."""
+    weight: torch.Tensor = layer.weight
+    return weight if type(layer) is nn.Linear else weight.T
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear layer; None of another."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        d_in, d_out = getattr(layer, "weight").shape  # noqa: B009 (no attribute of every module)
+        return d_out, d_in
+    return None
+
+
+@torch.no_grad()
+def same_inputs(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
+    """The paths of linear layers that get one and the same tensor while `run` calls the model.
+
+    Layers that are called several times are left out.
+    """
+    calls: list[tuple[str, torch.Tensor]] = []
+
+    def note(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, given: calls.append((path, given[0]))
+
+    handles = [
+        module.register_forward_pre_hook(note(path))
+        for path, module in model.named_modules()
+        if linear_shape(module) is not None
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(path for path, _ in calls)
+    found: dict[int, list[str]] = {}  # the tensors live as long as `calls`, so no id comes twice
+    for path, x in calls:
+        if times[path] == 1:
+            found.setdefault(id(x), []).append(path)
+    return [paths for paths in found.values() if len(paths) > 1]
