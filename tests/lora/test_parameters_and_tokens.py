@@ -195,3 +195,66 @@ def test_a_wish_to_keep_weights_tied_that_changes_nothing_is_said(build):
         wrap(build(), target_modules=["q_proj"], ensure_weight_tying=True)
     with pytest.warns(UserWarning, match="no tied modules are added"):
         wrap(build("tied"), target_modules=["q_proj"], ensure_weight_tying=True)
+
+
+EVERY_WAY: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 3, 5]},
+        "added": {"target_modules": ["embed_tokens"]},
+        "parameter": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    },
+    "tied": {
+        "saved": {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 3, 5]},
+        "added": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        "head": {"target_modules": ["lm_head"]},
+    },
+    "mixtral": {
+        "down": {"target_modules": [], "target_parameters": EXPERTS[1:]},
+        "both": {"target_modules": [], "target_parameters": EXPERTS},
+        "up": {"target_modules": [], "target_parameters": EXPERTS[:1]},
+    },
+}
+
+
+@pytest.mark.parametrize("family", EVERY_WAY)
+@pytest.mark.parametrize("order", [1, -1])
+def test_adapters_that_adapt_one_module_in_different_ways_stand_beside_each_other(
+    build, ids, tmp_path, family: str, order: int
+):
+    """Each row gets its own adapter's, and files have the names that each has alone."""
+    base = build(family)
+    alone = {}
+    for name, fields in EVERY_WAY[family].items():
+        model = wrap(copy.deepcopy(base), **fields)
+        scramble(model)
+        model.save_pretrained(tmp_path / name)
+        alone[name] = output(model, ids)
+    names = list(EVERY_WAY[family])[::order]
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / names[0], names[0])
+    for name in names[1:]:
+        model.load_adapter(tmp_path / name, name)
+    for i, name in enumerate(names):
+        rows = [name, "__base__", names[i - 1]]
+        mixed = output(model, ids, adapter_names=rows)
+        for at, row in enumerate(rows):
+            expected = output(base, ids) if row == "__base__" else alone[row]
+            torch.testing.assert_close(mixed[at], expected[at], rtol=0, atol=1e-10)
+        model.set_adapter(name)
+        torch.testing.assert_close(output(model, ids), alone[name], rtol=0, atol=1e-10)
+        model.merge_adapter()
+        torch.testing.assert_close(output(model, ids), alone[name], rtol=0, atol=1e-10)
+        model.unmerge_adapter()
+    if "saved" in names:
+        with pytest.raises(InputError, match="one at a time"):
+            model.set_adapter(["saved", "added"])
+    model.set_adapter([])
+    for name in names:
+        model.delete_adapter(name)
+    assert not list(wrapped_modules(model.get_base_model()))
+    assert torch.equal(output(model.get_base_model(), ids), output(base, ids))

@@ -316,11 +316,10 @@ class AdapterPool:
     def _require_vocabulary(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises AloneError for an adapter that has another number of tokens than the base."""
         for path, module in embeddings(self._model).items():
-            rows: Any = rows_in_file(tensors, path)
-            if rows is not None and rows != len(module.weight):
-                raise AloneError(
-                    folder, f"is for {rows} tokens (the base has {len(module.weight)})"
-                )
+            own: Any = module.weight
+            rows = rows_in_file(tensors, path)
+            if rows is not None and rows != len(own):
+                raise AloneError(folder, f"is for {rows} tokens (the base has {len(own)})")
 
     def _other_weights(self, folder: Path, config: LoraConfig) -> str:
         expected = origin(folder, config).base_fingerprint

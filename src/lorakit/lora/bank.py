@@ -22,7 +22,13 @@ from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combination import CombineSettings
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import inject, remove, require_together, wrapped_modules
+from lorakit.lora.injection import (
+    inject,
+    remove,
+    require_together,
+    wrapped_modules,
+    wrapped_places,
+)
 from lorakit.lora.layers import (
     LoraLayer,
     LoraLinear,
@@ -145,17 +151,26 @@ class AdapterBank(nn.Module):
                         parameter.data = tensors[key]
                     else:
                         parameter.copy_(tensors[key])
-            layers = {
-                path: layer
-                for path, layer in wrapped_modules(self.get_base_model())
-                if type(layer) in (LoraLinear, LoraQuantizedLinear)
-            }
-            self.packed.put(adapter_name, layers)
+            self.packed.put(adapter_name, self._packable())
         except BaseException:
             self.packed.remove(adapter_name)
             remove(self.get_base_model(), adapter_name)
             self.peft_config.pop(adapter_name, None)
             raise
+
+    def _packable(self) -> dict[str, LoraLinear]:
+        """The linear layers whose products may be made of packed factors, by their paths."""
+        found: dict[str, LoraLinear] = {}
+        changed = set()  # layers that run with another weight at times
+        for path, layer in wrapped_places(self.get_base_model()):
+            if isinstance(layer, LoraParameter):
+                changed.add(path)
+            elif type(layer) in (LoraLinear, LoraQuantizedLinear):
+                if path in changed:
+                    layer.family = None
+                else:
+                    found[path] = layer
+        return found
 
     def _add(
         self,

@@ -4,11 +4,12 @@ The model's own modules are replaced in place; `eject` leaves it as it was befor
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lorakit.errors import InputError
+from lorakit.errors import InputError, listed
 from lorakit.lora.architecture import without_wrappers
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
@@ -132,19 +133,19 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
 
 
 def require_together(model: nn.Module, names: Sequence[str]) -> None:
-    """Raises InputError when adapters that are added up each have a module, or tokens, whole."""
-    whole: dict[str, str] = {}
+    """Raises InputError when one of these adapters has a module whole that another adapts too."""
+    serving: dict[str, list[Wrapped]] = {}
     for path, module in wrapped_places(model):
         module.require_together(names)
-        replaces = isinstance(module, ModulesToSaveWrapper | TrainedTokens)
-        for name in names if len(names) > 1 else ():
-            if name in module.adapters:
-                other = whole.setdefault(path, name) if replaces else whole.get(path, name)
-                if other != name:
-                    raise InputError(
-                        f"{other} trains {path} itself, which {name} adapts: run adapters one at "
-                        "a time"
-                    )
+        if not set(names).isdisjoint(module.adapters):
+            serving.setdefault(path, []).append(module)
+    for path, wrappers in serving.items():
+        whole = any(isinstance(w, ModulesToSaveWrapper | TrainedTokens) for w in wrappers)
+        if whole and len(wrappers) > 1:
+            raise InputError(
+                f"{listed(names)} train {path} itself and what is added to it: run adapters one "
+                "at a time"
+            )
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:
@@ -220,8 +221,9 @@ def _attribute(module: nn.Module) -> str:
 def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
     kind = layer_class(unwrapped(model.get_submodule(path)))
     assert kind is not None  # resolve_targets refuses the rest
-    for at, wrapper in enumerate(_chain(model.get_submodule(path))):
-        if isinstance(wrapper, LoraParameter) and issubclass(kind, LoraLinear):
+    chain = _chain(model.get_submodule(path))
+    for at, wrapper in enumerate(chain):
+        if isinstance(wrapper, LoraParameter) and isinstance(chain[-1], nn.Linear):
             return _insert(model, path, at, wrapper.as_layer())
 
     def make(module: nn.Module) -> LoraLayer:
@@ -241,7 +243,7 @@ def _wrap_tied(model: nn.Module, path: str, name: str, config: LoraConfig) -> No
     for tied_path in tied_modules(model, path):
         own = unwrapped(model.get_submodule(tied_path))
         kind = LoraTiedEmbedding if isinstance(own, nn.Embedding) else LoraTiedHead
-        tied = _wrap(model, tied_path, 3, lambda module, kind=kind: kind(module, embedding))
+        tied = _wrap(model, tied_path, 3, partial(kind, embedding=embedding))
         tied.add_adapter(name, config, path)
 
 
@@ -250,9 +252,10 @@ def _wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routin
         raise InputError(f"target_parameters: {parameter} is the model's own: put it in a module")
     chain = _chain(model.get_submodule(path))
     for wrapper in chain:
-        same = isinstance(wrapper, LoraParameter) and wrapper.parameter_name == parameter
+        if isinstance(wrapper, LoraParameter) and wrapper.parameter_name == parameter:
+            return wrapper
         # Others adapt this linear layer, whose weight is all that it has.
-        if same or (isinstance(wrapper, LoraLinear) and wrapper.weight_name == parameter):
+        if isinstance(wrapper, LoraLinear) and isinstance(chain[-1], nn.Linear):
             return wrapper
     at = next(i for i, module in enumerate(chain) if _rank(module) >= 1)
     return _insert(model, path, at, LoraParameter(chain[at], parameter, routing))
@@ -263,7 +266,7 @@ def _wrap_tokens(model: nn.Module, path: str, routing: Routing) -> TrainedTokens
     embedding = _wrap(model, path, 2, lambda module: TrainedTokens(module, routing))
     for one in tied:
         own = unwrapped(model.get_submodule(one))
-        _wrap(model, one, 2, lambda module, own=own: embedding.tie(module, own))
+        _wrap(model, one, 2, partial(embedding.tie, own=own))
     return embedding
 
 
@@ -274,9 +277,8 @@ def _wrap_saved(
     tied_to = None
     for one in (path, *tied):
         own = unwrapped(model.get_submodule(one))
-        wrapper = _wrap(
-            model, one, 0, lambda module, own=own: ModulesToSaveWrapper(module, routing, own)
-        )
+        make = partial(ModulesToSaveWrapper, routing=routing, own=own)
+        wrapper = _wrap(model, one, 0, make)
         if name not in wrapper.adapters:
             wrapper.add_adapter(name, tied_to)
         tied_to = tied_to or wrapper.modules_to_save[name]

@@ -208,11 +208,11 @@ class Routing:
         def look(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if (x := first_tensor(args, kwargs)) is not None:
                 shape = (x.shape[0], x.shape[1] if x.dim() > 1 else 1)
-                self.chosen = Route.of_rows(names, shape)
+                self.chosen = Route(rows=tuple(names), shape=shape)
 
         handle = model.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            with self.using(Route.of_rows(names)):
+            with self.using(Route(rows=tuple(names))):
                 yield
         finally:
             handle.remove()
