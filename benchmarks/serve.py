@@ -30,7 +30,7 @@ import lorakit
 from benchmarks.combine import make
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
-from lorakit.engine.sampling import Sampling, pad_left, prompt_tokens
+from lorakit.engine.sampling import Ending, Sampling, pad_left, prompt_tokens
 from lorakit.models.bundled import ALIAS as MODEL
 from lorakit.server.options import Limits, ServerOptions
 from lorakit.server.run import listen, make_server
@@ -55,9 +55,10 @@ def save_adapters(folder: Path) -> list[Path]:
 @contextmanager
 def endless() -> Iterator[None]:
     """No token ends an answer meanwhile, so that all have one length."""
+    without = Ending(frozenset())
     with (
-        patch("lorakit.engine.engine.end_tokens", return_value=[]),
-        patch("lorakit.engine.pool.end_tokens", return_value=[]),
+        patch("lorakit.engine.engine.ending", return_value=without),
+        patch("lorakit.engine.pool.ending", return_value=without),
     ):
         yield
 
