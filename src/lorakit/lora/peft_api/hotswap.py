@@ -16,7 +16,7 @@ from lorakit.lora.bank import AdapterBank
 from lorakit.lora.checkpoint import PREFIX, load_initial, load_tensors, read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
-from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.injection import adapter_modules, wrapped_modules
 from lorakit.lora.layers import LoraLayer, LoraParameter
 from lorakit.lora.locate import locate
 from lorakit.lora.peft_api.in_place import bank_of
@@ -58,7 +58,7 @@ def hotswap_adapter(
     put_frozen(base, frozen, folder, alone=False)
     layers = {
         path: layer
-        for path, layer in wrapped_modules(base)
+        for path, layer in adapter_modules(base, adapter_name)
         if isinstance(layer, LoraLayer) and adapter_name in layer.r
     }
     _require_same_start(bank.peft_config[adapter_name], config, folder)
