@@ -37,10 +37,10 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
-from lorakit.lora.folders import as_plain, initial_factors, plain_tensors
 from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
+from lorakit.lora.saving import as_plain, initial_factors, plain_tensors
 from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
 
 if TYPE_CHECKING:
