@@ -47,6 +47,10 @@ from lorakit.lora.weighted import combination
 _MANY = 20  # target names, as of an adapter that lists whole paths, are shortened to endings
 
 
+_PACKED = (LoraLinear, LoraQuantizedLinear)
+"""The kinds of layers, and none made of them, whose products are those of packed factors."""
+
+
 class AdapterBank(nn.Module):
     """A frozen model and its adapters, by name.
 
@@ -165,7 +169,7 @@ class AdapterBank(nn.Module):
         for path, layer in wrapped_places(self.get_base_model()):
             if isinstance(layer, LoraParameter):
                 changed.add(path)
-            elif type(layer) in (LoraLinear, LoraQuantizedLinear):
+            elif isinstance(layer, LoraLinear) and type(layer) in _PACKED:
                 if path in changed:
                     layer.family = None
                 else:
