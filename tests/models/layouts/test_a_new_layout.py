@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 import lorakit
+from lorakit.adapters.foreign import import_adapter
 from lorakit.errors import InputError
 from lorakit.models.describe import describe
 from lorakit.models.layouts import LAYOUTS
 from lorakit.models.layouts.convert import convert
 from lorakit.models.layouts.layout import ForeignLayout
+from lorakit.models.layouts.module_names import ModuleNames
 from lorakit.models.shards import WEIGHTS_NAME, StoredTensor, code_of
+from plain_adapters import save_adapter
 from small_runs import recipe
 
 
@@ -24,6 +27,15 @@ class Crate(ForeignLayout):
     """A Llama whose numbers lie one after another in `crate.raw`, as `crate.json` says."""
 
     title = "a crate"
+    names = ModuleNames(
+        code="the crate's own code",
+        models="crates",
+        config="LlamaConfig",
+        layers="blocks",
+        native_layers="model.layers",
+        in_layer={f"self_attn.{one}_proj": f"self_attn.{one}_proj" for one in "qkvo"},
+        outside={},
+    )
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -101,3 +113,21 @@ def test_it_is_described_trained_merged_and_converted(
 def test_without_its_line_it_is_no_model(crate: Path):
     with pytest.raises(InputError, match=r"there is no config\.json"):
         lorakit.load_model(str(crate))
+
+
+def test_an_adapter_under_the_names_of_its_own_code_is_imported(
+    layout: None, crate: Path, tmp_path: Path
+):
+    native = save_adapter(crate, tmp_path / "native", target_modules=["q_proj", "v_proj"], r=4)
+    tensors = load_file(native / "adapter_model.safetensors")
+    theirs = {key.replace("model.layers.", "blocks."): t for key, t in tensors.items()}
+    (tmp_path / "theirs").mkdir()
+    save_file(theirs, tmp_path / "theirs" / "adapter_model.safetensors")
+    config = (native / "adapter_config.json").read_text()
+    (tmp_path / "theirs" / "adapter_config.json").write_text(config)
+    with pytest.raises(InputError, match="lorakit import"):
+        lorakit.merge(tmp_path / "theirs", tmp_path / "merged")
+    import_adapter(tmp_path / "theirs", tmp_path / "ours", base=str(crate))
+    found = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
