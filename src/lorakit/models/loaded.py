@@ -9,10 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
@@ -28,6 +27,8 @@ def base_model(model: nn.Module) -> Any:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether anything of `model` draws dropout in training."""
+    from torch import nn
+
     settings: Any = base_model(model).config.get_text_config()
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return any(rates) or bool(getattr(settings, "attention_dropout", None))
@@ -69,6 +70,8 @@ def take_into_memory(model: nn.Module) -> None:
     writes to such a file changes the model that is being served, and whoever shortens it ends the
     process (SIGBUS).
     """
+    import torch
+
     mapped = _mapped_files()
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu" and _may_be_in(mapped, tensor):
@@ -77,6 +80,8 @@ def take_into_memory(model: nn.Module) -> None:
 
 def _may_be_in(mapped: list[tuple[int, int]] | None, tensor: torch.Tensor) -> bool:
     if mapped is None:  # unknown: what is an ordinary tensor is copied
+        import torch
+
         return type(tensor.data) is torch.Tensor
     address = tensor.data_ptr()
     at = bisect_right(mapped, (address, address)) - 1
