@@ -8,6 +8,9 @@ READY  := $(VENV)/.installed
 # Files are compiled when they are first imported: compiling all of torch's takes a minute.
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
+# Where this is set, every process would compile torch and transformers anew, for 15 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test test-all lint format bench peft-suite clean
 
 install: $(READY)
