@@ -7,16 +7,9 @@ from typing import Any
 import pytest
 from visitor import BASE, WIDE, Person, serving
 
-from browsers import started_browser
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from taught import save_taught_models
-
-
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Any]:
-    """One browser for all of the page's tests, none of which runs an event loop of its own."""
-    yield from started_browser()
 
 
 @pytest.fixture(scope="package")
