@@ -10,9 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit
 from families import make_gpt2, make_llama, make_tied
+from lorakit.engine.pool import structure_of
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
-from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.checkpoint import load_tensors
+from lorakit.lora.injection import parts_of, wrapped_modules
 from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route
 
@@ -48,12 +50,17 @@ def add(bank: LoraModel, name: str, change: Factors, **options: Any) -> None:
         for path, pair in change.items()
         for factor, tensor in zip("AB", pair, strict=True)
     }
-    bank.add_packed(name, config_of(change, **options), tensors)
+    bare = structure_of(vars(bank)["bare"])
+    alone = LoraModel(bare, config_of(change, **options), "alone", initialize=False)
+    load_tensors(alone.adapter_tensors("alone"), tensors, name)
+    bank.add_packed(name, alone.peft_config["alone"], parts_of(bare, "alone"))
 
 
 def packed(model: Any, together: bool) -> LoraModel:
     families = same_inputs(model, lambda: model(IDS)) if together else ()
+    bare = structure_of(model)
     bank = LoraModel(model, None)
+    vars(bank)["bare"] = bare  # in no submodule
     bank.pack(families)
     return bank
 
@@ -205,3 +212,70 @@ def test_memory_that_ends_while_an_adapter_is_added_leaves_the_others_right(
                 torch.testing.assert_close(model(IDS).logits, expected[number])
         bank.routing.route = Route()
         bank.delete_adapter("n3")
+
+
+class Others(nn.Module):
+    """Modules of the kinds that language models seldom have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.embed(ids).mT).mT
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@torch.no_grad()
+def test_parts_of_every_kind_join_another_model_and_leave_it():
+    torch.manual_seed(0)
+    model = Others().double().eval()
+    bare, ids = structure_of(model), torch.arange(8).view(4, 2)
+    configs = {
+        "all": {"target_modules": ["conv", "attention", "embed"], "modules_to_save": ["head"]},
+        "dora": {"target_modules": ["conv", "head"], "use_dora": True},
+        "pissa": {"target_modules": ["head", "attention"], "init_lora_weights": "pissa"},
+        "parameter": {"target_parameters": ["head.weight"], "trainable_token_indices": [1, 3]},
+    }
+    expected, parts = [], {}
+    for name, options in configs.items():
+        own = structure_of(bare)
+        alone = LoraModel(own, lorakit.LoraConfig(r=2, **({"target_modules": []} | options)), name)
+        for tensor in alone.adapter_tensors(name).values():
+            tensor.normal_()
+        expected.append(alone(ids))
+        parts[name] = alone.peft_config[name], parts_of(own, name)
+    before = model(ids)
+    bank = LoraModel(model, None)
+    bank.pack()
+    for order in (list(configs), list(reversed(configs))):
+        for name in order:
+            bank.add_packed(name, *parts[name])
+        for name, outputs in zip(configs, expected, strict=True):
+            bank.routing.route = Route.of_rows([name] * len(ids))
+            torch.testing.assert_close(model(ids), outputs, rtol=0, atol=1e-10)
+        bank.routing.route = Route.of_rows(list(configs))
+        rows = torch.stack([outputs[at] for at, outputs in enumerate(expected)])
+        torch.testing.assert_close(model(ids), rows, rtol=0, atol=1e-10)
+        bank.routing.route = Route()
+        for name in order:
+            bank.delete_adapter(name)
+        assert not list(wrapped_modules(model))
+        assert torch.equal(model(ids), before)
+
+
+@torch.no_grad()
+def test_an_adapter_that_trains_whole_what_another_adapts_within_cannot_join(model: Any):
+    bank = packed(model, True)
+    path = next(p for p, _ in model.named_modules() if p.endswith((".mlp", ".ffn")))
+    change = {p: pair for p, pair in factors(model, 1, 2).items() if p.startswith(path)}
+    add(bank, "a", change)
+    bare = structure_of(vars(bank)["bare"])
+    config = lorakit.LoraConfig(target_modules="all-linear", modules_to_save=[path])
+    LoraModel(bare, config, "whole")
+    with pytest.raises(InputError, match="cannot both be adapted"):
+        bank.add_packed("whole", config, parts_of(bare, "whole"))
+    assert bank.adapters == ["a"]

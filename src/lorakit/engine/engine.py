@@ -253,7 +253,7 @@ class Engine:
             for other in idle[: max(0, len(self._used) - self.max_rows + 1)]:
                 self._bank.delete_adapter(other)
                 del self._used[other]
-            self._bank.add_packed(version.key, loaded.config, loaded.tensors)
+            self._bank.add_packed(version.key, loaded.config, loaded.parts)
         self._used.pop(version.key, None)
         self._used[version.key] = None
 

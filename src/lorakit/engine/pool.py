@@ -37,10 +37,11 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
-from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.injection import Part, parts_of, wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
-from lorakit.lora.saving import as_plain, initial_factors, plain_tensors
+from lorakit.lora.parameters import set_trainable
+from lorakit.lora.saving import initial_factors
 from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
 
 if TYPE_CHECKING:
@@ -79,20 +80,17 @@ class Loaded:
     """An adapter in memory.
 
     Attributes:
-        config: for the base at hand; where the adapter started from other factors than zero, these
-            are part of it (twice the rank).
-        tensors: its parameters under PEFT's keys, in the dtype of the bank's.
-        rank: the largest of its modules'.
+        config: for the base at hand.
+        parts: all that it has beside the base's modules, as the engine's bank takes it over.
+        rank: the largest of its modules'; where the adapter started from other factors than zero,
+            these are part of it (twice the rank).
+        size: of its values, in bytes.
     """
 
     config: LoraConfig
-    tensors: dict[str, torch.Tensor] = field(repr=False)
+    parts: list[Part] = field(repr=False)
     rank: int
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,14 +302,15 @@ class AdapterPool:
             why = str(error).removeprefix(f"{folder} ")
             why = why if why == str(error) else f"it {why}"
             raise InputError(f"{folder} does not fit {self._base_model}: {why}") from error
-        if initial_factors(trial, _TRIAL):
-            config, own = as_plain(trial, _TRIAL), plain_tensors(trial, _TRIAL)
-        for key, tensor in own.items():
+        set_trainable(own.values(), False)
+        values = own | initial_factors(trial, _TRIAL)
+        for key, tensor in values.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{folder}: {key} holds values that {tensor.dtype} cannot hold")
         layers = [layer for _, layer in wrapped_modules(base) if isinstance(layer, LoraLayer)]
         rank = max((len(layer.factors(_TRIAL)[0]) for layer in layers if layer.r), default=0)
-        return Loaded(config, {key: tensor.detach() for key, tensor in own.items()}, rank)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in values.values())
+        return Loaded(config, parts_of(base, _TRIAL), rank, size)
 
     def _require_vocabulary(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises AloneError for an adapter that has another number of tokens than the base."""

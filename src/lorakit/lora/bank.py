@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -23,7 +23,9 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combination import CombineSettings
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import (
+    Part,
     inject,
+    join,
     remove,
     require_together,
     wrapped_modules,
@@ -135,26 +137,20 @@ class AdapterBank(nn.Module):
         self.routing.frozen = True
         self.packed = PackedFactors(self.get_base_model(), families)
 
-    def add_packed(
-        self, adapter_name: str, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
+    def add_packed(self, adapter_name: str, config: LoraConfig, parts: Sequence[Part]) -> None:
         """Adds an adapter for inference beside the others, which may be in use meanwhile.
 
         Args:
-            tensors: its own, under PEFT's keys, in the dtype of its parameters, which they become.
+            config: as the model has it that the parts are of.
+            parts: all that it has (`injection.parts_of`), frozen; they are not copied.
 
         An error, of whatever kind, leaves the model as it was.
         """
         assert self.packed is not None
+        require_beside(adapter_name, config, self.peft_config)
         try:
-            dora = config.use_dora
-            self._add(adapter_name, copy.deepcopy(config), autocast=dora, initialize=False)
-            with torch.no_grad():
-                for key, parameter in self.adapter_tensors(adapter_name).items():
-                    if isinstance(parameter, nn.Parameter):
-                        parameter.data = tensors[key]
-                    else:
-                        parameter.copy_(tensors[key])
+            join(self.get_base_model(), adapter_name, parts, self.routing)
+            self.peft_config[adapter_name] = config
             self.packed.put(adapter_name, self._packable())
         except BaseException:
             self.packed.remove(adapter_name)

@@ -5,7 +5,7 @@ The model's own modules are replaced in place; `eject` leaves it as it was befor
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -89,6 +89,66 @@ def inject(
     return targets
 
 
+class Part(NamedTuple):
+    """What an adapter has beside one module.
+
+    Attributes:
+        path: of the model's own module.
+        kind: of the wrapper.
+        parameter: the one that is adapted, if it is a parameter.
+        tied_to: the path of the embedding whose factors it shares, if it shares them.
+        values: by the wrapper's attribute.
+    """
+
+    path: str
+    kind: type[nn.Module]
+    parameter: str
+    tied_to: str
+    values: dict[str, Any]
+
+
+def parts_of(model: nn.Module, name: str) -> list[Part]:
+    """All that adapter `name` of `model` has, for `join`."""
+    places = {
+        id(module): (path.replace(".base_layer", ""), module)
+        for path, module in wrapped_places(model)
+        if name in module.adapters
+    }
+    parts = []
+    for path, module in places.values():
+        if isinstance(module, TiedModule):
+            continue  # it has nothing of its own, and is wrapped with its embedding
+        values = {
+            attribute: by_name[name]
+            for attribute in module.by_name
+            if name in (by_name := getattr(module, attribute))
+        }
+        parameter = module.parameter_name if isinstance(module, LoraParameter) else ""
+        tied_to = ""
+        if isinstance(module, LoraTiedEmbedding | LoraTiedHead):
+            tied_to, _ = places[id(module._embedding[0])]
+        parts.append(Part(path, type(module), parameter, tied_to, values))
+    return sorted(parts, key=lambda part: bool(part.tied_to))
+
+
+def join(model: nn.Module, name: str, parts: Sequence[Part], routing: Routing) -> None:
+    """Adds an adapter as `name` that a model of the same structure has, with the same values.
+
+    Nothing is looked for or initialised, and the values are not copied, so that it is quick.
+
+    Raises:
+        InputError: a module that it trains whole is, or holds, one that another adapts.
+    """
+    check_adapter_name(name)
+    saved = [part.path for part in parts if part.kind is ModulesToSaveWrapper]
+    if saved:
+        _require_apart(model, saved, [part.path for part in parts], ())
+    for part in parts:
+        wrapper = _wrap_as(model, part, routing)
+        for attribute, value in part.values.items():
+            getattr(wrapper, attribute)[name] = value
+
+
 def adapter_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Wrapped]]:
     """The wrapped modules that have adapter `name`, with the paths that PEFT's files have.
 
@@ -127,9 +187,20 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
     A module inside another wrapped one has `base_layer` in its path, as in PEFT's files; the
     wrappers of FSDP and `torch.compile` are left out.
     """
-    for name, module in model.named_modules():
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        inside: dict[str, nn.Module | None] = module._modules
         if isinstance(module, Wrapped):
             yield without_wrappers(name), module
+            # Adapters' own modules are many, and none of them is wrapped.
+            inside = {(inner := _attribute(module)): inside[inner]}
+        before = f"{name}." if name else ""
+        waiting += [(before + key, m) for key, m in reversed(inside.items()) if m is not None]
 
 
 def require_together(model: nn.Module, names: Sequence[str]) -> None:
@@ -150,14 +221,19 @@ def require_together(model: nn.Module, names: Sequence[str]) -> None:
 
 def remove(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter out; a module that has no other one left is the original again."""
-    for _, module in wrapped_modules(model):
+    wrapped = list(wrapped_modules(model))
+    for _, module in wrapped:
         module.delete_adapter(adapter_name)
-    put_back_unused(model)
+    _put_back_unused(model, wrapped)
 
 
 def put_back_unused(model: nn.Module) -> None:
     """Puts the original modules in the place of those that have no adapter left."""
-    for name, module in reversed(list(wrapped_modules(model))):  # from the inside out
+    _put_back_unused(model, list(wrapped_modules(model)))
+
+
+def _put_back_unused(model: nn.Module, wrapped: Sequence[tuple[str, Wrapped]]) -> None:
+    for name, module in reversed(wrapped):  # from the inside out
         if not module.adapters:
             _replace(model, name, module.original())
 
@@ -209,8 +285,12 @@ def _wrap(model: nn.Module, path: str, rank: int, make: Callable[[Any], Any]) ->
 
 def _insert(model: nn.Module, path: str, at: int, wrapper: Any) -> Any:
     """Puts a wrapper into the `at`th place of the chain at `path`."""
-    outer = [_attribute(module) for module in _chain(model.get_submodule(path))[:at]]
-    _replace(model, ".".join([path, *outer]), wrapper)
+    if at:
+        around = _chain(model.get_submodule(path))[at - 1]
+        setattr(around, _attribute(around), wrapper)
+    else:
+        parent, _, last = path.rpartition(".")
+        setattr(unwrapped(model.get_submodule(parent)), last, wrapper)
     return wrapper
 
 
@@ -219,9 +299,11 @@ def _attribute(module: nn.Module) -> str:
 
 
 def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
-    kind = layer_class(unwrapped(model.get_submodule(path)))
-    assert kind is not None  # resolve_targets refuses the rest
     chain = _chain(model.get_submodule(path))
+    if len(chain) > 1 and _rank(chain[-2]) == 4:
+        return chain[-2]
+    kind = layer_class(chain[-1])
+    assert kind is not None  # resolve_targets refuses the rest
     for at, wrapper in enumerate(chain):
         if isinstance(wrapper, LoraParameter) and isinstance(chain[-1], nn.Linear):
             return _insert(model, path, at, wrapper.as_layer())
@@ -233,6 +315,21 @@ def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
         return layer
 
     return _wrap(model, path, 4, make)
+
+
+def _wrap_as(model: nn.Module, part: Part, routing: Routing) -> Wrapped:
+    """The wrapper for a part of an adapter, which is made if there is none."""
+    path, kind = part.path, part.kind
+    if part.parameter:
+        return _wrap_parameter(model, path, part.parameter, routing)
+    if kind is ModulesToSaveWrapper:
+        return _wrap_whole(model, path, routing)
+    if kind is TrainedTokens:
+        return _wrap_tokens(model, path, routing)
+    if not part.tied_to:
+        return _wrap_layer(model, path, routing)
+    embedding = _wrap_layer(model, part.tied_to, routing)
+    return _wrap(model, path, 3, partial(kind, embedding=embedding))
 
 
 def _wrap_tied(model: nn.Module, path: str, name: str, config: LoraConfig) -> None:
@@ -276,12 +373,15 @@ def _wrap_saved(
     tied = tied_modules(model, path) if config.ensure_weight_tying else []
     tied_to = None
     for one in (path, *tied):
-        own = unwrapped(model.get_submodule(one))
-        make = partial(ModulesToSaveWrapper, routing=routing, own=own)
-        wrapper = _wrap(model, one, 0, make)
+        wrapper = _wrap_whole(model, one, routing)
         if name not in wrapper.adapters:
             wrapper.add_adapter(name, tied_to)
         tied_to = tied_to or wrapper.modules_to_save[name]
+
+
+def _wrap_whole(model: nn.Module, path: str, routing: Routing) -> ModulesToSaveWrapper:
+    own = unwrapped(model.get_submodule(path))
+    return _wrap(model, path, 0, partial(ModulesToSaveWrapper, routing=routing, own=own))
 
 
 def _require_apart(

@@ -285,7 +285,7 @@ class PackedFactors:
 
     def _put(self, name: str, layers: Mapping[str, Any]) -> None:
         self.remove(name)
-        factors = {path: layer.packed_factors(name) for path, layer in layers.items()}
+        factors = {path: layer.packed_factors(name, self.dtype) for path, layer in layers.items()}
         ranks = [given[0].shape[0] for given in factors.values() if given is not None]
         width = max(ranks, default=0)
         begin = self._free(width)
@@ -390,7 +390,9 @@ class PackedFactors:
         own = [layers[path].base_layer if path in layers else held[path] for path in paths]
         family = Family(own, self, base)
         for name, (begin, end) in self._ranges.items():
-            given = [layers[p].packed_factors(name) if p in layers else None for p in paths]
+            given = [
+                layers[p].packed_factors(name, self.dtype) if p in layers else None for p in paths
+            ]
             family.put(name, begin, end - begin, self.columns, given)
         for old in before:
             del self._families[old]

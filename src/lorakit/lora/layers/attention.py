@@ -29,6 +29,9 @@ class LoraMultiheadAttention(LoraLinear):
                 "LoRA beside nn.MultiheadAttention needs query, key and value of the same width"
             )
         super().__init__(base_layer, r=None, routing=routing)
+        if not isinstance(self.base_layer.out_proj, LoraLinear):
+            out_proj = LoraLinear.from_base(self.base_layer.out_proj, self.routing)
+            self.base_layer.out_proj = out_proj
 
     @classmethod
     def from_base(cls, base_layer: nn.Module, routing: Routing) -> Self:
@@ -41,8 +44,6 @@ class LoraMultiheadAttention(LoraLinear):
         """Adds the adapter to both projections."""
         super().add_adapter(name, config, module_name, *options)
         out_proj = self.base_layer.out_proj
-        if not isinstance(out_proj, LoraLinear):
-            out_proj = self.base_layer.out_proj = LoraLinear.from_base(out_proj, self.routing)
         out_proj.add_adapter(name, config, f"{module_name}.out_proj", *options)
 
     def forward(  # type: ignore[override]

@@ -28,9 +28,17 @@ from lorakit.lora.layers.rows import (
 )
 from lorakit.lora.routing import Routing
 
+OF_EVERY_LAYER = (
+    *("r", "lora_alpha", "scaling", "_own_scaling"),
+    *("lora_dropout", "lora_magnitude_vector", "lora_initial"),
+)
+"""What layers of every kind have for each adapter."""
+
 
 class LayerBank(Mergeable):
     """One frozen layer and its adapters: a bank that adapters join, leave, merge into."""
+
+    by_name = (*OF_EVERY_LAYER, "lora_A", "lora_B")
 
     stored_transposed = False
     """Whether the base stores its weight as (d_in, d_out)."""
@@ -124,11 +132,9 @@ class LayerBank(Mergeable):
     def _forget(self, name: str) -> None:
         self._make_whole([name])
         self._kept_factors.pop(name, None)
-        for part in (self.r, self.lora_alpha, self.scaling, self._own_scaling):
-            part.pop(name, None)
-        for bank in self._banks():
-            if name in bank:
-                del bank[name]
+        for attribute in self.by_name:
+            if name in (parts := getattr(self, attribute)):
+                del parts[name]
 
     def rescale(self, name: str, alpha: float, scaling: float) -> None:
         """Gives adapter `name` an alpha, and the scaling that comes of it."""
@@ -216,11 +222,6 @@ class LayerBank(Mergeable):
         A, B = self.lora_A[name], self.lora_B[name]
         tensors = {"lora_A.weight": A.weight, "lora_B.weight": B.weight}
         return tensors if B.bias is None else {**tensors, "lora_B.bias": B.bias}
-
-    def _banks(self) -> tuple[nn.ModuleDict | nn.ParameterDict, ...]:
-        """The dictionaries by adapter name that hold modules and parameters."""
-        common = self.lora_dropout, self.lora_magnitude_vector, self.lora_initial
-        return *common, self.lora_A, self.lora_B
 
     def _magnitude(self, name: str) -> nn.Parameter | None:
         if name not in self.lora_magnitude_vector:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers.bank import OF_EVERY_LAYER
 from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.routing import Routing
 
@@ -21,6 +22,7 @@ class LoraEmbedding(LoraLayer):
     """
 
     stored_transposed = True
+    by_name = (*OF_EVERY_LAYER, "lora_embedding_A", "lora_embedding_B")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
@@ -50,10 +52,6 @@ class LoraEmbedding(LoraLayer):
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
         A, B = self.matrices(name)
         return {"lora_embedding_A": A, "lora_embedding_B": B}
-
-    def _banks(self) -> tuple[nn.ModuleDict | nn.ParameterDict, ...]:
-        common = self.lora_dropout, self.lora_magnitude_vector
-        return *common, self.lora_embedding_A, self.lora_embedding_B
 
     def bias_update(self, name: str) -> None:
         return None

@@ -99,8 +99,14 @@ class LoraLinear(LoraLayer):
         if self.family is not None:
             self.family.drop(name, self.place)
 
-    def packed_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A (n, d_in) and B (d_out, n) whose product is all that adapter `name` adds; else None."""
+    def packed_factors(
+        self, name: str, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (n, d_in) and B (d_out, n) whose product is all that adapter `name` adds; else None.
+
+        Args:
+            dtype: to which they are rounded next.
+        """
         if (
             name not in self.r
             or self.bias_update(name) is not None
@@ -108,7 +114,9 @@ class LoraLinear(LoraLayer):
         ):
             return None
         A, B = self.factors(name)
-        return A, B.to(torch.promote_types(B.dtype, torch.float32)) * self.scaling[name]
+        if B.dtype != dtype:  # else this product is rounded to it, as a copy would be
+            B = B.to(torch.promote_types(B.dtype, torch.float32))
+        return A, B * self.scaling[name]
 
     def _forward_shared(
         self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any

@@ -31,6 +31,9 @@ class Mergeable(nn.Module, ABC):
     bias_name = "bias"
     """The name of its bias, if it has one."""
 
+    by_name: tuple[str, ...]
+    """The attributes that are dictionaries by adapter name: together, all that an adapter has."""
+
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer

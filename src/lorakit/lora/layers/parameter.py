@@ -14,8 +14,6 @@ from lorakit.lora.layers.linear import LoraLinear
 from lorakit.lora.layers.rows import RowUpdate
 from lorakit.lora.routing import Route, Routing
 
-_MODULES = ("lora_dropout", "lora_A", "lora_B")
-
 
 class LoraParameter(LoraLayer):
     """A module one of whose parameters is `W + scaling * B A` while the module runs.
@@ -50,8 +48,8 @@ class LoraParameter(LoraLayer):
     def as_layer(self) -> LoraLinear:
         """A linear layer whose weight is adapted, as a layer with these adapters."""
         layer = LoraLinear.from_base(self.base_layer, self.routing)
-        for bank in ("r", "lora_alpha", "scaling", "_own_scaling", *_MODULES):
-            getattr(layer, bank).update(getattr(self, bank))
+        for attribute in self.by_name:
+            getattr(layer, attribute).update(getattr(self, attribute))
         layer.merged_adapters, layer._before_merge = self.merged_adapters, self._before_merge
         return layer
 

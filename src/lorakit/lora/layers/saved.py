@@ -22,6 +22,8 @@ class ModulesToSaveWrapper(nn.Module):
         own: the model's own module, inside of them; None where there are none.
     """
 
+    by_name = ("modules_to_save",)
+
     def __init__(
         self, original_module: nn.Module, routing: Routing, own: nn.Module | None = None
     ) -> None:

@@ -32,6 +32,8 @@ class TokenRows(nn.Module):
 class TrainedTokens(Mergeable):
     """An embedding, and for each adapter the rows of some tokens in place of the base's."""
 
+    by_name = ("token_indices", "trainable_tokens_delta")
+
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
         self.token_adapter = TokenRows()
