@@ -18,7 +18,7 @@ from answered import alone, tokens
 from lorakit.engine import batch
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
-from lorakit.engine.requests import Piece, Ticket
+from lorakit.engine.requests import AnswerPiece, Ticket
 from lorakit.engine.sampling import Sampling
 from matrix import few
 from random_adapters import make_adapter
@@ -47,7 +47,7 @@ def expected(base: Path, adapters: dict[str, Path]) -> dict[str | None, list[int
     }
 
 
-def pieces(ticket: Ticket) -> list[Piece]:
+def pieces(ticket: Ticket) -> list[AnswerPiece]:
     """All pieces of an answer, which must end within seconds."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(list, ticket).result(timeout=120)
@@ -255,7 +255,7 @@ def test_a_row_that_fails_ends_alone_where_generate_computes(sliding: Path, faul
         if (given[0] == bad).any():
             raise RuntimeError("no memory for this row")
 
-    def answers() -> dict[int, list[Piece]]:
+    def answers() -> dict[int, list[AnswerPiece]]:
         tickets = {
             number: engine.submit(ids, None, Sampling(max_new_tokens=12, logprobs=0))
             for number, ids in asked.items()

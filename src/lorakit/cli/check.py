@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lorakit.data.checks import RowStatistics
     from lorakit.lora.status import ModuleKind
-    from lorakit.training.check import Piece
+    from lorakit.training.check import ShownPiece
 
 # Two shades in turn show where a token ends.
 _SHADES = {
@@ -67,7 +67,7 @@ def check(
         console.print(one_line(line))
 
 
-def _show_row(console: Console, where: str, pieces: list[Piece]) -> None:
+def _show_row(console: Console, where: str, pieces: list[ShownPiece]) -> None:
     """A row's text: in colour, or where there is none with marks around what is learned or cut."""
     from itertools import groupby
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.engine.cache import RowCache
 from lorakit.engine.inputs import newest_tokens, part_of_row, whole_prompts
-from lorakit.engine.rows import Row, reason
+from lorakit.engine.rows import AnswerRow, reason
 from lorakit.lora.routing import Route, Routing
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_Inputs = Callable[[int, Sequence[Row]], dict[str, Any]]
+_Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
 
 CHUNK = 512
 """Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
@@ -30,12 +30,12 @@ CHUNK = 512
 class Batch(Protocol):
     """Rows that are computed together, in the two forms that there are."""
 
-    rows: list[Row]
+    rows: list[AnswerRow]
 
     def has_room(self) -> bool:
         """Whether another row may join now."""
 
-    def add(self, row: Row) -> None:
+    def add(self, row: AnswerRow) -> None:
         """Takes a row in; its adapter is in the bank."""
 
     def step(self) -> None:
@@ -53,7 +53,7 @@ class ContinuousBatch:
     """
 
     def __init__(self, model: PreTrainedModel, routing: Routing, most: int, length: int) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[AnswerRow] = []
         self._model: Any = model
         self._routing, self._most = routing, most
         self._writing = 0  # the first so many rows have read their prompts
@@ -63,7 +63,7 @@ class ContinuousBatch:
     def has_room(self) -> bool:
         return len(self.rows) < self._most
 
-    def add(self, row: Row) -> None:
+    def add(self, row: AnswerRow) -> None:
         self.rows.append(row)
 
     def step(self) -> None:
@@ -90,9 +90,9 @@ class ContinuousBatch:
                 self._forward(first, rows, partial(self._part, start=start))
             self._writing += sum(row.read == len(row.prompt) for row in rows)
 
-    def _whole_prompts(self, budget: int) -> list[Row]:
+    def _whole_prompts(self, budget: int) -> list[AnswerRow]:
         """The next rows whose prompts fit into the budget together, with their padding."""
-        rows: list[Row] = []
+        rows: list[AnswerRow] = []
         longest = 0
         for row in self.rows[self._writing :]:
             longest = max(longest, len(row.prompt))
@@ -105,7 +105,7 @@ class ContinuousBatch:
         if rows := self.rows[: self._writing]:
             self._forward(0, rows, self._newest)
 
-    def _forward(self, first: int, rows: Sequence[Row], inputs: _Inputs) -> None:
+    def _forward(self, first: int, rows: Sequence[AnswerRow], inputs: _Inputs) -> None:
         """Computes the rows in the places from `first` on; those with whole prompts write a token.
 
         Args:
@@ -127,22 +127,22 @@ class ContinuousBatch:
         for at, row in enumerate(rows, first):
             self._forward(at, [row], inputs)
 
-    def _whole(self, first: int, rows: Sequence[Row]) -> dict[str, Any]:
+    def _whole(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         prompts = [row.prompt for row in rows]
         return whole_prompts(self._cache, first, prompts, self._model.device)
 
-    def _part(self, at: int, rows: Sequence[Row], start: int) -> dict[str, Any]:
+    def _part(self, at: int, rows: Sequence[AnswerRow], start: int) -> dict[str, Any]:
         tokens = rows[0].prompt[start : rows[0].read]
         return part_of_row(self._cache, at, tokens, start, self._model.device)
 
-    def _newest(self, first: int, rows: Sequence[Row]) -> dict[str, Any]:
+    def _newest(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         device = self._model.device
         if len(rows) < self._writing:
             return part_of_row(self._cache, first, [rows[0].last], rows[0].length, device)
         tokens, lengths = [row.last for row in rows], [row.length for row in rows]
         return newest_tokens(self._cache, tokens, lengths, device)
 
-    def _choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+    def _choose(self, rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
         """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
         largest, likeliest = logits.max(-1)  # NaN wherever a row has one
         chosen = zip(rows, logits, largest.tolist(), likeliest.tolist(), strict=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _CAUSAL = {"full_attention", "attention"}
 
 
-def why_not_carried(model: PreTrainedModel) -> str:
+def why_generate_alone(model: PreTrainedModel) -> str:
     """Why only `generate` can compute this model for several rows; empty where it need not."""
     config: Any = model.config.get_text_config()
     if model.config.is_encoder_decoder:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit.engine.batch import Batch, ContinuousBatch
-from lorakit.engine.carries import why_not_carried
+from lorakit.engine.carries import why_generate_alone
 from lorakit.engine.plain_batch import PlainBatch
 from lorakit.engine.pool import AdapterPool, Loaded, Version
-from lorakit.engine.requests import Piece, Ticket
-from lorakit.engine.rows import Row, reason
+from lorakit.engine.requests import AnswerPiece, Ticket
+from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.model import LoraModel
@@ -75,7 +75,7 @@ class Engine:
         self._ending = ending(model, tokenizer)
         known = fingerprint(model)
         families: list[list[str]] = []
-        self._only_plain = why_not_carried(model)
+        self._only_plain = why_generate_alone(model)
         if not self._only_plain:
             copy_once(model)
             families = same_inputs(model, lambda: model(input_ids=_one_token(model)))
@@ -221,7 +221,7 @@ class Engine:
             waiting, self._queue = self._queue, deque()
             for ticket, version, loaded in waiting:
                 if ticket.cancelled.is_set():
-                    ticket.put(Piece(finish_reason="cancelled"))
+                    ticket.put(AnswerPiece(finish_reason="cancelled"))
                 else:
                     self._queue.append((ticket, version, loaded))
 
@@ -233,12 +233,12 @@ class Engine:
                 self._bring(version, loaded)
                 self._batch.add(self._row(ticket, version))
             except BaseException as error:
-                ticket.put(Piece(finish_reason="error", error=reason(error)))
+                ticket.put(AnswerPiece(finish_reason="error", error=reason(error)))
 
-    def _row(self, ticket: Ticket, version: Version | None) -> Row:
+    def _row(self, ticket: Ticket, version: Version | None) -> AnswerRow:
         if version is None:
-            return Row(ticket, BASE, self.tokenizer, self._ending, self._model.device)
-        return Row(ticket, version.key, version.tokenizer, version.ending, self._model.device)
+            return AnswerRow(ticket, BASE, self.tokenizer, self._ending, self._model.device)
+        return AnswerRow(ticket, version.key, version.tokenizer, version.ending, self._model.device)
 
     @torch.inference_mode(False)
     def _bring(self, version: Version | None, loaded: Loaded | None) -> None:
@@ -264,7 +264,7 @@ class Engine:
         for row in self._batch.rows:
             row.finish("cancelled")
         for ticket, _, _ in left:
-            ticket.put(Piece(finish_reason="cancelled"))
+            ticket.put(AnswerPiece(finish_reason="cancelled"))
 
 
 def _one_token(model: PreTrainedModel) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from lorakit.engine.rows import Row, reason
+from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import generate, pad_left
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ class PlainBatch:
     """Rows that begin together. Arguments as in `ContinuousBatch`."""
 
     def __init__(self, model: PreTrainedModel, routing: Routing, most: int) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[AnswerRow] = []
         self._model, self._routing, self._most = model, routing, most
-        self._computed: list[Row] = []  # by the `generate` that runs
+        self._computed: list[AnswerRow] = []  # by the `generate` that runs
         self._written = 0  # tokens of each that it has written
         self._failure = ""
 
     def has_room(self) -> bool:
         return len(self.rows) < self._most
 
-    def add(self, row: Row) -> None:
+    def add(self, row: AnswerRow) -> None:
         self.rows.append(row)
 
     def step(self) -> None:
@@ -51,7 +51,7 @@ class PlainBatch:
         finally:
             self.rows, self._computed, self._failure = [], [], ""
 
-    def _generate(self, rows: list[Row]) -> bool:
+    def _generate(self, rows: list[AnswerRow]) -> bool:
         """Whether these rows could be written to their ends."""
         self._computed, self._written = rows, 0
         ids, mask = pad_left([row.prompt for row in rows], 0)

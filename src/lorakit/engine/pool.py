@@ -37,7 +37,7 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
-from lorakit.lora.injection import Part, parts_of, wrapped_modules
+from lorakit.lora.injection import AdapterPart, parts_of, wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
@@ -88,7 +88,7 @@ class Loaded:
     """
 
     config: LoraConfig
-    parts: list[Part] = field(repr=False)
+    parts: list[AdapterPart] = field(repr=False)
     rank: int
     size: int
 

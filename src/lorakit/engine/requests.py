@@ -34,7 +34,7 @@ class ChosenToken(TokenLogprob):
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """Some more of an answer.
 
     Attributes:
@@ -60,7 +60,7 @@ class Ticket:
     adapter: str | None
     sampling: Sampling
     cancelled: Event = field(default_factory=Event)
-    _pieces: SimpleQueue[Piece] = field(default_factory=SimpleQueue)
+    _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)
     _lock: Lock = field(default_factory=Lock)
     _listener: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
@@ -73,7 +73,7 @@ class Ticket:
         """Has the engine stop the answer at its next step. It then ends as `cancelled`."""
         self.cancelled.set()
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: AnswerPiece) -> None:
         """For the engine: hands a piece to whoever listens, now or later."""
         with self._lock:
             self._pieces.put(piece)
@@ -84,7 +84,7 @@ class Ticket:
                 except Exception:  # the loop is closed: nobody listens any more
                     self.cancel()
 
-    def __iter__(self) -> Generator[Piece]:
+    def __iter__(self) -> Generator[AnswerPiece]:
         """The pieces until the answer ends. Who stops listening early cancels it."""
         ended = False
         try:
@@ -96,7 +96,7 @@ class Ticket:
             if not ended:
                 self.cancel()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """As iterating, without blocking the event loop."""
         came = asyncio.Event()
         with self._lock:

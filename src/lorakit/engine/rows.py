@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit.engine.choosing import Chooser
-from lorakit.engine.requests import ChosenToken, FinishReason, Piece, Ticket, TokenLogprob
+from lorakit.engine.requests import AnswerPiece, ChosenToken, FinishReason, Ticket, TokenLogprob
 from lorakit.engine.sampling import Ending
 from lorakit.engine.text import AnswerText
 from lorakit.errors import LorakitError, first_line
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Row:
+class AnswerRow:
     """A request in a batch.
 
     Attributes:
@@ -142,7 +142,7 @@ class Row:
 
     def _hand_over(self, text: str, why: FinishReason | None = None, error: str = "") -> None:
         logprobs, self._logprobs = tuple(self._logprobs), []
-        self.ticket.put(Piece(text, logprobs, self.new_tokens, why, error))
+        self.ticket.put(AnswerPiece(text, logprobs, self.new_tokens, why, error))
 
     def _logprob(self, logs: torch.Tensor, token: int, rivals: int) -> ChosenToken:
         top = logs.topk(min(rivals, len(logs)))

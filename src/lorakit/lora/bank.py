@@ -23,7 +23,7 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combination import CombineSettings
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.injection import (
-    Part,
+    AdapterPart,
     inject,
     join,
     remove,
@@ -137,7 +137,9 @@ class AdapterBank(nn.Module):
         self.routing.frozen = True
         self.packed = PackedFactors(self.get_base_model(), families)
 
-    def add_packed(self, adapter_name: str, config: LoraConfig, parts: Sequence[Part]) -> None:
+    def add_packed(
+        self, adapter_name: str, config: LoraConfig, parts: Sequence[AdapterPart]
+    ) -> None:
         """Adds an adapter for inference beside the others, which may be in use meanwhile.
 
         Args:

@@ -89,7 +89,7 @@ def inject(
     return targets
 
 
-class Part(NamedTuple):
+class AdapterPart(NamedTuple):
     """What an adapter has beside one module.
 
     Attributes:
@@ -107,7 +107,7 @@ class Part(NamedTuple):
     values: dict[str, Any]
 
 
-def parts_of(model: nn.Module, name: str) -> list[Part]:
+def parts_of(model: nn.Module, name: str) -> list[AdapterPart]:
     """All that adapter `name` of `model` has, for `join`."""
     places = {
         id(module): (path.replace(".base_layer", ""), module)
@@ -127,11 +127,11 @@ def parts_of(model: nn.Module, name: str) -> list[Part]:
         tied_to = ""
         if isinstance(module, LoraTiedEmbedding | LoraTiedHead):
             tied_to, _ = places[id(module._embedding[0])]
-        parts.append(Part(path, type(module), parameter, tied_to, values))
+        parts.append(AdapterPart(path, type(module), parameter, tied_to, values))
     return sorted(parts, key=lambda part: bool(part.tied_to))
 
 
-def join(model: nn.Module, name: str, parts: Sequence[Part], routing: Routing) -> None:
+def join(model: nn.Module, name: str, parts: Sequence[AdapterPart], routing: Routing) -> None:
     """Adds an adapter as `name` that a model of the same structure has, with the same values.
 
     Nothing is looked for or initialised, and the values are not copied, so that it is quick.
@@ -317,7 +317,7 @@ def _wrap_layer(model: nn.Module, path: str, routing: Routing) -> LoraLayer:
     return _wrap(model, path, 4, make)
 
 
-def _wrap_as(model: nn.Module, part: Part, routing: Routing) -> Wrapped:
+def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> Wrapped:
     """The wrapper for a part of an adapter, which is made if there is none."""
     path, kind = part.path, part.kind
     if part.parameter:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from fastapi import Request
 from fastapi.responses import Response
 
-from lorakit.engine.requests import ChosenToken, Piece, TokenLogprob
+from lorakit.engine.requests import AnswerPiece, ChosenToken, TokenLogprob
 from lorakit.server.adapters import adapter_named
 from lorakit.server.event_streams import EventStream, client_of, while_wanted, whole_response
 from lorakit.server.open_answers import Answer, Desk, finish_reason
@@ -72,7 +72,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
             made["usage"] = None
         return made
 
-    def piece_of(number: int, piece: Piece) -> ChatChunk:
+    def piece_of(number: int, piece: AnswerPiece) -> ChatChunk:
         delta: Delta = {"content": piece.text} if piece.text or piece.logprobs else {}
         return chunk(
             [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fastapi import Request
 from fastapi.responses import Response
 
-from lorakit.engine.requests import ChosenToken, Piece
+from lorakit.engine.requests import AnswerPiece, ChosenToken
 from lorakit.server.adapters import adapter_named
 from lorakit.server.chat import finite
 from lorakit.server.event_streams import EventStream, client_of, while_wanted, whole_response
@@ -58,7 +58,7 @@ async def complete(
         ]
         return {**completion(choices), "usage": answers.usage}
 
-    def piece_of(number: int, piece: Piece) -> Completion:
+    def piece_of(number: int, piece: AnswerPiece) -> Completion:
         logprobs = _logprobs(piece.logprobs, written[number]) if with_logprobs else None
         written[number] += sum(len(token.text) for token in piece.logprobs)
         made = completion(

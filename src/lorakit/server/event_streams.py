@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lorakit.engine.requests import Piece
+from lorakit.engine.requests import AnswerPiece
 from lorakit.errors import LorakitError
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_content
 from lorakit.server.open_answers import Answer, OpenAnswers
@@ -82,7 +82,7 @@ class EventStream(StreamingResponse):
         self,
         answers: OpenAnswers,
         opening: Iterable[Any],
-        content: Callable[[int, Piece], Any],
+        content: Callable[[int, AnswerPiece], Any],
         closing: Callable[[], Any] | None,
     ) -> None:
         self._answers = answers
@@ -99,7 +99,7 @@ class EventStream(StreamingResponse):
 async def _events(
     answers: OpenAnswers,
     opening: Iterable[Any],
-    content: Callable[[int, Piece], Any],
+    content: Callable[[int, AnswerPiece], Any],
     closing: Callable[[], Any] | None,
 ) -> AsyncIterator[bytes]:
     try:

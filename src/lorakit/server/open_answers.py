@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from lorakit.engine.engine import Engine
-from lorakit.engine.requests import ChosenToken, Piece, Ticket
+from lorakit.engine.requests import AnswerPiece, ChosenToken, Ticket
 from lorakit.errors import InputError
 from lorakit.server.adapters import adapter_named
 from lorakit.server.errors import ApiError, bad_field
@@ -23,7 +23,7 @@ from lorakit.server.prometheus import Metrics
 from lorakit.server.replies import FinishReason, Usage
 
 _RETRY_AFTER = 1
-_Numbered = tuple[int, Piece | None]  # None: the answers were cut
+_Numbered = tuple[int, AnswerPiece | None]  # None: the answers were cut
 
 
 @dataclass
@@ -67,7 +67,7 @@ class OpenAnswers:
             "total_tokens": self.prompt_tokens + written,
         }
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, AnswerPiece]]:
         """Pieces with the number of their answer, as they come.
 
         Raises:
@@ -120,7 +120,7 @@ class OpenAnswers:
             ticket.cancel()
         self._desk.forget(self)
 
-    def _noted(self, number: int, piece: Piece) -> Piece:
+    def _noted(self, number: int, piece: AnswerPiece) -> AnswerPiece:
         now, metrics = time.perf_counter(), self._desk.metrics
         new = piece.new_tokens - self._counts[number]
         if new > 0:
@@ -278,7 +278,7 @@ class Desk:
         return min(wanted or left, left)
 
 
-def finish_reason(piece: Piece) -> FinishReason | None:
+def finish_reason(piece: AnswerPiece) -> FinishReason | None:
     """Why an answer ended, in OpenAI's words; None as long as it has not."""
     if piece.finish_reason is None:
         return None

@@ -24,7 +24,7 @@ _ENDLESS = 2**30  # tokens: a row is shown whole
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShownPiece:
     """A stretch of a row's text: `learned`, `read` or `cut`."""
 
     text: str
@@ -62,7 +62,7 @@ def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
     )
 
 
-def shown_row(setup: Setup, index: int) -> list[Piece]:
+def shown_row(setup: Setup, index: int) -> list[ShownPiece]:
     """Row `index` to learn from, token by token: what is learned, only read, or cut."""
     row, sample = setup.data.train[index], setup.data.train_samples[index]
     if isinstance(row, LabelledRow) or isinstance(sample, LabelledSample):
@@ -75,13 +75,13 @@ def shown_row(setup: Setup, index: int) -> list[Piece]:
 
 def _labelled_pieces(
     row: TokenizedRow, sample: AnySample, tokenizer: PreTrainedTokenizerBase
-) -> list[Piece]:
+) -> list[ShownPiece]:
     """What is read, and behind it the labels, or the answer, that are learned."""
     text = tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
-    return [Piece(f"{text} → ", "read"), Piece(sample.reference, "learned")]
+    return [ShownPiece(f"{text} → ", "read"), ShownPiece(sample.reference, "learned")]
 
 
-def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -> list[ShownPiece]:
     """The tokens of a row as text; tokens that share a character stay together.
 
     Args:
@@ -89,7 +89,7 @@ def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -
         kept: how many of its tokens are kept.
     """
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    found: list[Piece] = []
+    found: list[ShownPiece] = []
     waiting: list[int] = []
     for at, (token, label) in enumerate(zip(whole.input_ids, whole.labels, strict=True)):
         waiting.append(token)
@@ -99,6 +99,6 @@ def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -
         if "\ufffd" in text and len(waiting) < 8:  # half of a character: the rest follows
             continue
         state = "cut" if at >= kept else "read" if label == IGNORE else "learned"
-        found.append(Piece(text, state))
+        found.append(ShownPiece(text, state))
         waiting = []
     return found

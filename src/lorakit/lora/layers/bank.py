@@ -270,7 +270,7 @@ class LayerBank(Mergeable):
         """DoRA's lengths (d_out,) in the shape in which PEFT stores them."""
         return lengths
 
-    def _lengthening(self, name: str) -> torch.Tensor:
+    def _magnitude_factor(self, name: str) -> torch.Tensor:
         """DoRA's factor for every output channel (d_out,): the trained length by the norm."""
         if (kept := self._kept_factors.get(name)) is not None:
             return kept
@@ -349,7 +349,7 @@ class LayerBank(Mergeable):
             return None
         A, B = self.factors(name)
         W = self._as_matrix(self._unmerged(self.weight_name)).to(A.dtype)
-        update = self._lengthening(name)[:, None] * (W + self.scaling[name] * B @ A) - W
+        update = self._magnitude_factor(name)[:, None] * (W + self.scaling[name] * B @ A) - W
         return update.mul_(self.shares.get(name, 1.0))
 
     def bias_update(self, name: str) -> torch.Tensor | None:

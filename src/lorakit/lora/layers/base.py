@@ -89,7 +89,7 @@ class LoraLayer(LayerBank):
             update = update + self._per_channel(bias).to(y.dtype)
         if self._magnitude(name) is None:
             return update
-        factor = self._per_channel(self._lengthening(name)).to(y.dtype)
+        factor = self._per_channel(self._magnitude_factor(name)).to(y.dtype)
         update = (factor - 1) * self._base_product(x, y, dropped) + factor * update
         return update * self.shares[name] if name in self.shares else update
 
@@ -111,7 +111,9 @@ class LoraLayer(LayerBank):
         if not any(dora):
             return update
         one = torch.ones(B.shape[1], device=y.device)
-        factors = [self._lengthening(n) if own else one for n, own in zip(names, dora, strict=True)]
+        factors = [
+            self._magnitude_factor(n) if own else one for n, own in zip(names, dora, strict=True)
+        ]
         factor = self._per_channel(torch.stack([*factors, one])[index], y).to(y.dtype)
         update = (factor - 1) * self._base_product(x, y, dropped) + factor * update
         if not self.shares:
