@@ -187,7 +187,7 @@ def several(
     packed["training"]["per_device_train_batch_size"] = 4
     runs.append((one_row, None))
     if everything:
-        runs += [(packed, None), (two("ddp_killed", drops), "ddp_undisturbed")]
+        runs.append((packed, None))
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
     done = launched(TORCHRUN, Path(__file__).with_name("several_runs.py"), listed)
