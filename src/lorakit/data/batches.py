@@ -115,6 +115,29 @@ def _learned(row: TokenizedRow, begin: int, end: int) -> list[int]:
     return [IGNORE, *row.labels[begin + 1 : end]]
 
 
+def joined_lines(batches: "Sequence[Mapping[str, torch.Tensor]]") -> "dict[str, torch.Tensor]":
+    """Lines, as `LineCollator` makes them, one behind the other in one line."""
+    import torch
+
+    begins, tokens = [batches[0]["cu_seq_lens_q"][:1]], 0
+    parents, segments = [], 0
+    for batch in batches:
+        ends = batch["cu_seq_lens_q"][1:]
+        own = batch.get("parents")
+        if own is None:
+            own = torch.full_like(ends, -1)
+        begins.append(ends + tokens)
+        parents.append(torch.where(own < 0, own, own + segments))
+        tokens += batch["input_ids"].shape[1]
+        segments += len(ends)
+    names = ("input_ids", "position_ids", "labels")
+    line = {name: torch.cat([batch[name] for batch in batches], dim=1) for name in names}
+    line["cu_seq_lens_q"] = line["cu_seq_lens_k"] = torch.cat(begins)
+    if any("parents" in batch for batch in batches):
+        line["parents"] = torch.cat(parents)
+    return line
+
+
 def count_tokens(batch: "Mapping[str, torch.Tensor]") -> "int | torch.Tensor":
     """The tokens of a batch's rows: without padding, and with prefixes as often as rows have them.
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorakit.data.batches import joined_lines
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraEmbedding, LoraLinear, LoraQuantizedLinear, layer_class
 from lorakit.lora.routing import Route
@@ -86,7 +87,7 @@ def side_by_side(
     """
     tensors = [batch.tensors for batch in batches]
     in_line = "cu_seq_lens_q" in tensors[0]
-    whole = _in_one_line(tensors) if in_line else _in_blocks(tensors, pad_token_id)
+    whole = joined_lines(tensors) if in_line else _in_blocks(tensors, pad_token_id)
     shape = whole["input_ids"].shape
     widths = tuple(batch["input_ids"].shape[1] for batch in tensors)
     route = Route(
@@ -97,33 +98,6 @@ def side_by_side(
         streams=tuple(batch.stream for batch in batches),
     )
     return whole, route
-
-
-def _in_one_line(batches: Sequence[Tensors]) -> dict[str, torch.Tensor]:
-    begins, at = [batches[0]["cu_seq_lens_q"][:1]], 0
-    for batch in batches:
-        begins.append(batch["cu_seq_lens_q"][1:] + at)
-        at += batch["input_ids"].shape[1]
-    where = torch.cat(begins)
-    names = ("input_ids", "position_ids", "labels")
-    whole = {name: torch.cat([batch[name] for batch in batches], dim=1) for name in names}
-    whole |= {"cu_seq_lens_q": where, "cu_seq_lens_k": where}
-    if any("parents" in batch for batch in batches):
-        whole["parents"] = torch.cat(_parents_in_one_line(batches))
-    return whole
-
-
-def _parents_in_one_line(batches: Sequence[Tensors]) -> list[torch.Tensor]:
-    """Each batch's `parents`, counted from the first segment of all; -1 stays none."""
-    found, at = [], 0
-    for batch in batches:
-        segments = len(batch["cu_seq_lens_q"]) - 1
-        own = batch.get("parents")
-        if own is None:
-            own = batch["cu_seq_lens_q"].new_full((segments,), -1)
-        found.append(torch.where(own < 0, own, own + at))
-        at += segments
-    return found
 
 
 def _in_blocks(batches: Sequence[Tensors], pad_token_id: int) -> dict[str, torch.Tensor]:

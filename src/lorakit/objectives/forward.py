@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.batches import joined_lines
 from lorakit.lora.routing import BASE, Route
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.loss import IGNORE, SupervisedLoss
@@ -115,19 +116,9 @@ def repeated(batch: Mapping[str, torch.Tensor], times: int) -> dict[str, torch.T
     """A causal model's batch so many times, one after the other: rows, or in one line."""
     import torch
 
-    if "cu_seq_lens_q" not in batch:
-        return {name: torch.cat([tensor] * times) for name, tensor in batch.items()}
-    begins = batch["cu_seq_lens_q"]
-    length, segments = begins[-1], len(begins) - 1
-    ends = torch.cat([begins[:1], *(begins[1:] + i * length for i in range(times))])
-    found = {
-        name: torch.cat([batch[name]] * times, dim=1)
-        for name in ("input_ids", "position_ids", "labels")
-    }
-    if (parents := batch.get("parents")) is not None:
-        each = [torch.where(parents < 0, parents, parents + i * segments) for i in range(times)]
-        found["parents"] = torch.cat(each)
-    return {**found, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    if "cu_seq_lens_q" in batch:
+        return joined_lines([batch] * times)
+    return {name: torch.cat([tensor] * times) for name, tensor in batch.items()}
 
 
 def _sums(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

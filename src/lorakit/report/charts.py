@@ -200,7 +200,7 @@ def _hits(lines: Sequence[Line], x: Scale, text: Callable) -> list[Hit]:
 
 
 def strips(said: Iterable[tuple[float, list[str]]]) -> list[Hit]:
-    """What is said at each place, 0 to 1 by rising place: each strip ends halfway to the next."""
+    """Tooltips by place, 0 to 1 in rising order; each strip ends halfway to the next place."""
     said = list(said)
     edges = [0.0, *((a + b) / 2 for (a, _), (b, _) in pairwise(said)), 1.0]
     return [

@@ -209,7 +209,7 @@ def export_gguf_model(
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     name = base or origin(adapter, read_config(adapter)).base_model
-    if name:  # what cannot be written is said before anything is merged
+    if name:  # refuse what cannot be written before anything is merged
         family_of(read_base_config(resolve(name).path), name)
     with (
         atomic.replacing_file(output) as path,
