@@ -42,12 +42,12 @@ def test_rows_of_a_kind_are_read_for_objectives_that_take_it_alone(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pairs = RowFormat(
-        ("prompt", "chosen", "rejected"),
-        lambda row: (row.values["chosen"], row.values["rejected"]),
-        kind="preference",
+        ("stem", "left", "right"),
+        lambda row: (row.values["left"], row.values["right"]),
+        kind="comparison",
     )
     monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS, pairs])
-    row = Row({"prompt": "q", "chosen": "a", "rejected": "b"}, Path("rows.jsonl"), 1)
-    assert formats.to_sample(row, kinds=("preference",)) == ("a", "b")
-    with pytest.raises(InputError, match="preference pair"):
+    row = Row({"stem": "q", "left": "a", "right": "b"}, Path("rows.jsonl"), 1)
+    assert formats.to_sample(row, kinds=("comparison",)) == ("a", "b")
+    with pytest.raises(InputError, match="fit no format"):
         formats.to_sample(row)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,15 @@ from transformers import TrainerCallback
 
 import lorakit
 from lorakit.cli.main import app
-from lorakit.data import formats
-from lorakit.data.conversations import exchange, string
 from lorakit.data.masking import RowGroup, TokenizedRow, tokenize
-from lorakit.data.samples import RowFormat, Sample
-from lorakit.data.sources import Row
 from lorakit.errors import InputError
 from lorakit.objectives import objective as contract
 from lorakit.objectives import registry
 from lorakit.objectives.forward import ACTIVE, BASE, Forward, supervised_per_sequence
 from small_runs import recipe, weights
 
+
 # --- a preference objective, all of it ---------------------------------------------------------
-PAIR = ("prompt", "chosen", "rejected")
-
-
-@dataclass(frozen=True, slots=True)
-class PairSample(Sample):
-    rejected: Sample | None = None
-
-
-def read_pair(row: Row) -> PairSample:
-    prompt, *answers = (string(row, row.values[name], f"'{name}'") for name in PAIR)
-    chosen, rejected = (Sample(tuple(exchange(prompt, a)), None, row.where) for a in answers)
-    return PairSample(chosen.messages, None, row.where, rejected=rejected)
-
-
 @registry.register
 class ToyPreference(contract.Objective):
     name = "toy-preference"
@@ -71,10 +53,8 @@ TOY = {"type": "toy-preference", "beta": 0.5}
 
 
 @pytest.fixture
-def values(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     """Its recipe: six steps in float64 on `PAIRS`."""
-    form = RowFormat(PAIR, read_pair, (), "preference")
-    monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS, form])
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     made = recipe(tiny_model, rows, tmp_path / "run", per_device_train_batch_size=3)

@@ -187,7 +187,7 @@ def _too_long(
     """What is lost by rows that are too long, and what keeps it."""
     if not rows:
         return ""
-    longest = max(len(row) + row.cut for row in rows)
+    longest = max(row.longest for row in rows)
     lost = sum(row.cut for _, row in kept) + sum(len(row) + row.cut for row in left_out)
     whole = lost + sum(len(row) for _, row in kept)
     share = f"{lost / whole:.0%}" if lost >= 0.005 * whole else "under 1%"
@@ -199,13 +199,15 @@ def _too_long(
     return f"{share} of all tokens are lost; the longest has {longest:,} tokens: {cure}"
 
 
-def _key(sample: AnySample) -> tuple[str, str]:
+def _key(sample: AnySample) -> tuple[str, ...]:
+    if isinstance(sample, Sample):
+        return sample.content_key
     return sample.prompt_key, sample.reference
 
 
 def _repeated(samples: Sequence[AnySample]) -> list[AnySample]:
     """All but the first of those that are the same; copies that a weight made are one row."""
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, ...], str] = {}
     return [s for s in samples if first.setdefault(_key(s), s.where) != s.where]
 
 

@@ -336,8 +336,9 @@ def check_conversation(row: Row, messages: list[Message]) -> None:
         if row.values.get("system"):
             what, cure = "a system message in the 'system' column and in the messages", "remove one"
         else:
-            names = ("messages", "conversations", "history", "prompt")
-            column = next(name for name in names if isinstance(row.values.get(name), list))
+            names = ("messages", "conversations", "history", "prompt", "chosen")
+            lists = (name for name in names if isinstance(row.values.get(name), list))
+            column = next(lists, "input")
             what, cure = f"two system messages at the beginning of '{column}'", "join them"
         raise InputError(f"{row.where}: {what}; {cure}")
     if "assistant" not in roles:

@@ -1,7 +1,7 @@
 """The forms that rows may have: one line here each, and what form a row has.
 
 It is found from the columns of each row, or told by the recipe's `data.columns`. How a form is read
-is in a file of its own (`chat_rows`, `pair_rows`, `text_rows`).
+is in a file of its own (`chat_rows`, `pair_rows`, `text_rows`; `preference_rows`, `judged_rows`).
 """
 
 import dataclasses
@@ -10,8 +10,10 @@ from typing import Any
 
 from lorakit.data.chat_rows import MESSAGES, SHAREGPT
 from lorakit.data.column_hints import as_yaml, means
+from lorakit.data.judged_rows import JUDGED_FORMATS
 from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.pair_rows import ALPACA, PROMPT_COMPLETION, PROMPT_RESPONSE, QUESTION_ANSWER
+from lorakit.data.preference_rows import PAIR_FORMATS
 from lorakit.data.samples import RowFormat
 from lorakit.data.sources import Row
 from lorakit.data.text_rows import TEXT
@@ -25,6 +27,8 @@ FORMATS: list[RowFormat] = [
     QUESTION_ANSWER,
     SHAREGPT,
     TEXT,
+    *PAIR_FORMATS,
+    *JUDGED_FORMATS,
 ]
 """In the order in which messages list them; append to it to add one."""
 

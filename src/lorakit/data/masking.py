@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from lorakit.data.boundaries import Encoded, encode_apart, encode_texts
 from lorakit.data.samples import Sample
@@ -49,6 +49,11 @@ class TokenizedRow:
         return self.cut > 0
 
     @property
+    def longest(self) -> int:
+        """Tokens of the row before it was cut; of several sequences, of the longest."""
+        return max(len(one) + one.cut for one in self.sequences)
+
+    @property
     def supervised(self) -> int:
         """Tokens that the loss is taken on; a causal model never predicts the first one."""
         return sum(label != IGNORE for label in self.labels[1:])
@@ -69,7 +74,7 @@ class RowGroup(TokenizedRow):
     parts: tuple[TokenizedRow, ...] = ()
 
     @classmethod
-    def of(cls, *parts: TokenizedRow) -> "RowGroup":
+    def of(cls, *parts: TokenizedRow) -> Self:
         """The group of `parts`, of one sample."""
         return cls(
             [token for part in parts for token in part.input_ids],

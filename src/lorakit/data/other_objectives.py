@@ -38,9 +38,9 @@ def refuse_other_objectives(
         pair.append("output")  # LLaMA-Factory's older form: the better answer first
     if pair and "preference" not in kinds and not own & set(pair):
         raise InputError(
-            f"{row.where}: is a preference pair ({listed(pair, 4)}), for objectives such as DPO "
-            "that lorakit does not have yet: to learn the chosen answers alone, write rows of a "
-            f"prompt and that answer{_example(given)}"
+            f"{row.where}: is a preference pair ({listed(pair, 4)}): learn from it with objective: "
+            "dpo (or simpo, orpo, kto); to learn the chosen answers alone, write rows of a prompt "
+            f"and that answer{_example(given)}"
         )
     for name in _JUDGEMENTS if "unpaired_preference" not in kinds else ():
         names = given.keys() | columns.keys()
@@ -48,9 +48,9 @@ def refuse_other_objectives(
             continue
         if _is_judgement(given.get(name)):
             raise InputError(
-                f"{row.where}: '{name}' says whether the answer is desirable, for the objective "
-                "KTO, which lorakit does not have yet: keep the rows whose answer is desirable, "
-                f"and remove '{name}'"
+                f"{row.where}: '{name}' says whether the answer is desirable: learn from it with "
+                "objective: kto (KTO); to learn the desirable answers alone, keep their rows and "
+                f"remove '{name}'"
             )
     stepwise = {"prompt", "completions", "labels"} <= given.keys() and not own
     if stepwise and "stepwise_supervision" not in kinds:

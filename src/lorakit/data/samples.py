@@ -80,6 +80,16 @@ class Sample:
         return json.dumps(asked, sort_keys=True, ensure_ascii=False)
 
     @property
+    def content_key(self) -> tuple[str, ...]:
+        """Equal for samples that teach the same."""
+        return self.prompt_key, self.reference
+
+    @property
+    def parts(self) -> "tuple[Sample, ...]":
+        """The conversations or texts that it consists of."""
+        return (self,)
+
+    @property
     def _last_answer(self) -> int:
         return max(self.learned, default=0)
 

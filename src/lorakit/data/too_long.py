@@ -80,10 +80,10 @@ def fit(
         return _divided(samples, rows, limit)
     cut = [row for row in rows if row.truncated]
     if cut and too_long == "error":
-        longest = max(len(row) + row.cut for row in cut)
+        longest = max(row.longest for row in cut)
         others = f" (and {len(cut) - 1:,} more)" if len(cut) > 1 else ""
         raise InputError(
-            f"{cut[0].where}: {len(cut[0]) + cut[0].cut:,} tokens{others}, more than {limit}, and "
+            f"{cut[0].where}: {cut[0].longest:,} tokens{others}, more than {limit}, and "
             f"data.too_long is error: set it to cut or drop ({limit.cure(longest)})"
         )
     kept, left_out = [], []
@@ -98,10 +98,10 @@ def fit(
 def none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> InputError:
     """The error of a run whose rows are all too long; `key` is `train` or `eval`."""
     first = left_out[0]
-    longest = max(len(row) + row.cut for row in left_out)
+    longest = max(row.longest for row in left_out)
     return InputError(
         f"data.{key}: all rows are left out, as they (or their answers) lie behind {limit} (first: "
-        f"{first.where}, {len(first) + first.cut:,} tokens): raise data.max_length or shorten the "
+        f"{first.where}, {first.longest:,} tokens): raise data.max_length or shorten the "
         f"rows ({limit.cure(longest)})"
     )
 
@@ -110,7 +110,7 @@ def _divided(samples: Sequence[Sample], rows: Sequence[Row], limit: Limit) -> Fi
     kept, left_out, tokens = [], [], limit.tokens
     texts = parts = 0
     for sample, row in zip(samples, rows, strict=True):
-        if len(row) <= tokens:
+        if row.longest <= tokens:
             kept.append((sample, row))
         elif isinstance(row, (LabelledRow, RowGroup)):
             raise InputError(

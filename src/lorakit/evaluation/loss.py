@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.data.batches import Collator
 from lorakit.data.mixing import each
 from lorakit.errors import InputError
-from lorakit.objectives.objective import Objective, added
+from lorakit.objectives.objective import Objective, added, as_tensors, with_sums
 from lorakit.objectives.registry import default_objective
 from lorakit.progress import innermost, track
 
@@ -62,7 +62,17 @@ def rows_of(
     """The rows that `held_out_scores` are taken over; arguments and errors as in `mean_loss`."""
     if not samples:
         raise InputError("there are no rows to take the loss of")
-    return each(samples, lambda sample: objective.tokenize(sample, tokenizer, max_length))
+
+    def row(sample: Any) -> TokenizedRow:
+        made = objective.tokenize(sample, tokenizer, max_length)
+        if made.truncated and not made.supervised:
+            raise InputError(
+                f"{made.where}: nothing to score is left before data.max_length {max_length}; "
+                f"raise it to {made.longest} or shorten the row"
+            )
+        return made
+
+    return [*objective.together(each(samples, row), max_length)]
 
 
 def held_out_scores(
@@ -79,11 +89,20 @@ def held_out_scores(
     collate = objective.collator(tokenizer) or Collator(pad if isinstance(pad, int) else 0)
     forward = objective.forward(model)
     ordered, work = sorted(rows, key=len, reverse=True), innermost()
+    batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+    before: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     with evaluating(model) as device:
-        for at in range(0, len(ordered), batch_size):
-            chosen = ordered[at : at + batch_size]
-            batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+
+        def batch_of(some: Sequence[TokenizedRow]) -> dict[str, torch.Tensor]:
+            made = objective.to_batch(some, collate)
+            return {name: tensor.to(device) for name, tensor in made.items()}
+
+        for chosen in batches if objective.needs_all_batches else ():
+            found = objective.beforehand(forward, batch_of(chosen))
+            before = added(before, as_tensors(found))
+        for chosen in batches:
+            batch = with_sums(batch_of(chosen), before)
             sums = added(sums, objective.loss(forward, batch).sums())
             work.advance(len(chosen))
             if on_batch:

@@ -79,7 +79,7 @@ class SupervisedLoss:
 
         Args:
             batch: `input_ids` and `labels` (batch, seq), and what else the model's forward takes.
-                A position predicts the label after it.
+                A position predicts the label after it. Names with a dot are an objective's own.
             smoothing: with e the target is (1 - e) of the label and e / V of each of V tokens
                 (Szegedy et al. 2016, arXiv:1512.00567); a tensor (n,) has one for each token.
         """
@@ -90,7 +90,7 @@ class SupervisedLoss:
 
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = {k: tensor for k, tensor in batch.items() if k != "labels" and "." not in k}
         with rows_apart() if "cu_seq_lens_q" in batch else nullcontext():
             if self.output is None:
                 if self.keeps_logits:

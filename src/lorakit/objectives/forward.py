@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["ACTIVE", "BASE", "Forward", "supervised_per_sequence"]
+__all__ = ["ACTIVE", "BASE", "Forward", "per_sequence", "supervised_per_sequence"]
 
 ACTIVE = "__active__"
 """The name that stands for the adapter in training."""
@@ -63,10 +63,10 @@ class Forward:
         total, _, logits = self.reader.with_logits(self.module, batch, self.smoothing)
         return total, logits
 
-    def log_probabilities(
+    def token_log_probabilities(
         self, batch: Mapping[str, torch.Tensor], adapters: Sequence[str] = ()
     ) -> list[torch.Tensor]:
-        """The log-probability of each sequence's supervised tokens (sequences,), in nats.
+        """The log-probability of every supervised token (n,), sequence after sequence, in nats.
 
         Args:
             adapters: the names under which it is asked for, all in one pass: of adapters, `ACTIVE`
@@ -75,23 +75,36 @@ class Forward:
         Returns: one tensor for each of `adapters`.
         """
         assert isinstance(self.reader, SupervisedLoss)
-        counts = supervised_per_sequence(batch)
         routing: Any = getattr(self.adapted, "routing", None)
         if not adapters or routing is None:  # a bare model is its own base
-            found = _sums(-self.reader.of_tokens(self.module, batch), counts)
-            return [found] * max(1, len(adapters))
+            return [-self.reader.of_tokens(self.module, batch)] * max(1, len(adapters))
         active: Any = self.adapted.active_adapter
+        names = tuple(active if name == ACTIVE else name for name in adapters)
+        if len(names) == 1:
+            with routing.using(Route.of_rows(names)):
+                return [-self.reader.of_tokens(self.module, batch)]
         dimension = 1 if "cu_seq_lens_q" in batch else 0
         several = repeated(batch, len(adapters))
         rows, tokens = several["input_ids"].shape
-        route = Route(
-            rows=tuple(active if name == ACTIVE else name for name in adapters),
-            shape=(rows, tokens),
-            sizes=(batch["input_ids"].shape[dimension],) * len(adapters),
-        )
-        with routing.using(route):
+        sizes = (batch["input_ids"].shape[dimension],) * len(adapters)
+        with routing.using(Route(rows=names, shape=(rows, tokens), sizes=sizes)):
             found = -self.reader.of_tokens(self.module, several)
-        return [_sums(part, counts) for part in found.chunk(len(adapters))]
+        return list(found.chunk(len(adapters)))
+
+    def log_probabilities(
+        self, batch: Mapping[str, torch.Tensor], adapters: Sequence[str] = ()
+    ) -> list[torch.Tensor]:
+        """The log-probability of each sequence's supervised tokens (sequences,), in nats.
+
+        Args:
+            adapters: as in `token_log_probabilities`.
+
+        Returns: one tensor for each of `adapters`.
+        """
+        counts = supervised_per_sequence(batch)
+        return [
+            per_sequence(part, counts) for part in self.token_log_probabilities(batch, adapters)
+        ]
 
 
 def supervised_per_sequence(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -121,8 +134,8 @@ def repeated(batch: Mapping[str, torch.Tensor], times: int) -> dict[str, torch.T
     return {name: torch.cat([tensor] * times) for name, tensor in batch.items()}
 
 
-def _sums(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Sums of neighbouring values, so many for each."""
+def per_sequence(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Sums of neighbouring values (n,), so many for each of the sequences as `counts` says."""
     import torch
 
     owner = torch.arange(len(counts), device=values.device).repeat_interleave(counts)

@@ -20,6 +20,7 @@ from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.data.samples import Sample
 from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering, time_in
 from lorakit.data.templates import render
+from lorakit.data.too_long import Limit
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.models.load import load_for_task, positions_of
 from lorakit.models.loss import SupervisedLoss
@@ -67,12 +68,7 @@ class Loss:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """All of it by name, float64 on the CPU, to be added up over batches."""
-        import torch
-
-        parts = {**self.metrics, "total": self.total, "count": self.count}
-        return {
-            name: torch.as_tensor(value).detach().cpu().double() for name, value in parts.items()
-        }
+        return as_tensors({**self.metrics, "total": self.total, "count": self.count})
 
 
 def added(
@@ -80,6 +76,18 @@ def added(
 ) -> dict[str, torch.Tensor]:
     """`Loss.sums` of a batch and those before it together; `sums` is empty before the first."""
     return {name: sums[name] + value if sums else value for name, value in more.items()}
+
+
+def as_tensors(sums: Mapping[str, torch.Tensor | int]) -> dict[str, torch.Tensor]:
+    """Sums of a batch, float64 on the CPU, to be added up over batches."""
+    import torch
+
+    return {k: torch.as_tensor(value).detach().cpu().double() for k, value in sums.items()}
+
+
+def with_sums(batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with the sums of all (`Objective.beforehand`)."""
+    return {**batch, **{f"step.{name}": value for name, value in sums.items()}}
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,9 @@ class Objective:
         unit: what the loss is divided by, in words.
         row_kinds: the kinds of rows that it takes (`data.samples.RowFormat.kind`).
         templated: conversations become text by the chat template.
+        smooths_labels: the loss has targets that `label_smoothing_factor` can smooth.
+        learning_rates: the default by the size of the model (`lora.recommend.size_class`); None
+            for those of supervised fine-tuning.
         score_names: the held-out scores that `scores` gives.
         labels: the classes, of a classifier that has read its rows.
     """
@@ -168,6 +179,8 @@ class Objective:
     unit: ClassVar[str] = "supervised token"
     row_kinds: ClassVar[tuple[str, ...]] = SUPERVISED
     templated: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
+    learning_rates: ClassVar[Mapping[str, float] | None] = None
     Settings: ClassVar[type[Settings]] = Settings
 
     score_names: Sequence[str] = ()
@@ -238,7 +251,7 @@ class Objective:
             InputError: they cannot be used.
         """
         own_rows = type(self).tokenize is not Objective.tokenize
-        return prepare(
+        data = prepare(
             tokenizer,
             request.train,
             request.eval,
@@ -252,6 +265,10 @@ class Objective:
             to_row=self.tokenize if own_rows else None,
             templated=self.templated,
         )
+        tokens = Limit(request.max_length, positions).tokens
+        train, held_out = (self.together(rows, tokens) for rows in (data.train, data.eval))
+        notices = [*data.notices, *self.notices(train)]
+        return replace(data, train=train, eval=held_out, notices=notices)
 
     def tokenize(
         self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -263,9 +280,24 @@ class Objective:
         """
         return tokenize(sample, tokenizer, max_length)
 
+    def together(self, rows: Sequence[TokenizedRow], max_length: int) -> Sequence[TokenizedRow]:
+        """All rows of a split, with what they need of each other; by default as they are."""
+        return rows
+
+    def notices(self, rows: Sequence[TokenizedRow]) -> list[str]:
+        """Lines about the rows to learn from, for the user."""
+        return []
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collate | None:
         """Makes a batch's tensors; None for sequences of tokens, in one line or padded."""
         return None
+
+    def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
+        """The tensors of a batch: those of `collate`, which the model is given, and others.
+
+        A tensor that the model is not given has a dot in its name.
+        """
+        return collate(rows)
 
     # --- loss and scores --------------------------------------------------------------------
 
@@ -281,6 +313,20 @@ class Objective:
     def reader(self, model: nn.Module, own_logits: bool) -> SupervisedLoss | LabelLoss:
         """What takes the cross-entropy of a batch's labels."""
         return SupervisedLoss(model, own_logits)
+
+    def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """Sums that the loss of a batch needs of all batches that are learned or scored together.
+
+        They are added up over the batches of an optimizer step in all processes, or over all
+        held-out rows, and each of these batches gets them as `step.NAME`. There are no gradients
+        and no dropout. By default there are none.
+        """
+        return {}
+
+    @property
+    def needs_all_batches(self) -> bool:
+        """Whether there are sums that are taken beforehand."""
+        return type(self).beforehand is not Objective.beforehand
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The loss of a batch; without gradients, of held-out rows.

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 _BUILT_IN = {
     "sft": "lorakit.objectives.sft:Sft",
+    "dpo": "lorakit.objectives.dpo:Dpo",
+    "simpo": "lorakit.objectives.simpo:Simpo",
+    "orpo": "lorakit.objectives.orpo:Orpo",
+    "kto": "lorakit.objectives.kto:Kto",
     "classification": "lorakit.objectives.classification:Classification",
     "tagging": "lorakit.objectives.tagging:Tagging",
     "seq2seq": "lorakit.objectives.seq2seq:Seq2Seq",

@@ -28,7 +28,7 @@ from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.models.loss import SupervisedLoss
-from lorakit.objectives.objective import TrainingInputs
+from lorakit.objectives.objective import TrainingInputs, added, as_tensors, with_sums
 from lorakit.progress import track
 from lorakit.sweeps.space.configurations import changed
 from lorakit.training.advice import advised
@@ -113,7 +113,9 @@ class SweepBase:
 
     def batching(self, recipe: Recipe) -> tuple[Batching, list[str]]:
         """How rows become batches, with what to say where that is not as the recipe has it."""
-        return choose_batching(recipe, self._lines, self.pad_token_id, self.begun.collator)
+        begun = self.begun
+        batching, notices = choose_batching(recipe, self._lines, self.pad_token_id, begun.collator)
+        return replace(batching, to_batch=begun.objective.to_batch), notices
 
     def batches(self, recipe: Recipe, args: TrainingArguments) -> list[list[int]]:
         """The rows of each batch of the first epoch."""
@@ -216,14 +218,20 @@ class SweepBase:
 
     def _one_by_one(self, model: nn.Module, rows: Sequence[TokenizedRow]) -> RowLosses:
         """Losses of other tasks are sums over a batch, so that each row is one."""
-        objective, collate = self.begun.objective, self.begun.collator
-        collate = collate or self.batching(self.recipe)[0].collator(learning=False)
+        objective = self.begun.objective
+        collate = self.batching(self.recipe)[0].collator(learning=False)
         forward = objective.forward(model)
         found = []
         with evaluating(model) as device:
+
+            def batch_of(row: TokenizedRow) -> dict[str, torch.Tensor]:
+                return {name: tensor.to(device) for name, tensor in collate([row]).items()}
+
+            before: dict[str, torch.Tensor] = {}
+            for row in rows if objective.needs_all_batches else ():
+                before = added(before, as_tensors(objective.beforehand(forward, batch_of(row))))
             for row in track(rows, "evaluating rows"):
-                batch = {name: tensor.to(device) for name, tensor in collate([row]).items()}
-                loss = objective.loss(forward, batch)
+                loss = objective.loss(forward, with_sums(batch_of(row), before))
                 found.append((float(loss.total), int(loss.count)))
         return found
 

@@ -57,6 +57,7 @@ class Batching:
         prefixes: the model takes prefixes that rows share (`models.lines.take_prefixes`).
         draws: there is dropout or noise in training, which each row is to have of its own.
         eval_rows: the held-out rows of a batch; None for as many as a pass takes well.
+        to_batch: adds an objective's own tensors to those of a collator (`Objective.to_batch`).
     """
 
     pad_token_id: int | None
@@ -65,9 +66,15 @@ class Batching:
     prefixes: bool = False
     draws: bool = False
     eval_rows: int | None = None
+    to_batch: Callable[[Sequence[TokenizedRow], Collate], dict[str, torch.Tensor]] | None = None
 
     def collator(self, *, learning: bool) -> Collate:
         """What makes one batch's tensors, of rows that are learned or held out."""
+        collate = self._collator(learning)
+        to_batch = self.to_batch
+        return (lambda rows: to_batch(rows, collate)) if to_batch else collate
+
+    def _collator(self, learning: bool) -> Collate:
         if self.own_collator is not None:
             return self.own_collator
         if self.pad_token_id is None:
@@ -93,7 +100,7 @@ class Batching:
 
         Of the first batches of an epoch.
         """
-        collate = self.collator(learning=True)
+        collate = self._collator(learning=True)
         if not isinstance(collate, LineCollator) or not collate.share_prefixes:
             return 0.0
         several = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -138,11 +138,17 @@ def set_up(
     adapted = LoraModel(model, _started(inputs, recipe, arguments))
     if not data.eval and (name := needs_held_out_rows(recipe)):
         raise InputError(f"{name} needs held-out rows, and there are none: give data.eval a file")
+    if arguments.label_smoothing_factor and not inputs.objective.smooths_labels:
+        raise InputError(
+            "training.label_smoothing_factor has no effect with objective "
+            f"{inputs.objective.name}: leave it out"
+        )
     check_metric(arguments, ["loss", *inputs.objective.score_names])
     check_fsdp(arguments, inputs.lora_config(recipe))
     batching, notices = choose_batching(
         recipe, Lines(adapted), tokenizer.pad_token_id, inputs.collator
     )
+    batching = replace(batching, to_batch=inputs.objective.to_batch)
     notices += _divided(data, batching, arguments)
     steps = planned_steps(arguments, len(batching.train_batches(data.train, arguments, epoch=0)))
     notices += check_schedule(arguments, steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,8 @@ from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.models.template_files import Templates, write_templates
-from lorakit.objectives.objective import Objective, added
+from lorakit.objectives.forward import Forward
+from lorakit.objectives.objective import Batch, Objective, added, as_tensors, with_sums
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
@@ -205,32 +206,58 @@ class LoraTrainer(Trainer):
         """The held-out rows' `loss` per supervised token (or the objective's unit), and scores."""
         self.model.eval()
         self._averaged()
+        before: dict[str, torch.Tensor] = {}
+        if self.objective.needs_all_batches:
+            before = self._over_held_out(self.objective.beforehand)
+
+        def loss(forward: Forward, batch: Batch) -> Mapping[str, torch.Tensor]:
+            return self.objective.loss(forward, with_sums(batch, before)).sums()
+
+        return self.objective.held_out(self._over_held_out(loss))
+
+    def _over_held_out(
+        self, measure: Callable[[Forward, Batch], Mapping[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """What `measure` gives of all held-out rows, summed over batches and processes."""
         sums: dict[str, torch.Tensor] = {}
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
         for turn in track(range(math.ceil(len(batches) / processes)), "evaluating batches"):
             mine = turn * processes + self.args.process_index
-            found = self.sums_of_held_out(batches[mine % len(batches)])
+            batch = self._prepare_inputs(self.eval_dataset[batches[mine % len(batches)]])
+            found = self._measured(measure, [batch])
             if mine >= len(batches):
                 found = {name: torch.zeros_like(value) for name, value in found.items()}
             sums = added(sums, found)
-        return self.objective.held_out(self._over_processes(sums))
+        return self._over_processes(sums)
+
+    def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """A batch's `total` and `count`, and the objective's metrics: float64, on the CPU."""
+        batch = self._prepare_inputs(self.eval_dataset[rows])
+        return self._measured(lambda *given: self.objective.loss(*given).sums(), [batch])
+
+    @torch.no_grad()
+    def _measured(
+        self,
+        measure: Callable[[Forward, Batch], Mapping[str, torch.Tensor]],
+        batches: Sequence[Batch],
+    ) -> dict[str, torch.Tensor]:
+        """What `measure` gives of these batches, summed: float64, on the CPU."""
+        forward = self.forward.calling(self.model)
+        sums: dict[str, torch.Tensor] = {}
+        # Compiled for training, the blocks would be compiled again without gradients.
+        with torch.compiler.set_stance("force_eager"):
+            for batch in batches:
+                sums = added(sums, as_tensors(measure(forward, batch)))
+        return sums
 
     def _over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """These sums, added up over the processes of the run; on the CPU."""
-        if self.args.world_size == 1:
+        if self.args.world_size == 1 or not sums:
             return sums
         own = {name: value.to(self.args.device) for name, value in sums.items()}
         found: dict[str, torch.Tensor] = self.accelerator.reduce(own, "sum")
         return {name: value.cpu() for name, value in found.items()}
-
-    @torch.no_grad()
-    def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """A batch's `total` and `count`, and the objective's metrics: float64, on the CPU."""
-        batch = self._prepare_inputs(self.eval_dataset[rows])
-        # Compiled for training, the blocks would be compiled again without gradients.
-        with torch.compiler.set_stance("force_eager"):
-            return self.objective.loss(self.forward.calling(self.model), batch).sums()
 
     def evaluate(
         self,
@@ -265,6 +292,12 @@ class LoraTrainer(Trainer):
         asked to stop.
         """
         batches = list(islice(epoch_iterator, num_batches))
+        if self.objective.needs_all_batches:
+            self.model.eval()  # nothing is drawn, so that a run resumes to the same numbers
+            own = [self._prepare_inputs(batch) for batch in batches]
+            sums = self._over_processes(self._measured(self.objective.beforehand, own))
+            self.model.train()
+            batches = [with_sums(batch, sums) for batch in own]
         tokens = torch.zeros(4, dtype=torch.int64, device=device)
         tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:

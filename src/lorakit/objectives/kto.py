@@ -1,0 +1,177 @@
+"""KTO: answers that are desirable or not become likelier or less likely, each by itself.
+
+With r = log pi(y | x) - log pi_ref(y | x) and a reference point z0 the loss of a desirable answer
+is w_D (1 - sigmoid(beta (r - z0))), that of an undesirable one w_U (1 - sigmoid(beta (z0 - r)))
+(Ethayarajh et al. 2024, arXiv:2402.01306, equation 7). z0 estimates KL(pi || pi_ref): the mean
+log-ratio of answers behind the prompts of others, at least 0, without gradients.
+
+TRL pairs a prompt with the answer of the row before it in the batch, and takes z0 of each batch
+and process by itself, so that the loss depends on how a step is divided. Here a row keeps its
+mismatched answer, that of the row before it in the data with another prompt, and z0 is the mean
+over all rows of an optimizer step, over accumulated batches and processes: in one batch of all rows
+in the order of the data it is TRL's. Of held-out rows it is the mean over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
+from lorakit.objectives.forward import BASE, Forward
+from lorakit.objectives.objective import Batch, Collate, Loss, Objective, Settings
+from lorakit.objectives.preference import LEARNING_RATES, SCORES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.data.masking import TokenizedRow
+
+_MISMATCHED = "mismatched."
+
+
+class KtoSettings(Settings):
+    """TRL's settings of KTO.
+
+    Attributes:
+        beta: how strongly the adapter is kept near the reference.
+        loss_type: `kto`, or `apo_zero_unpaired`, which has no z0 (arXiv:2408.06266).
+        desirable_weight, undesirable_weight: what a row of either kind counts.
+    """
+
+    beta: float = Field(0.1, gt=0)
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(1.0, gt=0)
+
+
+class Kto(Objective):
+    """Kahneman-Tversky optimisation.
+
+    Attributes:
+        reference: as in `PreferencePairs`.
+    """
+
+    name = "kto"
+    unit = "answer"
+    row_kinds = ("unpaired_preference", "preference")
+    smooths_labels = False
+    learning_rates: ClassVar[Mapping[str, float]] = LEARNING_RATES
+    Settings = KtoSettings
+
+    score_names = (*SCORES, "kl")
+    reference: str = BASE
+
+    # --- rows to batches --------------------------------------------------------------------
+
+    def tokenize(
+        self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> TokenizedRow:
+        """A judged answer; both answers of a pair, one desirable and one not."""
+        return tokenize_judged(sample, tokenizer, max_length)
+
+    def together(self, rows: Sequence[TokenizedRow], max_length: int) -> Sequence[TokenizedRow]:
+        """Gives each answer's prompt a mismatched answer."""
+        if self.settings.loss_type != "kto" or not rows:
+            return rows
+        return with_mismatched(rows, max_length)
+
+    def notices(self, rows: Sequence[TokenizedRow]) -> list[str]:
+        """What to say of rows whose kinds have very different weights in the loss.
+
+        The paper's equation 8 has w_D n_D / (w_U n_U) between 1 and 4/3.
+        """
+        labels = [part.desirable for row in rows for part in row.sequences]  # type: ignore[attr-defined]
+        good = sum(labels)
+        bad, count = len(labels) - good, f"{len(labels):,} answers"
+        if not good or not bad:
+            only = "desirable" if good else "undesirable"
+            return [
+                f"all {count} are {only}: KTO learns from the contrast of both kinds; add rows of "
+                "the other, or learn desirable answers with objective: sft"
+            ]
+        weight = self.settings.desirable_weight / self.settings.undesirable_weight
+        if 1 <= round(weight * good / bad, 2) <= 1.34:
+            return []
+        return [
+            f"{good:,} of {count} are desirable: KTO's paper has desirable_weight x desirable rows "
+            "between 1 and 4/3 of undesirable_weight x undesirable rows, e.g. "
+            + (
+                f"objective.desirable_weight={bad / good:.2g}"
+                if good < bad
+                else f"objective.undesirable_weight={good / bad:.2g}"
+            )
+        ]
+
+    def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
+        """The answers with their labels, and the mismatched ones as a batch beside them."""
+        import torch
+
+        parts = [part for row in rows for part in row.sequences if isinstance(part, JudgedRow)]
+        batch = collate(rows)
+        batch["sequence.desirable"] = torch.tensor([part.desirable for part in parts])
+        if others := [part.mismatched for part in parts if part.mismatched is not None]:
+            batch |= {_MISMATCHED + name: tensor for name, tensor in collate(others).items()}
+        return batch
+
+    # --- loss and scores --------------------------------------------------------------------
+
+    def count(self, batch: Batch) -> int:
+        """The answers."""
+        return len(batch["sequence.desirable"])
+
+    def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """The summed log-ratios of mismatched answers, and their number."""
+        start = len(_MISMATCHED)
+        mismatched = {k[start:]: v for k, v in batch.items() if k.startswith(_MISMATCHED)}
+        if not mismatched:
+            return {}
+        ratios = self._log_ratios(forward, mismatched)[1]
+        return {"kl": ratios.sum(), "answers": ratios.new_tensor(len(ratios))}
+
+    def loss(self, forward: Forward, batch: Batch) -> Loss:
+        """The summed loss of the answers, with the rewards that it implies."""
+        import torch
+
+        settings, desirable = self.settings, batch["sequence.desirable"]
+        policy, ratios = self._log_ratios(forward, batch)
+        z0 = ratios.new_zeros(())
+        if "step.kl" in batch:
+            z0 = (batch["step.kl"] / batch["step.answers"]).clamp(min=0).to(ratios)
+        sign = desirable.to(ratios) * 2 - 1
+        losses = 1 - (settings.beta * sign * (ratios - z0)).sigmoid()
+        weights = torch.where(desirable, settings.desirable_weight, settings.undesirable_weight)
+        rewards = settings.beta * ratios.detach()
+        metrics = {"desirable": desirable.sum(), "kl": z0.detach() * len(ratios)}
+        for name, chosen in (("chosen", desirable), ("rejected", ~desirable)):
+            metrics[f"rewards/{name}"] = rewards[chosen].sum()
+            metrics[f"logps/{name}"] = policy.detach()[chosen].sum()
+        metrics["accuracy"] = (sign * (rewards - settings.beta * z0.detach()) > 0).sum()
+        return Loss((weights.to(losses) * losses).sum(), self.count(batch), metrics)
+
+    def _log_ratios(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi and log pi - log pi_ref of each answer (answers,); without gradients pi_ref."""
+        import torch
+
+        [policy] = forward.log_probabilities(batch)
+        with torch.no_grad():
+            [reference] = forward.log_probabilities(batch, (self.reference,))
+        return policy, policy - reference
+
+    def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:
+        """Means over the answers of either kind; a kind without rows has no score.
+
+        `accuracy` is the share of answers on the right side of z0, `margin` the distance of the
+        mean rewards of both kinds, `kl` the estimate z0.
+        """
+        good = float(sums["desirable"])
+        found = {"accuracy": float(sums["accuracy"]) / count, "kl": float(sums["kl"]) / count}
+        for name, number in (("chosen", good), ("rejected", count - good)):
+            for what in ("rewards", "logps"):
+                key = f"{what}/{name}"
+                found[key] = float(sums[key]) / number if number else 0.0
+        found["margin"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return {name: found[name] for name in self.score_names}

@@ -1,0 +1,133 @@
+"""What objectives over preference pairs have in common: rows, log-probabilities, rewards, scores.
+
+A subclass says what a pair costs (`pair_losses`). Where it has a reference, that is another route
+through the same weights (`BASE`, the model without its adapter), so that no second model is loaded;
+its rows need no gradients and are computed in a call of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorakit.data.preference_tokens import tokenize_pair
+from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
+from lorakit.objectives.objective import Batch, Loss, Objective
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.data.masking import TokenizedRow
+
+SCORES = (
+    "accuracy",
+    "margin",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""TRL's `rewards/accuracies`, `rewards/margins` and so on."""
+
+LEARNING_RATES = {"small": 5e-5, "medium": 1e-5, "large": 5e-6}
+"""By the size of the model. Tens of times below those of supervised fine-tuning: TRL's examples and
+LLaMA-Factory's have 5e-6 for DPO and KTO with LoRA on models of 7B (alignment-handbook's
+zephyr-7b-dpo-qlora too), and small models take larger ones."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a batch's pairs are judged by; each tensor is (pairs, 2), the chosen answer first.
+
+    Args:
+        policy: log-probabilities of the answers under the adapter in training, in nats.
+        reference: the same of the reference, without gradients; zeros where there is none.
+        lengths: supervised tokens of the answers.
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    lengths: torch.Tensor
+
+    @property
+    def log_ratios(self) -> torch.Tensor:
+        """How much likelier an answer is than under the reference: log pi - log pi_ref."""
+        return self.policy - self.reference
+
+    @property
+    def mean_policy(self) -> torch.Tensor:
+        """The log-probabilities per token."""
+        return self.policy / self.lengths
+
+
+class PreferencePairs(Objective):
+    """Pairs of a chosen and a rejected answer.
+
+    Attributes:
+        reference: the adapter that the policy is compared with, `BASE` for none of them; None for
+            an objective without reference.
+    """
+
+    unit = "pair"
+    row_kinds = ("preference",)
+    smooths_labels = False
+    learning_rates: ClassVar[Mapping[str, float]] = LEARNING_RATES
+
+    score_names = SCORES
+    reference: str | None = BASE
+
+    def tokenize(
+        self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> TokenizedRow:
+        """Both answers behind the same prompt; see `data.preference_tokens`."""
+        return tokenize_pair(sample, tokenizer, max_length)
+
+    def count(self, batch: Batch) -> int:
+        """The pairs."""
+        return len(supervised_per_sequence(batch)) // 2
+
+    def pairs(self, forward: Forward, batch: Batch) -> Pairs:
+        """The log-probabilities of a batch's pairs, those of the reference without gradients."""
+        import torch
+
+        lengths = supervised_per_sequence(batch)
+        policy = self.of_answers(forward.token_log_probabilities(batch)[0], lengths)
+        reference = torch.zeros_like(policy)
+        if self.reference is not None:
+            with torch.no_grad():
+                [tokens] = forward.token_log_probabilities(batch, (self.reference,))
+            reference = self.of_answers(tokens, lengths)
+        return Pairs(policy, reference, lengths.view(-1, 2))
+
+    def of_answers(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities of answers (pairs, 2): the sums of those of their tokens (n,).
+
+        Args:
+            lengths: of each answer, (2 * pairs,).
+        """
+        return per_sequence(tokens, lengths).view(-1, 2)
+
+    def pair_losses(self, pairs: Pairs) -> torch.Tensor:
+        """The loss of each pair (pairs,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of a pair")
+
+    def rewards(self, pairs: Pairs) -> torch.Tensor:
+        """What each answer is taken to be worth (pairs, 2): beta times its log-ratio."""
+        rewards: torch.Tensor = self.settings.beta * pairs.log_ratios
+        return rewards
+
+    def loss(self, forward: Forward, batch: Batch) -> Loss:
+        """The summed loss of the pairs, with the rewards that it implies."""
+        pairs = self.pairs(forward, batch)
+        total = self.pair_losses(pairs).sum()
+        rewards, policy = self.rewards(pairs).detach(), pairs.policy.detach()
+        margins = rewards[:, 0] - rewards[:, 1]
+        values = (
+            (margins > 0).sum().to(rewards.dtype),
+            margins.sum(),
+            *rewards.sum(0),
+            *policy.sum(0),
+        )
+        return Loss(total, self.count(batch), dict(zip(SCORES, values, strict=True)))
