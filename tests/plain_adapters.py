@@ -6,8 +6,8 @@ import torch
 
 import lorakit
 from lorakit.adapters.open import open_adapter
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.wrapping import wrapped_modules
 
 KINDS: dict[str, dict[str, object]] = {
     "plain": {"target_modules": "all-linear", "r": 4, "lora_alpha": 8},

@@ -12,9 +12,9 @@ import lorakit
 from lorakit.adapters.spectrum import Spectrum, spectra
 from lorakit.lora.checkpoint import read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.locate import INITIAL_NAME
+from lorakit.lora.wrapping import wrapped_modules
 
 
 def spectrum_of(*values: float) -> Spectrum:

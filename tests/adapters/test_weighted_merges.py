@@ -142,7 +142,7 @@ def test_rows_of_a_batch_take_the_same_part_as_a_whole_batch():
     model.add_adapter("plain", lorakit.LoraConfig(target_modules=["q_proj"]))
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            layer.take_part("default", 0.5)
+            layer.set_share("default", 0.5)
     ids = torch.randint(0, 40, (2, 7))
     model.set_adapter("default")
     expected = output(model, ids)

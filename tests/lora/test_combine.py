@@ -13,8 +13,8 @@ from families import output, to_peft, wrap
 from lorakit import LoraConfig, LoraModel
 from lorakit.errors import InputError
 from lorakit.lora.combination import METHODS, CombineSettings, Update, combine
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.wrapping import wrapped_modules
 
 TARGETS = {
     "llama": ["q_proj", "down_proj", "embed_tokens"],

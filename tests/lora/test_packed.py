@@ -14,9 +14,10 @@ from lorakit.engine.pool import structure_of
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import load_tensors
-from lorakit.lora.injection import parts_of, wrapped_modules
+from lorakit.lora.joining import parts_of
 from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route
+from lorakit.lora.wrapping import wrapped_modules
 
 IDS = torch.arange(12).view(4, 3)
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]

@@ -9,7 +9,7 @@ import torch
 from families import Attention, output, to_peft, wrap
 from lorakit import LoraConfig, PeftModel
 from lorakit.errors import InputError
-from lorakit.lora.injection import wrapped_modules
+from lorakit.lora.wrapping import wrapped_modules
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

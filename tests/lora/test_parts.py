@@ -68,14 +68,23 @@ def test_parts_of_a_batch_are_what_each_gives_alone_with_gradients(
 
 
 def test_parts_of_a_line_are_cut_by_tokens():
-    route = Route(rows=("a", "b"), sizes=(3, 4), shape=(1, 7))
-    assert route.parts(torch.zeros(1, 7, 2)) == (1, [3, 4])
-    assert route.parts(torch.zeros(7, 2)) == (0, [3, 4])
+    def cut(route: Route, *shape: int) -> tuple[int, list[int]]:
+        dim, parts = route.parts(torch.zeros(*shape))
+        assert tuple(dict.fromkeys(part.adapter for part in parts)) == route.row_names
+        return dim, [part.size for part in parts]
+
+    line = Route(rows=("a", "b"), sizes=(3, 4), shape=(1, 7))
+    assert cut(line, 1, 7, 2) == (1, [3, 4])
+    assert cut(line, 7, 2) == (0, [3, 4])
     rows = Route(rows=("a", "b"), sizes=(1, 2), shape=(3, 5))
-    assert rows.parts(torch.zeros(3, 5, 2)) == (0, [1, 2])
-    assert rows.parts(torch.zeros(15, 2)) == (0, [5, 10])
+    assert cut(rows, 3, 5, 2) == (0, [1, 2])
+    assert cut(rows, 15, 2) == (0, [5, 10])
     with pytest.raises(InputError, match="a batch of 3 rows or tokens, and a layer got 4"):
         rows.parts(torch.zeros(4, 2))
+    neighbours = Route(rows=("a", "a", "b"), shape=(6, 5))  # each row twice, as beams are
+    assert cut(neighbours, 6, 5, 2) == (0, [4, 2])
+    with pytest.raises(InputError, match="3 names, and a layer got 1"):
+        neighbours.parts(torch.zeros(1, 3, 2))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

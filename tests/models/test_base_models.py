@@ -21,9 +21,9 @@ from lorakit import LoraConfig, LoraModel, get_peft_model
 from lorakit.adapters.merge import merge
 from lorakit.errors import InputError
 from lorakit.lora.architecture import expert_parameters, language_part
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.presets import PRESETS
+from lorakit.lora.wrapping import wrapped_modules
 from matrix import few
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"

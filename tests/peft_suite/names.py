@@ -17,7 +17,8 @@ import lorakit
 from lorakit.lora import layers
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
-from lorakit.lora.layers.tokens import TiedModule, TokenRows, TrainedTokens
+from lorakit.lora.layers.tokens import TokenRows, TrainedTokens
+from lorakit.lora.layers.wrapped import WrappedModule
 from lorakit.lora.peft_api import hotswap
 
 COUNTERPARTS: dict[str, Any] = {
@@ -40,8 +41,6 @@ COUNTERPARTS: dict[str, Any] = {
     "peft.utils.other.TrainableTokensWrapper": TrainedTokens,
     "peft.utils.other.AuxiliaryTrainingWrapper": (ModulesToSaveWrapper, TrainedTokens),
 }
-# What PEFT's tests read of its classes' private parts, as far as it is here under another name.
-_HAVE_ADAPTERS = (ModulesToSaveWrapper, TrainedTokens, TiedModule, layers.LoraLayer)
 
 
 def install() -> None:
@@ -49,9 +48,9 @@ def install() -> None:
     replacements = {id(_find(path)): ours for path, ours in COUNTERPARTS.items()}
     shared = set(lorakit.__all__) & set(dir(peft)) - {"__version__"}
     replacements |= {id(getattr(peft, name)): getattr(lorakit, name) for name in sorted(shared)}
-    for kind in _HAVE_ADAPTERS:
-        kind._adapters = property(lambda self: set(self.adapters))
-        kind._all_available_adapter_names = lambda self: self.adapters
+    # What PEFT's tests read of its classes' private parts.
+    WrappedModule._adapters = property(lambda self: set(self.adapters))
+    WrappedModule._all_available_adapter_names = lambda self: self.adapters
     TokenRows.trainable_tokens_original = {}
     for module in _modules():
         for name, value in list(vars(module).items()):

@@ -19,7 +19,7 @@ from lorakit.adapters.verify import Survival, sum_of_squares
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.layers import LoraTiedEmbedding, LoraTiedHead, Mergeable
-from lorakit.lora.layers.rows import row_blocks
+from lorakit.lora.layers.weight_updates import row_blocks
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.layouts import layout_of
 from lorakit.models.load import stored_dtype

@@ -252,11 +252,10 @@ def add_others(
     Raises:
         InputError: one does not fit the base, or cannot stand beside the others.
     """
-    from lorakit.lora.injection import wrapped_modules
-    from lorakit.lora.layers import Mergeable
-    from lorakit.lora.layers.rows import in_part
-    from lorakit.lora.targets import unwrapped
+    from lorakit.lora.layers import Mergeable, unwrapped
+    from lorakit.lora.layers.weight_updates import in_part
     from lorakit.lora.vocabulary import embeddings, rows_in_file
+    from lorakit.lora.wrapping import wrapped_modules
 
     if added_tokens and weights[0] != 1:
         raise InputError(
@@ -280,7 +279,7 @@ def add_others(
     for _, module in wrapped_modules(model.get_base_model()):
         if isinstance(module, Mergeable):
             for name in module.adapters:
-                module.take_part(name, by_name[name])
+                module.set_share(name, by_name[name])
     done: set[int] = set()
     for W, V, weight in _trained_whole(model, by_name):
         if id(V) not in done and not W.is_meta:  # once, also where an embedding is the head
@@ -293,8 +292,8 @@ def _trained_whole(
     model: LoraModel, weights: Mapping[str, float]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
     """The base's tensors that adapters have trained whole, the trained ones, and the weights."""
-    from lorakit.lora.injection import wrapped_modules
     from lorakit.lora.layers import ModulesToSaveWrapper
+    from lorakit.lora.wrapping import wrapped_modules
 
     for _, module in wrapped_modules(model.get_base_model()):
         if isinstance(module, ModulesToSaveWrapper):

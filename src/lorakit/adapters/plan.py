@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import (
     LoraTiedEmbedding,
     LoraTiedHead,
@@ -23,6 +22,7 @@ from lorakit.lora.layers import (
     ModulesToSaveWrapper,
     TiedModule,
 )
+from lorakit.lora.wrapping import wrapped_modules
 from lorakit.models.shards import NewTensor, StoredTensor, all_tensors, code_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ParameterChange:
     def same_as(self) -> int:
         """Changes with the same number make the same of the same tensor."""
         if isinstance(self.layer, (LoraTiedHead, LoraTiedEmbedding)):
-            return id(self.layer._embedding[0])
+            return id(self.layer.embedding)
         return id(self.replaced if self.layer is None else self.layer)
 
 
@@ -123,7 +123,7 @@ def find_changes(
                         path, replaced=tensor, weight=weights[name]
                     )
             continue
-        layer = module._embedding[0] if isinstance(module, TiedModule) else module
+        layer = module.embedding if isinstance(module, TiedModule) else module
         here = [name for name in names if name in layer.adapters]
         for parameter in layer.changed_parameters(here) if here else []:
             key = f"{path}.{parameter}"

@@ -39,7 +39,7 @@ from lorakit.adapters.verify import Survival, sum_of_squares
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, same_values
-from lorakit.lora.layers.rows import RowUpdate, in_part, merged_rows, row_blocks
+from lorakit.lora.layers.weight_updates import RowUpdate, in_part, merged_rows, row_blocks
 from lorakit.lora.vocabulary import require_same_base, vocabulary_size
 from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.layouts import layout_of

@@ -37,12 +37,13 @@ from lorakit.lora.checkpoint import (
 )
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
-from lorakit.lora.injection import AdapterPart, parts_of, wrapped_modules
+from lorakit.lora.joining import AdapterPart, parts_of
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.saving import initial_factors
 from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
+from lorakit.lora.wrapping import wrapped_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

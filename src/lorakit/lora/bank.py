@@ -22,15 +22,8 @@ from lorakit.lora.biases import TrainedBiases
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors
 from lorakit.lora.combination import CombineSettings
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import (
-    AdapterPart,
-    inject,
-    join,
-    remove,
-    require_together,
-    wrapped_modules,
-    wrapped_places,
-)
+from lorakit.lora.injection import inject
+from lorakit.lora.joining import AdapterPart, join
 from lorakit.lora.layers import (
     LoraLayer,
     LoraLinear,
@@ -40,14 +33,10 @@ from lorakit.lora.layers import (
 )
 from lorakit.lora.packed import PackedFactors
 from lorakit.lora.parameters import count_parameters, set_trainable, to_meta
-from lorakit.lora.presets import PRESETS, fused_targets
 from lorakit.lora.replication import Replication
 from lorakit.lora.routing import Route, Routing
-from lorakit.lora.targets import task_heads, written_targets
 from lorakit.lora.weighted import combination
-
-_MANY = 20  # target names, as of an adapter that lists whole paths, are shortened to endings
-
+from lorakit.lora.wrapping import remove, require_together, wrapped_modules, wrapped_places
 
 _PACKED = (LoraLinear, LoraQuantizedLinear)
 """The kinds of layers, and none made of them, whose products are those of packed factors."""
@@ -184,18 +173,7 @@ class AdapterBank(nn.Module):
     ) -> None:
         require_beside(adapter_name, config, self.peft_config)
         model = self.get_base_model()
-        if heads := task_heads(model, config):
-            own = config.modules_to_save or []
-            config.modules_to_save = [*own, *(head for head in heads if head not in own)]
-        if isinstance(config.target_modules, list):
-            config.target_modules = fused_targets(model, config.target_modules)
-        found = inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
-        names = config.target_modules
-        if names is None or names in PRESETS or (isinstance(names, list) and len(names) >= _MANY):
-            config.target_modules = written_targets(found, model)
-        if config.base_model_name_or_path is None:
-            name = getattr(getattr(model, "config", None), "_name_or_path", None)
-            config.base_model_name_or_path = name or None
+        inject(model, config, adapter_name, self.routing, autocast, initialize and not meta)
         self.peft_config[adapter_name] = config
         own_tensors = adapter_parameters(model, adapter_name)
         if meta:

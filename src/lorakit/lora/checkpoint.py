@@ -18,11 +18,11 @@ from lorakit import atomic
 from lorakit.errors import BASE_OPTION, InputError, listed
 from lorakit.lora.architecture import without_wrappers
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import adapter_modules
 from lorakit.lora.key_names import PREFIX, as_peft_names
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, PICKLED_NAME, WEIGHTS_NAME
 from lorakit.lora.tensor_files import read_tensors
+from lorakit.lora.wrapping import adapter_modules
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by the keys that PEFT's files have."""

@@ -18,7 +18,8 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.key_names import PREFIX
-from lorakit.lora.targets import base_modules, unwrapped
+from lorakit.lora.layers import unwrapped
+from lorakit.lora.targets import base_modules
 
 _EXPERT = re.compile(
     re.escape(PREFIX)

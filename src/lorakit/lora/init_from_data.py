@@ -27,10 +27,10 @@ from lorakit.lora.init.corda import input_covariances
 from lorakit.lora.init.decompose import at_least_float32
 from lorakit.lora.init.eva import EvaConfig, eva
 from lorakit.lora.init.lora_ga import weight_gradients
-from lorakit.lora.injection import put_back_unused, wrapped_modules
 from lorakit.lora.layers import LoraLinear
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.targets import resolve_targets, written_targets
+from lorakit.lora.wrapping import put_back_unused, wrapped_modules
 
 
 def start_from_data(

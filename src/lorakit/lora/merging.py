@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.injection import eject, wrapped_modules
 from lorakit.lora.layers import Mergeable, ModulesToSaveWrapper
+from lorakit.lora.wrapping import eject, wrapped_modules
 
 
 def merge_layers(model: nn.Module, names: Sequence[str] | None, safe_merge: bool) -> None:

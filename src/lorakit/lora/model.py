@@ -19,12 +19,12 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.base_model import forward_of_base
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import eject
 from lorakit.lora.merging import merge_and_eject, merge_layers
 from lorakit.lora.parameters import tied_apart
 from lorakit.lora.routing import BASE, require_one_per_row
 from lorakit.lora.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from lorakit.lora.storage import StoredBank
+from lorakit.lora.wrapping import eject
 
 
 class LoraModel(StoredBank):

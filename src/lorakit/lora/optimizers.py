@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lorakit.errors import InputError
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.wrapping import wrapped_modules
 
 
 def loraplus_groups(

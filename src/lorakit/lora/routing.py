@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,21 @@ from lorakit.lora.streams import Stream
 
 BASE = "__base__"
 """The name that stands for "no adapter" in a list of names, one a row (PEFT's word)."""
+
+
+class RoutePart(NamedTuple):
+    """Neighbouring positions of a layer's input that have one adapter.
+
+    Attributes:
+        size: how many positions, along the dimension that `Route.parts` says.
+        width: of each row only so many tokens are its own; None where all are.
+        stream: what dropout is drawn from; None is PyTorch's own generator.
+    """
+
+    adapter: str
+    size: int
+    width: int | None = None
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -31,10 +47,10 @@ class Route:
         rows: one name a row, `"__base__"` for none; None when `shared` holds for all rows.
         shape: the model's input, as (batch, tokens in a row), where that is known.
         sizes: each of `rows` stands for so many neighbouring rows of the batch, or tokens of a
-            batch that is one line; None for one row each. Layers then compute every such part by
+            batch that is one line; None for one row each. Layers compute every such part by
             itself, as they would a batch of its own.
         widths: of the rows of each of these parts only so many tokens are its own, and what comes
-            behind them is filling, which its adapter does not see; None where all are.
+            behind them is padding, which its adapter does not see; None where all are.
         streams: what the adapter of each of `rows` draws its dropout from; empty where that is
             PyTorch's own generator.
     """
@@ -78,12 +94,15 @@ class Route:
 
     def require_rows(self, x: torch.Tensor) -> None:
         """Raises InputError unless it can be told which row each of `x` belongs to."""
-        rows, batch = sum(self.sizes) if self.sizes else len(self.rows or ()), x.shape[0]
+        rows, batch = sum(self.sizes or ()) or len(self.rows or ()), x.shape[0]
         known = self.shape is None or batch in (self.shape[0], self.shape[0] * self.shape[1])
         if batch % rows or not known:
+            given = f"adapter_names has {rows} names"
+            if self.sizes:
+                given = f"adapters share a batch of {rows} rows or tokens"
             raise InputError(
-                f"adapter_names has {rows} names, and a layer got {batch} rows, of which it "
-                "cannot be told whose they are: adapt other modules, or run one adapter at a time"
+                f"{given}, and a layer got {batch} rows, of which it cannot be told whose they "
+                "are: adapt other modules, or run one adapter at a time"
             )
 
     def _names(self) -> tuple[str, ...]:
@@ -93,49 +112,42 @@ class Route:
         named = zip(self.rows or (), self.sizes, strict=True)
         return tuple(name for name, size in named for _ in range(size))
 
-    def parts(self, x: torch.Tensor) -> tuple[int, list[int]]:
-        """The dimension of `x` along which the parts of `sizes` lie, and how long each is there.
+    def parts(self, x: torch.Tensor) -> tuple[int, list[RoutePart]]:
+        """The dimension of `x` along which the parts lie, and the parts.
+
+        Where rows have no `sizes`, neighbours with the same adapter are one part.
 
         Shapes: x (batch, …), (1, tokens, …) for a line, or (batch * tokens, d).
 
         Raises:
             InputError: it cannot be told which part each position belongs to.
         """
-        sizes, lead = list(self.sizes or ()), tuple(x.shape[:2])
-        total = sum(sizes)
-        if lead[0] == total:
-            return 0, sizes
-        if lead == (1, total):
-            return 1, sizes
-        if self.shape is not None and lead[0] == self.shape[0] * self.shape[1]:
-            each = lead[0] // total
-            return 0, [each * size for size in sizes]
-        raise InputError(
-            f"adapters share a batch of {total} rows or tokens, and a layer got {lead[0]}, of "
-            "which it cannot be told whose they are: adapt other modules, or run one adapter at "
-            "a time"
-        )
+        rows, sizes = self._runs
+        total, dim, each = sum(sizes), 0, 1
+        if x.shape[0] != total and self.sizes is not None and tuple(x.shape[:2]) == (1, total):
+            dim = 1
+        elif x.shape[0] != total:
+            self.require_rows(x)
+            each = x.shape[0] // total
+        widths: Sequence[int | None] = self.widths or (None,) * len(rows)
+        if self.widths is not None and self.shape is not None:
+            if tuple(x.shape[:2]) != self.shape and x.shape[0] != self.shape[0] * self.shape[1]:
+                raise InputError(
+                    "adapters share a batch of rows of different lengths, and a layer does not get "
+                    "these rows: adapt other modules, or run one adapter at a time"
+                )
+            widths = [None if width == self.shape[1] else width for width in self.widths]
+        streams = self.streams or (None,) * len(rows)
+        found = zip(rows, sizes, widths, streams, strict=True)
+        return dim, [RoutePart(name, each * n, width, stream) for name, n, width, stream in found]
 
-    def own_widths(self, x: torch.Tensor) -> tuple[int | None, ...]:
-        """How many tokens of its rows each part has for its own; None for all of them.
-
-        Shapes: x (batch, tokens, …) or (batch * tokens, d).
-
-        Raises:
-            InputError: some have filling, and it cannot be told where in `x` that is.
-        """
-        if self.widths is None or self.shape is None:
-            return (None,) * len(self.rows or ())
-        if tuple(x.shape[:2]) != self.shape and x.shape[0] != self.shape[0] * self.shape[1]:
-            raise InputError(
-                "adapters share a batch of rows of different lengths, and a layer does not get "
-                "these rows: adapt other modules, or run one adapter at a time"
-            )
-        return tuple(None if width == self.shape[1] else width for width in self.widths)
-
-    def drawn_from(self) -> tuple[Stream | None, ...]:
-        """One stream, or None, for each of `rows`."""
-        return self.streams or (None,) * len(self.rows or ())
+    @cached_property
+    def _runs(self) -> tuple[Sequence[str], Sequence[int]]:
+        """The adapter of each part, and how many rows of the batch it has."""
+        if self.sizes is not None:
+            return self.rows or (), self.sizes
+        runs = [(name, len(list(run))) for name, run in groupby(self.rows or ())]
+        return [name for name, _ in runs], [size for _, size in runs]
 
     def again(self) -> Route:
         """This route with streams that give the same numbers once more from here on."""
@@ -169,8 +181,8 @@ class Routing:
         """Arguments for `torch.utils.checkpoint`: what is computed again takes the same route.
 
         That happens in the backward pass, when another route may be in force, and draws the same
-        numbers for dropout again. The older,
-        re-entrant form knows nothing of it; with that, rows cannot choose adapters in training.
+        numbers for dropout again. The older, re-entrant form knows nothing of it; with that, rows
+        cannot choose adapters in training.
         """
         self.recomputes_route = not options.get("use_reentrant")
         if not self.recomputes_route:

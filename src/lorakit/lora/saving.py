@@ -18,8 +18,8 @@ from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, whole, write_adapter
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import adapter_modules
 from lorakit.lora.layers import LoraLayer
+from lorakit.lora.wrapping import adapter_modules
 
 if TYPE_CHECKING:
     from lorakit.lora.bank import AdapterBank

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.parameters import numbers_in
+from lorakit.lora.wrapping import wrapped_modules
 
 Irregular = Literal["irregular"]
 

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import nn
 
@@ -24,9 +23,9 @@ from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
     LoraLinear,
     LoraMultiheadAttention,
-    ModulesToSaveWrapper,
-    Wrapped,
+    WrappedModule,
     layer_class,
+    unwrapped,
 )
 from lorakit.lora.patterns import endings, layer_index, matches_whole, without_match
 from lorakit.lora.presets import FUSED, PRESETS, choose
@@ -42,7 +41,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and name.startswith(inside):
             continue
         inside = None
-        if isinstance(module, Wrapped):
+        if isinstance(module, WrappedModule):
             inside = f"{name}."
         yield without_wrappers(name), module
 
@@ -249,14 +248,6 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
         if isinstance(inner, (nn.Linear, nn.Embedding)):
             by_weight.setdefault(id(inner.weight), []).append(name)
     return {name: paths for paths in by_weight.values() if len(paths) > 1 for name in paths}
-
-
-def unwrapped(module: nn.Module) -> Any:
-    """The model's own module, where `module` is one of ours around it; else `module`."""
-    while isinstance(module, Wrapped):
-        saved = isinstance(module, ModulesToSaveWrapper)
-        module = module.original_module if saved else module.base_layer
-    return module
 
 
 def leaf_names(modules: dict[str, nn.Module]) -> list[str]:

@@ -21,8 +21,8 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.architecture import input_embedding, output_head
 from lorakit.lora.checkpoint import PREFIX, require_finite, same_values, spread_like
-from lorakit.lora.layers import TiedModule
-from lorakit.lora.targets import base_modules, unwrapped
+from lorakit.lora.layers import TiedModule, unwrapped
+from lorakit.lora.targets import base_modules
 
 CONFIG = "config.json"
 _PLACES = ("", "base_layer.", "token_adapter.base_layer.")

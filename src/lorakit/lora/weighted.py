@@ -17,9 +17,9 @@ from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import PREFIX, adapter_parameters
 from lorakit.lora.combination import CombineSettings, Update, check_settings, combine
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraEmbedding, LoraLayer, LoraParameter
 from lorakit.lora.targets import written_targets
+from lorakit.lora.wrapping import wrapped_modules
 
 
 @dataclass(frozen=True)

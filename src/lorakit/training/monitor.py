@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lorakit.errors import InputError
-from lorakit.lora.injection import wrapped_modules
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
+from lorakit.lora.wrapping import wrapped_modules
 from lorakit.weight_formats import dequantized
 
 _TOGETHER = 2**22  # numbers of A and B that are measured at once

@@ -7,16 +7,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.layers.attention import LoraMultiheadAttention
-from lorakit.lora.layers.base import LoraLayer
 from lorakit.lora.layers.conv import LoraConv
 from lorakit.lora.layers.embedding import LoraEmbedding
+from lorakit.lora.layers.layer import LoraLayer
 from lorakit.lora.layers.linear import LoraLinear
-from lorakit.lora.layers.mergeable import Mergeable
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.quantized import LoraQuantizedLinear
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
 from lorakit.lora.layers.tied import LoraTiedEmbedding, LoraTiedHead
 from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
+from lorakit.lora.layers.wrapped import WrappedModule, unwrapped
 from lorakit.weight_formats import is_quantized
 
 __all__ = [
@@ -33,13 +33,14 @@ __all__ = [
     "ModulesToSaveWrapper",
     "TiedModule",
     "TrainedTokens",
-    "Wrapped",
+    "WrappedModule",
     "layer_class",
     "register_layer",
+    "unwrapped",
 ]
 
-Wrapped = Mergeable | ModulesToSaveWrapper | TiedModule
-"""Everything that stands in the place of a model's own module."""
+Mergeable = LoraLayer | TrainedTokens
+"""The wrappers whose adapters can be merged into the base's parameters."""
 
 
 Test = Callable[[nn.Module], bool]

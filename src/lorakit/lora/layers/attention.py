@@ -73,7 +73,7 @@ class LoraMultiheadAttention(LoraLinear):
         # Adapters of rows are told apart by the first dimension; the attention wants (n, batch, d).
         swap = query.dim() == 3 and not base.batch_first
         inputs = {id(x): x.transpose(0, 1) if swap else x for x in (query, key, value)}
-        projected = {i: self._projected(x).chunk(3, dim=-1) for i, x in inputs.items()}
+        projected = {i: LoraLinear.forward(self, x).chunk(3, dim=-1) for i, x in inputs.items()}
         q, k, v = (projected[id(x)][i] for i, x in enumerate((query, key, value)))
         if query.dim() == 3:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -88,12 +88,6 @@ class LoraMultiheadAttention(LoraLinear):
         out = base.out_proj(attended.transpose(0, 1))  # rows first
         return (out if base.batch_first else out.transpose(0, 1)), weights
 
-    def _projected(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values of `x` side by side, (…, 3 d)."""
-        y = F.linear(x, self.base_weight, self.base_layer.in_proj_bias)
-        route = self.routing.route
-        if route.rows is not None:
-            return y + self._row_update(x, y, self._on_route(), route).to(y.dtype)
-        for name in self.active_adapters:
-            y = y + self._update(x, y, name).to(y.dtype)
-        return y
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Queries, keys and values of `x` side by side, (…, 3 d), without adapters."""
+        return F.linear(x, self.base_weight, self.base_layer.in_proj_bias)

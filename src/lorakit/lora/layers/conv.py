@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.layer import LoraLayer
 from lorakit.lora.routing import Routing
 
 _CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -29,8 +29,6 @@ class LoraConv(LoraLayer):
         base: Any = base_layer
         self.in_features, self.out_features = base.in_channels, base.out_channels
         self._spatial: int = self.base_weight.dim() - 2
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
 
     def add_adapter(
         self, name: str, config: LoraConfig, module_name: str = "", *options: bool
@@ -92,15 +90,6 @@ class LoraConv(LoraLayer):
         xAB = convolve(xA, B.to(x.dtype), groups=self.base_layer.groups)
         return xAB * self.scaling[name]
 
-    def _row_low_rank(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        # One convolution for all rows: each row is a group of its own.
-        batch, r = A.shape[:2]
-        kernels = A.reshape(batch * r, self.in_features, *self.base_weight.shape[2:])
-        rows = x.reshape(1, batch * self.in_features, *x.shape[2:])
-        xA = self._convolve(rows, kernels, groups=batch)  # (1, batch * r, …)
-        update = torch.bmm(B, xA.reshape(batch, r, -1))
-        return update.view(batch, self.out_features, *xA.shape[2:])
-
     def _base_product(
         self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
     ) -> torch.Tensor:
@@ -109,13 +98,13 @@ class LoraConv(LoraLayer):
         bias = self.base_layer.bias
         return y if bias is None else y - self._per_channel(bias)
 
-    def _stored_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
-        return lengths.view(1, -1, *[1] * self._spatial)
+    def _stored_magnitude(self, magnitude: torch.Tensor) -> torch.Tensor:
+        return magnitude.view(1, -1, *[1] * self._spatial)
 
-    def _per_channel(self, values: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(*values.shape, *[1] * self._spatial)
 
-    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The base layer's convolution of `x` with another weight, without a bias."""
         base: Any = self.base_layer
         padding = base.padding
@@ -123,7 +112,7 @@ class LoraConv(LoraLayer):
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
         convolve = _CONVOLUTIONS[weight.dim()]
-        return convolve(x, weight, None, base.stride, padding, base.dilation, groups)
+        return convolve(x, weight, None, base.stride, padding, base.dilation)
 
 
 def _plain_kind(module: nn.Module) -> type[nn.Module]:

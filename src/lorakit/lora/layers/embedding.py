@@ -8,8 +8,7 @@ from torch import nn
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.layers.bank import OF_EVERY_LAYER
-from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.layer import LoraLayer
 from lorakit.lora.routing import Routing
 
 
@@ -22,7 +21,7 @@ class LoraEmbedding(LoraLayer):
     """
 
     stored_transposed = True
-    by_name = (*OF_EVERY_LAYER, "lora_embedding_A", "lora_embedding_B")
+    by_name = (*LoraLayer.by_name, "lora_embedding_A", "lora_embedding_B")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
@@ -44,7 +43,7 @@ class LoraEmbedding(LoraLayer):
         factors, scaling = self.matrices(name), self.scaling[name]
         _, weight = config.init.fill(*factors, W, scaling, embedding=True)
         if weight is not None:
-            self._replace_base(name, weight)
+            self._replace_weight(name, weight)
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
@@ -66,11 +65,6 @@ class LoraEmbedding(LoraLayer):
         A, B = self.factors(name)
         return self._scaled_as_base(F.linear(F.embedding(x, A.T), B) * self.scaling[name])
 
-    def _row_low_rank(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        tokens = x.reshape(x.shape[0], 1, -1).expand(-1, A.shape[1], -1)
-        xA = A.gather(2, tokens)  # (batch, r, n)
-        return self._scaled_as_base(torch.bmm(xA.mT, B.mT).view(*x.shape, B.shape[1]))
-
     def _base_product(
         self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
     ) -> torch.Tensor:
@@ -78,9 +72,6 @@ class LoraEmbedding(LoraLayer):
 
     def _dropped(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x  # token numbers cannot be dropped
-
-    def _row_dropped(self, x: torch.Tensor, names: list[str], index: torch.Tensor) -> torch.Tensor:
-        return x
 
     def _scaled_as_base(self, update: torch.Tensor) -> torch.Tensor:
         """`update` times the factor by which the base multiplies what it looks up, if any."""

@@ -1,7 +1,6 @@
 """LoRA beside a linear layer, `nn.Linear` or GPT-2's `Conv1D`."""
 
 import math
-from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.kernels import Weight, lora_linear
-from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.layer import LoraLayer
 from lorakit.lora.packed import Family
 from lorakit.lora.routing import Route, Routing
 from lorakit.lora.spans import Span, lora_spans
@@ -48,8 +47,6 @@ class LoraLinear(LoraLayer):
         self.fan_in_fan_out = is_conv1d(base_layer) if fan_in_fan_out is None else fan_in_fan_out
         self.stored_transposed = self.fan_in_fan_out
         self.out_features, self.in_features = self._shape()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
         if r is not None:
             config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
             self.add_adapter("default", config)
@@ -130,27 +127,27 @@ class LoraLinear(LoraLayer):
     def _forward_parts(
         self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if not all(self._fusable(x, name) for name in self._on_route()):
+        names = [name for name in route.row_names if name in self.r]
+        if not names or not all(self._fusable(x, name) for name in names):
             return super()._forward_parts(x, route, *args, **kwargs)
-        dim, sizes = route.parts(x)
+        dim, parts = route.parts(x)
         # Parts of rows are as many positions as the rows have; a line has one each.
         each = math.prod(x.shape[dim + 1 : -1])
-        ends = accumulate(each * size for size in sizes)
+        end = 0
         spans: list[Span] = []
         factors: list[torch.Tensor] = []
-        for name, size, end, width, stream in zip(
-            route.rows or (), sizes, ends, route.own_widths(x), route.drawn_from(), strict=True
-        ):
+        for name, size, width, stream in parts:
+            begin, end = end, end + each * size
             if name in self.r:
                 rows = None if width is None or route.shape is None else (route.shape[1], width)
                 scaling, p = self.scaling[name], self._share_dropped(name)
-                spans.append(Span(end - each * size, end, scaling, p, stream, rows))
+                spans.append(Span(begin, end, scaling, p, stream, rows))
                 factors += self.factors(name)
         return lora_spans(x, self._frozen_weight(x), self.base_layer.bias, spans, factors)
 
     def _frozen_weight(self, x: torch.Tensor) -> Weight:
         """The weight (d_out, d_in) for products with x."""
-        return self.base_weight
+        return self.base_layer.weight
 
     def _share_dropped(self, name: str) -> float:
         dropout = self.lora_dropout[name]
@@ -159,10 +156,6 @@ class LoraLinear(LoraLayer):
     def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
         A, B = self.factors(name)
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.scaling[name]
-
-    def _row_low_rank(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        return torch.bmm(torch.bmm(rows, A.mT), B.mT).view(*x.shape[:-1], B.shape[1])
 
     def _base_product(
         self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor

@@ -9,9 +9,9 @@ from torch.func import functional_call
 
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.layers.base import LoraLayer
+from lorakit.lora.layers.layer import LoraLayer
 from lorakit.lora.layers.linear import LoraLinear
-from lorakit.lora.layers.rows import RowUpdate
+from lorakit.lora.layers.weight_updates import RowUpdate
 from lorakit.lora.routing import Route, Routing
 
 
@@ -23,6 +23,8 @@ class LoraParameter(LoraLayer):
     is (experts * r, d_in), `lora_B[name].weight` (d_out, r * experts), and a module with several
     adapted parameters is wrapped once for each, the first innermost.
     """
+
+    nesting = 1
 
     def __init__(
         self, base_layer: nn.Module, parameter_name: str, routing: Routing | None = None
@@ -36,11 +38,10 @@ class LoraParameter(LoraLayer):
                 f"target_parameters: {parameter_name} has {weight.dim()} dimensions, not 2 or 3"
             )
         self.num_experts = weight.shape[0] if weight.dim() == 3 else 1
-        transposed = weight.dim() == 3 and is_transposed(self.get_base_layer())
-        self._stored_transposed = transposed
+        # As gpt-oss has them.
+        own = getattr(self.get_base_layer(), "is_transposed", False)
+        transposed = self._stored_transposed = weight.dim() == 3 and bool(own)
         self.out_features, self.in_features = (weight.mT if transposed else weight).shape[-2:]
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
 
     def _get_name(self) -> str:
         return "lora.ParamWrapper"  # PEFT's name for it
@@ -133,24 +134,13 @@ class LoraParameter(LoraLayer):
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         index = route.row_index(x, names)
         outputs = []
-        for one in ([n] for n in names):
-            with self.routing.using(Route(shared=tuple(one))):  # those inside have the adapter too
+        for name in names:
+            with self.routing.using(Route(shared=(name,))):  # those inside have the adapter too
                 outputs.append(self._with(self._on_route(), args, kwargs))
         if not set(route.rows or ()) <= set(names):
             with self.routing.using(Route()):
                 outputs.append(self._with([], args, kwargs))
         return torch.stack(outputs)[index, torch.arange(len(index), device=x.device)]
-
-    def _low_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        raise NotImplementedError("a parameter has no input of its own")
-
-    def _row_low_rank(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("a parameter has no input of its own")
-
-    def _base_product(
-        self, x: torch.Tensor, y: torch.Tensor, dropped: torch.Tensor
-    ) -> torch.Tensor:
-        raise NotImplementedError("a parameter has no input of its own")
 
 
 def by_matrix(A: torch.Tensor, B: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,21 +152,3 @@ def by_matrix(A: torch.Tensor, B: torch.Tensor, count: int) -> tuple[torch.Tenso
         A.reshape(count, -1, A.shape[-1]),
         B.reshape(B.shape[0], -1, count).permute(2, 0, 1),
     )
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module's stacked parameters are (experts, d_in, d_out), as gpt-oss has them."""
-    return bool(getattr(module, "is_transposed", False))
-
-
-def stacked_shape(module: nn.Module, parameter: str) -> tuple[int, int, int] | None:
-    """(matrices, d_out, d_in) of a module's parameter; None where it has none of 2 or 3 dimensions.
-
-    A matrix alone is a stack of one.
-    """
-    W = dict(module.named_parameters(recurse=False)).get(parameter)
-    if W is None or W.dim() not in (2, 3):
-        return None
-    count = W.shape[0] if W.dim() == 3 else 1
-    d_out, d_in = (W.mT if W.dim() == 3 and is_transposed(module) else W).shape[-2:]
-    return count, d_out, d_in

@@ -11,50 +11,32 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError, listed
+from lorakit.lora.layers.wrapped import WrappedModule
 from lorakit.lora.routing import BASE, Routing
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(WrappedModule):
     """The frozen original and one trained copy an adapter, chosen by the route in force.
 
     Args:
-        original_module: perhaps with wrappers of other adapters around it.
-        own: the model's own module, inside of them; None where there are none.
+        original_module: the base's own module, perhaps with wrappers of other adapters around it.
     """
 
+    inner_name = "original_module"
+    nesting = 0
     by_name = ("modules_to_save",)
 
-    def __init__(
-        self, original_module: nn.Module, routing: Routing, own: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.original_module = original_module
-        self._own = [(own or original_module).requires_grad_(False)]  # no submodule
-        self.training = original_module.training
+    def __init__(self, original_module: nn.Module, routing: Routing) -> None:
+        super().__init__(original_module, routing)
+        self.get_base_layer().requires_grad_(False)
         self.modules_to_save = nn.ModuleDict()
-        self.routing = routing
 
     def add_adapter(self, name: str, tied_to: nn.Module | None = None) -> None:
         """Starts adapter `name`'s own copy from the original, with the weight of `tied_to`."""
-        own = copy.deepcopy(self._own[0]).requires_grad_(True)
+        own = copy.deepcopy(self.get_base_layer()).requires_grad_(True)
         if tied_to is not None:
             own.weight = tied_to.weight
         self.modules_to_save[name] = own
-
-    @property
-    def adapters(self) -> list[str]:
-        """The names of the adapters that have a copy."""
-        return list(self.modules_to_save)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters of the route in force that have a copy."""
-        return [name for name in self.routing.route.shared if name in self.modules_to_save]
-
-    def delete_adapter(self, name: str) -> None:
-        """Forgets adapter `name`'s copy, if it has one."""
-        if name in self.modules_to_save:
-            del self.modules_to_save[name]
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of adapter `name`'s copy, buffers too, under their names in the original."""
@@ -95,7 +77,7 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[own[0]] if own else self.original_module
 
     def original(self, active: Iterable[str] = ()) -> nn.Module:
-        """What stands in this one's place when it is taken out: an active copy, if there is one."""
+        """What takes this wrapper's place when it is taken out: an active copy, if there is one."""
         return self.chosen(active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,8 +101,8 @@ class ModulesToSaveWrapper(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):
+            if "modules_to_save" not in vars(self).get("_modules", {}):
                 raise
             return getattr(self.active_module, name)

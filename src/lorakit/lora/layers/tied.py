@@ -8,7 +8,7 @@ from torch import nn
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.linear import LoraLinear
-from lorakit.lora.layers.rows import RowUpdate
+from lorakit.lora.layers.weight_updates import RowUpdate
 
 
 class LoraTiedHead(LoraLinear):
@@ -18,13 +18,16 @@ class LoraTiedHead(LoraLinear):
     head's `A` is the embedding's `Bᵀ`, and its `B` the embedding's `Aᵀ`: it has no parameters.
     """
 
+    nesting = 3
+    embedding: LoraEmbedding
+
     def __init__(self, base_layer: nn.Module, embedding: LoraEmbedding) -> None:
         super().__init__(base_layer, r=None, routing=embedding.routing)
-        self._embedding = [embedding]  # in a list, so that it is no submodule here
+        vars(self)["embedding"] = embedding  # not as a submodule
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The embedding's factors, exchanged and transposed."""
-        A, B = self._embedding[0].matrices(name)
+        A, B = self.embedding.matrices(name)
         return B.T, A.T
 
     def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
@@ -35,7 +38,7 @@ class LoraTiedHead(LoraLinear):
 
     def _row_update_of(self, name: str) -> RowUpdate | None:
         # The embedding's own, to the last bit: merged, the two are still one.
-        return self._embedding[0]._row_update_of(name)
+        return self.embedding._row_update_of(name)
 
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
         A, B = self.matrices(name)
@@ -53,13 +56,16 @@ class LoraTiedHead(LoraLinear):
 class LoraTiedEmbedding(LoraEmbedding):
     """Another embedding with the same weight, and with the first one's factors."""
 
+    nesting = LoraTiedHead.nesting
+    embedding: LoraEmbedding
+
     def __init__(self, base_layer: nn.Module, embedding: LoraEmbedding) -> None:
         super().__init__(base_layer, embedding.routing)
-        self._embedding = [embedding]  # in a list, so that it is no submodule here
+        vars(self)["embedding"] = embedding  # not as a submodule
 
     def matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The first embedding's factors."""
-        return self._embedding[0].matrices(name)
+        return self.embedding.matrices(name)
 
     def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
         """Nothing: the first embedding has the parameters."""

@@ -4,7 +4,7 @@ New tokens are taught without a copy of the whole embedding; modules that are ti
 the embeddings of an encoder and a decoder, follow it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import InputError, listed
-from lorakit.lora.layers.mergeable import Mergeable
-from lorakit.lora.layers.rows import in_part
+from lorakit.lora.layers.weight_updates import in_part
+from lorakit.lora.layers.wrapped import WrappedModule, unwrapped
 from lorakit.lora.routing import Routing
 
 
@@ -29,23 +29,21 @@ class TokenRows(nn.Module):
         self.token_indices: dict[str, list[int]] = {}
 
 
-class TrainedTokens(Mergeable):
+class TrainedTokens(WrappedModule):
     """An embedding, and for each adapter the rows of some tokens in place of the base's."""
 
+    nesting = 2
     by_name = ("token_indices", "trainable_tokens_delta")
 
     def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
         super().__init__(base_layer, routing)
+        self.base_weight.requires_grad_(False)
         self.token_adapter = TokenRows()
         self._tied: list[nn.Module] = []  # in a list, so that it is no submodule here
 
-    def tie(self, module: nn.Module, own: nn.Module) -> "TiedModule":
-        """A module with this embedding's weight, wrapped to follow it; merging keeps them tied.
-
-        Args:
-            own: the model's own module, inside of what may be around it.
-        """
-        self._tied.append(own)
+    def tie(self, module: nn.Module) -> "TiedModule":
+        """A module with this embedding's weight, wrapped to follow it; merging keeps them tied."""
+        self._tied.append(own := unwrapped(module))
         return (TiedEmbedding if isinstance(own, nn.Embedding) else TiedHead)(module, self)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -70,11 +68,6 @@ class TrainedTokens(Mergeable):
         """The tokens whose rows each adapter has."""
         return self.token_adapter.token_indices
 
-    @property
-    def adapters(self) -> list[str]:
-        """The names of the adapters that have rows here."""
-        return list(self.token_indices)
-
     def add_adapter(self, name: str, tokens: list[int]) -> None:
         """Starts adapter `name`'s rows from the base's own.
 
@@ -95,10 +88,6 @@ class TrainedTokens(Mergeable):
         if name not in self.token_indices:
             return {}
         return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta[name]}
-
-    def _forget(self, name: str) -> None:
-        if self.token_indices.pop(name, None) is not None:
-            del self.trainable_tokens_delta[name]
 
     def changed_parameters(self, names: Sequence[str]) -> list[str]:
         self._require_apart(names)
@@ -175,51 +164,28 @@ class TrainedTokens(Mergeable):
         return rows, tables[route.row_index(x, names)]
 
 
-class TiedModule(nn.Module):
-    """A module whose weight is a `TrainedTokens` embedding's, and that follows its rows."""
+class TiedModule(WrappedModule):
+    """A module whose weight is a `TrainedTokens` embedding's, and that follows its rows.
+
+    It has nothing of its own: the rows, and what is to be checked and merged, are the embedding's.
+    """
+
+    nesting = TrainedTokens.nesting
+    embedding: TrainedTokens
 
     def __init__(self, base_layer: nn.Module, embedding: TrainedTokens) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training
-        self._embedding = [embedding]  # in a list, so that it is no submodule here
+        super().__init__(base_layer, embedding.routing)
+        vars(self)["embedding"] = embedding  # not as a submodule
 
     @property
     def adapters(self) -> list[str]:
         """The names of the adapters that the embedding has."""
-        return self._embedding[0].adapters
+        return self.embedding.adapters
 
     @property
     def token_adapter(self) -> TokenRows:
         """The embedding's rows, which are this module's too."""
-        return self._embedding[0].token_adapter
-
-    @property
-    def routing(self) -> Routing:
-        """The embedding's."""
-        return self._embedding[0].routing
-
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Nothing: the rows are the embedding's."""
-        return {}
-
-    def delete_adapter(self, name: str) -> None:
-        """Nothing to do: the rows are the embedding's."""
-
-    def require_together(self, names: Sequence[str]) -> None:
-        """Nothing to check: the embedding does it."""
-
-    def original(self, active: Iterable[str] = ()) -> nn.Module:
-        """The module itself."""
-        return self.base_layer
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+        return self.embedding.token_adapter
 
 
 class TiedEmbedding(TiedModule):
@@ -228,7 +194,7 @@ class TiedEmbedding(TiedModule):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's embeddings of `x` (batch, n), with trained rows where there are some."""
         y = self.base_layer(x, *args, **kwargs)
-        return self._embedding[0].replaced(x, y, self.base_layer)
+        return self.embedding.replaced(x, y, self.base_layer)
 
 
 class TiedHead(TiedModule):
@@ -237,7 +203,7 @@ class TiedHead(TiedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of `x` (batch, n, dim); those of trained tokens come from the trained rows."""
         y = self.base_layer(x)
-        (embedding,) = self._embedding
+        embedding = self.embedding
         if not (names := embedding.serving()):
             return y
         rows, slots = embedding._slots(names, x)

@@ -16,11 +16,11 @@ from lorakit.lora.bank import AdapterBank
 from lorakit.lora.checkpoint import PREFIX, load_initial, load_tensors, read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
-from lorakit.lora.injection import adapter_modules, wrapped_modules
 from lorakit.lora.layers import LoraLayer, LoraParameter
 from lorakit.lora.locate import locate
 from lorakit.lora.peft_api.in_place import bank_of
 from lorakit.lora.vocabulary import put_frozen, split_frozen
+from lorakit.lora.wrapping import adapter_modules, wrapped_modules
 
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.|$)")
 

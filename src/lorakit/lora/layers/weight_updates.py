@@ -1,14 +1,13 @@
-"""Weights changed some rows at a time, with the very bytes of a change of the whole.
+"""What an adapter adds to a weight, and adding it some rows at a time.
 
-A merge file by file and one in memory are both made of it (`adapters/streaming.py`, `bank.py`).
+A merge file by file and one in memory are both made of it (`adapters/streaming.py`, `layer.py`),
+so that both give the same bytes.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-
-from lorakit.lora.dora import channel_norms
 
 RowUpdate = Callable[[torch.Tensor, torch.Tensor, slice], object]
 """Adds an update, in place, to a sum over some rows of a stored weight.
@@ -17,6 +16,27 @@ It takes the sum, the rows as they are stored, and where they lie.
 """
 
 _BLOCK = 1 << 19  # values at a time: few enough for the processor's last cache
+
+
+@torch.no_grad()
+def channel_norms(
+    W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`‖W + scaling * B A‖` of every output channel, without forming the sum, for DoRA.
+
+    DoRA trains the magnitude of every channel apart from its direction:
+    `W' = m * (W + scaling * B A) / ‖W + scaling * B A‖` (Liu et al. 2024, arXiv:2402.09353), the
+    norm being a constant (its section 4.3). From `‖w + b A‖² = ‖w‖² + 2 b (A w) + b (A Aᵀ) bᵀ`
+    the cost is that of a product with A. With `B = 0` the result is exactly `‖W‖`.
+
+    Shapes: W (d_out, d_in), A (r, d_in), B (d_out, r). Returns (d_out,) in A's dtype.
+    """
+    squares = torch.linalg.vector_norm(W, dim=1, dtype=A.dtype).square()
+    scaled = B * scaling
+    WA = (W @ A.to(W.dtype).T).to(A.dtype)
+    squares += (scaled * (2 * WA + scaled @ (A @ A.T))).sum(dim=1)
+    # Rounding can take a norm of nearly zero below it.
+    return squares.clamp_(min=torch.finfo(A.dtype).tiny).sqrt_()
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
@@ -58,18 +78,18 @@ def transposed_rows(A: torch.Tensor, B: torch.Tensor, scaling: float) -> RowUpda
     return lambda total, _, rows: total.addmm_(A[:, rows].T, scaled.T)
 
 
-def turned_rows(
+def dora_rows(
     A: torch.Tensor,
     B: torch.Tensor,
     scaling: float,
-    lengths: torch.Tensor,
+    magnitude: torch.Tensor,
     share: float,
     as_matrix: Callable[[torch.Tensor], torch.Tensor],
 ) -> RowUpdate:
     """DoRA: `m (W + scaling B A) / ‖…‖ - W`.
 
     Args:
-        lengths: m (d_out,).
+        magnitude: m (d_out,).
         share: what the update is multiplied by.
         as_matrix: the stored rows as (rows, d_in).
     """
@@ -80,7 +100,7 @@ def turned_rows(
         matrix = as_matrix(W.to(A.dtype, copy=True))
         norms = channel_norms(matrix, A, B[rows], scaling)
         turned = matrix + scaled[rows] @ A
-        update = (lengths[rows] / norms)[:, None] * turned - matrix
+        update = (magnitude[rows] / norms)[:, None] * turned - matrix
         total.add_(update.mul_(share).view_as(total))
 
     return add

@@ -1,9 +1,9 @@
-"""A layer whose adapters can be added to its base's own parameters, and taken out again.
+"""What all wrappers of a base's modules have in common, and their merge.
 
-One layer's merge is here, a whole model's in `lora/merging.py`.
+One module's merge is here, a whole model's in `lora/merging.py`. What a wrapper computes is in the
+file of its kind: `layer.py` for low-rank adapters, `saved.py` and `tokens.py` for the others.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,43 +11,54 @@ import torch
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.layers.rows import RowUpdate
+from lorakit.lora.layers.weight_updates import RowUpdate
+from lorakit.lora.parameters import set_trainable
 from lorakit.lora.routing import Route, Routing
 
 
-class Mergeable(nn.Module, ABC):
-    """A frozen `base_layer`, adapters beside it, and what of them is in its parameters now.
+class WrappedModule(nn.Module):
+    """A frozen module of the base, and what each adapter has beside it.
 
-    Attributes that are not an adapter's are the base layer's own (`weight`, `in_features`).
+    Attributes that the wrapper lacks are the module's own (`weight`, `in_features`).
     """
 
     base_layer: Any  # of many kinds, whose own attributes are used
     in_features: int
     out_features: int
 
+    inner_name = "base_layer"
+    """The attribute that holds the module inside, which may be a wrapper too."""
+
+    nesting: int
+    """The place among the wrappers of one module, from the outermost, 0.
+
+    What rows have in place of the whole module (0), of a parameter (1), of rows of it (2), and what
+    is added to it, by a tied embedding's factors (3) or by its own (4).
+    """
+
     weight_name = "weight"
     """The name under which the base layer has the weight that is adapted."""
 
-    bias_name = "bias"
-    """The name of its bias, if it has one."""
-
-    by_name: tuple[str, ...]
+    by_name: tuple[str, ...] = ()
     """The attributes that are dictionaries by adapter name: together, all that an adapter has."""
 
-    def __init__(self, base_layer: nn.Module, routing: Routing | None = None) -> None:
+    def __init__(self, module: nn.Module, routing: Routing | None = None) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        setattr(self, self.inner_name, module)
         self.routing = routing or Routing()
-        self.training = base_layer.training
+        self.training = module.training
         self.merged_adapters: list[str] = []
         self.shares: dict[str, float] = {}
         self._before_merge: nn.ParameterDict | None = None
-        self.base_weight.requires_grad_(False)
 
-    def get_base_layer(self) -> nn.Module:
-        """The frozen layer itself, inside of all wrappers."""
-        base = self.base_layer
-        return base.get_base_layer() if isinstance(base, Mergeable) else base
+    @property
+    def inner(self) -> Any:
+        """The module inside this wrapper."""
+        return self._modules[self.inner_name]
+
+    def get_base_layer(self) -> Any:
+        """The base's own module, inside of all wrappers."""
+        return unwrapped(self.inner)
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -55,17 +66,13 @@ class Mergeable(nn.Module, ABC):
         return getattr(self.get_base_layer(), self.weight_name)
 
     @property
-    @abstractmethod
     def adapters(self) -> list[str]:
-        """The names of the adapters that this layer has."""
-
-    def take_part(self, name: str, share: float) -> None:
-        """Multiplies all that adapter `name` changes by `share`; 1 is as it was trained."""
-        self.shares[name] = share
+        """The names of the adapters that have something here."""
+        return list(getattr(self, self.by_name[0]))
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters of the route in force that this layer has."""
+        """The adapters of the route in force that have something here."""
         own = self.adapters
         return [name for name in self.routing.route.shared if name in own]
 
@@ -83,15 +90,36 @@ class Mergeable(nn.Module, ABC):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.routing.route = Route(shared=tuple(names))
         for name in self.adapters:
-            for tensor in self.adapter_tensors(name).values():
-                tensor.requires_grad_(name in names and not inference_mode)
+            trainable = name in names and not inference_mode
+            set_trainable(self.adapter_tensors(name).values(), trainable)
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of adapter `name` under the ends of PEFT's keys (`lora_A.weight`, …)."""
+        return {}
 
     def require_together(self, names: Sequence[str]) -> None:
         """Raises InputError when these adapters cannot serve the same row."""
 
-    def _get_name(self) -> str:
-        """`lora.Linear`: how a printed model shows this layer, as in PEFT."""
-        return f"lora.{type(self).__name__.removeprefix('Lora')}"
+    def set_share(self, name: str, share: float) -> None:
+        """Multiplies all that adapter `name` changes by `share`; 1 is as it was trained."""
+        self.shares[name] = share
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets adapter `name`, if it has something here."""
+        if name in self.merged_adapters:
+            others = [other for other in self.merged_adapters if other != name]
+            self.unmerge()
+            self.merge(others)
+        self.shares.pop(name, None)
+        for attribute in self.by_name:
+            if name in (values := getattr(self, attribute)):
+                del values[name]
+
+    def original(self, active: Iterable[str] = ()) -> nn.Module:
+        """What takes this wrapper's place when it is taken out: the module inside."""
+        return self.inner
+
+    # --- merging --------------------------------------------------------------------------
 
     @property
     def merged(self) -> bool:
@@ -106,7 +134,7 @@ class Mergeable(nn.Module, ABC):
         safe_merge: bool = False,
         keep_backup: bool = True,
     ) -> None:
-        """Adds the update of `adapter_names` (None: the active ones) to the base weight.
+        """Adds the update of `adapter_names` (None: the active ones) to the base's parameters.
 
         The sum is made in the wider of the two dtypes and rounded once, also when adapters are
         merged one after the other. It becomes a new parameter, so a weight that is tied to this
@@ -114,11 +142,12 @@ class Mergeable(nn.Module, ABC):
         `keep_backup` is false.
 
         Raises:
-            InputError: with `safe_merge`, when the merged weight is not finite; or the adapter
+            InputError: with `safe_merge`, when the merged weight has NaN or Inf; or the adapter
                 cannot be merged into this layer.
         """
         wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        new = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
+        own = self.adapters
+        new = [n for n in wanted if n in own and n not in self.merged_adapters]
         if not new:
             return
         names = self.merged_adapters + new
@@ -146,38 +175,17 @@ class Mergeable(nn.Module, ABC):
         self._before_merge = None
         self.merged_adapters = []
 
-    def original(self, active: Iterable[str] = ()) -> nn.Module:
-        """What stands in this one's place when it is taken out: the base layer."""
-        return self.base_layer
-
-    def delete_adapter(self, name: str) -> None:
-        """Forgets adapter `name`, if this layer has it."""
-        if name in self.merged_adapters:
-            others = [n for n in self.merged_adapters if n != name]
-            self.unmerge()
-            self.merge(others)
-        self.shares.pop(name, None)
-        self._forget(name)
-
-    @abstractmethod
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of adapter `name` under the ends of PEFT's keys (`lora_A.weight`, …)."""
-
-    @abstractmethod
-    def _forget(self, name: str) -> None:
-        """Removes everything that adapter `name` has, if there is anything."""
-
-    @abstractmethod
     def changed_parameters(self, names: Sequence[str]) -> list[str]:
         """The base's parameters that merging `names` changes.
 
         Raises:
             InputError: these adapters cannot be merged into this layer.
         """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to merge")
 
-    @abstractmethod
     def merged_parameter(self, parameter: str, names: Sequence[str]) -> torch.Tensor:
         """One of the base's parameters with `names` added to it, not yet rounded."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to merge")
 
     def row_updates(self, parameter: str, names: Sequence[str]) -> list[RowUpdate] | None:
         """What `names` add to that parameter, row by row; None where rows depend on each other.
@@ -205,6 +213,14 @@ class Mergeable(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            inner = vars(self).get("_modules", {}).get(self.inner_name)
+            if inner is None:
                 raise
-            return getattr(self.base_layer, name)
+            return getattr(inner, name)
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The base's own module, where `module` is one of the wrappers around it; else `module`."""
+    while isinstance(module, WrappedModule):
+        module = module.inner
+    return module
