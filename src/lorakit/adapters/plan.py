@@ -18,9 +18,9 @@ from lorakit.errors import InputError, listed
 from lorakit.lora.layers import (
     LoraTiedEmbedding,
     LoraTiedHead,
-    Mergeable,
     ModulesToSaveWrapper,
     TiedModule,
+    WrappedModule,
 )
 from lorakit.lora.wrapping import wrapped_modules
 from lorakit.models.shards import NewTensor, StoredTensor, all_tensors, code_of
@@ -46,7 +46,7 @@ class ParameterChange:
     """
 
     path: str
-    layer: Mergeable | None = None
+    layer: WrappedModule | None = None
     parameter: str = ""
     names: tuple[str, ...] = ()
     replaced: torch.Tensor | None = None

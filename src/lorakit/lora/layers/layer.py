@@ -45,7 +45,7 @@ class LoraLayer(WrappedModule):
     `_as_stored` where its weight is not stored as (d_out, d_in).
     """
 
-    by_name = (
+    by_name: tuple[str, ...] = (
         *("r", "lora_alpha", "scaling", "_own_scaling", "lora_A", "lora_B"),
         *("lora_dropout", "lora_magnitude_vector", "lora_initial"),
     )
@@ -339,8 +339,9 @@ class LoraLayer(WrappedModule):
         return tensors
 
     def _factor_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        A, B = self.lora_A[name], self.lora_B[name]
-        tensors: dict[str, Any] = {"lora_A.weight": A.weight, "lora_B.weight": B.weight}
+        A: Any = self.lora_A[name]
+        B: Any = self.lora_B[name]
+        tensors = {"lora_A.weight": A.weight, "lora_B.weight": B.weight}
         return tensors if B.bias is None else {**tensors, "lora_B.bias": B.bias}
 
     def _magnitude(self, name: str) -> nn.Parameter | None:
