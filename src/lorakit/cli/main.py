@@ -1,6 +1,6 @@
 """The command table, and what every command does with an error.
 
-A verb's own file imports nothing heavy until it runs, so that `lorakit --help` is immediate.
+A verb's module is imported when its command is asked for, so that `lorakit --help` is immediate.
 """
 
 import errno
@@ -8,64 +8,105 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from lorakit.cli.recipes import option_hint
 from lorakit.console import say, settle_streams
 from lorakit.errors import BASE_OPTION, InputError, LorakitError, one_line
 from lorakit.models import remote_code
 from lorakit.progress import showing
-from lorakit.training.processes import first_to_fail
 from lorakit.version import __version__
 
 # typer's errors of usage are click's, or those of its own copy of click in newer releases.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 _INTERRUPTED = 130  # as shells have it: 128 and the signal's number
+_PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+}
 
-_GROUPS: dict[str, list[str]] = {}
-"""The verbs by what they are for, in the order of the help."""
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb under a heading of the help, and the `module:name` of its function."""
+
+    name: str
+    heading: str
+    function: str
+
+    def command(self) -> Any:
+        """What typer makes of the function's signature."""
+        module, _, function = self.function.partition(":")
+        alone = typer.Typer(**_PLAIN)
+        alone.command(self.name)(getattr(import_module(module), function))
+        return typer.main.get_command(alone)
+
+    def summary(self) -> str:
+        """The first line of the function's docstring, from the source: importing takes longer."""
+        module, _, function = self.function.partition(":")
+        read = getattr(getattr(find_spec(module), "loader", None), "get_source", lambda _: None)
+        body = (read(module) or "").partition(f"\ndef {function}(")[2]
+        line = body.partition('"""')[2].partition("\n")[0].removesuffix('"""')
+        return line or self.command().get_short_help_str(200)
 
 
-class _GroupedHelp(TyperGroup):
-    """The commands of the help under the headings of `_GROUPS`."""
+VERBS: dict[str, Verb] = {}
+"""The verbs by name, in the order of the help."""
+
+
+class _Commands(Mapping[str, Any]):
+    """The verbs' commands, each made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        return VERBS[name].command()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(VERBS)
+
+    def __len__(self) -> int:
+        return len(VERBS)
+
+
+class _Group(TyperGroup):
+    """`VERBS` as typer's commands, listed under their headings."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"commands": _Commands()})
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        width = formatter.width - 6 - max(map(len, self.commands))
-        for group, verbs in _GROUPS.items():
-            with formatter.section(group):
-                formatter.write_dl(
-                    [(verb, self.commands[verb].get_short_help_str(width)) for verb in verbs]
-                )
+        for heading in dict.fromkeys(verb.heading for verb in VERBS.values()):
+            verbs = [verb for verb in VERBS.values() if verb.heading == heading]
+            with formatter.section(heading):
+                formatter.write_dl([(verb.name, verb.summary()) for verb in verbs])
 
 
 app = typer.Typer(
     name="lorakit",
-    cls=_GroupedHelp,
+    cls=_Group,
     help="LoRA for language models: train, evaluate, chat with and merge low-rank adapters.",
-    epilog="lorakit demo shows it all in a few minutes. Anywhere: --debug shows tracebacks, "
-    "--trust-remote-code runs code that a model brings.",
+    epilog="lorakit demo shows it all in a few minutes. With any command: --debug shows "
+    "tracebacks, --trust-remote-code runs a model's own code.",
     invoke_without_command=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    **_PLAIN,
 )
 
 
-def register(group: str, verb: str, function: str) -> None:
+def register(heading: str, name: str, function: str) -> None:
     """Adds a verb under a heading of the help.
 
     Args:
         function: `module:name`; its signature says what typer parses.
     """
-    module, _, name = function.partition(":")
-    _GROUPS.setdefault(group, []).append(verb)
-    app.command(verb)(getattr(import_module(module), name))
+    VERBS[name] = Verb(name, heading, function)
 
 
 register("Data", "check", "lorakit.cli.check:check")
@@ -134,6 +175,8 @@ def main() -> None:
         if code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
             code = _fail("interrupted", code)
     except UsageError as error:
+        from lorakit.cli.recipes import option_hint
+
         code = _fail_as_one(option_hint(error) or error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", _INTERRUPTED)
@@ -150,7 +193,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             sys.exit(_fail_as_one(f"{error.filename}: {error.strerror}", InputError.exit_code))
         kind = type(error).__name__
-        code = _fail_as_one(f"{kind}: {error} (this is not foreseen: --debug shows where)", 1)
+        code = _fail_as_one(f"{kind}: {error} (unexpected; --debug shows the traceback)", 1)
     sys.exit(code)
 
 
@@ -171,8 +214,8 @@ def _in_utf8() -> None:
 def _with_own_option(message: str) -> str:
     """A message that asks for a base model with the option that the verb at hand has for it."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    command: Any = getattr(typer.main.get_command(app), "commands", {}).get(verb)
-    options = {option for one in getattr(command, "params", ()) for option in one.opts}
+    params = VERBS[verb].command().params if verb in VERBS else ()
+    options = {option for one in params for option in one.opts}
     own = next((option for option in ("--base", "--model") if option in options), BASE_OPTION)
     return message.replace(BASE_OPTION, own)
 
@@ -196,6 +239,8 @@ def _fail(message: str, code: int) -> int:
 
 def _fail_as_one(message: str, code: int) -> int:
     """As `_fail`; of the several processes of a run, the first that fails says it."""
+    from lorakit.training.processes import first_to_fail
+
     return _fail(message, code) if first_to_fail() else code
 
 
