@@ -66,55 +66,41 @@ if TYPE_CHECKING:
     PeftModelForTokenClassification = LoraModel
 
 _BY_MODULE = {
-    "lorakit.adapters.merge": ["merge"],
-    "lorakit.lora.config": ["LoraConfig"],
-    "lorakit.lora.peft_api.hotswap": ["hotswap_adapter"],
-    "lorakit.lora.peft_api.in_place": [
-        "get_base_model_state_dict",
-        "get_layer_status",
-        "get_model_status",
-        "get_peft_model_state_dict",
-        "inject_adapter_in_model",
-        "set_base_model_state_dict",
-        "set_peft_model_state_dict",
-    ],
-    "lorakit.lora.init.corda": ["CordaConfig"],
-    "lorakit.lora.init.eva": ["EvaConfig"],
-    "lorakit.lora.init.loftq": ["LoftQConfig"],
-    "lorakit.lora.init.lora_ga": ["LoraGAConfig"],
-    "lorakit.lora.layers": ["LoraLinear"],
-    "lorakit.lora.model": ["LoraModel", "get_peft_model"],
-    "lorakit.lora.optimizers": ["create_lorafa_optimizer", "create_loraplus_optimizer"],
-    "lorakit.lora.peft_fields": ["PeftType", "TaskType"],
-    "lorakit.lora.init_from_data": [
-        "get_eva_state_dict",
-        "initialize_lora_eva_weights",
-        "preprocess_corda",
-        "preprocess_loraga",
-    ],
-    "lorakit.lora.recommend": ["recommended_config"],
-    "lorakit.models.auto": ["AutoModelForCausalLM", "AutoTokenizer"],
-    "lorakit.models.load": ["load_model"],
-    "lorakit.models.quantization.prepare": ["prepare_model_for_kbit_training"],
-    "lorakit.training.monitor": ["LoraMonitor"],
-    "lorakit.training.run": ["train"],
-    "lorakit.sweeps.run": ["sweep"],
+    "lorakit.adapters.merge": "merge",
+    "lorakit.lora.config": "LoraConfig",
+    "lorakit.lora.init.corda": "CordaConfig",
+    "lorakit.lora.init.eva": "EvaConfig",
+    "lorakit.lora.init.loftq": "LoftQConfig",
+    "lorakit.lora.init.lora_ga": "LoraGAConfig",
+    "lorakit.lora.init_from_data": "get_eva_state_dict initialize_lora_eva_weights "
+    "preprocess_corda preprocess_loraga",
+    "lorakit.lora.layers": "LoraLinear",
+    "lorakit.lora.model": "LoraModel get_peft_model",
+    "lorakit.lora.optimizers": "create_lorafa_optimizer create_loraplus_optimizer",
+    "lorakit.lora.peft_api.hotswap": "hotswap_adapter",
+    "lorakit.lora.peft_api.in_place": "get_base_model_state_dict get_layer_status "
+    "get_model_status get_peft_model_state_dict inject_adapter_in_model "
+    "set_base_model_state_dict set_peft_model_state_dict",
+    "lorakit.lora.peft_fields": "PeftType TaskType",
+    "lorakit.lora.recommend": "recommended_config",
+    "lorakit.models.auto": "AutoModelForCausalLM AutoTokenizer",
+    "lorakit.models.load": "load_model",
+    "lorakit.models.quantization.prepare": "prepare_model_for_kbit_training",
+    "lorakit.sweeps.run": "sweep",
+    "lorakit.training.monitor": "LoraMonitor",
+    "lorakit.training.run": "train",
 }
 _TASKS = (
-    "CausalLM",
-    "FeatureExtraction",
-    "QuestionAnswering",
-    "Seq2SeqLM",
-    "SequenceClassification",
-    "TokenClassification",
+    "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification "
+    "TokenClassification"
 )
 # One class does what PEFT's have one each for; these names are for scripts that have them.
 _PEFT_NAMES = {
     "PeftConfig": "LoraConfig",
     "PeftModel": "LoraModel",
-    **{f"PeftModelFor{task}": "LoraModel" for task in _TASKS},
+    **{f"PeftModelFor{task}": "LoraModel" for task in _TASKS.split()},
 }
-_HOMES = {name: module for module, names in _BY_MODULE.items() for name in names}
+_HOMES = {name: module for module, names in _BY_MODULE.items() for name in names.split()}
 
 __all__ = [*sorted([*_HOMES, *_PEFT_NAMES]), "__version__", "lorakit"]
 

@@ -15,7 +15,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -85,6 +85,12 @@ def _escape(found: re.Match[str]) -> str:
 def say(line: object = "", *, err: bool = False) -> None:
     """Prints one line, to standard error if `err`; line feeds in it are escaped too."""
     write(str(line).replace("\n", "\\n") + "\n", err=err)
+
+
+def say_all(lines: Iterable[object], *, err: bool = True) -> None:
+    """Prints each line as `say` does; notices go to standard error."""
+    for line in lines:
+        say(line, err=err)
 
 
 def say_json(value: object, *, indent: int | None = 2) -> None:

@@ -5,12 +5,15 @@ what is wrong, where, and what to do. The command line prints that line and noth
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 _LETTERS_A_SLIP = 4  # a name may have one slip for so many of its letters
 _COMPARED = 20  # names letter by letter
-
 
 BASE_OPTION = "--base, or --model where a verb has that"
 """How a message names the option for the base model; the command line puts its verb's own there."""
@@ -92,3 +95,24 @@ def listed(names: Iterable[str], limit: int = 12) -> str:
     shown = ", ".join(all_names[:limit])
     rest = len(all_names) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def each(items: Iterable[In], make: Callable[[In], Out]) -> list[Out]:
+    """`make` of every item; the first failure is raised, with the number of the others."""
+    made, failures = [], []
+    for item in items:
+        try:
+            made.append(make(item))
+        except InputError as error:
+            failures.append(error)
+    if not failures:
+        return made
+    if len(failures) == 1:
+        raise failures[0]
+    others = len(failures) - 1
+    raise InputError(f"{failures[0]} (and {count(others, 'more row')})") from failures[0]
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -120,7 +120,10 @@ def test_without_an_answer_nothing_is_sent(hub: Hub, adapter: Path, command: Any
     asked = command(where, "push", adapter, "ada/orders")
     assert asked.returncode == 2
     assert "adapter_model.safetensors (" in asked.stdout
-    assert asked.stderr == "error: nobody is there to be asked: --yes uploads without asking\n"
+    assert (
+        asked.stderr
+        == "error: cannot ask for confirmation without a terminal: --yes uploads without asking\n"
+    )
     assert not hub.files
     assert push(adapter, "ada/orders", confirm=lambda chosen: False) is None
 

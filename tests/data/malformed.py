@@ -85,10 +85,10 @@ def _json_lines() -> Iterator[Case]:
         "a comment": ('// a comment\n{"prompt": "q", "completion": "a"}', "broken JSON"),
         "bare keys": ('{prompt: "q", completion: "a"}', "broken JSON"),
         "a trailing comma": ('{"prompt": "q", "completion": "a",}', "broken JSON"),
-        "a comma behind the row": ('{"prompt": "q", "completion": "a"},', "text behind"),
-        "two rows on a line": ('{"a": 1} {"a": 2}', "text behind the object"),
-        "rows parted by carriage returns": ('{"a": 1}\r{"a": 2}', "text behind the object"),
-        "rows parted by U+2028": ('{"a": 1}\u2028{"a": 2}', "text behind the object"),
+        "a comma behind the row": ('{"prompt": "q", "completion": "a"},', "text after"),
+        "two rows on a line": ('{"a": 1} {"a": 2}', "text after the object"),
+        "rows parted by carriage returns": ('{"a": 1}\r{"a": 2}', "text after the object"),
+        "rows parted by U+2028": ('{"a": 1}\u2028{"a": 2}', "text after the object"),
         "null for a row": ("null", "must be an object"),
         "a number for a row": ("5", "must be an object"),
         "a text for a row": ('"q"', "must be an object"),
@@ -161,7 +161,7 @@ def _json() -> Iterator[Case]:
         ("a trailing comma", '[{"a": 1},\n]', ":2", "broken JSON"),
         ("no closing bracket", '[{"a": 1}\n', ":2", "']'"),
         ("an opening bracket alone", "[", ":1", "broken JSON"),
-        ("text behind the array", '[{"a": 1}]\nend', "behind the array"),
+        ("text behind the array", '[{"a": 1}]\nend', "after the array"),
         ("a number among the rows", '[{"a": 1},\n5]', ":2", "must be an object"),
         ("null among the rows", '[{"a": 1},\nnull]', ":2", "must be an object"),
         ("lists for rows", '[["q", "a"]]', ":1", "must be an object"),
@@ -217,11 +217,11 @@ def _packed() -> Iterator[Case]:
         ("gzip of broken JSON", "rows.jsonl.gz", gzip.compress(b'\n{"a":'), ":2", "broken"),
         ("gzip of a broken array", "rows.json.gz", gzip.compress(b"[{]"), ":1", "broken"),
         ("gzip of a ragged table", "rows.csv.gz", gzip.compress(b"a,b\n1\n"), ":2", "columns"),
-        ("gzip of Parquet", "rows.parquet.gz", good, "no known format"),
-        ("a packed archive", "rows.tar.gz", good, "no known format"),
-        ("bzip2", "rows.jsonl.bz2", good, "no known format"),
-        ("zstd", "rows.jsonl.zst", good, "no known format"),
-        ("zip", "rows.zip", good, "no known format"),
+        ("gzip of Parquet", "rows.parquet.gz", good, "not a known file type"),
+        ("a packed archive", "rows.tar.gz", good, "not a known file type"),
+        ("bzip2", "rows.jsonl.bz2", good, "not a known file type"),
+        ("zstd", "rows.jsonl.zst", good, "not a known file type"),
+        ("zip", "rows.zip", good, "not a known file type"),
     ):
         yield _file(name, file, content, *words)
     for file in ("rows.jsonl.gz", "rows.csv.gz", "rows.json.gz"):
@@ -416,9 +416,9 @@ def _tools() -> Iterator[Case]:
         ("a number", 5, "is a number"),
         ("a text that is no JSON", "f(x)", "is not JSON"),
         ("texts", ["f"], "[0] is a string"),
-        ("no name", [{"function": {"arguments": {}}}], "names no function"),
+        ("no name", [{"function": {"arguments": {}}}], "has no function name"),
         ("a number for a name", [{"function": {"name": 5}}], "name is a number"),
-        ("an empty name", [{"function": {"name": ""}}], "names no function"),
+        ("an empty name", [{"function": {"name": ""}}], "has no function name"),
         ("another type", [{"type": "code", "function": {"name": "f"}}], "'code'"),
         ("arguments that are no JSON", [{"name": "f", "arguments": "{x: 1}"}], "is not JSON"),
         ("arguments that are cut", [{"name": "f", "arguments": '{"x": '}], "is not JSON"),
@@ -434,7 +434,7 @@ def _tools() -> Iterator[Case]:
     ):
         yield _row(f"tool_calls: {name}", called(call), word)
     asked = {"messages": [{**user, "tool_calls": [{"name": "f"}]}, answer]}
-    yield _row("tool_calls of a user", asked, "only an assistant calls")
+    yield _row("tool_calls of a user", asked, "only assistant messages call tools")
     result = {"role": "tool", "content": {"x": 1}}
     yield _row("a tool's result that is no text", {"messages": [user, result, answer]}, "an object")
     yield _row("no calls and no content", called([]), "content is null")
@@ -442,7 +442,7 @@ def _tools() -> Iterator[Case]:
         ("prose", "I call f", "is not JSON"),
         ("a number", 5, "is a number"),
         ("an empty list", "[]", "has no call"),
-        ("no name", '{"arguments": {}}', "names no function"),
+        ("no name", '{"arguments": {}}', "has no function name"),
         ("null", None, "is null"),
     ):
         talk = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
@@ -453,9 +453,9 @@ def _tools() -> Iterator[Case]:
         ("an object", {"name": "f"}, "is an object"),
         ("JSON of an object", '{"name": "f"}', "is an object"),
         ("names alone", ["f"], "is not JSON"),
-        ("no name", [{"description": "d"}], "names no function"),
+        ("no name", [{"description": "d"}], "has no function name"),
         ("a list of parameters", [{"name": "f", "parameters": []}], "parameters is a list"),
-        ("another type", [{"type": "retrieval"}], "names no function"),
+        ("another type", [{"type": "retrieval"}], "has no function name"),
         ("null among them", [None], "tools[0] is null"),
         ("deep nesting", [{"name": "f", "parameters": {"x": _deep(60)}}], "deeper than 32"),
         ("NaN", '[{"name": "f", "x": NaN}]', "NaN"),
@@ -467,7 +467,7 @@ def _odd_but_accepted() -> Iterator[Case]:
     talk = {"messages": TALK}
     for name, values, *words in (
         ("a second format", talk, "several formats", "messages 1"),
-        ("a third column", {**GOOD, "score": 5}, "1 column that no one reads: score"),
+        ("a third column", {**GOOD, "score": 5}, "1 column not read: score"),
         (
             "a misspelt column",
             {"instruction": "q", "inputs": "x", "output": "a"},
@@ -489,7 +489,7 @@ def _odd_but_accepted() -> Iterator[Case]:
         case = _row(name, values, accepted=True)
         yield Case(name, case.write, tuple(words), accepted=True)
     index = _file("a table's index", "rows.csv", ",prompt,completion\n0,q,a\n")
-    yield Case(index.name, index.write, ("1 column that no one reads",), accepted=True)
+    yield Case(index.name, index.write, ("1 column not read",), accepted=True)
 
 
 def _paths() -> Iterator[Case]:
@@ -518,8 +518,8 @@ def _paths() -> Iterator[Case]:
         return write
 
     yield case("no file", lambda folder: None, "rows.jsonl: no such file")
-    yield case("a link to nowhere", link("nowhere.jsonl"), "link to nowhere")
-    yield case("a link to itself", link("rows.jsonl"), "link to nowhere")
+    yield case("a link to nowhere", link("nowhere.jsonl"), "broken symbolic link")
+    yield case("a link to itself", link("rows.jsonl"), "broken symbolic link")
     yield case("a pipe", lambda folder: os.mkfifo(folder / "rows.jsonl"), "pipe or device")
     yield case("a link to a device", link("/dev/zero"), "pipe or device")
     yield case("a device", lambda _: "/dev/null", "pipe or device")
@@ -536,7 +536,12 @@ def _paths() -> Iterator[Case]:
         "broken JSON",
     )
     yield case("a shard that is a pipe", shard(os.mkfifo), "b.jsonl", "pipe or device")
-    yield case("a shard that is a link", shard(lambda p: p.symlink_to("c")), "b.jsonl", "nowhere")
+    yield case(
+        "a shard that is a link",
+        shard(lambda p: p.symlink_to("c")),
+        "b.jsonl",
+        "broken symbolic link",
+    )
     yield case(
         "a folder with more in it",
         with_files(a_jsonl=_lines(GOOD), README_md="x"),
@@ -552,7 +557,7 @@ def _paths() -> Iterator[Case]:
     if Path("/proc/self/mem").exists():  # a file that opens and cannot be read
         yield case("a file that cannot be read", link("/proc/self/mem"), "rows.jsonl", "read")
     for suffix in ("txt", "xlsx", "arrow", "pkl", "pt", "md", "yaml", "db"):
-        yield _file(f"a .{suffix} file", f"rows.{suffix}", "x", "no known format", ".jsonl")
+        yield _file(f"a .{suffix} file", f"rows.{suffix}", "x", "not a known file type", ".jsonl")
     yield _file("a file without a suffix", "rows", "x", "suffix", ".jsonl")
     yield from _saved()
 
@@ -592,7 +597,7 @@ def _saved() -> Iterator[Case]:
     def split(folder: Path) -> str:
         return saved(lambda f: None)(folder) + ":test"
 
-    yield Case("a split of what has none", split, ("saved", "no split", "':test'"))
+    yield Case("a split of what has none", split, ("saved", "without splits", "':test'"))
 
     def no_train(folder: Path) -> str:
         import datasets
@@ -723,8 +728,8 @@ def _recipe_files() -> Iterator[Case]:
     yield path("a folder", Path.mkdir, "is a folder")
     yield path("a pipe", os.mkfifo, "pipe or device")
     yield path("a device", lambda p: p.symlink_to("/dev/zero"), "pipe or device")
-    yield path("a link to nowhere", lambda p: p.symlink_to("nowhere"), "link to nowhere")
-    yield path("a link to itself", lambda p: p.symlink_to(p), "link to nowhere")
+    yield path("a link to nowhere", lambda p: p.symlink_to("nowhere"), "broken symbolic link")
+    yield path("a link to itself", lambda p: p.symlink_to(p), "broken symbolic link")
 
 
 OVERRIDES = [

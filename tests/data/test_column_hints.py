@@ -149,4 +149,4 @@ def test_unread_columns_that_may_matter_are_named_with_a_cure(
     (notice,) = [line for line in notices if f"'{name}' is not read" in line]
     assert "3 rows (first: rows.jsonl:1)" in notice
     assert word in notice
-    assert any("2 columns that no one reads" in line for line in notices)
+    assert any("2 columns not read" in line for line in notices)

@@ -191,7 +191,7 @@ def test_a_hub_id_is_read_from_the_cache_and_what_is_not_there_is_said(hub_cache
     assert first == second == f"{where_and_values} 64"
     assert "its split 'test' cannot be loaded" in no_split
     assert "['train']" in no_split
-    assert no_such.startswith("owner/other: is no file here, and as a data set of the hub")
+    assert no_such.startswith("owner/other: is not a file here, and as a data set of the hub")
     assert "check the name and the network, or give a file" in no_such
 
 
@@ -211,7 +211,7 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(
 ) -> None:
     (tmp_path / "tests").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"no such file|no known format") as caught:
+    with pytest.raises(InputError, match=r"no such file|not a known file type") as caught:
         read_source(path)
     assert "hub" not in str(caught.value)
 
@@ -275,7 +275,7 @@ def test_a_part_can_be_named_and_measuring_takes_what_is_for_it(tmp_path: Path) 
     assert asked(load_samples(folder)) == {"test"}
     assert asked(prepare(byte_tokenizer(), str(folder), str(folder)).eval_samples) == {"validation"}
     for only in ("test", "validation"):
-        with pytest.raises(InputError, match=rf"for {only} .*not learned"):
+        with pytest.raises(InputError, match=rf"for {only} .*none for training"):
             prepare(byte_tokenizer(), str(in_parts(tmp_path / only, only)), 0)
     with pytest.raises(InputError, match="no files named for 'test'"):
         read_rows(f"{in_parts(tmp_path / 'two', 'train')}:test")

@@ -131,6 +131,4 @@ def test_a_recipe_and_its_command_line_take_lists_of_sources() -> None:
 
 def test_columns_that_no_one_reads_are_named(write_rows: WriteRows) -> None:
     path = write_rows([{"instruction": "q", "inputs": "x", "output": "a", "id": 1, "note": None}])
-    assert mix(path).notices == [
-        f"{path}: 2 columns that no one reads: inputs (did you mean 'input'?), id"
-    ]
+    assert mix(path).notices == [f"{path}: 2 columns not read: inputs (did you mean 'input'?), id"]

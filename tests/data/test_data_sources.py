@@ -134,7 +134,7 @@ MALFORMED = [
     ("rows.json", b'[{"a": 1},\n]', ["rows.json:2:1", "broken JSON"]),
     ("rows.json", b'[{"a": 1}', ["rows.json:1", "broken JSON"]),
     ("rows.json", b"[", ["rows.json:1:2", "broken JSON"]),
-    ("rows.json", b'[{"a": 1}]\n[]', ["behind the array"]),
+    ("rows.json", b'[{"a": 1}]\n[]', ["after the array"]),
     ("rows.json", b'[\n{"a":\n 1,}]', ["rows.json:3:", "broken JSON"]),
     ("rows.json", b'[{"a": ' + b"[" * 200_000, ["rows.json:1", "nested too deeply"]),
     ("rows.jsonl", b'{"a": ' * 200_000, ["rows.jsonl:1", "nested too deeply"]),

@@ -65,8 +65,8 @@ def test_columns_of_other_names_and_a_system_message_for_those_without(tmp_path:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "once"}, "plain text asks nothing"),
-        ({"messages": [REPLY]}, "nothing to be answered"),
+        ({"text": "once"}, "plain text has no prompt"),
+        ({"messages": [REPLY]}, "no message is left to answer"),
         ({"prompt": 3}, "'prompt'"),
         ({"prompt": ""}, "'prompt'"),
         ({"question": "hi"}, "fit no format"),

@@ -15,7 +15,7 @@ from lorakit.cli.shared_options import (
     QuantizationOption,
     chat_template_kwargs,
 )
-from lorakit.console import piped_lines, readable, say, write
+from lorakit.console import piped_lines, readable, say, say_all, write
 from lorakit.folder_name import folder_name
 
 
@@ -29,7 +29,7 @@ def chat(
         float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
@@ -45,8 +45,7 @@ def chat(
     name = folder_name(adapter)
     engine = open_with(base, name, adapter, dtype=dtype, quantization=quantization, max_rows=1)
     try:
-        for notice in engine.notices:
-            say(notice, err=True)
+        say_all(engine.notices)
         answering = name if engine.pool.infos() else None  # else it is merged into the base
         session = ChatSession(engine, answering, sampling, system, variables)
         typed = sys.stdin.isatty()

@@ -36,7 +36,7 @@ def check(
         bool, typer.Option(help="Measure time and memory on a few training batches.")
     ] = True,
 ) -> None:
-    """Look at a recipe's rows, parameters, time and memory.
+    """Show a recipe's rows, trainable parameters, time and memory.
 
     Nothing is written.
     """

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.shared_options import numbers
-from lorakit.console import say
+from lorakit.console import say, say_all
 
 if TYPE_CHECKING:
     from lorakit.adapters.rank_patterns import KindRanks
@@ -58,8 +58,7 @@ def combine(
         seed=seed,
         base=base,
     )
-    for notice in report.notices:
-        say(notice, err=True)
+    say_all(report.notices)
     show_kinds(report.kinds)
     say(
         f"combined by {report.method}: {report.output} ({report.modules} modules, "

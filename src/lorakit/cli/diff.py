@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.shared_options import rows_to_compare
 from lorakit.cli.tables import print_table, printable
-from lorakit.console import open_console, say, say_json
+from lorakit.console import open_console, say, say_all, say_json
 
 if TYPE_CHECKING:
     from lorakit.adapters.diff import Diff, ModuleDiff, Summary
@@ -28,9 +29,9 @@ def diff(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model for --data, when it is not the recorded one.")
+        str | None, typer.Option(help="The base model for --data, if not the recorded one.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Compare the updates of two adapters, or their answers.
@@ -38,18 +39,14 @@ def diff(
     Answers are compared with --data.
     """
     from lorakit.adapters.diff import diff as run
-    from lorakit.errors import InputError
 
-    if data is None and (limit is not None or base is not None):
-        raise InputError("--limit and --base are for --data, which is not given")
+    samples = rows_to_compare(data, limit, base)
     found = run(first, second)
     changed: list[ChangedAnswer] = []
     asked = 0
     if data is not None:
-        from lorakit.data.dataset import load_samples
         from lorakit.evaluation.compare import changed_answers
 
-        samples = load_samples(data, None, limit)
         changed, asked = changed_answers(
             first, second, samples, base=base, max_new_tokens=max_new_tokens
         )
@@ -68,8 +65,7 @@ def _show(found: Diff, every_module: bool) -> None:
         say(f"{letter}: {name}, for {base or 'a base that it does not say'}")
     if found.same_weights is False:
         say("they were trained on different weights (by fingerprint)", err=True)
-    for notice in found.notices:
-        say(notice, err=True)
+    say_all(found.notices)
     if found.identical:
         say("both make the same updates to the bit")
     for field, (mine, theirs) in found.settings.items():

@@ -11,7 +11,7 @@ import typer
 
 from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOption
 from lorakit.cli.tables import print_table
-from lorakit.console import say
+from lorakit.console import say_all
 from lorakit.progress import task
 
 if TYPE_CHECKING:
@@ -40,15 +40,15 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
 ) -> None:
-    """Score an adapter on rows, beside its bare base.
+    """Score an adapter on rows, beside its base model.
 
-    What is compared is the final answer: reasoning before it and end marks are left out, of
-    answers and references. A classifier is compared with the most frequent label.
+    Final answers are compared: reasoning and end tokens are removed first, from answers and
+    references. A classifier is compared with always predicting the most frequent label.
     """
     from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
@@ -70,8 +70,7 @@ def evaluate(
         from lorakit.evaluation.classification import check_metrics, evaluate_labels
 
         contents = read_source(data, wanted=MEASURED)
-        for notice in contents.notices:
-            say(notice, err=True)
+        say_all(contents.notices)
         labelled = read_labelled(contents.rows, task_type, mapping, limit)
         opened = open_adapter(adapter, **options)
         names = _names(metrics)
@@ -93,8 +92,7 @@ def evaluate(
         objective = make_objective(recorded) if recorded else None
         kinds = objective.row_kinds if objective else SUPERVISED
         mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
-        for notice in mixture.notices:
-            say(notice, err=True)
+        say_all(mixture.notices)
         samples = mixture.samples
         opened = open_adapter(adapter, **options)
         with task("evaluating") as work:
@@ -116,8 +114,7 @@ def evaluate(
 
 
 def _show(result: "Evaluation") -> None:
-    for notice in result.notices:
-        say(notice, err=True)
+    say_all(result.notices)
     title = f"{result.rows} rows, {result.prompts} prompts, {result.seconds:.0f} s"
     scores = [
         (name, f"{score['base']:.4f}", f"{score['tuned']:.4f}")
@@ -127,8 +124,7 @@ def _show(result: "Evaluation") -> None:
 
 
 def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
-    for notice in result.notices:
-        say(notice, err=True)
+    say_all(result.notices)
     scores = [
         (name, f"{score['base']:.4f}" if "base" in score else "", f"{score['tuned']:.4f}")
         for name, score in result.scores.items()

@@ -10,7 +10,7 @@ import typer
 
 from lorakit.adapters.export.export_formats import FORMATS, ExportFormat
 from lorakit.cli.shared_options import BaseOption
-from lorakit.console import say
+from lorakit.console import say_all
 
 
 def _format(name: str) -> ExportFormat:
@@ -55,5 +55,4 @@ def export(
     llama.cpp and Ollama read GGUF. ChatGLM's original code has a form too.
     """
     done = to.write(adapter, output, base, merged=merged, dtype=dtype, system=system)
-    for line in (*done.summary.split("\n"), *done.notices, done.command):
-        say(line)
+    say_all((*done.summary.split("\n"), *done.notices, done.command), err=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.combine import show_kinds
-from lorakit.console import say, say_json
+from lorakit.console import say, say_all, say_json
 
 
 def extract(
@@ -30,8 +30,7 @@ def extract(
     from lorakit.adapters.extract import extract as run
 
     report = run(base, tuned, output, rank=rank, energy=energy)
-    for notice in report.notices:
-        say(notice, err=True)
+    say_all(report.notices)
     if as_json:
         say_json(asdict(report))
         return

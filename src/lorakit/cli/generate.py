@@ -16,7 +16,7 @@ from lorakit.cli.shared_options import (
     QuantizationOption,
     chat_template_kwargs,
 )
-from lorakit.console import say, say_json
+from lorakit.console import say, say_all, say_json
 from lorakit.progress import track
 
 
@@ -51,7 +51,7 @@ def generate(
     top_k: Annotated[
         int, typer.Option(min=0, help="Sample from the k most likely tokens; 0 is all.")
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")
@@ -65,7 +65,7 @@ def generate(
 ) -> None:
     """Answer a file of prompts with each adapter, as rows of JSON.
 
-    An answer is a line, in the file's order.
+    One line for each answer, in the file's order.
     """
     from lorakit import atomic
     from lorakit.data.prompts import read_prompts
@@ -77,7 +77,7 @@ def generate(
 
     named = named_adapters(adapters or [])
     if not named and model is None:
-        raise InputError("say what answers: adapters' folders, or --model")
+        raise InputError("nothing to answer with: give adapters' folders, or --model")
     sampling = Sampling(
         temperature, top_p, max_new_tokens, seed, top_k=top_k, stop=tuple(stop or ())
     )
@@ -93,8 +93,7 @@ def generate(
             model, named, dtype=dtype, quantization=quantization, max_rows=max_rows
         )
     try:
-        for notice in engine.notices:
-            say(notice, err=True)
+        say_all(engine.notices)
         answering: list[str | None] = [info.name for info in engine.pool.infos()]
         if with_base or not answering:
             answering.append(None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.console import say
+from lorakit.console import say, say_all
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,12 +43,13 @@ def push(
             say(f"  {name} ({size:,} bytes)")
         if chosen.left_out:
             say(f"stays here: {', '.join(chosen.left_out)}")
-        for notice in chosen.notices:
-            say(notice)
+        say_all(chosen.notices, err=False)
         if yes:
             return True
         if not sys.stdin.isatty():
-            raise InputError("nobody is there to be asked: --yes uploads without asking")
+            raise InputError(
+                "cannot ask for confirmation without a terminal: --yes uploads without asking"
+            )
         return typer.confirm(f"upload to {repository}?")
 
     say(f"to {repository}{f' ({revision})' if revision else ''}:")

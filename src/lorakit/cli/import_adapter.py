@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.console import say
+from lorakit.console import say, say_all
 
 
 def import_adapter(
@@ -21,7 +21,9 @@ def import_adapter(
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="lora_alpha, where the files do not hold it (loralib) or mean another."),
+        typer.Option(
+            help="lora_alpha, if the files do not store it (loralib) or another is meant."
+        ),
     ] = None,
 ) -> None:
     """Convert an adapter of mlx-lm, loralib, kohya or ChatGLM's code.
@@ -33,5 +35,4 @@ def import_adapter(
     imported = run(source, output, base=base, alpha=alpha)
     ranks = ", ".join(f"rank {r}: {count}" for r, count in imported.ranks.items())
     say(f"adapter: {imported.output} (from {imported.tool}, {imported.modules} modules, {ranks})")
-    for notice in imported.notices:
-        say(notice)
+    say_all(imported.notices, err=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.console import say, say_json
+from lorakit.console import say, say_all, say_json
 from lorakit.errors import BASE_OPTION
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def _show(found: Inspection, every_module: bool) -> None:
         say(f"no spectrum: {part.path}: {part.reason}")
     if found.fit:
         say(_fit(found.fit))
-    for notice in found.notices:
-        say(notice, err=True)
+    say_all(found.notices)
 
 
 def _facts(found: Inspection) -> dict[str, str]:

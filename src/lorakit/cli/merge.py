@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.shared_options import BaseOption, QuantizationOption, numbers
-from lorakit.console import say
+from lorakit.console import say, say_all
 
 if TYPE_CHECKING:
     from lorakit.adapters.merge import MergeReport
@@ -37,7 +37,7 @@ def merge(
 ) -> None:
     """Merge adapters into their base model, and verify the result.
 
-    It is done file by file, and the result is compared with base and adapters.
+    The weights are merged file by file, and the result is compared with base and adapters.
     """
     from lorakit.adapters.merge import merge as run
 
@@ -51,8 +51,7 @@ def merge(
         in_memory=in_memory,
         verify=verify,
     )
-    for notice in report.notices:
-        say(notice, err=True)
+    say_all(report.notices)
     say(f"merged model: {report.output} ({report.modules} modules, {report.dtype})")
     say(_survived(report))
     if report.passed is not None:

@@ -18,7 +18,7 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """List the base models on this machine, or say what one is.
+    """List the base models on this machine, or describe one.
 
     No weights are loaded.
     """

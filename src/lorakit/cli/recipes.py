@@ -54,7 +54,7 @@ def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str | tuple
     paths = [a for a in arguments if "=" not in a or _is_file(a)]
     if len(paths) > 1:
         raise InputError(
-            f"give one recipe, not {len(paths)} ({', '.join(paths)}): values are KEY=VALUE"
+            f"give one recipe, not {len(paths)} ({', '.join(paths)}); values are KEY=VALUE"
         )
     return (Path(paths[0]) if paths else None), [a for a in arguments if a not in paths]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.console import say
+from lorakit.console import say, say_all
 
 
 def report(
@@ -20,15 +20,14 @@ def report(
         bool, typer.Option("--open", help="Open the report in the browser.")
     ] = False,
 ) -> None:
-    """Write what is known of an adapter's run into one page.
+    """Write an adapter's run as one HTML page.
 
     The page needs no other file and no network.
     """
     from lorakit.report.run_page import write_report
 
     written = write_report(adapter, output)
-    for notice in written.notices:
-        say(notice, err=True)
+    say_all(written.notices)
     say(f"report: {written.path}")
     if open_page:
         import webbrowser

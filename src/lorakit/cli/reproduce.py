@@ -22,7 +22,7 @@ def reproduce(
         typer.Option(help="The data's path, if it has moved; once for each source."),
     ] = None,
 ) -> None:
-    """Train again what an adapter's record says, and compare.
+    """Repeat an adapter's recorded run, and compare the two.
 
     The exit code is 1 when the second adapter differs.
     """

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.combine import show_kinds
-from lorakit.console import say
+from lorakit.cli.shared_options import rows_to_compare
+from lorakit.console import say, say_all
 
 
 def resize(
@@ -22,26 +23,18 @@ def resize(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model for --data, when it is not the recorded one.")
+        str | None, typer.Option(help="The base model for --data, if not the recorded one.")
     ] = None,
 ) -> None:
     """Cut an adapter to lower ranks.
 
-    To one rank, or to the ranks that keep a share of what it does.
+    To one rank, or to the ranks that keep a share of ‖ΔW‖².
     """
     from lorakit.adapters.resize import resize as run
-    from lorakit.errors import InputError
 
-    if data is None and (limit is not None or base is not None):
-        raise InputError("--limit and --base are for --data, which is not given")
-    samples = []
-    if data is not None:  # rows that cannot be read are said before anything is written
-        from lorakit.data.dataset import load_samples
-
-        samples = load_samples(data, None, limit)
+    samples = rows_to_compare(data, limit, base)  # before anything is written
     report = run(adapter, output, rank=rank, energy=energy)
-    for notice in report.notices:
-        say(notice, err=True)
+    say_all(report.notices)
     show_kinds(report.kinds)
     say(
         f"resized: {report.output} ({report.modules} modules, {report.before:,} → "

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOption
-from lorakit.console import say
+from lorakit.console import say, say_all
 from lorakit.errors import InputError
 
 
@@ -39,11 +39,15 @@ def serve(
         list[str] | None,
         typer.Option(help="A host name that the server answers to, beside localhost; repeatable."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")
+    ] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="LORAKIT_API_KEY", help="The key that requests must bring.", show_default=False
+            envvar="LORAKIT_API_KEY",
+            help="The API key that requests must send.",
+            show_default=False,
         ),
     ] = None,
     admin_key: Annotated[
@@ -65,19 +69,19 @@ def serve(
     ] = 16,
     context_length: Annotated[
         int | None,
-        typer.Option(min=2, help="The most tokens of prompt and answer. Default: the model's."),
+        typer.Option(min=2, help="Maximum tokens of prompt and answer. Default: the model's."),
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
-    max_body: Annotated[int, typer.Option(min=1, help="The most bytes of a request's body.")] = 4
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum bytes of a request's body.")] = 4
     << 20,
     max_waiting: Annotated[
-        int, typer.Option(min=0, help="The most answers that wait for a place in the batch.")
+        int, typer.Option(min=0, help="Maximum answers in the queue for the batch.")
     ] = 256,
-    max_requests: Annotated[int, typer.Option(min=1, help="The most requests at once.")] = 512,
-    max_connections: Annotated[int, typer.Option(min=1, help="The most open connections.")] = 2048,
+    max_requests: Annotated[int, typer.Option(min=1, help="Maximum concurrent requests.")] = 512,
+    max_connections: Annotated[int, typer.Option(min=1, help="Maximum open connections.")] = 2048,
     request_timeout: Annotated[
-        float, typer.Option(min=0.1, help="The most seconds for an answer, waiting included.")
+        float, typer.Option(min=0.1, help="Maximum seconds for an answer, in the queue included.")
     ] = 600,
     drain: Annotated[
         float, typer.Option(min=0, help="On SIGTERM, seconds for running answers to finish.")
@@ -98,7 +102,7 @@ def serve(
 
     named = named_adapters(adapters or [])
     if not named and model is None:
-        raise InputError("say what to serve: adapters' folders, or --model")
+        raise InputError("nothing to serve: give adapters' folders, or --model")
     if engine is EngineName.VLLM:
         from lorakit.server import vllm
 
@@ -120,7 +124,7 @@ def serve(
     if dry_run:
         raise InputError("--dry-run prints vLLM's command: give --engine vllm too")
     if merged and adapter_root is not None:
-        raise InputError("--merged serves one adapter and no other: leave --adapter-root out")
+        raise InputError("--merged serves a single adapter: leave --adapter-root out")
     try:
         from lorakit.server.options import Limits, ServerOptions
         from lorakit.server.run import run
@@ -156,8 +160,7 @@ def serve(
         context_length=context_length,
         merged=merged,
     )
-    for notice in opened.notices:
-        say(notice, err=True)
+    say_all(opened.notices)
     names = ", ".join(named) if named and not merged else ""
 
     def started(address: str) -> None:

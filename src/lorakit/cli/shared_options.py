@@ -8,7 +8,7 @@ from lorakit.errors import InputError
 from lorakit.models.quantization.backend import by_type
 
 BaseOption = Annotated[
-    str | None, typer.Option(help="The base model, when it is not the recorded one.")
+    str | None, typer.Option(help="The base model, if not the one that the adapter names.")
 ]
 
 DtypeOption = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
@@ -59,5 +59,20 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
         raise InputError(
-            f"{option}: {text!r} must be numbers with commas between, as 1.0,0.5"
+            f"{option}: {text!r} must be comma-separated numbers, as 1.0,0.5"
         ) from error
+
+
+def rows_to_compare(data: str | None, limit: int | None, base: str | None) -> list[Any]:
+    """The samples of `--data`; none without it.
+
+    Raises:
+        InputError: they cannot be read, or an option is given that is for them alone.
+    """
+    if data is None:
+        if limit is not None or base is not None:
+            raise InputError("--limit and --base are for --data, which is not given")
+        return []
+    from lorakit.data.dataset import load_samples
+
+    return load_samples(data, None, limit)

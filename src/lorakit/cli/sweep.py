@@ -62,9 +62,9 @@ def sweep(
         bool, typer.Option("--resume", help="Resume the sweep in the output folder.")
     ] = False,
 ) -> None:
-    """Train many configurations together, and prove the best.
+    """Train many configurations together, and find the best.
 
-    They share one base; those that lose are stopped early.
+    They share one base model; losing configurations are stopped early.
     """
     # Imports and loading make a million objects, of which none is garbage.
     gc.disable()

@@ -23,7 +23,7 @@ def train(
         typer.Option("--continue", help="As --resume, even if the recipe or the data changed."),
     ] = False,
 ) -> None:
-    """Train an adapter, by a recipe or the command line alone."""
+    """Train an adapter, from a recipe or options alone."""
     # Imports and loading make a million objects, of which none is garbage.
     gc.disable()
     options = {"model": model, "data.train": data, "output_dir": output_dir}

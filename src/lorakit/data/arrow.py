@@ -6,7 +6,8 @@ nulls below the columns are taken away again. NaN, which pandas has for a missin
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def parquet_records(file: Path) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(
-            f"{file}: not a readable Parquet file ({reason}); write it anew"
+            f"{file}: not a readable Parquet file ({reason}); write it again"
         ) from error
 
 
@@ -91,7 +92,7 @@ def saved_split(folder: Path, split: str | None) -> Path:
     """
     if not (folder / "dataset_dict.json").is_file():
         if split is not None:
-            raise InputError(f"{folder}: holds one data set and no split; leave out ':{split}'")
+            raise InputError(f"{folder}: is a data set without splits; leave out ':{split}'")
         return folder
     wanted = folder / (split or "train")
     if not (wanted / "state.json").is_file():
@@ -109,15 +110,10 @@ def saved_records(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: `datasets` is not installed, or the folder is damaged.
     """
-    datasets = _library(f"{folder}: is a folder saved by the library datasets")
-    try:
+    needed = f"{folder}: is a folder saved by the library datasets"
+    failed = f"{folder}: cannot be read as a saved data set"
+    with _library(needed, failed, "save it again") as datasets:
         return dataset_records(datasets.load_from_disk(str(folder)), str(folder))
-    except InputError:
-        raise
-    except Exception as error:  # that library's readers raise anything on damaged files
-        raise InputError(
-            f"{folder}: cannot be read as a saved data set ({_reason(error)}); save it anew"
-        ) from error
 
 
 def hub_records(name: str, split: str) -> list[dict[str, Any]]:
@@ -126,14 +122,14 @@ def hub_records(name: str, split: str) -> list[dict[str, Any]]:
     Raises:
         InputError: `datasets` is not installed, or there is no such data set within reach.
     """
-    datasets = _library(f"{name}: is no file here, and would be a data set of the hub")
-    datasets.disable_progress_bars()
-    try:
+    with _hub(name, f" its split '{split}'") as datasets:
         return dataset_records(datasets.load_dataset(name, split=split), name)
-    except InputError:
-        raise
-    except Exception as error:  # no network, no such name, a format it does not know, …
-        raise _unreachable(name, split, error) from error
+
+
+def hub_splits(name: str) -> list[str]:
+    """The names of the splits of the hub's data set `owner/name`. Raises as `hub_records`."""
+    with _hub(name, " it") as datasets:
+        return [str(split) for split in datasets.load_dataset(name)]
 
 
 def dataset_records(dataset: Any, name: str) -> list[dict[str, Any]]:
@@ -143,36 +139,31 @@ def dataset_records(dataset: Any, name: str) -> list[dict[str, Any]]:
     return _records(table)
 
 
-def hub_splits(name: str) -> list[str]:
-    """The names of the splits of the hub's data set `owner/name`. Raises as `hub_records`."""
-    datasets = _library(f"{name}: is no file here, and would be a data set of the hub")
-    datasets.disable_progress_bars()
-    try:
-        return [str(split) for split in datasets.load_dataset(name)]
-    except Exception as error:  # as below
-        raise _unreachable(name, "", error) from error
-
-
-def _unreachable(name: str, split: str, error: Exception) -> InputError:
-    part = f" its split '{split}'" if split else " it"
-    return InputError(
-        f"{name}: is no file here, and as a data set of the hub{part} cannot be "
-        f"loaded ({_reason(error)}); check the name and the network, or give a file"
+def _hub(name: str, part: str) -> AbstractContextManager[Any]:
+    return _library(
+        f"{name}: is not a file here, and would be a data set of the hub",
+        f"{name}: is not a file here, and as a data set of the hub{part} cannot be loaded",
+        "check the name and the network, or give a file",
     )
 
 
-def _library(what: str) -> Any:
+@contextmanager
+def _library(needed: str, failed: str, cure: str) -> Iterator[Any]:
+    """The library `datasets`, whose errors of any kind become one line."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{what}, which needs that library: pip install 'lorakit[data]'"
+            f"{needed}, which needs that library: pip install 'lorakit[data]'"
         ) from error
-    return datasets
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    try:
+        datasets.disable_progress_bars()
+        yield datasets
+    except InputError:
+        raise
+    except Exception as error:  # no network, no such name, a damaged file, …
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{failed} ({reason}); {cure}") from error
 
 
 def _check_rows(name: str, rows: int) -> None:

@@ -21,20 +21,12 @@ class Collator:
 
     def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq)."""
-        import torch
-
-        rows = sequences_of(rows)
-        longest = max(len(row) for row in rows)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), length)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row.input_ids)
-            attention_mask[i, : len(row)] = 1
-            labels[i, : len(row)] = torch.tensor(row.labels)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        rows, multiple = sequences_of(rows), self.pad_to_multiple_of
+        return {
+            "input_ids": _padded([row.input_ids for row in rows], self.pad_token_id, multiple),
+            "attention_mask": _padded([[1] * len(row) for row in rows], 0, multiple),
+            "labels": _padded([row.labels for row in rows], IGNORE, multiple),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +46,25 @@ class LabelCollator:
 
         Each is int64 of shape (batch, seq); `labels` (batch, 1) for a class a row.
         """
-        ids = [row.input_ids for row in rows]
+        ids, multiple = [row.input_ids for row in rows], self.pad_to_multiple_of
         batch = {
-            "input_ids": self._padded(ids, self.pad_token_id),
-            "attention_mask": self._padded([[1] * len(row) for row in ids], 0),
+            "input_ids": _padded(ids, self.pad_token_id, multiple),
+            "attention_mask": _padded([[1] * len(row) for row in ids], 0, multiple),
         }
         segments = [row.segments for row in rows if isinstance(row, LabelledRow) and row.segments]
         if segments:
-            batch["token_type_ids"] = self._padded(segments, 0)
-        multiple = 1 if self.one_label else self.pad_to_multiple_of
-        batch["labels"] = self._padded([row.labels for row in rows], IGNORE, multiple)
+            batch["token_type_ids"] = _padded(segments, 0, multiple)
+        labels = [row.labels for row in rows]
+        batch["labels"] = _padded(labels, IGNORE, 1 if self.one_label else multiple)
         return batch
 
-    def _padded(
-        self, rows: Sequence[Sequence[int]], value: int, multiple: int | None = None
-    ) -> "torch.Tensor":
-        import torch
 
-        multiple = multiple or self.pad_to_multiple_of
-        length = -(-max(map(len, rows)) // multiple) * multiple
-        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+def _padded(rows: Sequence[Sequence[int]], value: int, multiple: int) -> "torch.Tensor":
+    """`rows` (batch, length), int64, filled with `value` to a multiple of the length."""
+    import torch
+
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def _too_long(seconds: float, messages: Sequence[Mapping[str, Any]]) -> Template
     begin = str(messages[0].get("content") if messages else "")[:60]
     return TemplateTimeoutError(
         f"the chat template takes more than {seconds:g} s for the conversation that begins "
-        f"{begin!r}: it loops there, and has to be written otherwise"
+        f"{begin!r}: it seems to loop forever; repair the template"
     )
 
 

@@ -66,24 +66,22 @@ def string(row: Row, value: object, what: str, empty: bool = True) -> str:
     """
     if not isinstance(value, str):
         cure = "; write it as JSON text" if isinstance(value, (dict, list)) else ""
-        raise InputError(f"{row.where}: {what} is {kind_of_value(value)}, expected a string{cure}")
+        raise row.error(f"{what} is {kind_of_value(value)}, expected a string{cure}")
     if not empty and not value.strip():
-        raise InputError(f"{row.where}: {what} is empty; fill it or drop the row")
+        raise row.error(f"{what} is empty; fill it or drop the row")
     if "\0" in value:  # C code behind tokenizers, files and terminals ends a text there
-        raise InputError(f"{row.where}: {what} holds a NUL character; remove it")
+        raise row.error(f"{what} holds a NUL character; remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud83d" alone in JSON; tokenizers cannot take it
-        raise InputError(
-            f"{row.where}: {what} holds half of a surrogate pair; repair it"
-        ) from error
+        raise row.error(f"{what} holds half of a surrogate pair; repair it") from error
     return value.replace("\r\n", "\n")
 
 
 def list_of(row: Row, value: object, what: str, of: str) -> list[Any]:
     """`value` if it is a list; raises InputError otherwise."""
     if not isinstance(value, list):
-        raise InputError(f"{row.where}: {what} is {kind_of_value(value)}, expected a list of {of}")
+        raise row.error(f"{what} is {kind_of_value(value)}, expected a list of {of}")
     return value
 
 
@@ -102,12 +100,10 @@ def conversation(
     for i, item in enumerate(items):
         what, own = f"{column}[{i}]", keys
         if not isinstance(item, dict):
-            raise InputError(
-                f"{row.where}: {what} is {kind_of_value(item)}, expected an object with {keys}"
-            )
+            raise row.error(f"{what} is {kind_of_value(item)}, expected an object with {keys}")
         if named_roles and "role" in item:
             if "from" in item:
-                raise InputError(f"{row.where}: {what} has both 'from' and 'role'; remove one")
+                raise row.error(f"{what} has both 'from' and 'role'; remove one")
             own = ("role", "content")
         messages.append(_message(row, item, what, own, roles))
     return messages
@@ -121,15 +117,15 @@ def _message(
         raise InputError(_lacks(row, item, what, role_key, keys))
     name = string(row, item[role_key], f"{what}.{role_key}")
     if name not in roles:
-        raise InputError(
-            f"{row.where}: {what} has the unknown role {name[:40]!r}{did_you_mean(name, roles)}; "
+        raise row.error(
+            f"{what} has the unknown role {name[:40]!r}{did_you_mean(name, roles)}; "
             f"expected {', '.join(roles)}"
         )
     role = roles[name]
     # Null means that there is none, and templates test for the key.
     others = {k: v for k, v in item.items() if k not in keys and v is not None}
     for taken in {"role", "content"} & others.keys():
-        raise InputError(f"{row.where}: {what} has both '{content_key}' and '{taken}'; remove one")
+        raise row.error(f"{what} has both '{content_key}' and '{taken}'; remove one")
     content: object = item.get(content_key)
     calls = _calls(row, others, role, what)
     if name in CALL_ROLES:
@@ -163,8 +159,8 @@ def _text(row: Row, value: object, what: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             found = f"of the type {kind!r:.40}" if kind else kind_of_value(part)
-            raise InputError(
-                f"{row.where}: {what}[{i}] is {found}, and text alone is learned here; expected "
+            raise row.error(
+                f"{what}[{i}] is {found}, and only text is supported; expected "
                 "{type: text, text: ...}: remove other parts or drop the row"
             )
         texts.append(string(row, part.get("text"), f"{what}[{i}].text"))
@@ -179,8 +175,8 @@ def _calls(row: Row, others: dict[str, Any], role: str, what: str) -> list[dict[
         if given is None or given == []:
             continue
         if role != "assistant":
-            raise InputError(
-                f"{row.where}: {what} is a {role} message with '{key}'; only an assistant calls"
+            raise row.error(
+                f"{what} is a {role} message with '{key}'; only assistant messages call tools"
             )
         calls += tool_calls(row, given, f"{what}.{key}")
     return calls
@@ -195,7 +191,7 @@ def tool_calls(row: Row, value: object, what: str) -> list[dict[str, Any]]:
     value = _from_json(row, value, what, "{name, arguments}")
     given = value if isinstance(value, list) else [value]
     if not given:
-        raise InputError(f"{row.where}: {what} has no call; expected {{name, arguments}}")
+        raise row.error(f"{what} has no call; expected {{name, arguments}}")
     calls = []
     for i, item in enumerate(given):
         inner = f"{what}[{i}]" if isinstance(value, list) else what
@@ -206,8 +202,8 @@ def tool_calls(row: Row, value: object, what: str) -> list[dict[str, Any]]:
             arguments = {}
         arguments = _from_json(row, arguments, f"{inner}.arguments", "an object")
         if not isinstance(arguments, dict):
-            raise InputError(
-                f"{row.where}: {inner}.arguments is {kind_of_value(arguments)}, expected an "
+            raise row.error(
+                f"{inner}.arguments is {kind_of_value(arguments)}, expected an "
                 "object like {name: value}"
             )
         arguments = plain(row, arguments, f"{inner}.arguments")
@@ -231,8 +227,8 @@ def tools(row: Row) -> tuple[dict[str, Any], ...]:
         tool = _function(row, _from_json(row, item, what, "a function"), what, "{name, parameters}")
         parameters = tool["function"].get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
-            raise InputError(
-                f"{row.where}: {what}.parameters is {kind_of_value(parameters)}, expected an "
+            raise row.error(
+                f"{what}.parameters is {kind_of_value(parameters)}, expected an "
                 "object (a JSON schema)"
             )
         found.append(plain(row, tool, what))
@@ -242,19 +238,15 @@ def tools(row: Row) -> tuple[dict[str, Any], ...]:
 def _function(row: Row, item: object, what: str, expected: str) -> dict[str, Any]:
     """`item` with `function` around it and its name checked."""
     if not isinstance(item, dict):
-        raise InputError(
-            f"{row.where}: {what} is {kind_of_value(item)}, expected an object {expected}"
-        )
+        raise row.error(f"{what} is {kind_of_value(item)}, expected an object {expected}")
     kind = item.get("type") or "function"
     if "function" not in item:
         item = {"function": {k: v for k, v in item.items() if k != "type" or kind != "function"}}
     elif kind != "function":
-        raise InputError(
-            f"{row.where}: {what} is of the type {kind!r:.40}; expected 'function', nothing else"
-        )
+        raise row.error(f"{what} is of the type {kind!r:.40}; only 'function' is supported")
     function = item["function"]
     if not isinstance(function, dict) or not function.get("name"):
-        raise InputError(f"{row.where}: {what} names no function; expected an object {expected}")
+        raise row.error(f"{what} has no function name; expected an object {expected}")
     string(row, function["name"], f"{what}.name")
     return {"type": "function", **{k: v for k, v in item.items() if k != "type" and v is not None}}
 
@@ -266,9 +258,7 @@ def _from_json(row: Row, value: object, what: str, expected: str) -> Any:
     try:
         return strict_json.parse(value)
     except ValueError as error:
-        raise InputError(
-            f"{row.where}: {what} is not JSON ({error}); expected {expected}"
-        ) from error
+        raise row.error(f"{what} is not JSON ({error}); expected {expected}") from error
 
 
 def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
@@ -278,9 +268,7 @@ def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
         InputError: there is another type in it, NaN or Inf, or it is nested too deeply.
     """
     if depth > _DEEPEST:
-        raise InputError(
-            f"{row.where}: {what[:80]} is nested deeper than {_DEEPEST} levels; flatten it"
-        )
+        raise row.error(f"{what[:80]} is nested deeper than {_DEEPEST} levels; flatten it")
     if isinstance(value, str):
         return string(row, value, what)
     if isinstance(value, list):
@@ -295,7 +283,7 @@ def plain(row: Row, value: Any, what: str, depth: int = 0) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     found = "NaN or Inf" if isinstance(value, float) else kind_of_value(value)
-    raise InputError(f"{row.where}: {what} is {found}; expected a value that JSON has")
+    raise row.error(f"{what} is {found}; expected a JSON value")
 
 
 def history(row: Row) -> list[Message]:
@@ -314,7 +302,7 @@ def history(row: Row) -> list[Message]:
     turns: list[Message] = []
     for i, pair in enumerate(items):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{row.where}: history[{i}] must be a pair [question, answer]")
+            raise row.error(f"history[{i}] must be a pair [question, answer]")
         turns += exchange(*(string(row, text, f"history[{i}]") for text in pair))
     return turns
 
@@ -328,10 +316,7 @@ def check_conversation(row: Row, messages: list[Message]) -> None:
     """Refuses a conversation that nothing can be learned from. Raises InputError."""
     roles = [message["role"] for message in messages]
     if len(roles) > _MOST_MESSAGES:
-        raise InputError(
-            f"{row.where}: {len(roles):,} messages are more than the {_MOST_MESSAGES:,} that a row "
-            "may have; divide it"
-        )
+        raise row.error(f"{len(roles):,} messages, and a row may have {_MOST_MESSAGES:,}; split it")
     if roles[:2] == ["system", "system"]:
         if row.values.get("system"):
             what, cure = "a system message in the 'system' column and in the messages", "remove one"
@@ -340,13 +325,11 @@ def check_conversation(row: Row, messages: list[Message]) -> None:
             lists = (name for name in names if isinstance(row.values.get(name), list))
             column = next(lists, "input")
             what, cure = f"two system messages at the beginning of '{column}'", "join them"
-        raise InputError(f"{row.where}: {what}; {cure}")
+        raise row.error(f"{what}; {cure}")
     if "assistant" not in roles:
-        raise InputError(
-            f"{row.where}: no assistant message, so there is nothing to learn; add one"
-        )
+        raise row.error("no assistant message, so there is nothing to learn; add one")
     if roles.index("assistant") == 0 and roles.count("assistant") == 1:
-        raise InputError(f"{row.where}: nothing comes before the answer; add a user message")
+        raise row.error("nothing comes before the answer; add a user message")
     for message in messages:
         if message["role"] == "user" and not message["content"].strip():
-            raise InputError(f"{row.where}: a user message is empty; fill it or drop the row")
+            raise row.error("a user message is empty; fill it or drop the row")

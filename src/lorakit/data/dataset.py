@@ -4,7 +4,6 @@ What the user should know but need not act on comes back: what was chosen (a tem
 share) as `notices`, what was found in the rows as `findings`; printing is left to the caller.
 """
 
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,18 +14,16 @@ from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.mixing import (
     DataFacts,
     Sources,
-    count,
-    each,
     load_samples,
     mix,
     notice_of_own,
 )
 from lorakit.data.samples import Sample
-from lorakit.data.splits import HELD_OUT
+from lorakit.data.splits import HELD_OUT, held_out, shuffled_groups
 from lorakit.data.templates import ensure_template
 from lorakit.data.texts import findings_of_fields, findings_of_texts
-from lorakit.data.too_long import Limit, TooLong, fit, none_left
-from lorakit.errors import InputError
+from lorakit.data.too_long import Limit, TooLong, fit
+from lorakit.errors import InputError, count, each
 from lorakit.progress import track
 
 if TYPE_CHECKING:
@@ -139,22 +136,17 @@ def prepare(
     if templated and any(sample.messages for sample in everything):
         notices += [notice] if (notice := ensure_template(tokenizer)) else []
     most = Limit(max_length, positions)
-    fitted = fit([(i < len(kept), s) for i, s in enumerate(everything)], make, most, too_long)
-    to_learn = [(sample, row) for (learns, sample), row in fitted.kept if learns]
-    held_out = [(sample, row) for (learns, sample), row in fitted.kept if not learns]
-    for key, before, after in (("train", kept, to_learn), ("eval", held, held_out)):
-        if before and not after:
-            raise none_left(key, fitted.left_out, most)
+    fitted = fit(kept, held, make, most, too_long)
     notices += fitted.notices
-    found = findings(to_learn, held_out, tokenizer, most, fitted.left_out)
+    found = findings(fitted.train, fitted.eval, tokenizer, most, fitted.left_out)
     found += findings_of_texts(everything, tokenizer)
     found += findings_of_fields(everything, tokenizer, by_template=templated)
-    copied = [pair for pair in to_learn for _ in range(pair[0].copies)]
+    copied = [pair for pair in fitted.train for _ in range(pair[0].copies)]
     return PreparedData(
         [row for _, row in copied],
-        [row for _, row in held_out],
+        [row for _, row in fitted.eval],
         [sample for sample, _ in copied],
-        [sample for sample, _ in held_out],
+        [sample for sample, _ in fitted.eval],
         facts,
         notices,
         found,
@@ -169,31 +161,18 @@ def _split(
         raise InputError(f"data.eval is {share}; give a share from 0 to below 1, or a path")
     if share == 0:
         return samples, [], []
-    keys = [sample.prompt_key for sample in samples]
-    sizes: dict[str, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
-    if len(sizes) < 2:
+    groups = shuffled_groups([sample.prompt_key for sample in samples], seed)
+    if len(groups) < 2:
         raise InputError(
             f"data.eval: {path} has {count(len(samples), 'row')} with one prompt, so no share of "
             "it can be held out without leaking; add rows, give a file, or set data.eval to 0"
         )
-    wanted = min(max(1, round(share * len(samples))), len(samples) - 1)
-    order = list(sizes)
-    random.Random(seed).shuffle(order)
-    chosen: set[str] = set()
-    size = 0
-    for key in order:
-        # Never above the share: one prompt with many rows must not empty the training side.
-        if size + sizes[key] <= wanted:
-            chosen.add(key)
-            size += sizes[key]
-    if not chosen:
-        chosen = {min(order, key=sizes.__getitem__)}
-    kept = [sample for sample, key in zip(samples, keys, strict=True) if key not in chosen]
-    held = [sample for sample, key in zip(samples, keys, strict=True) if key in chosen]
+    smallest = min(groups, key=len)
+    chosen = held_out(groups, share) or set(smallest)
+    prompts = sum(group[0] in chosen for group in groups)
     notice = (
-        f"eval: {len(held)} of {count(len(samples), 'row')} held out "
-        f"({count(len(chosen), 'prompt')} that training does not see, seed {seed})"
+        f"eval: {len(chosen)} of {count(len(samples), 'row')} held out "
+        f"({count(prompts, 'prompt')} that training does not see, seed {seed})"
     )
-    return kept, held, [notice]
+    kept = [sample for i, sample in enumerate(samples) if i not in chosen]
+    return kept, [samples[i] for i in sorted(chosen)], [notice]

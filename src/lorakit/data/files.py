@@ -47,7 +47,7 @@ def read_records(file: Path) -> Records:
     kind = kind_of(file.name)
     if kind is None:
         raise InputError(
-            f"{file}: the suffix '{file.suffix}' says no known format; "
+            f"{file}: not a known file type (suffix '{file.suffix}'); "
             f"convert or rename it to one of {known_kinds()}"
         )
     return _READERS[kind](file)
@@ -65,7 +65,9 @@ def _read_bytes(file: Path) -> bytes:
                 if limit := too_large(unpacked.tell(), size):
                     raise InputError(f"{file}: unpacks to {limit}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{file}: not a whole gzip file ({error}); pack it anew") from error
+        raise InputError(
+            f"{file}: a damaged or incomplete gzip file ({error}); write it again"
+        ) from error
     return unpacked.getvalue()
 
 
@@ -137,11 +139,11 @@ def _read_json(file: Path) -> Records:
     line += text.count("\n", counted, at)
     if not text.startswith("]", at):
         raise InputError(
-            f"{file}:{line}: broken JSON (expected ',' or ']' behind a row); repair it there"
+            f"{file}:{line}: broken JSON (expected ',' or ']' after a row); repair it there"
         )
     if _skip_space(text, at + 1) != len(text):
         raise InputError(
-            f"{file}:{line}: broken JSON (there is text behind the array's ']'); remove it"
+            f"{file}:{line}: broken JSON (there is text after the array's ']'); remove it"
         )
 
 
@@ -155,7 +157,7 @@ def _read_json_lines(file: Path) -> Records:
         values, end = _decode(line, start, file, number, hint)
         end = _skip_space(line, end)
         if end != len(line):
-            raise InputError(f"{file}:{number}:{end + 1}: text behind the object{hint}")
+            raise InputError(f"{file}:{number}:{end + 1}: text after the object{hint}")
         yield number, values
 
 

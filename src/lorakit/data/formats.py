@@ -1,22 +1,29 @@
 """The forms that rows may have: one line here each, and what form a row has.
 
 It is found from the columns of each row, or told by the recipe's `data.columns`. How a form is read
-is in a file of its own (`chat_rows`, `pair_rows`, `text_rows`; `preference_rows`, `judged_rows`).
+is in files beside this one: `supervised_rows`, `preference_rows`, `judged_rows`; `labelled` for
+classifiers.
 """
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lorakit.data.chat_rows import MESSAGES, SHAREGPT
 from lorakit.data.column_hints import as_yaml, means
 from lorakit.data.judged_rows import JUDGED_FORMATS
 from lorakit.data.other_objectives import refuse_other_objectives
-from lorakit.data.pair_rows import ALPACA, PROMPT_COMPLETION, PROMPT_RESPONSE, QUESTION_ANSWER
 from lorakit.data.preference_rows import PAIR_FORMATS
 from lorakit.data.samples import RowFormat
 from lorakit.data.sources import Row
-from lorakit.data.text_rows import TEXT
+from lorakit.data.supervised_rows import (
+    ALPACA,
+    MESSAGES,
+    PROMPT_COMPLETION,
+    PROMPT_RESPONSE,
+    QUESTION_ANSWER,
+    SHAREGPT,
+    TEXT,
+)
 from lorakit.errors import InputError, did_you_mean, listed
 
 FORMATS: list[RowFormat] = [
@@ -74,8 +81,8 @@ def recognise(
     if len(fitting) > 1:
         first = fitting[0]
         example = ", ".join(f"{name}: {name}" for name in first.required)
-        raise InputError(
-            f"{row.where}: its columns fit {' and '.join(form.label for form in fitting)}; "
+        raise row.error(
+            f"its columns fit {' and '.join(form.label for form in fitting)}; "
             f"say which is meant in the recipe, e.g. data.columns: {{{example}}}"
         )
     if fitting[0].kind == "text" and not columns and (hint := _text_and_answer(row)):
@@ -131,8 +138,8 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row under the format's column names; a column that was renamed loses its own name."""
     for name, own in columns.items():
         if own not in row.values:
-            raise InputError(
-                f"{row.where}: no column '{own}', which data.columns gives for '{name}'"
+            raise row.error(
+                f"no column '{own}', to which data.columns maps '{name}'"
                 f"{did_you_mean(own, row.values)}; correct it, the row has {listed(row.values)}"
             )
     taken = set(columns.values())
@@ -153,6 +160,9 @@ def _fits_nothing(row: Row, kinds: Collection[str]) -> str:
     hint = proposed(row.values, kinds)
     if hint and len(_fitting(renamed(row, hint).values, hint, kinds)) == 1:
         example = f"e.g. data.columns: {as_yaml(hint)}"
+    elif "conversation" not in kinds:
+        first = formats_of(kinds)[0].required
+        example = f"as data.columns: {as_yaml({name: f'YOUR_{name.upper()}' for name in first})}"
     elif len(own) == 1:
         example = f"e.g. data.columns: {as_yaml({'text': own[0]})}"
     else:

@@ -6,11 +6,17 @@ They are the rows of supervised fine-tuning with `label` (TRL, ms-swift) or `kto
 
 from dataclasses import dataclass, field
 
-from lorakit.data.chat_rows import MESSAGES, SHAREGPT
 from lorakit.data.conversations import kind_of_value
-from lorakit.data.pair_rows import ALPACA, PROMPT_COMPLETION, PROMPT_RESPONSE, QUESTION_ANSWER
 from lorakit.data.samples import RowFormat, Sample
 from lorakit.data.sources import Row
+from lorakit.data.supervised_rows import (
+    ALPACA,
+    MESSAGES,
+    PROMPT_COMPLETION,
+    PROMPT_RESPONSE,
+    QUESTION_ANSWER,
+    SHAREGPT,
+)
 from lorakit.errors import InputError
 
 LABELS = ("label", "kto_tag")

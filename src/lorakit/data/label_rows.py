@@ -86,7 +86,9 @@ def tokenize_words(
             seen.append(word)
         before = word
     if not seen:
-        raise InputError(f"{sample.where}: no word has a token; repair or drop the row")
+        raise InputError(
+            f"{sample.where}: the tokenizer makes no token of any word; repair or drop the row"
+        )
     return LabelledRow(
         list(encoded["input_ids"]),
         labels,

@@ -1,35 +1,28 @@
 """Rows with labels: a class for a text or a pair of texts, or a tag for every word.
 
-The columns are recognised by their names, or told by the recipe's `data.columns`. Here rows become
-samples, labels get their numbers, and some rows are held out. How a sample becomes tokens is
-`lorakit.data.label_rows`' work, how predictions are scored `lorakit.data.scores`'.
+Here rows become samples, labels get their numbers, and some rows are held out. How a sample becomes
+tokens is `lorakit.data.label_rows`' work, how predictions are scored `lorakit.data.scores`'.
 """
 
-import dataclasses
 import json
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.conversations import kind_of_value, string
-from lorakit.data.mixing import each
+from lorakit.data.conversations import kind_of_value, list_of, string
+from lorakit.data.formats import FORMATS, recognise
+from lorakit.data.samples import RowFormat
 from lorakit.data.sources import Row, read_rows
-from lorakit.data.splits import MEASURED
-from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.data.splits import MEASURED, held_out, shuffled_groups
+from lorakit.errors import InputError, did_you_mean, each, listed
 
 Label = str | int | bool
 
-# For each task the forms that a row may have: the required columns, the last one with labels.
-_FORMS = {
-    "SEQ_CLS": (("text", "label"), ("sentence1", "sentence2", "label")),
-    "TOKEN_CLS": (("tokens", "tags"), ("tokens", "ner_tags")),
-}
-_OPTIONAL = {("text", "label"): "text_pair"}
 _POINT = re.compile(r"[-+]?\d*\.\d+")
 _MANY = 1000  # classes, from which a column of labels looks like something else
 
@@ -90,98 +83,64 @@ def read_labelled(
     Raises:
         InputError: the file, `columns`, or a row of it cannot be used.
     """
-    columns = columns or {}
-    known = list(dict.fromkeys(c for f in _FORMS[task_type] for c in (*f, *_optional(f))))
-    for name in columns:
-        if name not in known:
-            raise InputError(
-                f"data.columns: '{name}' is not a column of {task_type}"
-                f"{did_you_mean(name, known)}; known are {', '.join(known)}"
-            )
-    read = _read_sequence if task_type == "SEQ_CLS" else _read_words
     if isinstance(rows, (str, Path)):
         rows = read_rows(rows, wanted=MEASURED)
-    return each(islice(rows, limit), lambda row: read(*_columns(row, task_type, columns)))
+
+    def read(row: Row) -> LabelledSample:
+        form, row = recognise(row, columns or {}, (task_type,))
+        found: LabelledSample = form.sample(row)
+        return found
+
+    return each(islice(rows, limit), read)
 
 
-def _optional(form: tuple[str, ...]) -> tuple[str, ...]:
-    return (_OPTIONAL[form],) if form in _OPTIONAL else ()
-
-
-def _columns(row: Row, task_type: str, columns: Mapping[str, str]) -> tuple[Row, tuple[str, ...]]:
-    """The row under the names of the form that it has, and that form."""
-    for name, own in columns.items():
-        if own not in row.values:
-            raise InputError(
-                f"{row.where}: no column '{own}', which data.columns gives for '{name}'"
-                f"{did_you_mean(own, row.values)}; the row has {listed(row.values)}"
-            )
-    values = {name: v for name, v in row.values.items() if name not in columns.values()}
-    values |= {name: row.values[own] for name, own in columns.items()}
-    forms = _FORMS[task_type]
-    fitting = [
-        form
-        for form in forms
-        if all(name in values for name in form) and columns.keys() <= {*form, *_optional(form)}
-    ]
-    if len(fitting) == 1:
-        return dataclasses.replace(row, values=values), fitting[0]
-    accepted = " or ".join("+".join(form) for form in forms)
-    if fitting:
-        [first, *_] = fitting
-        example = ", ".join(f"{name}: {name}" for name in first)
-        raise InputError(
-            f"{row.where}: its columns fit {accepted}; say which is meant, "
-            f"e.g. data.columns: {{{example}}}"
-        )
-    example = ", ".join(f"{name}: your_{name}" for name in forms[0])
-    raise InputError(
-        f"{row.where}: its columns ({listed(row.values) or 'none'}) are not those of {task_type}, "
-        f"{accepted}; name yours in the recipe, e.g. data.columns: {{{example}}} "
-        "(lorakit eval: --columns)"
-    )
-
-
-def _read_sequence(row: Row, form: tuple[str, ...]) -> LabelledSample:
-    *names, label = form
-    names += [name for name in _optional(form) if row.values.get(name) is not None]
+def _read_sequence(row: Row, names: tuple[str, ...]) -> LabelledSample:
+    if row.values.get("text_pair") is not None and "text" in names:
+        names += ("text_pair",)
     texts = tuple(string(row, row.values[name], f"'{name}'", empty=False) for name in names)
-    return LabelledSample(texts, (_label(row, row.values[label], f"'{label}'"),), row.where)
+    return LabelledSample(texts, (_label(row, row.values["label"], "'label'"),), row.where)
 
 
-def _read_words(row: Row, form: tuple[str, ...]) -> LabelledSample:
-    words, tags = (row.values[name] for name in form)
-    for name in form:
-        if not isinstance(row.values[name], list):
-            kind = kind_of_value(row.values[name])
-            raise InputError(f"{row.where}: '{name}' is {kind}, expected a list with one a word")
+def _read_words(row: Row, column: str) -> LabelledSample:
+    words, tags = (
+        list_of(row, row.values[name], f"'{name}'", "one value per word")
+        for name in ("tokens", column)
+    )
     if len(words) != len(tags):
-        raise InputError(
-            f"{row.where}: {len(words)} {form[0]} and {len(tags)} {form[1]}: every word needs "
-            "one tag; repair or drop the row"
+        raise row.error(
+            f"{len(words)} tokens and {len(tags)} {column}: every word needs one tag; repair or "
+            "drop the row"
         )
     if not words:
-        raise InputError(f"{row.where}: '{form[0]}' is empty; fill it or drop the row")
+        raise row.error("'tokens' is empty; fill it or drop the row")
     return LabelledSample(
-        tuple(string(row, word, f"{form[0]}[{i}]", empty=False) for i, word in enumerate(words)),
-        tuple(_label(row, tag, f"{form[1]}[{i}]") for i, tag in enumerate(tags)),
+        tuple(string(row, word, f"tokens[{i}]", empty=False) for i, word in enumerate(words)),
+        tuple(_label(row, tag, f"{column}[{i}]") for i, tag in enumerate(tags)),
         row.where,
     )
 
 
 def _label(row: Row, value: object, what: str) -> Label:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise InputError(f"{row.where}: {what} is empty; give the row a label or drop it")
+        raise row.error(f"{what} is empty; give the row a label or drop it")
     if isinstance(value, float):
-        raise InputError(
-            f"{row.where}: {what} is {value}, a number with a point, and labels are classes: "
-            "write whole numbers or names (lorakit does not learn to predict numbers)"
+        raise row.error(
+            f"{what} is {value}, a number with a point, and labels are classes: "
+            "write whole numbers or names (regression is not supported)"
         )
     if not isinstance(value, (str, int)):
-        raise InputError(
-            f"{row.where}: {what} is {kind_of_value(value)}, expected a name or a whole number"
-        )
+        raise row.error(f"{what} is {kind_of_value(value)}, expected a name or a whole number")
     return value
+
+
+FORMATS.extend(
+    RowFormat((*texts, "label"), partial(_read_sequence, names=texts), optional, kind="SEQ_CLS")
+    for texts, optional in ((("text",), ("text_pair",)), (("sentence1", "sentence2"), ()))
+)
+FORMATS.extend(
+    RowFormat(("tokens", tags), partial(_read_words, column=tags), (), kind="TOKEN_CLS")
+    for tags in ("tags", "ner_tags")
+)
 
 
 def label_name(label: Label) -> str:
@@ -275,19 +234,17 @@ def hold_out(
     """
     if share == 0:
         return samples, [], []
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for i, sample in enumerate(samples):
-        groups.setdefault(sample.texts, []).append(i)
     left = Counter(label for sample in samples for label in set(sample.labels))
-    wanted = min(max(1, round(share * len(samples))), len(samples) - 1)
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
-    held: set[int] = set()
-    for group in order:
+
+    def spared(group: list[int]) -> bool:
         taken = Counter(label for i in group for label in set(samples[i].labels))
-        if len(held) + len(group) <= wanted and all(left[x] > n for x, n in taken.items()):
-            held.update(group)
-            left -= taken
+        spare = all(left[label] > number for label, number in taken.items())
+        if spare:
+            left.subtract(taken)
+        return spare
+
+    groups = shuffled_groups([sample.prompt_key for sample in samples], seed)
+    held = held_out(groups, share, spared)
     if not held:
         raise InputError(
             f"data.eval: of {len(samples)} rows none can be held out, as every label needs a row "

@@ -129,7 +129,7 @@ def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: i
         whole = label(reading, encoded, tokenizer, len(row) + row.cut)
         first = next(i for i, token in enumerate(whole.labels) if token != IGNORE)
         raise InputError(
-            f"{row.where}: the answer begins at token {first + 1} of {len(whole)}, behind "
+            f"{row.where}: the answer begins at token {first + 1} of {len(whole)}, beyond "
             f"data.max_length {max_length}; raise it to {len(whole)} or shorten the row"
         )
     return row

@@ -7,11 +7,10 @@ them, drawn once by the seed, so that the other half is never seen.
 import dataclasses
 import math
 import random
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from lorakit.data.column_hints import unread_cure
 from lorakit.data.formats import SUPERVISED, check_columns, recognise
@@ -19,10 +18,7 @@ from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.samples import Sample
 from lorakit.data.sources import Contents, Row, read_source
 from lorakit.data.splits import LEARNED, MEASURED
-from lorakit.errors import InputError, did_you_mean, listed
-
-In = TypeVar("In")
-Out = TypeVar("Out")
+from lorakit.errors import InputError, count, did_you_mean, each, listed
 
 _LARGEST_WEIGHT = 1000
 _SHOWN = 8  # names in a notice
@@ -110,7 +106,7 @@ def mix(
     if not given:
         raise InputError(f"{key} is an empty list; name at least one source")
     if limit is not None and limit < 1:
-        raise InputError(f"data.limit is {limit}; give a number of rows from 1, or leave it out")
+        raise InputError(f"data.limit is {limit}; give at least 1, or leave it out")
     check_columns(columns or {}, kinds)
     parts = [item if isinstance(item, Source) else Source(str(item)) for item in given]
     paths = [part.path for part in parts]
@@ -148,45 +144,19 @@ def load_samples(
     return mix(path, columns, limit, wanted=MEASURED).samples
 
 
-def each(items: Iterable[In], make: Callable[[In], Out]) -> list[Out]:
-    """`make` of every item; the first failure is raised, with the number of the others."""
-    made, failures = [], []
-    for item in items:
-        try:
-            made.append(make(item))
-        except InputError as error:
-            failures.append(error)
-    if not failures:
-        return made
-    if len(failures) == 1:
-        raise failures[0]
-    others = len(failures) - 1
-    raise InputError(f"{failures[0]} (and {count(others, 'more row')})") from failures[0]
-
-
-def count(number: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 @dataclass
 class _Rows:
     """How many rows have something, and where the first of them is."""
 
-    first: str
+    first: str = ""
     rows: int = 0
+
+    def add(self, row: Row) -> None:
+        self.first = self.first or row.where
+        self.rows += 1
 
     def __str__(self) -> str:
         return f"{count(self.rows, 'row')} (first: {self.first})"
-
-
-class _RowsBy(dict[str, _Rows]):
-    """The rows that have something, by what it is."""
-
-    def add(self, what: str, row: Row) -> None:
-        if what not in self:
-            self[what] = _Rows(row.where)
-        self[what].rows += 1
 
 
 def _samples(
@@ -197,22 +167,22 @@ def _samples(
     kinds: Collection[str],
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
-    formats, unread, found = _RowsBy(), _RowsBy(), _RowsBy()
+    formats, unread, found = (defaultdict[str, _Rows](_Rows) for _ in range(3))
     known: set[str] = set()
 
     def read(row: Row) -> Sample:
         refuse_other_objectives(row, columns, kinds)
         form, row = recognise(row, columns, kinds)
         sample = form.sample(row)
-        formats.add(form.label, row)
+        formats[form.label].add(row)
         known.update(form.columns)
         for name, value in row.values.items():
             if name not in form.columns and value is not None and value not in ("", [], {}):
-                unread.add(name, row)
+                unread[name].add(row)
         if any(_has_crlf(row.values.get(name)) for name in form.columns):
-            found.add("with \\r\\n line ends, read as \\n", row)
+            found["with \\r\\n line ends, read as \\n"].add(row)
         if sample.unlearned:
-            found.add("with answers that are marked as not learned, and only read", row)
+            found["with answers that are marked as not learned, and only read"].add(row)
         return sample
 
     samples = each(contents.rows[:limit], read)
@@ -233,7 +203,7 @@ def _unread_notices(path: str, unread: Mapping[str, _Rows], known: set[str]) -> 
         f"{name}{did_you_mean(name, known) if len(name) > 3 else ''}" for name in names[:_SHOWN]
     ]
     notices = [
-        f"{path}: {count(len(names), 'column')} that no one reads: "
+        f"{path}: {count(len(names), 'column')} not read: "
         f"{listed([*shown, *names[_SHOWN:]], _SHOWN)}"
     ]
     for name in names:

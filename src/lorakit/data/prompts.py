@@ -68,7 +68,7 @@ def _of_lines(lines: Iterable[str], name: str) -> list[Prompt]:
 def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
     messages, _ = take_marks(row, _asked(row, columns))
     if not messages:
-        raise InputError(f"{row.where}: there is nothing to be answered")
+        raise row.error("no message is left to answer; add a user message")
     return Prompt(tuple(messages), tools(row), row.where)
 
 
@@ -81,7 +81,7 @@ def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
         return [*system_message(row), *history(row), {"role": "user", "content": text}]
     form, row = recognise(row, columns)
     if form.kind != "conversation":
-        raise InputError(f"{row.where}: plain text asks nothing: give the column 'prompt'")
+        raise row.error("plain text has no prompt; give the column 'prompt'")
     return [*system_message(row), *_without_answer(form.read(row))]
 
 

@@ -3,7 +3,7 @@
 Which answers of a conversation are learned is told by the marks that other tools write on messages:
 OpenAI's fine-tuning format and the older Axolotl have `weight`, Axolotl `train` and `training`,
 ms-swift `loss` and `loss_scale`.
-The forms themselves are in `chat_rows`, `pair_rows` and `text_rows`, and registered in `formats`.
+The forms themselves are in `supervised_rows` and `labelled`, and registered in `formats`.
 How a conversation becomes text is the template's business (`lorakit.data.templates`).
 """
 
@@ -108,14 +108,14 @@ def take_marks(row: Row, messages: Sequence[Message]) -> tuple[list[Message], fr
         marks = {key: _learned(row, message, i, key) for key in MARKS if key in message}
         for key in PARTIAL_MARKS:
             if message.get(key):
-                raise InputError(
-                    f"{row.where}: message {i + 1} has '{key}', which masks parts of a message; "
+                raise row.error(
+                    f"message {i + 1} has '{key}', which masks parts of a message; "
                     "lorakit learns an answer whole or not at all: mark it with train: false, or "
                     "remove the key"
                 )
         if len(set(marks.values())) > 1:
-            raise InputError(
-                f"{row.where}: message {i + 1} is marked as learned and as not learned "
+            raise row.error(
+                f"message {i + 1} is marked as learned and as not learned "
                 f"({', '.join(f'{key}: {message[key]}' for key in marks)}); remove one"
             )
         answer = message["role"] == "assistant"
@@ -133,7 +133,7 @@ def _learned(row: Row, message: Message, position: int, key: str) -> bool:
     what = f"{row.where}: '{key}' of message {position + 1} is {str(value)[:40]!r}"
     if isinstance(value, (int, float)):
         raise InputError(
-            f"{what}; an answer is learned (1) or not (0), and nothing between or above: round "
+            f"{what}; an answer's weight is 1 (learned) or 0 (not learned), nothing else: round "
             "it, or give its source a weight in data.train"
         )
     raise InputError(f"{what}; expected true or false, 1 or 0")
@@ -192,8 +192,7 @@ class RowFormat:
         check_conversation(row, messages)
         sample = Sample(tuple(messages), None, row.where, tools(row), unlearned=unlearned)
         if not sample.learned:
-            raise InputError(
-                f"{row.where}: every answer is marked as not learned, so there is nothing to "
-                "learn; drop the row"
+            raise row.error(
+                "every answer is marked as not learned, so there is nothing to learn; drop the row"
             )
         return sample

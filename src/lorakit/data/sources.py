@@ -25,7 +25,7 @@ from lorakit.data.arrow import (
     saved_splits,
 )
 from lorakit.data.files import kind_of, known_kinds, read_records
-from lorakit.data.splits import LEARNED, SPLITS, by_split, chosen_split, notice_of_parts, split_of
+from lorakit.data.splits import LEARNED, SPLITS, by_split, notice_of_parts, split_of
 from lorakit.errors import InputError, did_you_mean, listed, one_line
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[^/]+))?", re.ASCII)
@@ -48,6 +48,10 @@ class Row:
     def where(self) -> str:
         """`orders.jsonl:12`, for messages."""
         return f"{one_line(self.name or self.path.name)}:{self.line}"
+
+    def error(self, message: str) -> InputError:
+        """An error about this row, which says where it stands."""
+        return InputError(f"{self.where}: {message}")
 
 
 @dataclass(frozen=True)
@@ -229,16 +233,15 @@ def _chosen(
             return split
         known = listed(name for name in parts if name) or "none"
         raise InputError(f"{place}: has no files named for '{split}'; it has {known}")
-    try:
-        return chosen_split(parts, wanted)
-    except KeyError:
-        names = [name for several in parts.values() for name in several]
-        if wanted != LEARNED:  # what is measured on what was learned is found out elsewhere
-            return next(iter(parts))
-        raise InputError(
-            f"{place}: its files are for {listed(map(str, parts))} by their names "
-            f"({listed(names, 3)}), and these are not learned; name the file that is meant"
-        ) from None
+    if found := [part for part in (*wanted, None) if part in parts]:
+        return found[0]
+    if wanted != LEARNED:  # what is measured on what was learned is found out elsewhere
+        return next(iter(parts))
+    names = listed((name for several in parts.values() for name in several), 3)
+    raise InputError(
+        f"{place}: its files are for {listed(map(str, parts))} by their names ({names}), none for "
+        "training; name the file to learn from"
+    )
 
 
 def _own_held_out(
@@ -324,7 +327,9 @@ def _expanded(path: str | Path) -> Path:
     try:
         return place.expanduser()
     except RuntimeError as error:
-        raise InputError(f"{place}: there is no home folder here; write the path out") from error
+        raise InputError(
+            f"{place}: there is no home folder to expand ~ to; write the full path"
+        ) from error
 
 
 def _without_split(place: Path) -> tuple[Path, str | None]:
@@ -361,7 +366,7 @@ def _existing_file(file: Path) -> Path:
         if file.exists():
             raise InputError(f"{file}: is a pipe or device; save its contents to a file first")
         if file.is_symlink():
-            raise InputError(f"{file}: is a link to nowhere ({file.readlink()}); repair the link")
+            raise InputError(f"{file}: is a broken symbolic link (to {file.readlink()}); repair it")
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
     except OSError as error:
         raise _unreadable(file, error) from error

@@ -98,8 +98,8 @@ def find_answers(
         end = len(full) - len(rest)
         if start is None or start > end - len(own) or not full.endswith(rest):
             raise InputError(
-                f"the chat template cannot be masked: it does not show where message {turn + 1}, "
-                "an answer, stands in the text; use another template or tokenizer"
+                f"the chat template cannot be masked: the position of message {turn + 1}, "
+                "an answer, in the rendered text is not clear; use another template or tokenizer"
             )
         if not end_token and (begins_next := special.match(rest)):
             end += begins_next.end()

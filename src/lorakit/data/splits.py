@@ -4,8 +4,9 @@ Names are divided as the library `datasets` does it: `train-00001.parquet`, `ord
 `test_sft`. What is for training is never mixed with what is for measuring.
 """
 
+import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lorakit.errors import listed, one_line
 
@@ -45,18 +46,6 @@ def by_split(names: Iterable[str]) -> dict[str | None, list[str]]:
     return parts
 
 
-def chosen_split(parts: dict[str | None, list[str]], wanted: Sequence[str]) -> str | None:
-    """The first wanted part that there is, or else None, for what says no part.
-
-    Raises:
-        KeyError: there is neither.
-    """
-    for split in (*wanted, None):
-        if split in parts:
-            return split
-    raise KeyError
-
-
 def notice_of_parts(
     place: object, parts: dict[str | None, list[str]], chosen: str | None
 ) -> list[str]:
@@ -66,3 +55,35 @@ def notice_of_parts(
         return []
     what = f"its {chosen} part is read" if chosen else "what is named for no part is read"
     return [f"{place}: {what}, left out are {one_line(listed(left, 5))}"]
+
+
+def shuffled_groups(keys: Sequence[str], seed: int) -> list[list[int]]:
+    """The positions of rows with the same key together, the groups in an order of the seed's."""
+    groups: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def held_out(
+    groups: Sequence[list[int]],
+    share: float,
+    take: Callable[[list[int]], bool] = lambda group: True,
+) -> set[int]:
+    """Positions of at most `share` of the rows, but one at least, in whole groups.
+
+    A group that is larger than what is left of the share is passed over: one prompt with many rows
+    must not empty the training side.
+
+    Args:
+        take: whether a group that fits may be held out.
+    """
+    rows = sum(map(len, groups))
+    wanted = min(max(1, round(share * rows)), rows - 1)
+    held: set[int] = set()
+    for group in groups:
+        if len(held) + len(group) <= wanted and take(group):
+            held.update(group)
+    return held

@@ -82,7 +82,7 @@ def render(
         if not has_calls or not _shows_python(text, conversation, write):
             return text
     if refusal is None:
-        raise InputError("the chat template writes the arguments of tool calls as no JSON")
+        raise InputError("the chat template does not write the arguments of tool calls as JSON")
     reason = " ".join(str(refusal).split()) or type(refusal).__name__
     roles = ", ".join(message["role"] for message in messages) or "none"
     raise InputError(
@@ -252,8 +252,8 @@ def check_variables(
         if name not in known:
             there = f"it reads {listed(sorted(known))}" if known else "it reads none"
             raise InputError(
-                f"the chat template does not read {name[:100]!r}, so that it would change "
-                f"nothing: {there}"
+                f"the chat template does not read {name[:100]!r}, so it would have "
+                f"no effect: {there}"
             )
 
 

@@ -1,7 +1,7 @@
 """Rows of more tokens than a run reads: cut, left out, divided, or an error (`data.too_long`)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from lorakit.data.label_rows import LabelledRow
@@ -55,29 +55,30 @@ class Limit:
 class Fitted(Generic[Sample, Row]):
     """Samples with their rows, and the rows that are left out; `notices` say what was divided."""
 
-    kept: list[tuple[Sample, Row]]
+    train: list[tuple[Sample, Row]]
+    eval: list[tuple[Sample, Row]]
     left_out: list[Row]
-    notices: list[str] = field(default_factory=list)
+    notices: list[str]
 
 
 def fit(
-    samples: Sequence[Sample],
+    train: Sequence[Sample],
+    held: Sequence[Sample],
     make: Callable[[int], Sequence[Row]],
     limit: Limit,
     too_long: TooLong,
 ) -> Fitted[Sample, Row]:
-    """The rows of `samples` in at most `limit.tokens` tokens.
+    """The rows of the training and held-out samples in at most `limit.tokens` tokens.
 
     Args:
         make: tokenizes all samples, each cut to as many tokens as it is given; a row that has
             nothing to learn before the cut is left out.
 
     Raises:
-        InputError: a row is too long and `too_long` is `error`.
+        InputError: a row is too long and `too_long` is `error`, or no row is left.
     """
     rows = make(WHOLE if too_long == "split" else limit.tokens)
-    if too_long == "split":
-        return _divided(samples, rows, limit)
+    fitted: Fitted[Sample, Row] = Fitted([], [], [], [])
     cut = [row for row in rows if row.truncated]
     if cut and too_long == "error":
         longest = max(row.longest for row in cut)
@@ -86,62 +87,52 @@ def fit(
             f"{cut[0].where}: {cut[0].longest:,} tokens{others}, more than {limit}, and "
             f"data.too_long is error: set it to cut or drop ({limit.cure(longest)})"
         )
-    kept, left_out = [], []
-    for sample, row in zip(samples, rows, strict=True):
-        if row.truncated and (too_long == "drop" or row.supervised == 0):
-            left_out.append(row)
-        else:
-            kept.append((sample, row))
-    return Fitted(kept, left_out)
+    texts = parts = 0
+    for i, (sample, row) in enumerate(zip((*train, *held), rows, strict=True)):
+        several = _divided(row, limit.tokens) if too_long == "split" else [row]
+        if len(several) > 1:
+            texts, parts = texts + 1, parts + len(several)
+        for part in several:
+            if part.truncated and (too_long == "drop" or part.supervised == 0):
+                fitted.left_out.append(part)
+            else:
+                (fitted.train if i < len(train) else fitted.eval).append((sample, part))
+    for key, before, after in (("train", train, fitted.train), ("eval", held, fitted.eval)):
+        if before and not after:
+            raise _none_left(key, fitted.left_out, limit)
+    if texts:
+        fitted.notices.append(
+            f"data.too_long: texts longer than {limit}: {texts:,}, divided into {parts:,} rows"
+        )
+    return fitted
 
 
-def none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> InputError:
+def _none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> InputError:
     """The error of a run whose rows are all too long; `key` is `train` or `eval`."""
     first = left_out[0]
     longest = max(row.longest for row in left_out)
     return InputError(
-        f"data.{key}: all rows are left out, as they (or their answers) lie behind {limit} (first: "
+        f"data.{key}: all rows are left out, as they (or their answers) lie beyond {limit} (first: "
         f"{first.where}, {first.longest:,} tokens): raise data.max_length or shorten the "
         f"rows ({limit.cure(longest)})"
     )
 
 
-def _divided(samples: Sequence[Sample], rows: Sequence[Row], limit: Limit) -> Fitted[Sample, Row]:
-    kept, left_out, tokens = [], [], limit.tokens
-    texts = parts = 0
-    for sample, row in zip(samples, rows, strict=True):
-        if row.longest <= tokens:
-            kept.append((sample, row))
-        elif isinstance(row, (LabelledRow, RowGroup)):
-            raise InputError(
-                "data.too_long split is for plain text that a causal model learns: set it to cut, "
-                "drop or error"
-            )
-        elif _is_text(row):
-            several = _parts(row, tokens)
-            texts, parts = texts + 1, parts + len(several)
-            kept += [(sample, part) for part in several]
-        else:
-            short = replace(
-                row,
-                input_ids=row.input_ids[:tokens],
-                labels=row.labels[:tokens],
-                cut=len(row) - tokens,
-            )
-            if short.supervised:
-                kept.append((sample, short))
-            else:
-                left_out.append(short)
-    notice = f"data.too_long: texts longer than {limit}: {texts:,}, divided into {parts:,} rows"
-    return Fitted(kept, left_out, [notice] if texts else [])
+def _divided(row: Row, tokens: int) -> list[Row]:
+    """Plain text in parts of at most so many tokens; of a conversation the beginning alone.
 
-
-def _is_text(row: TokenizedRow) -> bool:
-    return all(label != IGNORE for label in row.labels[1:])
-
-
-def _parts(row: Row, tokens: int) -> list[Row]:
-    """Each part begins with the last token of the one before, so that each token is predicted."""
+    Each part begins with the last token of the one before, so that each token is predicted.
+    """
+    if row.longest <= tokens:
+        return [row]
+    if isinstance(row, (LabelledRow, RowGroup)):
+        raise InputError(
+            "data.too_long split is for plain text that a causal model learns: set it to cut, drop "
+            "or error"
+        )
+    if not all(label != IGNORE for label in row.labels[1:]):
+        ids, labels = row.input_ids[:tokens], row.labels[:tokens]
+        return [replace(row, input_ids=ids, labels=labels, cut=len(row) - tokens)]
     return [
         replace(
             row,

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import answer_form, taught_answer
 from lorakit.data.conversations import Message
-from lorakit.data.mixing import count as count_of
-from lorakit.data.mixing import each
 from lorakit.data.samples import Sample
 from lorakit.engine.sampling import prompt_tokens
-from lorakit.errors import InputError
+from lorakit.errors import InputError, each
+from lorakit.errors import count as count_of
 from lorakit.evaluation.answers import Written, generate_targets, write_answers
 from lorakit.evaluation.loss import held_out_scores, rows_of
 from lorakit.evaluation.metrics import METRICS, check_metrics

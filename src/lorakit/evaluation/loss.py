@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.batches import Collator
-from lorakit.data.mixing import each
-from lorakit.errors import InputError
+from lorakit.errors import InputError, each
 from lorakit.objectives.objective import Objective, added, as_tensors, with_sums
 from lorakit.objectives.registry import default_objective
 from lorakit.progress import innermost, track

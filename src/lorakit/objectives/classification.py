@@ -25,7 +25,7 @@ from lorakit.data.mixing import DataFacts, Source, notice_of_own
 from lorakit.data.scores import LabelScorer
 from lorakit.data.sources import read_source
 from lorakit.data.splits import HELD_OUT, LEARNED
-from lorakit.data.too_long import Limit, fit, none_left
+from lorakit.data.too_long import Limit, fit
 from lorakit.errors import InputError, listed
 from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import load_for_task, positions_of
@@ -75,25 +75,21 @@ class Classification(Objective):
         tokenizer, number_of = loaded.tokenizer, labels.number_of
         limit = Limit(request.max_length, positions_of(loaded.model))
         fitted = fit(
-            [(i < len(train), sample) for i, sample in enumerate((*train, *held))],
+            train,
+            held,
             lambda length: [self.to_row(s, tokenizer, length, number_of) for s in (*train, *held)],
             limit,
             request.too_long,
         )
-        notices += notice_unseen([row for _, row in fitted.kept])
-        to_learn = [(sample, row) for (learns, sample), row in fitted.kept if learns]
-        held_out = [(sample, row) for (learns, sample), row in fitted.kept if not learns]
-        for key, before, after in (("train", train, to_learn), ("eval", held, held_out)):
-            if before and not after:
-                raise none_left(key, fitted.left_out, limit)
+        notices += notice_unseen([row for _, row in (*fitted.train, *fitted.eval)])
         data = PreparedData(
-            [row for _, row in to_learn],
-            [row for _, row in held_out],
-            [sample for sample, _ in to_learn],
-            [sample for sample, _ in held_out],
+            [row for _, row in fitted.train],
+            [row for _, row in fitted.eval],
+            [sample for sample, _ in fitted.train],
+            [sample for sample, _ in fitted.eval],
             facts,
             notices,
-            findings(to_learn, held_out, tokenizer, limit, fitted.left_out),
+            findings(fitted.train, fitted.eval, tokenizer, limit, fitted.left_out),
         )
         self.labels, self.scorer = labels, LabelScorer(labels.names, words=self.words)
         self.score_names = self.scorer.metrics

@@ -73,7 +73,7 @@ def _read_text(path: Path) -> str:
         if path.exists():
             raise InputError(f"the recipe {path} is a pipe or device; save it to a file first")
         if path.is_symlink():
-            raise InputError(f"the recipe {path} is a link to nowhere; repair the link")
+            raise InputError(f"the recipe {path} is a broken symbolic link; repair it")
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"the recipe {path} does not exist{did_you_mean(path.name, siblings)}")
     if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz"):
