@@ -1,6 +1,7 @@
 """Every field of `TrainingArguments` has its place; a setting that does nothing is refused."""
 
 import dataclasses
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from transformers import TrainingArguments
 
 from lorakit.errors import InputError
-from lorakit.training.arguments import ARGUMENTS, refusal, table
+from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.recipe import load_recipe
 
 BASE = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "out"}
@@ -20,11 +21,12 @@ def test_every_field_of_the_installed_transformers_is_placed():
     assert not set(FIELDS) - set(ARGUMENTS)
 
 
-def test_the_documents_table_is_the_one_of_the_code():
-    page = Path(__file__).parents[2] / "docs" / "training-arguments.md"
-    assert page.read_text(encoding="utf-8") == table(), (
-        "run: python -m lorakit.training.arguments > docs/training-arguments.md"
-    )
+def test_the_tables_of_the_documents_are_those_of_the_code():
+    script = Path(__file__).parents[2] / "docs" / "tables.py"
+    pages = runpy.run_path(str(script))["pages"]()
+    assert len(pages) == 2
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run: python docs/tables.py"
 
 
 @pytest.mark.parametrize("name", [name for name in TURNED_AWAY if name in FIELDS])

@@ -12,6 +12,7 @@ from lorakit.cli.main import main
 from lorakit.errors import InputError
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
+from lorakit.training.watch import unchanged_modules
 from small_runs import lines, recipe
 
 BASE = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "out"}
@@ -167,7 +168,7 @@ def test_modules_that_no_gradient_reaches_are_counted(tiny_model: Path, rows: Pa
         parameter.register_hook(lambda gradient: gradient * 0)
     trainer.train()
     assert trainer.start is not None
-    modules, total = trainer.start.unchanged(setup.model)
+    modules, total = unchanged_modules(trainer.start, setup.model)
     assert (len(modules), total) == (7, 14)
     assert all("layers.0" in module for module in modules)
 

@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pytest
@@ -17,6 +18,9 @@ from lorakit.errors import InputError
 from lorakit.objectives import objective as contract
 from lorakit.objectives import registry
 from lorakit.objectives.forward import ACTIVE, BASE, Forward, supervised_per_sequence
+from lorakit.training.check import shown_row
+from lorakit.training.recipe import load_recipe
+from lorakit.training.setup import set_up, training_arguments
 from small_runs import recipe, weights
 
 
@@ -27,6 +31,8 @@ class ToyPreference(contract.Objective):
     unit = "pair"
     row_kinds = ("preference",)
     score_names = ("accuracy", "margin")
+    learning_rates: ClassVar = {"small": 5e-5}
+    epochs = ((1000, 2),)
 
     class Settings(contract.Settings):
         beta: float = 0.1
@@ -42,6 +48,10 @@ class ToyPreference(contract.Objective):
         margin = self.settings.beta * (policy - reference.detach()).view(-1, 2).diff(dim=1).neg()
         metrics = {"accuracy": (margin > 0).sum().double(), "margin": margin.detach().sum()}
         return contract.Loss(-logsigmoid(margin).sum(), self.count(batch), metrics)
+
+    def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+        if logs.get("eval_accuracy") == 1:
+            yield "told apart", "every held-out pair is told apart", "Take harder pairs."
 
 
 # -------------------------------------------------------------------------------------------------
@@ -74,6 +84,9 @@ def test_the_verb_trains_it_resumes_it_and_records_its_scores(
     assert record["eval_loss"] < math.log(2)
     assert record["base_eval_scores"] == {"accuracy": 0, "margin": 0}
     assert record["eval_scores"]["margin"] > 0
+    assert [w["cure"] for w in record["warnings"] if w["warning"] == "told apart"] == [
+        "Take harder pairs."
+    ]
     logged = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("margin" in entry for entry in logged)
 
@@ -93,6 +106,29 @@ def test_the_verb_trains_it_resumes_it_and_records_its_scores(
         file.unlink()  # a whole one is left at step 3
     app([*command, "--resume"], standalone_mode=False)
     assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_what_a_recipe_leaves_out_and_what_a_check_shows_are_the_objectives(values: dict[str, Any]):
+    del values["training"]
+    setup = set_up(load_recipe(values))
+    chosen = {advice.key: advice.value for advice in setup.advice}
+    assert chosen["training.learning_rate"] == 5e-5
+    assert chosen["training.num_train_epochs"] == 2
+    learned = [piece.text for piece in shown_row(setup, 0) if piece.state == "learned"]
+    assert "It is" in "".join(learned)
+    assert "I do not know" in "".join(learned)
+
+
+def test_a_score_that_is_better_when_it_is_smaller_is_the_objectives_to_say(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    best = {"metric_for_best_model": "margin", "load_best_model_at_end": True}
+    values["training"] |= best
+    assert training_arguments(load_recipe(values), held_out=True).greater_is_better
+    monkeypatch.setattr(ToyPreference, "lower_is_better", ("margin",))
+    assert not training_arguments(load_recipe(values), held_out=True).greater_is_better
+    with pytest.raises(InputError, match="greater_is_better"):
+        load_recipe(values, ["training.greater_is_better=true"])
 
 
 def test_padded_rows_and_divided_steps_give_what_a_line_gives(values: dict[str, Any]):
@@ -201,8 +237,6 @@ def test_what_it_cannot_use_is_named(values: dict[str, Any], changes: Any, named
 
 
 def test_a_classifier_is_named_by_its_objective_or_its_task_type():
-    from lorakit.training.recipe import load_recipe
-
     minimal = {"model": "m", "data": {"train": "d"}, "output_dir": "o"}
     by_type = load_recipe({**minimal, "lora": {"task_type": "SEQ_CLS"}})
     by_name = load_recipe({**minimal, "objective": "classification"})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,8 @@ from lorakit.cli.main import main
 from lorakit.errors import InputError, nearest, slips
 from lorakit.lora.config import LoraConfig
 from lorakit.training.arguments import ARGUMENTS
-from lorakit.training.other_names import OTHER_NAMES, table
 from lorakit.training.recipe import DataRecipe, Recipe, TrainingRecipe, load_recipe
+from lorakit.training.recipe_errors import OTHER_NAMES
 
 BASE = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "out"}
 KEYS = {
@@ -21,13 +20,6 @@ KEYS = {
     *(f"training.{name}" for name in TrainingRecipe.model_fields),
     *(f"training.{name}" for name, own in ARGUMENTS.items() if own.treatment == "honoured"),
 }
-
-
-def test_the_documents_table_is_the_one_of_the_code():
-    page = Path(__file__).parents[2] / "docs" / "other-names.md"
-    assert page.read_text(encoding="utf-8") == table(), (
-        "run: python -m lorakit.training.other_names > docs/other-names.md"
-    )
 
 
 def test_every_name_is_answered_with_a_key_that_there_is_or_a_reason():

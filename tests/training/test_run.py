@@ -179,7 +179,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_bytes_of_an_undisturbed_one(
 
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from checkpoint-" in resumed.stderr
+    assert "resuming from checkpoint-" in resumed.stderr
     first, second = tmp_path / "undisturbed", tmp_path / "killed"
     name = "adapter_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()

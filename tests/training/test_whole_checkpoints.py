@@ -97,7 +97,7 @@ def test_the_newest_whole_checkpoint_is_resumed_from_to_the_same_bytes_and_that_
     shown = capsys.readouterr().err
     assert "checkpoint-5 is not whole and is not used: optimizer.pt" in shown
     assert "checkpoint-4 is not whole and is not used: trainer_state.json" in shown
-    assert "going on from checkpoint-2" in shown
+    assert "resuming from checkpoint-2" in shown
     assert weights(copy) == weights(run)
     assert newest_whole(copy).damaged == []
     steps = [line.split(",")[0] for line in (copy / "metrics.jsonl").read_text().splitlines()]
@@ -161,6 +161,6 @@ def test_a_checkpoint_of_the_model_alone_is_resumed_by_continue_only_which_says_
     with pytest.raises(InputError, match=r"save_only_model.*--continue"):
         lorakit.train(values, resume=True, quiet=True)
     result = lorakit.train(longer, resume=True, accept_changes=True)
-    assert "moments begin anew" in capsys.readouterr().err
+    assert "moments start from zero" in capsys.readouterr().err
     assert any("save_only_model" in line for line in result.manifest.continued[0]["changes"])
     assert result.manifest.steps == 6

@@ -50,6 +50,8 @@ class Classification(Objective):
     task_type = "SEQ_CLS"
     unit = "row"
     templated = False
+    packable = False
+    recommended_for = "classification"
     words: ClassVar[bool] = False
     to_row: ClassVar[Callable[..., LabelledRow]] = staticmethod(tokenize_sequence)
     scorer: LabelScorer

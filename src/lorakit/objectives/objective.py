@@ -7,7 +7,7 @@ several processes and the record are the same for all of them and know none by n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -168,9 +168,15 @@ class Objective:
         row_kinds: the kinds of rows that it takes (`data.samples.RowFormat.kind`).
         templated: conversations become text by the chat template.
         smooths_labels: the loss has targets that `label_smoothing_factor` can smooth.
-        learning_rates: the default by the size of the model (`lora.recommend.size_class`); None
-            for those of supervised fine-tuning.
+        packable: batches are token sequences of a causal model, which can lie in one line
+            (packing, padding-free) and whose blocks can be compiled.
+        recommended_for: the task by which a rank is recommended (`lora.recommend`).
+        learning_rates: the default by the base model's size (`lora.recommend.size_class`); those of
+            QLoRA (Dettmers et al. 2023).
+        epochs: pairs of a number of rows and the epochs that fewer rows are trained by default;
+            for some thousand rows 3 as in Alpaca (Taori et al. 2023).
         score_names: the held-out scores that `scores` gives.
+        lower_is_better: those of them that are better when they are smaller.
         labels: the classes, of a classifier that has read its rows.
     """
 
@@ -180,10 +186,14 @@ class Objective:
     row_kinds: ClassVar[tuple[str, ...]] = SUPERVISED
     templated: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
-    learning_rates: ClassVar[Mapping[str, float] | None] = None
+    packable: ClassVar[bool] = True
+    recommended_for: ClassVar[str] = "generation"
+    learning_rates: ClassVar[Mapping[str, float]] = {"small": 5e-4, "medium": 2e-4, "large": 1e-4}
+    epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 5), (10_000, 3), (50_000, 2))
     Settings: ClassVar[type[Settings]] = Settings
 
     score_names: Sequence[str] = ()
+    lower_is_better: Sequence[str] = ()
     labels: Labels | None = None
 
     def __init__(self, **settings: Any) -> None:
@@ -360,3 +370,18 @@ class Objective:
         By default each is divided by `count`, the sum of `Loss.count`.
         """
         return {name: float(total) / count for name, total in sums.items()}
+
+    # --- what a run chooses and shows -------------------------------------------------------
+
+    def prompts(self, samples: Sequence[Any]) -> list[Sample]:
+        """Those of `samples` that a finished run answers with and without the adapter."""
+        return [sample for sample in samples if isinstance(sample, Sample) and sample.messages]
+
+    def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+        """What to warn of in logged values, as (name, message, cure); each name once a run.
+
+        Args:
+            logs: `loss`, `grad_norm` and this objective's metrics, or the held-out ones with the
+                prefix `eval_`.
+        """
+        yield from ()

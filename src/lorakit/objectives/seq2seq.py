@@ -29,6 +29,7 @@ class Seq2Seq(Objective):
     name = "seq2seq"
     task_type = "SEQ_2_SEQ_LM"
     templated = False
+    packable = False
 
     def tokenize(
         self, sample: Sample, tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -27,7 +27,7 @@ from lorakit.sweeps.space.configurations import Configuration
 from lorakit.training.checkpoints import newest_whole
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.recorder import StepLines, read_counts
-from lorakit.training.run import versions
+from lorakit.training.run_record import versions
 
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 

@@ -1,8 +1,6 @@
-"""What a recipe leaves out, chosen from the task, the model and the rows; with the reason.
+"""What a recipe leaves out, chosen by objective, model size and rows; with the reason.
 
-Rank and alpha are `recommended_config`'s. The learning rate falls with the model's size as in
-QLoRA (Dettmers et al. 2023, 2e-4 up to 13B and 1e-4 above). The fewer rows there are, the more
-often they are seen: 3 epochs for some thousands as in Alpaca (Taori et al. 2023).
+Rank and alpha are `recommended_config`'s; learning rates and epochs are the objective's.
 """
 
 from __future__ import annotations
@@ -15,10 +13,7 @@ from lorakit.lora.recommend import recommended_config, size_class
 if TYPE_CHECKING:
     from lorakit.training.recipe import Recipe
 
-_LEARNING_RATES = {"small": 5e-4, "medium": 2e-4, "large": 1e-4}
-_EPOCHS = ((200, 5), (10_000, 3), (50_000, 2))  # for fewer rows than this
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the newer name first
-_TASKS = {"SEQ_CLS": "classification", "TOKEN_CLS": "classification"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +37,19 @@ def advised(recipe: Recipe, parameters: int, rows: int) -> tuple[Recipe, list[Ad
         parameters: of the base model.
         rows: to learn from.
     """
-    size = size_class(parameters)
-    given = recipe.training.model_fields_set
-    advice = [*_of_the_adapter(recipe, size)]
+    objective, size = recipe.make_objective(), size_class(parameters)
+    given, task = recipe.training.model_fields_set, objective.recommended_for
+    r = recipe.lora.get("r", recommended_config(task, size).r)
+    advice = []
+    if "r" not in recipe.lora:
+        advice.append(Advice("lora.r", r, f"recommended for {task} with a {size} model"))
+    if "lora_alpha" not in recipe.lora:
+        advice.append(Advice("lora.lora_alpha", 2 * r, "twice the rank"))
     if "learning_rate" not in given:
         why = f"usual for a {size} model ({parameters:,} parameters)"
-        advice.append(Advice("training.learning_rate", _LEARNING_RATES[size], why))
+        advice.append(Advice("training.learning_rate", objective.learning_rates[size], why))
     if not {"num_train_epochs", "max_steps"} & given:
-        epochs = next((epochs for below, epochs in _EPOCHS if rows < below), 1)
+        epochs = next((epochs for below, epochs in objective.epochs if rows < below), 1)
         why = f"{rows:,} rows are seen {epochs} time{'s' * (epochs > 1)}"
         advice.append(Advice("training.num_train_epochs", epochs, why))
     if recipe.quantization and not given & {*_CHECKPOINTING}:
@@ -59,15 +59,3 @@ def advised(recipe: Recipe, parameters: int, rows: int) -> tuple[Recipe, list[Ad
         name = next(name for name in _CHECKPOINTING if hasattr(TrainingArguments, name))
         advice.append(Advice(f"training.{name}", True, why))
     return recipe.filled_in({a.key: a.value for a in advice}), advice
-
-
-def _of_the_adapter(recipe: Recipe, size: str) -> list[Advice]:
-    task = _TASKS.get(recipe.task_type, "generation")
-    recommended = recommended_config(task, size)
-    r = recipe.lora.get("r", recommended.r)
-    advice = []
-    if "r" not in recipe.lora:
-        advice.append(Advice("lora.r", r, f"recommended for {task} with a {size} model"))
-    if "lora_alpha" not in recipe.lora:
-        advice.append(Advice("lora.lora_alpha", 2 * r, "twice the rank"))
-    return advice

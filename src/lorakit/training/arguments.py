@@ -1,8 +1,8 @@
 """What lorakit does with every field of `TrainingArguments`; the one table is `arguments.toml`.
 
-A field is honoured, reserved (lorakit sets it) or refused (it would have no effect here). The
-table is printed into docs/training-arguments.md by `python -m lorakit.training.arguments`, and a
-field of a newer transformers that it lacks is refused until it is placed.
+A field is honoured, reserved (lorakit sets it) or refused (it would have no effect here); one of a
+newer transformers is refused until it is in the table. `docs/tables.py` prints it into
+docs/training-arguments.md.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ class Argument:
     inert: tuple[Any, ...] = ()
 
 
-def _read() -> dict[str, Argument]:
-    text = (files(__package__) / "arguments.toml").read_text(encoding="utf-8")
-    return {
-        name: Argument(treatment, note[0] if note else "", tuple(note[1:]))
-        for name, (treatment, *note) in tomllib.loads(text).items()
-    }
+_TABLE = tomllib.loads((files(__package__) / "arguments.toml").read_text(encoding="utf-8"))
 
-
-ARGUMENTS: Mapping[str, Argument] = _read()
+ARGUMENTS: Mapping[str, Argument] = {
+    name: Argument(treatment, note[0] if note else "", tuple(note[1:]))
+    for name, (treatment, *note) in _TABLE.items()
+}
 """Every field of `TrainingArguments` by name, those of transformers 5.23 and before."""
 
 
@@ -56,45 +53,11 @@ def refusal(name: str, value: Any) -> str | None:
             f"training.{name} is newer than this lorakit, which does not know what it would do: "
             "leave it out"
         )
-    if argument.treatment == "honoured" or _says_what_happens(argument, value):
+    says_what_happens = value is None or any(
+        type(value) is type(inert) and value == inert for inert in argument.inert
+    )
+    if argument.treatment == "honoured" or says_what_happens:
         return None
     if argument.treatment == "reserved":
         return f"training.{name} is not set here: use {argument.note}"
     return f"training.{name} has no effect here: {argument.note}"
-
-
-def _says_what_happens(argument: Argument, value: Any) -> bool:
-    return value is None or any(
-        type(value) is type(inert) and value == inert for inert in argument.inert
-    )
-
-
-_HEAD = """\
-# Training arguments
-
-Under `training` a recipe has the fields of transformers' `TrainingArguments`, by their own names.
-Each is *honoured*, *reserved* (lorakit sets it: giving another value is refused and names what to
-use) or *refused* (it would have no effect here). A field that has no effect beside the other
-settings of a recipe is refused or noticed too. `loraplus_lr_ratio` is lorakit's own: with it `B`
-learns so many times faster than `A` (LoRA+).
-
-The table is made of `lorakit/training/arguments.toml` by `python -m lorakit.training.arguments`.
-
-| argument | here | note |
-| --- | --- | --- |
-"""
-
-
-def table() -> str:
-    """docs/training-arguments.md."""
-    lines = [
-        f"| `{name}` | {argument.treatment} | {argument.note} |"
-        for name, argument in sorted(ARGUMENTS.items())
-    ]
-    return _HEAD + "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    from lorakit.console import write
-
-    write(table())

@@ -1,7 +1,6 @@
 """How a run's rows become batches: in a line or padded, counted by rows or by tokens.
 
-Which rows share a batch is `data/grouping.py`'s, the tensors are `data/batches.py`'s; here they
-meet Trainer's arguments and its dataloader.
+Which rows share a batch is `data/grouping.py`'s, the tensors are `data/batches.py`'s.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from lorakit.data.prefixes import in_segments
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
-    from transformers.trainer_callback import TrainerControl, TrainerState
 
     from lorakit.models.lines import Lines
     from lorakit.objectives.objective import Collate
@@ -174,8 +172,7 @@ class BatchDataset(Dataset):
 class EpochSampler(Sampler[list[int]], TrainerCallback):
     """The batches of one epoch after the other.
 
-    It learns the epoch as a callback, because a dataloader that skips batches to resume does not
-    pass the epoch on to its sampler.
+    A callback tells it the epoch, as a dataloader that skips batches to resume does not.
     """
 
     def __init__(self, plan: Callable[[int], Batches]) -> None:
@@ -188,9 +185,7 @@ class EpochSampler(Sampler[list[int]], TrainerCallback):
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.plan(self.epoch))
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes over the epoch that begins; resumed in its middle, `state.epoch` has a fraction."""
         self.epoch = math.floor(state.epoch or 0)
 

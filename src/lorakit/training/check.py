@@ -7,10 +7,9 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import AnySample, RowStatistics
+from lorakit.data.checks import RowStatistics
 from lorakit.data.label_rows import LabelledRow
-from lorakit.data.labelled import LabelledSample
-from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
+from lorakit.data.masking import IGNORE, TokenizedRow
 from lorakit.lora.status import ModuleKind, parameter_table
 from lorakit.training.forecast import Forecast, forecast
 from lorakit.training.recipe import Recipe
@@ -54,31 +53,20 @@ def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
         with TemporaryDirectory() as elsewhere, setup.fast():
             setup.arguments.output_dir = elsewhere  # Trainer makes its folder at once
             expected = forecast(setup.trainer())
-    return Check(
-        setup,
-        setup.data.statistics(),
-        parameter_table(setup.model, setup.model.active_adapter),
-        expected,
-    )
+    modules = parameter_table(setup.model, setup.model.active_adapter)
+    return Check(setup, setup.data.statistics(), modules, expected)
 
 
 def shown_row(setup: Setup, index: int) -> list[ShownPiece]:
     """Row `index` to learn from, token by token: what is learned, only read, or cut."""
     row, sample = setup.data.train[index], setup.data.train_samples[index]
-    if isinstance(row, LabelledRow) or isinstance(sample, LabelledSample):
-        return _labelled_pieces(row, sample, setup.tokenizer)
-    whole = tokenize(sample, setup.tokenizer, _ENDLESS)
+    if isinstance(row, LabelledRow):  # what is learned stands behind what is read
+        text = setup.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
+        return [ShownPiece(f"{text} → ", "read"), ShownPiece(sample.reference, "learned")]
+    whole = setup.inputs.objective.tokenize(sample, setup.tokenizer, _ENDLESS)
     if row.input_ids != whole.input_ids[: len(row)]:  # a later part of a text that was split
         whole = row
     return pieces(whole, len(row), setup.tokenizer)
-
-
-def _labelled_pieces(
-    row: TokenizedRow, sample: AnySample, tokenizer: PreTrainedTokenizerBase
-) -> list[ShownPiece]:
-    """What is read, and behind it the labels, or the answer, that are learned."""
-    text = tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
-    return [ShownPiece(f"{text} → ", "read"), ShownPiece(sample.reference, "learned")]
 
 
 def pieces(whole: TokenizedRow, kept: int, tokenizer: PreTrainedTokenizerBase) -> list[ShownPiece]:

@@ -1,8 +1,7 @@
 """Whole checkpoints: sealed with the sizes and hashes of their files, and read if all match.
 
-What a kill, a full disk, a broken copy or a flipped bit has left incomplete is never resumed from;
-the newest whole checkpoint is, and the others are named with the reason. How a checkpoint is
-written and taken up is `trainer.py`'s.
+A run is resumed from the newest whole one; newer damaged ones are named with the reason. How a
+checkpoint is written and taken up is `trainer.py`'s.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def newest_whole(folder: Path, at_most: int | None = None) -> Found:
     for checkpoint in checkpoints(folder):
         if at_most is not None and step_of(checkpoint) > at_most:
             continue
-        reason = damage(checkpoint)
-        if reason is None:
+        if (reason := damage(checkpoint)) is None:
             return Found(checkpoint, damaged)
         damaged.append(f"{checkpoint.name} is not whole and is not used: {reason}")
     return Found(None, damaged)
@@ -71,12 +69,13 @@ def newest_whole(folder: Path, at_most: int | None = None) -> Found:
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Writes the sizes and hashes of all files, which are on the disk then, and `facts`."""
-    files = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        files[path.relative_to(checkpoint).as_posix()] = {
+    files = {
+        path.relative_to(checkpoint).as_posix(): {
             "bytes": path.stat().st_size,
             "sha256": _sha256(path, to_disk=True),
         }
+        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    }
     values = {**facts, "files": files}
     text = json.dumps({**values, "sha256": _of_values(values)}, indent=1)
     atomic.write_file(checkpoint / SEAL_NAME, text + "\n")

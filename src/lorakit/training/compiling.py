@@ -31,8 +31,7 @@ PAYS_FROM = {
 }
 """FLOP of a run from which on compiling saves twice what it takes (docs/performance.md).
 
-Fixed numbers and no measurement: a run that goes on after an interruption, on a machine that is
-busier than before, must choose again what it chose.
+Fixed, as a resumed run on a busier machine must choose again what it chose.
 """
 
 

@@ -1,6 +1,6 @@
 """Whether and how a run is resumed, and what `--continue` makes of a recipe key that has changed.
 
-A change takes effect from the step at which the run goes on, or is refused by name, or changes
+A change takes effect from the step at which the run is resumed, or is refused by name, or changes
 nothing of the adapter. A key that the table lacks is refused until it is placed.
 """
 
@@ -121,40 +121,28 @@ _OPTIMISATION = {
     )
 }
 
-_EVALUATION = {
-    *(
-        "data",
-        "data.train",
-        "data.eval",
-        "data.max_length",
-        "data.columns",
-        "data.limit",
-        "data.too_long",
-    ),
-    *("template", "training.metric_for_best_model", "training.greater_is_better"),
-}
-"""What makes held-out losses before and after incomparable."""
-
 _SPLIT = {"data", "data.train", "data.limit", "data.columns"}
 """What changes which rows are held out, where a share of them is."""
 
+_EVALUATION = _SPLIT | {"data.eval", "data.max_length", "data.too_long", "template"}
+_EVALUATION |= {"training.metric_for_best_model", "training.greater_is_better"}
+"""What makes held-out losses before and after incomparable."""
 
-_BATCHES = _SPLIT | {
-    *("data.max_length", "data.too_long", "data.padding_free", "data.packing"),
-    *("template", "processes"),
-    "training.per_device_train_batch_size",
-    "training.gradient_accumulation_steps",
-}
+_BATCHES = _SPLIT | {"data.max_length", "data.too_long", "data.padding_free", "data.packing"}
+_BATCHES |= {"template", "processes", "training.per_device_train_batch_size"}
+_BATCHES |= {"training.gradient_accumulation_steps"}
+"""What puts the rows of the epoch that was begun into other batches."""
+
+
+def _named(key: str) -> str:
+    """The key of the table that a dotted key is or lies below: `data.columns` of one column."""
+    parts = key.split(".")
+    return next((name for name in (".".join(parts[:2]), parts[0]) if name in CHANGES), key)
 
 
 def change_of(key: str) -> Change:
-    """What becomes of another value of a dotted key; of a key inside a value, such as
-    `data.columns.prompt`, what becomes of the value."""
-    parts = key.split(".")
-    for name in (".".join(parts[:2]), parts[0]):
-        if name in CHANGES:
-            return CHANGES[name]
-    return _refused("this lorakit does not know what changing it does")
+    """What becomes of another value of a dotted key."""
+    return CHANGES.get(_named(key)) or _refused("this lorakit does not know what changing it does")
 
 
 def takes_effect(keys: Iterable[str]) -> bool:
@@ -162,39 +150,18 @@ def takes_effect(keys: Iterable[str]) -> bool:
     return any(change_of(key).effect == "effect" for key in keys)
 
 
-def needs_steps(keys: Iterable[str]) -> list[str]:
-    """Those of the keys that change the adapter only by steps that are still to come."""
-    return [key for key in keys if takes_effect([key]) and _named(key) not in _WITHOUT_STEPS]
-
-
 def changes_evaluation(keys: Iterable[str]) -> bool:
     """Whether held-out losses from here on cannot be compared with those before."""
     return any(_named(key) in _EVALUATION for key in keys)
 
 
-def changes_batches(keys: Iterable[str]) -> bool:
-    """Whether the rows of the epoch that was begun come in other batches from here on."""
-    return any(_named(key) in _BATCHES for key in keys)
-
-
-def notices(keys: Iterable[str], recipe: Mapping[str, Any]) -> list[str]:
-    """What a user should know of changes of these keys, beside that they were made."""
-    share = recipe["data"]["eval"]
-    if _SPLIT & {_named(key) for key in keys} and isinstance(share, float) and share:
-        return [
-            f"{share:.0%} of the changed rows are held out, some of which may have been learned "
-            "before: their loss may be too good; give data.eval a file of its own"
-        ]
-    return []
-
-
 def refuse(changes: Sequence[Difference], recipe: Mapping[str, Any], folder: Path) -> None:
     """Raises InputError where one of the changes cannot take effect, and says why."""
-    found = []
-    for change in changes:
-        why = change_of(change.key).why or _misfit(change, recipe)
-        if why:
-            found.append(f"{change.line}, and {why}")
+    found = [
+        f"{change.line}, and {why}"
+        for change in changes
+        if (why := change_of(change.key).why or _misfit(change, recipe))
+    ]
     if found:
         raise InputError(
             f"the run in {folder} cannot be continued with these values: {listed(found, 4)}. "
@@ -204,21 +171,15 @@ def refuse(changes: Sequence[Difference], recipe: Mapping[str, Any], folder: Pat
 
 def _misfit(change: Difference, recipe: Mapping[str, Any]) -> str | None:
     """Why this very value cannot take effect."""
-    name = _named(change.key)
+    name, value = _named(change.key), change.now
     if name in _OPTIMISATION and recipe["training"].get("deepspeed"):
         return "DeepSpeed takes it from the checkpoint"
-    share = change.now
-    if name == "data.eval" and isinstance(share, (int, float)) and share:
+    if name == "data.eval" and isinstance(value, (int, float)) and value:
         return (
             "rows that were learned would be held out: give the file of rows that were never "
             "learned, or 0"
         )
     return None
-
-
-def _named(key: str) -> str:
-    two = ".".join(key.split(".")[:2])
-    return two if two in CHANGES else key.split(".")[0]
 
 
 def check_resume(
@@ -248,34 +209,35 @@ def check_resume(
                 "there is nothing to continue from; give another folder"
             )
         return []
-    world = setup.arguments.world_size
-    batches = len(setup.batching.train_batches(setup.data.train, setup.arguments, epoch=0))
-    place = place_at(found.checkpoint, setup.arguments, batches)
-    steps = planned_steps(setup.arguments, batches, place)
-    cure = (
-        "raise training.max_steps"
-        if setup.arguments.max_steps > 0
-        else ("raise training.num_train_epochs")
-    )
+    args, keys = setup.arguments, [change.key for change in changes]
+    batches = len(setup.batching.train_batches(setup.data.train, args, epoch=0))
+    place = place_at(found.checkpoint, args, batches)
+    steps = planned_steps(args, batches, place)
+    cure = "raise training." + ("max_steps" if args.max_steps > 0 else "num_train_epochs")
     if found.step > steps:
         raise InputError(
             f"the run in {folder} stands at step {found.step}, behind its end at step {steps} as "
             f"the recipe is now: {cure}, or give another folder"
         )
-    idle = needs_steps(change.key for change in changes)
+    idle = [key for key in keys if takes_effect([key]) and _named(key) not in _WITHOUT_STEPS]
     if found.step == steps and idle:
         raise InputError(
             f"the run in {folder} stands at its last step, {steps}, and no step is left in which "
             f"{listed(idle, 4)} would take effect: {cure}, or give another folder"
         )
-    keys = [change.key for change in changes]
-    said = notices(keys, setup.recipe.to_dict())
-    if place.batches and changes_batches(keys):
-        said.append(
-            f"epoch {place.epoch + 1} goes on at {place.batches * world / batches:.0%} in other "
-            "batches: where its rows are in another order now, some come twice or not at all in it"
+    named, share, notices = {_named(key) for key in keys}, setup.recipe.data.eval, []
+    if named & _SPLIT and isinstance(share, float) and share:
+        notices.append(
+            f"{share:.0%} of the changed rows are held out, some of which may have been learned "
+            "before: their loss may be too good; give data.eval a file of its own"
         )
-    return said
+    if place.batches and named & _BATCHES:
+        notices.append(
+            f"epoch {place.epoch + 1} is resumed at "
+            f"{place.batches * args.world_size / batches:.0%} in other batches: where its rows are "
+            "in another order now, some come twice or not at all in it"
+        )
+    return notices
 
 
 def missing_state(found: Found, *, accept_changes: bool) -> list[str]:
@@ -288,7 +250,7 @@ def missing_state(found: Found, *, accept_changes: bool) -> list[str]:
     )
     if not accept_changes:
         raise InputError(
-            f"{lacking}: --resume cannot go on to what an undisturbed run gives; --continue goes "
-            "on with new moments, at the same step of the schedule"
+            f"{lacking}: with --resume the result would not be that of an undisturbed run; "
+            "--continue resumes with new moments, at the same step of the schedule"
         )
     return [lacking]

@@ -1,7 +1,7 @@
-"""Where two runs differ: by recipe, data, base model or processes, whatever their paths.
+"""Where two runs differ: by recipe, data, base model or processes.
 
 Data that moved and have the same bytes are the same data, and a base model that moved and has the
-same weights is the same model. What a recipe leaves out is what it has by default.
+same weights is the same model. A recipe's default values count as left out.
 """
 
 from __future__ import annotations
@@ -40,13 +40,18 @@ def run_identity(
     Args:
         base: the fingerprint of the base model's weights; None where it is not known.
         template_sha256: of the chat template; None where rows have none.
-        template_time: what a template that reads the clock has read; a run that goes on reads the
-            same, so that it is no difference.
+        template_time: what a template that reads the clock has read; a resumed run reads the same,
+            so that it is no difference.
     """
-    kept = {key: value for key, value in recipe.items() if key != "output_dir"}
-    values = {"recipe": kept, "data": data, "processes": processes}
-    rendered = {"template": template_sha256, "template_time": template_time}
-    return _as_json(values | {"base": base} | rendered)
+    values = {
+        "recipe": {key: value for key, value in recipe.items() if key != "output_dir"},
+        "data": data,
+        "processes": processes,
+        "base": base,
+        "template": template_sha256,
+        "template_time": template_time,
+    }
+    return _as_json(values)
 
 
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
@@ -72,14 +77,6 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[Difference]:
             yield from differences(before.get(name), now.get(name), inner)
     elif before != now:
         yield Difference(key, before, now)
-
-
-def data_differences(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[Difference]:
-    """Where the rows of two runs differ, wherever they lie."""
-    first: dict[str, Any] = {"recipe": {}, "data": _as_json(before)}
-    second: dict[str, Any] = {"recipe": {}, "data": _as_json(now)}
-    overlook_moves(first, second)
-    return list(differences(_by_path(first["data"]), _by_path(second["data"]), "data"))
 
 
 def overlook_moves(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -132,15 +129,14 @@ def _leave_out_defaults(recipe: dict[str, Any]) -> None:
     from lorakit.lora.config import LoraConfig
     from lorakit.training.recipe import TrainingRecipe
 
-    own = TrainingRecipe.model_fields
     for section, kind, kept in (
-        ("lora", LoraConfig, ("r", "lora_alpha", "target_modules", "task_type")),
-        ("training", TrainingArguments, tuple(own)),
+        ("lora", LoraConfig, {"r", "lora_alpha", "target_modules", "task_type"}),
+        ("training", TrainingArguments, {*TrainingRecipe.model_fields}),
     ):
         defaults = {f.name: f.default for f in dataclasses.fields(kind)}
         values = recipe.get(section)
         if isinstance(values, dict):
-            for name in [n for n in values if n not in kept]:
+            for name in values.keys() - kept:
                 if values[name] is None or values[name] == defaults.get(name, values):
                     del values[name]
 

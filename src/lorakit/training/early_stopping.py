@@ -13,15 +13,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 class EarlyStopping(TrainerCallback):
     """Stops a run behind `patience` evaluations in a row without a new best.
 
-    transformers' own callback counts from 0 again when a run goes on; here the count is taken
-    from the evaluations that the state remembers.
+    transformers' own callback counts from 0 again in a resumed run; this one counts the
+    evaluations that the state remembers.
     """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends the training when it is time."""
         if evaluations_in_vain(args, state) >= self.patience:
             control.should_training_stop = True
 
@@ -44,20 +43,19 @@ def stopped_before(checkpoint: Path, args: TrainingArguments, patience: int) -> 
 class SaveAfterEvaluation(TrainerCallback):
     """Saves the last step of an epoch when the epoch has been evaluated, as other steps are.
 
-    Trainer would save first: a run killed in between would go on without that evaluation.
+    Trainer would save first: a run killed in between would be resumed without that evaluation.
     Comes behind all callbacks that ask for saving.
     """
 
     _postponed = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Puts the saving off until the epoch's end, which is next."""
+        """Puts saving off until the epoch's end, which is next."""
         ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
         self._postponed = control.should_save and ends
         if self._postponed:
             control.should_save = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves, behind the evaluation."""
         control.should_save |= self._postponed
         self._postponed = False

@@ -15,14 +15,23 @@ from lorakit.errors import InputError, did_you_mean, first_line
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from lorakit.objectives.objective import Objective
 
-class RecipeLike(Protocol):
-    """What is looked at here of a `Recipe`."""
+
+class RecipeSettings(Protocol):
+    """What is looked at here of a `recipe.Recipe`, which calls this module."""
 
     training: Any
     data: Any
     lora: dict[str, Any]
+    dtype: Any
+    quantization: Any
+    compile: Any
     early_stopping_patience: int | None
+
+    def make_objective(self) -> Objective: ...
+    @property
+    def task_type(self) -> str: ...
 
 
 BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
@@ -56,21 +65,15 @@ _TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_
 _DDP = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph", "backend")
 
 
-def check_recipe(recipe: RecipeLike) -> None:
+def check_recipe(recipe: RecipeSettings) -> None:
     """Raises InputError for the first setting of a recipe that the others leave without effect."""
     given = {k: v for k, v in (recipe.training.model_extra or {}).items() if v is not None}
-    if recipe.data.eval == 0 and (name := needs_held_out_rows(recipe)):
-        raise InputError(f"{name} needs held-out rows: leave data.eval above 0, or leave it out")
-    for reason in (
-        *_of_ranges(recipe, given),
-        *_of_evaluation(recipe, given),
-        *_of_saving(recipe, given),
-        *_of_the_rest(recipe, given),
-    ):
-        raise InputError(reason)
+    for look in (_of_model, _of_ranges, _of_evaluation, _of_saving, _of_the_rest):
+        for reason in look(recipe, given):
+            raise InputError(reason)
 
 
-def needs_held_out_rows(recipe: RecipeLike) -> str | None:
+def needs_held_out_rows(recipe: RecipeSettings) -> str | None:
     """What of a recipe cannot be done without held-out rows, as a key and its value."""
     given, training = recipe.training.model_extra or {}, recipe.training
     if training.save_strategy == "best":
@@ -81,7 +84,25 @@ def needs_held_out_rows(recipe: RecipeLike) -> str | None:
     return next((f"training.{name}" for name in names if given.get(name)), None)
 
 
-def _of_ranges(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
+def _of_model(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
+    for key, asked in (("data.packing", recipe.data.packing), ("compile", recipe.compile)):
+        if asked is True and not recipe.make_objective().packable:
+            yield (
+                f"{key} is for causal language models: leave it out with "
+                f"lora.task_type {recipe.task_type}"
+            )
+    if recipe.quantization is None:
+        return
+    if recipe.compile is True:
+        yield "compile cannot be true with quantization: leave it out"
+    if recipe.dtype == "float64":
+        yield "quantization has no float64: leave dtype out, or give float32"
+    for key in ("fsdp", "deepspeed"):
+        if given.get(key):
+            yield f"training.{key} does not spread quantised weights: leave it out"
+
+
+def _of_ranges(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
     for name in ("label_smoothing_factor", "adam_beta1", "adam_beta2"):
         if not 0 <= given.get(name, 0) < 1:
             yield f"training.{name}: should be in [0, 1), not {given[name]}"
@@ -99,20 +120,29 @@ def _of_ranges(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _of_evaluation(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
+def _of_evaluation(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
     strategy = recipe.training.eval_strategy
+    if recipe.early_stopping_patience and (recipe.data.eval == 0 or strategy == "no"):
+        yield (
+            "early_stopping_patience goes by the held-out loss: "
+            "leave data.eval above 0 and training.eval_strategy on"
+        )
+    if recipe.data.eval == 0 and (name := needs_held_out_rows(recipe)):
+        yield f"{name} needs held-out rows: leave data.eval above 0, or leave it out"
     if given.get("eval_steps") and strategy != "steps":
         yield (
             f"training.eval_steps has no effect with eval_strategy {strategy}: add "
             "training.eval_strategy=steps"
         )
-    if strategy != "no":
-        by_best = _keeps_the_best(recipe, given)
-    else:
-        by_best = None
-        needs = needs_held_out_rows(recipe)
-        if needs and needs != "training.eval_on_start":
-            yield f"{needs} needs evaluations: leave training.eval_strategy=no out"
+    by_best = strategy != "no" and (
+        recipe.early_stopping_patience
+        or given.get("load_best_model_at_end")
+        or recipe.training.save_strategy == "best"
+        or recipe.training.lr_scheduler_type in BY_EVALUATIONS
+    )
+    needs = needs_held_out_rows(recipe)
+    if strategy == "no" and needs not in (None, "training.eval_on_start"):
+        yield f"{needs} needs evaluations: leave training.eval_strategy=no out"
     for name in ("metric_for_best_model", "greater_is_better"):
         if name in given and not by_best:
             yield (
@@ -120,23 +150,19 @@ def _of_evaluation(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
                 "early_stopping_patience, or training.save_strategy=best"
             )
     metric = str(given.get("metric_for_best_model", "loss"))
-    grows = not metric.endswith("loss")
+    grows = greater_is_better(recipe, metric)
     if given.get("greater_is_better", grows) != grows:
         better = "when it is greater" if grows else "when it is smaller"
         yield f"training.greater_is_better: {metric} is better {better}; leave it out"
 
 
-def _keeps_the_best(recipe: RecipeLike, given: dict[str, Any]) -> bool:
-    """Whether evaluations decide on anything by a metric."""
-    return bool(
-        recipe.early_stopping_patience
-        or given.get("load_best_model_at_end")
-        or recipe.training.save_strategy == "best"
-        or recipe.training.lr_scheduler_type in BY_EVALUATIONS
-    )
+def greater_is_better(recipe: RecipeSettings, metric: str) -> bool:
+    """Whether more of a metric of `training.metric_for_best_model` is better."""
+    name = metric.removeprefix("eval_")
+    return not name.endswith("loss") and name not in recipe.make_objective().lower_is_better
 
 
-def _of_saving(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
+def _of_saving(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
     training = recipe.training
     usual = type(training).model_fields["save_steps"].default
     by_best = recipe.early_stopping_patience or given.get("load_best_model_at_end")
@@ -149,7 +175,7 @@ def _of_saving(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
         yield "training.save_only_model has no effect with save_strategy no: leave it out"
 
 
-def _of_the_rest(recipe: RecipeLike, given: dict[str, Any]) -> Iterator[str]:
+def _of_the_rest(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
     from lorakit.lora.init import registered
 
     for init in registered():
@@ -238,26 +264,23 @@ def check_optimizer(args: TrainingArguments, given: Collection[str]) -> None:
     for key, (one, other) in _ADAM.items():
         if key in given and options(**{key: one}) == options(**{key: other}):
             raise InputError(f"training.{key} has no effect with optim={name}: leave it out")
+
+    def is_read(others: Sequence[str], key: str) -> bool:
+        for value in ("0.123", "7", "True"):
+            try:
+                if options(optim_args=",".join([*others, f"{key}={value}"])) != whole:
+                    return True
+            except (ValueError, RuntimeError, AttributeError):
+                return True
+        return False
+
     entries = [entry for entry in (args.optim_args or "").replace(" ", "").split(",") if entry]
     for entry in entries:
-        if not _is_read(options, entries, entry, whole):
-            key = entry.partition("=")[0]
+        key = entry.partition("=")[0]
+        if not is_read([other for other in entries if other != entry], key):
             raise InputError(
                 f"training.optim_args: {key} has no effect with optim={name}: leave it out"
             )
-
-
-def _is_read(options: Any, entries: Sequence[str], entry: str, whole: str) -> bool:
-    """Whether the optimiser's options change when an entry of `optim_args` does."""
-    key = entry.partition("=")[0]
-    others = [other for other in entries if other != entry]
-    for value in ("0.123", "7", "True"):
-        try:
-            if options(optim_args=",".join([*others, f"{key}={value}"])) != whole:
-                return True
-        except (ValueError, RuntimeError, AttributeError):
-            return True
-    return False
 
 
 def check_trackers(args: TrainingArguments) -> None:

@@ -16,13 +16,12 @@ from datetime import datetime, timedelta
 from statistics import mean, pstdev
 
 import torch
-from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from lorakit.errors import LorakitError
 from lorakit.progress import track
 from lorakit.training.machine import LESS_MEMORY, memory_mb, peak_memory_mb
-from lorakit.training.position import planned_steps
+from lorakit.training.position import planned_steps, steps_per_epoch
 from lorakit.training.trainer import LoraTrainer, enable_checkpointing
 
 TRIED, EVALUATED = 8, 3
@@ -81,16 +80,16 @@ def forecast(trainer: LoraTrainer) -> Forecast:
     lengths = [len(row) for row in trainer.train_dataset.rows]
     batches = _all_batches(trainer, steps)
     largest = max(batches, key=lambda batch: sum(lengths[i] for i in batch))
+    longest = sum(lengths[i] for i in largest)
     with _undone(trainer) as train:
         try:
             train(largest)  # takes the memory, and what only the first step takes
             rate, spread = _rate(train, _spread_out(batches, lengths, TRIED), lengths)
             eval_seconds, evaluations = _evaluations(trainer, steps)
         except torch.OutOfMemoryError as error:
-            tokens = sum(lengths[i] for i in largest)
             raise LorakitError(
                 f"the GPU's {memory_mb() / 1e3:.0f} GB are not enough for the largest batch "
-                f"({len(largest)} rows, {tokens:,} tokens) and the evaluation: {LESS_MEMORY}"
+                f"({len(largest)} rows, {longest:,} tokens) and the evaluation: {LESS_MEMORY}"
             ) from error
     train_seconds = rate * sum(lengths[i] for batch in batches for i in batch)
     seconds = train_seconds + eval_seconds * evaluations
@@ -101,7 +100,7 @@ def forecast(trainer: LoraTrainer) -> Forecast:
         train_seconds=train_seconds,
         eval_seconds=eval_seconds,
         evaluations=evaluations,
-        longest_tokens=sum(lengths[i] for i in largest),
+        longest_tokens=longest,
         peak_memory_mb=peak_memory_mb(),
         memory_mb=memory_mb(),
     )
@@ -165,29 +164,23 @@ def _evaluations(trainer: LoraTrainer, steps: int) -> tuple[float, int]:
     """The seconds of an evaluation, and how many there will be."""
     if not trainer.held_out:
         return 0.0, 0
-    args = trainer.args
+    args, every = trainer.args, steps
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        every = steps_per_epoch(args, len(trainer.sampler))
+    elif args.eval_strategy == IntervalStrategy.STEPS:  # below 1 it is a share
+        every = math.ceil(args.eval_steps * (1 if args.eval_steps >= 1 else steps))
+
+    def evaluate(batch: Sequence[int]) -> None:
+        trainer.model.eval()
+        trainer.sums_of_held_out(list(batch))
+        _wait()
+        trainer.model.train()
+
     lengths = [len(row) for row in trainer.eval_dataset.rows]
     chosen = _spread_out(trainer.held_out, lengths, EVALUATED)
-    rate, _ = _rate(lambda batch: _evaluated(trainer, batch), [chosen[-1], *chosen], lengths)
-    every = _steps_between_evaluations(args, len(trainer.sampler), steps)
+    rate, _ = _rate(evaluate, [chosen[-1], *chosen], lengths)
     # The last one counts once, and then the base model has its own.
     return rate * sum(lengths), math.ceil(steps / every) + 1
-
-
-def _steps_between_evaluations(args: TrainingArguments, batches: int, steps: int) -> int:
-    if args.eval_strategy == IntervalStrategy.EPOCH:
-        return math.ceil(batches / args.gradient_accumulation_steps)
-    if args.eval_strategy == IntervalStrategy.STEPS:
-        every = args.eval_steps
-        return math.ceil(every if every >= 1 else every * steps)  # below 1 it is a share
-    return steps
-
-
-def _evaluated(trainer: LoraTrainer, batch: Sequence[int]) -> None:
-    trainer.model.eval()
-    trainer.sums_of_held_out(list(batch))
-    _wait()
-    trainer.model.train()
 
 
 def _spread_out(

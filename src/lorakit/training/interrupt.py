@@ -1,6 +1,5 @@
-"""Stopping a run so that nothing is lost: the step is finished, a checkpoint saved.
+"""Stopping a run on Ctrl-C or SIGTERM: the step is finished and a checkpoint saved.
 
-Ctrl-C asks for that, and so does SIGTERM, which schedulers send before they take a machine away.
 A second Ctrl-C leaves at once.
 """
 
@@ -21,13 +20,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(LorakitError):
-    """A run was stopped on request, with a checkpoint; it can go on."""
+    """A run was stopped on request, with a checkpoint; it can be resumed."""
 
     exit_code = 130
 
 
 class Interrupt(TrainerCallback):
-    """Takes the wish to stop, and stops the run behind a step.
+    """Stops the run behind a step when it was asked to.
 
     Several processes must stop behind the same one: the trainer lets them agree when it counts
     the tokens of a step.
@@ -39,8 +38,7 @@ class Interrupt(TrainerCallback):
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self.asked = False
-        self.agreed = False
+        self.asked = self.agreed = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,7 +68,6 @@ class Interrupt(TrainerCallback):
         return wished and state.global_step < state.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Has a checkpoint saved."""
         if self._stops(args, state):
             control.should_save = True
 
@@ -84,5 +81,5 @@ class Interrupt(TrainerCallback):
             option = "--continue" if args.save_only_model else "--resume"
             raise StoppedError(
                 f"stopped after step {state.global_step} of {state.max_steps}, and saved: "
-                f"the same command with {option} goes on"
+                f"resume with the same command and {option}"
             )

@@ -1,14 +1,14 @@
 """NEFTune: noise on the embeddings of a batch that is learned (Jain et al. 2023, arXiv:2310.05914).
 
 To each embedding of a row of L tokens and width d comes noise drawn evenly from ±alpha / sqrt(L d).
-L is the row's own length, prompt and answer together: padding does not count, and rows that lie in
-one line are rows, where transformers' hook would take the line for one.
+L is the row's own length, without padding and also in a line of rows, which transformers' hook
+takes for one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -46,12 +46,12 @@ class EmbeddingNoise:
         if self._embedding is None:
             yield
             return
-        lengths = row_lengths(batch)
 
         def add(module: nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
             handle.remove()
             wide = torch.promote_types(embedded.dtype, torch.float32)
-            bound = self.alpha / (lengths.to(wide) * embedded.shape[-1]).sqrt()[..., None]
+            tokens = row_lengths(batch).to(wide)[..., None]
+            bound = self.alpha / (tokens * embedded.shape[-1]).sqrt()
             noise = torch.empty_like(embedded, dtype=wide).uniform_(-1, 1) * bound
             return embedded + noise.to(embedded.dtype)
 
@@ -74,9 +74,8 @@ def row_lengths(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "cu_seq_lens_q" in batch:
         lengths = batch["cu_seq_lens_q"].diff()
         return lengths.repeat_interleave(lengths)[None]
-    if (mask := batch.get("attention_mask")) is not None:
-        return mask.sum(dim=1, keepdim=True).clamp(min=1).expand(ids.shape)
-    return torch.full(ids.shape, ids.shape[1], device=ids.device)
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    return mask.sum(dim=1, keepdim=True).clamp(min=1).expand(ids.shape)
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -88,13 +87,10 @@ def input_embedding(model: nn.Module) -> nn.Module:
     base: Any = base_model(model)
     if getattr(base.config, "is_encoder_decoder", False):
         base = base.get_encoder()
-    try:
-        found = base.get_input_embeddings()
-    except NotImplementedError:
-        found = None
-    if not isinstance(found, nn.Module):
-        raise InputError(
-            f"training.neftune_noise_alpha: {type(base).__name__} does not say which module embeds "
-            "its tokens: leave it out"
-        )
-    return found
+    with suppress(NotImplementedError):
+        if isinstance(found := base.get_input_embeddings(), nn.Module):
+            return found
+    raise InputError(
+        f"training.neftune_noise_alpha: {type(base).__name__} does not say which module embeds "
+        "its tokens: leave it out"
+    )

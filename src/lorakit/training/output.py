@@ -1,4 +1,4 @@
-"""The output folder of a run: who may write into it, and what going on with a run requires."""
+"""The output folder of a run: who may write into it, and what resuming a run requires."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from lorakit.data.template_clock import Rendering
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import LOCK_NAME
 from lorakit.training.continuing import change_of
-from lorakit.training.differences import (
-    Difference,
-    data_differences,
-    run_differences,
-    run_identity,
-)
+from lorakit.training.differences import Difference, run_differences, run_identity
 
 RUN_NAME = "lorakit-run.json"
 _CONTINUED = "continued"
@@ -55,16 +50,13 @@ def require_unchanged(changes: Sequence[Difference], folder: Path) -> None:
     """Raises InputError where a run that is resumed differs from the one in `folder`."""
     if not changes:
         return
-    lines = [change.line for change in changes]
-    cure = "Give the same ones, or start anew in another folder"
+    cures = ["Give the same ones", "start anew in another folder"]
     if not any(change_of(change.key).effect == "refused" for change in changes):
-        cure = (
-            "Give the same ones, start anew in another folder, or accept the difference with "
-            "--continue"
-        )
+        cures.append("accept the difference with --continue")
     raise InputError(
-        f"the run in {folder} cannot go on with another recipe, other data or other "
-        f"processes: {listed(lines, 4)}. {cure}"
+        f"the run in {folder} cannot be resumed with another recipe, other data or other "
+        f"processes: {listed([change.line for change in changes], 4)}. "
+        f"{', '.join(cures[:-1])}, or {cures[-1]}"
     )
 
 
@@ -80,7 +72,7 @@ def claim_output(
 
     Args:
         now: the run's identity.
-        step: the one that the run goes on from.
+        step: the one that the run is resumed from.
         also: what else is not as in an undisturbed run.
     """
     before = _read_run(folder)
@@ -99,7 +91,8 @@ def claim_output(
 
 def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> None:
     """Raises InputError unless `data` are the rows that are `expected`, wherever they lie."""
-    if changes := data_differences(expected, data):
+    before, now = ({"recipe": {}, "data": facts} for facts in (expected, data))
+    if changes := run_differences(before, now):
         lines = [change.line for change in changes]
         raise InputError(f"the data are not those that were learned: {listed(lines, 4)}")
 

@@ -108,16 +108,12 @@ class DataRecipe(_Strict):
     packing: bool = False
 
     @model_validator(mode="after")
-    def _weights_are_for_learning(self) -> Self:
+    def _settings_fit_together(self) -> Self:
         for item in self.eval if isinstance(self.eval, list) else ():
             if isinstance(item, Source) and item.weight != 1:
                 raise ValueError(
                     f"data.eval: {item.path} has a weight, which only data.train knows; remove it"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _packing_is_padding_free(self) -> Self:
         if self.packing and not self.padding_free:
             raise ValueError("data.packing puts rows in one line: leave data.padding_free on")
         return self
@@ -215,7 +211,7 @@ class Recipe(_Strict):
         return make_objective(value).to_dict()
 
     @model_validator(mode="after")
-    def _only_lora_fields(self) -> Self:
+    def _settings_fit_together(self) -> Self:
         if self.objective is not None:
             wanted = make_objective(self.objective).task_type
             given = self.lora.get("task_type") or wanted
@@ -231,41 +227,6 @@ class Recipe(_Strict):
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()
-        if self.task_type != "CAUSAL_LM":
-            for key, given in (("data.packing", self.data.packing), ("compile", self.compile)):
-                if given is True:
-                    raise ValueError(
-                        f"{key} is for causal language models: leave it out with "
-                        f"lora.task_type {self.task_type}"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _quantised_on_one_device(self) -> Self:
-        if self.quantization is None:
-            return self
-        if self.compile is True:
-            raise ValueError("compile cannot be true with quantization: leave it out")
-        if self.dtype == "float64":
-            raise ValueError("quantization has no float64: leave dtype out, or give float32")
-        for key in ("fsdp", "deepspeed"):
-            if (self.training.model_extra or {}).get(key):
-                raise ValueError(f"training.{key} does not spread quantised weights: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_stop_by(self) -> Self:
-        if self.early_stopping_patience and (
-            self.data.eval == 0 or self.training.eval_strategy == "no"
-        ):
-            raise ValueError(
-                "early_stopping_patience goes by the held-out loss: "
-                "leave data.eval above 0 and training.eval_strategy on"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _every_setting_has_an_effect(self) -> Self:
         check_recipe(self)
         return self
 

@@ -1,19 +1,26 @@
 """What is wrong with a recipe, in one line, under the recipe's own names.
 
-A key that it does not have is another tool's name, another section's, or a slip of the pen; a
-name that is like none is not guessed at.
+A key that it does not have is another tool's name (`other_names.toml`, printed into
+docs/other-names.md by `docs/tables.py`), another section's, or a slip of the pen; a name that is
+like none is not guessed at.
 """
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from lorakit.errors import did_you_mean, listed
 from lorakit.training.arguments import ARGUMENTS
-from lorakit.training.other_names import instead, plain
+
+OTHER_NAMES: Mapping[str, str] = tomllib.loads(
+    (files(__package__) / "other_names.toml").read_text(encoding="utf-8")
+)
+"""By another tool's name, in lower case and with underscores: what to give instead."""
 
 SECTIONS: dict[str, frozenset[str]] = {}
 """The keys of a recipe's sections but `lora`, by what stands before them; `recipe` fills it."""
@@ -98,7 +105,10 @@ def key_hint(name: str, known: Iterable[str]) -> str:
         name: the last part of the key, without its section.
         known: the keys that the section has.
     """
-    if found := instead(name) or _elsewhere(plain(name)):
+    plain = name.strip().lstrip("-").lower().replace("-", "_")
+    if hint := OTHER_NAMES.get(plain):
+        return f": leave it out: {hint[3:]}" if hint.startswith("-: ") else f": use {hint}"
+    if found := _elsewhere(plain):
         return f": {found}"
     return did_you_mean(name, known)
 

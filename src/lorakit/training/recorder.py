@@ -1,5 +1,7 @@
-"""What a run writes during training: files of JSON lines such as `metrics.jsonl`, and what it has
-consumed, kept in each checkpoint so that a resumed run counts on.
+"""What a run counts, writes and shows while it trains.
+
+`metrics.jsonl` and the like are JSON lines; what was consumed is kept in each checkpoint, so that a
+resumed run counts on. A terminal or notebook shows a bar (`lorakit.progress`), a log plain lines.
 """
 
 from __future__ import annotations
@@ -8,15 +10,18 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import TrainerCallback
 
 from lorakit import atomic
 from lorakit.errors import LorakitError
+from lorakit.progress import Task, task
 
 _KEPT = ("loss", "grad_norm", "learning_rate")
 _COUNTS = "lorakit_counts.json"
@@ -94,37 +99,31 @@ class Recorder(TrainerCallback):
     """
 
     def __init__(self, lines: StepLines, counts: Counts, metrics: Sequence[str] = ()) -> None:
-        self.lines = lines
+        self.lines, self.counts = lines, counts
         self.kept = {*_KEPT, *metrics}
-        self.counts = counts
         self._step_began = 0.0
         self._last_logged = Counts()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the lines up to the step that training goes on from."""
         self.lines.begin(state.global_step)
-        self._last_logged = Counts(**vars(self.counts))
+        self._last_logged = replace(self.counts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock of an optimiser step."""
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops it, before anything is logged, evaluated or saved."""
+        """Stops the clock, before anything is logged, evaluated or saved."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what is timed must have happened
         self.counts.seconds += time.perf_counter() - self._step_began
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Appends one line: the step, the epoch, what was logged, and tokens per second.
 
         Raises:
             LorakitError: the loss or the gradient is NaN or Inf.
         """
-        logs = logs or {}
-        values = {k: v for k, v in logs.items() if k in self.kept or k.startswith("eval_")}
+        values = {k: v for k, v in (logs or {}).items() if k in self.kept or k.startswith("eval_")}
         if not values:
             return
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
@@ -136,17 +135,66 @@ class Recorder(TrainerCallback):
                 )
         line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **values}
         if "loss" in values:
-            line |= self._rates()
+            before, now = self._last_logged, self.counts
+            self._last_logged = replace(now)
+            seconds = max(now.seconds - before.seconds, 1e-9)
+            supervised = now.supervised_tokens - before.supervised_tokens
+            line |= {
+                "tokens_per_second": round((now.train_tokens - before.train_tokens) / seconds, 1),
+                "supervised_tokens_per_second": round(supervised / seconds, 1),
+                "seconds": round(now.seconds, 3),
+            }
         self.lines.append(line)
 
-    def _rates(self) -> dict[str, float]:
-        before, now = self._last_logged, self.counts
-        self._last_logged = Counts(**vars(now))
-        seconds = max(now.seconds - before.seconds, 1e-9)
-        return {
-            "tokens_per_second": round((now.train_tokens - before.train_tokens) / seconds, 1),
-            "supervised_tokens_per_second": round(
-                (now.supervised_tokens - before.supervised_tokens) / seconds, 1
-            ),
-            "seconds": round(now.seconds, 3),
-        }
+
+class ProgressBar(TrainerCallback):
+    """Shows step, loss, held-out loss, supervised tokens per second, and the time left.
+
+    Without a terminal each logged step is a plain line.
+    """
+
+    def __init__(self, counts: Counts, console: Console) -> None:
+        self.counts, self.console = counts, console
+        self._shown = ExitStack()
+        self._task: Task | None = None
+        self._losses: dict[str, str] = {"loss": "", "eval_loss": ""}
+        self._began_with = Counts()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar at the step that training begins or is resumed at."""
+        self._began_with = replace(self.counts)
+        if state.is_world_process_zero:
+            shown = task("training", state.max_steps, state.global_step)
+            self._task = self._shown.enter_context(shown)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._task:
+            self._task.update(state.global_step, status=self._status())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Takes over the newest losses; without a bar, prints them."""
+        found = {name: value for name, value in (logs or {}).items() if name in self._losses}
+        for name, value in found.items():
+            self._losses[name] = f"{name.removesuffix('_loss')} {value:.4f}"
+        if not self._task or not found:
+            return
+        self._task.update(state.global_step, status=self._status())
+        if not self.console.is_terminal and not self.console.is_jupyter:
+            left = f"  {self._task.clock_left} left" if self._task.left else ""
+            step = f"step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{step}  {self._status()}{left}")
+            self._task.said()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the bar, also when training ended early."""
+        self._shown.close()
+        self._task = None
+
+    def _status(self) -> str:
+        seconds = self.counts.seconds - self._began_with.seconds
+        tokens = self.counts.supervised_tokens - self._began_with.supervised_tokens
+        rate = f"{tokens / seconds:.0f} supervised tok/s" if seconds > 0 else ""
+        return "  ".join(part for part in (*self._losses.values(), rate) if part)

@@ -20,7 +20,8 @@ from lorakit.models.template_files import digest, read_templates
 from lorakit.training.continuing import takes_effect
 from lorakit.training.differences import moved
 from lorakit.training.recipe import load_recipe
-from lorakit.training.run import train, versions
+from lorakit.training.run import train
+from lorakit.training.run_record import versions
 
 SAME_GAIN = 0.1  # of what was learned: another machine or another release may change as much
 
@@ -88,20 +89,28 @@ def reproduce(
     rendering = _rendering(adapter, before)
     after = train(recipe, quiet=quiet, expected_data=before.data, rendering=rendering).manifest
     _, new = read_adapter(output_dir)
+    if old.keys() != new.keys():
+        raise InputError(
+            f"the adapters have other tensors: {listed(sorted(old.keys() ^ new.keys()))}"
+        )
+    losses = {
+        "base": (before.base_eval_loss, after.base_eval_loss),
+        "adapter": (before.eval_loss, after.eval_loss),
+    }
     return Reproduction(
         before=before,
         after=after,
-        identical=_identical(old, new),
-        largest_difference=_largest_difference(old, new),
+        identical=all(torch.equal(old[name], new[name]) for name in old),
+        largest_difference=max(
+            ((old[name].float() - new[name].float()).abs().max().item() for name in old),
+            default=0.0,
+        ),
         losses={
             name: (was, now)
-            for name, was, now in (
-                ("base", before.base_eval_loss, after.base_eval_loss),
-                ("adapter", before.eval_loss, after.eval_loss),
-            )
+            for name, (was, now) in losses.items()
             if was is not None and now is not None
         },
-        changed=[*_changed(before, after), *_changed_rows(adapter, before, after)],
+        changed=_changed(adapter, before, after),
     )
 
 
@@ -128,20 +137,6 @@ def _moved(before: Manifest, model: str | None, data: Sequence[str]) -> dict[str
     return recipe
 
 
-def _changed(before: Manifest, after: Manifest) -> list[str]:
-    now = versions()
-    changed = [
-        f"{name} was {version} and is {now.get(name, 'missing')}"
-        for name, version in before.versions.items()
-        if now.get(name) != version
-    ]
-    if before.processes != after.processes:
-        changed.append(f"it had {before.processes} processes and has {after.processes}")
-    if before.base_fingerprint != after.base_fingerprint:
-        changed.append(f"{before.base_model} has other weights than it had")
-    return changed
-
-
 def _rendering(adapter: str | Path, before: Manifest) -> Rendering:
     """The chat template that lies beside the adapter, if it is the recorded one, and the time."""
     trained = adapter_template(adapter)
@@ -155,9 +150,18 @@ def _rendering(adapter: str | Path, before: Manifest) -> Rendering:
         raise InputError(f"{adapter}: its record has no time in template_time: {time!r}") from error
 
 
-def _changed_rows(adapter: str | Path, before: Manifest, after: Manifest) -> list[str]:
-    """What makes other tokens of the same rows."""
-    changed = []
+def _changed(adapter: str | Path, before: Manifest, after: Manifest) -> list[str]:
+    """What is not as it was: versions, processes, the base model, the tokens of the same rows."""
+    now = versions()
+    changed = [
+        f"{name} was {version} and is {now.get(name, 'missing')}"
+        for name, version in before.versions.items()
+        if now.get(name) != version
+    ]
+    if before.processes != after.processes:
+        changed.append(f"it had {before.processes} processes and has {after.processes}")
+    if before.base_fingerprint != after.base_fingerprint:
+        changed.append(f"{before.base_model} has other weights than it had")
     if before.template_sha256 and (notice := template_notice(adapter, before.base_model)):
         changed.append(notice)
     if after.template_time and before.template_time is None:
@@ -167,16 +171,3 @@ def _changed_rows(adapter: str | Path, before: Manifest, after: Manifest) -> lis
     if draws_at_random(read_templates(after.recipe["output_dir"])):
         changed.append("the chat template draws at random: its rows are never the same")
     return changed
-
-
-def _identical(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> bool:
-    return old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-
-
-def _largest_difference(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> float:
-    if old.keys() != new.keys():
-        raise InputError(
-            f"the adapters have other tensors: {listed(sorted(old.keys() ^ new.keys()))}"
-        )
-    differences = ((old[name].float() - new[name].float()).abs().max().item() for name in old)
-    return max(differences, default=0.0)

@@ -1,13 +1,12 @@
 """Optimiser and schedule of a resumed run: state from its checkpoint, values from its recipe.
 
-A checkpoint holds moments and counters, and the learning rate, weight decay and so on that were in
-force. The first are taken over; the others are the recipe's, so that a changed recipe takes effect
-and an unchanged one gives the same bits.
+A checkpoint's moments and counters are taken over; learning rate, weight decay and so on are the
+recipe's, so that a changed recipe takes effect and an unchanged one gives the same bits. States are
+saved whole, as one process has them, by however many processes and however spread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from lorakit.lora.checkpoint import spread_like, whole
 from lorakit.training.checkpoints import read_seal
 
 if TYPE_CHECKING:
@@ -31,13 +31,12 @@ _STATE = {
 _PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 """What ReduceLROnPlateau has counted; the rest of its state is the recipe's."""
 
-_SAME_STATE = frozenset({"adamw_torch", "adamw_torch_fused"})
-
-Load = Callable[[torch.optim.Optimizer, dict[str, Any]], None]
+_SAME_STATE = {"adamw_torch", "adamw_torch_fused"}
+"""Values of `training.optim` whose states mean the same."""
 
 
 def facts_of_optimisation(args: TrainingArguments) -> dict[str, Any]:
-    """What a checkpoint must say of its optimiser, to go on with it under another recipe.
+    """What a checkpoint must say of its optimiser, to be resumed under another recipe.
 
     `optimizer` is None where its state is not saved.
     """
@@ -51,15 +50,13 @@ def restore(
     checkpoint: Path,
     args: TrainingArguments,
     step: int,
-    load: Load,
 ) -> str | None:
     """Puts a new optimiser and a new schedule to where those of a whole checkpoint stood.
 
     Args:
         step: of the optimiser, at which the checkpoint was written.
-        load: puts a state into an optimiser.
 
-    Returns: what to say where the moments cannot be taken over and begin anew.
+    Returns: what to say where the moments cannot be taken over and start from zero.
     """
     facts = read_seal(checkpoint)
     before = facts["optimizer"]
@@ -67,56 +64,55 @@ def restore(
     if before is None:
         restore_schedule(schedule, {}, [], step, scale)
         return (
-            "the optimiser's moments begin anew, and the schedule goes on at step "
+            "the optimiser's moments start from zero, and the schedule continues at step "
             f"{step}: {checkpoint.name} was saved without them (training.save_only_model)"
         )
     files = (checkpoint / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
     state, saved = (torch.load(f, map_location="cpu", weights_only=True) for f in files)
-    fits = same_moments(before, _name(args)) and _same_groups(optimizer, state)
-    if fits:
-        restore_optimizer(optimizer, state, load)
-    rates = [group["lr"] for group in state["param_groups"]] if fits else []
+    groups, saved_groups = optimizer.param_groups, state["param_groups"]
+    sizes = [[len(group["params"]) for group in own] for own in (groups, saved_groups)]
+    now = _name(args)
+    if not (before == now or {before, now} <= _SAME_STATE) or sizes[0] != sizes[1]:
+        restore_schedule(schedule, saved, [], step, scale)
+        return (
+            f"the optimiser's moments start from zero, and the schedule continues at step {step}: "
+            "the optimiser is another one, or its parameters are in other groups"
+        )
+    rates = [group["lr"] for group in saved_groups]
+    # Moments are the checkpoint's; learning rates, weight decay, betas and so on stay.
+    fresh = [{k: v for k, v in group.items() if k not in _STATE} for group in groups]
+    optimizer.load_state_dict(_spread(state, optimizer))
+    for group, values in zip(optimizer.param_groups, fresh, strict=True):
+        group.update(values)
     restore_schedule(schedule, saved, rates, step, scale)
-    if fits:
-        return None
-    return (
-        f"the optimiser's moments begin anew, and the schedule goes on at step {step}: "
-        "the optimiser is another one, or its parameters are in other groups"
-    )
+    return None
 
 
-def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Puts a whole state into an optimiser whose parameters are whole too."""
-    optimizer.load_state_dict(saved)
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` with whole tensors; all processes must ask for it."""
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        index: {
+            key: whole(value).cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in values.items()
+        }
+        for index, values in saved["state"].items()
+    }
+    return saved
 
 
-def same_moments(before: str, now: str) -> bool:
-    """Whether the states of two optimisers of `training.optim` mean the same."""
-    return before == now or {before, now} <= _SAME_STATE
+def _spread(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A whole state, whose tensors are spread over processes as their parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, values in ((parameters[i], own) for i, own in saved["state"].items()):
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[key] = spread_like(parameter, value)
+    return saved
 
 
 def _name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
-
-
-def _same_groups(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> bool:
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    return own == [len(group["params"]) for group in saved["param_groups"]]
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], load: Load) -> None:
-    """Loads the moments; learning rates, weight decay, betas and so on stay as they are.
-
-    Args:
-        load: puts a state into an optimiser.
-    """
-    fresh = [
-        {key: value for key, value in group.items() if key not in _STATE}
-        for group in optimizer.param_groups
-    ]
-    load(optimizer, saved)
-    for group, values in zip(optimizer.param_groups, fresh, strict=True):
-        group.update(values)
 
 
 def restore_schedule(

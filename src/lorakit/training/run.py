@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +40,12 @@ from lorakit.training.differences import run_identity
 from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation, stopped_before
 from lorakit.training.forecast import forecast
 from lorakit.training.interrupt import Interrupt
-from lorakit.training.machine import LESS_MEMORY, is_main_process, memory_mb, peak_memory_mb
+from lorakit.training.machine import LESS_MEMORY, is_main_process, memory_mb
 from lorakit.training.output import (
     changed_since,
     changes_since,
     check_output,
     claim_output,
-    read_continued,
     rendering_of,
     require_data,
     require_unchanged,
@@ -56,14 +53,12 @@ from lorakit.training.output import (
 )
 from lorakit.training.position import planned_steps
 from lorakit.training.processes import join, require_same_view
-from lorakit.training.progress import ProgressBar
 from lorakit.training.recipe import Recipe, load_recipe
-from lorakit.training.recorder import Recorder, StepLines
-from lorakit.training.samples import write_samples
+from lorakit.training.recorder import ProgressBar, Recorder, StepLines
+from lorakit.training.run_record import manifest_of, write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.trainer import LoraTrainer
 from lorakit.training.watch import Watch, warn_of_unchanged
-from lorakit.version import __version__
 
 FORECAST_FROM = 200
 """Optimiser steps of a run that is worth the few that a forecast takes."""
@@ -136,7 +131,7 @@ def train(
         if main:
             require_unlocked(folder.absolute().parent)  # a sweep's, whose configuration it is
             check = partial(check_output, folder, resume=resume)
-            held.enter_context(locked_folder(folder, check, lambda line: _say(console, [line])))
+            held.enter_context(locked_folder(folder, check, partial(_say, console)))
         if resume and rendering is None:
             rendering = rendering_of(folder)
         setup = set_up(recipe, rendering=rendering, objective=own)
@@ -154,52 +149,57 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> TrainResult:
     """`train`, in a folder that no other process writes."""
-    folder = Path(setup.recipe.output_dir)
-    found, changes, said = Found(), [], []
+    folder, say = Path(setup.recipe.output_dir), partial(_say, console)
+    identity = run_identity(
+        setup.recipe.to_dict(),
+        setup.data_facts,
+        setup.arguments.world_size,
+        setup.base_fingerprint,
+        **setup.inputs.rendering_facts(),
+    )
+    found, changes, notices = Found(), [], []
     if resume:
-        now = _identity(setup)
         finished = read_manifest(folder)
-        done = finished is not None and same_run(finished, now)
+        done = finished is not None and same_run(finished, identity)
         if not done:
-            found, changes = newest_whole(folder), changes_since(folder, now)
+            found, changes = newest_whole(folder), changes_since(folder, identity)
         last = found.checkpoint.name if found.checkpoint else None
         require_same_view("the finished run" if done else last, folder)
-        if done:
-            assert finished is not None
-            _say(console, [f"{folder} is finished already: nothing is left to do"])
+        if finished is not None and done:
+            say(f"{folder} is finished already: nothing is left to do")
             return TrainResult(folder, finished)
-        _say(console, found.damaged)
+        say(*found.damaged)
         if not accept_changes:
             require_unchanged(changes, folder)
-        said = check_resume(setup, found, changes, finished=finished is not None)
+        notices = check_resume(setup, found, changes, finished=finished is not None)
     also = missing_state(found, accept_changes=accept_changes)
     stale = changed_since(folder, found.step) if resume else []
     if main:
-        claim_output(folder, _identity(setup), changes, step=found.step, also=also)
-    _say(console, (f"goes on although it changed: {change.line}" for change in changes))
-    _say(console, said)
-    checkpoint = found.checkpoint
+        claim_output(folder, identity, changes, step=found.step, also=also)
+    say(*(f"resuming with a change: {change.line}" for change in changes), *notices)
     if resume:
-        start = f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting"
-        _say(console, [start])
-    _say(console, _description(setup))
+        last = f"resuming from {found.checkpoint.name}" if found.checkpoint else None
+        say(last or "no checkpoint yet: starting")
+    say(*_description(setup))
+
     metrics = StepLines(folder / METRICS_NAME, writes=main)
     with named_failures(folder):
         trainer = setup.trainer()
-        trainer.say = lambda line: _say(console, [line])
+        trainer.say = say
         trainer.forget_evaluations = changes_evaluation([*stale, *(c.key for c in changes)])
         reader = trainer.forward.reader
         if isinstance(reader, SupervisedLoss) and reader.output is None:
-            _say(console, ["the loss is taken of the model's own logits, at learned tokens alone"])
+            say("the loss is taken of the model's own logits, at learned tokens alone")
         with _callbacks(trainer, setup, metrics, console, callbacks), setup.fast():
-            if checkpoint is None and _long(trainer):
-                _say(console, [forecast(trainer).line])
+            steps = planned_steps(trainer.args, len(trainer.sampler))
+            if not found.checkpoint and trainer.args.world_size == 1 and steps >= FORECAST_FROM:
+                say(forecast(trainer).line)
             began = time.perf_counter()
-            base, tuned = _fit(trainer, setup, checkpoint)
+            base, tuned = _fit(trainer, setup, found.checkpoint)
         seconds = time.perf_counter() - began
         if trainer.start is not None:
             step = trainer.state.global_step
-            _say(console, warn_of_unchanged(trainer.start, setup.model, step, metrics))
+            say(*warn_of_unchanged(trainer.start, setup.model, step, metrics))
         manifest = manifest_of(setup, trainer, base, tuned, metrics, seconds)
         if main and setup.inputs.templates is not None:  # so that chat and serve use the same
             write_templates(folder, setup.inputs.templates)
@@ -208,86 +208,9 @@ def _train(
         if main:
             write_manifest(folder, manifest)  # its presence says that the run is finished
             if not trainer.is_spread:
-                _say(console, write_samples(folder, setup))
-            _say(console, write_report(folder).notices)
+                say(*write_samples(folder, setup))
+            say(*write_report(folder).notices)
     return TrainResult(folder, manifest)
-
-
-def _identity(setup: Setup) -> dict[str, Any]:
-    return run_identity(
-        setup.recipe.to_dict(),
-        setup.data_facts,
-        setup.arguments.world_size,
-        setup.base_fingerprint,
-        **setup.inputs.rendering_facts(),
-    )
-
-
-@contextmanager
-def _callbacks(
-    trainer: LoraTrainer,
-    setup: Setup,
-    metrics: StepLines,
-    console: Console,
-    own: Sequence[TrainerCallback],
-) -> Iterator[None]:
-    """Everything that looks on while the block trains: times, warnings, progress, interrupts."""
-    bar = ProgressBar(trainer.counts, console)
-    interrupt = Interrupt(lambda line: _say(console, [line]))
-    trainer.interrupt = interrupt
-    looking: list[TrainerCallback] = [
-        Recorder(metrics, trainer.counts, trainer.objective.score_names),
-        bar,
-    ]
-    if trainer.is_spread:
-        _say(console, ["weights are spread over processes: the adapter's changes are not measured"])
-    else:
-        measured = StepLines(metrics.path.with_name(MONITOR_NAME), writes=metrics.writes)
-        looking.append(Watch(setup.model, measured, metrics, lambda line: _say(console, [line])))
-    if patience := setup.recipe.early_stopping_patience:
-        looking.append(EarlyStopping(patience))
-    trainer.remove_callback(PrinterCallback)
-    for callback in (*looking, *own, interrupt, SaveAfterEvaluation()):
-        trainer.add_callback(callback)
-    try:
-        with interrupt.listening():
-            yield
-    finally:
-        bar.close()  # an interrupted bar would leave the terminal without its cursor
-
-
-def _long(trainer: LoraTrainer) -> bool:
-    """Whether a run of one process is so long that its end should be known before."""
-    return (
-        trainer.args.world_size == 1
-        and planned_steps(trainer.args, len(trainer.sampler)) >= FORECAST_FROM
-    )
-
-
-def _fit(
-    trainer: LoraTrainer, setup: Setup, checkpoint: Path | None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
-    patience = setup.recipe.early_stopping_patience
-    if checkpoint and (
-        trainer.ends_at(checkpoint)
-        or (patience and stopped_before(checkpoint, trainer.args, patience))
-    ):
-        trainer.take_up(checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if not trainer.held_out:
-        return {}, {}
-    last: dict[str, float] = next(
-        (e for e in reversed(trainer.state.log_history) if "eval_loss" in e), {}
-    )
-    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        tuned = last
-    else:
-        tuned = trainer.evaluate()
-    with setup.model.disable_adapter():
-        base = trainer.held_out_scores()
-    return base, {name: tuned[f"eval_{name}"] for name in base}
 
 
 def _description(setup: Setup) -> Iterator[str]:
@@ -315,52 +238,65 @@ def _description(setup: Setup) -> Iterator[str]:
     yield from (finding.line for finding in data.findings if finding.count)
 
 
-def manifest_of(
-    setup: Setup,
+@contextmanager
+def _callbacks(
     trainer: LoraTrainer,
-    base: dict[str, float],
-    tuned: dict[str, float],
+    setup: Setup,
     metrics: StepLines,
-    run_seconds: float,
-) -> Manifest:
-    """The record of a run that has ended.
-
-    Args:
-        base, tuned: the held-out loss and scores of the bare base, and of the adapter.
-    """
-    counts, labels = trainer.counts, setup.inputs.objective.labels
-    return Manifest(
-        base_model=setup.recipe.model,
-        recipe=setup.recipe.to_dict(),
-        data=setup.data_facts,
-        data_statistics={k: asdict(part) for k, part in setup.data.statistics().items()},
-        **setup.inputs.rendering_facts(),
-        base_fingerprint=setup.base_fingerprint,
-        advice=[asdict(advice) for advice in setup.advice],
-        notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],
-        warnings=[line for line in metrics.read() if "warning" in line],
-        continued=read_continued(Path(setup.recipe.output_dir)),
-        processes=setup.arguments.world_size,
-        steps=trainer.state.global_step,
-        train_seconds=round(counts.seconds, 2),
-        run_seconds=round(run_seconds, 2),
-        train_tokens=counts.train_tokens,
-        supervised_tokens=counts.supervised_tokens,
-        tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
-        peak_memory_mb=peak_memory_mb(),
-        padding_free=setup.batching.pad_token_id is None,
-        compiled=setup.compiled,
-        eval_loss=tuned.get("loss"),
-        base_eval_loss=base.get("loss"),
-        eval_scores={k: v for k, v in tuned.items() if k != "loss"} or None,
-        base_eval_scores={k: v for k, v in base.items() if k != "loss"} or None,
-        labels=labels.to_dict() if labels else None,
-        versions=versions(),
-        seed=setup.recipe.training.seed,
-    )
+    console: Console,
+    own: Sequence[TrainerCallback],
+) -> Iterator[None]:
+    """Everything that looks on while the block trains: times, warnings, progress, interrupts."""
+    say, objective = trainer.say, trainer.objective
+    bar, interrupt = ProgressBar(trainer.counts, console), Interrupt(say)
+    trainer.interrupt = interrupt
+    looking: list[TrainerCallback] = [
+        Recorder(metrics, trainer.counts, objective.score_names),
+        bar,
+    ]
+    if trainer.is_spread:
+        say("weights are spread over processes: the adapter's changes are not measured")
+    else:
+        measured = StepLines(metrics.path.with_name(MONITOR_NAME), writes=metrics.writes)
+        looking.append(Watch(setup.model, objective, measured, metrics, say))
+    if patience := setup.recipe.early_stopping_patience:
+        looking.append(EarlyStopping(patience))
+    trainer.remove_callback(PrinterCallback)
+    for callback in (*looking, *own, interrupt, SaveAfterEvaluation()):
+        trainer.add_callback(callback)
+    try:
+        with interrupt.listening():
+            yield
+    finally:
+        bar.close()  # an interrupted bar would leave the terminal without its cursor
 
 
-def _say(console: Console, lines: Iterable[str]) -> None:
+def _fit(
+    trainer: LoraTrainer, setup: Setup, checkpoint: Path | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
+    patience = setup.recipe.early_stopping_patience
+    if checkpoint and (
+        trainer.ends_at(checkpoint)
+        or (patience and stopped_before(checkpoint, trainer.args, patience))
+    ):
+        trainer.take_up(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if not trainer.held_out:
+        return {}, {}
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    last: dict[str, float] = evaluations[-1] if evaluations else {}
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        tuned = last
+    else:
+        tuned = trainer.evaluate()
+    with setup.model.disable_adapter():
+        base = trainer.held_out_scores()
+    return base, {name: tuned[f"eval_{name}"] for name in base}
+
+
+def _say(console: Console, *lines: str) -> None:
     for line in lines:
         console.print(one_line(line))
 
@@ -368,12 +304,12 @@ def _say(console: Console, lines: Iterable[str]) -> None:
 @contextmanager
 def named_failures(folder: Path) -> Iterator[None]:
     """Turns a full disk, however a library reports it, into one line."""
-    cure = "Resume from the last checkpoint with --resume"
+    full = "Make room and resume with --resume: the last checkpoint is whole"
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-            cure = "Make room and go on with --resume: the last checkpoint is whole"
+        no_room = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        cure = full if no_room else "Resume from the last checkpoint with --resume"
         raise LorakitError(f"cannot write {folder}: {error.strerror or error}. {cure}") from error
     except torch.OutOfMemoryError as error:
         raise LorakitError(
@@ -384,15 +320,5 @@ def named_failures(folder: Path) -> Iterator[None]:
         # torch.save's own words for it, which differ with how far it came.
         words = ("PytorchStreamWriter", "unexpected pos", "iostream", "cannot be opened")
         if any(word in str(error) for word in words):
-            raise LorakitError(
-                f"cannot write {folder}: is the disk full? Make room and go on with --resume: the "
-                "last checkpoint is whole"
-            ) from error
+            raise LorakitError(f"cannot write {folder}: is the disk full? {full}") from error
         raise
-
-
-def versions() -> dict[str, str]:
-    """Those of Python and of the packages that decide the numbers of a run."""
-    packages = ("torch", "transformers", "accelerate", "safetensors")
-    own = {"python": sys.version.split()[0], "lorakit": __version__}
-    return own | {name: version(name) for name in packages}

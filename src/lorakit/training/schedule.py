@@ -1,8 +1,7 @@
 """The learning rate of every step, with a warm-up that begins above 0, and of `B` in LoRA+.
 
-transformers gives step k of a warm-up over w steps k / w of the rate, so that the first step of a
-run changes nothing. Here it has (k + 1) / w, and from the end of the warm-up on the schedule is
-transformers' own. What a schedule is given is tried before training begins.
+Step k of a warm-up over w steps has (k + 1) / w of the rate, where transformers has k / w and the
+first step changes nothing. What a schedule is given is tried before training begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """From a recipe to everything that a run needs: what `check` looks at and `train` trains.
 
-Nothing is written here. What was chosen, guessed or done otherwise than the recipe says comes
-back as notices.
+Nothing is written here. What was chosen or done otherwise than the recipe says becomes notices.
 """
 
 from __future__ import annotations
@@ -35,11 +34,12 @@ from lorakit.training.effects import (
     check_metric,
     check_optimizer,
     check_trackers,
+    greater_is_better,
     needs_held_out_rows,
     of_several_processes,
 )
-from lorakit.training.forecast import planned_steps
 from lorakit.training.machine import settle_in
+from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe, TrainingRecipe
 from lorakit.training.schedule import check_schedule
 from lorakit.training.sharded import asks_to_spread, check_fsdp
@@ -149,18 +149,18 @@ def set_up(
         recipe, Lines(adapted), tokenizer.pad_token_id, inputs.collator
     )
     batching = replace(batching, to_batch=inputs.objective.to_batch)
-    notices += _divided(data, batching, arguments)
-    steps = planned_steps(arguments, len(batching.train_batches(data.train, arguments, epoch=0)))
-    notices += check_schedule(arguments, steps)
+    batches = len(batching.train_batches(data.train, arguments, epoch=0))
+    notices += _divided(len(data.train), batches, arguments)
+    notices += check_schedule(arguments, planned_steps(arguments, batches))
     notices += of_several_processes(arguments, recipe.training.model_extra or {})
     if (shared := batching.shared_tokens(data.train, arguments)) >= 0.01:
         notices.append(
             f"{shared:.0%} of the tokens are prefixes that rows of a batch share: computed once"
         )
-    wish = False if spread and recipe.compile == "auto" else recipe.compile
-    if recipe.task_type != "CAUSAL_LM":
-        wish = False
-    compiled, notice = choose(wish, adapted, _tokens_to_train(data, batching, arguments))
+    never = not inputs.objective.packable or (spread and recipe.compile == "auto")
+    compiled, notice = choose(
+        False if never else recipe.compile, adapted, _tokens_to_train(data, batches, arguments)
+    )
     notices += [notice] if notice else []
     if recipe.early_stopping_patience:
         notices.append("early stopping: saved whenever it is evaluated, and the best is kept")
@@ -290,6 +290,8 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         values |= {"save_strategy": values["eval_strategy"], "save_steps": every}
     if values.get("load_best_model_at_end") or values["save_strategy"] == "best":
         values.setdefault("metric_for_best_model", "loss")
+    if (metric := values.get("metric_for_best_model")) and values.get("greater_is_better") is None:
+        values["greater_is_better"] = greater_is_better(recipe, metric)
     if values.get("deepspeed") and not find_spec("deepspeed"):
         raise InputError("training.deepspeed needs DeepSpeed: pip install deepspeed")
     try:
@@ -305,21 +307,18 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
     return arguments
 
 
-def _divided(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> list[str]:
+def _divided(rows: int, batches: int, arguments: TrainingArguments) -> list[str]:
     """What to say about how rows are divided over processes, and how many GPUs that uses."""
     processes, gpus = arguments.world_size, torch.cuda.device_count()
-    if len(data.train) < processes:
+    if rows < processes:
         raise InputError(
-            f"data.train: {len(data.train)} rows cannot be divided over {processes} processes: "
-            "start fewer"
+            f"data.train: {rows} rows cannot be divided over {processes} processes: start fewer"
         )
     notices = []
     if gpus > processes:
         many = f"torchrun --nproc-per-node {gpus} -m lorakit train …"
         notices.append(f"{processes} of {gpus} GPUs used; {many}")
-    if processes == 1:
-        return notices
-    if twice := -len(batching.train_batches(data.train, arguments, epoch=0)) % processes:
+    if processes > 1 and (twice := -batches % processes):
         notices.append(
             f"{twice} rows are learned twice in an epoch, as batches of one row cannot be divided "
             f"evenly over {processes} processes: raise training.per_device_train_batch_size"
@@ -327,11 +326,10 @@ def _divided(data: PreparedData, batching: Batching, arguments: TrainingArgument
     return notices
 
 
-def _tokens_to_train(data: PreparedData, batching: Batching, arguments: TrainingArguments) -> float:
+def _tokens_to_train(data: PreparedData, batches: int, arguments: TrainingArguments) -> float:
     """The tokens of all epochs, or of the steps that `max_steps` stops after."""
     epochs = arguments.num_train_epochs
     if arguments.max_steps > 0:
-        batches = arguments.max_steps * arguments.gradient_accumulation_steps
-        batches *= arguments.world_size
-        epochs = batches / len(batching.train_batches(data.train, arguments, epoch=0))
+        step = arguments.gradient_accumulation_steps * arguments.world_size
+        epochs = arguments.max_steps * step / batches
     return epochs * sum(len(row) for row in data.train)

@@ -1,8 +1,6 @@
-"""Weights that FSDP2 spreads over processes: how it is switched on, and its optimiser's state.
+"""Weights that FSDP2 spreads over processes: when that is asked for, and how it is switched on.
 
-Sharding itself is accelerate's work, in the units that transformers names as never split. What is
-saved is whole, in the form that one process has, so that a checkpoint does not say by how many
-processes, or how, it was made.
+Sharding itself is accelerate's work, in the units that transformers names as never split.
 """
 
 from __future__ import annotations
@@ -10,16 +8,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import spread_like, whole
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -72,27 +64,3 @@ def switch_on(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> N
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args or {})
         state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors; all processes must ask for it."""
-    saved = optimizer.state_dict()
-    saved["state"] = {
-        index: {
-            key: whole(value).cpu() if isinstance(value, torch.Tensor) else value
-            for key, value in values.items()
-        }
-        for index, values in saved["state"].items()
-    }
-    return saved
-
-
-def load_whole_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads what `whole_state` gave; all processes must do it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in saved["state"].items():
-        parameter = parameters[index]
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                values[key] = spread_like(parameter, value)
-    optimizer.load_state_dict(saved)

@@ -40,10 +40,10 @@ from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
 from lorakit.training.position import place_at, planned_steps
 from lorakit.training.recorder import Counts, read_counts, write_counts
-from lorakit.training.restoring import facts_of_optimisation, load_state, restore
+from lorakit.training.restoring import facts_of_optimisation, restore, whole_state
 from lorakit.training.schedule import over_loraplus_groups, warm_from_first
-from lorakit.training.sharded import asks_for_fsdp, load_whole_state, switch_on, whole_state
-from lorakit.training.watch import Start
+from lorakit.training.sharded import asks_for_fsdp, switch_on
+from lorakit.training.watch import checksums
 
 _STAGING = ".saving"
 
@@ -60,8 +60,8 @@ class LoraTrainer(Trainer):
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
 
     Attributes:
-        start: the adapter before the first step; None where weights are spread.
-        interrupt: what processes agree on stopping by; None to go on whatever comes.
+        start: the adapter's checksums before the first step; None where weights are spread.
+        interrupt: what processes agree on stopping by; None to ignore signals.
         forget_evaluations: evaluations of the run so far cannot be compared with those to come.
         say: shows a line to the user.
     """
@@ -106,7 +106,7 @@ class LoraTrainer(Trainer):
         finally:
             args.label_smoothing_factor = smoothing
         self.forward = objective.forward(model, self.is_spread)
-        self.start = None if self.is_spread else Start(model)
+        self.start = None if self.is_spread else checksums(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # Trainer's takes a line of rows for one row
         # compute_loss divides by the whole optimiser step's tokens itself.
@@ -133,7 +133,7 @@ class LoraTrainer(Trainer):
             )
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Trainer's; goes on at the place in the rows at which the checkpoint was written.
+        """Trainer's; resumes at the place in the rows at which the checkpoint was written.
 
         What an optimiser averages for evaluation is then in the weights.
         """
@@ -153,10 +153,9 @@ class LoraTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, over the groups of LoRA+ where these are asked for."""
-        if self.loraplus_lr_ratio and self.optimizer is None:
+        if (ratio := self.loraplus_lr_ratio) and self.optimizer is None:
             trained = self.model if model is None else model
             chosen = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            ratio = self.loraplus_lr_ratio
             self.optimizer_cls_and_kwargs = over_loraplus_groups(trained, self.args, ratio, *chosen)
         return super().create_optimizer(model)
 
@@ -387,9 +386,8 @@ class LoraTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter, and nothing of the base model; all processes must call it."""
         folder = Path(output_dir or self.args.output_dir)
-        write = self.args.should_save
-        self._lora_model().save_pretrained(folder, is_main_process=write)
-        if write:
+        self._lora_model().save_pretrained(folder, is_main_process=self.args.should_save)
+        if self.args.should_save:
             if self.templates is not None:
                 write_templates(folder, self.templates)
             write_counts(folder, self.counts)
@@ -458,10 +456,8 @@ class LoraTrainer(Trainer):
         if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load = load_whole_state if self.is_fsdp_enabled else load_state
         step = self.state.global_step
-        notice = restore(self.optimizer, self.lr_scheduler, folder, self.args, step, load)
-        if notice:
+        if notice := restore(self.optimizer, self.lr_scheduler, folder, self.args, step):
             self.say(notice)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -476,12 +472,10 @@ class LoraTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        folder = Path(resume_from_checkpoint)
-        wrapped = self._lora_model()
-        name = wrapped.active_adapter
+        folder, wrapped = Path(resume_from_checkpoint), self._lora_model()
         config, tensors = read_adapter(folder)
-        parameters = adapter_parameters(wrapped.get_base_model(), name, config.bias)
-        load_tensors(parameters, tensors, folder)
+        base, name = wrapped.get_base_model(), wrapped.active_adapter
+        load_tensors(adapter_parameters(base, name, config.bias), tensors, folder)
 
     def take_up(self, checkpoint: Path) -> None:
         """State, counts and weights of a run that had stopped when `checkpoint` was written.

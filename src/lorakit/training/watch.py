@@ -7,7 +7,7 @@ that has learned nothing is found by checksums of its tensors. What is measured 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from lorakit.errors import listed
 from lorakit.lora.model import LoraModel
+from lorakit.objectives.objective import Objective
 from lorakit.training.monitor import AdapterState, LoraMonitor
 from lorakit.training.recorder import StepLines
 
@@ -54,6 +55,7 @@ class Watch(TrainerCallback):
 
     Args:
         model: the model, before a checkpoint is loaded: changes are measured from here.
+        objective: has warnings of its own.
         measured: where measurements go; the first line names the modules.
         lines: where warnings go.
         say: shows a line to the user.
@@ -62,27 +64,25 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         model: LoraModel,
+        objective: Objective,
         measured: StepLines,
         lines: StepLines,
         say: Callable[[str], None],
     ) -> None:
-        self.monitor = LoraMonitor(model)
+        self.monitor, self.objective = LoraMonitor(model), objective
         self.measured, self.lines, self.say = measured, lines, say
-        self.warned: dict[str, Warned] = {}
+        self.warned: set[str] = set()
         self._gradients: list[float] = []
         self._eval_losses: list[tuple[int, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes up the warnings and losses of a run that goes on."""
+        """Takes up the warnings and losses of a run that is resumed."""
         self.measured.begin(state.global_step)
         if not self.measured.read():
             start = self.monitor.measure()
             norms = [_short(s.weight_norm) for s in start.values()]
             self.measured.append({"step": 0, "modules": list(start), "weight_norm": norms})
-        for line in self.lines.read():
-            if "warning" in line:
-                warned = Warned(line["step"], line["warning"], line["message"], line["cure"])
-                self.warned[warned.name] = warned
+        self.warned |= {line["warning"] for line in self.lines.read() if "warning" in line}
         self._gradients = [e["grad_norm"] for e in state.log_history if "grad_norm" in e]
         self._eval_losses = [
             (e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e
@@ -103,33 +103,21 @@ class Watch(TrainerCallback):
         )
         self._tell(_of_movement(step, self.monitor.total(states)))
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Looks at the gradient that Trainer has just logged, as it was before clipping."""
-        norm = (logs or {}).get("grad_norm")
-        if norm is not None:
-            self._tell(_of_gradients(state.global_step, norm, self._gradients))
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at what was logged; a gradient's norm is as it was before clipping."""
+        step, logs = state.global_step, logs or {}
+        if (norm := logs.get("grad_norm")) is not None:
+            self._tell(_of_gradients(step, norm, self._gradients))
             self._gradients.append(norm)
-
-    def on_evaluate(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Looks at how the held-out loss has gone."""
-        if "eval_loss" in (metrics or {}):
-            assert metrics is not None
-            self._eval_losses.append((state.global_step, metrics["eval_loss"]))
+        if "eval_loss" in logs:
+            self._eval_losses.append((step, logs["eval_loss"]))
             self._tell(_of_held_out(self._eval_losses))
+        self._tell(Warned(step, *found) for found in self.objective.warnings(logs))
 
-    def _tell(self, warnings: Iterator[Warned]) -> None:
+    def _tell(self, warnings: Iterable[Warned]) -> None:
         for warned in warnings:
             if warned.name not in self.warned:
-                self.warned[warned.name] = warned
+                self.warned.add(warned.name)
                 self.lines.append(warned.to_dict())
                 self.say(warned.line)
 
@@ -186,43 +174,40 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-UNCHANGED = "unchanged"
-"""The warning's name where no tensor at all has changed."""
+def checksums(model: nn.Module) -> dict[str, int]:
+    """Of the trained tensors of a model: those that require a gradient."""
+    return {
+        name: zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
-class Start:
-    """The trained tensors of a model as they are now, by checksum.
-
-    Args:
-        model: its parameters that require a gradient.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._sums = _sums(model)
-
-    def unchanged(self, model: nn.Module) -> tuple[list[str], int]:
-        """The modules of which no trained tensor has changed, and the number of all modules."""
-        before, now = self._sums, _sums(model)
-        changed: dict[str, bool] = {}
-        for name, value in now.items():
-            module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
-            changed[module] = changed.get(module, False) or before.get(name) != value
-        return [module for module, moved in changed.items() if not moved], len(changed)
+def unchanged_modules(start: Mapping[str, int], model: nn.Module) -> tuple[list[str], int]:
+    """The modules whose trained tensors have the checksums `start`, and the number of all."""
+    moved: dict[str, bool] = {}
+    for name, value in checksums(model).items():
+        module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+        moved[module] = moved.get(module, False) or start.get(name) != value
+    return [module for module, changed in moved.items() if not changed], len(moved)
 
 
-def warn_of_unchanged(start: Start, model: nn.Module, step: int, lines: StepLines) -> Iterator[str]:
+def warn_of_unchanged(
+    start: Mapping[str, int], model: nn.Module, step: int, lines: StepLines
+) -> Iterator[str]:
     """Appends a warning to `lines` if modules are as they were at `start`; yields it as a line.
 
     Args:
+        start: the `checksums` of `model` then.
         step: the run's last.
     """
-    modules, total = start.unchanged(model)
+    modules, total = unchanged_modules(start, model)
     if not modules:
         return
     if len(modules) == total:
         warned = Warned(
             step,
-            UNCHANGED,
+            "unchanged",
             f"the adapter is unchanged: after {step} steps each of its {total} modules has the "
             "very numbers that it began with, so nothing was learned",
             "Look whether lora.target_modules take part in the loss, and whether "
@@ -240,16 +225,3 @@ def warn_of_unchanged(start: Start, model: nn.Module, step: int, lines: StepLine
     if not any(line.get("warning") == warned.name for line in lines.read()):
         lines.append(warned.to_dict())
     yield warned.line
-
-
-@torch.no_grad()
-def _sums(model: nn.Module) -> dict[str, int]:
-    return {
-        name: zlib.crc32(_bytes(parameter))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

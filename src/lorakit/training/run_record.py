@@ -1,0 +1,119 @@
+"""What a finished run leaves beside its adapter: the record, and answers to a few rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import atomic
+from lorakit.adapters.manifest import SAMPLES_NAME, Manifest
+from lorakit.errors import InputError
+from lorakit.evaluation.answers import generate_answers, generate_targets
+from lorakit.progress import task
+from lorakit.training.machine import peak_memory_mb
+from lorakit.training.output import read_continued
+from lorakit.training.recorder import StepLines
+from lorakit.training.setup import Setup
+from lorakit.training.trainer import LoraTrainer
+from lorakit.version import __version__
+
+LONGEST = 96  # tokens of an answer: enough to see its form
+
+
+def manifest_of(
+    setup: Setup,
+    trainer: LoraTrainer,
+    base: dict[str, float],
+    tuned: dict[str, float],
+    metrics: StepLines,
+    run_seconds: float,
+) -> Manifest:
+    """The record of a run that has ended.
+
+    Args:
+        base, tuned: the held-out loss and scores of the bare base, and of the adapter.
+    """
+    counts, labels = trainer.counts, setup.inputs.objective.labels
+    return Manifest(
+        base_model=setup.recipe.model,
+        recipe=setup.recipe.to_dict(),
+        data=setup.data_facts,
+        data_statistics={k: asdict(part) for k, part in setup.data.statistics().items()},
+        **setup.inputs.rendering_facts(),
+        base_fingerprint=setup.base_fingerprint,
+        advice=[asdict(advice) for advice in setup.advice],
+        notices=[*setup.notices, *(f.line for f in setup.data.findings if f.count)],
+        warnings=[line for line in metrics.read() if "warning" in line],
+        continued=read_continued(Path(setup.recipe.output_dir)),
+        processes=setup.arguments.world_size,
+        steps=trainer.state.global_step,
+        train_seconds=round(counts.seconds, 2),
+        run_seconds=round(run_seconds, 2),
+        train_tokens=counts.train_tokens,
+        supervised_tokens=counts.supervised_tokens,
+        tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
+        peak_memory_mb=peak_memory_mb(),
+        padding_free=setup.batching.pad_token_id is None,
+        compiled=setup.compiled,
+        eval_loss=tuned.get("loss"),
+        base_eval_loss=base.get("loss"),
+        eval_scores={k: v for k, v in tuned.items() if k != "loss"} or None,
+        base_eval_scores={k: v for k, v in base.items() if k != "loss"} or None,
+        labels=labels.to_dict() if labels else None,
+        versions=versions(),
+        seed=setup.recipe.training.seed,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the packages that decide the numbers of a run."""
+    packages = ("torch", "transformers", "accelerate", "safetensors")
+    own = {"python": sys.version.split()[0], "lorakit": __version__}
+    return own | {name: version(name) for name in packages}
+
+
+def write_samples(folder: Path, setup: Setup) -> list[str]:
+    """Writes `recipe.samples` prompts with the wanted answer, the base's and the adapter's.
+
+    Held-out rows where there are some, else rows that were learned; plain text has no prompt.
+
+    Returns: what to say where that is not possible; the run is complete without.
+    """
+    model, tokenizer = setup.model, setup.tokenizer
+    rows = setup.data.eval_samples or setup.data.train_samples
+    chosen = setup.inputs.objective.prompts(rows)[: setup.recipe.samples]
+    if not chosen:
+        return []
+
+    def answers() -> list[str]:
+        if getattr(model.config, "is_encoder_decoder", False):
+            return generate_targets(model, tokenizer, chosen, max_new_tokens=LONGEST)
+        prompts, tools = [s.prompt for s in chosen], [s.tools for s in chosen]
+        return generate_answers(model, tokenizer, prompts, tools=tools, max_new_tokens=LONGEST)
+
+    try:
+        with task("answering sample rows", 2 * len(chosen)):
+            tuned = answers()
+            with model.disable_adapter():
+                base = answers()
+    except (InputError, torch.OutOfMemoryError) as error:
+        return [f"no samples of answers: {error}"]
+    samples: list[dict[str, Any]] = [
+        {
+            "where": sample.where,
+            "prompt": sample.prompt,
+            "reference": sample.reference,
+            "base": before,
+            "tuned": after,
+        }
+        for sample, before, after in zip(chosen, base, tuned, strict=True)
+    ]
+    text = json.dumps(samples, indent=2, ensure_ascii=False)
+    atomic.write_file(folder / SAMPLES_NAME, text + "\n")
+    return []
