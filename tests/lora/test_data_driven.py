@@ -447,7 +447,7 @@ def test_a_module_that_is_never_reached_is_named(model, collect: Collector):
 
 @every_collector
 def test_what_is_not_linear_is_named(model, collect: Collector):
-    with pytest.raises(InputError, match=r"model\.embed_tokens is no linear layer"):
+    with pytest.raises(InputError, match=r"model\.embed_tokens is not a linear layer"):
         collect(targets(model, ["embed_tokens"]), make_batches(), runner(model))
 
 

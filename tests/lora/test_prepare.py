@@ -145,7 +145,7 @@ def test_eva_without_its_configuration_or_data_is_refused(build):
     model = get_peft_model(build(), LoraConfig(init_lora_weights="eva"))
     with pytest.raises(InputError, match="a dataloader or eva_state_dict"):
         initialize_lora_eva_weights(model)
-    with pytest.raises(InputError, match="what this model has not: nothing"):
+    with pytest.raises(InputError, match="this model lacks: nothing"):
         initialize_lora_eva_weights(model, eva_state_dict={"nothing": torch.zeros(1, 1)})
 
 

@@ -35,7 +35,7 @@ class Rows8Linear(nn.Linear):
 
 
 class Rows8Backend(Backend):
-    name = method = "rows8"
+    name = "rows8"
     types = ("rows8",)
 
     def recognises(self, weight: object) -> bool:

@@ -268,10 +268,13 @@ def test_prepared_for_a_trainer_of_ones_own(tiny_model: Path):
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
     assert sum(p.grad.abs().sum() for p in trained) > 0
-    again = prepare_model_for_kbit_training(
-        lorakit.load_model(str(tiny_model), quantization="nf4")[0], use_gradient_checkpointing=False
-    )
+    whole = lorakit.load_model(str(tiny_model), "bfloat16", quantization="nf4")[0]
+    again = prepare_model_for_kbit_training(whole, use_gradient_checkpointing=False)
     assert not again.is_activation_checkpointing
+    dtypes = {name: p.dtype for name, p in again.named_parameters()}
+    assert set(dtypes.values()) == {torch.float32, torch.uint8}  # as PEFT's leaves them
+    assert dtypes["model.norm.weight"] == dtypes["model.embed_tokens.weight"] == torch.float32
+    assert logits(again, tokenizer).isfinite().all()
 
 
 @pytest.mark.parametrize(

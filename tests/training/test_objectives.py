@@ -8,12 +8,16 @@ from typing import Any, ClassVar
 
 import datasets
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 
 import lorakit
 from lorakit.cli.main import app
+from lorakit.data.conversations import exchange
 from lorakit.data.masking import RowGroup, TokenizedRow, tokenize
+from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.objectives import objective as contract
 from lorakit.objectives import registry
@@ -45,7 +49,7 @@ class ToyPreference(contract.Objective):
 
     def loss(self, forward: Forward, batch: contract.Batch) -> contract.Loss:
         policy, reference = forward.log_probabilities(batch, (ACTIVE, BASE))
-        margin = self.settings.beta * (policy - reference.detach()).view(-1, 2).diff(dim=1).neg()
+        margin = self.settings.beta * (policy - reference).view(-1, 2).diff(dim=1).neg()
         metrics = {"accuracy": (margin > 0).sum().double(), "margin": margin.detach().sum()}
         return contract.Loss(-logsigmoid(margin).sum(), self.count(batch), metrics)
 
@@ -129,6 +133,31 @@ def test_a_score_that_is_better_when_it_is_smaller_is_the_objectives_to_say(
     assert not training_arguments(load_recipe(values), held_out=True).greater_is_better
     with pytest.raises(InputError, match="greater_is_better"):
         load_recipe(values, ["training.greater_is_better=true"])
+
+
+def test_lora_ga_starts_from_the_gradient_of_the_objectives_own_loss(values: dict[str, Any]):
+    given = {k: v for k, v in values.items() if k not in ("objective", "data")}
+    given["lora"] = given["lora"] | {"init_lora_weights": "lora_ga"}
+    given["training"] = given["training"] | {"max_steps": 1, "per_device_train_batch_size": 9}
+    rows = {"train": PAIRS[:9], "eval": PAIRS[9:]}
+    output = lorakit.train(given, data=rows, objective=ToyPreference(beta=0.5), quiet=True)
+    saved = load_file(Path(output.output_dir) / "initial_factors.safetensors")
+
+    model, tokenizer = lorakit.load_model(given["model"], "float64")
+    layer = model.model.layers[0].self_attn.q_proj
+    preference = torch.zeros((), dtype=torch.float64)
+    for pair in PAIRS[:9]:
+        for name, sign in (("chosen", 1), ("rejected", -1)):
+            sample = Sample(tuple(exchange(pair["prompt"], pair[name])), None, name)
+            row = tokenize(sample, tokenizer, 1024)
+            ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+            supervised = (labels[:, 1:] != -100).sum()
+            preference = preference + sign * supervised * model(input_ids=ids, labels=labels).loss
+    (gradient,) = torch.autograd.grad(preference, [layer.weight])
+    A = saved["model.layers.0.self_attn.q_proj.A"].double()
+    _, _, Vh = torch.linalg.svd(gradient)
+    cosines = torch.linalg.svdvals(Vh[: len(A)] @ A.T)
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-3)
 
 
 def test_padded_rows_and_divided_steps_give_what_a_line_gives(values: dict[str, Any]):

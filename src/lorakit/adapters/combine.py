@@ -20,7 +20,7 @@ import torch
 from lorakit.adapters.adapter_tokenizer import common_tokenizer
 from lorakit.adapters.chat_template import common_template
 from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, Truncations
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
@@ -155,7 +155,7 @@ def combine(
     templates, derivation.template_sha256 = common_template(folders, notices)
     tokenizer = common_tokenizer(folders, notices)
     derivation.notices = notices
-    config = set_ranks(_config(files, paths, base_model), cut.ranks)
+    config = _config(files, paths, base_model).with_ranks(cut.ranks, inference_mode=True)
     write_derived(output, config, tensors | whole, derivation, templates, tokenizer)
     return CombineReport(
         str(output),

@@ -16,7 +16,7 @@ import torch
 
 from lorakit.adapters.adapter_tokenizer import tokenizer_to_keep
 from lorakit.adapters.derived import Derivation, SourceRecord, sha256, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, Truncations
 from lorakit.adapters.resize import check_size
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
@@ -213,7 +213,8 @@ def _extract(
     templates = layout_of(after.folder).templates()
     if templates is not None:
         derivation.template_sha256 = digest(templates)
-    write_derived(output, set_ranks(config, cut.ranks), tensors, derivation, templates, tokenizer)
+    config = config.with_ranks(cut.ranks, inference_mode=True)
+    write_derived(output, config, tensors, derivation, templates, tokenizer)
     return ExtractReport(
         str(output),
         len(cut.ranks),

@@ -20,7 +20,6 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.adapters.layout_names import FACTORS_A, native_adapter
-from lorakit.adapters.rank_patterns import usual_and_others
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import PREFIX, write_adapter
@@ -318,15 +317,10 @@ def _as_peft(
         else:
             ends = "lora_A.weight", "lora_B.weight"
         tensors |= {f"{PREFIX}{name}.{ends[0]}": A, f"{PREFIX}{name}.{ends[1]}": B}
-    r, ranks = usual_and_others({name: factors.A.shape[0] for name, factors in found.items()})
-    alpha, alphas = usual_and_others({name: factors.alpha for name, factors in found.items()})
     config = LoraConfig(
-        r=int(r),
-        lora_alpha=alpha,
-        rank_pattern={name: int(rank) for name, rank in ranks.items()},
-        alpha_pattern=alphas,
         target_modules=written_targets(list(found), model),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
-    return config, tensors
+    ranks = {name: factors.A.shape[0] for name, factors in found.items()}
+    return config.with_ranks(ranks, {name: f.alpha for name, f in found.items()}), tensors

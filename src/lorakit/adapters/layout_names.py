@@ -7,7 +7,6 @@ updates with one `A` and their own rows of `B`, which is the very same update; t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.rank_patterns import usual_and_others
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
@@ -191,19 +189,13 @@ def _config(
         .shape[0] for path in scalings
     }  # fmt: skip
     power = 0.5 if config.use_rslora else 1.0
-    r, other_ranks = usual_and_others(ranks)
-    alpha, other_alphas = usual_and_others(
-        {path: _whole(scaling * ranks[path] ** power) for path, scaling in scalings.items()}
-    )
+    alphas = {path: _whole(scaling * ranks[path] ** power) for path, scaling in scalings.items()}
     saved, tokens = config.modules_to_save, config.trainable_token_indices
     renamed = names.native_names
     order = [name for name, _ in model.named_modules() if name in scalings]
-    return dataclasses.replace(
-        config,
-        r=int(r),
-        lora_alpha=alpha,
-        rank_pattern={name: int(rank) for name, rank in other_ranks.items()},
-        alpha_pattern=other_alphas,
+    return config.with_ranks(
+        ranks,
+        alphas,
         target_modules=written_targets(order, model),
         exclude_modules=None,
         layers_to_transform=None,

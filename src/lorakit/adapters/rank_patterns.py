@@ -1,16 +1,12 @@
-"""Ranks that differ by module: how a configuration says them, and how they are shown."""
+"""Ranks that differ by module after a truncation, and what of each update was cut off."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lorakit.lora.combination import Combined
-from lorakit.lora.config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -73,29 +69,3 @@ class Truncations:
 def _share(energies: Collection[tuple[float, float]]) -> float:
     total, lost = (math.fsum(column) for column in zip(*energies, strict=True))
     return max(0.0, lost / total) if total else 0.0
-
-
-def set_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """`config` with these ranks by path, and with alphas that make every scaling 1.
-
-    The most frequent rank is `r`; the others are in `rank_pattern` and `alpha_pattern`, each under
-    an expression that means this one path.
-    """
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != usual}
-    return dataclasses.replace(
-        config,
-        r=usual,
-        lora_alpha=usual,
-        use_rslora=False,
-        rank_pattern=others,
-        alpha_pattern={key: float(r) for key, r in others.items()},
-        init_lora_weights=True,
-        inference_mode=True,
-    )
-
-
-def usual_and_others(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The most frequent value, and by an expression for their module those that differ."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    return usual, {re.escape(name): value for name, value in values.items() if value != usual}

@@ -14,7 +14,7 @@ import torch
 from lorakit.adapters.adapter_tokenizer import common_tokenizer
 from lorakit.adapters.chat_template import common_template
 from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, Truncations, set_ranks
+from lorakit.adapters.rank_patterns import KindRanks, Truncations
 from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
@@ -100,7 +100,7 @@ def resize(
     )
     templates, derivation.template_sha256 = common_template([file.folder], notices)
     tokenizer = common_tokenizer([file.folder], notices)
-    config = set_ranks(file.config, cut.ranks)
+    config = file.config.with_ranks(cut.ranks, init_lora_weights=True, inference_mode=True)
     write_derived(output, config, tensors, derivation, templates, tokenizer)
     stored = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
     rest = sum(t.numel() for key, t in file.others.items() if not key.endswith(COPY))

@@ -29,6 +29,7 @@ from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.lora.checkpoint import (
+    initial_factors,
     load_initial,
     load_tensors,
     read_adapter,
@@ -41,7 +42,6 @@ from lorakit.lora.joining import AdapterPart, parts_of
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
-from lorakit.lora.saving import initial_factors
 from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
 from lorakit.lora.wrapping import wrapped_modules
 
@@ -304,7 +304,7 @@ class AdapterPool:
             why = why if why == str(error) else f"it {why}"
             raise InputError(f"{folder} does not fit {self._base_model}: {why}") from error
         set_trainable(own.values(), False)
-        values = own | initial_factors(trial, _TRIAL)
+        values = own | initial_factors(trial.get_base_model(), _TRIAL)
         for key, tensor in values.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{folder}: {key} holds values that {tensor.dtype} cannot hold")

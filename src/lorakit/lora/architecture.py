@@ -40,10 +40,8 @@ def _asked(model: nn.Module, method: str) -> nn.Module | None:
 def language_part(model: nn.Module) -> str | None:
     """The path of the language model in a model for pictures or sound too; None in all others."""
     config: Any = getattr(model, "config", None)
-    get_text, get_decoder = (
-        getattr(config, "get_text_config", None),
-        getattr(model, "get_decoder", None),
-    )
+    get_text = getattr(config, "get_text_config", None)
+    get_decoder = getattr(model, "get_decoder", None)
     if get_text is None or get_decoder is None:
         return None
     try:

@@ -4,7 +4,6 @@ Here are reading with every check, and atomic writing. Of a pickle, as PEFT wrot
 tensors are read and nothing else.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,8 +83,7 @@ def write_adapter(
             raise InputError(
                 f"{key} is empty here, so its values are on other processes: gather it"
             )
-    values = config.to_dict() | {"inference_mode": True}
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    text = config.to_json(inference_mode=True)
     # A folder counts as an adapter only with a configuration. So another one goes first and the
     # new one comes last: at no moment do weights stand beside a configuration not their own.
     old = folder / CONFIG_NAME
@@ -189,6 +187,16 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def initial_factors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The initial factors of adapter `name`, where they are subtracted from its update."""
+    return {
+        f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
+        for path, layer in adapter_modules(model, name)
+        if isinstance(layer, LoraLayer) and name in layer.lora_initial
+        for factor in ("A", "B")
+    }
+
+
 def load_initial(
     model: nn.Module,
     name: str,
@@ -212,13 +220,7 @@ def load_initial(
                 "it was trained"
             )
         return
-    own = {
-        f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
-        for path, layer in adapter_modules(model, name)
-        if isinstance(layer, LoraLayer) and name in layer.lora_initial
-        for factor in ("A", "B")
-    }
-    load_tensors(own, initial, folder)
+    load_tensors(initial_factors(model, name), initial, folder)
 
 
 def load_tensors(

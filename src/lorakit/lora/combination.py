@@ -90,21 +90,17 @@ def combine(updates: Sequence[Update], settings: CombineSettings) -> Combined:
         if settings.method == "knots":
             L, R = _knots(updates, settings)
             return Combined(R, L) if settings.rank is None else truncate(L, R, settings.rank)
-        linear_factors = settings.method == "linear_factors"
-        return _linear_factors(updates) if linear_factors else _exact(updates)
+        return (_linear_factors if settings.method == "linear_factors" else _exact)(updates)
     ranks = [u.A.shape[0] for u in updates]
+    rank = settings.rank or (max if settings.method.endswith("svd") else sum)(ranks)
     if settings.method == "svd":
-        rank = settings.rank or max(ranks)
         if any(u.full is not None for u in updates):
-            return truncate_matrix(
-                torch.stack([u.weight * u.delta() for u in updates]).sum(0), rank
-            )
+            return truncate_matrix(_weighted_sum((u.delta() for u in updates), updates), rank)
         exact = _exact(updates)
         return truncate(exact.B, exact.A, rank)
-    sparse = _SPARSE[settings.method.removesuffix("_svd")]
-    rank = max(ranks) if settings.method.endswith("_svd") else sum(ranks)
-    delta = sparse(updates, settings)
-    return truncate_matrix(delta, settings.rank or rank)
+    keep, merge = _SPARSE[settings.method.removesuffix("_svd")]
+    delta = merge((keep(u.delta(), settings) for u in updates), updates, settings.majority_sign)
+    return truncate_matrix(delta, rank)
 
 
 def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> Combined:
@@ -175,11 +171,9 @@ def _linear_factors(updates: Sequence[Update]) -> Combined:
     if len({u.A.shape[0] for u in updates}) > 1:
         raise InputError("linear_factors needs adapters of the same rank: use linear or svd")
     roots = [abs(u.weight * u.scaling) ** 0.5 for u in updates]
-    signs = [1 if u.weight > 0 else -1 for u in updates]
-    A = sum(sign * root * u.A for sign, root, u in zip(signs, roots, updates, strict=True))
-    B = sum(root * u.B for root, u in zip(roots, updates, strict=True))
-    assert isinstance(A, torch.Tensor)
-    assert isinstance(B, torch.Tensor)
+    signed = [root if u.weight > 0 else -root for root, u in zip(roots, updates, strict=True)]
+    A = torch.stack([root * u.A for root, u in zip(signed, updates, strict=True)]).sum(0)
+    B = torch.stack([root * u.B for root, u in zip(roots, updates, strict=True)]).sum(0)
     return Combined(A, B)
 
 
@@ -208,33 +202,14 @@ def _knots(
         return exact.B, exact.A
     U, S = U[:, something], S[something]
     V = [U.T @ part @ u.A.double() / S[:, None] for part, u in zip(parts, updates, strict=True)]
-    merged = _elected((_largest(v, settings.density) for v in V), updates, settings)
+    merged = _elected((_largest(v, settings) for v in V), updates, settings.majority_sign)
     dtype = updates[0].A.dtype
     return (Q @ U * S).to(dtype), merged.to(dtype)
 
 
-def _ties(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
-    """TIES (Yadav et al. 2023, arXiv:2306.01708): trim, elect a sign an entry, add the agreeing.
-
-    Entries whose sign is not the elected one are left out; the mean is over the others.
-    """
-    return _elected((_largest(u.delta(), settings.density) for u in updates), updates, settings)
-
-
-def _dare_ties(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
-    return _elected((_dropped(u.delta(), settings) for u in updates), updates, settings)
-
-
-def _dare_linear(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
-    """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, scale up what stays."""
-    return _weighted_sum((_dropped(u.delta(), settings) for u in updates), updates)
-
-
-def _magnitude_prune(updates: Sequence[Update], settings: CombineSettings) -> torch.Tensor:
-    return _weighted_sum((_largest(u.delta(), settings.density) for u in updates), updates)
-
-
-def _weighted_sum(deltas: Iterable[torch.Tensor], updates: Sequence[Update]) -> torch.Tensor:
+def _weighted_sum(
+    deltas: Iterable[torch.Tensor], updates: Sequence[Update], majority_sign: str = ""
+) -> torch.Tensor:
     """One matrix after the other, so that only two are held."""
     total = torch.zeros(())
     for delta, update in zip(deltas, updates, strict=True):
@@ -243,7 +218,7 @@ def _weighted_sum(deltas: Iterable[torch.Tensor], updates: Sequence[Update]) -> 
 
 
 def _elected(
-    deltas: Iterable[torch.Tensor], updates: Sequence[Update], settings: CombineSettings
+    deltas: Iterable[torch.Tensor], updates: Sequence[Update], majority_sign: str
 ) -> torch.Tensor:
     """The mean of the weighted entries that have the elected sign.
 
@@ -251,7 +226,7 @@ def _elected(
     """
     all_deltas = list(deltas)
     elected = torch.empty_like(all_deltas[0])
-    by_sum = settings.majority_sign == "total"
+    by_sum = majority_sign == "total"
     step = max(1, _CACHED // elected.shape[1])
     for at in range(0, len(elected), step):
         parts = torch.stack([delta[at : at + step] for delta in all_deltas])
@@ -266,10 +241,10 @@ def _elected(
     return elected
 
 
-def _largest(delta: torch.Tensor, density: float | None) -> torch.Tensor:
+def _largest(delta: torch.Tensor, settings: CombineSettings) -> torch.Tensor:
     """`delta` with all but the share `density` of its largest entries set to zero."""
-    assert density is not None
-    keep = max(1, round(density * delta.numel()))
+    assert settings.density is not None
+    keep = max(1, round(settings.density * delta.numel()))
     if keep == delta.numel():
         return delta
     sizes = delta.abs().flatten()
@@ -305,12 +280,19 @@ def _cut(
     )
 
 
-_SPARSE: dict[str, Callable[[Sequence[Update], CombineSettings], torch.Tensor]] = {
-    "ties": _ties,
-    "dare_linear": _dare_linear,
-    "dare_ties": _dare_ties,
-    "magnitude_prune": _magnitude_prune,
+_SPARSE: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "ties": (_largest, _elected),
+    "dare_linear": (_dropped, _weighted_sum),
+    "dare_ties": (_dropped, _elected),
+    "magnitude_prune": (_largest, _weighted_sum),
 }
+"""Which entries of an update are kept, and how the updates are put together.
+
+TIES (Yadav et al. 2023, arXiv:2306.01708) trims, elects a sign for each entry and takes the mean of
+the entries that agree; DARE (Yu et al. 2023, arXiv:2311.03099) drops entries at random and scales
+up the others.
+"""
+
 METHODS = (
     "linear",
     "cat",

@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -34,7 +37,56 @@ from lorakit.lora.peft_fields import (
 )
 
 _HIGHEST_RANK = 1 << 20
-_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _are_layers(value: object) -> bool:
+    indices = value if isinstance(value, list) else [value]
+    return value is None or all(type(index) is int for index in indices)
+
+
+def _are_tokens(value: object) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return value is None or all(
+        isinstance(tokens, (list, tuple)) and all(type(token) is int for token in tokens)
+        for tokens in lists
+    )
+
+
+_RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (("lora_dropout",), lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)"),
+    (
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"),
+        lambda value: value in (True, False, None),
+        "true or false",
+    ),
+    (("bias",), lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    (
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        lambda value: isinstance(value, str) or _are_names(value),
+        "a list of names or a text",
+    ),
+    (("modules_to_save", "target_parameters"), _are_names, "a list of names"),
+    (("layers_to_transform",), _are_layers, "indices of layers"),
+    (
+        ("trainable_token_indices",),
+        _are_tokens,
+        "numbers of tokens, or lists of them by the embedding's name",
+    ),
+    (
+        ("base_model_name_or_path",),
+        lambda value: isinstance(value, (str, Path, NoneType)),
+        "a text",
+    ),
+]
+"""What the values of fields must be, and how a message says it."""
 
 
 @dataclass(kw_only=True)
@@ -146,41 +198,31 @@ class LoraConfig(CarriedFields):
         self.r = whole(self.r)
         if isinstance(self.rank_pattern, dict):
             self.rank_pattern = {name: whole(r) for name, r in self.rank_pattern.items()}
-        _check_ranks(self.r, self.rank_pattern)
+        for rank in (self.r, *self.rank_pattern.values()):
+            if type(rank) is not int or rank < 1:
+                raise InputError(f"r must be a whole number of at least 1, not {rank!r}")
+            if rank > _HIGHEST_RANK:
+                raise InputError(f"r is {rank}, more than any layer has")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 raise InputError(f"lora_alpha must be a number above 0, not {alpha!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
-        for name in _SWITCHES:
-            if getattr(self, name) not in (True, False, None):
-                raise InputError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise InputError(f"bias must be none, all or lora_only, not {self.bias!r}")
+        for names, fits, words in _RULES:
+            for name in names:
+                if not fits(value := getattr(self, name)):
+                    raise InputError(f"{name} must be {words}, not {value!r}")
         find(self.init_lora_weights)
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check_names(name, getattr(self, name), or_text=True)
-        for name in ("modules_to_save", "target_parameters"):
-            _check_names(name, getattr(self, name), or_text=False)
-        _check_layers(self.layers_to_transform)
-        _check_tokens(self.trainable_token_indices)
-        if not isinstance(self.base_model_name_or_path, (str, Path, NoneType)):
-            raise InputError(
-                f"base_model_name_or_path must be a text, not {self.base_model_name_or_path!r}"
-            )
         for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
             patterns = getattr(self, name) or []
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                _check_expression(name, pattern)
+                try:
+                    check(pattern)
+                except InputError as error:
+                    raise InputError(f"{name}: {error}") from error
         if self.target_modules in ("", []) and not self.target_parameters:
             raise InputError("target_modules is empty: name modules, or use 'all-linear'")
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise InputError("runtime_config: ephemeral_gpu_offload is not supported by lorakit")
         self.check_carried()
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Raises InputError for fields that exclude each other."""
         plain = self.init_lora_weights in (True, False)
         if self.lora_bias and (self.use_dora or not plain):
             raise InputError(
@@ -218,6 +260,31 @@ class LoraConfig(CarriedFields):
         r, alpha = self.rank_for(module_name), self.alpha_for(module_name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def with_ranks(
+        self,
+        ranks: Mapping[str, int],
+        alphas: Mapping[str, float] | None = None,
+        **changes: Any,
+    ) -> Self:
+        """A copy whose modules have these ranks and alphas, by path, and `changes` of other fields.
+
+        `r` and `lora_alpha` are those in `changes`, or the most frequent; each module with another
+        value gets a pattern that means its path alone.
+
+        Args:
+            alphas: None makes every scaling 1.
+        """
+        if alphas is None:
+            alphas, changes = ranks, {"use_rslora": False, **changes}
+        for name, patterns, values in (
+            ("r", "rank_pattern", ranks),
+            ("lora_alpha", "alpha_pattern", alphas),
+        ):
+            usual = changes.get(name) or Counter(values.values()).most_common(1)[0][0]
+            others = {f"^{re.escape(p)}": one for p, one in values.items() if one != usual}
+            changes |= {name: usual, patterns: others}
+        return dataclasses.replace(self, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT writes them to `adapter_config.json`, those carried along included."""
         values = dataclasses.asdict(self)
@@ -233,9 +300,9 @@ class LoraConfig(CarriedFields):
             InputError: it is not LoRA, or an active field is unknown here (ignoring it would
                 silently give another model).
         """
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        known = fields.keys() - {"other_fields", "runtime_config"}
-        values = as_meant(values, {name: _default(fields[name]) for name in known})
+        known = {f.name for f in dataclasses.fields(cls)} - {"other_fields", "runtime_config"}
+        usual = cls()
+        values = as_meant(values, {name: getattr(usual, name) for name in known})
         other = {k: v for k, v in values.items() if k not in known and k != "runtime_config"}
         for name, value in other.items():
             if is_inert(name, value):
@@ -293,55 +360,6 @@ class LoraConfig(CarriedFields):
         """Writes `adapter_config.json` into a folder, which is made if it is missing."""
         atomic.write_file(Path(save_directory) / CONFIG_NAME, self.to_json())
 
-    def to_json(self) -> str:
-        """`to_dict` as the text of `adapter_config.json`."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()
-
-
-def _check_ranks(r: int, rank_pattern: dict[str, int]) -> None:
-    for rank in (r, *rank_pattern.values()):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise InputError(f"r must be a whole number of at least 1, not {rank!r}")
-        if rank > _HIGHEST_RANK:
-            raise InputError(f"r is {rank}, more than any layer has")
-
-
-def _check_names(field_name: str, value: object, *, or_text: bool) -> None:
-    names = isinstance(value, list) and all(isinstance(v, str) for v in value)
-    if value is None or names or (or_text and isinstance(value, str)):
-        return
-    text = " or a text" if or_text else ""
-    raise InputError(f"{field_name} must be a list of names{text}, not {value!r}")
-
-
-def _check_layers(value: object) -> None:
-    indices = value if isinstance(value, list) else [value]
-    if value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
-        return
-    raise InputError(f"layers_to_transform must be indices of layers, not {value!r}")
-
-
-def _check_tokens(value: object) -> None:
-    for tokens in value.values() if isinstance(value, dict) else [value]:
-        numbers = tokens if isinstance(tokens, (list, tuple)) else [None]
-        if value is not None and not all(type(number) is int for number in numbers):
-            raise InputError(
-                "trainable_token_indices must be numbers of tokens, or lists of them by the "
-                f"embedding's name, not {value!r}"
-            )
-
-
-def _check_expression(field_name: str, pattern: str) -> None:
-    try:
-        check(pattern)
-    except InputError as error:
-        raise InputError(f"{field_name}: {error}") from error
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def to_json(self, **changes: Any) -> str:
+        """`to_dict` with `changes`, as the text of `adapter_config.json`."""
+        return json.dumps(self.to_dict() | changes, indent=2, ensure_ascii=False) + "\n"

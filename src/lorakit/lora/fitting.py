@@ -7,7 +7,6 @@ model, and no two the same, the adapter is read under the model's own names.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -169,16 +168,13 @@ def _config(config: LoraConfig, paths: Mapping[str, str]) -> LoraConfig:
     Args:
         paths: of adapted modules, the new by the old.
     """
-    ranks = {new: config.rank_for(old) for old, new in paths.items()}
-    alphas = {new: config.alpha_for(old) for old, new in paths.items()}
-    return dataclasses.replace(
-        config,
+    return config.with_ranks(
+        {new: config.rank_for(old) for old, new in paths.items()},
+        {new: config.alpha_for(old) for old, new in paths.items()},
+        r=config.r,
+        lora_alpha=config.lora_alpha,
         target_modules=sorted(paths.values()),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != config.r},
-        alpha_pattern={
-            f"^{re.escape(p)}": alpha for p, alpha in alphas.items() if alpha != config.lora_alpha
-        },
     )

@@ -22,12 +22,10 @@ from lorakit.errors import InputError, listed
 from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.bank import AdapterBank
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.init import PREPARED, ChosenInit, DataPass, InitSite, as_settings, find
-from lorakit.lora.init.corda import input_covariances
+from lorakit.lora.init import PREPARED, ChosenInit, DataPass, InitSite
 from lorakit.lora.init.decompose import at_least_float32
-from lorakit.lora.init.eva import EvaConfig, eva
-from lorakit.lora.init.lora_ga import weight_gradients
-from lorakit.lora.layers import LoraLinear
+from lorakit.lora.init.eva import eva
+from lorakit.lora.layers import LoraLayer, LoraLinear
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.targets import resolve_targets, written_targets
 from lorakit.lora.wrapping import put_back_unused, wrapped_modules
@@ -59,10 +57,7 @@ def start_from_data(
     factors = _factors(config, init, modules, data)
     found = {path: len(factors[f"{path}.A"]) for path in modules}
     if found != ranks:
-        scales = getattr(init.settings, "adjust_scaling_factors", True)
-        targets = [path for path in resolve_targets(model, config) if found.get(path) != 0]
-        config = _with_ranks(config, found, scales)
-        config.target_modules = written_targets(targets, model)
+        config = _redistributed(config, found, resolve_targets(model, config), model)
     _leave({path: module for path, module in modules.items() if found[path]}, factors)
     return config
 
@@ -84,21 +79,9 @@ def preprocess_corda(
     Raises:
         InputError: no target is linear, or neither data nor a file is given.
     """
-    init = _named(lora_config, "corda")
-    modules = _linear_targets(model, lora_config)
-
-    def covariances() -> dict[str, torch.Tensor]:
-        if run_model is None:
-            raise InputError("preprocess_corda needs run_model, which runs the model over data")
-        hooked = model if hooked_model is None else hooked_model
-        seen = {path: hooked.get_submodule(path) for path in modules}
-        return input_covariances(seen, [None], lambda _: run_model(), model=hooked)
-
-    def factors() -> dict[str, torch.Tensor]:
-        data = _cached(init.settings.covariance_file, covariances)
-        return _factors(lora_config, init, modules, data)
-
-    _leave(modules, _cached(init.settings.cache_file, factors))
+    init = dataclasses.replace(lora_config, init_lora_weights="corda").init
+    files = init.settings.covariance_file, init.settings.cache_file
+    _preprocess(model, lora_config, init, run_model, hooked_model or model, *files)
 
 
 def preprocess_loraga(
@@ -118,13 +101,34 @@ def preprocess_loraga(
     Raises:
         InputError: no target is linear, or no gradient reaches one.
     """
-    modules = _linear_targets(model, lora_config)
+    init = dataclasses.replace(lora_config, init_lora_weights="lora_ga").init
+    _preprocess(model, lora_config, init, train_step, model, cache_file)
 
-    def gradients() -> dict[str, torch.Tensor]:
-        return weight_gradients(modules, [None], lambda _: train_step(), model=model)
 
-    data = _cached(cache_file, gradients)
-    _leave(modules, _factors(lora_config, _named(lora_config, "lora_ga"), modules, data))
+def _preprocess(
+    model: nn.Module,
+    config: LoraConfig,
+    init: ChosenInit,
+    run: Callable[[], Any] | None,
+    hooked: nn.Module,
+    data_file: str | None,
+    factors_file: str | None = None,
+) -> None:
+    """Leaves the factors of `init` beside the layers, from data or from files (safetensors)."""
+    modules = _linear_targets(model, config)
+
+    def data() -> dict[str, torch.Tensor]:
+        if run is None:
+            raise InputError(f"{init.value} needs a function that runs the model over data")
+        seen = {path: hooked.get_submodule(path) for path in modules}
+        assert init.kind.collect is not None
+        inputs = DataPass(seen, [None], lambda _: run(), {}, init.settings, hooked)
+        return init.kind.collect(inputs)
+
+    def factors() -> dict[str, torch.Tensor]:
+        return _factors(config, init, modules, _cached(data_file, data))
+
+    _leave(modules, _cached(factors_file, factors))
 
 
 def get_eva_state_dict(
@@ -161,7 +165,7 @@ def get_eva_state_dict(
             return model(**batch) if forward_fn is None else forward_fn(model, batch)
 
     ranks = {path: config.rank_for(path) for path in modules}
-    settings = as_settings(EvaConfig, "eva_config", config.eva_config)
+    settings = dataclasses.replace(config, init_lora_weights="eva").init.settings
     return eva(modules, dataloader, run, ranks, settings, model=model)
 
 
@@ -202,11 +206,15 @@ def initialize_lora_eva_weights(
     layers = _linear_layers(model, adapter_name)
     unknown = [path for path in eva_state_dict if path not in layers]
     if unknown:
-        raise InputError(f"eva_state_dict has what this model has not: {listed(unknown)}")
-    settings = as_settings(EvaConfig, "eva_config", config.eva_config)
+        raise InputError(f"eva_state_dict names layers that this model lacks: {listed(unknown)}")
     base = model.get_base_model()
+    adapted = [
+        path
+        for path, layer in wrapped_modules(base)
+        if isinstance(layer, LoraLayer) and adapter_name in layer.adapters
+    ]
     ranks = {path: len(A) for path, A in eva_state_dict.items()}
-    new = _with_ranks(config, ranks, settings.adjust_scaling_factors)
+    new = _redistributed(config, ranks, adapted, base)
     for path, A in eva_state_dict.items():
         layers[path].delete_adapter(adapter_name)
         if len(A):
@@ -214,35 +222,28 @@ def initialize_lora_eva_weights(
             with torch.no_grad():
                 layers[path].matrices(adapter_name)[0].copy_(A)
     put_back_unused(base)
-    left = {path for path, layer in wrapped_modules(base) if adapter_name in layer.adapters}
-    new.target_modules = written_targets([p for p in layers if p in left], base)
     model.peft_config[adapter_name] = new
     trainable = adapter_name in model.active_adapters
     set_trainable(model.adapter_tensors(adapter_name).values(), trainable)
 
 
-def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], scales: bool) -> LoraConfig:
-    """`config` with these ranks, each layer's path a pattern of its own.
+def _redistributed(
+    config: LoraConfig, ranks: Mapping[str, int], targets: Iterable[str], model: nn.Module
+) -> LoraConfig:
+    """`config` for the modules at `targets`, of which some get other ranks, or with 0 none.
 
-    Args:
-        scales: alpha changes with the rank, so that the scaling stays.
+    Alpha changes with the rank, unless the initialisation's settings say otherwise.
     """
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    for path in sorted(ranks, key=len, reverse=True):  # a path can be the end of a longer one
-        rank, before, alpha = ranks[path], config.rank_for(path), config.alpha_for(path)
-        if rank == 0:
-            continue
-        if config.rank_pattern or rank != config.r:
-            rank_pattern[path] = rank
-        if scales:
-            alpha *= rank / before
-        if config.alpha_pattern or alpha != config.lora_alpha:
-            alpha_pattern[path] = alpha
-    return dataclasses.replace(
-        config,
-        rank_pattern=rank_pattern | config.rank_pattern,
-        alpha_pattern=alpha_pattern | config.alpha_pattern,
+    scales = getattr(config.init.settings, "adjust_scaling_factors", True)
+    left = [path for path in targets if ranks.get(path) != 0]
+    new = {path: ranks.get(path, config.rank_for(path)) for path in left}
+    factors = {path: r / config.rank_for(path) if scales else 1 for path, r in new.items()}
+    return config.with_ranks(
+        new,
+        {path: config.alpha_for(path) * factor for path, factor in factors.items()},
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=written_targets(left, model),
     )
 
 
@@ -261,22 +262,10 @@ def _linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     found = {path: model.get_submodule(path) for path in paths}
     linear = {p: m for p, m in found.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
     if not linear:
-        raise InputError("target_modules has no linear layer: only these can start from data")
+        raise InputError(
+            "target_modules has no linear layer, and only linear layers start from data"
+        )
     return linear
-
-
-def _matrix(module: Any) -> torch.Tensor:
-    """A linear module's weight as (d_out, d_in)."""
-    return module.weight.T if is_conv1d(module) else module.weight
-
-
-def _named(config: LoraConfig, value: str) -> ChosenInit:
-    """The initialisation of this name with the settings in `config`, whatever that has chosen."""
-    kind = find(value)
-    assert kind.settings is not None
-    return ChosenInit(
-        kind, value, as_settings(kind.settings, kind.field, getattr(config, kind.field))
-    )
 
 
 def _factors(
@@ -288,7 +277,9 @@ def _factors(
     """Each module's factors, as `{path}.A` (r, d_in) and `{path}.B` (d_out, r)."""
     made: dict[str, torch.Tensor] = {}
     for path, module in modules.items():
-        W, r = _matrix(module).detach(), config.rank_for(path)
+        weight: Any = module.weight
+        W = (weight.T if is_conv1d(module) else weight).detach()
+        r = config.rank_for(path)
         A = torch.empty(r, W.shape[1], dtype=at_least_float32(W[:0]).dtype, device=W.device)
         B = A.new_empty(W.shape[0], r)
         site = InitSite(A, B, W, config.scaling_for(path), init.value, init.settings, data[path])

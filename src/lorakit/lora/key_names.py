@@ -30,7 +30,7 @@ _ADAPTER = re.compile(
     # Not by biases: with bias="all" PEFT saves lora_B.NAME.bias beside lora_B.weight.
     r".*\.lora_[AB]\.(?P<of_factor>[^.]+)\.weight"
     r"|.*\.(?:lora_embedding_[AB]|trainable_tokens_delta)\.(?P<of_tensor>[^.]+)"
-    r"|.*\.lora_magnitude_vector\.(?P<of_length>(?!weight$)[^.]+)(?:\.weight)?"
+    r"|.*\.lora_magnitude_vector\.(?P<of_magnitude>(?!weight$)[^.]+)(?:\.weight)?"
 )
 _OWN = ("lora_", "trainable_tokens_delta")
 
@@ -69,7 +69,7 @@ def as_peft_names(
             "save each alone, as save_pretrained does"
         )
     if not adapters:
-        return {_with_length(name): tensors[key] for name, key in plain.items()}
+        return {_magnitude_name(name): tensors[key] for name, key in plain.items()}
     (adapter,) = adapters
     # All weights of the model are beside the adapter's: they are the base's.
     found, left_out = {}, 0
@@ -78,7 +78,7 @@ def as_peft_names(
         if own or (bias != "none" and name.endswith(".bias")):
             short = name.replace(f".modules_to_save.{adapter}.", ".")
             short = short.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
-            found[_with_length(short)] = tensors[key]
+            found[_magnitude_name(short)] = tensors[key]
         else:
             left_out += 1
     if left_out:
@@ -98,7 +98,7 @@ def _without_prefixes(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _with_length(name: str) -> str:
+def _magnitude_name(name: str) -> str:
     """DoRA's magnitudes by the name that has no `weight` behind it."""
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 

@@ -7,7 +7,7 @@ preset leaves out of a model, and why.
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -35,8 +35,7 @@ _MINIMAL = _QUERY | _VALUE | _FUSED | _LATENT_QUERY | _LATENT_KEY_VALUE
 _ATTENTION = _MINIMAL | _KEY | _OUTPUT
 
 
-@dataclass(frozen=True)
-class PresetTargets:
+class PresetTargets(NamedTuple):
     """The paths of the modules that a preset means, and notices of what it left out."""
 
     names: list[str]
@@ -50,8 +49,9 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
         linear: the paths of its linear modules without its head.
     """
     names, notices = list(linear), []
-    mixers = [name for name, m in model.named_modules() if reads_weights(m)]
-    names = [name for name in names if not _is_read(name, mixers)]
+    mixers = {name for name, m in model.named_modules() if reads_weights(m)}
+    split = {name: name.rpartition(".") for name in names}  # the parent's path, and its own name
+    names = [n for n in names if split[n][0] not in mixers or split[n][2] == "in_proj"]
     if part := language_part(model):
         inside = [name for name in names if name.startswith(f"{part}.")]
         if len(inside) < len(names):
@@ -69,17 +69,9 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
             )
         return PresetTargets(names, notices)
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
-    found = [name for name in names if name.rpartition(".")[2] in wanted and _in_attention(name)]
+    found = [name for name in names if split[name][2] in wanted and _in_attention(name)]
     # Without attention the mixers do its work.
-    return PresetTargets(found or [name for name in names if _stands_in(name, mixers)], notices)
-
-
-def _stands_in(name: str, parents: Iterable[str]) -> bool:
-    return name.rpartition(".")[0] in set(parents)
-
-
-def _is_read(name: str, mixers: Iterable[str]) -> bool:
-    return _stands_in(name, mixers) and name.rpartition(".")[2] != "in_proj"
+    return PresetTargets(found or [name for name in names if split[name][0] in mixers], notices)
 
 
 def _in_attention(name: str) -> bool:

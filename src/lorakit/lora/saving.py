@@ -16,7 +16,7 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.lora.checkpoint import PREFIX, whole, write_adapter
+from lorakit.lora.checkpoint import PREFIX, initial_factors, whole, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.wrapping import adapter_modules
@@ -74,7 +74,7 @@ def save_adapter(
 ) -> None:
     """Writes one adapter into a folder, whatever its name; arguments as for `save_adapters`."""
     config, tensors = bank.peft_config[name], dict(values or bank.adapter_tensors(name))
-    initial = initial_factors(bank, name)
+    initial = initial_factors(bank.get_base_model(), name)
     if initial and plain:
         if values:
             raise InputError(
@@ -101,16 +101,6 @@ def write_card(directory: str | Path, base: nn.Module) -> None:
     card.data["library_name"] = "peft"  # the library whose files these are
     card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), "lora", "lorakit"])]
     atomic.write_file(path, str(card))
-
-
-def initial_factors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
-    """The initial factors of adapter `name`, where they are subtracted from its update."""
-    return {
-        f"{path}.{factor}": getattr(layer.lora_initial[name], factor)
-        for path, layer in adapter_modules(bank.get_base_model(), name)
-        if isinstance(layer, LoraLayer) and name in layer.lora_initial
-        for factor in ("A", "B")
-    }
 
 
 def as_plain(bank: AdapterBank, name: str) -> LoraConfig:

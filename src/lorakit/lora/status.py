@@ -1,6 +1,6 @@
 """The state of a model with adapters, by layer and as a whole; and its parameters, by module."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,35 +137,20 @@ class ModuleKind:
 
 def parameter_table(model: nn.Module, adapter: str) -> list[ModuleKind]:
     """The kinds of modules with a part in an adapter, in the order in which `model` holds them."""
-    groups: dict[tuple[str, int | None, int | None, int | None], list[tuple[int, int]]] = {}
-    for kind, sizes in _parts(model, adapter):
-        groups.setdefault(kind, []).append(sizes)
-    return [
-        ModuleKind(
-            name=name,
-            d_in=d_in,
-            d_out=d_out,
-            count=len(sizes),
-            r=r,
-            trained=sum(trained for trained, _ in sizes),
-            frozen=sum(frozen for _, frozen in sizes),
-        )
-        for (name, d_in, d_out, r), sizes in groups.items()
-    ]
-
-
-def _parts(
-    model: nn.Module, adapter: str
-) -> Iterator[tuple[tuple[str, int | None, int | None, int | None], tuple[int, int]]]:
-    """The kind of every module with a part in `adapter`, and its trained and frozen parameters."""
+    groups: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for path, module in wrapped_modules(model):
         if adapter not in module.adapters:
             continue
         trained = sum(tensor.numel() for tensor in module.adapter_tensors(adapter).values())
-        name = path.rpartition(".")[2]
+        shape: tuple[Any, ...] = None, None, None
         if isinstance(module, LoraLayer):
-            shape = (module.in_features, module.out_features)
-            yield (name, *shape, module.r[adapter]), (trained, numbers_in(module.base_weight))
+            shape = module.in_features, module.out_features, module.r[adapter]
+            frozen = numbers_in(module.base_weight)
         else:
             frozen = sum(map(numbers_in, module.parameters())) - trained
-            yield (name, None, None, None), (trained, frozen)
+        kind = path.rpartition(".")[2], *shape
+        groups.setdefault(kind, []).append((trained, frozen))
+    return [
+        ModuleKind(name, d_in, d_out, len(sizes), r, *map(sum, zip(*sizes, strict=True)))
+        for (name, d_in, d_out, r), sizes in groups.items()
+    ]

@@ -132,17 +132,27 @@ def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     names = [name for name, _ in base_modules(model) if name]
     found = []
     for wanted in config.modules_to_save or []:
-        matches = [name for name in names if is_suffix(wanted, name)]
-        if not matches and wanted in _HEADS.get(config.task_type or "", ()):
-            continue  # PEFT's files name every head that a task's models may have
-        if not matches:
-            leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
-            raise InputError(
-                f"modules_to_save: '{wanted}' matches no module of this model"
-                f"{did_you_mean(wanted, leaves)}"
-            )
-        found += matches
+        # PEFT's files name every head that a task's models may have.
+        optional = wanted in _HEADS.get(config.task_type or "", ())
+        found += _matching(wanted, names, "modules_to_save", "" if optional else "module")
     return list(dict.fromkeys(found))
+
+
+def _matching(wanted: str, paths: Iterable[str], field: str, kind: str) -> list[str]:
+    """Those of `paths` that the name `wanted` means.
+
+    Raises:
+        InputError: there is none, unless `kind` is empty.
+    """
+    found = [path for path in paths if is_suffix(wanted, path)]
+    if kind and not found:
+        near = did_you_mean(wanted.rpartition(".")[2], dict.fromkeys(map(_leaf, paths)))
+        raise InputError(f"{field}: '{wanted}' matches no {kind} of this model{near}")
+    return found
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, str]]:
@@ -151,22 +161,15 @@ def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, 
     Raises:
         InputError: a name matches no parameter.
     """
-    there = [
-        (path, name)
+    there = {
+        ".".join((path, name)).lstrip("."): (path, name)
         for path, module in base_modules(model)
         for name, _ in unwrapped(module).named_parameters(recurse=False)
-    ]
-    found = []
-    for wanted in config.target_parameters or []:
-        matches = [pair for pair in there if is_suffix(wanted, ".".join(pair).lstrip("."))]
-        if not matches:
-            endings = dict.fromkeys(".".join(pair).rpartition(".")[2] for pair in there)
-            raise InputError(
-                f"target_parameters: '{wanted}' matches no parameter of this model"
-                f"{did_you_mean(wanted.rpartition('.')[2], endings)}"
-            )
-        found += matches
-    return sorted(set(found), key=there.index)  # a module's own order decides the nesting
+    }
+    wanted = config.target_parameters or []
+    found = {p for one in wanted for p in _matching(one, there, "target_parameters", "parameter")}
+    # A module's own order decides the nesting.
+    return [pair for path, pair in there.items() if path in found]
 
 
 def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
@@ -185,12 +188,7 @@ def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]
         wanted = {own: wanted}
     found: dict[str, list[int]] = {}
     for name, tokens in wanted.items():
-        paths = [path for path in embeddings if is_suffix(name, path)]
-        if not paths:
-            raise InputError(
-                f"trainable_token_indices: '{name}' matches no embedding of this model"
-                f"{did_you_mean(name, [n.rpartition('.')[2] for n in embeddings])}"
-            )
+        paths = _matching(name, embeddings, "trainable_token_indices", "embedding")
         found |= dict.fromkeys(paths, tokens)
     return found
 
@@ -204,7 +202,7 @@ _HEADS = {
 
 def task_heads(model: nn.Module, config: LoraConfig) -> list[str]:
     """The names of the model's new heads, which `task_type` has trained whole, as in PEFT."""
-    leaves = {name.rpartition(".")[2] for name, _ in base_modules(model)}
+    leaves = {_leaf(name) for name, _ in base_modules(model)}
     heads = [head for head in _HEADS.get(config.task_type or "", ()) if head in leaves]
     named = config.target_modules if isinstance(config.target_modules, list) else []
     return [head for head in heads if head not in named]
@@ -252,7 +250,7 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
 
 def leaf_names(modules: dict[str, nn.Module]) -> list[str]:
     """The last parts of the paths of all modules that LoRA applies to, each once."""
-    return list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if _adaptable(m)))
+    return list(dict.fromkeys(_leaf(n) for n, m in modules.items() if _adaptable(m)))
 
 
 def _adaptable(module: nn.Module) -> bool:
@@ -329,7 +327,7 @@ def written_targets(found: list[str], model: nn.Module) -> list[str] | str:
     part = language_part(model)
     if part is None or not any("." in suffix for suffix in suffixes):
         return suffixes
-    kinds = dict.fromkeys(name.rpartition(".")[2] for name in found)
+    kinds = dict.fromkeys(map(_leaf, found))
     expression = rf"{re.escape(part)}\..*\.({'|'.join(map(re.escape, kinds))})"
     same = [name for name, _ in base_modules(model) if re.fullmatch(expression, name)] == found
     return expression if same else suffixes

@@ -5,10 +5,8 @@ comes out gets a configuration and keys, as if it had been read from an adapter'
 """
 
 import copy
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +20,7 @@ from lorakit.lora.targets import written_targets
 from lorakit.lora.wrapping import wrapped_modules
 
 
-@dataclass(frozen=True)
-class Combination:
+class Combination(NamedTuple):
     """A combined adapter: its configuration and its tensors under PEFT's keys.
 
     `lost_energy` is the share of the updates' energy, ‖ΔW‖² over all layers, that was cut off.
@@ -61,23 +58,42 @@ def combination(
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     energy = lost = 0.0
-    with_bias = any(configs[name].lora_bias for name in weights)  # of one layer, then of all
+    with_bias = any(configs[name].lora_bias for name in weights)
     for path, layer in wrapped_modules(model):
         names = [name for name in weights if name in layer.adapters]
         if not names:
             continue
+        found = layer.adapter_tensors(names[0])
         if isinstance(layer, LoraLayer):
-            combined = combine([_update(layer, name, weights[name]) for name in names], settings)
+            updates = [
+                Update(*layer.factors(n), layer.scaling[n], weights[n], layer.dora_update(n))
+                for n in names
+            ]
+            combined = combine(updates, settings)
+            A, B = combined.A, combined.B
             energy, lost = energy + combined.energy, lost + combined.lost
-            ranks[path] = combined.A.shape[0]
-            found = _as_parameters(layer, names, combined.A, combined.B)
+            ranks[path] = len(A)
+            (key_A, like_A), (key_B, like_B), *_ = found.items()
+            found = {
+                key_A: A.view(len(A), *like_A.shape[1:]),
+                key_B: B.view(*B.shape, *like_B.shape[2:]),
+            }
             if with_bias:
-                bias = _bias(layer, {name: weights[name] for name in names}, combined.B)
-                found["lora_B.bias"] = bias
-        else:
-            found = layer.adapter_tensors(names[0])
+                biases = [(weights[n], layer.bias_update(n)) for n in names]
+                found["lora_B.bias"] = sum(
+                    (weight * bias for weight, bias in biases if bias is not None),
+                    B.new_zeros(len(B)),
+                )
         tensors |= {f"{PREFIX}{path}.{ending}": tensor for ending, tensor in found.items()}
-    config = _config(model, [configs[name] for name in weights], ranks)
+    used = [configs[name] for name in weights]
+    saved = [name for config in used for name in config.modules_to_save or []]
+    config = LoraConfig(
+        target_modules=written_targets(list(ranks), model),
+        modules_to_save=list(dict.fromkeys(saved)) or None,
+        lora_bias=with_bias,
+        task_type=used[0].task_type,
+        base_model_name_or_path=used[0].base_model_name_or_path,
+    ).with_ranks(ranks)
     return Combination(config, tensors, lost / energy if energy else 0.0)
 
 
@@ -104,45 +120,3 @@ def _require_combinable(
             )
         if own and getattr(getattr(module, "base_layer", None), "groups", 1) != 1:
             raise InputError(f"{path} is a grouped convolution, whose adapters cannot be combined")
-
-
-def _update(layer: LoraLayer, name: str, weight: float) -> Update:
-    A, B = layer.factors(name)
-    return Update(A, B, layer.scaling[name], weight, layer.dora_update(name))
-
-
-def _as_parameters(
-    layer: LoraLayer, names: Sequence[str], A: torch.Tensor, B: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The combined matrices in the shape of the layer's parameters, under their keys' ends."""
-    (key_A, like_A), (key_B, like_B), *_ = layer.adapter_tensors(names[0]).items()
-    return {
-        key_A: A.view(A.shape[0], *like_A.shape[1:]),
-        key_B: B.view(*B.shape, *like_B.shape[2:]),
-    }
-
-
-def _bias(layer: LoraLayer, weights: Mapping[str, float], B: torch.Tensor) -> torch.Tensor:
-    """The sum of the adapters' own biases of B (d_out, r); zero where none of them has one."""
-    biases = [(w, layer.bias_update(name)) for name, w in weights.items()]
-    return sum((w * b for w, b in biases if b is not None), B.new_zeros(B.shape[0]))
-
-
-def _config(
-    model: nn.Module, configs: Sequence[LoraConfig], ranks: Mapping[str, int]
-) -> LoraConfig:
-    """The configuration of layers of these ranks, by path, and of a scaling of 1."""
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {re.escape(path): r for path, r in ranks.items() if r != usual}
-    saved = [name for config in configs for name in config.modules_to_save or []]
-    return LoraConfig(
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=pattern,
-        alpha_pattern={path: float(r) for path, r in pattern.items()},
-        target_modules=written_targets(list(ranks), model),
-        modules_to_save=list(dict.fromkeys(saved)) or None,
-        lora_bias=any(config.lora_bias for config in configs),
-        task_type=configs[0].task_type,
-        base_model_name_or_path=configs[0].base_model_name_or_path,
-    )

@@ -110,7 +110,7 @@ def _quantization(config: PreTrainedConfig) -> str | None:
         return None
     values = settings if isinstance(settings, dict) else settings.to_dict()
     method = values.get("quant_method", "in an unknown way")
-    known = [backend for backend in backends() if backend.method == method]
+    known = [backend for backend in backends() if backend.name == method]
     more = [b.described(values) for b in known] if known else [values.get("quant_type")]
     if isinstance(values.get("bits"), int):
         more.append(f"{values['bits']} bits")

@@ -77,7 +77,9 @@ class Forward:
         assert isinstance(self.reader, SupervisedLoss)
         routing: Any = getattr(self.adapted, "routing", None)
         if not adapters or routing is None:  # a bare model is its own base
-            return [-self.reader.of_tokens(self.module, batch)] * max(1, len(adapters))
+            found = -self.reader.of_tokens(self.module, batch)
+            # As beside an adapter, no gradient goes through what the base alone says.
+            return [found.detach() if name == BASE else found for name in adapters or [ACTIVE]]
         active: Any = self.adapted.active_adapter
         names = tuple(active if name == ACTIVE else name for name in adapters)
         if len(names) == 1:

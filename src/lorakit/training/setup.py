@@ -220,7 +220,7 @@ def load_inputs(
 def _started(inputs: TrainingInputs, recipe: Recipe, arguments: TrainingArguments) -> LoraConfig:
     """The adapter's configuration; factors that come from data wait beside the model's layers.
 
-    The data are batches of rows, and their loss is the cross-entropy of the labels.
+    The data are batches of rows, and their loss is the objective's, under the bare base.
     """
     config: LoraConfig = inputs.lora_config(recipe)
     if config.init.kind.collect is None:
@@ -230,14 +230,15 @@ def _started(inputs: TrainingInputs, recipe: Recipe, arguments: TrainingArgument
             f"lora.init_lora_weights={config.init_lora_weights} runs the model over data before "
             "it is spread over processes: leave fsdp out, or choose another initialisation"
         )
-    model, read = inputs.model, inputs.objective.reader(inputs.model, False)
+    model, objective = inputs.model, inputs.objective
+    forward = objective.forward(model).calling(model, arguments.label_smoothing_factor)
     batching = Batching(inputs.tokenizer.pad_token_id, own_collator=inputs.collator)
     rows = BatchDataset(inputs.data.train, batching, learning=True)
     chosen = batching.train_batches(inputs.data.train, arguments, epoch=0)[:_START_BATCHES]
 
     def mean_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        total, count = read(model, batch)
-        return total / count
+        loss = objective.loss(forward, batch)
+        return loss.total / loss.count
 
     batches = [{key: x.to(model.device) for key, x in rows[batch].items()} for batch in chosen]
     return start_from_data(model, config, batches, mean_loss)

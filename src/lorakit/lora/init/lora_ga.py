@@ -5,7 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -24,13 +24,16 @@ from lorakit.lora.init.observing import (
     linear_base,
 )
 
+Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
+Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]
+
 
 @dataclass(frozen=True)
 class LoraGAConfig:
     """The settings of LoRA-GA, with PEFT's names and defaults; see `lora_ga`."""
 
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    direction: Direction = "ArB2r"
+    scale: Scale = "stable"
     stable_gamma: int = 16
 
 
@@ -40,8 +43,8 @@ def lora_ga(
     W: torch.Tensor,
     r: int,
     scaling: float,
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r",
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable",
+    direction: Direction = "ArB2r",
+    scale: Scale = "stable",
     stable_gamma: float = 16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Directions of the weight's gradient, so that the first step of the adapter is close to the
@@ -61,12 +64,10 @@ def lora_ga(
     Raises:
         InputError: an unknown name, 2r is more than the gradient has, or it holds NaN or Inf.
     """
-    directions = ("ArBr", "A2rBr", "ArB2r", "random")
-    if direction not in directions:
-        raise InputError(f"lora_ga direction must be one of {listed(directions)}: {direction!r}")
-    scales = ("stable", "weight_svd", "gd_scale", "unit")
-    if scale not in scales:
-        raise InputError(f"lora_ga scale must be one of {listed(scales)}, not {scale!r}")
+    for name, value, kind in (("direction", direction, Direction), ("scale", scale, Scale)):
+        if value not in get_args(kind):
+            known = listed(get_args(kind))
+            raise InputError(f"lora_ga {name} must be one of {known}, not {value!r}")
     if not stable_gamma > 0:
         raise InputError(f"lora_ga stable_gamma must be above 0, not {stable_gamma!r}")
     if 2 * r > min(gradient.shape):
@@ -89,17 +90,17 @@ def lora_ga(
     return A.contiguous(), B.contiguous()
 
 
-def _triples(direction: str, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _triples(direction: Direction, r: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of 2r singular triples are for `A` and which for `B`, r of them each."""
-    all_of_them = torch.arange(2 * r)
-    if direction == "ArBr":
-        return all_of_them[1::2], all_of_them[0::2]
-    if direction == "A2rBr":
-        return all_of_them[r:], all_of_them[:r]
-    if direction == "ArB2r":
-        return all_of_them[:r], all_of_them[r:]
-    drawn = torch.randperm(2 * r)[:r]
-    return drawn, drawn
+    if direction == "random":
+        drawn = torch.randperm(2 * r)[:r]
+        return drawn, drawn
+    order = torch.arange(2 * r)
+    return {
+        "ArBr": (order[1::2], order[0::2]),
+        "A2rBr": (order[r:], order[:r]),
+        "ArB2r": (order[:r], order[r:]),
+    }[direction]
 
 
 def weight_gradients(

@@ -109,7 +109,7 @@ def linear_base(name: str, module: nn.Module) -> Any:
     module = getattr(module, "base_layer", module)
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return module
-    raise InputError(f"{name} is no linear layer: only these can start from data")
+    raise InputError(f"{name} is not a linear layer, and only linear layers start from data")
 
 
 def first_of(batches: Iterable[Any], method: str) -> tuple[Any, Iterator[Any]]:

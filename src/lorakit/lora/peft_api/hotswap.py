@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,15 +99,7 @@ def _record(
     scalings = {_place(path, layer): layer.own_scaling(name) for path, layer in layers.items()}
     if any((config.rank_for(p), config.scaling_for(p)) != (ranks[p], scalings[p]) for p in ranks):
         alphas = {path: scalings[path] * rank for path, rank in ranks.items()}
-        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-        config = dataclasses.replace(
-            config,
-            r=int(r),
-            lora_alpha=alpha,
-            use_rslora=False,
-            rank_pattern={f"^{re.escape(p)}": rank for p, rank in ranks.items() if rank != r},
-            alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
-        )
+        config = config.with_ranks(ranks, alphas, use_rslora=False)
     fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     bank.peft_config[name] = dataclasses.replace(
         bank.peft_config[name], **{field: getattr(config, field) for field in fields}

@@ -16,13 +16,12 @@ class Backend(WeightFormat):
     """A weight format that transformers can load.
 
     Attributes:
-        method: transformers' `quant_method` of configurations with it.
+        name: transformers' `quant_method` of configurations with it.
         types: the words by which recipes and `--quantization` ask for it; a base whose files are
             quantised already needs none.
         options: the fields of `Quantization`, beside `type`, that it takes.
     """
 
-    method = ""
     types: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
 

@@ -26,7 +26,7 @@ def _settings(type: str, whole: list[str], **settings: Any) -> Any:
 
 
 class _BitsAndBytes(Backend):
-    name, method = "bitsandbytes", "bitsandbytes"
+    name = "bitsandbytes"
 
     def unpack(self, model: Any) -> Any:
         return model.dequantize()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TorchAO(Backend):
     """torchao's tensors, which look as if they had their numbers' dtype."""
 
-    name, method = "torchao", "torchao"
+    name = "torchao"
     rounds_input = True  # if it was asked to
 
     def recognises(self, weight: object) -> bool:
