@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from families import make_llama
 from lorakit.adapters.combine import METHODS, combine
-from lorakit.adapters.derived import read_derivation, sha256
+from lorakit.adapters.derived import sha256
+from lorakit.adapters.manifest import read_derivation
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config

@@ -165,7 +165,7 @@ def test_a_name_that_is_too_long_is_said_in_one_line(lorakit_command: Command):
     ("options", "words"),
     [
         ({"weights": [1, 2]}, "2 numbers for 1 adapters"),
-        ({"weights": [float("nan")]}, "nan is no weight"),
+        ({"weights": [float("nan")]}, "nan is not a number between"),
         ({"dtype": "int4"}, "--dtype must be one of"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
 from answered import alone, text, tokens
-from lorakit.adapters.derived import Derivation
+from lorakit.adapters.manifest import Derivation
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Sampling

@@ -6,23 +6,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lorakit.adapters.derived import Derivation, read_derivation
-from lorakit.adapters.manifest import Manifest, read_manifest
-from lorakit.errors import BASE_OPTION, InputError
+import torch
 
-if TYPE_CHECKING:
-    import torch
-
-    from lorakit.lora import LoraConfig
+from lorakit.adapters.derived import base_of
+from lorakit.adapters.layout_names import refuse_own_names
+from lorakit.adapters.manifest import Derivation, Manifest, read_record
+from lorakit.errors import InputError
+from lorakit.lora.checkpoint import read_adapter
+from lorakit.lora.config import LoraConfig
+from lorakit.models.forms import CLASSIFICATION, FORMS
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
     """What an adapter's folder holds; `tensors` are under PEFT's keys.
 
-    `base_model` is the base's name or path, `manifest` is None when lorakit did not train it.
+    `base_model` is the base's name or path, `record` what lorakit knows of how it was made.
     `task_type` is one of `models.forms.FORMS`; `labels` are a classifier's classes.
     """
 
@@ -30,9 +30,14 @@ class AdapterFiles:
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
     base_model: str
-    manifest: Manifest | None
+    record: Manifest | Derivation | None
     task_type: str
     labels: tuple[str, ...]
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The record of its training run; None when lorakit did not train it."""
+        return self.record if isinstance(self.record, Manifest) else None
 
 
 def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
@@ -44,32 +49,21 @@ def read_files(folder: str | Path, base: str | None = None) -> AdapterFiles:
     Raises:
         InputError: there is no usable adapter, or it does not say its base.
     """
-    from lorakit.adapters.layout_names import refuse_own_names
-    from lorakit.lora.checkpoint import read_adapter
-    from lorakit.models.forms import CLASSIFICATION, FORMS
-
     config, tensors = read_adapter(folder)
     refuse_own_names(folder, tensors)
-    manifest = read_manifest(folder)
-    record = manifest or read_derivation(folder)
-    name = base or (record.base_model if record else None) or config.base_model_name_or_path
-    if not name:
-        raise InputError(f"{folder} does not say which base model it is for: give {BASE_OPTION}")
+    record = read_record(folder)
+    name = base_of(folder, config, base)
     task_type = config.task_type if config.task_type in FORMS else "CAUSAL_LM"
     labels: tuple[str, ...] = ()
     if task_type in CLASSIFICATION:
         labels = _labels(record, tensors, folder)
-    return AdapterFiles(Path(folder), config, tensors, name, manifest, str(task_type), labels)
+    return AdapterFiles(Path(folder), config, tensors, name, record, str(task_type), labels)
 
 
 def _labels(
     record: Manifest | Derivation | None, tensors: Mapping[str, torch.Tensor], folder: str | Path
 ) -> tuple[str, ...]:
-    """A classifier's labels by number: the record's, or as many as its head has outputs.
-
-    Raises:
-        InputError: neither says.
-    """
+    """A classifier's labels by number: the record's, or as many as its head has outputs."""
     if record and record.labels:
         try:
             names = record.labels["id2label"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError, listed
+from lorakit.models.layouts import layout_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,13 +32,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    from lorakit.models.layouts import layout_of
-
+    """The tokenizer in `folder`; InputError where there is none, or a damaged one."""
     try:
         return layout_of(folder).tokenizer()
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from lorakit.adapters.adapter_files import AdapterFiles
+from lorakit.adapters.adapter_tokenizer import load_tokenizer
 from lorakit.errors import BASE_OPTION, InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.targets import tied_modules
 from lorakit.lora.vocabulary import embeddings, rows_in_file, vocabulary_size
+from lorakit.models.names import resolve
 
 
 @torch.no_grad()
@@ -60,14 +62,7 @@ def add_rows(model: Any, adapter: AdapterFiles) -> int:
 
 
 def _cut(model: Any, adapter: AdapterFiles, rows: int, before: int) -> None:
-    """Takes rows off the base that stand for no token, as the model had it that was trained.
-
-    Raises:
-        InputError: some stand for tokens, so that the adapter's vocabulary is another one.
-    """
-    from lorakit.adapters.adapter_tokenizer import load_tokenizer
-    from lorakit.models.names import resolve
-
+    """Takes rows off the base that stand for no token, as the model had it that was trained."""
     tokens = len(load_tokenizer(resolve(adapter.base_model).path))
     if rows < tokens:
         raise InputError(
@@ -83,7 +78,7 @@ def _cut(model: Any, adapter: AdapterFiles, rows: int, before: int) -> None:
 
 
 def said_added(added: int, adapter: AdapterFiles) -> str:
-    """What is said of a merged model that has more tokens than its base."""
+    """The notice on a merged model that has more tokens than its base."""
     return (
         f"{added} tokens are new: their embeddings are those of {adapter.folder}, and the model's "
         "vocab_size is larger than the base's"

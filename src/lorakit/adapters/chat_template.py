@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.derived import read_derivation
-from lorakit.adapters.manifest import read_manifest
+from lorakit.adapters.manifest import read_record
 from lorakit.data.templates import PLAIN_TEMPLATE
 from lorakit.errors import InputError
+from lorakit.models.names import resolve
 from lorakit.models.template_files import (
     TEMPLATE_NAME,
     Templates,
@@ -30,8 +30,8 @@ from lorakit.models.template_files import (
 class AdapterTemplate:
     """What an adapter's folder says of its chat template.
 
-    `own` are the templates that lie there, `sha256` the digest of those that it was trained with,
-    as its record has it; None where the folder does not say.
+    `own` are the templates that lie there, `sha256` is the recorded digest of those that it was
+    trained with; None where the folder does not say.
     """
 
     folder: Path
@@ -44,12 +44,7 @@ class AdapterTemplate:
         return digest(self.own) if self.own is not None else self.sha256
 
     def notice(self, base: str, present: Templates | None) -> str:
-        """What is to be said where the chat template of `base` is now `present`; mostly nothing.
-
-        Args:
-            base: the base's name.
-            present: its own templates, None where it has none.
-        """
+        """The notice for the base model `base`, whose own templates are now `present`; or ""."""
         return ". ".join(self.difference(base, present))
 
     def difference(self, base: str, present: Templates | None) -> tuple[str, ...]:
@@ -86,12 +81,8 @@ class AdapterTemplate:
 
 
 def adapter_template(folder: str | Path) -> AdapterTemplate:
-    """What the adapter's folder says of its chat template.
-
-    Raises:
-        InputError: a file is damaged.
-    """
-    record = read_manifest(folder) or read_derivation(folder)
+    """What the adapter's folder says of its chat template; InputError for a damaged file."""
+    record = read_record(folder)
     sha256 = record.template_sha256 if record else None
     return AdapterTemplate(Path(folder), read_templates(folder), sha256)
 
@@ -99,14 +90,8 @@ def adapter_template(folder: str | Path) -> AdapterTemplate:
 def use_template(tokenizer: Any, folder: str | Path, base: str, present: Templates | None) -> str:
     """Gives `tokenizer` the chat template that the adapter in `folder` is asked with.
 
-    Args:
-        base: the base's name.
-        present: the templates of the base's own tokenizer.
-
-    Returns: a notice where the adapter was trained with other templates than `present`, or "".
-
-    Raises:
-        InputError: a file in `folder` is damaged.
+    Returns: a notice where it was trained with other templates than `present`, those of the
+    tokenizer of `base`; or "".
     """
     trained = adapter_template(folder)
     tokenizer.chat_template = present if trained.own is None else trained.own
@@ -114,13 +99,7 @@ def use_template(tokenizer: Any, folder: str | Path, base: str, present: Templat
 
 
 def template_notice(folder: str | Path, base: str | None) -> str:
-    """As `AdapterTemplate.notice`, for a base of which only files are read; nothing is fetched.
-
-    Returns: the notice; "" too where the base, or its template, is not on this machine.
-
-    Raises:
-        InputError: a file in `folder` is damaged.
-    """
+    """As `AdapterTemplate.notice`, from the base's files; "" where they are not on this machine."""
     trained = adapter_template(folder)
     if base is None or trained.digest is None:
         return ""
@@ -130,8 +109,6 @@ def template_notice(folder: str | Path, base: str | None) -> str:
 
 def present_templates(base: str) -> tuple[bool, Templates | None]:
     """Whether the files of `base` are on this machine, and the chat templates in them."""
-    from lorakit.models.names import resolve
-
     try:
         return True, resolve(base, as_it_is=True).layout.templates()
     except InputError:
@@ -152,11 +129,7 @@ class ExportedTemplate:
 
 
 def exported_template(folder: str | Path, base: str) -> ExportedTemplate:
-    """What an export of the adapter in `folder` does about its chat template.
-
-    Raises:
-        InputError: a file in `folder` is damaged.
-    """
+    """What an export of the adapter in `folder` does about its chat template."""
     trained = adapter_template(folder)
     known, present = present_templates(base)
     said = trained.difference(base, present) if known else ()

@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.adapter_tokenizer import common_tokenizer
-from lorakit.adapters.chat_template import common_template
-from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, Truncations
+from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
+from lorakit.adapters.manifest import Derivation
 from lorakit.adapters.updates import AdapterFile, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
@@ -134,37 +132,28 @@ def combine(
     shared = sum(1 for path in paths if all(path in file.updates for file in files))
     if shared < len(paths):
         notices.append(f"{len(paths) - shared} of {len(paths)} modules are not in all adapters")
+    given = {"rank": rank, "density": density, "seed": seed}
+    given = {key: value for key, value in given.items() if value is not None}
     derivation = Derivation(
         made_by="combine",
-        sources=[source(file.folder) for file in files],
-        options={
-            "method": method,
-            "weights": list(weights),
-            **{
-                key: value
-                for key, value in (("rank", rank), ("density", density), ("seed", seed))
-                if value is not None
-            },
-        },
+        options={"method": method, "weights": list(weights), **given},
         figures={"lost": cut.lost},
+        notices=notices,
         base_model=base_model,
         base_fingerprint=base_fingerprint,
         labels=origin(files[0].folder, files[0].config).labels,
     )
-    folders = [file.folder for file in files]
-    templates, derivation.template_sha256 = common_template(folders, notices)
-    tokenizer = common_tokenizer(folders, notices)
-    derivation.notices = notices
+    tensors |= whole
     config = _config(files, paths, base_model).with_ranks(cut.ranks, inference_mode=True)
-    write_derived(output, config, tensors | whole, derivation, templates, tokenizer)
+    write_joined(output, [file.folder for file in files], config, tensors, derivation)
     return CombineReport(
         str(output),
         method,
         len(paths),
-        sum(tensor.numel() for tensor in (tensors | whole).values()),
+        sum(tensor.numel() for tensor in tensors.values()),
         cut.lost,
         cut.kinds(),
-        notices,
+        derivation.notices,
     )
 
 
@@ -300,11 +289,7 @@ def _require_combinable(files: Sequence[AdapterFile]) -> None:
 
 
 def _common_base(files: Sequence[AdapterFile], base: str | None) -> tuple[str | None, str | None]:
-    """The base that all adapters are for, and its fingerprint if one of them knows it.
-
-    Raises:
-        InputError: they are for different ones.
-    """
+    """The base that all adapters are for, and its fingerprint if one of them knows it."""
     origins = [origin(file.folder, file.config) for file in files]
     prints = {o.base_fingerprint: f for o, f in zip(origins, files, strict=True)}
     prints.pop(None, None)
@@ -325,11 +310,7 @@ def _common_base(files: Sequence[AdapterFile], base: str | None) -> tuple[str | 
 
 
 def _whole_tensors(files: Sequence[AdapterFile], notices: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors that are no factor, which are carried along where only one adapter has them.
-
-    Raises:
-        InputError: two adapters have different ones for the same place.
-    """
+    """The tensors that are not factors; several adapters can only bring the same ones."""
     found: dict[str, torch.Tensor] = {}
     owner: dict[str, AdapterFile] = {}
     adapted = {path for file in files for path in file.updates}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit.adapters.adapter_tokenizer import tokenizer_to_keep
-from lorakit.adapters.derived import Derivation, SourceRecord, sha256, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, Truncations
+from lorakit.adapters.derived import KindRanks, Truncations, sha256, write_derived
+from lorakit.adapters.manifest import Derivation, SourceRecord
 from lorakit.adapters.resize import check_size
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import reserves
@@ -246,9 +246,6 @@ def _same_parameters(
     """What both models' files call each of the parameters.
 
     They have the same shapes, but that embedding and head may have more rows in `after`.
-
-    Raises:
-        InputError: the two do not have the same ones.
     """
     names = [name for name, _ in model.named_parameters()]
     ours, theirs = (file_names(model, one.tensors) for one in (before, after))
@@ -297,11 +294,7 @@ def _same_parameters(
 def _tokens(
     model: PreTrainedModel, keys: dict[str, tuple[str, str]], before: _Model, after: _Model
 ) -> tuple[int, int]:
-    """How many tokens the tuned model has embeddings for, and how many of them the base has not.
-
-    Raises:
-        InputError: its embedding and its head have come to differ in that.
-    """
+    """How many tokens the tuned model has embeddings for, and how many of them the base has not."""
     pairs = [keys[f"{path}.weight"] for path in embeddings(model) if f"{path}.weight" in keys]
     rows = [(before.tensors[own].shape[0], after.tensors[key].shape[0]) for own, key in pairs]
     if len({*rows}) > 1 and any(old != new for old, new in rows):

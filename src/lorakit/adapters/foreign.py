@@ -60,7 +60,7 @@ def import_adapter(
 ) -> Imported:
     """Writes the adapter in `source`, a file or a folder, to the new folder `output`.
 
-    A folder is mlx-lm's, or PEFT's with the names of ChatGLM's original code.
+    A folder is mlx-lm's, or PEFT's with the module names of a base layout's own code.
 
     Args:
         base: the base model; a folder may name it itself.
@@ -71,7 +71,11 @@ def import_adapter(
         InputError: the file is of no known kind, damaged, or for another base model.
     """
     if any((Path(source) / name).is_file() for name in (WEIGHTS_NAME, PICKLED_NAME)):
-        return _from_original_code(Path(source), output, base, alpha)
+        if alpha is not None:
+            raise InputError("--alpha: PEFT's files say it themselves")
+        tool, config, own = native_adapter(Path(source), base)
+        counts = Counter(t.shape[0] for key, t in own.items() if key.endswith(FACTORS_A))
+        return _written(output, config, own, tool, counts)
     path, settings = _locate(Path(source))
     tensors = read_tensors(path)
     base = base or settings.get("model")
@@ -96,24 +100,21 @@ def import_adapter(
     if alpha is not None and tool == "kohya":
         raise InputError(f"--alpha: {tool}'s files say it themselves")
     config, own = _as_peft(path, found, model, base)
-    with atomic.new_folder(output) as folder:
-        write_adapter(folder, config, own)
-    ranks = Counter(factors.A.shape[0] for factors in found.values())
-    return Imported(str(output), tool, len(found), dict(sorted(ranks.items())), notices)
+    counts = Counter(factors.A.shape[0] for factors in found.values())
+    return _written(output, config, own, tool, counts, notices)
 
 
-def _from_original_code(
-    source: Path, output: str | Path, base: str | None, alpha: float | None
+def _written(
+    output: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    tool: str,
+    ranks: Counter[int],
+    notices: tuple[str, ...] = (),
 ) -> Imported:
-    if alpha is not None:
-        raise InputError("--alpha: PEFT's files say it themselves")
-    config, tensors = native_adapter(source, base)
     with atomic.new_folder(output) as folder:
         write_adapter(folder, config, tensors)
-    ranks = Counter(t.shape[0] for key, t in tensors.items() if key.endswith(FACTORS_A))
-    return Imported(
-        str(output), "PEFT on ChatGLM's code", ranks.total(), dict(sorted(ranks.items()))
-    )
+    return Imported(str(output), tool, ranks.total(), dict(sorted(ranks.items())), notices)
 
 
 def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
@@ -158,40 +159,33 @@ def _from_mlx(
     parameters = parameters if isinstance(parameters, dict) else {}
     pairs = _paired(path, tensors, ".lora_a", ".lora_b")
     if alpha is not None:
-        if not alpha > 0:
-            raise InputError(f"--alpha must be a number above 0, not {alpha!r}")
+        _require_positive(alpha)
         return {name: _Factors(a.T, b.T, alpha) for name, (a, b) in pairs.items()}, ()
-    scale, notices = _setting(path, parameters, "scale"), []
+    scale = _setting(path, parameters, "scale")
+    notices: tuple[str, ...] = ()
     if parameters.get("alpha") is not None:
         old = _setting(path, parameters, "alpha")
-        ranks = {a.shape[-1] for a, _ in pairs.values()}
-        rank = parameters.get("rank") or max(ranks)
-        used = (
-            scale
-            if "num_layers" in settings
-            else scale * old / _setting(path, {"rank": rank}, "rank")
-        )
-        notices.append(
-            f"the settings have an alpha, {old:g}, beside the scale, {scale:g}: "
-            + (
-                f"this version of mlx-lm multiplies by the scale alone, {used:g}"
-                if "num_layers" in settings
-                else f"this version of mlx-lm multiplies by scale * alpha / rank, {used:g}"
-            )
-            + " (if it was trained otherwise, give --alpha, which is divided by the rank)"
+        used, how = scale, "the scale alone"
+        if "num_layers" not in settings:
+            rank = parameters.get("rank") or max(a.shape[-1] for a, _ in pairs.values())
+            used, how = scale * old / _setting(path, {"rank": rank}, "rank"), "scale * alpha / rank"
+        notices = (
+            f"the settings have an alpha, {old:g}, beside the scale, {scale:g}: this version of "
+            f"mlx-lm multiplies by {how}, {used:g} (if it was trained otherwise, give --alpha, "
+            "which is divided by the rank)",
         )
         scale = used
-    return {name: _Factors(a.T, b.T, scale * a.shape[-1]) for name, (a, b) in pairs.items()}, (
-        *notices,
-    )
+    found = {name: _Factors(a.T, b.T, scale * a.shape[-1]) for name, (a, b) in pairs.items()}
+    return found, notices
+
+
+def _require_positive(alpha: float) -> None:
+    if not alpha > 0:
+        raise InputError(f"--alpha must be a number above 0, not {alpha!r}")
 
 
 def _setting(path: Path, parameters: Mapping[str, Any], name: str) -> float:
-    """A number above 0 of mlx-lm's `lora_parameters`.
-
-    Raises:
-        InputError: it is missing, or no such number.
-    """
+    """A number above 0 of mlx-lm's `lora_parameters`."""
     value = parameters.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise InputError(
@@ -207,18 +201,15 @@ def _from_loralib(
     """loralib's `lora_A` (r, d_in) and `lora_B` (d_out, r), beside the model's own weights."""
     if alpha is None:
         raise InputError(f"{path} is loralib's, which does not hold lora_alpha: give --alpha")
-    if not alpha > 0:
-        raise InputError(f"--alpha must be a number above 0, not {alpha!r}")
+    _require_positive(alpha)
     own = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
-    others = len(tensors) - len(own)
-    notices = (
-        (
-            f"left out {others} tensors that are the model's own: if they were saved in evaluation "
-            "mode, loralib had merged the update into them"
-        ),
+    notice = (
+        f"left out {len(tensors) - len(own)} tensors that are the model's own: if they were saved "
+        "in evaluation mode, loralib had merged the update into them"
     )
     pairs = _paired(path, own, ".lora_A", ".lora_B")
-    return {name: _Factors(A, B, alpha) for name, (A, B) in pairs.items()}, notices[: others > 0]
+    found = {name: _Factors(A, B, alpha) for name, (A, B) in pairs.items()}
+    return found, (notice,) if len(own) < len(tensors) else ()
 
 
 def _from_kohya(

@@ -7,25 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import adapter_template, template_notice
-from lorakit.adapters.derived import origin, read_derivation
-from lorakit.adapters.manifest import Manifest, read_manifest
+from lorakit.adapters.derived import origin
+from lorakit.adapters.manifest import Derivation, Manifest, read_record
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
 from lorakit.errors import InputError
+from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import PREFIX, load_tensors, weights_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lorakit.lora.fitting import fitted
+from lorakit.lora.vocabulary import put_frozen, split_frozen
+from lorakit.models.fingerprint import fingerprint_of_skeleton
+from lorakit.models.forms import CLASSIFICATION
+from lorakit.models.names import resolve
+from lorakit.models.shards import all_tensors
+from lorakit.models.skeleton import skeleton
 
 # The share of ‖ΔW‖² whose directions are counted.
 SHARE = 0.9
+
+# The fields of the configuration that are shown.
+_SETTINGS = (
+    *("task_type", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"),
+    *("target_modules", "rank_pattern", "alpha_pattern", "modules_to_save"),
+)
 
 # What tools write into the card's tags, or into their own models' names.
 _MAKERS = ("unsloth", "axolotl", "llama-factory", "swift", "torchtune", "trl")
@@ -129,8 +141,7 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
     """
     file = read_updates(folder)
     config = file.config
-    tensors = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
-    tensors += [tensor for key, tensor in file.others.items() if not key.endswith(COPY)]
+    tensors = file.trained()
     skipped = list(file.skipped)
     skipped += [
         Skipped(key.removeprefix(PREFIX), "a copy of the base's weight")
@@ -144,17 +155,8 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
     return Inspection(
         folder=str(folder),
         base_model=named,
-        task_type=config.task_type,
         made_by=_maker(file),
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        init_lora_weights=config.init_lora_weights,
-        target_modules=config.target_modules,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        modules_to_save=config.modules_to_save,
+        **{name: getattr(config, name) for name in _SETTINGS},
         parameters=sum(tensor.numel() for tensor in tensors),
         bytes=weights_file(file.folder).stat().st_size,
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
@@ -180,60 +182,39 @@ def fit(folder: str | Path, base: str) -> Fit:
     Raises:
         InputError: there is no such base, or no adapter.
     """
-    from lorakit.lora import LoraModel
-    from lorakit.lora.fitting import fitted
-    from lorakit.lora.vocabulary import put_frozen, split_frozen
-    from lorakit.models.names import resolve
-    from lorakit.models.skeleton import skeleton
-
-    path = resolve(base).path
+    source = resolve(base)
     try:
         adapter = read_files(folder, base)
     except InputError as error:  # it is readable, so it does not say which labels it has
         return Fit(base, False, str(error), None)
-    model = skeleton(path, adapter.task_type, labels=adapter.labels)
-    expected = origin(folder, adapter.config).base_fingerprint
-    own = _fingerprint(path, model, adapter.task_type) if expected else None
+    model = skeleton(source.path, adapter.task_type, labels=adapter.labels)
+    own, expected = None, adapter.record and adapter.record.base_fingerprint
+    if expected:
+        with suppress(InputError):  # weights that cannot be read tensor by tensor: a GGUF file
+            stored = all_tensors(source.layout.shards())
+            # A classifier's new head is not of the base.
+            partly = adapter.task_type in CLASSIFICATION
+            own = fingerprint_of_skeleton(model, stored, partly=partly)
     try:
         added = add_rows(model, adapter)
         config, own_names, _ = fitted(model, adapter.config, adapter.tensors, {}, folder)
         # Where an adapter starts from does not change which tensors it has.
         plain = dataclasses.replace(config, init_lora_weights=True)
         wrapped = LoraModel(model, plain, initialize=False)
-        tensors = wrapped.adapter_tensors("default")
-        kept, frozen = split_frozen(model, own_names, tensors)
-        load_tensors(tensors, kept, folder)
+        trained = wrapped.adapter_tensors("default")
+        kept, frozen = split_frozen(model, own_names, trained)
+        load_tensors(trained, kept, folder)
         put_frozen(model, frozen, folder, alone=True)
     except InputError as error:
         return Fit(base, False, str(error), None)
     return Fit(base, True, "", own == expected if own else None, added)
 
 
-def _fingerprint(path: Path, model: PreTrainedModel, task_type: str) -> str | None:
-    """The fingerprint of the base at `path` from its files, None where they do not give it.
-
-    Args:
-        model: it without weights.
-    """
-    from lorakit.models.fingerprint import fingerprint_of_skeleton
-    from lorakit.models.forms import CLASSIFICATION
-    from lorakit.models.layouts import layout_of
-    from lorakit.models.shards import all_tensors
-
-    try:
-        tensors = all_tensors(layout_of(path).shards())
-    except InputError:  # a GGUF file, say
-        return None
-    # A classifier's new head is not of the base.
-    return fingerprint_of_skeleton(model, tensors, partly=task_type in CLASSIFICATION)
-
-
 def _maker(file: AdapterFile) -> str:
     """Who made it, by what its files say."""
-    if derivation := read_derivation(file.folder):
-        return f"lorakit {derivation.versions.get('lorakit', '')} ({derivation.made_by})"
-    if manifest := read_manifest(file.folder):
-        return f"lorakit {manifest.versions.get('lorakit', '')} (train)"
+    if record := read_record(file.folder):
+        verb = record.made_by if isinstance(record, Derivation) else "train"
+        return f"lorakit {record.versions.get('lorakit', '')} ({verb})"
     tags = _tags(file.folder)
     name = str(file.config.base_model_name_or_path or "").lower()
     makers = [maker for maker in _MAKERS if maker in tags or name.startswith(f"{maker}/")]
@@ -259,11 +240,11 @@ def _tags(folder: Path) -> set[str]:
 
 def _facts(folder: Path) -> dict[str, Any]:
     """The main facts of `lorakit.json`; empty without one."""
-    if derivation := read_derivation(folder):
-        sources = ", ".join(source.path for source in derivation.sources)
-        return {"made of": sources, **derivation.options, **derivation.figures}
-    manifest = read_manifest(folder)
-    return _run(manifest) if manifest else {}
+    record = read_record(folder)
+    if isinstance(record, Derivation):
+        sources = ", ".join(source.path for source in record.sources)
+        return {"made of": sources, **record.options, **record.figures}
+    return _run(record) if record else {}
 
 
 def _run(manifest: Manifest) -> dict[str, Any]:

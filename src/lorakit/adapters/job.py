@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lorakit.adapters.adapter_files import AdapterFiles, read_files
 from lorakit.adapters.adapter_tokenizer import (
@@ -20,17 +22,22 @@ from lorakit.adapters.adapter_tokenizer import (
 )
 from lorakit.adapters.chat_template import adapter_template, common_template
 from lorakit.adapters.open import chosen_quantization
+from lorakit.adapters.verify import Survival
 from lorakit.errors import InputError
+from lorakit.lora import LoraModel
+from lorakit.lora.checkpoint import INITIAL_NAME
+from lorakit.lora.layers import Mergeable, ModulesToSaveWrapper, unwrapped
+from lorakit.lora.layers.weight_updates import in_part
+from lorakit.lora.vocabulary import embeddings, rows_in_file
+from lorakit.lora.wrapping import wrapped_modules
+from lorakit.models.forms import CLASSIFICATION
 from lorakit.models.layouts import layout_of
+from lorakit.models.load import DTYPES, torch_dtype
+from lorakit.models.names import resolve
+from lorakit.models.quantization.settings import Quantization
+from lorakit.models.shards import StoredTensor
+from lorakit.models.skeleton import read_base_config
 from lorakit.models.template_files import write_templates
-
-if TYPE_CHECKING:
-    import torch
-
-    from lorakit.adapters.verify import Survival
-    from lorakit.lora import LoraModel
-    from lorakit.models.quantization.settings import Quantization
-    from lorakit.models.shards import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,6 @@ def prepare(
     Raises:
         InputError: they cannot be used, or not together.
     """
-    from lorakit.models.load import DTYPES, torch_dtype
-    from lorakit.models.names import resolve
-
     folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     if not folders:
         raise InputError("give an adapter's folder")
@@ -115,8 +119,6 @@ def prepare(
 
 def _packed(path: Path) -> str:
     """How the files of the model at `path` are quantised; empty where they are not."""
-    from lorakit.models.skeleton import read_base_config
-
     if packing := layout_of(path).packing:
         return packing
     settings = getattr(read_base_config(path), "quantization_config", None)
@@ -128,8 +130,6 @@ def _packed(path: Path) -> str:
 
 def obstacle(job: MergeJob) -> str:
     """Why the base's files cannot be merged one by one; empty where they can."""
-    from lorakit.lora.checkpoint import INITIAL_NAME
-
     if job.quantization:
         return (
             f"the base is quantised to {job.quantization}, as for training, and written as the "
@@ -154,8 +154,6 @@ def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtyp
     Raises:
         InputError: the base's weights are no plain numbers, and nothing says what they mean.
     """
-    import torch
-
     for name, tensor in stored.items():
         plain = tensor.code in ("F64", "F32", "BF16", "F16")
         if not (plain or job.packed) and len(tensor.shape) > 1 and name.endswith("weight"):
@@ -203,11 +201,7 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
 
 
 def template_notices(job: MergeJob) -> list[str]:
-    """What is to be said of the chat templates of adapters and base.
-
-    Raises:
-        InputError: a file is damaged.
-    """
+    """The notices on the chat templates of adapters and base."""
     if job.first.task_type != "CAUSAL_LM":
         return []
     notices: list[str] = []
@@ -219,13 +213,11 @@ def template_notices(job: MergeJob) -> list[str]:
 
 def _check_weights(adapters: Sequence[AdapterFiles], weights: Sequence[float]) -> None:
     """Raises InputError unless each adapter has a weight that it can be multiplied by."""
-    from lorakit.models.forms import CLASSIFICATION
-
     if len(weights) != len(adapters):
         raise InputError(f"--weights: {len(weights)} numbers for {len(adapters)} adapters")
     for adapter, weight in zip(adapters, weights, strict=True):
         if not -1e6 < weight < 1e6:
-            raise InputError(f"--weights: {weight} is no weight")
+            raise InputError(f"--weights: {weight} is not a number between -1e6 and 1e6")
         if weight != 1 and adapter.task_type in CLASSIFICATION:
             raise InputError(
                 f"--weights: {adapter.folder} brings a classifier's head, of which the base has "
@@ -252,11 +244,6 @@ def add_others(
     Raises:
         InputError: one does not fit the base, or cannot stand beside the others.
     """
-    from lorakit.lora.layers import Mergeable, unwrapped
-    from lorakit.lora.layers.weight_updates import in_part
-    from lorakit.lora.vocabulary import embeddings, rows_in_file
-    from lorakit.lora.wrapping import wrapped_modules
-
     if added_tokens and weights[0] != 1:
         raise InputError(
             f"--weights: {adapters[0].folder} brings {added_tokens} tokens that the base does not "
@@ -292,9 +279,6 @@ def _trained_whole(
     model: LoraModel, weights: Mapping[str, float]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
     """The base's tensors that adapters have trained whole, the trained ones, and the weights."""
-    from lorakit.lora.layers import ModulesToSaveWrapper
-    from lorakit.lora.wrapping import wrapped_modules
-
     for _, module in wrapped_modules(model.get_base_model()):
         if isinstance(module, ModulesToSaveWrapper):
             before = module.original_module.state_dict(keep_vars=True)

@@ -1,6 +1,6 @@
 """An adapter that PEFT trained on a foreign layout's own code, under transformers' names.
 
-A module of that code that is several in transformers (ChatGLM's `query_key_value`) becomes as many
+A module of that code that is several in transformers (a fused `query_key_value`) becomes as many
 updates with one `A` and their own rows of `B`, which is the very same update; the inverse of
 `export/chatglm.py`.
 """
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lorakit.adapters.derived import base_of
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
@@ -52,21 +52,15 @@ def refuse_own_names(folder: str | Path, tensors: Iterable[str]) -> None:
         )
 
 
-def part_rows(model: nn.Module, natives: Iterable[str]) -> list[int]:
-    """How many rows of a fused module each of the `natives` has in `model`, by their paths."""
-    modules: list[Any] = [model.get_submodule(path) for path in natives]
-    return [module.weight.shape[0] for module in modules]
-
-
 def native_adapter(
     folder: Path, base: str | None = None
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+) -> tuple[str, LoraConfig, dict[str, torch.Tensor]]:
     """The adapter in `folder` as one on transformers' model with the same update of every weight.
 
     Args:
         base: the base model, in the original layout or converted; None is the recorded one.
 
-    Returns: its configuration, and its tensors under PEFT's keys.
+    Returns: what it was trained with, its configuration, and its tensors under PEFT's keys.
 
     Raises:
         InputError: it is no adapter on a layout's own code or on another base, or no adapter on
@@ -79,9 +73,7 @@ def native_adapter(
             "nothing to import"
         )
     _require_exact(folder, config)
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise InputError(f"{folder} does not say which base model it is for: give --base")
+    name = base_of(folder, config, base)
     model = skeleton(resolve(name).path)
     if type(model.config).__name__ != names.config:
         raise InputError(
@@ -95,7 +87,7 @@ def native_adapter(
     native.base_model_name_or_path = name
     native.revision = config.revision if base is None else None
     _require_fit(folder, native, found, model)
-    return native, found
+    return names.tool or f"PEFT on {names.code}", native, found
 
 
 def _require_exact(folder: Path, config: LoraConfig) -> None:
@@ -125,6 +117,7 @@ def _renamed(
     found: dict[str, torch.Tensor] = {}
     scalings: dict[str, float] = {}
     joined: dict[str, dict[str, torch.Tensor]] = {}
+    weights = {name.removesuffix(".weight"): one for name, one in model.named_parameters()}
     for key, tensor in tensors.items():
         try:
             path, modules, ending = names.native_modules(key.removeprefix(PREFIX))
@@ -140,7 +133,7 @@ def _renamed(
             joined.setdefault(path, {})[ending] = tensor
     for path, parts in joined.items():
         modules = names.native_modules(path)[1]
-        rows = part_rows(model, modules)
+        rows = [len(weights[module]) for module in modules]
         for ending, tensor in parts.items():
             if ending != FACTORS_A[0] and tensor.shape[0] != sum(rows):
                 raise InputError(
@@ -217,11 +210,7 @@ def _whole(alpha: float) -> float:
 def _require_fit(
     folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel
 ) -> None:
-    """Puts the adapter on the model without weights, where every key and shape must have its place.
-
-    Raises:
-        InputError: one has not.
-    """
+    """Raises InputError unless every key and shape has its place in the model (without weights)."""
     adapted = LoraModel(model, config, initialize=False, low_cpu_mem_usage=True)
     base, own = adapted.get_base_model(), adapted.adapter_tensors("default")
     kept, frozen = split_frozen(base, tensors, own)

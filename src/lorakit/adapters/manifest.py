@@ -1,20 +1,20 @@
 """`lorakit.json`: what is known of how an adapter came about, beside PEFT's two files.
 
-Other tools ignore it. lorakit's verbs read it, so that an adapter's path is all they need.
+A training run leaves a `Manifest`, a verb that makes an adapter out of others or out of models a
+`Derivation`. Other tools ignore it; lorakit's verbs need only the adapter's path because of it.
 """
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorakit import atomic
 from lorakit.errors import InputError
+from lorakit.version import __version__
 
 MANIFEST_NAME = "lorakit.json"
-
-Record = TypeVar("Record", bound=BaseModel)
 
 # What else a run leaves beside the adapter.
 METRICS_NAME = "metrics.jsonl"
@@ -69,38 +69,66 @@ class Manifest(BaseModel):
     seed: int
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+class SourceRecord(BaseModel):
+    """What an adapter was made of: where it lay, and the SHA-256 of its weights' file or files."""
+
+    path: str
+    sha256: str | None = None
+
+
+class Derivation(BaseModel):
+    """How an adapter came about that no run trained.
+
+    `options` are the verb's, `figures` what it measured; `base_fingerprint`, `labels` and
+    `template_sha256` are the sources', where these know them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    made_by: Literal["combine", "resize", "extract"]
+    sources: list[SourceRecord] = []
+    options: dict[str, Any] = {}
+    figures: dict[str, float] = {}
+    notices: list[str] = []
+    base_model: str | None = None
+    base_fingerprint: str | None = None
+    template_sha256: str | None = None
+    labels: dict[str, Any] | None = None
+    versions: dict[str, str] = {"lorakit": __version__}
+
+
+def write_manifest(folder: Path, record: Manifest | Derivation) -> None:
     """Writes `lorakit.json` into an adapter's folder."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False)
     atomic.write_file(folder / MANIFEST_NAME, text + "\n")
 
 
-def read_manifest(folder: str | Path) -> Manifest | None:
-    """The manifest in an adapter's folder; None when lorakit did not train it.
-
-    What `combine` and its like leave there is no training run's: see `derived.py`.
-
-    Raises:
-        InputError: there is one, and it is damaged.
-    """
-    return read_record(folder, Manifest, made=False, again="train")
-
-
-def read_record(folder: str | Path, form: type[Record], *, made: bool, again: str) -> Record | None:
-    """`lorakit.json` in an adapter's folder, when it is of this form; else None.
-
-    Args:
-        made: whether it is the record of an adapter that was made out of others.
-        again: what to do with the adapter when it is damaged.
+def read_record(folder: str | Path) -> Manifest | Derivation | None:
+    """`lorakit.json` in an adapter's folder; None where there is none.
 
     Raises:
         InputError: it is damaged.
     """
-    path = Path(folder) / MANIFEST_NAME
+    path, again = Path(folder) / MANIFEST_NAME, "train"
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return form.model_validate(values) if ("made_by" in values) == made else None
+        if "made_by" not in values:
+            return Manifest.model_validate(values)
+        again = "make"
+        return Derivation.model_validate(values)
     except (ValidationError, OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: remove it, or {again} the adapter again") from error
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The record of the training run; None for an adapter that lorakit did not train."""
+    record = read_record(folder)
+    return record if isinstance(record, Manifest) else None
+
+
+def read_derivation(folder: str | Path) -> Derivation | None:
+    """The record of an adapter that was made out of others; None for every other adapter."""
+    record = read_record(folder)
+    return record if isinstance(record, Derivation) else None

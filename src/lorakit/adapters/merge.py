@@ -127,11 +127,7 @@ def merge(
 
 
 def _checked(report: MergeReport, comparison: Comparison) -> MergeReport:
-    """The report with the comparison in it.
-
-    Raises:
-        LorakitError: the two models differ by more than rounding explains.
-    """
+    """The report with the comparison in it; LorakitError where rounding does not explain it."""
     if not comparison.within(report.dtype):
         raise LorakitError(
             f"the merged model is not base + adapter: logits differ by up to "

@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.adapter_tokenizer import own_tokenizer
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
-from lorakit.adapters.derived import other_weights, read_derivation
+from lorakit.adapters.derived import other_weights
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.errors import InputError
+from lorakit.lora import LoraModel
+from lorakit.lora.vocabulary import vocabulary_size
+from lorakit.models.fingerprint import fingerprint
+from lorakit.models.load import load_for_task, torch_dtype
+from lorakit.models.quantization.prepare import dequantized_model
 from lorakit.models.quantization.settings import UNQUANTIZED, Quantization, as_quantization
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
-
-    from lorakit.lora import LoraModel
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,14 @@ def open_adapter(
     Raises:
         InputError: there is no usable adapter or base, or the two do not fit.
     """
-    from lorakit.lora import LoraModel
-    from lorakit.lora.vocabulary import vocabulary_size
-    from lorakit.models.fingerprint import fingerprint
-    from lorakit.models.load import load_for_task, torch_dtype
-    from lorakit.models.quantization.prepare import dequantized_model
-
-    files = read_files(folder, base)  # a damaged adapter is said before a model is loaded
+    files = read_files(folder, base)  # a damaged adapter is reported before a model is loaded
     manifest, name = files.manifest, files.base_model
-    record = manifest or read_derivation(folder)
-    seed = manifest.seed if manifest else 0
     loaded = load_for_task(
         files.task_type,
         name,
         dtype,
         labels=files.labels,
-        seed=seed,
+        seed=manifest.seed if manifest else 0,
         quantization=chosen_quantization([folder], quantization),
     )
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -87,7 +83,7 @@ def open_adapter(
     notices: list[str] = []
     if dequantize:
         model = dequantized_model(model, torch_dtype(dtype, str(model.device)))
-    if record and own and record.base_fingerprint not in (None, own):
+    if files.record and own and files.record.base_fingerprint not in (None, own):
         notices.append(other_weights(folder, name))
     added = add_rows(model, files)
     present: Any = tokenizer.chat_template

@@ -101,11 +101,8 @@ def find_changes(
     """What adapters change, by the name of the parameter in the plain model.
 
     Args:
-        weights: of the adapters, by name, which the layers have been told.
         own: the plain model's tensors, taken before it was wrapped.
-
-    Raises:
-        InputError: they cannot be merged.
+        weights: of the adapters, by name, which the layers know.
     """
     names, first = list(weights), next(iter(weights.values()))
     changes = {

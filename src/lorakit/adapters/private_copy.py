@@ -182,12 +182,7 @@ def _state(descriptor: int) -> tuple[int, ...]:
 
 
 def _copy(descriptor: int, target: Path, name: Path, limit: int) -> tuple[int, str]:
-    """Copies a file; its size and SHA-256.
-
-    Raises:
-        InputError: it is larger than `limit`, or cannot be read.
-        LorakitError: the copy cannot be written.
-    """
+    """Copies a file of at most `limit` bytes; its size and SHA-256."""
     too_large = InputError(f"{name} is larger than the {limit:,} bytes that are read of it")
     if os.fstat(descriptor).st_size > limit:
         raise too_large

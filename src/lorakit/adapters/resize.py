@@ -11,10 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lorakit.adapters.adapter_tokenizer import common_tokenizer
-from lorakit.adapters.chat_template import common_template
-from lorakit.adapters.derived import Derivation, origin, source, write_derived
-from lorakit.adapters.rank_patterns import KindRanks, Truncations
+from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
+from lorakit.adapters.manifest import Derivation
 from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
@@ -90,7 +88,6 @@ def resize(
     known = origin(file.folder, file.config)
     derivation = Derivation(
         made_by="resize",
-        sources=[source(file.folder)],
         options={"rank": rank} if rank is not None else {"energy": energy},
         figures={"error": cut.error},
         base_model=known.base_model,
@@ -98,16 +95,12 @@ def resize(
         labels=known.labels,
         notices=notices,
     )
-    templates, derivation.template_sha256 = common_template([file.folder], notices)
-    tokenizer = common_tokenizer([file.folder], notices)
     config = file.config.with_ranks(cut.ranks, init_lora_weights=True, inference_mode=True)
-    write_derived(output, config, tensors, derivation, templates, tokenizer)
-    stored = [t for u in file.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
-    rest = sum(t.numel() for key, t in file.others.items() if not key.endswith(COPY))
+    write_joined(output, [file.folder], config, tensors, derivation)
     return ResizeReport(
         str(output),
         len(cut.ranks),
-        rest + sum(tensor.numel() for tensor in stored),
+        sum(tensor.numel() for tensor in file.trained()),
         sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(COPY)),
         cut.error,
         cut.kinds(),

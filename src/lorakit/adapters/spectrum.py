@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from lorakit.adapters.updates import COPY, MAGNITUDES, ModuleUpdate, Skipped, split
 from lorakit.lora.checkpoint import PREFIX
+from lorakit.lora.config import LoraConfig
 from lorakit.progress import track
-
-if TYPE_CHECKING:
-    from lorakit.lora.config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -27,11 +24,8 @@ class Spectrum:
     """One module's update `scaling * B A`, by its singular values.
 
     Attributes:
-        path: of the module in the base model.
-        r: the rank that it was given.
         shape: (d_out, d_in). An embedding's update is stored transposed, which changes neither
             norm nor singular values.
-        scaling: what `B A` is multiplied by.
         singular_values: of `scaling * B A`, the largest first; at most r of them (2 r where the
             start is taken off again).
     """
@@ -91,8 +85,7 @@ def spectra(
         if update.is_matrix:
             found.append(spectrum(update))
         else:
-            reason = "a convolution: its update is no matrix"
-            skipped.append(Skipped(update.path, reason))
+            skipped.append(Skipped(update.path, "a convolution: its update is not a matrix"))
     for key in others:
         if not key.endswith(MAGNITUDES):
             copied = key.endswith(COPY)
@@ -104,13 +97,8 @@ def spectra(
 def spectrum(update: ModuleUpdate) -> Spectrum:
     """The spectrum of one module's update; a convolution's kernels are flattened into d_in."""
     A, B = update.factors()
-    shape = B.shape[0], A.shape[1]
-    values = _singular_values(A, B, update.scaling)
-    return Spectrum(update.path, update.r, shape, update.scaling, values)
-
-
-def _singular_values(A: torch.Tensor, B: torch.Tensor, scaling: float) -> tuple[float, ...]:
-    """Of `scaling * B A`, largest first; A (r, d_in), B (d_out, r), in float64."""
     left = torch.linalg.qr(B.double(), mode="r").R
     right = torch.linalg.qr(A.double().T, mode="r").R
-    return tuple((abs(scaling) * torch.linalg.svdvals(left @ right.T)).tolist())
+    values = (abs(update.scaling) * torch.linalg.svdvals(left @ right.T)).tolist()
+    shape = B.shape[0], A.shape[1]
+    return Spectrum(update.path, update.r, shape, update.scaling, tuple(values))

@@ -220,11 +220,9 @@ def _parts(
     """What has to be done for one tensor, row by row as far as that is possible."""
     if change is not None and change.replaced is not None:
         replaced = change.replaced
+        there = source if source is not None and source.shape == replaced.shape else None
         for part in row_blocks(tuple(replaced.shape)) if replaced.shape else [None]:
-            if source is None or source.shape != replaced.shape:  # new, or with more tokens
-                yield partial(_new, replaced, part)
-            else:
-                yield partial(_replaced, source, replaced, change.weight, part, reader)
+            yield partial(_replaced, there, replaced, change.weight, part, reader)
         return
     assert source is not None
     if change is None or change.layer is None:
@@ -246,19 +244,18 @@ def _unchanged(source: StoredTensor, rows: slice | None, reader: ShardReader) ->
     return _Merged(reader.read(source, rows))
 
 
-def _new(values: torch.Tensor, rows: slice | None) -> _Merged:
-    return _Merged(values if rows is None else values[rows])
-
-
 def _replaced(
-    source: StoredTensor,
+    source: StoredTensor | None,
     replaced: torch.Tensor,
     weight: float,
     rows: slice | None,
     reader: ShardReader,
 ) -> _Merged:
+    V = replaced if rows is None else replaced[rows]
+    if source is None:  # it is new, or has more tokens
+        return _Merged(V)
     W = reader.read(source, rows)
-    total = in_part(W.to(replaced), replaced if rows is None else replaced[rows], weight)
+    total = in_part(W.to(replaced), V, weight)
     return _Merged(total, sum_of_squares(total - W))
 
 

@@ -10,16 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, read_adapter, read_initial
+from lorakit.lora.config import LoraConfig
 from lorakit.lora.init.decompose import at_least_float32
-
-if TYPE_CHECKING:
-    from lorakit.lora.config import LoraConfig
 
 # A factor's ending in PEFT's files, and that of its partner.
 _PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
@@ -49,11 +46,6 @@ class ModuleUpdate:
     ending: str = "lora_A.weight"
     bias: torch.Tensor | None = None
     initial: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def kind(self) -> str:
-        """The last part of the path: `q_proj`."""
-        return self.path.rpartition(".")[2]
 
     @property
     def r(self) -> int:
@@ -136,6 +128,11 @@ class AdapterFile:
     def has_magnitudes(self) -> bool:
         """Whether it is a DoRA adapter, whose whole update needs the base's weights."""
         return self.config.use_dora or any(key.endswith(MAGNITUDES) for key in self.others)
+
+    def trained(self) -> list[torch.Tensor]:
+        """All tensors but copies of the base's weights, of factors those that make an update."""
+        factors = [t for u in self.updates.values() for t in (u.A, u.B, u.bias) if t is not None]
+        return factors + [t for key, t in self.others.items() if not key.endswith(COPY)]
 
     def require_updates(self) -> None:
         """Raises InputError unless every low-rank part is an update of a known size."""

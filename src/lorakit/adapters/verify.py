@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from lorakit.lora import LoraModel
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.load import most_tokens
 from lorakit.progress import track
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
-
-    from lorakit.lora import LoraModel
 
 # What is compared: several scripts, code and numbers, so that many parts of the model take part.
 _PROBES = (
@@ -91,10 +90,7 @@ def expect(model: LoraModel, tokenizer: PreTrainedTokenizerBase, added_tokens: i
 
 
 def compare(expected: Expected, folder: Path, kind: type[nn.Module]) -> Comparison:
-    """Loads the merged model in `folder`, of transformers' class `kind`, and compares.
-
-    Numbers are not finite where the merged model's are not.
-    """
+    """Loads the merged model in `folder`, of transformers' class `kind`, and compares."""
     load: Any = kind
     merged = load.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     found, wanted, bare = _logits(merged, expected.probes), expected.adapted, expected.bare
@@ -130,8 +126,7 @@ def _logits(model: Any, probes: list[torch.Tensor]) -> torch.Tensor:
 class Survival:
     """How much of every module's ΔW is left when the merged weights have been rounded.
 
-    bfloat16 has 8 significant bits: where ΔW is 1% of W, about 17% of it is lost (the error's norm
-    by that of ΔW), and 83% survives.
+    bfloat16 has 8 significant bits: where ΔW is 1% of W, about 83% of it survives.
     """
 
     def __init__(self) -> None:

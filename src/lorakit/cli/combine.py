@@ -9,7 +9,7 @@ from lorakit.cli.shared_options import numbers
 from lorakit.console import say, say_all
 
 if TYPE_CHECKING:
-    from lorakit.adapters.rank_patterns import KindRanks
+    from lorakit.adapters.derived import KindRanks
 
 
 def combine(

@@ -1,4 +1,4 @@
-"""`lorakit convert`: a base model in ChatGLM's original layout to transformers' own."""
+"""`lorakit convert`: a base model in a layout of its own to transformers'."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,13 @@ from lorakit.console import say
 
 def convert(
     source: Annotated[
-        str, typer.Argument(help="ChatGLM2, ChatGLM3 or GLM-4 as published: a folder or a hub id.")
+        str, typer.Argument(help="A model that needs code of its own: a folder or a hub id.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the model.")],
 ) -> None:
-    """Write a ChatGLM model in the layout of plain transformers.
+    """Write a model in the layout of plain transformers.
 
-    The result needs none of the original code.
+    For models that were published with code of their own; the result needs none of it.
     """
     from lorakit.models.layouts.convert import convert as run
     from lorakit.models.names import resolve

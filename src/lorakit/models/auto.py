@@ -15,7 +15,7 @@ from lorakit.models.layouts import foreign_layout
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
-    """transformers' class; a folder in ChatGLM's original layout becomes its GLM."""
+    """transformers' class; a folder in a foreign layout becomes the model that it holds."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
 
 class AutoTokenizer(transformers.AutoTokenizer):
-    """transformers' class; a folder in ChatGLM's original layout gives a fast tokenizer."""
+    """transformers' class; a folder in a foreign layout gives its fast tokenizer."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,15 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from lorakit.models.names import resolve
 from lorakit.models.quantization.prepare import quantized_when_loaded
+from lorakit.models.shards import ShardReader, StoredTensor, all_tensors
+from lorakit.models.skeleton import file_names
 from lorakit.weight_formats import dequantized
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedModel
-
-    from lorakit.models.shards import ShardReader, StoredTensor
 
 _SAMPLED = 64  # values of each tensor: milliseconds for any model, and no two models agree
 
@@ -32,11 +34,9 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str | None:
     """
     if quantized_when_loaded(model):
         return _of_its_files(model, without)
-    parameters = {
-        name: parameter for name, parameter in model.named_parameters() if not _under(name, without)
-    }
+    parameters = {n: one for n, one in model.named_parameters() if not _under(n, without)}
     return _digest(
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {name: tuple(one.shape) for name, one in parameters.items()},
         {name: _first_numbers(one) for name, one in parameters.items()},
     )
 
@@ -48,9 +48,6 @@ def _first_numbers(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _of_its_files(model: Any, without: Sequence[str]) -> str | None:
-    from lorakit.models.names import resolve
-    from lorakit.models.shards import all_tensors
-
     source = resolve(model.config._name_or_path)
     if source.layout.packing:
         return None
@@ -86,9 +83,6 @@ def fingerprint_of_skeleton(
         partly: parameters that are not in the files are no part of it.
         without: as in `fingerprint`.
     """
-    from lorakit.models.shards import ShardReader
-    from lorakit.models.skeleton import file_names
-
     stored = file_names(model, tensors).stored
     names = [name for name, _ in model.named_parameters() if not _under(name, without)]
     there = {name: tensors[stored[name]] for name in names if name in stored}
@@ -103,8 +97,6 @@ def _under(name: str, paths: Sequence[str]) -> bool:
 
 
 def _digest(shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, torch.Tensor]) -> str:
-    import torch
-
     digest = hashlib.sha256()
     for name, first in sorted(values.items()):
         digest.update(f"{name}{shapes[name]}".encode())

@@ -130,11 +130,7 @@ def load_for_task(
 
 @contextmanager
 def _failures_named(name: str, task_type: str) -> Iterator[None]:
-    """Makes one clear line of what transformers and the readers of files raise.
-
-    Raises:
-        InputError: the model `name` cannot be loaded in its form for `task_type`.
-    """
+    """Makes one clear InputError of what transformers and the readers of files raise."""
     try:
         yield
     except InputError:

@@ -66,11 +66,7 @@ def resolve(name: str, *, as_it_is: bool = False) -> ModelSource:
 
 
 def _cached(name: str) -> Path:
-    """The folder of a hub model in the local cache.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The folder of a hub model in the local cache."""
     if (folder := _in_cache(name)) is None:
         raise InputError(f"model: '{name}' is no folder here, and not in the local cache")
     if not (folder / "config.json").is_file():

@@ -88,7 +88,7 @@ def test_the_stops_and_the_template_go_with_the_model(tmp_path: Path):
 def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path: Path):
     native = save_tiny_model(tmp_path / "llama")
     for arguments, words in (
-        ((str(native), "-o", "out"), "no model in ChatGLM's original layout"),
+        ((str(native), "-o", "out"), "is not in ChatGLM's original layout"),
         (("nowhere", "-o", "out"), "there is no alias or folder 'nowhere'"),
     ):
         result = run_lorakit(tmp_path, "convert", *arguments)

@@ -43,7 +43,7 @@ def export_chatglm(
     """Writes `output`, an adapter with the same ΔW for the layout's own code with PEFT.
 
     Args:
-        base: the base model, when it is not the recorded one: in the original layout or converted.
+        base: in the original layout or converted.
         names: those of the layout's code.
 
     Raises:

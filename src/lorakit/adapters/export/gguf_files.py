@@ -7,6 +7,7 @@ merged and checked by `lorakit.adapters.merge`, and written tensor by tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -33,10 +35,13 @@ from lorakit.adapters.export.gguf_family import (
 )
 from lorakit.adapters.export.gguf_tokenizer import add_templates, add_tokenizer
 from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, read_plain
+from lorakit.adapters.merge import merge
 from lorakit.commands import quoted
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.folder_name import folder_name
+from lorakit.lora.checkpoint import read_config
+from lorakit.models.layouts import layout_of
 from lorakit.models.names import resolve
 from lorakit.models.skeleton import read_base_config
 from lorakit.models.template_files import TEMPLATE_NAME
@@ -83,10 +88,7 @@ def export_gguf(
     merged: bool = False,
     dtype: str | None = None,
 ) -> Exported:
-    """Writes the adapter, or with `merged` base + adapter, to the file `output`.
-
-    Arguments and errors are those of `export_gguf_model` and `export_gguf_adapter`.
-    """
+    """Writes the adapter, or with `merged` base + adapter, to the file `output`."""
     if merged:
         file = export_gguf_model(adapter, output, base=base, dtype=dtype or "float16")
     else:
@@ -109,7 +111,6 @@ def export_gguf_adapter(
     """Writes the adapter in the folder `adapter` to the file `output`, for llama.cpp.
 
     Args:
-        base: the base model, when it is not the recorded one; only its configuration is read.
         dtype: of the written factors, one of `DTYPES` without q8_0.
 
     Raises:
@@ -194,7 +195,6 @@ def export_gguf_model(
     it needs the float32 model's size on the disk for a while.
 
     Args:
-        base: the base model, when it is not the recorded one.
         dtype: of the written weights, one of `DTYPES`. Vectors, and rows that q8_0 cannot hold
             (not of a multiple of 32 values), are written wider.
 
@@ -202,9 +202,6 @@ def export_gguf_model(
         InputError: the adapter, the base's architecture or tokenizer, or `output` cannot be used.
         LorakitError: the merged model differs from base + adapter.
     """
-    from lorakit.adapters.merge import merge
-    from lorakit.lora.checkpoint import read_config
-
     require_file(output)
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -231,11 +228,9 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
     Raises:
         InputError: its architecture or tokenizer has no known form in llama.cpp.
     """
-    from transformers import AutoTokenizer
-
     config = read_base_config(folder)
     family = family_of(config, name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = layout_of(folder).tokenizer()
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -248,8 +243,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
         for own, tensor in _tensors(folder, family, config):
             form = _form(own, tensor, dtype)
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, form)
-            size = int(torch.tensor(shape).prod())
-            writer.add_tensor_info(own, shape, _BYTES, size, form)
+            writer.add_tensor_info(own, shape, np.dtype(np.uint8), math.prod(shape), form)
             count += 1
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -261,9 +255,6 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
     size = Path(output).stat().st_size
     notices = tuple(differences(config, name))
     return GgufFile(str(output), family.name, dtype, count, size, notices)
-
-
-_BYTES = torch.zeros(0, dtype=torch.uint8).numpy().dtype
 
 
 def _tensors(

@@ -15,11 +15,12 @@ from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.adapter_tokenizer import has_tokenizer, own_tokenizer
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
-from lorakit.adapters.derived import origin
+from lorakit.adapters.derived import base_of
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.gguf_files import DTYPES, export_gguf_adapter, export_gguf_model
 from lorakit.commands import quoted
+from lorakit.data.templates import ensure_template
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.folder_name import folder_name
@@ -53,12 +54,10 @@ def export_ollama(
     """Writes the folder `output` with a `Modelfile` and the GGUF file that it names.
 
     Args:
-        base: the base model, when it is not the recorded one.
         merged: write base + adapter as one model; else the adapter alone, on the base where it
             lies (a GGUF file, or a folder that Ollama converts).
-        dtype: of the written weights: float16 for a merged model and float32 for an adapter,
-            if None.
-        system: the system message that is used when a conversation brings none.
+        dtype: of the written weights; None is float16 for a model and float32 for an adapter.
+        system: the system message of conversations that bring none.
 
     Raises:
         InputError: the adapter, the base, its chat template or `output` cannot be used.
@@ -66,9 +65,7 @@ def export_ollama(
     dtype = dtype or ("float16" if merged else "float32")
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    name = base or origin(adapter, read_config(adapter)).base_model
-    if not name:
-        raise InputError(f"{adapter} does not say which base model it is for: give --base")
+    name = base_of(adapter, read_config(adapter), base)
     tokenizer, other_template = _tokenizer(adapter, name)
     ids = tokenizer("a").input_ids
     adds_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
@@ -155,22 +152,12 @@ def _stops(form: ChatForm, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _tokenizer(adapter: str | Path, base: str) -> tuple[PreTrainedTokenizerBase, str]:
     """The adapter's tokenizer where it has more tokens, else the base's, with the adapter's chat
-    template; and what is to be said where that is not the base's.
+    template; and a notice where that is not the base's.
     """
-    from transformers import AutoTokenizer
-
-    from lorakit.data.templates import ensure_template
-    from lorakit.models.layouts import layout_of
-
-    path = resolve(base).path
-    read_base_config(path)  # whose damages it names better
+    source = resolve(base)
+    read_base_config(source.path)  # which reports damaged files better
     try:
-        if path.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True
-            )
-        else:
-            tokenizer = layout_of(path).tokenizer()
+        tokenizer = source.layout.tokenizer()
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,7 +166,7 @@ def _tokenizer(adapter: str | Path, base: str) -> tuple[PreTrainedTokenizerBase,
         ) from error
     present: Any = tokenizer.chat_template
     if has_tokenizer(Path(adapter)):
-        model = skeleton(path)
+        model = skeleton(source.path)
         add_rows(model, read_files(adapter, base))
         tokenizer = own_tokenizer(Path(adapter), tokenizer, vocabulary_size(model)) or tokenizer
     notice = use_template(tokenizer, adapter, base, present)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.adapters.derived import origin
+from lorakit.adapters.derived import base_of
 from lorakit.adapters.updates import COPY, AdapterFile, ModuleUpdate, read_updates
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
@@ -43,15 +43,12 @@ def read_plain(folder: str | Path, target: str, base: str | None = None) -> Plai
 
     Args:
         target: what cannot hold more, for the message: "vLLM".
-        base: the base model, when it is not the recorded one.
 
     Raises:
         InputError: it is more than pairs, damaged, or does not say what it is for.
     """
     file = read_updates(folder)
-    name = base or origin(folder, file.config).base_model
-    if not name:
-        raise InputError(f"{folder} does not say which base model it is for: give --base")
+    name = base_of(folder, file.config, base)
     _require_plain(file, target)
     notices = tuple(
         f"left out {key.removeprefix(PREFIX)}: a copy of the base's own weight"

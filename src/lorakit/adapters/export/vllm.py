@@ -56,9 +56,6 @@ class Servable:
 def read_servable(adapter: str | Path, base: str | None = None) -> Servable:
     """Reads the adapter, and no model.
 
-    Args:
-        base: the base model, when it is not the recorded one.
-
     Raises:
         InputError: vLLM cannot serve the adapter, or it is damaged.
     """

@@ -11,7 +11,7 @@ import transformers
 from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
-from lorakit.models.layouts import layout_of
+from lorakit.models.layouts import LAYOUTS, layout_of
 from lorakit.models.layouts.layout import ForeignLayout, TensorSource, usual_dtype
 from lorakit.models.shards import WEIGHTS_NAME, new_shard, write_index
 from lorakit.progress import track
@@ -40,9 +40,10 @@ def convert(source: Path, output: str | Path) -> Converted:
     """
     layout = layout_of(source)
     if not isinstance(layout, ForeignLayout):
+        known = [kind.title for kind in LAYOUTS if issubclass(kind, ForeignLayout)]
         raise InputError(
-            f"{source} is no model in ChatGLM's original layout (model_type chatglm): transformers "
-            "reads it as it is"
+            f"{source} is not in {' or '.join(known)}: there is nothing to convert, as "
+            "transformers reads it as it is"
         )
     config = layout.config()
     with atomic.new_folder(output) as folder:

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.errors import InputError
 from lorakit.models.remote_code import needed_code_refused, trusted
-from lorakit.models.shards import (
-    NewTensor,
-    ShardReader,
-    StoredTensor,
-    all_tensors,
-    read_shards,
-)
+from lorakit.models.shards import NewTensor, ShardReader, StoredTensor, all_tensors, read_shards
 from lorakit.models.template_files import Templates, copy_additional, read_templates
 
 if TYPE_CHECKING:
@@ -86,19 +80,14 @@ class Layout:
     def model(self, form: str, **options: Any) -> Any:
         """What `form`, one of transformers' classes, loads with the `options` of `from_pretrained`.
 
-        Raises:
-            InputError: as in `config`, or there is no such form of the model.
+        Raises InputError as `config` does, and where the model has no such form.
         """
         import transformers
 
         return self._loaded(getattr(transformers, form), options)
 
     def tokenizer(self, **options: Any) -> Any:
-        """The tokenizer.
-
-        Raises:
-            InputError: as in `config`.
-        """
+        """The tokenizer; raises InputError as `config` does."""
         from transformers import AutoTokenizer
 
         try:
@@ -118,11 +107,7 @@ class Layout:
             )
 
     def templates(self) -> Templates | None:
-        """The chat templates, None where there are none.
-
-        Raises:
-            InputError: a file cannot be read.
-        """
+        """The chat templates, None where there are none; InputError for an unreadable file."""
         return read_templates(self.path)
 
     def shards(self) -> dict[str, dict[str, StoredTensor]]:

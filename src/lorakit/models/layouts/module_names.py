@@ -19,6 +19,7 @@ class ModuleNames:
         in_layer: a layer's modules, by transformers' name.
         outside: the modules outside the layers, by transformers' path.
         fused: modules of a layer that are several in transformers, in the order of their rows.
+        tool: what adapters that PEFT trained on that code are called.
         command: Python that loads an adapter on that code, with `{base}` and `{adapter}`.
         templates: what that code does about chat templates.
     """
@@ -31,6 +32,7 @@ class ModuleNames:
     in_layer: Mapping[str, str]
     outside: Mapping[str, str]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tool: str = ""
     command: str = ""
     templates: str = ""
 

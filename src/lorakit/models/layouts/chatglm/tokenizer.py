@@ -5,7 +5,6 @@ The vocabulary is cut and joined in `sentencepiece_model.py` or `tiktoken_file.p
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
@@ -14,6 +13,7 @@ from lorakit.models.layouts.chatglm.sentencepiece_model import sentencepiece_tok
 from lorakit.models.layouts.chatglm.template import TEMPLATES
 from lorakit.models.layouts.chatglm.tiktoken_file import tiktoken_tokenizer
 from lorakit.models.layouts.layout import HUB_OPTIONS
+from lorakit.models.template_files import default_of, read_templates
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -104,35 +104,16 @@ def generation_settings(original: Original) -> GenerationConfig:
 def _template(original: Original, tokenizer: PreTrainedTokenizerFast) -> str:
     """The folder's own chat template, if it makes another text than ours, which knows more."""
     ours = TEMPLATES[original.generation]
-    own = _own_template(original)
-    if own is None:
+    asked = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    asked.append({"role": "user", "content": "3"})
+
+    def text(template: str) -> str:
+        return tokenizer.apply_chat_template(
+            asked, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+
+    try:
+        own = default_of(read_templates(original.path))
+        return ours if own is None or text(own) == text(ours) else own
+    except Exception:  # the files may be damaged, and a template is a program: it may fail anyhow
         return ours
-    asked = [
-        {"role": "user", "content": "1"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "3"},
-    ]
-    texts = []
-    for template in (ours, own):
-        try:
-            texts.append(
-                tokenizer.apply_chat_template(
-                    asked, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except Exception:  # a template is a program: it may fail in any way
-            return ours
-    return ours if texts[0] == texts[1] else own
-
-
-def _own_template(original: Original) -> str | None:
-    try:
-        return (original.path / "chat_template.jinja").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        pass
-    try:
-        settings = json.loads((original.path / "tokenizer_config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    template = settings.get("chat_template") if isinstance(settings, dict) else None
-    return template if isinstance(template, str) else None

@@ -37,8 +37,6 @@ BIN_NAME = "pytorch_model.bin"
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _FETCH = "copy or fetch the model again"
-
-
 _UNUSED = frozenset({"transformer.rotary_pos_emb.inv_freq"})  # computed anew
 QKV = "self_attention.query_key_value"
 QKV_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -64,6 +62,7 @@ NAMES = ModuleNames(
         "lm_head": "transformer.output_layer",
     },
     fused={QKV: QKV_PARTS},
+    tool="PEFT on ChatGLM's code",
     command=(
         "PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}, trust_remote_code=True), "
         "{adapter!r})"
@@ -198,11 +197,7 @@ def _copied(values: torch.Tensor) -> torch.Tensor:
 
 
 def _bin_files(path: Path) -> list[str]:
-    """The names of the `.bin` files with weights.
-
-    Raises:
-        InputError: there are none, or their index cannot be right.
-    """
+    """The names of the `.bin` files with weights."""
     if (path / BIN_INDEX_NAME).is_file():
         return list(read_index(path / BIN_INDEX_NAME))
     if (path / BIN_NAME).is_file():
@@ -214,11 +209,7 @@ def _bin_files(path: Path) -> list[str]:
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of torch's, mapped; anything else in it is refused.
-
-    Raises:
-        InputError: it is missing, cut off, or holds more than tensors.
-    """
+    """The tensors of a file of torch's, mapped; anything else in it is refused."""
     import torch
 
     if not path.is_file():
@@ -249,11 +240,7 @@ def _more_than_tensors(path: Path) -> str:
 
 
 def _check(original: Original, tensors: Mapping[str, NewTensor]) -> None:
-    """Compares names, shapes and dtypes of the original tensors with the configuration.
-
-    Raises:
-        InputError: they differ.
-    """
+    """Raises InputError unless names, shapes and dtypes of the tensors are as configured."""
     path, expected = original.path, stored_shapes(original)
     if missing := [name for name in expected if name not in tensors]:
         raise InputError(f"model: {path} lacks {listed(missing, 3)} in its files: {_FETCH}")
