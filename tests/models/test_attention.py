@@ -20,9 +20,9 @@ from transformers import (
 
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
-from lorakit.models.attention import NAME, RowAttention, row_attention
 from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.models.loss import SupervisedLoss
+from lorakit.models.row_attention import NAME, RowAttention, row_attention
 from lorakit.models.varlen import all_rows
 from models.small import SMALL
 

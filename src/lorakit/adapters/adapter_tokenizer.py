@@ -47,9 +47,6 @@ def own_tokenizer(folder: Path, base: Any, rows: int) -> Any:
     Args:
         base: the base's tokenizer.
         rows: for how many tokens the model with the adapter has embeddings.
-
-    Raises:
-        InputError: it cannot be read.
     """
     if not has_tokenizer(folder):
         return None

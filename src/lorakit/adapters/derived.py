@@ -45,11 +45,7 @@ def origin(folder: str | Path, config: LoraConfig) -> Origin:
 
 
 def base_of(folder: str | Path, config: LoraConfig, base: str | None) -> str:
-    """The name of the base model of the adapter in `folder`: `base`, or the recorded one.
-
-    Raises:
-        InputError: there is neither.
-    """
+    """The name of the base model of the adapter in `folder`: `base`, or the recorded one."""
     if not (name := base or origin(folder, config).base_model):
         raise InputError(f"{folder} does not say which base model it is for: give {BASE_OPTION}")
     return name
@@ -160,9 +156,6 @@ def write_derived(
     Args:
         templates: the chat templates that it is asked with, if it has its own.
         tokenizer: a folder whose tokenizer goes along, as it has tokens that the base's has not.
-
-    Raises:
-        InputError: `output` is taken.
     """
     with atomic.new_folder(output) as folder:
         write_adapter(folder, config, tensors)

@@ -51,11 +51,7 @@ class _Model:
     @classmethod
     @contextmanager
     def of(cls, name: str) -> Iterator[_Model]:
-        """The model that `name` means, its files open within the block.
-
-        Raises:
-            InputError: it has no safetensors files, or they are damaged.
-        """
+        """The model that `name` means, its files open within the block."""
         source = resolve(name)
         tensors = all_tensors(source.layout.shards())
         with ShardReader(tensor.path for tensor in tensors.values()) as reader:

@@ -37,9 +37,6 @@ def open_all(
         tell: as in `open_adapter`.
 
     Returns: it, and the adapters' names in it; what they change is multiplied by their weights.
-
-    Raises:
-        InputError: the base cannot be loaded, or adapters do not fit it.
     """
     layout = layout_of(job.path)
     stored = {} if layout.packing else all_tensors(layout.shards())
@@ -59,11 +56,7 @@ def open_all(
 def merge_in_memory(
     job: MergeJob, opened: OpenAdapter, names: Sequence[str], folder: Path
 ) -> MergedFiles:
-    """Merges the model that `open_all` gave, and writes it into `folder` as transformers does.
-
-    Raises:
-        LorakitError: merged values are not finite.
-    """
+    """Merges the model that `open_all` gave, and writes it into `folder` as transformers does."""
     base: Any = opened.model.get_base_model()
     default = job.dtype or stored_dtype(opened.base_model)
     dtypes: dict[str, torch.dtype] = {}

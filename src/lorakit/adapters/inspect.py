@@ -16,14 +16,13 @@ from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin
+from lorakit.adapters.layout_names import require_fit
 from lorakit.adapters.manifest import Derivation, Manifest, read_record
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
 from lorakit.errors import InputError
-from lorakit.lora import LoraModel
-from lorakit.lora.checkpoint import PREFIX, load_tensors, weights_file
+from lorakit.lora.checkpoint import PREFIX, weights_file
 from lorakit.lora.fitting import fitted
-from lorakit.lora.vocabulary import put_frozen, split_frozen
 from lorakit.models.fingerprint import fingerprint_of_skeleton
 from lorakit.models.forms import CLASSIFICATION
 from lorakit.models.names import resolve
@@ -200,11 +199,7 @@ def fit(folder: str | Path, base: str) -> Fit:
         config, own_names, _ = fitted(model, adapter.config, adapter.tensors, {}, folder)
         # Where an adapter starts from does not change which tensors it has.
         plain = dataclasses.replace(config, init_lora_weights=True)
-        wrapped = LoraModel(model, plain, initialize=False)
-        trained = wrapped.adapter_tensors("default")
-        kept, frozen = split_frozen(model, own_names, trained)
-        load_tensors(trained, kept, folder)
-        put_frozen(model, frozen, folder, alone=True)
+        require_fit(folder, plain, own_names, model)
     except InputError as error:
         return Fit(base, False, str(error), None)
     return Fit(base, True, "", own == expected if own else None, added)

@@ -44,10 +44,9 @@ from lorakit.models.template_files import write_templates
 class MergeJob:
     """The adapters to be merged, and the base's place.
 
-    `weights` multiply each adapter's update; `base` is the base that was asked for in place of
-    the recorded one; `path` its folder, or GGUF file; `dtype` what was asked for the result.
-    `packed` says how the base's files are quantised (empty where they are not), `quantization` how
-    its weights are while they are loaded.
+    `weights` multiply each adapter's update; `base` was asked for in place of the recorded one;
+    `path` is its folder or GGUF file; `dtype` that of the result. `packed` says how the base's
+    files are quantised (empty where they are not), `quantization` how it is loaded.
     """
 
     adapters: list[AdapterFiles]
@@ -66,11 +65,7 @@ class MergeJob:
 
 @dataclass
 class MergedFiles:
-    """What a way of merging has written.
-
-    `kind` is the model's class, `dtype` the one that most values have, `modules` the number of
-    layers that changed.
-    """
+    """What was written: a model of the class `kind`, mostly in `dtype`, with `modules` changed."""
 
     kind: type
     dtype: torch.dtype
@@ -176,9 +171,6 @@ def copy_others(job: MergeJob, folder: Path, rows: int) -> Any:
         rows: for how many tokens the merged model has embeddings.
 
     Returns: the tokenizer with a padding token, where the form of the model needs one; else None.
-
-    Raises:
-        InputError: a file leads nowhere.
     """
     own, layout = None, layout_of(job.path)
     if has_tokenizer(job.first.folder):

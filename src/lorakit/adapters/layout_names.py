@@ -86,7 +86,7 @@ def native_adapter(
     native = _config(config, found, scalings, names, model)
     native.base_model_name_or_path = name
     native.revision = config.revision if base is None else None
-    _require_fit(folder, native, found, model)
+    require_fit(folder, native, found, model)
     return names.tool or f"PEFT on {names.code}", native, found
 
 
@@ -207,8 +207,11 @@ def _whole(alpha: float) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
 
-def _require_fit(
-    folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel
+def require_fit(
+    folder: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    model: PreTrainedModel,
 ) -> None:
     """Raises InputError unless every key and shape has its place in the model (without weights)."""
     adapted = LoraModel(model, config, initialize=False, low_cpu_mem_usage=True)

@@ -6,10 +6,8 @@ adding and writing are `streaming.py`'s.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,10 +21,8 @@ from lorakit.lora.layers import (
     WrappedModule,
 )
 from lorakit.lora.wrapping import wrapped_modules
-from lorakit.models.shards import NewTensor, StoredTensor, all_tensors, code_of
-
-if TYPE_CHECKING:
-    from lorakit.models.skeleton import FileNames
+from lorakit.models.shards import NewTensor, StoredTensor, all_tensors, code_of, usual_dtype
+from lorakit.models.skeleton import FileNames
 
 Shards = Mapping[str, Mapping[str, StoredTensor]]
 
@@ -92,7 +88,8 @@ class MergePlan:
     @property
     def usual_dtype(self) -> torch.dtype:
         """The dtype that most of the written values have."""
-        return NewTensor(_usual(self.shards), ()).dtype
+        every = (entry.new for entries in self.shards.values() for entry in entries.values())
+        return usual_dtype(new for new in every if new.code in _FLOATS) or torch.float32
 
 
 def find_changes(
@@ -246,7 +243,7 @@ def finish_plan(
         if entries:
             plan.shards[file] = entries
     last = plan.shards[max(plan.shards)]
-    usual = _usual(plan.shards)
+    usual = code_of(plan.usual_dtype)
     for key in added:
         source, shape = plan.sources.get(key), tuple(own[key].shape)
         floating = own[key].is_floating_point()
@@ -261,13 +258,3 @@ def finish_plan(
 def _as_written(tensor: NewTensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> NewTensor:
     code = tensor.code if dtype is None or tensor.code not in _FLOATS else code_of(dtype)
     return NewTensor(code, shape)
-
-
-def _usual(shards: Mapping[str, Mapping[str, Entry]]) -> str:
-    """The dtype that most values have."""
-    sizes: Counter[str] = Counter()
-    for entries in shards.values():
-        for entry in entries.values():
-            if entry.new.code in _FLOATS:
-                sizes[entry.new.code] += entry.new.size
-    return sizes.most_common(1)[0][0] if sizes else "F32"

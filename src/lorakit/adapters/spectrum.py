@@ -73,9 +73,7 @@ def spectra(
     With DoRA it is that of `scaling * B A`, the change of direction before magnitudes are applied,
     which needs no base weight. A bias of `B` is not part of it.
 
-    Args:
-        config, tensors: as `lorakit.lora.checkpoint.read_adapter` gives them.
-        initial: as `read_initial` gives them: factors whose product is taken off (PiSSA, OLoRA).
+    Arguments are those of `updates.split`.
 
     Returns: the spectra, and what has none with the reason.
     """

@@ -106,10 +106,6 @@ def write_merged(folder: Path, plan: MergePlan, reader: ShardReader) -> Survival
     """Writes the merged model's weights into `folder`: several threads compute, this one writes.
 
     Returns: what of the updates survived the rounding.
-
-    Raises:
-        InputError: the base's files cannot be read, or hold values that are not finite.
-        LorakitError: merged values are not finite, or beyond the written dtype.
     """
     survival = Survival()
     values = sum(entry.new.size for entries in plan.shards.values() for entry in entries.values())
@@ -166,11 +162,7 @@ def check_copies(
     copies: Mapping[str, torch.Tensor],
     reader: ShardReader,
 ) -> None:
-    """Checks the copies of frozen weights that PEFT adds to an adapter for embeddings and heads.
-
-    Args:
-        copies: the adapter's tensors that it does not train. One that is trained may be tied to a
-            frozen one, and differs from the base as it should.
+    """Checks `copies` of frozen weights, which PEFT adds to an adapter for embeddings and heads.
 
     Raises:
         InputError: a copy is of another base.

@@ -167,11 +167,9 @@ def split(
     tensors: Mapping[str, torch.Tensor],
     initial: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[ModuleUpdate], dict[str, torch.Tensor], list[Skipped]]:
-    """An adapter's tensors as updates, the tensors that are no factor, and unusable factors.
+    """An adapter's tensors as updates, the tensors that are not factors, and unusable factors.
 
-    Args:
-        config, tensors: as `lorakit.lora.checkpoint.read_adapter` gives them.
-        initial: as `read_initial` gives them.
+    Arguments are what `lorakit.lora.checkpoint.read_adapter` and `read_initial` return.
     """
     initial = initial or {}
     found: list[ModuleUpdate] = []

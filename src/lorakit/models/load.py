@@ -178,7 +178,7 @@ def _load_form(
     seed: int,
     loading: Mapping[str, Any],
 ) -> tuple[Any, set[str]]:
-    """The model, and the names of the parameters that its files lack or have of another shape."""
+    """The model, and the names of the parameters that its files lack or have in another shape."""
     import torch
     from transformers.utils import logging
 
@@ -200,7 +200,7 @@ def _load_form(
 
 
 def set_padding(model: Any, pad_token_id: int) -> None:
-    """By this token a causal model finds the end of a row, which its classifier reads."""
+    """Sets the token by which a causal model finds the end of a row, which its classifier reads."""
     model.config.pad_token_id = pad_token_id
     model.config.get_text_config().pad_token_id = pad_token_id
 

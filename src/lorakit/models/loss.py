@@ -85,8 +85,8 @@ class SupervisedLoss:
         """
         import torch
 
-        from lorakit.models.attention import rows_apart
         from lorakit.models.cross_entropy import chunked_cross_entropy
+        from lorakit.models.row_attention import rows_apart
 
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE

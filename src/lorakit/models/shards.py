@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,11 +54,7 @@ class NewTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's dtype.
-
-        Raises:
-            InputError: it has none.
-        """
+        """torch's dtype."""
         import torch
 
         if (name := _DTYPES.get(self.code)) is None:
@@ -85,11 +82,7 @@ def code_of(dtype: torch.dtype) -> str:
 
 
 def find_shards(folder: Path) -> dict[str, list[str]]:
-    """The names of the tensors in each of a model's files, by the file's name.
-
-    Raises:
-        InputError: the model has no such files, or its index cannot be right.
-    """
+    """The names of the tensors in each of a model's files, by the file's name."""
     if (folder / WEIGHTS_NAME).is_file():
         return {WEIGHTS_NAME: []}
     index = folder / INDEX_NAME
@@ -102,11 +95,7 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
 
 
 def read_index(index: Path) -> dict[str, list[str]]:
-    """The names of the tensors in each of the files that `index` names, by the file's name.
-
-    Raises:
-        InputError: it cannot be right.
-    """
+    """The names of the tensors in each of the files that `index` names, by the file's name."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
@@ -144,6 +133,14 @@ def read_shards(folder: Path) -> dict[str, dict[str, StoredTensor]]:
                     )
         found[file] = tensors
     return found
+
+
+def usual_dtype(tensors: Iterable[NewTensor]) -> torch.dtype | None:
+    """The dtype of the most bytes; None without tensors."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.size
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def all_tensors(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
@@ -201,11 +198,7 @@ class ShardReader:
         self._opened.close()
 
     def read(self, tensor: StoredTensor, rows: slice | None = None) -> torch.Tensor:
-        """The tensor, or rows of it, in a memory of its own.
-
-        Raises:
-            InputError: the file cannot be read.
-        """
+        """The tensor, or rows of it, in a memory of its own."""
         import torch
 
         shape, begin = tensor.shape, tensor.begin

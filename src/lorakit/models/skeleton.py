@@ -38,14 +38,7 @@ class FileNames:
 
 
 def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
-    """The configuration of the model at `path`, a folder or a GGUF file.
-
-    Args:
-        options: values in place of its own.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """The configuration of the model at `path`, with `options` in place of its own values."""
     try:
         return layout_of(path).config(**options)
     except InputError:
@@ -62,15 +55,9 @@ def skeleton(
     dtype: torch.dtype | None = None,
     labels: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """The model at `path` in its form for `task_type`, on the meta device.
+    """The model at `path`, a folder or GGUF file, in its form for `task_type`, on the meta device.
 
-    Args:
-        path: a folder, or a GGUF file.
-        dtype: None for the configuration's.
-        labels: as in `load_for_task`.
-
-    Raises:
-        InputError: transformers has no such model.
+    `dtype` is None for the configuration's; `labels` are as in `load_for_task`.
     """
     config = read_base_config(path, **label_options(labels))
     form = causal_form(config) if task_type == "CAUSAL_LM" else FORMS[task_type]
@@ -78,14 +65,7 @@ def skeleton(
 
 
 def blank_model(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
-    """The model on the meta device, in the form that its configuration names.
-
-    Args:
-        config: what `read_base_config` gives of `path`.
-
-    Raises:
-        InputError: transformers has no such model.
-    """
+    """The model at `path` on the meta device, in the form that its `config` names."""
     import transformers
 
     named = (getattr(config, "architectures", None) or [""])[0]

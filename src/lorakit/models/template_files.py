@@ -52,11 +52,7 @@ def _plain(templates: Templates | None) -> dict[str, str]:
 
 
 def read_templates(folder: str | Path) -> Templates | None:
-    """The chat templates in a folder, read as transformers reads them; None where there are none.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
+    """The chat templates in a folder, read as transformers reads them; None where it has none."""
     folder = Path(folder)
     files = {DEFAULT: folder / TEMPLATE_NAME}
     if (more := folder / ADDITIONAL).is_dir():
@@ -72,11 +68,7 @@ def read_templates(folder: str | Path) -> Templates | None:
 
 
 def write_templates(folder: str | Path, templates: Templates) -> None:
-    """Makes `templates` the only ones in a folder, of its tokenizer and its processor.
-
-    Raises:
-        InputError: one has a name that is none of a file.
-    """
+    """Makes `templates` the only ones in a folder, of its tokenizer and its processor."""
     folder = Path(folder)
     named = templates if isinstance(templates, dict) else {DEFAULT: templates}
     for name in named:

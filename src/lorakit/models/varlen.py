@@ -2,7 +2,7 @@
 
 The best that is there: flash-attention where it is installed, PyTorch's own form of it
 (`torch.nn.attention.varlen`), and flex attention for what these do not compute (float32, and
-softcapping in PyTorch's form). On a CPU rows are computed one by one (`attention.py`).
+softcapping in PyTorch's form). On a CPU rows are computed one by one (`row_attention.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiling the blocks that a model repeats, where the time that it saves is more than it takes.
 
 One block's code serves all of them, for every length of batch. Attention within rows stays
-outside (`models/attention.py`): how a line is divided differs from batch to batch.
+outside (`models/row_attention.py`): how a line is divided differs from batch to batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compile_blocks(model: nn.Module) -> None:
 
     The first block is left alone: its input needs no gradient, so it would be compiled apart.
     """
-    from lorakit.models.attention import compile_around
+    from lorakit.models.row_attention import compile_around
 
     compile_around()
     for block in _blocks(model)[1:]:

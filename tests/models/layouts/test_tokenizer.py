@@ -16,7 +16,7 @@ from chatglm_folders import config, corpus, ranks_file, sentencepiece_model, wri
 from lorakit.data.masking import tokenize
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.models.layouts.chatglm.config import Generation, read_original
+from lorakit.models.layouts.chatglm.original import Generation, read_original
 from lorakit.models.layouts.chatglm.tokenizer import original_tokenizer
 
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]

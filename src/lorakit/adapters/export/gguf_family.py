@@ -77,11 +77,7 @@ def family_of(config: PreTrainedConfig, model: str) -> GgufFamily:
 
 
 def tensor_name(family: GgufFamily, config: PreTrainedConfig, name: str) -> str:
-    """llama.cpp's name for the tensor `name` (`model.layers.0.self_attn.q_proj.weight`).
-
-    Raises:
-        InputError: there is no such tensor in llama.cpp's model.
-    """
+    """llama.cpp's name for the tensor `name` (`model.layers.0.self_attn.q_proj.weight`)."""
     table = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found = table.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:

@@ -50,18 +50,8 @@ from lorakit.progress import track
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-DTYPES = {
-    "float32": gguf.GGMLQuantizationType.F32,
-    "float16": gguf.GGMLQuantizationType.F16,
-    "bfloat16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
-_FILE_TYPES = {
-    "float32": gguf.LlamaFileType.ALL_F32,
-    "float16": gguf.LlamaFileType.MOSTLY_F16,
-    "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+DTYPES = {name: gguf.GGMLQuantizationType[code] for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -236,7 +226,8 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(name).name)
         add_hyperparameters(writer, family, config)
-        writer.add_file_type(_FILE_TYPES[dtype])
+        kind = "ALL" if dtype == "float32" else "MOSTLY"
+        writer.add_file_type(gguf.LlamaFileType[f"{kind}_{_CODES[dtype]}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, family, config.vocab_size, name)
         count = 0

@@ -101,11 +101,7 @@ def export_ollama(
 def modelfile(
     form: ChatForm, source: str, adapter: str | None, stops: list[str], system: str | None = None
 ) -> str:
-    """The text of a Modelfile.
-
-    Raises:
-        InputError: a text cannot be quoted in one.
-    """
+    """The text of a Modelfile."""
     lines = [f"FROM {source}"]
     if adapter:
         lines.append(f"ADAPTER {adapter}")
@@ -118,11 +114,7 @@ def modelfile(
 
 
 def go_template(form: ChatForm) -> str:
-    """The form in Go's template language, over Ollama's `.Messages` and `.System`.
-
-    Raises:
-        InputError: a fixed string of the form means something in that language.
-    """
+    """The form in Go's template language, over Ollama's `.Messages` and `.System`."""
     system = folded = ""
     if form.system:
         before, after = form.system

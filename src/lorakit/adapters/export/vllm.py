@@ -86,9 +86,6 @@ def write_copy(servable: Servable, output: str | Path) -> None:
 
     The largest rank is rounded up to one of `RANKS` and smaller ones are filled with zeros;
     every module's scaling goes into its `B`.
-
-    Raises:
-        InputError: `output` exists.
     """
     plain, r = servable.plain, servable.r
     config = LoraConfig(

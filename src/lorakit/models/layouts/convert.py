@@ -12,8 +12,8 @@ from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
 from lorakit.models.layouts import LAYOUTS, layout_of
-from lorakit.models.layouts.layout import ForeignLayout, TensorSource, usual_dtype
-from lorakit.models.shards import WEIGHTS_NAME, new_shard, write_index
+from lorakit.models.layouts.layout import ForeignLayout, TensorSource
+from lorakit.models.shards import WEIGHTS_NAME, new_shard, usual_dtype, write_index
 from lorakit.progress import track
 
 
@@ -51,14 +51,14 @@ def convert(source: Path, output: str | Path) -> Converted:
         with layout.sources() as files:
             names = _file_names(len(files))
             shards = {n: _ordered(t) for n, t in zip(names, files.values(), strict=True)}
-            every = {name: one for tensors in shards.values() for name, one in tensors.items()}
+            written = {f: {n: one.tensor for n, one in t.items()} for f, t in shards.items()}
             for name, tensors in track(shards.items(), "converting files"):
-                _write(folder / name, tensors)
+                with new_shard(folder / name, written[name]) as shard:
+                    for key, one in tensors.items():
+                        shard.write(key, one[...])
             if len(shards) > 1:
-                write_index(
-                    folder,
-                    {f: {n: one.tensor for n, one in t.items()} for f, t in shards.items()},
-                )
+                write_index(folder, written)
+            every = [one for tensors in written.values() for one in tensors.values()]
             dtype = usual_dtype(every)
         form = transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__
         layout.config(dtype=dtype, architectures=[form]).save_pretrained(folder)
@@ -66,7 +66,7 @@ def convert(source: Path, output: str | Path) -> Converted:
         str(output),
         layout.kind,
         len(every),
-        sum(math.prod(one.tensor.shape) for one in every.values()),
+        sum(math.prod(one.shape) for one in every),
         str(dtype).removeprefix("torch."),
     )
 
@@ -81,9 +81,3 @@ def _file_names(count: int) -> list[str]:
 def _ordered(tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:
     """Wide values first, so that each tensor begins at a multiple of its own values' size."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].tensor.dtype.itemsize))
-
-
-def _write(path: Path, tensors: dict[str, TensorSource]) -> None:
-    with new_shard(path, {name: one.tensor for name, one in tensors.items()}) as shard:
-        for name, one in tensors.items():
-            shard.write(name, one[...])

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.errors import InputError
 from lorakit.models.remote_code import needed_code_refused, trusted
-from lorakit.models.shards import NewTensor, ShardReader, StoredTensor, all_tensors, read_shards
+from lorakit.models.shards import (
+    NewTensor,
+    ShardReader,
+    StoredTensor,
+    all_tensors,
+    read_shards,
+    usual_dtype,
+)
 from lorakit.models.template_files import Templates, copy_additional, read_templates
 
 if TYPE_CHECKING:
@@ -114,9 +120,6 @@ class Layout:
         """Where every tensor lies, by the name that transformers gives it, and by a file's name.
 
         The files are those in which a merged model is written.
-
-        Raises:
-            InputError: a file is missing or damaged, or cannot be read tensor by tensor.
         """
         return read_shards(self.path)
 
@@ -133,10 +136,8 @@ class Layout:
             pickles = [f for kind in ("*.bin", "*.pt", "*.pth") for f in self.path.glob(kind)]
             why = "pickles only, which are not loaded" if pickles else "no weights here"
             return None, sum(file.stat().st_size for file in pickles), [why]
-        numbers: Counter[str] = Counter()
-        for tensor in all_tensors(self.shards()).values():
-            numbers[str(tensor.dtype).removeprefix("torch.")] += tensor.size
-        return numbers.most_common(1)[0][0], sum(file.stat().st_size for file in files), []
+        usual = str(usual_dtype(all_tensors(self.shards()).values())).removeprefix("torch.")
+        return usual, sum(file.stat().st_size for file in files), []
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights; none where they are not read tensor by tensor."""
@@ -151,9 +152,6 @@ class Layout:
 
         Args:
             without: names of files to leave out.
-
-        Raises:
-            InputError: a file leads nowhere, or the tokenizer is damaged.
         """
         for path in sorted(self.path.iterdir()):
             small = path.suffix in _SMALL or path.name.startswith(_LICENCES)
@@ -200,11 +198,7 @@ class ForeignLayout(Layout):
 
     @contextmanager
     def sources(self) -> Iterator[dict[str, dict[str, TensorSource]]]:
-        """Every tensor by file and transformers' name; within the block its values can be read.
-
-        Raises:
-            InputError: the files do not fit the configuration, or are damaged.
-        """
+        """Every tensor by file and transformers' name; within the block its values can be read."""
         shards = self.shards()
         with ShardReader(tensor.path for tensor in all_tensors(shards).values()) as reader:
             yield {
@@ -237,7 +231,7 @@ class ForeignLayout(Layout):
         with self.sources() as files:
             sources = {name: one for tensors in files.values() for name, one in tensors.items()}
             if dtype in (None, "auto"):
-                dtype = usual_dtype(sources)
+                dtype = usual_dtype(one.tensor for one in sources.values())
             if form != _CAUSAL:
                 sources.pop(self.head, None)
             loaded = kind.from_pretrained(
@@ -262,14 +256,6 @@ class ForeignLayout(Layout):
         for path in sorted(self.path.iterdir()):
             if path.name.startswith(_LICENCES) and path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-def usual_dtype(tensors: Mapping[str, TensorSource]) -> torch.dtype:
-    """The dtype of the most bytes."""
-    sizes: Counter[str] = Counter()
-    for source in tensors.values():
-        sizes[source.tensor.code] += source.tensor.size
-    return NewTensor(max(sizes, key=lambda code: sizes[code]), ()).dtype
 
 
 def stored_values(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """ChatGLM2, ChatGLM3 and GLM-4-9B in the layout in which they were published.
 
 Their folders ask for Python code of their own (`model_type: chatglm`), which is never run: the
-model is transformers' GLM, with the same weights under its names. `config.py` reads the
+model is transformers' GLM, with the same weights under its names. `original.py` reads the
 configuration, `weights.py` the tensors; the tokenizers are in `tokenizer.py`.
 """
 
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.models.layouts.chatglm.config import (
+from lorakit.models.layouts.chatglm.original import (
     MODEL_TYPE,
     Original,
     native_config,

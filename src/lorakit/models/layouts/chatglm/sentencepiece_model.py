@@ -27,9 +27,6 @@ def sentencepiece_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
 
     A mark that is a bare word (`sop`) is one only where no letter stands beside it, so that
     "philosophy" is text.
-
-    Raises:
-        InputError: the file is missing or damaged, or of a kind with no such form.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 

@@ -6,7 +6,7 @@ Their text becomes the tokens that the published tokenizers make of a conversati
 
 from __future__ import annotations
 
-from lorakit.models.layouts.chatglm.config import Generation
+from lorakit.models.layouts.chatglm.original import Generation
 
 # Sentencepiece puts a space before each text that it is given, and the original code gives it the
 # role's line and the message one by one: hence the space before the message, where there is one.

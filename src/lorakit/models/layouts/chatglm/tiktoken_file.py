@@ -24,11 +24,7 @@ _STRETCHES = (
 
 
 def tiktoken_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
-    """The vocabulary at `path` as a fast tokenizer; `marks` get the ids behind its ranks.
-
-    Raises:
-        InputError: the file is missing, damaged or cut off.
-    """
+    """The vocabulary at `path` as a fast tokenizer; `marks` get the ids behind its ranks."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

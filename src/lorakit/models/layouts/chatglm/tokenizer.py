@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.layouts.chatglm.config import TOKENIZER_NAME, Generation, Original
+from lorakit.models.layouts.chatglm.original import TOKENIZER_NAME, Generation, Original
 from lorakit.models.layouts.chatglm.sentencepiece_model import sentencepiece_tokenizer
 from lorakit.models.layouts.chatglm.template import TEMPLATES
 from lorakit.models.layouts.chatglm.tiktoken_file import tiktoken_tokenizer
@@ -84,11 +84,7 @@ def original_tokenizer(original: Original, **options: Any) -> PreTrainedTokenize
 
 
 def generation_settings(original: Original) -> GenerationConfig:
-    """Where the model stops writing, and what it is padded with.
-
-    Raises:
-        InputError: the tokenizer's file is damaged.
-    """
+    """Where the model stops writing, and what it is padded with."""
     from transformers import GenerationConfig
 
     values = original.values

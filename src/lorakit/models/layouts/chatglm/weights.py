@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
-from lorakit.models.layouts.chatglm.config import Original
+from lorakit.models.layouts.chatglm.original import Original
 from lorakit.models.layouts.layout import TensorSource
 from lorakit.models.layouts.module_names import ModuleNames
 from lorakit.models.shards import (
@@ -126,11 +126,7 @@ def stored_shapes(original: Original) -> dict[str, tuple[int, ...]]:
 
 
 def native_shards(original: Original, safetensors: bool) -> dict[str, dict[str, StoredTensor]]:
-    """Where every native tensor lies in the original safetensors files, by file and native name.
-
-    Raises:
-        InputError: the files do not fit the configuration, are damaged, or are `.bin` files.
-    """
+    """Where every native tensor lies in the original safetensors files, by file and native name."""
     path = original.path
     if not safetensors:
         _bin_files(path)
@@ -153,11 +149,7 @@ def native_shards(original: Original, safetensors: bool) -> dict[str, dict[str, 
 
 
 def bin_sources(original: Original) -> dict[str, dict[str, TensorSource]]:
-    """Every native tensor of mapped `.bin` files: values come into memory when they are copied.
-
-    Raises:
-        InputError: the files do not fit the configuration, or are damaged.
-    """
+    """Every native tensor of mapped `.bin` files: values come into memory when they are copied."""
     files = {file: _load_bin(original.path / file) for file in _bin_files(original.path)}
     where: dict[str, str] = {}
     for file, tensors in files.items():
