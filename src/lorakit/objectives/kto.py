@@ -127,7 +127,7 @@ class Kto(Objective):
         """The summed log-ratios of mismatched answers, and their number."""
         start = len(_MISMATCHED)
         mismatched = {k[start:]: v for k, v in batch.items() if k.startswith(_MISMATCHED)}
-        if not mismatched:
+        if self.settings.loss_type != "kto" or not mismatched:
             return {}
         ratios = self._log_ratios(forward, mismatched)[1]
         return {"kl": ratios.sum(), "answers": ratios.new_tensor(len(ratios))}
