@@ -22,7 +22,7 @@ from pydantic import Field
 from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
 from lorakit.objectives.forward import BASE, Forward
 from lorakit.objectives.objective import Batch, Collate, Loss, Objective, Settings
-from lorakit.objectives.preference import LEARNING_RATES, SCORES
+from lorakit.objectives.preference import EPOCHS, LEARNING_RATES, SCORES
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ class Kto(Objective):
     row_kinds = ("unpaired_preference", "preference")
     smooths_labels = False
     learning_rates: ClassVar[Mapping[str, float]] = LEARNING_RATES
+    epochs: ClassVar[Sequence[tuple[int, int]]] = EPOCHS
     Settings = KtoSettings
 
     score_names = (*SCORES, "kl")

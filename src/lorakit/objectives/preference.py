@@ -7,7 +7,7 @@ its rows need no gradients and are computed in a call of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +35,11 @@ LEARNING_RATES = {"small": 5e-5, "medium": 1e-5, "large": 5e-6}
 """By the size of the model. Tens of times below those of supervised fine-tuning: TRL's examples and
 LLaMA-Factory's have 5e-6 for DPO and KTO with LoRA on models of 7B (alignment-handbook's
 zephyr-7b-dpo-qlora too), and small models take larger ones."""
+
+
+EPOCHS = ((1_000, 3), (10_000, 2))
+"""Fewer than for answers: DPO overfits from the second pass on (Tunstall et al. 2023,
+arXiv:2310.16944, who train for one to three)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class PreferencePairs(Objective):
     row_kinds = ("preference",)
     smooths_labels = False
     learning_rates: ClassVar[Mapping[str, float]] = LEARNING_RATES
+    epochs: ClassVar[Sequence[tuple[int, int]]] = EPOCHS
 
     score_names = SCORES
     reference: str | None = BASE
