@@ -150,10 +150,10 @@ BASES: dict[str, tuple[Harm, str]] = {
     ),
     "whole numbers": (weight(lambda W: W.int()), "is stored as I32, and the configuration names"),
     "8 bits": (weight(lambda W: W.to(torch.float8_e5m2)), "is stored as F8_E5M2"),
-    "NaN where it is adapted": (weight(lambda W: W.fill_(torch.nan)), f"{UP} holds values"),
+    "NaN where it is adapted": (weight(lambda W: W.fill_(torch.nan)), f"{UP} holds NaN or Inf"),
     "NaN where nothing is adapted": (
         tensors(lambda t: {**t, NORM: t[NORM] * torch.nan}, "model.safetensors"),
-        "not finite",
+        "NaN or Inf",
     ),
     "index with a long name": (index('{"weight_map": {"a": "%s"}}' % ("x" * 300)), "is missing"),
 }
@@ -203,7 +203,7 @@ def test_extracting_names_the_model_that_is_damaged(tiny_model: Path, tmp_path: 
     other = shutil.copytree(tiny_model, tmp_path / "other")
     weight(lambda W: W.fill_(torch.nan))(other)
     for pair in ((tiny_model, other), (other, tiny_model)):
-        words = f"{other}: {UP} holds values that are not finite"
+        words = f"{other}: {UP} holds NaN or Inf"
         refused(tmp_path, words, lambda out, pair=pair: extract(*map(str, pair), out, rank=1))
     field("model_type", "mistral", "config.json")(other)
     words = "only models of one architecture have a difference"
@@ -218,7 +218,7 @@ def test_extracting_names_the_model_that_is_damaged(tiny_model: Path, tmp_path: 
     ("options", "words"),
     [
         ({"seed": 2**70, "method": "dare_linear", "density": 0.5}, "--seed must be a whole number"),
-        ({"weights": [1e300, 1]}, "the combination is not finite: give smaller weights"),
+        ({"weights": [1e300, 1]}, "the combination has NaN or Inf: give smaller weights"),
     ],
 )
 def test_numbers_beyond_all_bounds_are_refused(
@@ -230,7 +230,7 @@ def test_numbers_beyond_all_bounds_are_refused(
 
 Q = "model.layers.0.self_attn.q_proj"
 FOREIGN: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
-    "model is a number": ({}, {"model": 3}, "which is no text: give --base"),
+    "model is a number": ({}, {"model": 3}, "which is not a string: give --base"),
     "no settings": ({}, {"lora_parameters": [1]}, "must say lora_parameters.scale"),
     "huge scale": ({}, {"lora_parameters": {"scale": 10**400}}, "must say lora_parameters.scale"),
     "8 bits": (

@@ -152,7 +152,7 @@ def test_what_an_adapter_cannot_hold_is_refused_with_advice(tiny_model: Path, tm
     def not_finite(model: Any) -> None:
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
 
-    assert "not finite" in refusal(tuned_like(tiny_model, tmp_path / "nan", not_finite))
+    assert "NaN or Inf" in refusal(tuned_like(tiny_model, tmp_path / "nan", not_finite))
     deeper = LlamaForCausalLM.from_pretrained(tiny_model).config
     deeper.num_hidden_layers = 1
     LlamaForCausalLM(deeper).save_pretrained(tmp_path / "shallow")

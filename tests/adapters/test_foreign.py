@@ -99,7 +99,7 @@ def test_loralibs_gpt2_and_embeddings_are_laid_out_as_peft_has_them(tmp_path: Pa
         ({f"{Q0}.lora_A": A0, f"{Q0}.lora_B": torch.ones(33, 3)}, "for another base model"),
         ({f"{Q0}.lora_A": A0, f"{Q0}.lora_B": torch.ones(32, 6)}, "MergedLinear"),
         ({f"{Q0}.lora_A": A0[None], f"{Q0}.lora_B": B0[None]}, "only matrices"),
-        ({f"{Q0}.lora_A": A0 * torch.nan, f"{Q0}.lora_B": B0}, "not finite"),
+        ({f"{Q0}.lora_A": A0 * torch.nan, f"{Q0}.lora_B": B0}, "NaN or Inf"),
         ({"model.norm.lora_A": A0, "model.norm.lora_B": B0}, "not a layer of"),
         ({f"{Q0}.lora_a": A0.T.contiguous(), f"{Q0}.lora_b": A0}, "lora_parameters.scale"),
         ({"weight": A0}, "no adapter that lorakit knows"),

@@ -158,5 +158,5 @@ def test_a_classifiers_head_has_no_part(tmp_path: Path):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     config = lorakit.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
     lorakit.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"there is no part of it: give it the weight 1, not 0.5"):
+    with pytest.raises(InputError, match=r"so it cannot be scaled: give it the weight 1, not 0.5"):
         lorakit.merge(tmp_path / "adapter", tmp_path / "merged", base=str(base), weights=[0.5])

@@ -93,7 +93,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "NaN in a weight": (
         lambda base: change_tensor(base, lambda t: t.fill_(torch.nan)),
-        ["values that are not finite"],
+        ["NaN or Inf"],
     ),
     "wrong shape": (
         lambda base: change_tensor(base, lambda t: t[:-1].clone()),
@@ -139,7 +139,7 @@ def test_an_adapter_with_nan_or_for_another_base_is_refused(
     in_a_circle(broken / "circle")
     wide = save_tiny_model(broken / "wide", hidden_size=64)
     for folder, on, words in (
-        (adapter, base, "not finite"),
+        (adapter, base, "NaN or Inf"),
         (tiny_adapter, wide, "adapter for another base model"),
         (broken / "circle", base, "is not a folder"),
     ):

@@ -118,5 +118,5 @@ def test_a_signal_stops_it_and_resume_goes_on(
     assert "holds an unfinished sweep: add --resume" in again.stderr
     refused = lorakit_command(*words, "training.max_steps=30", "--resume")
     assert refused.returncode == 2
-    assert "cannot go on with other values" in refused.stderr
+    assert "cannot be resumed with other values" in refused.stderr
     shutil.rmtree(tmp_path / "runs")

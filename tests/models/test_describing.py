@@ -160,7 +160,7 @@ def test_the_cache_of_the_hub_is_listed_and_its_ids_described(
     assert (listed["cy/chatglm"].family, listed["cy/chatglm"].state) == ("chatglm", "ready")
     assert (listed["di/adapter"].family, listed["di/adapter"].state) == (None, "an adapter")
     assert describe("ada/small").parameters == describe(str(tiny)).parameters
-    with pytest.raises(InputError, match="is no model"):
+    with pytest.raises(InputError, match="is not a model"):
         describe("di/adapter")
 
 

@@ -280,14 +280,14 @@ def test_prepared_for_a_trainer_of_ones_own(tiny_model: Path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("nf5", r"'nf5' is none of nf4, fp4, int8 \(did you mean 'nf4'"),
+        ("nf5", r"'nf5' is not one of nf4, fp4, int8 \(did you mean 'nf4'"),
         (4, "should be one of nf4, fp4, int8, or a mapping"),
         ({"double_quantization": True}, "quantization.type is missing"),
         ({"type": "nf4", "dobule_quantization": 1}, "did you mean 'double_quantization'"),
         ({"type": "nf4", "double_quantization": "yes"}, "should be true or false"),
         ({"type": "nf4", "compute_dtype": "float8"}, "compute_dtype should be one of"),
         ({"type": "int8", "double_quantization": True}, "leave them out with int8"),
-        ({"type": ["nf4"]}, "is none of nf4, fp4, int8"),
+        ({"type": ["nf4"]}, "is not one of nf4, fp4, int8"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -353,5 +353,5 @@ def test_the_command_line_trains_generates_scores_and_merges(
         assert said == (arguments[0] in ("generate", "merge") and "none" not in arguments)
     wrong = run_lorakit(tmp_path, "merge", "run", "-o", "other", "--quantization", "nf3")
     assert wrong.returncode == 2
-    assert "'nf3' is none of nf4" in wrong.stderr
+    assert "'nf3' is not one of nf4" in wrong.stderr
     assert Quantization("nf4") == as_quantization("nf4")

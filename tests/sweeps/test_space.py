@@ -176,7 +176,7 @@ def test_a_folder_is_one_sweeps_alone(tmp_path: Path):
     check_folder(tmp_path, resume=True)
     require_same(tmp_path, recipe, settings)
     other = load_sweep(VALUES, over=["lora.r=4,16"])[1]
-    with pytest.raises(InputError, match=r"cannot go on with other values: sweep\.over"):
+    with pytest.raises(InputError, match=r"cannot be resumed with other values: sweep\.over"):
         require_same(tmp_path, recipe, other)
     with pytest.raises(InputError, match=r"ground\.data was 1 and is 2"):
         require_same(tmp_path, recipe, settings, {"data": 2})

@@ -199,9 +199,9 @@ def test_a_refused_change_leaves_the_run_as_it_was(start: Start, tmp_path: Path)
         ({"lora.r": 8}, r"lora\.r was 4 and is 8, and .*shapes"),
         ({"training.seed": 7}, r"training\.seed was"),
         ({"data.eval": 0.5}, r"data\.eval was .* would be held out"),
-        ({"training.max_steps": 4}, r"at step 6, behind its end at step 4"),
+        ({"training.max_steps": 4}, r"at step 6, past its end at step 4"),
         ({"training.learning_rate": 1e-5}, r"no step is left.*training\.learning_rate"),
-        ({"training.num_train_epochs": 0.5}, r"behind its end at step 3"),
+        ({"training.num_train_epochs": 0.5}, r"past its end at step 3"),
     ):
         new = changed(values, {"training.num_train_epochs": 1} | change)
         with pytest.raises(InputError, match=said):

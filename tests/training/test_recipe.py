@@ -82,7 +82,7 @@ def test_a_wrong_value_is_named_with_its_key(override: str, words: list[str]):
     [
         ("", ["a recipe is a mapping"]),
         ("- a\n- b\n", ["a recipe is a mapping"]),
-        ("model: m\nmodel: n\n", ["line 2", "'model' stands twice"]),
+        ("model: m\nmodel: n\n", ["line 2", "'model' occurs twice"]),
         ("model: [m\n", ["not valid YAML", "line"]),
         ("model: m\n\tdata: x\n", ["not valid YAML", "line 2"]),
         ("model: !!python/object/apply:os.system ['true']\n", ["not valid YAML"]),

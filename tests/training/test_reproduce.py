@@ -66,7 +66,7 @@ def test_a_run_that_went_on_with_other_values_says_so_and_is_not_made_again(
     [went_on] = result.manifest.continued
     assert went_on["step"] == 6
     assert "training.max_steps was 6 and is 9" in went_on["changes"]
-    with pytest.raises(InputError, match="behind step 6: no one recipe makes it again"):
+    with pytest.raises(InputError, match="after step 6: no single recipe reproduces it"):
         reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
 
 
@@ -79,7 +79,7 @@ def test_changed_data_and_a_folder_without_a_record_are_refused(
 ):
     lorakit.train(recipe(tiny_model, rows, tmp_path / "run"), quiet=True)
     rows.write_text(rows.read_text() + '{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(InputError, match=r"not those that were learned.*sha256"):
+    with pytest.raises(InputError, match=r"data differ from those of the run.*sha256"):
         reproduce(tmp_path / "run", tmp_path / "again", quiet=True)
     assert not (tmp_path / "again").exists()
     (tmp_path / "run" / "lorakit.json").unlink()

@@ -124,7 +124,7 @@ def test_without_a_whole_checkpoint_nothing_is_started_over_silently(
     for checkpoint in copy.glob("checkpoint-*"):
         cut(checkpoint / "rng_state.pth")
     before = sorted(p.relative_to(copy) for p in copy.rglob("*"))
-    with pytest.raises(InputError, match=r"none of the checkpoints .*rng_state.pth.* start anew"):
+    with pytest.raises(InputError, match=r"none of the checkpoints .*rng_state.pth.* start again"):
         lorakit.train({**values, "output_dir": str(copy)}, resume=True, quiet=True)
     assert sorted(p.relative_to(copy) for p in copy.rglob("*")) == before
     for checkpoint in copy.glob("checkpoint-*"):

@@ -126,7 +126,7 @@ def tokenizer_to_keep(base: Path, tuned: Path, rows: int, grown: bool) -> Path |
         )
     if moved := [token for token in known if found.get(token, known[token]) != known[token]]:
         raise InputError(
-            f"the tokenizer of {tuned} numbers {len(moved)} tokens otherwise than that of {base} "
+            f"the tokenizer of {tuned} gives {len(moved)} tokens other ids than that of {base} "
             f"({listed(map(repr, moved), 3)}): tokens can only be added behind the others"
         )
     added = [number for token, number in found.items() if token not in known]

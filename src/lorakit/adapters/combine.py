@@ -111,7 +111,7 @@ def combine(
         updates = [methods.Update(*u.factors(), u.scaling, weight) for u, weight in parts]
         found = methods.combine(updates, settings)
         if not (torch.isfinite(found.A).all() and torch.isfinite(found.B).all()):
-            raise InputError(f"{path}: the combination is not finite: give smaller weights")
+            raise InputError(f"{path}: the combination has NaN or Inf: give smaller weights")
         first = parts[0][0]
         bias = first.B.new_zeros(first.B.shape[0], dtype=found.B.dtype) if has_bias else None
         for update, weight in parts:
@@ -128,7 +128,9 @@ def combine(
             tensors |= own
             cut.add(path, found)
     if not cut.ranks:
-        raise InputError(f"{listed(map(str, adapters))}: no adapter changes a module by B A")
+        raise InputError(
+            f"{listed(map(str, adapters))}: no adapter has LoRA factors (lora_A, lora_B)"
+        )
     shared = sum(1 for path in paths if all(path in file.updates for file in files))
     if shared < len(paths):
         notices.append(f"{len(paths) - shared} of {len(paths)} modules are not in all adapters")
@@ -208,7 +210,7 @@ def _check(
     if density is not None and not needs_density:
         raise InputError(f"--density has no effect with {method}, which keeps all entries")
     if seed is not None and not method.startswith("dare"):
-        raise InputError(f"--seed has no effect with {method}, which draws nothing")
+        raise InputError(f"--seed has no effect with {method}, which is not random")
     if seed is not None and not 0 <= seed < 2**63:
         raise InputError(f"--seed must be a whole number from 0 to 2**63 - 1, not {seed}")
     methods.check_settings(methods.CombineSettings(method, rank, density))

@@ -248,7 +248,7 @@ def _same_parameters(
     if lacking := [name for name in names if name not in ours.stored]:
         raise InputError(
             f"{before.name} lacks {listed(lacking, 3)} in its files, or holds it there in another "
-            "form than its model has: such a model is not extracted from"
+            "form than its model has: this is not supported"
         )
     if lacking := [name for name in names if name not in theirs.stored]:
         raise InputError(
@@ -278,7 +278,7 @@ def _same_parameters(
         if is_end:
             raise InputError(
                 f"{after.name} has {new[0]} rows in {key} and {before.name} {old[0]}: an adapter "
-                "takes no token away, so give the tuned model its rows again "
+                "cannot remove tokens, so give the tuned model its rows again "
                 f"(model.resize_token_embeddings({old[0]})), save it, and extract from that"
             )
         raise InputError(
@@ -304,7 +304,7 @@ def _tokens(
 
 def _require_finite(tensor: torch.Tensor, model: str, key: str) -> None:
     if not torch.isfinite(tensor.float()).all():
-        raise InputError(f"{model}: {key} holds values that are not finite")
+        raise InputError(f"{model}: {key} holds NaN or Inf")
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -80,7 +80,9 @@ def import_adapter(
     tensors = read_tensors(path)
     base = base or settings.get("model")
     if not isinstance(base, (str, NoneType)):
-        raise InputError(f"{source} names the base model {base!r}, which is no text: give --base")
+        raise InputError(
+            f"{source} names the base model {base!r}, which is not a string: give --base"
+        )
     if not base:
         raise InputError(f"{source} does not say which base model it is for: give --base")
     model = skeleton(resolve(base).path)
@@ -98,7 +100,7 @@ def import_adapter(
             f"{listed(sorted(tensors), 3)}"
         )
     if alpha is not None and tool == "kohya":
-        raise InputError(f"--alpha: {tool}'s files say it themselves")
+        raise InputError(f"--alpha: leave it out, {tool}'s files state it")
     config, own = _as_peft(path, found, model, base)
     counts = Counter(factors.A.shape[0] for factors in found.values())
     return _written(output, config, own, tool, counts, notices)
@@ -273,7 +275,7 @@ def _paired(
                 f"{path}: {key} is {dtype}, and only floats of 16 bits or more are read"
             )
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {key} holds values that are not finite")
+            raise InputError(f"{path}: {key} holds NaN or Inf")
         if key.endswith(first):
             pairs[stem] = tensor, tensors[stem + end]
     return pairs

@@ -114,7 +114,7 @@ def merge_loaded(
                 total = new[rows].clone()
                 delta = sum_of_squares(total - old[rows])
                 if not torch.isfinite(old[rows]).all():
-                    raise InputError(f"the base's {path}.{one} holds values that are not finite")
+                    raise InputError(f"the base's {path}.{one} holds NaN or Inf")
                 if not survival.add(path, delta, sum_of_squares(total.sub_(total.to(written)))):
                     raise LorakitError(
                         f"the merged model is not base + adapter: {path}.{one} has values that "
@@ -138,7 +138,7 @@ def _require_finite(model: Any) -> None:
         if tensor.is_floating_point() and not all(
             tensor[rows].isfinite().all() for rows in row_blocks(tensor.shape)
         ):
-            raise InputError(f"the base's {key} holds values that are not finite")
+            raise InputError(f"the base's {key} holds NaN or Inf")
 
 
 def _separate(model: Any) -> None:

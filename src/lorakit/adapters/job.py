@@ -137,7 +137,7 @@ def obstacle(job: MergeJob) -> str:
         if config.layer_replication:
             return "layer_replication builds another model than the one in the files"
         if config.init.kind.changes_base:
-            return f"{config.init_lora_weights} quantises the base's weights anew"
+            return f"{config.init_lora_weights} quantises the base's weights again"
         if config.init.kind.subtracted and not (adapter.folder / INITIAL_NAME).is_file():
             return f"{config.init_lora_weights} takes its start out of the loaded weights"
     return ""
@@ -212,8 +212,8 @@ def _check_weights(adapters: Sequence[AdapterFiles], weights: Sequence[float]) -
             raise InputError(f"--weights: {weight} is not a number between -1e6 and 1e6")
         if weight != 1 and adapter.task_type in CLASSIFICATION:
             raise InputError(
-                f"--weights: {adapter.folder} brings a classifier's head, of which the base has "
-                f"none, so that there is no part of it: give it the weight 1, not {weight:g}"
+                f"--weights: {adapter.folder} brings a classifier's head, which the base has "
+                f"not, so it cannot be scaled: give it the weight 1, not {weight:g}"
             )
 
 
@@ -239,7 +239,7 @@ def add_others(
     if added_tokens and weights[0] != 1:
         raise InputError(
             f"--weights: {adapters[0].folder} brings {added_tokens} tokens that the base does not "
-            f"have, so that there is no part of them: give it the weight 1, not {weights[0]:g}"
+            f"have, so they cannot be scaled: give it the weight 1, not {weights[0]:g}"
         )
     base = model.get_base_model()
     for adapter in adapters[1:]:

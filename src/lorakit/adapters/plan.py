@@ -168,7 +168,7 @@ def start_plan(
         if change is not None and change.replaced is not None and not stored.converted:
             if change.weight != 1:
                 raise InputError(
-                    f"--weights: the base's files have no {key}, so that there is no part of the "
+                    f"--weights: the base's files have no {key}, so there is no part of the "
                     f"adapter's: give it the weight 1, not {change.weight:g}"
                 )
             continue  # new in the adapter

@@ -62,7 +62,9 @@ def resize(
         )
     file.require_updates()
     if not file.updates:
-        raise InputError(f"{adapter} changes no module by B A: there is nothing to resize")
+        raise InputError(
+            f"{adapter} has no LoRA factors (lora_A, lora_B): there is nothing to resize"
+        )
     possible = {path: min(*map(len, _sides(u.factors()))) for path, u in file.updates.items()}
     if rank is not None and rank > max(possible.values()):
         raise InputError(

@@ -301,12 +301,10 @@ def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
     if entry.source is not None:
         with ShardReader([entry.source.path]) as reader:
             if not _is_finite(reader.read(entry.source)):
-                raise InputError(
-                    f"model: {entry.source.path}: {name} holds values that are not finite"
-                )
+                raise InputError(f"model: {entry.source.path}: {name} holds NaN or Inf")
     dtype = str(entry.new.dtype).removeprefix("torch.")
     raise LorakitError(
-        f"the merged model is not base + adapter: {name} has values that are not finite, or beyond "
+        f"the merged model is not base + adapter: {name} has NaN or Inf, or values beyond "
         f"{dtype}. Nothing was written; try --dtype float32"
     )
 

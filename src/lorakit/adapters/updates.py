@@ -147,7 +147,7 @@ class AdapterFile:
             if not key.startswith(PREFIX):
                 raise InputError(f"{self.folder} holds {key}, which is not part of an adapter")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InputError(f"{self.folder}: {key} holds values that are not finite")
+                raise InputError(f"{self.folder}: {key} holds NaN or Inf")
 
 
 def read_updates(folder: str | Path) -> AdapterFile:
@@ -239,5 +239,5 @@ def _obstacle(
             "save it with path_initial_model_for_weight_conversion where it was trained"
         )
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        return "holds values that are not finite"
+        return "holds NaN or Inf"
     return ""

@@ -255,7 +255,7 @@ def require_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) -> N
     """Raises InputError if the adapter in `folder` holds NaN or Inf."""
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{folder}: {key} holds values that are not finite")
+            raise InputError(f"{folder}: {key} holds NaN or Inf")
 
 
 def same_values(copied: torch.Tensor, own: torch.Tensor) -> bool:

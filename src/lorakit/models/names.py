@@ -68,9 +68,9 @@ def resolve(name: str, *, as_it_is: bool = False) -> ModelSource:
 def _cached(name: str) -> Path:
     """The folder of a hub model in the local cache."""
     if (folder := _in_cache(name)) is None:
-        raise InputError(f"model: '{name}' is no folder here, and not in the local cache")
+        raise InputError(f"model: '{name}' is not a folder here, and not in the local cache")
     if not (folder / "config.json").is_file():
-        raise InputError(f"model: what the local cache has of '{name}' ({folder}) is no model")
+        raise InputError(f"model: '{name}' in the local cache ({folder}) is not a model")
     return folder
 
 
@@ -104,6 +104,6 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # every kind of network and hub failure means the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model: '{name}' is no folder here, not in the local cache, and could not be "
+            f"model: '{name}' is not a folder here, not in the local cache, and could not be "
             f"fetched from the hub ({reason[:150]}): give the model's folder ({BASE_OPTION})"
         ) from error

@@ -73,7 +73,7 @@ def write_templates(folder: str | Path, templates: Templates) -> None:
     named = templates if isinstance(templates, dict) else {DEFAULT: templates}
     for name in named:
         if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise InputError(f"a chat template is named {name!r}, which is no name of a file")
+            raise InputError(f"a chat template is named {name!r}, which is not a file name")
     _remove_templates(folder)
     for name, text in named.items():
         if name == DEFAULT:
@@ -125,5 +125,5 @@ def _json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: it is not readable JSON") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged: it is no JSON object")
+        raise InputError(f"{path} is damaged: it is not a JSON object")
     return values

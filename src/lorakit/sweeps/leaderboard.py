@@ -212,7 +212,7 @@ def read_leaderboard(folder: Path) -> dict[str, Any] | None:
         for row in values["configurations"]:
             row["folder"] = str(folder / row["name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: remove it, and add --resume to make it anew") from (
+        raise InputError(f"{path} is damaged: remove it, and add --resume to write it again") from (
             error
         )
     return values

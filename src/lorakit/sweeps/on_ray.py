@@ -83,14 +83,14 @@ class RayRunner:
                 for line in lines:
                     self.say(line)
         except KeyboardInterrupt as error:
-            raise StoppedError("stopped: the same command with --resume goes on") from error
+            raise StoppedError("stopped: the same command with --resume resumes it") from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, LorakitError) else LorakitError(str(cause)) from error
         except ray.exceptions.RayError as error:
             raise LorakitError(
                 f"a worker of Ray was lost ({str(error).splitlines()[0]}): the same command with "
-                "--resume goes on"
+                "--resume resumes it"
             ) from error
         return {c.name: found[c.name] for c in configurations}
 

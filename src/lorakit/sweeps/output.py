@@ -37,8 +37,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         done = (folder / LEADERBOARD_NAME).is_file()
         what = "a finished sweep" if done else "an unfinished sweep"
         raise InputError(
-            f"output_dir: {folder} holds {what}: add --resume to go on with it, "
-            "or give another folder"
+            f"output_dir: {folder} holds {what}: add --resume to resume it, or give another folder"
         )
     for part in folder.iterdir():
         require_unlocked(part)  # a configuration that somebody trains by itself
@@ -66,11 +65,11 @@ def require_same(
         before = json.loads(path.read_text(encoding="utf-8"))
         changes = _changes(before, now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: start anew in another folder") from error
+        raise InputError(f"{path} is damaged: start again in another folder") from error
     if changes:
         lines = [change.line for change in changes]
         raise InputError(
-            f"the sweep in {folder} cannot go on with other values: {listed(lines, 4)}. "
+            f"the sweep in {folder} cannot be resumed with other values: {listed(lines, 4)}. "
             "Give the same ones, or another folder"
         )
     return True

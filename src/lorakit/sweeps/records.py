@@ -129,7 +129,7 @@ def read_record(configuration: Configuration) -> Record:
         record.train_losses = [(step, loss) for step, loss in values["train_losses"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{record.path} is damaged: remove it, and the configuration is looked at again"
+            f"{record.path} is damaged: remove it, and the configuration is evaluated again"
         ) from error
     return record
 

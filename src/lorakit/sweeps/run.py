@@ -79,7 +79,7 @@ def sweep(
             changes += held.enter_context(rows_from_python(data)).items()
         complete, wishes = load_sweep(recipe, changes, over, settings)
         if data is not None and wishes.engine == "ray":
-            raise InputError("the engine ray reads rows from files: write data into one")
+            raise InputError("the engine ray reads rows from files only: write the data to one")
         held.enter_context(showing(console))
         table = run_sweep(complete, wishes, resume=resume, say=say)
     rows: list[dict[str, Any]] = table["configurations"]

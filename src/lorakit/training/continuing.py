@@ -201,7 +201,7 @@ def check_resume(
         if found.damaged:
             raise InputError(
                 f"none of the checkpoints in {folder} can be used: {listed(found.damaged, 4)}. "
-                "Remove them to start anew with the same command, or give another folder"
+                "Remove them to start again with the same command, or give another folder"
             )
         if finished and changes:
             raise InputError(
@@ -216,13 +216,13 @@ def check_resume(
     cure = "raise training." + ("max_steps" if args.max_steps > 0 else "num_train_epochs")
     if found.step > steps:
         raise InputError(
-            f"the run in {folder} stands at step {found.step}, behind its end at step {steps} as "
+            f"the run in {folder} is at step {found.step}, past its end at step {steps} as "
             f"the recipe is now: {cure}, or give another folder"
         )
     idle = [key for key in keys if takes_effect([key]) and _named(key) not in _WITHOUT_STEPS]
     if found.step == steps and idle:
         raise InputError(
-            f"the run in {folder} stands at its last step, {steps}, and no step is left in which "
+            f"the run in {folder} is at its last step, {steps}, and no step is left in which "
             f"{listed(idle, 4)} would take effect: {cure}, or give another folder"
         )
     named, share, notices = {_named(key) for key in keys}, setup.recipe.data.eval, []

@@ -239,12 +239,12 @@ def check_optimizer(args: TrainingArguments, given: Collection[str]) -> None:
     if "galore" in name or "apollo" in name:
         raise InputError(
             f"training.optim={name} projects the gradients of full matrices to a low rank, which "
-            "an adapter's already are: take another optimiser"
+            "an adapter's already are: choose another optimiser"
         )
     if "lomo" in name:
         raise InputError(
             f"training.optim={name} steps while gradients are made, without accumulation and the "
-            "clipping of training.max_grad_norm: take another optimiser"
+            "clipping of training.max_grad_norm: choose another optimiser"
         )
 
     def options(**changed: Any) -> str:

@@ -31,8 +31,7 @@ def check_output(folder: Path, *, resume: bool) -> None:
     if not resume:
         what = "a finished run" if (folder / MANIFEST_NAME).is_file() else "an unfinished run"
         raise InputError(
-            f"output_dir: {folder} holds {what}: add --resume to go on with it, "
-            "or give another folder"
+            f"output_dir: {folder} holds {what}: add --resume to resume it, or give another folder"
         )
 
 
@@ -94,7 +93,7 @@ def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> 
     before, now = ({"recipe": {}, "data": facts} for facts in (expected, data))
     if changes := run_differences(before, now):
         lines = [change.line for change in changes]
-        raise InputError(f"the data are not those that were learned: {listed(lines, 4)}")
+        raise InputError(f"the data differ from those of the run: {listed(lines, 4)}")
 
 
 def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
@@ -125,7 +124,9 @@ def rendering_of(folder: Path) -> Rendering | None:
     try:
         return Rendering(time=datetime.fromisoformat(time)) if time else None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{folder / RUN_NAME} is damaged: start anew in another folder") from error
+        raise InputError(
+            f"{folder / RUN_NAME} is damaged: start again in another folder"
+        ) from error
 
 
 def changed_since(folder: Path, step: int) -> list[str]:
@@ -147,7 +148,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {"processes": 1, **values, "recipe": dict(values["recipe"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged: start anew in another folder") from error
+        raise InputError(f"{path} is damaged: start again in another folder") from error
 
 
 def left_over(path: Path) -> bool:

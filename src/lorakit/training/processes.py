@@ -60,7 +60,7 @@ def join(backend: str | None = None, timeout_s: float = 1800) -> None:
     except (torch.distributed.DistError, ValueError, RuntimeError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).partition("\n")[0]
-        raise InputError(f"the other processes cannot be met at {where}: {reason}") from error
+        raise InputError(f"the other processes cannot be reached at {where}: {reason}") from error
 
 
 def first_to_fail() -> bool:

@@ -81,8 +81,8 @@ def reproduce(
     changed = [entry for entry in before.continued if not _is_idle(entry)]
     if changed:
         raise InputError(
-            f"{adapter} went on with another recipe or other data behind step "
-            f"{changed[0]['step']}: no one recipe makes it again"
+            f"{adapter} was resumed with another recipe or other data after step "
+            f"{changed[0]['step']}: no single recipe reproduces it"
         )
     _, old = read_adapter(adapter)
     recipe = load_recipe(_moved(before, model, data) | {"output_dir": str(output_dir)})

@@ -98,7 +98,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 if key in seen:
                     line = key_node.start_mark.line + 1
-                    raise InputError(f"line {line}: the key '{key}' stands twice; remove one")
+                    raise InputError(f"line {line}: the key '{key}' occurs twice; remove one")
                 seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -129,7 +129,7 @@ def test_a_rank_beyond_vllms_and_a_value_that_is_not_finite_are_refused(
     key = sorted(tensors)[0]
     tensors[key][0, 0] = torch.nan
     save_file(tensors, weights)
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="NaN or Inf"):
         export_vllm(adapter, tmp_path / "served")
     del tensors[key]
     save_file({k: torch.ones_like(t) for k, t in tensors.items()}, weights)

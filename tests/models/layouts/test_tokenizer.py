@@ -278,8 +278,8 @@ def test_glm_4s_chat_has_its_marks_and_no_spaces(glm4: Any, tik: tiktoken.Encodi
     [
         (lambda: sentencepiece_model()[:-100], "damaged or cut off"),
         (lambda: sentencepiece_model()[:1000], "damaged or cut off"),
-        (lambda: b"nonsense", "no sentencepiece model"),
-        (lambda: b"", "no sentencepiece model"),
+        (lambda: b"nonsense", "not a sentencepiece model"),
+        (lambda: b"", "not a sentencepiece model"),
         (lambda: sentencepiece_model(model_type="char", vocab_size=400), "another kind"),
         (lambda: ranks_file()[:200], "damaged vocabulary"),
         (lambda: b"".join(ranks_file().splitlines(True)[:200]), "cut off"),

@@ -93,7 +93,7 @@ def _renamed(
         except KeyError as error:
             kind = names.config.removesuffix("Config").upper()
             raise InputError(
-                f"{adapter}: {kind} has no module {path}: it is for another"
+                f"{adapter}: {kind} has no module {path}: it is for another base model"
             ) from error
         own = replace(pair, path=name, B=pair.folded(scaling), scaling=scaling)
         if part is None:

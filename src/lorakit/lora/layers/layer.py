@@ -236,7 +236,9 @@ class LoraLayer(WrappedModule):
             names = [] if self.merged_adapters else [n for n in route.shared if n in self.r]
             return self._forward_shared(x, names, *args, **kwargs)
         if self.merged_adapters:
-            raise InputError("rows cannot choose adapters while one is merged: unmerge first")
+            raise InputError(
+                "adapter_names cannot be used while an adapter is merged: unmerge first"
+            )
         return self._forward_parts(x, route, *args, **kwargs)
 
     def _on_route(self) -> list[str]:

@@ -110,7 +110,9 @@ class LoraParameter(LoraLayer):
         if route.rows is None:
             return self._with(self._on_route() if not self.merged else [], args, kwargs)
         if self.merged:
-            raise InputError("rows cannot choose adapters while one is merged: unmerge first")
+            raise InputError(
+                "adapter_names cannot be used while an adapter is merged: unmerge first"
+            )
         own = {name for wrapper in self.wrappers for name in wrapper.r}
         names = list(dict.fromkeys(name for name in route.row_names if name in own))
         if not names:

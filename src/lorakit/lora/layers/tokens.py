@@ -133,7 +133,9 @@ class TrainedTokens(WrappedModule):
             self._require_apart(names)
             return names
         if self.merged:
-            raise InputError("rows cannot choose adapters while one is merged: unmerge first")
+            raise InputError(
+                "adapter_names cannot be used while an adapter is merged: unmerge first"
+            )
         return [name for name in route.row_names if name in self.token_indices]
 
     def require_together(self, names: Sequence[str]) -> None:

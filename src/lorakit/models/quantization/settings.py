@@ -36,7 +36,7 @@ class Quantization:
         known = by_type()
         if self.type not in tuple(known):
             near = did_you_mean(str(self.type), known)
-            raise InputError(f"quantization: {self.type!r} is none of {', '.join(known)}{near}")
+            raise InputError(f"quantization: {self.type!r} is not one of {', '.join(known)}{near}")
         if self.double_quantization not in (None, True, False):
             raise InputError("quantization.double_quantization should be true or false")
         if self.compute_dtype not in (None, *_COMPUTE_DTYPES):

@@ -37,5 +37,5 @@ class TorchAO(Backend):
         if kind.dequantize is torch.Tensor.dequantize:
             raise InputError(
                 f"the base's weights are torchao's {kind.__name__}, through which no gradients go: "
-                "give the model that it was made of"
+                "give the model before quantisation"
             )

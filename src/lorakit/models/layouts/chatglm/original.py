@@ -93,7 +93,8 @@ def read_original(path: Path) -> Original:
     ):
         if sizes[one] % unit:
             raise InputError(
-                f"model: {path / 'config.json'}: {one} {sizes[one]} is no multiple of {unit}, {why}"
+                f"model: {path / 'config.json'}: {one} {sizes[one]} is not "
+                f"a multiple of {unit}, {why}"
             )
     epsilon, ratio = values.get("layernorm_epsilon"), values.get("rope_ratio", 1.0)
     for name, number in (("layernorm_epsilon", epsilon), ("rope_ratio", ratio)):
@@ -156,7 +157,7 @@ def _stretches_positions(original: Original) -> bool:
 def _require_known(path: Path, values: Any) -> None:
     """Raises InputError for a model that transformers' GLM does not compute."""
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
-        raise InputError(f"model: {path} is no model in ChatGLM's original layout")
+        raise InputError(f"model: {path} is not a model in ChatGLM's original layout")
     if "inner_hidden_size" in values or "position_encoding_2d" in values:
         raise InputError(
             f"model: {path} is the first ChatGLM-6B, another architecture that transformers does "
@@ -167,7 +168,7 @@ def _require_known(path: Path, values: Any) -> None:
     if values.get("quantization_bit"):
         raise InputError(
             f"model: {path} is quantised by its own code (quantization_bit "
-            f"{values['quantization_bit']}): give the model that it was made of"
+            f"{values['quantization_bit']}): give the model before quantisation"
         )
     if values.get("pre_seq_len"):
         raise InputError(

@@ -113,7 +113,8 @@ def read_sentencepiece(path: Path) -> Any:
         raise InputError(f"model: {path} cannot be read: {error.strerror}") from error
     except (DecodeError, ValueError) as error:
         raise InputError(
-            f"model: {path} is no sentencepiece model, damaged or cut off: copy or fetch it again"
+            f"model: {path} is not a sentencepiece model, damaged or cut off: copy or fetch it "
+            "again"
         ) from error
     trained, rules = file.trainer_spec, file.normalizer_spec
     known = trained.model_type in (_UNIGRAM, _BPE)

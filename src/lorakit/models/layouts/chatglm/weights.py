@@ -213,7 +213,7 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         if "mmap can only be used" in str(error):
             raise InputError(
-                f"model: {path} is no file of tensors that a torch since 1.6 has written, or is "
+                f"model: {path} is not a file of tensors written by torch 1.6 or newer, or is "
                 f"cut off: {_FETCH}"
             ) from error
         raise InputError(f"model: {path} is damaged or cut off: {_FETCH}") from error
