@@ -72,7 +72,7 @@ def import_adapter(
     """
     if any((Path(source) / name).is_file() for name in (WEIGHTS_NAME, PICKLED_NAME)):
         if alpha is not None:
-            raise InputError("--alpha: PEFT's files say it themselves")
+            raise InputError("--alpha: leave it out, PEFT's files state it")
         tool, config, own = native_adapter(Path(source), base)
         counts = Counter(t.shape[0] for key, t in own.items() if key.endswith(FACTORS_A))
         return _written(output, config, own, tool, counts)

@@ -118,7 +118,7 @@ class Search:
             furthest = max(record.last.share for record in left)
             losses = mean_at(left, furthest, SELECTION)
             best = min(losses, key=lambda name: losses[name])
-            self.say(f"{best} goes on instead of those that were dropped")
+            self.say(f"{best} continues instead of those that were dropped")
             [record] = [r for r in left if r.configuration.name == best]
             rung = next(i for i, share in enumerate(self.shares) if share == furthest)
             self._climb([record], [record], rung + 1)

@@ -49,7 +49,7 @@ def require_unchanged(changes: Sequence[Difference], folder: Path) -> None:
     """Raises InputError where a run that is resumed differs from the one in `folder`."""
     if not changes:
         return
-    cures = ["Give the same ones", "start anew in another folder"]
+    cures = ["Give the same ones", "start again in another folder"]
     if not any(change_of(change.key).effect == "refused" for change in changes):
         cures.append("accept the difference with --continue")
     raise InputError(

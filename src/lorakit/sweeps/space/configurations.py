@@ -45,7 +45,7 @@ _FIXED = {
     "output_dir": "is the sweep's folder",
     "early_stopping_patience": "is lorakit train's: a sweep stops what loses by itself",
     "training.load_best_model_at_end": "is lorakit train's: a sweep compares what training ends in",
-    "training.save_only_model": "is lorakit train's: a sweep goes on from its checkpoints",
+    "training.save_only_model": "is lorakit train's: a sweep is resumed from its checkpoints",
 }
 
 
