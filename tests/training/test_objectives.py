@@ -135,6 +135,18 @@ def test_a_score_that_is_better_when_it_is_smaller_is_the_objectives_to_say(
         load_recipe(values, ["training.greater_is_better=true"])
 
 
+@pytest.mark.parametrize(("how", "expected"), [("eva", 0), ("lora_ga", 3)])
+def test_a_start_from_data_takes_the_loss_only_for_its_gradient(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, how: str, expected: int
+):
+    calls: list[Any] = []
+    own = ToyPreference.loss
+    monkeypatch.setattr(ToyPreference, "loss", lambda *a: calls.append(a) or own(*a))
+    values["lora"] = values["lora"] | {"init_lora_weights": how}
+    set_up(load_recipe(values))
+    assert len(calls) == expected  # batches of three of nine pairs
+
+
 def test_lora_ga_starts_from_the_gradient_of_the_objectives_own_loss(values: dict[str, Any]):
     given = {k: v for k, v in values.items() if k not in ("objective", "data")}
     given["lora"] = given["lora"] | {"init_lora_weights": "lora_ga"}

@@ -153,8 +153,7 @@ def get_eva_state_dict(
     """
     if isinstance(model, AdapterBank):
         config = model.peft_config[adapter_name]
-        layers = _linear_layers(model, adapter_name)
-        modules = {path: layer.get_base_layer() for path, layer in layers.items()}
+        modules: Mapping[str, nn.Module] = _linear_layers(model, adapter_name)
     elif peft_config is None:
         raise InputError("get_eva_state_dict needs peft_config for a model without adapters")
     else:

@@ -157,8 +157,10 @@ def as_meant(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
             found[name] = _collection(value)
         elif name in _ENUMS and isinstance(value, str):
             found[name] = value.rpartition(".")[2]  # str() of an enum's member
+        elif name == "init_lora_weights" and not isinstance(value, str):
+            found[name] = value
         elif isinstance(default, bool) and str(value).lower() in _SWITCHES:
-            found[name] = _switch(name, value)
+            found[name] = _SWITCHES[str(value).lower()]
         else:
             found[name] = value
     return found
@@ -186,12 +188,6 @@ def _number(value: Any) -> Any:
     except ValueError:
         return value
     return whole(number) if value.strip().isdecimal() else number
-
-
-def _switch(name: str, value: Any) -> Any:
-    if name == "init_lora_weights" and not isinstance(value, str):
-        return value
-    return _SWITCHES[str(value).lower()]
 
 
 def _everywhere(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -237,6 +237,9 @@ def _started(inputs: TrainingInputs, recipe: Recipe, arguments: TrainingArgument
     chosen = batching.train_batches(inputs.data.train, arguments, epoch=0)[:_START_BATCHES]
 
     def mean_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # its inputs are all that is looked at: one pass will do
+            total, count = forward.reader(model, batch)
+            return total / count
         loss = objective.loss(forward, batch)
         return loss.total / loss.count
 

@@ -111,7 +111,7 @@ def input_covariances(
     with in_mode(model, training=False):
         leaders = leaders_of(modules, run, first)
         with observed({leader: modules[leader] for leader in leaders.values()}, see):
-            for batch in itertools.chain([first], stream):
+            for batch in stream:
                 mask = counted_tokens(batch, ignored_label=None)
                 run(batch)
     check_reached(modules, {name for name in modules if leaders[name] in sums}, "CorDA")

@@ -160,7 +160,7 @@ def eva(
                 svds[name].update(as_rows(x, mask))
 
         with observed({leader: modules[leader] for leader in svds}, see):
-            for batch in itertools.chain([first], stream, again):
+            for batch in itertools.chain(stream, again):
                 mask = counted_tokens(
                     batch, config.label_mask_value if config.use_label_mask else None
                 )

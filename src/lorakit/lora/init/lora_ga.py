@@ -1,7 +1,6 @@
 """LoRA-GA: directions of the gradient of the weight."""
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def weight_gradients(
     Raises:
         InputError: there is no batch, a module is not linear, or its weight has no gradient.
     """
-    first, stream = first_of(batches, "LoRA-GA")
+    _, stream = first_of(batches, "LoRA-GA")
     weights = {name: linear_base(name, module).weight for name, module in modules.items()}
     for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
@@ -129,7 +128,7 @@ def weight_gradients(
 
     others = () if model is None else model.parameters()
     with in_mode(model, training=True), torch.enable_grad(), alone_trained(weights, others, add):
-        for batch in itertools.chain([first], stream):
+        for batch in stream:
             before = counts.total()
             loss = run(batch)
             if counts.total() > before:  # run has called backward

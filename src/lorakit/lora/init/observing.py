@@ -3,6 +3,7 @@
 The model is left as it was.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,10 +114,10 @@ def linear_base(name: str, module: nn.Module) -> Any:
 
 
 def first_of(batches: Iterable[Any], method: str) -> tuple[Any, Iterator[Any]]:
-    """The first batch and those after it."""
+    """The first batch, and all of them."""
     stream = iter(batches)
     for first in stream:
-        return first, stream
+        return first, itertools.chain([first], stream)
     raise InputError(f"{method} needs at least one batch of data, and there is none")
 
 
