@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -157,36 +157,25 @@ def _train(
         setup.base_fingerprint,
         **setup.inputs.rendering_facts(),
     )
-    found, changes, notices = Found(), [], []
+    finished = read_manifest(folder) if resume else None
+    if finished is not None and same_run(finished, identity):
+        require_same_view("the finished run", folder)
+        say(f"{folder} is finished already: nothing is left to do")
+        return TrainResult(folder, finished)
     if resume:
-        finished = read_manifest(folder)
-        done = finished is not None and same_run(finished, identity)
-        if not done:
-            found, changes = newest_whole(folder), changes_since(folder, identity)
-        last = found.checkpoint.name if found.checkpoint else None
-        require_same_view("the finished run" if done else last, folder)
-        if finished is not None and done:
-            say(f"{folder} is finished already: nothing is left to do")
-            return TrainResult(folder, finished)
-        say(*found.damaged)
-        if not accept_changes:
-            require_unchanged(changes, folder)
-        notices = check_resume(setup, found, changes, finished=finished is not None)
-    also = missing_state(found, accept_changes=accept_changes)
-    stale = changed_since(folder, found.step) if resume else []
-    if main:
-        claim_output(folder, identity, changes, step=found.step, also=also)
-    say(*(f"resuming with a change: {change.line}" for change in changes), *notices)
-    if resume:
-        last = f"resuming from {found.checkpoint.name}" if found.checkpoint else None
-        say(last or "no checkpoint yet: starting")
+        ended = finished is not None
+        found, changed = _resume(setup, identity, say, main, accept_changes, ended)
+    else:
+        found, changed = Found(), []
+        if main:
+            claim_output(folder, identity)
     say(*_description(setup))
 
     metrics = StepLines(folder / METRICS_NAME, writes=main)
     with named_failures(folder):
         trainer = setup.trainer()
         trainer.say = say
-        trainer.forget_evaluations = changes_evaluation([*stale, *(c.key for c in changes)])
+        trainer.forget_evaluations = changes_evaluation(changed)
         reader = trainer.forward.reader
         if isinstance(reader, SupervisedLoss) and reader.output is None:
             say("the loss is taken of the model's own logits, at learned tokens alone")
@@ -211,6 +200,36 @@ def _train(
                 say(*write_samples(folder, setup))
             say(*write_report(folder).notices)
     return TrainResult(folder, manifest)
+
+
+def _resume(
+    setup: Setup,
+    identity: dict[str, Any],
+    say: Callable[..., None],
+    main: bool,
+    accept_changes: bool,
+    ended: bool,
+) -> tuple[Found, list[str]]:
+    """Takes over the run in the folder; returns its checkpoint and the keys that changed since.
+
+    Args:
+        ended: the run had come to its end, by another recipe or with other data.
+    """
+    folder = Path(setup.recipe.output_dir)
+    found, changes = newest_whole(folder), changes_since(folder, identity)
+    last = found.checkpoint.name if found.checkpoint else None
+    require_same_view(last, folder)
+    say(*found.damaged)
+    if not accept_changes:
+        require_unchanged(changes, folder)
+    notices = check_resume(setup, found, changes, finished=ended)
+    also = missing_state(found, accept_changes=accept_changes)
+    changed = [*changed_since(folder, found.step), *(change.key for change in changes)]
+    if main:
+        claim_output(folder, identity, changes, step=found.step, also=also)
+    say(*(f"resuming with a change: {change.line}" for change in changes), *notices)
+    say(f"resuming from {last}" if last else "no checkpoint yet: starting")
+    return found, changed
 
 
 def _description(setup: Setup) -> Iterator[str]:
