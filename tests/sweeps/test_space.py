@@ -78,7 +78,7 @@ def test_the_block_in_a_recipe_gives_what_the_command_line_does_not(tmp_path: Pa
         (["lora.r=4..64"], "a range has no grid"),
         (["data.limit=10,20"], "data.limit: it is the same for all configurations"),
         (["output_dir=a,b"], "output_dir: it is the sweep's folder"),
-        (["training.save_only_model=true,false"], "a sweep goes on from its checkpoints"),
+        (["training.save_only_model=true,false"], "a sweep is resumed from its checkpoints"),
         ([f"training.seed={','.join(map(str, range(1001)))}"], "has 1,001 configurations"),
         (["lora.lora_dropout=0,0.0"], "lora_dropout=0 and lora.lora_dropout=0 are the same"),
     ],
