@@ -195,9 +195,9 @@ def label(
         for start, end in answers.spans:
             learned = slice(bisect_left(encoded.starts, start), bisect_left(encoded.starts, end))
             labels[learned] = ids[learned]
-    if not (answers.ended if answers else ids[-1:] == [_eos(tokenizer)]):
-        ids.append(_eos(tokenizer))
-        labels.append(_eos(tokenizer))
+    if not (answers.ended if answers else ids[-1:] == [end_token(tokenizer)]):
+        ids.append(end_token(tokenizer))
+        labels.append(end_token(tokenizer))
     labels[0] = IGNORE
     if all(token == IGNORE for token in labels):
         raise InputError(f"{reading.where}: no token to learn; give it an answer or drop it")
@@ -211,7 +211,8 @@ def label(
     )
 
 
-def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id of the end-of-sequence token. Raises InputError where there is none."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token, so no answer could end")
     return int(tokenizer.eos_token_id)

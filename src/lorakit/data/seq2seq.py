@@ -6,6 +6,7 @@ There is no chat template in between: what a row asks is the text that the encod
 from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
+from lorakit.data.masking import end_token
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 
@@ -39,9 +40,7 @@ def tokenize_pair(
     Raises:
         InputError: as in `prompt_text`, or the tokenizer has no end-of-sequence token.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise InputError("the tokenizer has no end-of-sequence token, so no answer could end")
+    end = end_token(tokenizer)
     ids = prompt_tokens(sample, tokenizer)
     labels = list(tokenizer(text_target=sample.reference, verbose=False)["input_ids"])
     if labels[-1:] != [end]:

@@ -253,10 +253,8 @@ def _own_held_out(
 def _read_saved(
     folder: Path, split: str | None, full_names: bool, wanted: Sequence[str]
 ) -> Contents:
-    notices: list[str] = []
-    own = None
-    if split is None and (names := saved_splits(folder)):
-        split, notices, own = _choose_named(folder, names, wanted)
+    names = saved_splits(folder) if split is None else []
+    split, notices, own = _choose_named(folder, names, wanted) if names else (split, [], None)
     chosen = saved_split(folder, split)
     name = str(folder) if full_names else folder.name
     name += f":{chosen.name}" if chosen != folder else ""
@@ -285,11 +283,11 @@ def _choose_named(
 
 
 def _read_hub(name: str, split: str | None, wanted: Sequence[str]) -> Contents:
-    notices: list[str] = []
-    own = None
-    if split is None:
-        split, notices, own = _choose_named(Path(name), hub_splits(name), wanted)
-    place, label = Path(name), f"{name}:{split}"
+    place = Path(name)
+    split, notices, own = (
+        (split, [], None) if split else _choose_named(place, hub_splits(name), wanted)
+    )
+    label = f"{name}:{split}"
     rows = [Row(values, place, i, label) for i, values in enumerate(hub_records(name, split), 1)]
     return Contents(_some(rows, place), _sha256_of_rows(rows), notices, own)
 

@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.conversations import Message
-from lorakit.data.templates import render, special_tokens
+from lorakit.data.templates import mark_beside, render, special_tokens
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def find_answers(
     """
     write = partial(render, tokenizer=tokenizer, tools=tools)
     full = write(messages)
-    mark = "7310582946"  # digits survive upper-casing, trimming and JSON quoting
-    while mark in full:
-        mark += mark[-3]
+    mark = mark_beside(full)
     special = special_tokens(tokenizer)
     last = len(messages) - 1
     last_marked = write([*messages[:last], _plain(messages[last], mark)])

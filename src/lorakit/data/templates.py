@@ -172,9 +172,7 @@ def _shows_python(
     brought = sum(str(message.get("content")).count("{'") for message in messages)
     if text.count("{'") <= brought:
         return False
-    mark = "7310582946"
-    while mark in text:
-        mark += mark[-3]
+    mark = mark_beside(text)
 
     def marked(call: dict[str, Any]) -> dict[str, Any]:
         arguments = call["function"]["arguments"]
@@ -188,6 +186,14 @@ def _shows_python(
         raise
     except Exception:  # it insists on arguments of its own
         return True
+
+
+def mark_beside(text: str) -> str:
+    """Digits that are not in `text`; they survive upper-casing, trimming and JSON quoting."""
+    mark = "7310582946"
+    while mark in text:
+        mark += mark[-3]
+    return mark
 
 
 def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
