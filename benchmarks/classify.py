@@ -37,7 +37,7 @@ import lorakit
 from benchmarks.peers import warmed
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.data.labelled import collect_labels, read_labelled
-from lorakit.evaluation.classification import evaluate_labels
+from lorakit.evaluation.label_evaluation import evaluate_labels
 from lorakit.models.names import resolve
 
 MODEL = "all-minilm-l6-v2"

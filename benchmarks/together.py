@@ -40,9 +40,9 @@ def write_rows(path: Path, count: int) -> None:
 def measure(side: str, options: argparse.Namespace) -> Figures:
     """Tokens a second of all runs, whatever belongs to them, and the peak memory in MB."""
     from lorakit.models.load import best_device, torch_dtype
-    from lorakit.sweeps.base import SweepBase
     from lorakit.sweeps.local import LocalRunner
     from lorakit.sweeps.space.configurations import Configuration
+    from lorakit.sweeps.sweep_base import SweepBase
     from lorakit.training.machine import settle_in
     from lorakit.training.recipe import load_recipe
     from lorakit.training.setup import load_inputs

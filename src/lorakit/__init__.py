@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from lorakit.models.quantization.prepare import (
         prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
-    from lorakit.sweeps.run import sweep as sweep
+    from lorakit.sweeps.run_sweep import sweep as sweep
     from lorakit.training.monitor import LoraMonitor as LoraMonitor
     from lorakit.training.run import train as train
 
@@ -86,7 +86,7 @@ _BY_MODULE = {
     "lorakit.models.auto": "AutoModelForCausalLM AutoTokenizer",
     "lorakit.models.load": "load_model",
     "lorakit.models.quantization.prepare": "prepare_model_for_kbit_training",
-    "lorakit.sweeps.run": "sweep",
+    "lorakit.sweeps.run_sweep": "sweep",
     "lorakit.training.monitor": "LoraMonitor",
     "lorakit.training.run": "train",
 }

@@ -9,7 +9,7 @@ import torch
 from lorakit.data.masking import tokenize
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.loss import mean_loss
+from lorakit.evaluation.held_out import mean_loss
 
 
 @pytest.fixture

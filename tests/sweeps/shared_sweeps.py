@@ -8,9 +8,9 @@ import torch
 
 import lorakit
 from lorakit.models.load import best_device, torch_dtype
-from lorakit.sweeps.base import SweepBase, whole_split
 from lorakit.sweeps.local import LocalRunner
 from lorakit.sweeps.space.configurations import Configuration
+from lorakit.sweeps.sweep_base import SweepBase, whole_split
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import load_inputs
 from small_runs import recipe, weights
@@ -31,9 +31,9 @@ def configurations(
 def runner_for(values: Mapping[str, Any], **options: Any) -> LocalRunner:
     """A runner whose held-out rows are all in one split."""
     base = load_recipe(values)
-    begun = load_inputs(base, torch_dtype(base.dtype, best_device()))
-    held = whole_split(begun.data.eval, begun.data.eval_samples)
-    return LocalRunner(SweepBase(base, begun, {"held": held}), **options)
+    inputs = load_inputs(base, torch_dtype(base.dtype, best_device()))
+    held = whole_split(inputs.data.eval, inputs.data.eval_samples)
+    return LocalRunner(SweepBase(base, inputs, {"held": held}), **options)
 
 
 def solo(configuration: Configuration, folder: Path) -> dict[str, torch.Tensor]:

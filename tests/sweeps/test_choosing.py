@@ -6,13 +6,13 @@ import pytest
 
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.sweeps.base import REPORT, SELECTION, split
 from lorakit.sweeps.bootstrap import (
     loss_interval,
     mean_loss,
     score_interval,
 )
 from lorakit.sweeps.search import promoted, rungs
+from lorakit.sweeps.sweep_base import REPORT, SELECTION, split
 
 
 def test_rungs_leave_one_or_a_few_at_the_end():

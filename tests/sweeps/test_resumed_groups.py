@@ -1,10 +1,7 @@
 """Groups that stop and go on: at a share, in another runner, after kills; and what diverges."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import lorakit
+from kills import kill_until_done
 from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError
-from lorakit.evaluation.loss import mean_loss
+from lorakit.evaluation.held_out import mean_loss
 from lorakit.training.interrupt import StoppedError
 from small_runs import lines, weights
 from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
@@ -128,7 +126,7 @@ def test_a_whole_run_leaves_an_adapter_with_the_losses_that_were_returned(
         assert losses[3][0] / losses[3][1] == pytest.approx(one, rel=1e-5)
         steps = [line["step"] for line in lines(folder / "metrics.jsonl") if "loss" in line]
         assert steps == [1, 2, 3, 4, 5, 6]
-    assert not any("lora" in name for name, _ in runner.base.begun.model.named_modules())
+    assert not any("lora" in name for name, _ in runner.base.inputs.model.named_modules())
 
 
 def test_another_recipe_in_a_folder_is_refused(tiny_model: Path, rows: Path, tmp_path: Path):
@@ -138,38 +136,6 @@ def test_another_recipe_in_a_folder_is_refused(tiny_model: Path, rows: Path, tmp
         runner_for(values).advance(configurations(values, tmp_path, [{"lora.r": 3}]), 0.2)
 
 
-# Imports once and then forks, so that starting again takes no time.
-DRIVER = """
-import json, os, random, signal, sys, time
-import psutil
-from pathlib import Path
-from sweeps.shared_sweeps import configurations, runner_for
-import lorakit.sweeps.group, lorakit.training.run
-
-values, folder, changes = json.loads(sys.argv[1])
-moments, kills = random.Random(3), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        sweep = configurations(values, Path(folder), changes)
-        runner = runner_for(values)
-        runner.advance(sweep, 0.6)
-        runner.advance(sweep, 1.0)
-        os._exit(0)
-    limit = moments.uniform(0.4, 1.6) + 0.1 * kills  # of its own time, however busy the machine
-    while sum(psutil.Process(child).cpu_times()[:2]) < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, status
-            print(kills)
-            sys.exit(0)
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-"""
-
-
 @pytest.mark.exhaustive
 def test_whenever_a_group_is_killed_it_goes_on_to_the_weights_of_an_undisturbed_one(
     tiny_model: Path, rows: Path, tmp_path: Path
@@ -177,16 +143,20 @@ def test_whenever_a_group_is_killed_it_goes_on_to_the_weights_of_an_undisturbed_
     values = small(tiny_model, rows, tmp_path / "base", max_steps=40, save_steps=1)
     values["dtype"] = "float64"
     changes = [{"lora.lora_dropout": 0.1}, {"lora.r": 2, "training.max_steps": 20}]
-    arguments = json.dumps([values, str(tmp_path / "killed"), changes])
-    tests = Path(__file__).parents[1]
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, arguments],
-        env=os.environ | {"PYTHONPATH": str(tests)},
-        capture_output=True,
-        text=True,
-    )
-    assert driver.returncode == 0, driver.stderr
-    assert int(driver.stdout.splitlines()[-1]) >= 2
+    prepare = """
+from pathlib import Path
+from sweeps.shared_sweeps import configurations, runner_for
+import lorakit.sweeps.group, lorakit.training.run
+"""
+    work = """
+values, folder, changes = values
+sweep = configurations(values, Path(folder), changes)
+runner = runner_for(values)
+runner.advance(sweep, 0.6)
+runner.advance(sweep, 1.0)
+"""
+    arguments = [values, str(tmp_path / "killed"), changes]
+    assert kill_until_done(prepare, work, arguments, seed=3, within=(0.4, 1.6)) >= 2
     undisturbed = configurations(values, tmp_path / "undisturbed", changes)
     runner_for(values).advance(undisturbed, 1.0)
     for name in ("c00", "c01"):

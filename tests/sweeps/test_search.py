@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from lorakit.sweeps.base import REPORT, SELECTION
 from lorakit.sweeps.records import Progress, read_record
 from lorakit.sweeps.search import Search
 from lorakit.sweeps.space.configurations import Configuration
+from lorakit.sweeps.sweep_base import REPORT, SELECTION
 from lorakit.training.recipe import load_recipe
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import InputError
-from lorakit.sweeps.output import check_disk, check_folder, claim_folder, require_same
 from lorakit.sweeps.space.configurations import check_keys, configurations, shown
 from lorakit.sweeps.space.samplers import Outcome, sampler_of
-from lorakit.sweeps.space.settings import load_sweep, parse_over
+from lorakit.sweeps.space.sweep_settings import load_sweep, parse_over
+from lorakit.sweeps.sweep_folder import check_disk, check_folder, claim_folder, require_same
 from lorakit.training.recipe import Recipe, load_recipe
 
 VALUES = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "runs/s"}

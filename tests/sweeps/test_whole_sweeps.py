@@ -11,8 +11,8 @@ from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
 from lorakit.errors import InputError
-from lorakit.evaluation.loss import mean_loss
-from lorakit.sweeps.base import load_base
+from lorakit.evaluation.held_out import mean_loss
+from lorakit.sweeps.sweep_base import load_base
 from lorakit.training.recipe import load_recipe
 from matrix import few
 from small_runs import weights

@@ -133,7 +133,7 @@ def test_a_sweep_that_was_stopped_and_moved_goes_on_to_the_table_of_one_that_sta
     over = {"lora.r": [2, 4, 8]}
     stayed = lorakit.sweep(values | {"output_dir": str(tmp_path / "stayed")}, over=over, quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr("lorakit.sweeps.run.write_leaderboard", _stop)
+        patch.setattr("lorakit.sweeps.run_sweep.write_leaderboard", _stop)
         with pytest.raises(LorakitError):
             lorakit.sweep(values, over=over, quiet=True)
     shutil.move(tmp_path / "sweep", tmp_path / "moved")

@@ -19,7 +19,7 @@ from lorakit.adapters.open import open_adapter
 from lorakit.data.dataset import load_samples
 from lorakit.data.masking import tokenize
 from lorakit.errors import InputError, LorakitError
-from lorakit.evaluation.loss import mean_loss
+from lorakit.evaluation.held_out import mean_loss
 from matrix import few
 from small_runs import recipe, save_sums, weights
 from tiny import byte_tokenizer

@@ -20,7 +20,7 @@ from lorakit.adapters.manifest import read_manifest
 from lorakit.adapters.open import open_adapter
 from lorakit.data.labelled import read_labelled
 from lorakit.errors import InputError
-from lorakit.evaluation.classification import evaluate_labels
+from lorakit.evaluation.label_evaluation import evaluate_labels
 from lorakit.lora import LoraModel
 from lorakit.training.check import check, shown_row
 from lorakit.training.recipe import load_recipe

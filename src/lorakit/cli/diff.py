@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,7 @@ def diff(
             first, second, samples, base=base, max_new_tokens=max_new_tokens
         )
     if as_json:
-        answers = {"prompts": asked, "changed": [answer.to_dict() for answer in changed]}
+        answers = {"prompts": asked, "changed": [asdict(answer) for answer in changed]}
         values = {**found.to_dict(), **({"answers": answers} if data else {})}
         say_json(values)
         return

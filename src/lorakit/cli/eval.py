@@ -15,8 +15,8 @@ from lorakit.console import say_all
 from lorakit.progress import task
 
 if TYPE_CHECKING:
-    from lorakit.evaluation.classification import LabelEvaluation
     from lorakit.evaluation.evaluate import Evaluation
+    from lorakit.evaluation.label_evaluation import LabelEvaluation
 
 
 def evaluate(
@@ -54,6 +54,7 @@ def evaluate(
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter
     from lorakit.data.splits import MEASURED
+    from lorakit.evaluation.metrics import parse_metrics
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.forms import CLASSIFICATION
 
@@ -66,25 +67,23 @@ def evaluate(
     result: Evaluation | LabelEvaluation
     if task_type in CLASSIFICATION:
         from lorakit.data.labelled import read_labelled
+        from lorakit.data.scores import LabelScorer
         from lorakit.data.sources import read_source
-        from lorakit.evaluation.classification import check_metrics, evaluate_labels
+        from lorakit.evaluation.label_evaluation import evaluate_labels
 
         contents = read_source(data, wanted=MEASURED)
         say_all(contents.notices)
         labelled = read_labelled(contents.rows, task_type, mapping, limit)
         opened = open_adapter(adapter, **options)
-        names = _names(metrics)
-        check_metrics(names, opened.labels, words=task_type == "TOKEN_CLS")
-        with task("evaluating") as work:
-            result = evaluate_labels(
-                opened, labelled, batch_size=batch_size, max_length=most, on_progress=work.update
-            )
+        scorer = LabelScorer(tuple(opened.labels), words=task_type == "TOKEN_CLS")
+        names = parse_metrics(metrics, (*scorer.metrics, "loss")) if metrics else []
+        with task("evaluating", len(labelled)):
+            result = evaluate_labels(opened, labelled, batch_size=batch_size, max_length=most)
         _show_labels(result, names)
     else:
         from lorakit.data.formats import SUPERVISED
         from lorakit.data.mixing import mix
         from lorakit.evaluation.evaluate import evaluate as run
-        from lorakit.evaluation.metrics import parse_metrics
         from lorakit.objectives.registry import make_objective
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
@@ -137,11 +136,6 @@ def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
         for c in result.classes
     ]
     print_table("", ("label", "number", "precision", "recall", "f1"), classes)
-
-
-def _names(metrics: str | None) -> list[str]:
-    """The names in `"accuracy, f1"`; none for None."""
-    return [name for part in (metrics or "").split(",") if (name := part.strip())]
 
 
 def _mapping(columns: str) -> dict[str, str]:

@@ -82,11 +82,11 @@ def sweep(
         "engine": engine,
         "workers": workers,
     }
-    from lorakit.sweeps.space.settings import load_sweep
+    from lorakit.sweeps.space.sweep_settings import load_sweep
 
     complete, wishes = load_sweep(recipe, overrides, over or (), settings)
 
-    from lorakit.sweeps.run import run_sweep
+    from lorakit.sweeps.run_sweep import run_sweep
 
     gc.freeze()
     gc.enable()

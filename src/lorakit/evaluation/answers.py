@@ -1,7 +1,6 @@
 """Greedy answers to many prompts, in batches.
 
-What ends an answer is told in `lorakit.engine.sampling`, what is its reasoning in
-`lorakit.data.answer_form`, and what it is worth in `metrics`.
+`engine.sampling` knows what ends an answer, `data.answer_form` what is reasoning in it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lorakit.data.answer_form import AnswerForm, answer_form
 from lorakit.data.batches import LabelCollator
 from lorakit.data.conversations import Message
-from lorakit.data.grouping import cut
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.samples import Sample
 from lorakit.data.seq2seq import prompt_tokens as encoder_tokens
@@ -26,10 +24,13 @@ from lorakit.engine.sampling import (
     prompt_tokens,
     stops_at,
 )
+from lorakit.evaluation.held_out import evaluating, longest_first
 from lorakit.models.load import positions_of
-from lorakit.progress import Task, innermost
+from lorakit.models.loaded import base_model
+from lorakit.progress import innermost
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -46,35 +47,30 @@ class Written:
 
     text: str
     answer: str
-    reasoning: str
+    reasoning: str = ""
+
+
+def answer_samples(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], **options: Any
+) -> list[Written]:
+    """The greedy answer to each sample's prompt, of a causal model or an encoder-decoder.
+
+    Options and errors as in `write_answers`.
+    """
+    if getattr(base_model(model).config, "is_encoder_decoder", False):
+        return _write_targets(model, tokenizer, samples, **options)
+    prompts, tools = [sample.prompt for sample in samples], [sample.tools for sample in samples]
+    return write_answers(model, tokenizer, prompts, tools=tools, **options)
 
 
 def generate_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
-    *,
-    tools: Sequence[Sequence[dict[str, Any]]] = (),
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
-    on_batch: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> list[str]:
-    """The model's greedy answer to each conversation as it is written, reasoning included.
-
-    Arguments and errors as `write_answers`.
-    """
-    return [
-        written.text
-        for written in write_answers(
-            model,
-            tokenizer,
-            prompts,
-            tools=tools,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
-    ]
+    """The texts of `write_answers`, reasoning included."""
+    return [written.text for written in write_answers(model, tokenizer, prompts, **options)]
 
 
 def write_answers(
@@ -89,12 +85,12 @@ def write_answers(
 ) -> list[Written]:
     """The model's greedy answer to each conversation, in the order of `prompts`.
 
-    Prompts of like length share a batch, padded on the left; the longest come first, so that a
-    batch too large for the memory fails at once. A batch runs until its longest answer ends.
+    Prompts of like length share a batch, padded on the left. A batch runs until its longest answer
+    ends.
 
     Args:
         tools: of each conversation, those that the model is shown; none when left out.
-        max_new_tokens: at most so many tokens an answer, and no more than the model has room for.
+        max_new_tokens: the most tokens of an answer, and no more than the model has room for.
         batch_size: prompts at a time.
         on_batch: called after each batch with the number of its answers.
 
@@ -104,39 +100,31 @@ def write_answers(
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     form = answer_form(tokenizer)
     ends = frozenset(end_tokens(model, tokenizer))
-    positions = positions_of(model)
+    positions, work = positions_of(model), innermost()
     shown = tools or [()] * len(prompts)
     rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    device = next(model.parameters()).device
-    answers = [Written("", "", "")] * len(rows)
-    was_training, work = model.training, innermost()
-    model.eval()
-    try:
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
-            input_ids, mask = pad_left([rows[i] for i in chosen], int(settings.pad_token_id))
-            width = input_ids.shape[1]
-            if positions is not None:  # behind them some models have nothing to add to a token
-                settings.max_new_tokens = max(1, min(max_new_tokens, positions - width))
-            stops = stops_at(form.end_text, tokenizer, width, _steps(work, len(chosen), settings))
-            output = generate(
-                model,
-                settings,
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                stopping_criteria=stops,
-            )
-            for i, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
-                answers[i] = _read(tokens, tokenizer, form, ends)
-            if on_batch:
-                on_batch(len(chosen))
-    finally:
-        model.train(was_training)
-    return answers
+
+    def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        input_ids, mask = pad_left(rows, int(settings.pad_token_id))
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+    def answers(batch: dict[str, torch.Tensor]) -> list[Written]:
+        (several, width), begun = batch["input_ids"].shape, work.done
+        if positions is not None:  # after them some models have nothing to add to a token
+            settings.max_new_tokens = max(1, min(max_new_tokens, positions - width))
+
+        def count(ended: bool, tokens: int) -> None:
+            """A step of a batch is a share of its answers; its last step is all the rest."""
+            work.update(begun + several * (1.0 if ended else tokens / settings.max_new_tokens))
+
+        stops = stops_at(form.end_text, tokenizer, width, count)
+        output = generate(model, settings, stopping_criteria=stops, **batch)
+        return [_read(tokens, tokenizer, form, ends) for tokens in output[:, width:].tolist()]
+
+    return _in_batches(model, rows, batch_size, on_batch, collate, answers)
 
 
-def generate_targets(
+def _write_targets(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
@@ -144,37 +132,36 @@ def generate_targets(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
-) -> list[str]:
+) -> list[Written]:
     """An encoder-decoder's greedy answer to each sample; arguments as in `write_answers`."""
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     settings.decoder_start_token_id = model.config.decoder_start_token_id  # type: ignore[union-attr]
     rows = [LabelledRow(encoder_tokens(s, tokenizer), [], s.where) for s in samples]
     collate = LabelCollator(int(tokenizer.pad_token_id))
-    device = next(model.parameters()).device
-    answers = [""] * len(rows)
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    for chosen in cut(order, batch_size):
-        batch = collate([rows[i] for i in chosen])
+
+    def answers(batch: dict[str, torch.Tensor]) -> list[Written]:
         del batch["labels"]
-        output = generate(model, settings, **{k: v.to(device) for k, v in batch.items()})
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
+        output = generate(model, settings, **batch)
+        return [Written(t, t) for t in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+    return _in_batches(model, rows, batch_size, on_batch, collate, answers)
+
+
+def _in_batches(
+    model: nn.Module,
+    rows: Sequence[Any],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None,
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    answers: Callable[[dict[str, torch.Tensor]], list[Written]],
+) -> list[Written]:
+    found = [Written("", "")] * len(rows)
+    for chosen, batch in evaluating(model, rows, longest_first(rows, batch_size), collate):
+        for i, written in zip(chosen, answers(batch), strict=True):
+            found[i] = written
         if on_batch:
             on_batch(len(chosen))
-    return answers
-
-
-def _steps(work: Task, answers: int, settings: Any) -> Callable[[bool, int], None]:
-    """Counts the steps of a batch as shares of its answers, and at its end the rest."""
-    begun = work.done
-
-    def step(ended: bool, tokens: int) -> None:
-        share = 1.0 if ended else tokens / settings.max_new_tokens
-        work.update(begun + answers * share)
-
-    return step
+    return found
 
 
 def _read(

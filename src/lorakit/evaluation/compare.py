@@ -7,16 +7,15 @@ only one model is in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.data.conversations import Message
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import write_answers
-from lorakit.evaluation.loss import mean_loss
+from lorakit.evaluation.answers import answer_samples
+from lorakit.evaluation.held_out import mean_loss
 from lorakit.progress import task
 
 
@@ -28,10 +27,6 @@ class ChangedAnswer:
     reference: str
     first: str
     second: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer as plain JSON types."""
-        return asdict(self)
 
 
 def losses(
@@ -80,12 +75,8 @@ def changed_answers(
     for folder in (first, second):
         opened = _opened(folder, base, dtype)
         with task(f"answering with {folder}", len(asked)):
-            written = write_answers(
-                opened.model,
-                opened.tokenizer,
-                [sample.prompt for sample in asked],
-                tools=[sample.tools for sample in asked],
-                max_new_tokens=max_new_tokens,
+            written = answer_samples(
+                opened.model, opened.tokenizer, asked, max_new_tokens=max_new_tokens
             )
         answers.append([one.answer for one in written])
     changed = [

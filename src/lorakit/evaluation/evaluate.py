@@ -18,8 +18,8 @@ from lorakit.data.samples import Sample
 from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError, each
 from lorakit.errors import count as count_of
-from lorakit.evaluation.answers import Written, generate_targets, write_answers
-from lorakit.evaluation.loss import held_out_scores, rows_of
+from lorakit.evaluation.answers import Written, answer_samples
+from lorakit.evaluation.held_out import held_out_scores, rows_of
 from lorakit.evaluation.metrics import METRICS, check_metrics
 from lorakit.models.load import most_tokens, positions_of
 from lorakit.models.loaded import base_model
@@ -82,7 +82,7 @@ def evaluate(
         metrics: names in `METRICS`, and `loss` (nats per supervised token, or the objective's
             loss and scores).
         objective: what the adapter has learned by; None for answers, token by token.
-        max_new_tokens: at most so many tokens an answer.
+        max_new_tokens: the most tokens of an answer.
         batch_size: rows at a time.
         max_length: tokens of a row that the loss is taken on.
         on_progress: called with how much of how much is done, in answers and rows.
@@ -99,8 +99,7 @@ def evaluate(
     for sample in samples:
         groups.setdefault(sample.prompt_key, []).append(sample)
     asked = [group[0] for group in groups.values()] if by_answers else []
-    prompts = [sample.prompt for sample in asked]
-    encoder_decoder = base_model(model).config.is_encoder_decoder
+    encoder_decoder: bool = base_model(model).config.is_encoder_decoder
     wanted = references(tokenizer, groups.values(), not encoder_decoder) if by_answers else []
     # Whatever a row can be refused for is found before the first answer is generated.
     learned_by = objective or default_objective("SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
@@ -109,7 +108,7 @@ def evaluate(
         length = most_tokens(model, max_length) if encoder_decoder else max_length
         rows = rows_of(learned_by, tokenizer, samples, length)
     short = [] if encoder_decoder else _check_room(model, tokenizer, asked, max_new_tokens)
-    done, whole = 0, 2 * (len(prompts) + ("loss" in metrics) * len(samples))
+    done, whole = 0, 2 * (len(asked) + ("loss" in metrics) * len(samples))
 
     if on_progress:
         on_progress(0, whole)
@@ -122,18 +121,14 @@ def evaluate(
 
     def score() -> tuple[list[Written], dict[str, float]]:
         """Answers and scores of the model as it is now."""
-        options: Any = {
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "on_batch": count,
-        }
-        if encoder_decoder:
-            targets = generate_targets(model, tokenizer, asked, **options)
-            written = [Written(text, text, "") for text in targets]
-        else:
-            written = write_answers(
-                model, tokenizer, prompts, tools=[s.tools for s in asked], **options
-            )
+        written = answer_samples(
+            model,
+            tokenizer,
+            asked,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=count,
+        )
         answers = [one.answer for one in written]
         scores = {name: METRICS[name](answers, wanted) for name in by_answers}
         if "loss" in metrics:
@@ -151,9 +146,9 @@ def evaluate(
             for name in dict.fromkeys([*metrics, *tuned_scores])
         },
         examples=[
-            Example(prompt, texts, base.answer, tuned.answer)
-            for prompt, texts, base, tuned in zip(
-                prompts, wanted, base_answers, tuned_answers, strict=True
+            Example(sample.prompt, texts, base.answer, tuned.answer)
+            for sample, texts, base, tuned in zip(
+                asked, wanted, base_answers, tuned_answers, strict=True
             )
         ],
         notices=[
@@ -203,11 +198,7 @@ def _check_room(
     asked: Sequence[Sample],
     max_new_tokens: int,
 ) -> list[str]:
-    """A notice of prompts that leave less room than an answer may take.
-
-    Raises:
-        InputError: a prompt leaves none.
-    """
+    """A notice of prompts that leave less room than an answer may take."""
     positions = positions_of(model)
     if positions is None:
         return []

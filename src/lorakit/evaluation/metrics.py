@@ -63,25 +63,16 @@ def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
 
 
-def parse_metrics(text: str) -> list[str]:
-    """The names in `"exact_match, loss"`, each once.
-
-    Raises:
-        InputError: a name is not a metric, or there is none.
-    """
+def parse_metrics(text: str, known: Iterable[str] = (*METRICS, "loss")) -> list[str]:
+    """The names in `"exact_match, loss"`, each once; arguments and errors as in `check_metrics`."""
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-    check_metrics(names)
+    check_metrics(names, known)
     return names
 
 
-def check_metrics(names: Iterable[str]) -> None:
-    """Accepts names in `METRICS`, and `loss`.
-
-    Raises:
-        InputError: a name is not a metric, or there is none.
-    """
-    names = list(names)
-    known = [*METRICS, "loss"]
+def check_metrics(names: Sequence[str], known: Iterable[str] = (*METRICS, "loss")) -> None:
+    """Raises InputError where a name is none of the `known` metrics, or there is no name."""
+    known = list(known)
     if not names:
         raise InputError(f"no metric is named; there are {', '.join(known)}")
     for name in names:

@@ -34,6 +34,7 @@ from lorakit.objectives.objective import Batch, Loss, Objective, RunRequest, Tra
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lorakit.objectives.forward import Forward
 
@@ -95,8 +96,12 @@ class Classification(Objective):
         )
         self.labels, self.scorer = labels, LabelScorer(labels.names, words=self.words)
         self.score_names = self.scorer.metrics
-        collator = LabelCollator(int(tokenizer.pad_token_id), one_label=not self.words)
+        collator = self.collator(tokenizer)
         return TrainingInputs(loaded.model, tokenizer, data, self, collator, loaded.new_modules)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> LabelCollator:
+        """Pads rows, each with its class or the tags of its words."""
+        return LabelCollator(int(tokenizer.pad_token_id), one_label=not self.words)
 
     def reader(self, model: nn.Module, own_logits: bool) -> LabelLoss:
         """Cross-entropy of the classes."""

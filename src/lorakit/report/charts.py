@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from lorakit.report.numbers import figures
@@ -81,6 +81,14 @@ class Scale:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
 
+    def across(self, text: Callable[[float], str]) -> list[Tick]:
+        """The ticks of an axis from left to right."""
+        return [Tick(100 * self(value), text(value)) for value in self.ticks]
+
+    def upright(self, text: Callable[[float], str]) -> list[Tick]:
+        """The ticks of an axis from the bottom up."""
+        return [Tick(100 * (1 - self(value)), text(value)) for value in self.ticks]
+
 
 def line_chart(
     title: str, lines: Sequence[Line], *, from_zero: bool = False, text: Callable = figures
@@ -96,7 +104,6 @@ def line_chart(
     y = scale(min(values), max(values), from_zero)
     x = scale(0, max(max(line.points[-1][0] for line in lines), 1), True, snug=True)
     notes = ["log scale"] if y.log else []
-    tick = plain if text is figures else text
     paths = []
     for line in lines:
         shown = thinned(line.points)
@@ -118,8 +125,8 @@ def line_chart(
         + first_to_last,
         legend=[(line.kind, line.name) for line in named] if len(named) > 1 else [],
         paths=paths,
-        x_ticks=[Tick(100 * x(value), f"{value:,g}") for value in x.ticks],
-        y_ticks=[Tick(100 * (1 - y(value)), tick(value)) for value in y.ticks],
+        x_ticks=x.across("{:,g}".format),
+        y_ticks=y.upright(plain if text is figures else text),
         hits=_hits(named, x, text),
         notes=notes,
     )
@@ -158,8 +165,8 @@ def histogram(
         title,
         f"{title}: {rows:,} rows from {bins[0][0]:,g} to {bins[-1][1] - 1:,g} tokens",
         bars=bars,
-        x_ticks=[Tick(100 * x(value), f"{value:,g}") for value in x.ticks],
-        y_ticks=[Tick(100 * (1 - y(v)), f"{v:,g}") for v in y.ticks if v == int(v)],
+        x_ticks=x.across("{:,g}".format),
+        y_ticks=replace(y, ticks=[v for v in y.ticks if v == int(v)]).upright("{:,g}".format),
         hits=hits,
         mark=Tick(100 * x(shown_cut), f"cut at {shown_cut:,g}") if shown_cut else None,
         notes=notes,

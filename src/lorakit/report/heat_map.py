@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 LEVELS = 9
 """How many shades there are; the style sheet has a colour for each, in light and in dark."""
@@ -29,20 +32,23 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class HeatMap:
-    """One list of layers. `rows` are a name and the cells, None where there is no module."""
+class Grid(Generic[T]):
+    """A list of layers (`model.layers`), or the modules outside of any, as a table.
+
+    `rows` are the number of each layer, and for each column what is there.
+    """
 
     title: str
     columns: list[str]
-    rows: list[tuple[str, list[Cell | None]]]
+    rows: list[tuple[str, list[T]]]
 
 
 def heat_maps(
     values: Mapping[str, float], top: float, text: Callable[[float], str], says: str
-) -> list[HeatMap]:
+) -> list[Grid[Cell | None]]:
     """Heat maps of one value a module, shades evenly from 0 to `top`, the last for all above.
 
-    Where a layer has several modules of a kind, the cell is their mean.
+    Where a layer has several modules of a kind, the cell is their mean; where it has none, None.
 
     Args:
         values: by the module's path in the base model.
@@ -60,34 +66,16 @@ def heat_maps(
         return Cell(text(mean), f"{who}: {says}: {text(mean)}", level)
 
     return [
-        HeatMap(
-            grid.title,
-            grid.columns,
-            [
-                (row, [cell(paths) for paths in cells])
-                for row, cells in zip(grid.rows, grid.cells, strict=True)
-            ],
-        )
+        Grid(grid.title, grid.columns, [(row, [*map(cell, there)]) for row, there in grid.rows])
         for grid in grids(values)
     ]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A list of layers (`model.layers`), or the modules outside of any, as a table of paths.
+def grids(paths: Iterable[str]) -> list[Grid[list[str]]]:
+    """The paths laid out, one grid a list of layers; what is in none of them comes last.
 
-    `cells[row][column]` are the paths of the modules there: none, one, or several where a layer
-    has a list of the same modules (experts).
+    A cell has several where a layer has a list of the same modules (experts).
     """
-
-    title: str
-    rows: list[str]
-    columns: list[str]
-    cells: list[list[list[str]]]
-
-
-def grids(paths: Iterable[str]) -> list[Grid]:
-    """The paths laid out, one grid a list of layers; what is in none of them comes last."""
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for path in paths:
         title, row, kind = _place(path)
@@ -106,12 +94,12 @@ def _place(path: str) -> tuple[str, str, str]:
     return ".".join(parts[:first]), parts[first], kind
 
 
-def _grid(title: str, places: Mapping[tuple[str, str], list[str]]) -> Grid:
+def _grid(title: str, places: Mapping[tuple[str, str], list[str]]) -> Grid[list[str]]:
     rows = list(dict.fromkeys(row for row, _ in places))
     rows.sort(key=lambda row: int(row or 0))
     kinds = sorted(dict.fromkeys(kind for _, kind in places), key=_usual_order)
-    cells = [[places.get((row, kind), []) for kind in kinds] for row in rows]
-    return Grid(title, rows, [_short(kind, kinds) for kind in kinds], cells)
+    cells = [(row, [places.get((row, kind), []) for kind in kinds]) for row in rows]
+    return Grid(title, [_short(kind, kinds) for kind in kinds], cells)
 
 
 def _usual_order(kind: str) -> int:

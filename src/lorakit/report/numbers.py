@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 
 def figures(value: float, digits: int = 3) -> str:
@@ -16,10 +18,17 @@ def figures(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - size)}f}"
 
 
-def power(value: float) -> str:
+def power(value: float, digits: int = 2) -> str:
     """`value` as 1.5e-4, the way in which learning rates are written."""
-    mantissa, exponent = f"{value:.2e}".split("e")
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
+
+
+def value_text(value: Any, digits: int = 2) -> str:
+    """A value as it is written in a recipe, with so many digits after the point of a power."""
+    if isinstance(value, float):
+        return power(value, digits) if value and not 1e-2 <= abs(value) < 1e5 else f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def count(value: float) -> str:

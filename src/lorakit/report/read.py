@@ -1,16 +1,17 @@
 """An adapter's folder, as much of it as is there, in one dataclass for the page.
 
 Only the adapter itself must be there and whole. Every other file is optional: what is missing, or
-is damaged and left out, is said in `notices`.
+is damaged and left out, is in `notices`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -30,13 +31,14 @@ from lorakit.lora.checkpoint import read_adapter, read_initial
 if TYPE_CHECKING:
     from lorakit.lora.config import LoraConfig
 
-_TOO_LARGE = 1e100  # sums and squares of what is below stay finite
+Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
+"""One that can be drawn: sums and squares of such stay finite."""
 
 Form = TypeVar("Form")
 
 
 class RowFigures(BaseModel):
-    """Statistics of the rows to learn from, or of those held out; lengths in tokens."""
+    """Statistics of rows to learn from, or of held-out ones; lengths in tokens."""
 
     rows: int
     tokens: int
@@ -81,30 +83,31 @@ class RecordedSample(BaseModel):
     tuned: str
 
 
+class _Measured(BaseModel):
+    """Norms of each module's gradient and ΔW at a step, a line of `monitor.jsonl`."""
+
+    step: Number
+    gradient_norm: list[float]
+    update_norm: list[Number]
+
+
 @dataclass(frozen=True)
 class Movement:
-    """How far the modules moved, measured while the run went on; Frobenius norms.
-
-    `steps[i]` is the step of `gradient_norms[i]` and `update_norms[i]`, which have one value for
-    each of `modules`, as `weight_norms` has.
-    """
+    """How far the modules moved, measured while the run went on; Frobenius norms by module."""
 
     modules: list[str]
     weight_norms: list[float]
-    steps: list[float]
-    gradient_norms: list[list[float]]
-    update_norms: list[list[float]]
+    measured: list[_Measured]
 
     def relative_updates(self) -> dict[str, float]:
         """‖ΔW‖ / ‖W‖ of every module at the last measurement."""
-        rows = zip(self.modules, self.update_norms[-1], self.weight_norms, strict=True)
+        rows = zip(self.modules, self.measured[-1].update_norm, self.weight_norms, strict=True)
         return {name: update / weight for name, update, weight in rows if weight > 0}
 
     def together(self) -> list[tuple[float, float]]:
         """‖ΔW‖ / ‖W‖ of all modules as one, by step."""
         whole = math.hypot(*self.weight_norms)
-        rows = zip(self.steps, self.update_norms, strict=True)
-        return [(step, math.hypot(*norms) / whole) for step, norms in rows if whole > 0]
+        return [(m.step, math.hypot(*m.update_norm) / whole) for m in self.measured if whole > 0]
 
 
 @dataclass(frozen=True)
@@ -204,32 +207,24 @@ def _read_metrics(folder: Path, notices: list[str]) -> list[dict[str, float]]:
 
 
 def _read_movement(folder: Path, notices: list[str]) -> Movement | None:
-    head, *rows = _lines(folder / MONITOR_NAME, notices, "how modules moved is not known") or [None]
-    if head is None and not rows:
+    lines = _lines(folder / MONITOR_NAME, notices, "how modules moved is not known")
+    if not lines:
         return None
     try:
-        names, weights = head["modules"], [float(value) for value in head["weight_norm"]]
+        names, weights = lines[0]["modules"], [float(value) for value in lines[0]["weight_norm"]]
         if not all(isinstance(name, str) for name in names) or len(names) != len(weights):
             raise ValueError
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         notices.append(f"{MONITOR_NAME}: its first line does not name the modules: left out.")
         return None
-    steps, gradients, updates = [], [], []
-    for row in rows:
-        try:
-            step = float(row["step"])
-            gradient, update = (
-                [float(v) for v in row[f"{k}_norm"]] for k in ("gradient", "update")
-            )
-        except (TypeError, KeyError, ValueError, OverflowError):
-            continue
-        fits = len(gradient) == len(update) == len(names)
-        if fits and all(map(_is_usable, [step, *update])):
-            steps.append(step)
-            gradients.append(gradient)
-            updates.append(update)
-    _count(notices, MONITOR_NAME, len(rows) - len(steps), len(rows))
-    return Movement(names, weights, steps, gradients, updates) if steps else None
+    kept = []
+    for line in lines[1:]:
+        with suppress(ValidationError):
+            row = _Measured.model_validate(line)
+            if len(row.gradient_norm) == len(row.update_norm) == len(names):
+                kept.append(row)
+    _count(notices, MONITOR_NAME, len(lines) - 1 - len(kept), len(lines) - 1)
+    return Movement(names, weights, kept) if kept else None
 
 
 def _read_samples(folder: Path, notices: list[str]) -> list[RecordedSample]:
@@ -258,10 +253,9 @@ def _lines(path: Path, notices: list[str], without: str) -> list[Any]:
 
 
 def _parsed(line: str) -> Any:
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    return None
 
 
 def _count(notices: list[str], name: str, damaged: int, lines: int) -> None:
@@ -270,6 +264,5 @@ def _count(notices: list[str], name: str, damaged: int, lines: int) -> None:
 
 
 def _is_usable(value: Any) -> bool:
-    """Whether it is a number that can be drawn."""
-    number = isinstance(value, float | int) and not isinstance(value, bool)
-    return number and abs(value) < _TOO_LARGE
+    """Whether it is a `Number`."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < 1e100

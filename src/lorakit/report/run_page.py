@@ -1,33 +1,27 @@
-"""`report.html`: what is known of a run, drawn into one file that needs nothing else.
-
-Everything from the run is text of unknown origin: the template escapes it, and the page's policy
-lets nothing run or load.
-"""
+"""`report.html`: what is known of a run, drawn into one file that needs nothing else."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lorakit import atomic
 from lorakit.errors import InputError
 from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
 from lorakit.report.heat_map import LEVELS, heat_maps
+from lorakit.report.page_templates import write_page
 from lorakit.report.read import RecordedSample, RunRecord, read_run
-from lorakit.version import __version__
 
 REPORT_NAME = "report.html"
-_MARK = '<meta name="generator" content="lorakit report">'
+_MARK = b'<meta name="generator" content="lorakit report">'
 _SMOOTH_FROM = 50  # logged steps from which a curve gets a smoothed one
 _LONGEST_TEXT = 3000  # characters of a sample's text that are shown
 _MOST_SAMPLES = 20
@@ -56,26 +50,8 @@ def write_report(adapter: str | Path, output: str | Path | None = None) -> Repor
     path = Path(output) if output is not None else Path(adapter) / REPORT_NAME
     run = read_run(adapter)
     _check_place(path)
-    # Half of a surrogate pair, which JSON can hold, is no character.
-    atomic.write_file(path, render(run).encode(errors="replace"))
+    write_page(path, "report", _content(run))
     return Report(path, run.notices)
-
-
-def render(run: RunRecord) -> str:
-    """The page as text."""
-    return environment().get_template("report.html.jinja").render(_content(run))
-
-
-@cache
-def environment() -> Environment:
-    """Templates that escape what they are given, and take nothing that is not given."""
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _check_place(path: Path) -> None:
@@ -91,13 +67,9 @@ def _check_place(path: Path) -> None:
 
 
 def _is_report(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return _MARK.encode() in file.read(2000)
-    except OSError:
-        return False
+    with suppress(OSError), path.open("rb") as file:
+        return _MARK in file.read(2000)
+    return False
 
 
 def _content(run: RunRecord) -> dict[str, Any]:
@@ -109,9 +81,10 @@ def _content(run: RunRecord) -> dict[str, Any]:
     change, change_name = (movement, "‖ΔW‖ / ‖W‖, in %") if movement else (norms, "‖ΔW‖")
     change_text = _hundredfold if movement else _two_figures
     change_top = findings.nearly_largest(change.values())
+    rank_top = max((s.r for s in run.spectra), default=0)
+    settings = {k: v for k, v in json.loads(run.config.to_json()).items() if v}
+    recipe = manifest.recipe if manifest else settings
     return {
-        "mark": _MARK,
-        "version": __version__,
         "name": folder_name(run.folder),
         "base_model": manifest.base_model if manifest else run.config.base_model_name_or_path,
         "run": run,
@@ -124,21 +97,15 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "change_top": f"{(_per_cent if movement else _two_figures)(change_top)} or more",
         "change_maps": heat_maps(change, change_top, change_text, change_name),
         "change_name": change_name,
-        "rank_maps": heat_maps(
-            ranks, max((s.r for s in run.spectra), default=0), _one_decimal, "effective rank"
-        ),
-        "rank": findings.ranks(run.spectra),
-        "rank_top": max((s.r for s in run.spectra), default=0),
+        "rank_maps": heat_maps(ranks, rank_top, "{:.1f}".format, "effective rank"),
+        "rank_top": rank_top,
         "rank_advice": findings.rank_advice(run.spectra, manifest.steps if manifest else None),
-        "directions": findings.directions(run.spectra),
-        "thresholds": {"crowded": findings.CROWDED, "sparse": findings.SPARSE},
+        "findings": findings,
         "levels": LEVELS,
         "movement": {path: _per_cent(value) for path, value in movement.items()},
         "samples": [_sample(sample) for sample in run.samples[:_MOST_SAMPLES]],
         "hidden_samples": max(0, len(run.samples) - _MOST_SAMPLES),
-        "configuration": _yaml(manifest.recipe if manifest else _set_fields(run)),
-        "data_files": manifest.data if manifest else [],
-        "numbers": numbers,
+        "configuration": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=88),
     }
 
 
@@ -148,32 +115,20 @@ def _curves(run: RunRecord) -> list[Chart]:
     base = run.manifest.base_eval_loss if run.manifest else None
     if base is not None and math.isfinite(base) and held_out:
         held_out = [(0.0, base), *held_out]
-    speed = run.series("tokens_per_second")
     moved = run.movement.together() if run.movement else []
     charts = [
         line_chart(
             "Loss", [*_with_mean("training", loss), Line("held out", "dots second", held_out)]
         ),
         line_chart("Gradient norm", _with_mean("", run.series("grad_norm"))),
-        line_chart(
-            "Learning rate",
-            [Line("learning rate", "line first", run.series("learning_rate"))],
-            from_zero=True,
-            text=numbers.power,
-        ),
-        line_chart(
-            "Tokens per second",
-            [Line("tokens/s", "line first", speed)],
-            from_zero=True,
-            text=numbers.count,
-        ),
-        line_chart(
-            "Change of the weights, ‖ΔW‖ / ‖W‖",
-            [Line("all modules", "line first", moved)],
-            from_zero=True,
-            text=_per_cent,
-        ),
     ]
+    for title, name, points, text in (
+        ("Learning rate", "learning rate", run.series("learning_rate"), numbers.power),
+        ("Tokens per second", "tokens/s", run.series("tokens_per_second"), numbers.count),
+        ("Change of the weights, ‖ΔW‖ / ‖W‖", "all modules", moved, _per_cent),
+    ):
+        line = Line(name, "line first", points)
+        charts.append(line_chart(title, [line], from_zero=True, text=text))
     return [chart for chart in charts if chart]
 
 
@@ -182,11 +137,10 @@ def _with_mean(name: str, points: list[tuple[float, float]]) -> list[Line]:
     if len(points) < _SMOOTH_FROM:
         return [Line(name or "as logged", "line first", points)]
     window = 2 * (len(points) // 50) + 1
+    mean = f"{name}{', ' if name else ''}mean of {window}"
     return [
         Line(name or "as logged", "line faint", points),
-        Line(
-            f"{name}{', ' if name else ''}mean of {window}", "line first", smoothed(points, window)
-        ),
+        Line(mean, "line first", smoothed(points, window)),
     ]
 
 
@@ -201,17 +155,10 @@ def _data(run: RunRecord) -> list[dict[str, Any]]:
         {
             "name": names.get(key, key),
             "split": split,
-            "lengths": _lengths(split.lengths),
             "chart": histogram("Length in tokens", split.histogram, cut),
         }
         for key, split in run.data_statistics.items()
     ]
-
-
-def _lengths(lengths: dict[str, float]) -> list[tuple[str, float]]:
-    """The percentiles that a reader wants, by their names."""
-    named = {"min": "Shortest", "p50": "Median", "p95": "95 % are within", "max": "Longest"}
-    return [(name, lengths[key]) for key, name in named.items() if key in lengths]
 
 
 def _sample(sample: RecordedSample) -> dict[str, Any]:
@@ -233,15 +180,6 @@ def _shown(text: Any) -> str:
     return text if rest <= 0 else f"{text[:_LONGEST_TEXT]} … ({rest:,} more characters)"
 
 
-def _set_fields(run: RunRecord) -> dict[str, Any]:
-    """The fields of the adapter's configuration that are set, as plain JSON types."""
-    return {k: v for k, v in json.loads(run.config.to_json()).items() if v}
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=88)
-
-
 def _per_cent(value: float) -> str:
     return f"{_hundredfold(value)} %"
 
@@ -252,7 +190,3 @@ def _hundredfold(value: float) -> str:
 
 def _two_figures(value: float) -> str:
     return numbers.figures(value, 2)
-
-
-def _one_decimal(value: float) -> str:
-    return f"{value:.1f}"

@@ -5,13 +5,12 @@ As in `charts`, what is drawn is geometry in per cent of the plot, which a templ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorakit.report.charts import HEIGHT, WIDTH, Chart, Hit, Tick, plain, scale, strips
-from lorakit.report.numbers import figures, power
+from lorakit.report.numbers import figures, value_text
 
 MOST_PLACES = 8
 """Values of a setting that have a place each; more numbers lie on a scale."""
@@ -53,21 +52,12 @@ def axis_of(name: str, values: Sequence[Any]) -> Axis:
     distinct = sorted(set(numbers))
     if len(numbers) == len(values) and len(distinct) > MOST_PLACES:
         by = scale(distinct[0], distinct[-1], False)
-        return Axis(name, by, [Tick(100 * by(tick), plain(tick)) for tick in by.ticks])
-    if len(numbers) == len(values):
-        texts = [value_text(value) for value in distinct]
-    else:
-        texts = list(dict.fromkeys(value_text(value) for value in values))
+        return Axis(name, by, by.across(plain))
+    ordered = distinct if len(numbers) == len(values) else values
+    texts = list(dict.fromkeys(map(value_text, ordered)))
     at = {text: (i + 0.5) / len(texts) for i, text in enumerate(texts)}
     ticks = [Tick(100 * place, text) for text, place in at.items()]
     return Axis(name, lambda value: at[value_text(value)], ticks)
-
-
-def value_text(value: Any) -> str:
-    """A value as it is written in a recipe."""
-    if isinstance(value, float):
-        return power(value) if value and not 1e-2 <= abs(value) < 1e5 else f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def scatter(title: str, spots: Sequence[Spot]) -> Chart:
@@ -88,7 +78,7 @@ def scatter(title: str, spots: Sequence[Spot]) -> Chart:
         "configurations",
         paths=paths,
         x_ticks=axis.ticks,
-        y_ticks=[Tick(100 * (1 - y(value)), plain(value)) for value in y.ticks],
+        y_ticks=y.upright(plain),
         hits=_hits(spots, axis),
         notes=["log scale"] if y.log else [],
     )
@@ -107,9 +97,7 @@ def parallel(
     axes = [axis_of(name, [values[i] for _, values, _ in rows]) for i, name in enumerate(names)]
     results = [value for _, _, value in rows]
     by = scale(min(results), max(results), False)
-    axes.append(
-        Axis(result, lambda v: 1 - by(v), [Tick(100 - 100 * by(t), plain(t)) for t in by.ticks])
-    )
+    axes.append(Axis(result, lambda v: 1 - by(v), by.upright(plain)))
     across = [i / (len(axes) - 1) for i in range(len(axes))]
     paths = []
     for kind, values, value in rows:

@@ -12,43 +12,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorakit import atomic
 from lorakit.folder_name import folder_name
 from lorakit.report import numbers
 from lorakit.report.charts import Chart, Line, line_chart
-from lorakit.report.run_page import environment
-from lorakit.report.scatter import Spot, parallel, scatter, value_text
-from lorakit.version import __version__
+from lorakit.report.page_templates import write_page
+from lorakit.report.scatter import Spot, parallel, scatter
 
 PAGE_NAME = "sweep.html"
 
 _KINDS = {"winner": "second", "finished": "first", "stopped": "faint"}
 _MOST_POINTED = 16  # lines of what is said where a curve is pointed at
 
-
 TrainLosses = Mapping[str, Sequence[tuple[int, float]]]
 """Of each configuration, by its name: step and mean nats per supervised token."""
 
 
 def write_sweep_page(folder: Path, table: dict[str, Any], losses: TrainLosses) -> None:
-    """Writes the page of the sweep in `folder`.
-
-    Args:
-        table: as in `leaderboard.json`.
-    """
-    page = environment().get_template("sweep.html.jinja").render(_content(folder, table, losses))
-    # Half of a surrogate pair, which JSON can hold, is no character.
-    atomic.write_file(folder / PAGE_NAME, page.encode(errors="replace"))
-
-
-def _content(folder: Path, table: dict[str, Any], losses: TrainLosses) -> dict[str, Any]:
-    """All that the template names."""
-    rows = table["configurations"]
+    """Writes the page of the sweep in `folder`; `table` is as in `leaderboard.json`."""
+    rows, ranks = table["configurations"], table["ranks"]
     keys = list(table["sweep"]["over"])
     share = _common_share(rows)
-    return {
-        "version": __version__,
+    content = {
         "name": folder_name(folder),
+        "verdict": f"{table['verdict']} With SVD: {ranks['line']}." if ranks else table["verdict"],
         "table": table,
         "rows": rows,
         "keys": keys,
@@ -58,38 +44,27 @@ def _content(folder: Path, table: dict[str, Any], losses: TrainLosses) -> dict[s
         "parallel": _parallel(rows, keys),
         "share": share,
         "span": _span(rows),
-        "value_text": value_text,
-        "numbers": numbers,
     }
+    write_page(folder / PAGE_NAME, "sweep", content)
 
 
 def _key_figures(table: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, value, and what else there is to say of it."""
-    winner, base, steps = table["configurations"][0], table["base"], table["steps"]
-    report = winner["report"]
-    rungs = winner["rungs"][-1]
-    gain = base["report"]["mean"] - rungs["report"]
+    winner, steps, ranks = table["configurations"][0], table["steps"], table["ranks"]
+    report, bare = winner["report"], table["base"]["report"]["mean"]
+    gain = bare - winner["rungs"][-1]["report"]
+    mean, low, high, base = (
+        numbers.figures(value, 4) for value in (report["mean"], report["low"], report["high"], bare)
+    )
+    named = "Held-out loss" if table["objective"] == "loss" else table["objective"]
+    trained = f"{steps['done']:,} of {steps['planned']:,} were trained"
     found = [
         ("Winner", winner["name"], f"of {len(table['configurations'])} configurations"),
-        (
-            "Held-out loss" if table["objective"] == "loss" else table["objective"],
-            numbers.figures(report["mean"], 4),
-            f"{numbers.figures(report['low'], 4)} to {numbers.figures(report['high'], 4)} in 95 % "
-            "of draws",
-        ),
-        (
-            "Gain over the base",
-            numbers.figures(gain),
-            f"nats a token, from {numbers.figures(base['report']['mean'], 4)}",
-        ),
-        (
-            "Steps saved",
-            numbers.share(steps["saved"], 1),
-            f"{steps['done']:,} of {steps['planned']:,} were trained",
-        ),
+        (named, mean, f"{low} to {high} in 95 % of draws"),
+        ("Gain over the base", numbers.figures(gain), f"nats a token, from {base}"),
+        ("Steps saved", numbers.share(steps["saved"], 1), trained),
     ]
-    if table["ranks"] and table["ranks"]["chosen"]:
-        chosen = table["ranks"]["chosen"]
+    if ranks and (chosen := ranks["chosen"]):
         kept = numbers.share(chosen["kept"]["report"], 1)
         found.append(("Rank that does", f"{chosen['r']}", f"keeps {kept} of the gain"))
     return found
@@ -97,11 +72,9 @@ def _key_figures(table: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _curves(table: dict[str, Any], losses: TrainLosses) -> list[Chart]:
     """Held-out and training losses of all over steps, the winner on top."""
-    rows = list(enumerate(table["configurations"]))[::-1]
     base = table["base"]["selection"]["mean"]
     held_out, training = [], []
-    for i, row in rows:
-        kind = f"{_KINDS.get(row['status'], 'faint')} c{i}"
+    for kind, row in _upwards(table["configurations"]):
         points = [(rung["step"], rung["selection"]) for rung in row["rungs"]]
         if points:
             held_out.append(Line(row["name"], kind, [(0.0, base), *points]))
@@ -127,30 +100,32 @@ def _common_share(rows: list[dict[str, Any]]) -> float:
 
 def _scatters(rows: list[dict[str, Any]], keys: list[str], share: float) -> list[Chart]:
     """The loss against each setting, where all were looked at."""
-    charts = []
-    for key in keys:
-        spots = [
-            Spot(row["name"], row["changes"][key], rung["selection"], f"{_kind(row)} c{i}")
-            for i, row in reversed(list(enumerate(rows)))
-            for rung in row["rungs"]
-            if rung["share"] == share
-        ]
-        charts.append(scatter(key, spots))
-    return charts
+    there = [
+        (kind, row, rung["selection"])
+        for kind, row in _upwards(rows)
+        for rung in row["rungs"]
+        if rung["share"] == share
+    ]
+    return [
+        scatter(key, [Spot(row["name"], row["changes"][key], loss, k) for k, row, loss in there])
+        for key in keys
+    ]
 
 
 def _parallel(rows: list[dict[str, Any]], keys: list[str]) -> Any:
     """All settings beside the loss that each configuration came to."""
     lines = [
-        (f"{_kind(row)} c{i}", [row["changes"][key] for key in keys], row["rungs"][-1]["selection"])
-        for i, row in reversed(list(enumerate(rows)))
+        (kind, [row["changes"][key] for key in keys], row["rungs"][-1]["selection"])
+        for kind, row in _upwards(rows)
         if row["rungs"]
     ]
     return parallel(keys, lines, "loss")
 
 
-def _kind(row: dict[str, Any]) -> str:
-    return _KINDS.get(row["status"], "faint")
+def _upwards(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each configuration with the class it is drawn with; the best comes last and on top."""
+    kinds = [f"{_KINDS.get(row['status'], 'faint')} c{i}" for i, row in enumerate(rows)]
+    return list(zip(kinds, rows, strict=True))[::-1]
 
 
 def _span(rows: list[dict[str, Any]]) -> tuple[float, float]:

@@ -8,12 +8,11 @@ cancels (Efron and Tibshirani 1993).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from lorakit.evaluation.loss import RowLosses
+from lorakit.evaluation.held_out import RowLosses
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -38,13 +37,10 @@ class Interval:
         """Whether nothing says that the value is not zero."""
         return self.low <= 0 <= self.high
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
 
-
-def mean_loss(rows: RowLosses) -> float:
-    """Nats per supervised token of rows."""
+def mean_loss(*parts: RowLosses) -> float:
+    """Nats per supervised token of all rows."""
+    rows = [row for part in parts for row in part]
     return sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
-from lorakit.engine.shared_pass import AdapterBatch
+from torch import nn
+from transformers import TrainingArguments
+
+from lorakit.engine.shared_pass import AdapterBatch, why_not_shared
 from lorakit.errors import InputError, listed
-from lorakit.sweeps.base import SweepBase
-from lorakit.sweeps.group import advance_alone, advance_group
+from lorakit.lora.config import LoraConfig
+from lorakit.models.loaded import has_dropout
+from lorakit.sweeps.group import advance_alone, advance_group, evaluates_itself
+from lorakit.sweeps.pass_size import PassSize, measure_pass_size
 from lorakit.sweeps.records import Progress
-from lorakit.sweeps.room import Room, measure_room
-from lorakit.sweeps.sharing import why_alone
 from lorakit.sweeps.space.configurations import Configuration
+from lorakit.sweeps.sweep_base import SweepBase
 from lorakit.training.forecast import TIGHT
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import memory_mb, used_memory_mb
+from lorakit.training.recipe import Recipe
 from lorakit.training.setup import training_arguments
 
-_ONLY_BATCHES = ("padding_free", "packing", "share_prefixes")  # of data: what is no other row
+_ONLY_BATCHES = {"padding_free", "packing", "share_prefixes"}  # of data: rows are the same
 
 FOR_ADAPTERS = 0.5
 """Of the free memory: passes need the rest."""
@@ -33,11 +38,9 @@ class LocalRunner:
     """A sweep's runner: the data are tokenised once, the base is held once.
 
     Args:
-        base: model and rows.
-        at_once: so many configurations share a pass, as one; None makes groups as large as
+        at_once: how many configurations share a pass; None makes groups as large as
             memory allows, and measures how much of them should go through the model at a time.
         together: False trains one configuration after the other.
-        say: shows a line to the user.
     """
 
     def __init__(
@@ -51,11 +54,11 @@ class LocalRunner:
         self.base, self.at_once, self.say = base, at_once, say
         self.together = together and base.shares_passes
         if together and not self.together:
-            objective = base.begun.objective
+            objective = base.inputs.objective
             what = objective.name if objective.task_type == "CAUSAL_LM" else objective.task_type
             say(f"configurations of {what} are trained one after the other")
         self._said: set[str] = set()
-        self._rooms: dict[Kind, Room] = {}
+        self._pass_sizes: dict[Kind, PassSize] = {}
 
     def advance(self, configurations: Sequence[Configuration], to: float) -> dict[str, Progress]:
         """Trains each to the share `to` of its steps; see `search.Runner`.
@@ -70,8 +73,8 @@ class LocalRunner:
         found: dict[str, Progress] = {}
         with interrupt.listening():
             for kind, group in groups:
-                room = partial(self._room, kind)
-                found |= advance_group(self.base, group, to, interrupt, room)
+                pass_size = partial(self._pass_size, kind)
+                found |= advance_group(self.base, group, to, interrupt, pass_size)
             for one in alone:
                 found[one.name] = advance_alone(self.base, one, to, interrupt)
         return {c.name: found[c.name] for c in configurations}
@@ -84,8 +87,8 @@ class LocalRunner:
         for configuration in configurations:
             recipe = configuration.recipe
             args = training_arguments(recipe, held_out=True)
-            config = self.base.begun.lora_config(recipe)
-            if reason := why_alone(self.base.begun.model, recipe, config, args):
+            config = self.base.inputs.lora_config(recipe)
+            if reason := why_alone(self.base.inputs.model, recipe, config, args):
                 self._say_once(f"{configuration.name} is trained by itself: {reason}")
                 alone.append(configuration)
                 continue
@@ -101,9 +104,8 @@ class LocalRunner:
             size = self.at_once or self._most_at_once(members)
             # As even as can be: a group of one has nobody to share its passes with.
             count = -(-len(members) // size)
-            for i in range(count):
-                begin, end = (len(members) * n // count for n in (i, i + 1))
-                groups.append((kind, members[begin:end]))
+            ends = [len(members) * n // count for n in range(count + 1)]
+            groups += [(kind, members[begin:end]) for begin, end in pairwise(ends)]
         return groups, alone
 
     def _most_at_once(self, members: Sequence[Configuration]) -> int:
@@ -119,7 +121,7 @@ class LocalRunner:
             )
         return most
 
-    def _room(
+    def _pass_size(
         self,
         kind: Kind,
         batches: Sequence[AdapterBatch],
@@ -128,10 +130,10 @@ class LocalRunner:
         """The tokens that go through the model at a time, measured once for a kind of batches."""
         if self.at_once is not None:
             return None
-        if kind not in self._rooms:
-            self._rooms[kind] = measure_room(batches, run)
-            self.say(f"{len(batches)} configurations train at once; {self._rooms[kind].line}")
-        return self._rooms[kind].tokens
+        if kind not in self._pass_sizes:
+            self._pass_sizes[kind] = measure_pass_size(batches, run)
+            self.say(f"{len(batches)} configurations train at once; {self._pass_sizes[kind].line}")
+        return self._pass_sizes[kind].tokens
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -139,14 +141,29 @@ class LocalRunner:
             self.say(line)
 
 
+def why_alone(
+    base: nn.Module, recipe: Recipe, config: LoraConfig, args: TrainingArguments
+) -> str | None:
+    """Why this configuration has to train by itself; None where it can share passes."""
+    if has_dropout(base):  # drawn for a whole batch, and so differently in a shared one
+        return "the base model has dropout of its own"
+    if args.neftune_noise_alpha:
+        return "neftune_noise_alpha draws noise for a whole batch"
+    if args.report_to:
+        return f"{args.report_to[0]} follows one run of a process at a time"
+    if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        return "use_reentrant recomputes without the route of a shared pass"
+    return evaluates_itself(recipe, args) or why_not_shared(base, config)
+
+
 def _require_one_base(configurations: Sequence[Configuration]) -> None:
     """Raises InputError where a configuration needs another model or other rows."""
 
     def shared(configuration: Configuration) -> dict[str, Any]:
         recipe = configuration.recipe
-        kept = {"model": recipe.model, "dtype": recipe.dtype}
-        data = recipe.data.model_dump(mode="json")
-        return kept | {f"data.{k}": data[k] for k in data if k not in _ONLY_BATCHES}
+        data = recipe.data.model_dump(mode="json", exclude=_ONLY_BATCHES)
+        kept = {f"data.{key}": value for key, value in data.items()}
+        return {"model": recipe.model, "dtype": recipe.dtype, **kept}
 
     for configuration in configurations[1:]:
         first, own = shared(configurations[0]), shared(configuration)

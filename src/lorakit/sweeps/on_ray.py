@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from lorakit.errors import LorakitError
-from lorakit.sweeps.base import load_base
 from lorakit.sweeps.local import LocalRunner
 from lorakit.sweeps.records import Progress
 from lorakit.sweeps.space.configurations import Configuration
+from lorakit.sweeps.sweep_base import load_base
 from lorakit.training.interrupt import StoppedError
 from lorakit.training.recipe import Recipe
 
@@ -27,7 +27,6 @@ class RayRunner:
     Args:
         recipe, selection, seed: of the sweep, from which each worker loads its own base.
         workers: how many; None for one a GPU, or one a node where there are none.
-        say: shows a line to the user.
     """
 
     def __init__(
@@ -69,12 +68,11 @@ class RayRunner:
         """
         import ray
 
-        # A fair share for each, whatever is dear in a configuration: by turns, as they were drawn.
-        groups = [list(configurations[i :: len(self.workers)]) for i in range(len(self.workers))]
+        # Dealt out in turns, so that each gets its share of the slow ones.
+        count = len(self.workers)
         asked = [
-            worker.advance.remote(group, to)
-            for worker, group in zip(self.workers, groups, strict=True)
-            if group
+            worker.advance.remote([*configurations[i::count]], to)
+            for i, worker in enumerate(self.workers[: len(configurations)])
         ]
         found: dict[str, Progress] = {}
         try:

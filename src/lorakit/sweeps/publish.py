@@ -19,11 +19,11 @@ from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
 from lorakit.commands import quoted
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME
 from lorakit.models.template_files import write_templates
-from lorakit.sweeps.base import SplitLosses, SweepBase, all_rows
 from lorakit.sweeps.bootstrap import mean_loss
-from lorakit.sweeps.output import RECIPE_NAME
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.space.configurations import Configuration
+from lorakit.sweeps.sweep_base import SweepBase
+from lorakit.sweeps.sweep_folder import RECIPE_NAME
 from lorakit.training.checkpoints import newest_whole
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.recorder import StepLines, read_counts
@@ -32,12 +32,10 @@ from lorakit.training.run_record import versions
 _FILES = (INITIAL_NAME, "README.md", WEIGHTS_NAME, CONFIG_NAME)  # the configuration comes last
 
 
-def publish(record: Record, base: SweepBase, base_losses: SplitLosses) -> list[str]:
+def publish(record: Record, base: SweepBase) -> list[str]:
     """Makes the folder of a configuration one that `chat`, `eval` and `merge` take.
 
-    One that has diverged leaves no adapter.
-
-    Losses in its record are those of all held-out rows, as `lorakit train` has them.
+    One that has diverged leaves no adapter. Losses in its record are those of all held-out rows.
 
     Returns: the warnings of its training, a line each.
     """
@@ -53,21 +51,20 @@ def publish(record: Record, base: SweepBase, base_losses: SplitLosses) -> list[s
             if (checkpoint / name).is_file():
                 atomic.write_file(folder / name, (checkpoint / name).read_bytes())
     counts = read_counts(checkpoint)
-    begun = base.begun
+    inputs = base.inputs
     warnings = [x for x in StepLines(folder / METRICS_NAME).read() if "warning" in x]
     _write_curves(folder, record)
-    if begun.templates is not None:
-        write_templates(folder, begun.templates)
+    if inputs.templates is not None:
+        write_templates(folder, inputs.templates)
     stopped = f"stopped by the sweep at step {record.step} of {record.planned}"
-    statistics = begun.data.statistics()
     write_manifest(
         folder,
         Manifest(
             base_model=recipe.model,
             recipe=recipe.to_dict(),
             data=base.facts,
-            data_statistics={name: asdict(part) for name, part in statistics.items()},
-            **begun.rendering_facts(),
+            data_statistics={k: asdict(part) for k, part in inputs.data.statistics().items()},
+            **inputs.rendering_facts(),
             base_fingerprint=base.fingerprint,
             notices=[*base.notices, *([] if record.finished else [stopped])],
             warnings=warnings,
@@ -77,15 +74,14 @@ def publish(record: Record, base: SweepBase, base_losses: SplitLosses) -> list[s
             supervised_tokens=counts.supervised_tokens,
             tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
             peak_memory_mb=peak_memory_mb(),
-            eval_loss=mean_loss(all_rows(record.last.losses)),
-            base_eval_loss=mean_loss(all_rows(base_losses)),
-            labels=begun.objective.labels.to_dict() if begun.objective.labels else None,
+            eval_loss=mean_loss(*record.last.losses.values()),
+            base_eval_loss=mean_loss(*base.bare_losses.values()),
+            labels=inputs.objective.labels.to_dict() if inputs.objective.labels else None,
             versions=versions(),
             seed=recipe.training.seed,
         ),
     )
-    name = record.configuration.name
-    return [f"warning, {name}: {warning['message']}. {warning['cure']}" for warning in warnings]
+    return [f"warning, {record.name}: {line['message']}. {line['cure']}" for line in warnings]
 
 
 def write_recipe(folder: Path, winner: Configuration) -> None:
@@ -96,7 +92,7 @@ def write_recipe(folder: Path, winner: Configuration) -> None:
         f"# {winner.name}, the winner of the sweep in {folder}: "
         f"lorakit train {quoted(folder / RECIPE_NAME)}\n"
     )
-    text = yaml.safe_dump(_said(values), sort_keys=False, allow_unicode=True, width=88)
+    text = yaml.safe_dump(_set_keys(values), sort_keys=False, allow_unicode=True, width=88)
     atomic.write_file(folder / RECIPE_NAME, head + text)
 
 
@@ -107,10 +103,10 @@ def clean_up(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _said(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what is nothing: a recipe leaves it out."""
+def _set_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Without keys that are None: a recipe leaves them out."""
     return {
-        key: _said(value) if isinstance(value, dict) else value
+        key: _set_keys(value) if isinstance(value, dict) else value
         for key, value in values.items()
         if value is not None
     }
@@ -121,6 +117,6 @@ def _write_curves(folder: Path, record: Record) -> None:
     logged = [x for x in StepLines(folder / METRICS_NAME).read() if "eval_loss" not in x]
     lines = logged or [{"step": step, "loss": loss} for step, loss in record.train_losses]
     for rung in record.rungs:
-        lines.append({"step": rung.step, "eval_loss": mean_loss(all_rows(rung.losses))})
+        lines.append({"step": rung.step, "eval_loss": mean_loss(*rung.losses.values())})
     lines.sort(key=lambda line: line["step"])
     atomic.write_file(folder / METRICS_NAME, "".join(f"{json.dumps(x)}\n" for x in lines))

@@ -1,7 +1,7 @@
 """How small the winner may become: truncated to smaller ranks and looked at again.
 
 The smallest rank that keeps nearly all of the gain is chosen on the selection rows, and what it
-keeps is told of the others.
+keeps is reported on the others.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from lorakit.adapters.resize import resize
 from lorakit.errors import InputError
-from lorakit.sweeps.base import REPORT, SELECTION, SplitLosses, SweepBase
-from lorakit.sweeps.bootstrap import Interval, loss_interval, mean_loss
+from lorakit.sweeps.bootstrap import Interval, mean_loss
 from lorakit.sweeps.records import Record
+from lorakit.sweeps.sweep_base import REPORT, SELECTION, SweepBase
 
 KEPT = 0.99
 """The share of the gain that a smaller rank has to keep."""
@@ -40,25 +39,17 @@ class RankResult:
     report: float
     difference: Interval
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class RankChoice:
-    """The winner's own rank, the smaller ones that were tried, and the smallest that does.
+    """The winner's own rank, the smaller ones that were tried, and the smallest that is enough.
 
-    `chosen` is None where none does; where it is not, the next smaller one was tried and does not.
+    `chosen` is None where none is; else the next smaller one was tried and is not.
     """
 
     trained: int
     results: list[RankResult]
     chosen: RankResult | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
 
     @property
     def line(self) -> str:
@@ -69,24 +60,21 @@ class RankChoice:
         return f"r={self.trained} trained, r={self.chosen.r} keeps {kept:.1%} of the gain"
 
 
-def rank_choice(
-    winner: Record, base_losses: SplitLosses, base: SweepBase, seed: int, say: Callable[[str], None]
-) -> RankChoice | None:
+def rank_choice(winner: Record, base: SweepBase, say: Callable[[str], None]) -> RankChoice | None:
     """Truncates the winner by SVD to smaller ranks and evaluates each.
 
-    The chosen one is kept beside the winner's folder, as `<winner>-as-r6`.
-
-    Returns: None where the winner has gained nothing, or cannot be truncated; `say` tells why.
+    The chosen one is kept beside the winner's folder, as `<winner>-as-r6`. There is none where the
+    winner has gained nothing, or cannot be truncated.
     """
-    recipe, losses = winner.configuration.recipe, winner.last.losses
+    recipe, last = winner.configuration.recipe, winner.last
     folder = Path(recipe.output_dir)
-    gains = {name: mean_loss(base_losses[name]) - mean_loss(losses[name]) for name in losses}
+    bare = {split: mean_loss(rows) for split, rows in base.bare_losses.items()}
+    gains = {split: bare[split] - mean for split, mean in last.means.items()}
     if min(gains.values()) <= 0:
         say("smaller ranks are not looked at: the winner gains nothing over the base")
         return None
     config = recipe.lora_config()
     trained = max([config.r, *config.rank_pattern.values()])
-    units = base.splits[REPORT].units
     results: dict[int, RankResult] = {}
 
     def enough(r: int, place: str) -> bool:
@@ -95,8 +83,8 @@ def rank_choice(
         resize(folder, small, rank=r)
         with base.with_adapter(small, recipe) as model:
             found = base.losses(model)
-        kept = {n: (mean_loss(base_losses[n]) - mean_loss(found[n])) / gains[n] for n in gains}
-        difference = loss_interval(found[REPORT], units, seed, minus=losses[REPORT])
+        kept = {n: (bare[n] - mean_loss(found[n])) / gains[n] for n in gains}
+        difference = base.interval(found, REPORT, minus=last.losses)
         results[r] = RankResult(r, kept, mean_loss(found[REPORT]), difference)
         say(f"r={r}: keeps {kept[REPORT]:.1%} of the gain")
         return kept[SELECTION] >= KEPT

@@ -1,10 +1,9 @@
 """The course of a sweep: rounds of draws, the rungs that each round climbs, and who is promoted.
 
 At a rung one in `reduction_factor` is promoted to train that many times longer (successive
-halving, Jamieson and Talwalkar 2016, arXiv:1502.07943). Where configurations come in rounds, a
-later one is promoted by the rule of ASHA (Li et al. 2020, arXiv:1810.05934): when it is within the
-best share of all that reached the rung so far. Everything follows from the records of
-configurations, so that a sweep may be stopped anywhere and decides the same when it is resumed.
+halving, Jamieson and Talwalkar 2016, arXiv:1502.07943). A configuration of a later round is
+promoted when it is within the best share of all that reached the rung so far (ASHA, Li et al. 2020,
+arXiv:1810.05934). All decisions follow from the records, so that a sweep may be resumed anywhere.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lorakit.progress import task
-from lorakit.sweeps.base import SELECTION
-from lorakit.sweeps.bootstrap import mean_loss
 from lorakit.sweeps.records import Progress, Record, mean_at, read_record
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.space.samplers import Changes, Outcome, Sampler
+from lorakit.sweeps.sweep_base import SELECTION
 
 Make = Callable[[Sequence[Changes], Sequence[Configuration]], list[Configuration]]
 """Makes configurations of draws, beside those that there are."""
@@ -40,10 +38,8 @@ class Search:
     """Trains what a sampler draws.
 
     Args:
-        make: draws as configurations.
         shares: the rungs, as shares of a whole run; the last one is 1.
-        reduction_factor: one in so many is promoted at each rung.
-        say: shows a line to the user.
+        reduction_factor: one in this many is promoted at each rung.
     """
 
     sampler: Sampler
@@ -54,62 +50,51 @@ class Search:
     say: Callable[[str], None]
 
     def run(self) -> list[Record]:
-        """The records of all configurations, in the order in which they were drawn.
-
-        Raises:
-            StoppedError: Ctrl-C or SIGTERM; what was trained is saved.
-        """
+        """The records of all configurations, in the order in which they were drawn."""
         records: list[Record] = []
         while draws := self._next_draws(records):
             own = self.make(draws, [record.configuration for record in records])
             entrants = [read_record(configuration) for configuration in own]
             records += entrants
             self._climb(entrants, records)
-        self._replace_the_fallen(records)
+        self._resume_the_best_stopped(records)
         return records
 
     def _next_draws(self, records: Sequence[Record]) -> list[Changes]:
-        known = [
-            Outcome(dict(r.configuration.changes), mean_loss(r.last.losses[SELECTION]))
-            for r in records
-            if r.diverged is None
-        ]
-        return self.sampler.draw([dict(r.configuration.changes) for r in records], known)
+        known = [Outcome(r.changes, r.last.means[SELECTION]) for r in records if r.diverged is None]
+        return self.sampler.draw([r.changes for r in records], known)
 
     def _climb(self, entrants: Sequence[Record], records: Sequence[Record], start: int = 0) -> None:
         """Trains `entrants` from the rung `start` on; at each rung the best are promoted."""
-        for i in range(start, len(self.shares)):
-            share = self.shares[i]
+        for share in self.shares[start:]:
             self._train([record for record in entrants if record.at(share) is None], share)
             entrants = [record for record in entrants if record.diverged is None]
             if share == 1 or not entrants:
                 return
             losses = mean_at(records, share, SELECTION)
-            names = [record.configuration.name for record in entrants]
+            names = [record.name for record in entrants]
             chosen = promoted(losses, names, self.reduction_factor)
-            best = min(names, key=lambda name: losses[name])
+            best = min(names, key=losses.__getitem__)
             self.say(
-                f"behind {share:.0%} of the steps {len(chosen)} of {len(entrants)} go on; "
+                f"after {share:.0%} of the steps {len(chosen)} of {len(entrants)} continue; "
                 f"the best is {best} with a loss of {losses[best]:.4f}"
             )
-            entrants = [r for r in entrants if r.configuration.name in chosen]
+            entrants = [r for r in entrants if r.name in chosen]
 
     def _train(self, records: Sequence[Record], share: float) -> None:
         waiting = [record for record in records if record.diverged is None]
         if not waiting:
             return
-        what = (
-            waiting[0].configuration.name if len(waiting) == 1 else f"{len(waiting)} configurations"
-        )
+        what = waiting[0].name if len(waiting) == 1 else f"{len(waiting)} configurations"
         self.say(f"training up to {share:.0%} of the steps: {what}")
         with task(f"training up to {share:.0%}", len(waiting)):
             progress = self.runner.advance([record.configuration for record in waiting], share)
         for record in waiting:
-            record.add(share, progress[record.configuration.name])
+            record.add(share, progress[record.name])
             if record.diverged is not None:
-                self.say(f"{record.configuration.name} is dropped: {record.diverged}")
+                self.say(f"{record.name} is dropped: {record.diverged}")
 
-    def _replace_the_fallen(self, records: Sequence[Record]) -> None:
+    def _resume_the_best_stopped(self, records: Sequence[Record]) -> None:
         """Resumes the best stopped configuration where all that were promoted have diverged."""
         while not any(record.finished for record in records):
             left = [record for record in records if record.diverged is None]
@@ -117,11 +102,10 @@ class Search:
                 return
             furthest = max(record.last.share for record in left)
             losses = mean_at(left, furthest, SELECTION)
-            best = min(losses, key=lambda name: losses[name])
+            best = min(losses, key=losses.__getitem__)
             self.say(f"{best} continues instead of those that were dropped")
-            [record] = [r for r in left if r.configuration.name == best]
-            rung = next(i for i, share in enumerate(self.shares) if share == furthest)
-            self._climb([record], [record], rung + 1)
+            entrants = [record for record in left if record.name == best]
+            self._climb(entrants, entrants, self.shares.index(furthest) + 1)
 
 
 def rungs(configurations: int, reduction_factor: int) -> list[float]:
@@ -130,22 +114,21 @@ def rungs(configurations: int, reduction_factor: int) -> list[float]:
     So many rungs that one or a few are left at the end: 12 configurations and a factor of 3 give
     1/9, 1/3 and 1, which 12, 4 and 1 of them reach.
     """
-    count, left = 0, configurations
-    while left >= reduction_factor:
-        left //= reduction_factor
-        count += 1
-    return [reduction_factor**-k for k in range(count, -1, -1)]
+    shares: list[float] = [1]
+    while configurations >= reduction_factor ** len(shares):
+        shares.insert(0, reduction_factor ** -len(shares))
+    return shares
 
 
 def promoted(
     losses: Mapping[str, float], candidates: Sequence[str], reduction_factor: int
 ) -> list[str]:
-    """Those of `candidates` that go on, in their order.
+    """Those of `candidates` that continue, in their order.
 
     Args:
         losses: at this rung, of all that ever reached it and did not diverge, by name.
         candidates: those of this round that are in `losses`.
     """
-    ranked = sorted(losses, key=lambda name: losses[name])  # stable: the earlier one wins a tie
+    ranked = sorted(losses, key=losses.__getitem__)  # stable: the earlier one wins a tie
     best = set(ranked[: max(1, round(len(ranked) / reduction_factor))])
     return [name for name in candidates if name in best]

@@ -20,18 +20,31 @@ RUN_NAME = "lorakit-run.json"
 _CONTINUED = "continued"
 
 
-def check_output(folder: Path, *, resume: bool) -> None:
-    """Raises InputError unless a run may start, or with `resume` go on, in `folder`."""
+def check_output(
+    folder: Path,
+    *,
+    resume: bool,
+    marker: str = RUN_NAME,
+    finished: str = MANIFEST_NAME,
+    what: str = "run",
+) -> None:
+    """Raises InputError unless a run may start, or with `resume` go on, in `folder`.
+
+    Args:
+        marker, finished: the files that tell a run's folder, and a finished one.
+        what: what a run is called.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir: {folder} is a file")
     if not folder.is_dir() or not any(not left_over(path) for path in folder.iterdir()):
         return
-    if not (folder / RUN_NAME).is_file():
+    if not (folder / marker).is_file():
         raise InputError(f"output_dir: {folder} holds something else: give an empty or new folder")
     if not resume:
-        what = "a finished run" if (folder / MANIFEST_NAME).is_file() else "an unfinished run"
+        state = "a finished" if (folder / finished).is_file() else "an unfinished"
         raise InputError(
-            f"output_dir: {folder} holds {what}: add --resume to resume it, or give another folder"
+            f"output_dir: {folder} holds {state} {what}: add --resume to resume it, "
+            "or give another folder"
         )
 
 

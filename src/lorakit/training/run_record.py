@@ -14,7 +14,7 @@ import torch
 from lorakit import atomic
 from lorakit.adapters.manifest import SAMPLES_NAME, Manifest
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers, generate_targets
+from lorakit.evaluation.answers import answer_samples
 from lorakit.progress import task
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.output import read_continued
@@ -92,10 +92,8 @@ def write_samples(folder: Path, setup: Setup) -> list[str]:
         return []
 
     def answers() -> list[str]:
-        if getattr(model.config, "is_encoder_decoder", False):
-            return generate_targets(model, tokenizer, chosen, max_new_tokens=LONGEST)
-        prompts, tools = [s.prompt for s in chosen], [s.tools for s in chosen]
-        return generate_answers(model, tokenizer, prompts, tools=tools, max_new_tokens=LONGEST)
+        written = answer_samples(model, tokenizer, chosen, max_new_tokens=LONGEST)
+        return [one.text for one in written]
 
     try:
         with task("answering sample rows", 2 * len(chosen)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError
+from lorakit.report.numbers import value_text
 from lorakit.training.recipe import Recipe, load_recipe
 
 _SHORT = {
@@ -79,17 +80,13 @@ def check_keys(recipe: Recipe, keys: Sequence[str]) -> None:
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """`recipe` with other values; what it leaves open stays open.
-
-    Raises:
-        InputError: a key is unknown, or its value cannot be.
-    """
+    """`recipe` with other values; what it leaves open stays open."""
     values = recipe.model_dump(mode="json", exclude_unset=True)
     try:
         return load_recipe(values, changes.items())
     except InputError as error:
-        said = ", ".join(f"{key}={shown(value)}" for key, value in changes.items())
-        raise InputError(f"--over {said}: {str(error).removeprefix('recipe: ')}") from error
+        reason = str(error).removeprefix("recipe: ")
+        raise InputError(f"--over {_listed(changes)}: {reason}") from error
 
 
 def configurations(
@@ -108,24 +105,23 @@ def configurations(
         InputError: a recipe is not valid, or two are the same.
     """
     seen = {_identity(c.recipe): c.changes for c in taken}
-    names = {c.name for c in taken}
+    names = {c.name.lower() for c in taken}
     found = []
     for changes in draws:
         full = complete(changed(recipe, changes))
         own = _identity(full)
         if own in seen:
             raise InputError(
-                f"{_said(seen[own])} and {_said(changes)} are the same configuration: remove one"
+                f"{_listed(seen[own])} and {_listed(changes)} are the same configuration: "
+                "remove one"
             )
         seen[own] = changes
         name = name_of(changes)
-        if name is None or name.lower() in {other.lower() for other in names}:
+        if name is None or name.lower() in names:
             name = f"c{len(names) + 1:02d}"
-        names.add(name)
-        folder = Path(recipe.output_dir) / name
-        found.append(
-            Configuration(name, dict(changes), full.filled_in({"output_dir": str(folder)}))
-        )
+        names.add(name.lower())
+        full = full.filled_in({"output_dir": str(Path(recipe.output_dir) / name)})
+        found.append(Configuration(name, dict(changes), full))
     return found
 
 
@@ -138,20 +134,10 @@ def name_of(changes: Mapping[str, Any]) -> str | None:
 
 def shown(value: Any) -> str:
     """A value as people write it: `3e-4`, `true`, `[q_proj, v_proj]`."""
-    if isinstance(value, float):
-        text = f"{value:g}"
-        if value and not 1e-2 <= abs(value) < 1e5:
-            mantissa, exponent = f"{value:.6e}".split("e")
-            text = f"{float(mantissa):g}e{int(exponent)}"
-        return text
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return f"[{', '.join(map(shown, value))}]" if isinstance(value, list) else value_text(value, 6)
 
 
-def _said(changes: Mapping[str, Any]) -> str:
+def _listed(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={shown(value)}" for key, value in changes.items())
 
 

@@ -16,7 +16,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.errors import InputError
-from lorakit.sweeps.space.settings import Range, SweepSettings
+from lorakit.sweeps.space.sweep_settings import Range, SweepSettings
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -60,23 +60,37 @@ class Sampler(Protocol):
 
 
 def sampler_of(settings: SweepSettings, seed: int) -> Sampler:
-    """The sampler that `settings` name.
-
-    Raises:
-        InputError: there is nothing to draw, or the sampler cannot draw it.
-    """
-    if not settings.over:
+    """The sampler that `settings` name; raises InputError where there is nothing to draw."""
+    over, trials = settings.over, settings.trials
+    if not over:
         raise InputError("nothing is swept: give --over KEY=VALUES, as in --over lora.r=4,8,16")
-    for key, values in settings.over.items():
+    for key, values in over.items():
         if isinstance(values, list):
             _check_values(key, values)
-    if settings.sampler == "grid":
-        return _Grid(_grid(settings.over))
-    assert settings.trials is not None
-    _check_number(settings.over, settings.trials)
+    size = math.prod(len(values) for values in over.values() if isinstance(values, list))
+    ranges = [key for key, values in over.items() if isinstance(values, Range)]
+    if trials is None:
+        if ranges:
+            raise InputError(
+                f"--over {ranges[0]}: a range has no grid: give its values, or --sampler random"
+            )
+        if size > MOST:
+            raise InputError(
+                f"the grid has {size:,} configurations, and a sweep takes {MOST:,}: draw some of "
+                "them with --sampler random --trials N"
+            )
+        lists: Any = over.values()
+        return _Once([dict(zip(over, values, strict=True)) for values in product(*lists)])
+    if trials > MOST:
+        raise InputError(f"sweep.trials is {trials:,}, and a sweep takes {MOST:,}")
+    if not ranges and trials > size:
+        raise InputError(
+            f"sweep.trials is {trials}, and there are {size} configurations: "
+            "leave --sampler and --trials out"
+        )
     if settings.sampler == "random":
-        return _Random(settings.over, settings.trials, seed)
-    return _Optuna(settings.over, settings.trials, seed, settings.sampler)
+        return _Once(_random_points(over, trials, seed))
+    return _Optuna(over, trials, seed, settings.sampler)
 
 
 def _check_values(key: str, values: list[Any]) -> None:
@@ -88,65 +102,26 @@ def _check_values(key: str, values: list[Any]) -> None:
             raise InputError(f"--over {key} has {text} twice: its configurations are the same")
 
 
-def _grid(over: Mapping[str, Range | list[Any]]) -> list[Changes]:
-    for key, values in over.items():
-        if isinstance(values, Range):
-            raise InputError(
-                f"--over {key}: a range has no grid: give its values, or --sampler random"
-            )
-    size = _size(over)
-    if size > MOST:
-        raise InputError(
-            f"the grid has {size:,} configurations, and a sweep takes {MOST:,}: draw some of them "
-            "with --sampler random --trials N"
-        )
-    return [dict(zip(over, values, strict=True)) for values in product(*over.values())]
-
-
-def _check_number(over: Mapping[str, Range | list[Any]], trials: int) -> None:
-    if trials > MOST:
-        raise InputError(f"sweep.trials is {trials:,}, and a sweep takes {MOST:,}")
-    if any(isinstance(values, Range) for values in over.values()):
-        return
-    size = _size(over)
-    if trials > size:
-        raise InputError(
-            f"sweep.trials is {trials}, and there are {size} configurations: "
-            "leave --sampler and --trials out"
-        )
-
-
-def _size(over: Mapping[str, Range | list[Any]]) -> int:
-    return math.prod(len(values) for values in over.values() if isinstance(values, list))
-
-
 @dataclass(frozen=True)
-class _Grid:
+class _Once:
+    """All points in one round: a grid, or random draws."""
+
     points: list[Changes]
 
     def draw(self, before: Sequence[Changes], known: Sequence[Outcome]) -> list[Changes]:
-        """All of it at once."""
         return [] if before else self.points
 
 
-@dataclass(frozen=True)
-class _Random:
-    over: Mapping[str, Range | list[Any]]
-    trials: int
-    seed: int
-
-    def draw(self, before: Sequence[Changes], known: Sequence[Outcome]) -> list[Changes]:
-        """All of them at once, each value by itself, none of them twice."""
-        if before:
-            return []
-        draws = random.Random(self.seed)
-        found: dict[str, Changes] = {}
-        for _ in range(_TRIES * self.trials):
-            changes = {key: _one_of(values, draws) for key, values in self.over.items()}
-            found.setdefault(_text(changes), changes)
-            if len(found) == self.trials:
-                break
-        return list(found.values())
+def _random_points(over: Mapping[str, Range | list[Any]], trials: int, seed: int) -> list[Changes]:
+    """Each value drawn by itself, no point twice."""
+    draws = random.Random(seed)
+    found: dict[str, Changes] = {}
+    for _ in range(_TRIES * trials):
+        changes = {key: _one_of(values, draws) for key, values in over.items()}
+        found.setdefault(_text(changes), changes)
+        if len(found) == trials:
+            break
+    return list(found.values())
 
 
 class _Optuna:
@@ -170,20 +145,26 @@ class _Optuna:
         distributions = {key: _distribution(values) for key, values in self.over.items()}
         # A new study for each round: its draws depend on what it is told here, and on nothing else.
         study = optuna.create_study(sampler=self._sampler(len(before)))
-        for outcome in known:
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params={k: _told(self.over[k], v) for k, v in outcome.changes.items()},
-                    distributions=distributions,
-                    value=outcome.value,
-                )
+        study.add_trials(
+            optuna.trial.create_trial(
+                params={
+                    k: v if isinstance(self.over[k], Range) else _text(v)
+                    for k, v in outcome.changes.items()
+                },
+                distributions=distributions,
+                value=outcome.value,
             )
+            for outcome in known
+        )
         seen = {_text(changes) for changes in before}
         found: list[Changes] = []
         wanted = min(_A_ROUND, self.trials - len(before))
         for _ in range(_TRIES * wanted):
-            asked = study.ask(distributions)
-            changes = {key: _meant(self.over[key], asked.params[key]) for key in self.over}
+            asked = study.ask(distributions).params
+            changes = {
+                key: asked[key] if isinstance(values, Range) else json.loads(asked[key])
+                for key, values in self.over.items()
+            }
             if _text(changes) not in seen:
                 seen.add(_text(changes))
                 found.append(changes)
@@ -210,14 +191,6 @@ def _distribution(values: Range | list[Any]) -> BaseDistribution:
     if values.whole:
         return distributions.IntDistribution(int(values.low), int(values.high), log=values.by_log)
     return distributions.FloatDistribution(values.low, values.high, log=values.by_log)
-
-
-def _told(values: Range | list[Any], value: Any) -> Any:
-    return value if isinstance(values, Range) else _text(value)
-
-
-def _meant(values: Range | list[Any], told: Any) -> Any:
-    return told if isinstance(values, Range) else json.loads(told)
 
 
 def _one_of(values: Range | list[Any], draws: random.Random) -> Any:

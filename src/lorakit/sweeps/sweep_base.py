@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.engine.resident import ResidentModel
 from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import InputError
-from lorakit.evaluation.loss import RowLosses, evaluating, row_losses
+from lorakit.evaluation.held_out import RowLosses, batch_losses, row_losses
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
 from lorakit.models.fingerprint import fingerprint
@@ -28,8 +29,9 @@ from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.models.loss import SupervisedLoss
-from lorakit.objectives.objective import TrainingInputs, added, as_tensors, with_sums
-from lorakit.progress import track
+from lorakit.objectives.objective import TrainingInputs
+from lorakit.progress import task
+from lorakit.sweeps.bootstrap import Interval, loss_interval
 from lorakit.sweeps.space.configurations import changed
 from lorakit.training.advice import advised
 from lorakit.training.batching import Batching, choose_batching
@@ -47,11 +49,6 @@ SplitLosses = dict[str, RowLosses]
 """By split, the losses of its rows."""
 
 
-def all_rows(losses: Mapping[str, RowLosses]) -> RowLosses:
-    """The losses of all splits together."""
-    return [row for rows in losses.values() for row in rows]
-
-
 @dataclass(frozen=True)
 class Split:
     """Held-out rows with their samples; `units[i]` numbers the prompt of row i."""
@@ -60,111 +57,110 @@ class Split:
     samples: list[AnySample]
     units: list[int]
 
+    @property
+    def prompts(self) -> int:
+        """How many different prompts there are."""
+        return max(self.units, default=-1) + 1
+
 
 class SweepBase:
     """A base model and its rows, for all configurations of a sweep.
 
     Args:
         recipe: of the sweep, without its changes.
-        begun: model, tokenizer, rows, loss and batches, as the task has them.
         splits: held-out rows by name.
+        seed: of the draws that intervals are taken from.
 
     Attributes:
-        fingerprint: of the base model's weights.
-        parameters: of the base model.
-        notices: lines for the user.
+        facts: what the rows were read from, as the record has it.
     """
 
-    def __init__(self, recipe: Recipe, begun: TrainingInputs, splits: Mapping[str, Split]) -> None:
-        self.recipe, self.begun, self.splits = recipe, begun, splits
-        self.device: torch.device = next(begun.model.parameters()).device
-        self.fingerprint = fingerprint(begun.model, without=begun.new_modules)
-        pad = begun.tokenizer.pad_token_id
+    def __init__(
+        self, recipe: Recipe, inputs: TrainingInputs, splits: Mapping[str, Split], seed: int = 0
+    ) -> None:
+        self.recipe, self.inputs, self.splits, self.seed = recipe, inputs, splits, seed
+        self.device: torch.device = next(inputs.model.parameters()).device
+        self.fingerprint = fingerprint(inputs.model, without=inputs.new_modules)
+        pad = inputs.tokenizer.pad_token_id
         self.pad_token_id: int = pad if isinstance(pad, int) else 0
-        self.parameters = count_parameters(begun.model)[1]
-        self.facts = [asdict(fact) for fact in begun.data.facts]
-        self.notices = [*begun.data.notices, *(f.line for f in begun.data.findings if f.count)]
-        self._lines = Lines(begun.model)
+        self.parameters = count_parameters(inputs.model)[1]
+        self.facts = [asdict(fact) for fact in inputs.data.facts]
+        self.notices = [*inputs.data.notices, *(f.line for f in inputs.data.findings if f.count)]
+        self._lines = Lines(inputs.model)
         self._seed = recipe.training.seed  # a new head's values are drawn with it
         self._trained: dict[str, int] = {}
 
     @property
     def shares_passes(self) -> bool:
         """Whether configurations of this task can share a pass."""
-        return self.begun.objective.name == "sft"
+        return self.inputs.objective.name == "sft"
 
     def complete(self, recipe: Recipe) -> Recipe:
         """`recipe` with what it leaves open filled in, and the rows of the sweep held out."""
-        full, _ = advised(recipe, self.parameters, len(self.begun.data.train))
+        full, _ = advised(recipe, self.parameters, len(self.inputs.data.train))
         if full.data_seed != self.recipe.data_seed:
             full = full.filled_in({"data.seed": self.recipe.data_seed})
         return full
 
-    def beginning(self, recipe: Recipe) -> TrainingInputs:
-        """What a configuration begins with: these rows, and the base.
+    def inputs_for(self, recipe: Recipe) -> TrainingInputs:
+        """The rows and the base for a configuration.
 
         A base with a new head is loaded again for another seed, which draws the head's values.
         """
-        if self.begun.new_modules and recipe.training.seed != self._seed:
-            fresh = _begin(changed(self.recipe, {"training.seed": recipe.training.seed}))
-            self.begun = replace(self.begun, model=fresh.model)
+        if self.inputs.new_modules and recipe.training.seed != self._seed:
+            fresh = _load(changed(self.recipe, {"training.seed": recipe.training.seed}))
+            self.inputs = replace(self.inputs, model=fresh.model)
             self._seed = recipe.training.seed
-        return self.begun
+        return self.inputs
 
     def batching(self, recipe: Recipe) -> tuple[Batching, list[str]]:
-        """How rows become batches, with what to say where that is not as the recipe has it."""
-        begun = self.begun
-        batching, notices = choose_batching(recipe, self._lines, self.pad_token_id, begun.collator)
-        return replace(batching, to_batch=begun.objective.to_batch), notices
-
-    def batches(self, recipe: Recipe, args: TrainingArguments) -> list[list[int]]:
-        """The rows of each batch of the first epoch."""
-        return self.batching(recipe)[0].train_batches(self.begun.data.train, args, epoch=0)
+        """How rows become batches, with a notice where that is not as the recipe has it."""
+        inputs = self.inputs
+        batching, notices = choose_batching(recipe, self._lines, self.pad_token_id, inputs.collator)
+        return replace(batching, to_batch=inputs.objective.to_batch), notices
 
     def steps(self, recipe: Recipe, args: TrainingArguments) -> int:
         """The optimizer steps of a run of `recipe`."""
-        return planned_steps(args, len(self.batches(recipe, args)))
+        batches = self.batching(recipe)[0].train_batches(self.inputs.data.train, args, epoch=0)
+        return planned_steps(args, len(batches))
 
     @contextmanager
     def adapted(self, recipes: Mapping[str, Recipe]) -> Iterator[ResidentModel]:
         """The base with an adapter for each recipe, by name, started as in a run of its own.
 
-        Behind the block the base is as it was.
-
-        Raises:
-            InputError: an adapter does not fit the base.
+        After the block the base is as it was. Raises InputError where an adapter does not fit.
         """
-        resident = ResidentModel(self.begun.model, self.pad_token_id)
+        resident = ResidentModel(self.inputs.model, self.pad_token_id)
         try:
             for name, recipe in recipes.items():
-                resident.create(name, self.begun.lora_config(recipe), recipe.training.seed)
+                resident.create(name, self.inputs.lora_config(recipe), recipe.training.seed)
             with fused(resident.model):
                 yield resident
         finally:
-            if getattr(self.begun.model, "is_activation_checkpointing", False):
-                self.begun.model.activation_checkpointing_disable()
+            self.stop_checkpointing()
             if resident.adapters:
                 resident.model.unload()
 
+    def stop_checkpointing(self) -> None:
+        """Leaves no activation checkpointing behind in the base."""
+        if getattr(self.inputs.model, "is_activation_checkpointing", False):
+            self.inputs.model.activation_checkpointing_disable()
+
     @contextmanager
     def with_adapter(self, folder: Path, recipe: Recipe) -> Iterator[LoraModel]:
-        """The base with the adapter in `folder`, to evaluate; bare again behind the block."""
-        model = LoraModel.from_pretrained(self.beginning(recipe).model, folder).eval()
+        """The base with the adapter in `folder`, to evaluate; bare again after the block."""
+        model = LoraModel.from_pretrained(self.inputs_for(recipe).model, folder).eval()
         try:
             yield model
         finally:
             model.unload()
 
     def trained_parameters(self, recipe: Recipe) -> int:
-        """How many parameters a configuration trains; they are counted without being made.
-
-        Raises:
-            InputError: its targets match nothing in the model.
-        """
+        """How many parameters a configuration trains; they are counted without being made."""
         key = json.dumps(recipe.lora, sort_keys=True, default=str)
         if key not in self._trained:
-            begun = self.beginning(recipe)
-            model = LoraModel(begun.model, begun.lora_config(recipe), low_cpu_mem_usage=True)
+            inputs = self.inputs_for(recipe)
+            model = LoraModel(inputs.model, inputs.lora_config(recipe), low_cpu_mem_usage=True)
             try:
                 self._trained[key] = model.get_nb_trainable_parameters()[0]
             finally:
@@ -172,6 +168,18 @@ class SweepBase:
         return self._trained[key]
 
     # --- held-out rows ----------------------------------------------------------------------
+
+    @cached_property
+    def bare_losses(self) -> SplitLosses:
+        """The losses of the held-out rows without an adapter."""
+        return self.losses(self.inputs.model)
+
+    def interval(
+        self, losses: SplitLosses, split: str, minus: SplitLosses | None = None
+    ) -> Interval:
+        """The mean loss of a split's rows, less that of others of the same rows."""
+        others = minus[split] if minus else None
+        return loss_interval(losses[split], self.splits[split].units, self.seed, others)
 
     def losses(self, model: nn.Module) -> SplitLosses:
         """The losses of the held-out rows, with the adapters that are active in `model`."""
@@ -186,7 +194,7 @@ class SweepBase:
     ) -> dict[str, SplitLosses]:
         """The losses of the held-out rows with each of these adapters.
 
-        As many of them share a pass as do not make it larger than it is to be.
+        As many of them share a pass as fit into `AT_ONCE` tokens.
         """
 
         def token_losses(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -207,10 +215,7 @@ class SweepBase:
         collate = batching.collator(learning=False)
         found: list[SplitLosses] = [{} for _ in range(several)]
         for split, part in self.splits.items():
-            batches, collate = (
-                batching.held_out_batches(part.rows),
-                batching.collator(learning=False),
-            )
+            batches = batching.held_out_batches(part.rows)
             by_name = row_losses(model, part.rows, batches, collate, token_losses, several)
             for own, losses in zip(found, by_name, strict=True):
                 own[split] = losses
@@ -218,22 +223,13 @@ class SweepBase:
 
     def _one_by_one(self, model: nn.Module, rows: Sequence[TokenizedRow]) -> RowLosses:
         """Losses of other tasks are sums over a batch, so that each row is one."""
-        objective = self.begun.objective
         collate = self.batching(self.recipe)[0].collator(learning=False)
-        forward = objective.forward(model)
-        found = []
-        with evaluating(model) as device:
-
-            def batch_of(row: TokenizedRow) -> dict[str, torch.Tensor]:
-                return {name: tensor.to(device) for name, tensor in collate([row]).items()}
-
-            before: dict[str, torch.Tensor] = {}
-            for row in rows if objective.needs_all_batches else ():
-                before = added(before, as_tensors(objective.beforehand(forward, batch_of(row))))
-            for row in track(rows, "evaluating rows"):
-                loss = objective.loss(forward, with_sums(batch_of(row), before))
-                found.append((float(loss.total), int(loss.count)))
-        return found
+        each = [[i] for i in range(len(rows))]
+        with task("evaluating rows", len(rows)):
+            return [
+                (float(loss.total), int(loss.count))
+                for _, loss in batch_losses(self.inputs.objective, model, rows, each, collate)
+            ]
 
 
 def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
@@ -241,18 +237,18 @@ def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
 
     Args:
         selection: the share of the held-out prompts that choosing sees.
-        seed: of the split of held-out rows.
+        seed: of the split of held-out rows, and of intervals.
 
     Raises:
         InputError: the model or the rows cannot be used, or too few are held out.
     """
     settle_in()
-    begun = _begin(recipe)
-    parts = split(begun.data.eval, begun.data.eval_samples, selection, seed)
-    return SweepBase(recipe, begun, parts)
+    inputs = _load(recipe)
+    parts = split(inputs.data.eval, inputs.data.eval_samples, selection, seed)
+    return SweepBase(recipe, inputs, parts, seed)
 
 
-def _begin(recipe: Recipe) -> TrainingInputs:
+def _load(recipe: Recipe) -> TrainingInputs:
     device = wished_device(recipe)
     dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
     return load_inputs(recipe, dtype, device)
@@ -264,13 +260,9 @@ def split(
     """Held-out rows as `selection` (about `share` of the prompts) and `report`.
 
     Rows with the same prompt stay together: what is reported was not chosen by.
-
-    Raises:
-        InputError: there are too few prompts to choose by some and report on others.
     """
-    numbers: dict[str, int] = {}
-    units = [numbers.setdefault(sample.prompt_key, len(numbers)) for sample in samples]
-    order = list(range(len(numbers)))
+    whole = whole_split(rows, samples)
+    order = list(range(whole.prompts))
     random.Random(seed).shuffle(order)
     chosen = set(order[: round(share * len(order))])
     if min(len(chosen), len(order) - len(chosen)) < FEWEST:
@@ -279,9 +271,10 @@ def split(
             f"apart: a sweep chooses by some of them and reports on the others, at least {FEWEST} "
             f"prompts each; hold out {2 * FEWEST} or more"
         )
-    sides: dict[str, list[int]] = {SELECTION: [], REPORT: []}
-    for i, unit in enumerate(units):
-        sides[SELECTION if unit in chosen else REPORT].append(i)
+    sides = {
+        name: [i for i, unit in enumerate(whole.units) if (unit in chosen) == (name == SELECTION)]
+        for name in (SELECTION, REPORT)
+    }
     return {
         name: whole_split([rows[i] for i in own], [samples[i] for i in own])
         for name, own in sides.items()

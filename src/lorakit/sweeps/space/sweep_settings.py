@@ -65,7 +65,7 @@ class SweepSettings(BaseModel):
         sampler: one of `SAMPLERS`.
         trials: configurations that are drawn; the grid has its own number.
         prune: whether losers are stopped early.
-        reduction_factor: at each rung one in so many is promoted.
+        reduction_factor: at each rung one in this many is promoted.
         objective: what the best is chosen by: `loss`, or a metric of `lorakit eval`.
         selection: the share of the held-out rows that choosing sees; the others are reported on.
         seed: of draws and of the split of held-out rows; None for the recipe's.
@@ -89,12 +89,8 @@ class SweepSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        known = ["loss", *METRICS]
-        for name, value, names in (
-            ("sampler", self.sampler, SAMPLERS),
-            ("objective", self.objective, known),
-        ):
-            if value not in names:
+        for name, names in (("sampler", SAMPLERS), ("objective", ("loss", *METRICS))):
+            if (value := getattr(self, name)) not in names:
                 near = did_you_mean(value, names)
                 raise ValueError(f"sweep.{name} cannot be '{value}'{near}: {', '.join(names)}")
         if self.sampler == "grid" and self.trials is not None:
@@ -123,16 +119,14 @@ def load_sweep(
     Raises:
         InputError: one line that names the key.
     """
-    block: Any = {}
     if isinstance(source, Recipe):
         values: Any = source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, (str, Path)):
         values = read_yaml(Path(source))
     else:
         values = dict(source or {})
-    if "sweep" in values:
-        block = values["sweep"] if values["sweep"] is not None else {}
-        values = {key: value for key, value in values.items() if key != "sweep"}
+    block: Any = values.pop("sweep", None)
+    block = {} if block is None else block
     if not isinstance(block, Mapping):
         raise InputError("sweep should be keys and values like {over: {lora.r: [4, 8]}}")
     axes = block.get("over") or {}
@@ -155,11 +149,7 @@ def load_sweep(
 
 
 def parse_over(text: str) -> tuple[str, Any]:
-    """`lora.r=4,8` as `("lora.r", [4, 8])`, and `key=low..high` as a range.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """`lora.r=4,8` as `("lora.r", [4, 8])`, and `key=low..high` as a range."""
     key, equals, listed = text.partition("=")
     key = key.strip()
     if not equals or not key:

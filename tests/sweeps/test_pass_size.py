@@ -10,7 +10,7 @@ import torch
 import lorakit.sweeps.local as runner_module
 from lorakit.engine.shared_pass import AdapterBatch, passes
 from lorakit.errors import InputError
-from lorakit.sweeps.room import fewest_worth, measure_room
+from lorakit.sweeps.pass_size import fewest_worth, measure_pass_size
 from lorakit.training.forecast import TIGHT
 from small_runs import weights
 from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
@@ -42,11 +42,11 @@ def test_the_largest_batches_are_tried_until_more_do_not_fit():
             raise torch.OutOfMemoryError
         time.sleep(0.25)  # as long for two as for one, on a busy machine too
 
-    room = measure_room([part("small", 10), part("large", 40), part("middle", 20)], run)
+    size = measure_pass_size([part("small", 10), part("large", 40), part("middle", 20)], run)
     assert tried[0] == ["large"]
     assert tried[-1] == ["large", "middle", "small"]
-    assert room.tokens == 60
-    assert "3 do not fit into memory" in room.line
+    assert size.tokens == 60
+    assert "3 do not fit into memory" in size.line
 
 
 def test_what_was_measured_is_said_and_changes_no_weight(
@@ -118,7 +118,7 @@ def test_groups_are_no_larger_than_memory_allows(
     said: list[str] = []
     runner = runner_for(values, say=said.append)
     each = 16e-6 * runner.base.trained_parameters(sweep[0].recipe)
-    # Room for two and a half of the largest.
+    # PassSize for two and a half of the largest.
     monkeypatch.setattr(runner_module, "memory_mb", lambda: 5 * each / TIGHT)
     monkeypatch.setattr(runner_module, "used_memory_mb", lambda: 0.0)
     found = runner.advance(sweep, 1.0)

@@ -1,8 +1,7 @@
-"""How much goes through the model at a time: measured, on batches of the run itself.
+"""How many tokens go through the model at a time: measured, on batches of the run itself.
 
-More positions in a pass are faster up to where the machine is busy, and take memory for all of
-them; a token is what counts, of whichever configuration it is. So passes are made larger as long
-as that pays.
+Larger passes are faster up to where the machine is busy, and take memory for all of their tokens,
+of whichever configuration these are. So passes are made larger as long as that pays.
 """
 
 from __future__ import annotations
@@ -28,21 +27,16 @@ REPEATS = 2  # a machine is not the same from second to second: the faster one c
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a pass may hold, and what was measured to say so.
-
-    Attributes:
-        tokens: of all configurations in a pass; one configuration's batch may have more.
-        line: what was decided and why.
-    """
+class PassSize:
+    """The tokens of a pass (the batch of one configuration may have more), and why."""
 
     tokens: int
     line: str
 
 
-def measure_room(
+def measure_pass_size(
     parts: Sequence[AdapterBatch], run: Callable[[Sequence[AdapterBatch]], None]
-) -> Room:
+) -> PassSize:
     """Runs passes of one configuration, two, four, …, as long as that pays and fits.
 
     Args:
@@ -51,11 +45,9 @@ def measure_room(
     """
     ordered = sorted(parts, key=lambda part: part.tokens, reverse=True)
     rates: dict[int, float] = {}
-    peaks: dict[int, float] = {0: peak_memory_mb()}
-    why = "all of them fit"
-    count = 1
+    before, count = peak_memory_mb(), 1
     while True:
-        tried = ordered[:count]
+        tried, last = ordered[:count], max(rates, default=0)
         try:
             if count == 1:
                 run(tried)  # takes what only the first pass takes
@@ -65,43 +57,35 @@ def measure_room(
                 raise
             why = f"{count} do not fit into memory"
             break
-        peaks[count] = peak_memory_mb()
-        if count > 1 and rates[count] < PAYS * rates[_before(count, rates)]:
+        if last and rates[count] < PAYS * rates[last]:
             why = f"{count} are hardly faster"
             break
         if count == len(ordered):
+            why = "all of them fit"
             break
         following = min(2 * count, len(ordered))
         if _expected(rates, ordered, following) < WORTH_A_TRIAL * rates[count]:
             why = f"{following} would hardly be faster"
             break
-        if needs := _too_much(peaks, count, following):
+        needs = before + (peak_memory_mb() - before) / count * following
+        if needs > TIGHT * memory_mb():
             why = f"{following} would need {needs / 1e3:.1f} of {memory_mb() / 1e3:.0f} GB"
             break
         count = following
-    chosen = fewest_worth(rates)
     measured = ", ".join(f"{n} at a time {rate:,.0f} tokens/s" for n, rate in rates.items())
-    tokens = _tokens(ordered[:chosen])
+    tokens = _tokens(ordered[: fewest_worth(rates)])
     line = f"up to {tokens:,} tokens go through the model at a time: {measured} ({why})"
-    return Room(tokens, line)
+    return PassSize(tokens, line)
 
 
 def fewest_worth(rates: Mapping[int, float]) -> int:
-    """The number at a time behind which more do not pay, of tokens a second by number."""
-    numbers = sorted(rates)
-    chosen = numbers[0]
-    for number in numbers[1:]:
+    """The number at a time from which more do not pay, of tokens a second by number."""
+    chosen, *others = sorted(rates)
+    for number in others:
         if rates[number] < PAYS * rates[chosen]:
             break
         chosen = number
     return chosen
-
-
-def _too_much(peaks: Mapping[int, float], count: int, following: int) -> float | None:
-    """The memory in MB that `following` would take, where the machine has not got it."""
-    each = (peaks[count] - peaks[0]) / count
-    needs = peaks[0] + each * following
-    return needs if needs > TIGHT * memory_mb() else None
 
 
 def _expected(rates: Mapping[int, float], ordered: Sequence[AdapterBatch], following: int) -> float:
@@ -115,12 +99,7 @@ def _expected(rates: Mapping[int, float], ordered: Sequence[AdapterBatch], follo
     tokens = [_tokens(ordered[:number]) for number in (one, two, following)]
     seconds = [tokens[0] / rates[one], tokens[1] / rates[two]]
     each = (seconds[1] - seconds[0]) / (tokens[1] - tokens[0])
-    more = seconds[1] + max(each, 0.0) * (tokens[2] - tokens[1])
-    return tokens[2] / more
-
-
-def _before(count: int, rates: Mapping[int, float]) -> int:
-    return max(number for number in rates if number < count)
+    return tokens[2] / (seconds[1] + max(each, 0.0) * (tokens[2] - tokens[1]))
 
 
 def _tokens(parts: Sequence[AdapterBatch]) -> int:

@@ -1,20 +1,18 @@
-"""Held-out loss and scores of a model over samples, by an objective: one sum over one count, never
-a mean of batch means.
-
-What is supervised is decided by the objective, as in training.
+"""Held-out loss and scores of a model over rows, by an objective: one sum over one count, never a
+mean of batch means. What is supervised is decided by the objective, as in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.data.batches import Collator
+from lorakit.data.grouping import cut
 from lorakit.errors import InputError, each
-from lorakit.objectives.objective import Objective, added, as_tensors, with_sums
+from lorakit.objectives.objective import Loss, Objective, added, as_tensors, with_sums
 from lorakit.objectives.registry import default_objective
-from lorakit.progress import innermost, track
+from lorakit.progress import innermost, task
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from lorakit.data.masking import TokenizedRow
     from lorakit.data.samples import Sample
 
+Row = TypeVar("Row")
 RowLosses = list[tuple[float, int]]
 """Of each row: its summed nats, and its supervised tokens."""
 
@@ -40,7 +39,7 @@ def mean_loss(
     """Cross-entropy in nats per supervised token over all `samples`.
 
     Args:
-        max_length: longer rows are cut to so many tokens, as in training.
+        max_length: longer rows are cut to this many tokens, as in training.
         batch_size: rows at a time, of like length; the result does not depend on it.
         on_batch: called after each batch with the number of its rows.
 
@@ -86,27 +85,32 @@ def held_out_scores(
     pad = tokenizer.pad_token_id
     # Padding is masked: any token will do.
     collate = objective.collator(tokenizer) or Collator(pad if isinstance(pad, int) else 0)
-    forward = objective.forward(model)
-    ordered, work = sorted(rows, key=len, reverse=True), innermost()
-    batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
-    before: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
-    with evaluating(model) as device:
-
-        def batch_of(some: Sequence[TokenizedRow]) -> dict[str, torch.Tensor]:
-            made = objective.to_batch(some, collate)
-            return {name: tensor.to(device) for name, tensor in made.items()}
-
-        for chosen in batches if objective.needs_all_batches else ():
-            found = objective.beforehand(forward, batch_of(chosen))
-            before = added(before, as_tensors(found))
-        for chosen in batches:
-            batch = with_sums(batch_of(chosen), before)
-            sums = added(sums, objective.loss(forward, batch).sums())
-            work.advance(len(chosen))
-            if on_batch:
-                on_batch(len(chosen))
+    batches = longest_first(rows, batch_size)
+    for chosen, loss in batch_losses(
+        objective, model, rows, batches, lambda some: objective.to_batch(some, collate)
+    ):
+        sums = added(sums, loss.sums())
+        if on_batch:
+            on_batch(len(chosen))
     return objective.held_out(sums)
+
+
+def batch_losses(
+    objective: Objective,
+    model: nn.Module,
+    rows: Sequence[TokenizedRow],
+    batches: Sequence[list[int]],
+    collate: Callable[[list[TokenizedRow]], dict[str, torch.Tensor]],
+) -> Iterator[tuple[list[int], Loss]]:
+    """The objective's loss of each batch, with what it needs to know of all of them."""
+    forward = objective.forward(model)
+    before: dict[str, torch.Tensor] = {}
+    if objective.needs_all_batches:
+        for _, batch in evaluating(model, rows, batches, collate, counts=False):
+            before = added(before, as_tensors(objective.beforehand(forward, batch)))
+    for chosen, batch in evaluating(model, rows, batches, collate):
+        yield chosen, objective.loss(forward, with_sums(batch, before))
 
 
 def row_losses(
@@ -125,27 +129,50 @@ def row_losses(
             of `several` adapters.
     """
     found: list[RowLosses] = [[(0.0, 0)] * len(rows) for _ in range(several)]
-    with evaluating(model) as device:
-        for chosen in track(batches, "evaluating batches"):
-            tensors = collate([rows[i] for i in chosen])
+    with task("evaluating rows", len(rows)):
+        for chosen, batch in evaluating(model, rows, batches, collate):
             counts = [rows[i].supervised for i in chosen]
-            by_adapter = token_losses({k: t.to(device) for k, t in tensors.items()})
-            for own, losses in zip(found, by_adapter, strict=True):
+            for own, losses in zip(found, token_losses(batch), strict=True):
                 parts = losses.cpu().split(counts)
                 for i, tokens, part in zip(chosen, counts, parts, strict=True):
                     own[i] = (part.double().sum().item(), tokens)
     return found
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """The device of `model`, which evaluates without gradients while the block runs."""
+def evaluating(
+    model: nn.Module,
+    rows: Sequence[Row],
+    batches: Iterable[list[int]],
+    collate: Callable[[list[Row]], dict[str, torch.Tensor]],
+    counts: bool = True,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Each batch: the positions of its rows, and their tensors on the device of `model`.
+
+    From the first batch to the last the model is in evaluation mode, without gradients. With
+    `counts` the rows that are done are counted in the innermost task.
+    """
     import torch
 
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
+    work = innermost()
+    done = work.done
     model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            for chosen in batches:
+                tensors = collate([rows[i] for i in chosen])
+                yield chosen, {name: tensor.to(device) for name, tensor in tensors.items()}
+                if counts:
+                    done += len(chosen)
+                    work.update(done)
     finally:
         model.train(was_training)
+
+
+def longest_first(rows: Sequence[Any], size: int) -> list[list[int]]:
+    """The positions of rows of like length in batches of `size`.
+
+    A batch that is too large for the memory fails at once.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    return cut(order, size)

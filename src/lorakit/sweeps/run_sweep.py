@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,22 +12,20 @@ from typing import Any
 from lorakit.console import open_console
 from lorakit.data.sources import rows_from_python
 from lorakit.errors import InputError, LorakitError, one_line
-from lorakit.evaluation.loss import RowLosses
 from lorakit.folder_lock import locked_folder
 from lorakit.progress import showing
 from lorakit.report.sweep_page import write_sweep_page
-from lorakit.sweeps.base import SELECTION, SweepBase, load_base
-from lorakit.sweeps.bootstrap import loss_interval
 from lorakit.sweeps.criterion import Criterion, check_objective
 from lorakit.sweeps.leaderboard import leaderboard, read_leaderboard, standings, write_leaderboard
 from lorakit.sweeps.local import LocalRunner
-from lorakit.sweeps.output import check_disk, check_folder, claim_folder, require_same
 from lorakit.sweeps.publish import clean_up, publish, write_recipe
 from lorakit.sweeps.ranks import rank_choice
 from lorakit.sweeps.search import Runner, Search, rungs
 from lorakit.sweeps.space.configurations import Configuration, check_keys, configurations
-from lorakit.sweeps.space.samplers import Changes, Sampler, sampler_of
-from lorakit.sweeps.space.settings import SweepSettings, load_sweep
+from lorakit.sweeps.space.samplers import Changes, sampler_of
+from lorakit.sweeps.space.sweep_settings import SweepSettings, load_sweep
+from lorakit.sweeps.sweep_base import SELECTION, SweepBase, load_base
+from lorakit.sweeps.sweep_folder import check_disk, check_folder, claim_folder, require_same
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import named_failures
 from lorakit.training.setup import training_arguments
@@ -35,7 +33,7 @@ from lorakit.training.setup import training_arguments
 Say = Callable[[str], None]
 
 FEW = 50
-"""Prompts of a split: with fewer, it is said how sure a mean over them is."""
+"""Prompts of a split: with fewer, there is a warning with the interval of the base's loss."""
 
 
 def sweep(
@@ -56,7 +54,7 @@ def sweep(
         over: recipe keys with the values that each takes (`{"lora.r": [4, 8]}`), or with a range
             (`{"training.learning_rate": {"low": 1e-5, "high": 1e-3}}`).
         data: rows in place of the recipe's `data.train`, as in `lorakit.train`.
-        resume: go on with the sweep in `output_dir`, when there is one.
+        resume: resume the sweep in `output_dir`, when there is one.
         quiet: show nothing.
         settings: the other fields of `SweepSettings`, such as `sampler`, `trials`, `prune`,
             `objective`.
@@ -73,8 +71,8 @@ def sweep(
     def say(line: str) -> None:
         console.print(one_line(line))
 
+    changes: list[str | tuple[str, Any]] = list(overrides)
     with ExitStack() as held:
-        changes: list[str | tuple[str, Any]] = list(overrides)
         if data is not None:
             changes += held.enter_context(rows_from_python(data)).items()
         complete, wishes = load_sweep(recipe, changes, over, settings)
@@ -82,8 +80,7 @@ def sweep(
             raise InputError("the engine ray reads rows from files only: write the data to one")
         held.enter_context(showing(console))
         table = run_sweep(complete, wishes, resume=resume, say=say)
-    rows: list[dict[str, Any]] = table["configurations"]
-    return rows
+    return list(table["configurations"])
 
 
 def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say) -> dict[str, Any]:
@@ -96,114 +93,95 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
     sampler = sampler_of(settings, seed)
     draws = sampler.draw([], [])
     configurations(recipe, draws, lambda changed: changed)  # wrong ones, before a model is loaded
-    with locked_folder(folder, partial(check_folder, folder, resume=resume), say):
-        return _run(recipe, settings, folder, seed, sampler, draws, say)
+    with ExitStack() as held:
+        held.enter_context(locked_folder(folder, partial(check_folder, folder, resume=resume), say))
+        require_same(folder, recipe, settings)
+        if table := read_leaderboard(folder):
+            say(f"{folder} is finished already: nothing is left to do")
+            clean_up(folder)
+            return table
+        base = load_base(recipe, settings.selection, seed)
+        check_objective(settings.objective, base)
 
+        def make(draws: Sequence[Changes], taken: Sequence[Configuration]) -> list[Configuration]:
+            return configurations(recipe, draws, base.complete, taken)
 
-def _run(
-    recipe: Recipe,
-    settings: SweepSettings,
-    folder: Path,
-    seed: int,
-    sampler: Sampler,
-    draws: Sequence[Changes],
-    say: Say,
-) -> dict[str, Any]:
-    """`run_sweep`, in a folder that no other process writes."""
-    require_same(folder, recipe, settings)
-    if finished := read_leaderboard(folder):
-        say(f"{folder} is finished already: nothing is left to do")
-        clean_up(folder)
-        return finished
-
-    base = load_base(recipe, settings.selection, seed)
-    check_objective(settings.objective, base)
-
-    def make(draws: Sequence[Changes], taken: Sequence[Configuration]) -> list[Configuration]:
-        return configurations(recipe, draws, base.complete, taken)
-
-    total = settings.trials or len(draws)
-    first = make(draws, [])
-    _check_training(first)
-    check_disk(folder, first, base.trained_parameters, total)
-    claim_folder(folder, recipe, settings, {"data": base.facts, "base": base.fingerprint})
-    shares = rungs(total, settings.reduction_factor) if settings.prune else [1.0]
-    for line in _description(base, total, shares):
-        say(line)
-    with named_failures(folder):
-        base_losses = base.losses(base.begun.model)
-        notices = _doubts(base, base_losses[SELECTION], seed)
+        total = settings.trials or len(draws)
+        first = make(draws, [])
+        _check_each(first, base)
+        check_disk(folder, first, base.trained_parameters, total)
+        claim_folder(folder, recipe, settings, {"data": base.facts, "base": base.fingerprint})
+        shares = rungs(total, settings.reduction_factor) if settings.prune else [1.0]
+        for line in _description(base, total, shares):
+            say(line)
+        held.enter_context(named_failures(folder))
+        notices = _few_prompts(base)
         for line in notices:
             say(line)
-        with _runner(settings, base, seed, say) as runner:
+        with _runner(settings, base, say) as runner:
             search = Search(sampler, make, runner, shares, settings.reduction_factor, say)
             records = search.run()
-        if not any(record.finished and record.diverged is None for record in records):
+        finished = [record for record in records if record.finished]
+        if not any(record.diverged is None for record in finished):
             raise LorakitError(
                 "every configuration diverged: lower the learning rates, or max_grad_norm"
             )
+        criterion = Criterion(settings.objective, base)
         for record in records:
-            for line in publish(record, base, base_losses):
+            for line in publish(record, base):
                 say(line)
-        criterion = Criterion(settings.objective, base, seed)
-        for record in records:
-            if record.finished:
-                criterion.prepare(record)
+        for record in finished:
+            criterion.prepare(record)
         found = standings(records, criterion)
         winner = found[0].record
-        ranks = rank_choice(winner, base_losses, base, seed, say)
-        table = leaderboard(
-            found, criterion, settings, base_losses, ranks, [*base.notices, *notices]
-        )
+        ranks = rank_choice(winner, base, say)
+        notices = [*base.notices, *notices]
+        table = leaderboard(found, criterion, settings, ranks, notices)
         write_recipe(folder, winner.configuration)
-        losses = {record.configuration.name: record.train_losses for record in records}
-        write_sweep_page(folder, table, losses)
+        write_sweep_page(folder, table, {record.name: record.train_losses for record in records})
         write_leaderboard(folder, table)
         clean_up(folder)
     return table
 
 
-@contextmanager
-def _runner(settings: SweepSettings, base: SweepBase, seed: int, say: Say) -> Iterator[Runner]:
-    """What trains the configurations, for as long as the block lasts."""
+def _runner(settings: SweepSettings, base: SweepBase, say: Say) -> AbstractContextManager[Runner]:
+    """What trains the configurations, for as long as a block lasts."""
     if settings.engine != "ray":
-        yield LocalRunner(base, together=settings.engine == "together", say=say)
-        return
+        return nullcontext(LocalRunner(base, together=settings.engine == "together", say=say))
     from lorakit.sweeps.on_ray import RayRunner
 
-    with RayRunner(base.recipe, settings.selection, seed, settings.workers, say) as runner:
-        yield runner
+    return RayRunner(base.recipe, settings.selection, base.seed, settings.workers, say)
 
 
-def _check_training(configurations: Sequence[Configuration]) -> None:
-    """Raises InputError for what only transformers finds wrong."""
+def _check_each(configurations: Sequence[Configuration], base: SweepBase) -> None:
+    """Raises InputError for what only transformers, or the base model, finds wrong."""
     for configuration in configurations:
         try:
             training_arguments(configuration.recipe, held_out=False)
+            base.trained_parameters(configuration.recipe)
         except InputError as error:
             raise InputError(f"{configuration.name}: {error}") from error
 
 
 def _description(base: SweepBase, total: int, shares: Sequence[float]) -> Iterable[str]:
     parts = base.splits.values()
-    chosen, reported = (f"{len(part.rows)} ({max(part.units) + 1} prompts)" for part in parts)
+    chosen, reported = (f"{len(part.rows)} ({part.prompts} prompts)" for part in parts)
     yield (
-        f"{total} configurations on {base.recipe.model}, {len(base.begun.data.train)} rows to "
+        f"{total} configurations on {base.recipe.model}, {len(base.inputs.data.train)} rows to "
         f"learn from; held out are {chosen} to choose by and {reported} to report on"
     )
     yield from base.notices
     if len(shares) > 1:
         listed = ", ".join(f"{share:.0%}" for share in shares[:-1])
-        yield f"losers are stopped behind {listed} of their steps"
+        yield f"losers are stopped after {listed} of their steps"
 
 
-def _doubts(base: SweepBase, base_losses: RowLosses, seed: int) -> list[str]:
+def _few_prompts(base: SweepBase) -> list[str]:
     """A warning where settings will be hard to tell apart."""
-    units = base.splits[SELECTION].units
-    fewest = min(max(part.units) + 1 for part in base.splits.values())
+    interval = base.interval(base.bare_losses, SELECTION)
+    fewest = min(part.prompts for part in base.splits.values())
     if fewest >= FEW:
         return []
-    interval = loss_interval(base_losses, units, seed)
     return [
         f"only {fewest} prompts to choose by or to report on: there the base's loss is "
         f"{interval.mean:.3f} ± {interval.half:.3f}, and settings that differ by little may not "

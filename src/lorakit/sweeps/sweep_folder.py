@@ -12,35 +12,24 @@ from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.folder_lock import require_unlocked
 from lorakit.sweeps.space.configurations import Configuration
-from lorakit.sweeps.space.settings import SweepSettings
+from lorakit.sweeps.space.sweep_settings import SweepSettings
 from lorakit.training.differences import Difference, differences, overlook_moves
-from lorakit.training.output import left_over
+from lorakit.training.output import check_output
 from lorakit.training.recipe import Recipe
 
 SWEEP_NAME = "sweep.json"
 LEADERBOARD_NAME = "leaderboard.json"
-PAGE_NAME = "sweep.html"
 RECIPE_NAME = "recipe.yaml"
 
 _ADAPTER, _OPTIMISER = 4, 8  # bytes a parameter: float32, and Adam's two moments
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Raises InputError unless a sweep may start, or with `resume` go on, in `folder`."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file")
-    if not folder.is_dir() or not any(not left_over(path) for path in folder.iterdir()):
-        return
-    if not (folder / SWEEP_NAME).is_file():
-        raise InputError(f"output_dir: {folder} holds something else: give an empty or new folder")
-    if not resume:
-        done = (folder / LEADERBOARD_NAME).is_file()
-        what = "a finished sweep" if done else "an unfinished sweep"
-        raise InputError(
-            f"output_dir: {folder} holds {what}: add --resume to resume it, or give another folder"
-        )
-    for part in folder.iterdir():
-        require_unlocked(part)  # a configuration that somebody trains by itself
+    """Raises InputError unless a sweep may start, or be resumed, in `folder`."""
+    check_output(folder, resume=resume, marker=SWEEP_NAME, finished=LEADERBOARD_NAME, what="sweep")
+    if folder.is_dir():
+        for part in folder.iterdir():
+            require_unlocked(part)  # a configuration that somebody trains by itself
 
 
 def require_same(
@@ -53,17 +42,13 @@ def require_same(
 
     Args:
         ground: what rows and base are, None where they are not known yet.
-
-    Raises:
-        InputError: the sweep in `folder` is another one.
     """
     path = folder / SWEEP_NAME
     if not path.is_file():
         return False
     now = _identity(recipe, settings, ground)
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changes = _changes(before, now)
+        changes = _changes(json.loads(path.read_text(encoding="utf-8")), now)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: start again in another folder") from error
     if changes:
@@ -82,7 +67,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
         if all(isinstance(side["data"], list) for side in sides):
             overlook_moves(*sides)
         return list(differences(before, now))
-    # Whether another path is another place of the same is known with the ground.
+    # Whether another path is another place of the same is known with the data and the base.
     known = [json.loads(json.dumps({k: side[k] for k in now})) for side in (before, now)]
     for side in known:
         side["recipe"].pop("model", None)
@@ -96,8 +81,7 @@ def claim_folder(
 ) -> None:
     """Marks `folder` as this sweep's; arguments and errors as in `require_same`."""
     if not require_same(folder, recipe, settings, ground):
-        values = _identity(recipe, settings, ground)
-        text = json.dumps(values, indent=2, ensure_ascii=False)
+        text = json.dumps(_identity(recipe, settings, ground), indent=2, ensure_ascii=False)
         atomic.write_file(folder / SWEEP_NAME, text + "\n")
 
 
@@ -105,8 +89,7 @@ def _identity(
     recipe: Recipe, settings: SweepSettings, ground: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """All that decides a sweep's numbers, as JSON has it."""
-    values = recipe.model_dump(mode="json", exclude_unset=True)
-    values.pop("output_dir", None)
+    values = recipe.model_dump(mode="json", exclude_unset=True, exclude={"output_dir"})
     asked = settings.model_dump(mode="json", exclude={"engine", "workers"})
     known = {} if ground is None else {"ground": ground}
     return json.loads(json.dumps({"recipe": values, "sweep": asked, **known}))
@@ -128,11 +111,8 @@ def check_disk(
     for configuration in configurations:
         if Path(configuration.recipe.output_dir).is_dir():
             continue  # it has taken its room
-        try:
-            trained = parameters(configuration.recipe)
-        except InputError as error:
-            raise InputError(f"{configuration.name}: {error}") from error
         kept = (configuration.recipe.training.save_total_limit or 10) + 1  # one is being written
+        trained = parameters(configuration.recipe)
         needed += trained * (_ADAPTER + kept * (_ADAPTER + _OPTIMISER))
     needed = needed * max(1, total // max(1, len(configurations)))
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

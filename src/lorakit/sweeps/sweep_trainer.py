@@ -1,0 +1,351 @@
+"""The trainer of one configuration: `lorakit train`'s, up to a step, alone or in shared passes.
+
+Alone it trains by `train`. In a group it gives its next batch, the group computes its gradients in
+a pass with those of others, and it does what Trainer does after the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import skip_first_batches
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from lorakit.adapters.manifest import METRICS_NAME
+from lorakit.engine.shared_pass import AdapterBatch
+from lorakit.errors import LorakitError
+from lorakit.lora.streams import Stream
+from lorakit.progress import innermost
+from lorakit.sweeps.records import Progress
+from lorakit.sweeps.space.configurations import Configuration
+from lorakit.sweeps.sweep_base import SplitLosses, SweepBase
+from lorakit.training.batching import BatchDataset
+from lorakit.training.checkpoints import newest_whole, step_of
+from lorakit.training.differences import run_identity
+from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation, stopped_before
+from lorakit.training.interrupt import Interrupt
+from lorakit.training.output import changes_since, claim_output, require_unchanged
+from lorakit.training.position import planned_steps
+from lorakit.training.recorder import Recorder, StepLines
+from lorakit.training.setup import Setup
+from lorakit.training.trainer import LoraTrainer, enable_checkpointing
+from lorakit.training.watch import warn_of_unchanged
+
+
+class DivergedError(LorakitError):
+    """A configuration's loss, gradient or weight is NaN or Inf; the others are not affected."""
+
+
+@dataclass(frozen=True)
+class _OptimizerStep:
+    """Batches of a step, what their summed loss is divided by, and the epoch after it."""
+
+    batches: list[dict[str, torch.Tensor]]
+    divisor: torch.Tensor
+    epoch: float
+
+
+class SweepTrainer(LoraTrainer):
+    """Trains one configuration up to a share of its run, in the configuration's folder.
+
+    Args:
+        setup: its run; the model is one of its own, or an `AdapterView` of a shared one.
+        to: the share of its planned steps after which it stops, with a checkpoint.
+        interrupt: the wish to stop, which all configurations share.
+
+    Attributes:
+        planned, target: the optimizer steps of the whole run, and those that it is trained to.
+        diverged: what was NaN or Inf, or None.
+
+    Raises:
+        InputError: the folder is another run's.
+    """
+
+    _norm: Any  # of the gradient of the last step, and its learning rate
+    _rate: Any
+
+    def __init__(
+        self,
+        base: SweepBase,
+        configuration: Configuration,
+        setup: Setup,
+        to: float,
+        interrupt: Interrupt,
+    ) -> None:
+        self.configuration, self.setup, recipe = configuration, setup, configuration.recipe
+        self.folder, args = Path(recipe.output_dir), setup.arguments
+        batches = setup.batching.train_batches(setup.data.train, args, epoch=0)
+        self.planned = planned_steps(args, len(batches))
+        # As a share of a whole number of steps may come out a little above it.
+        self.target = max(1, math.ceil(to * self.planned - 1e-9))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        now = run_identity(recipe.to_dict(), base.facts, base=setup.base_fingerprint)
+        require_unchanged(changes_since(self.folder, now), self.folder)
+        claim_output(self.folder, now)
+        self.checkpoint = _checkpoint(self.folder, self.target, interrupt.say)
+        super().__init__(
+            setup.model,
+            args,
+            setup.data.train,
+            setup.data.eval,
+            setup.batching,
+            setup.inputs.objective,
+            recipe.training.loraplus_lr_ratio,
+        )
+        self.stream = Stream(base.device)  # as Trainer has seeded it just now
+        self.interrupt, self.templates = interrupt, setup.inputs.templates
+        self.lines = StepLines(self.folder / METRICS_NAME)
+        self.diverged: str | None = None
+        self._steps: Iterator[_OptimizerStep] = iter(())
+        self._step: _OptimizerStep | None = None
+        self._losses: list[torch.Tensor] = []
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Recorder(self.lines, self.counts))
+        if patience := recipe.early_stopping_patience:
+            self.add_callback(EarlyStopping(patience))
+        for callback in (_StopAt(self.target), interrupt, SaveAfterEvaluation()):
+            self.add_callback(callback)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its checkpoint is as far as it is to be trained."""
+        if self.checkpoint is None:
+            return False
+        patience = self.configuration.recipe.early_stopping_patience
+        early = patience and stopped_before(self.checkpoint, self.args, patience)
+        return step_of(self.checkpoint) >= self.target or bool(early)
+
+    def train_alone(self) -> None:
+        """Trains by itself, or takes up what is there already."""
+        if self._taken_up():
+            return
+        try:
+            with self.setup.fast():
+                self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+        except DivergedError as error:
+            self.diverged = str(error)
+
+    def finish(self, losses: SplitLosses) -> Progress:
+        """How far it has come, with its held-out losses; the adapter of a whole run is written."""
+        state = self.state
+        for split, rows in losses.items():
+            if self.diverged is None and not all(math.isfinite(nats) for nats, _ in rows):
+                where = f"at step {state.global_step}"
+                self.diverged = f"the loss of the {split} rows is NaN or Inf {where}"
+        if self.diverged is None and self.target == self.planned:
+            self.setup.model.save_pretrained(self.folder)
+            if self.start is not None:
+                list(warn_of_unchanged(self.start, self.model, state.global_step, self.lines))
+        return Progress(
+            step=state.global_step,
+            planned=self.planned,
+            losses={} if self.diverged else losses,
+            diverged=self.diverged,
+            train_losses=[(e["step"], e["loss"]) for e in state.log_history if "loss" in e],
+            seconds=self.counts.seconds,
+        )
+
+    def _taken_up(self) -> bool:
+        """Whether there is nothing to train; then the state is that of the checkpoint."""
+        if self.is_done:
+            assert self.checkpoint is not None
+            self.take_up(self.checkpoint)
+        return self.is_done
+
+    # --- in a group ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Gets ready for the first step, or takes up what is there already."""
+        with self.stream.drawing():
+            if not self._taken_up():
+                self._steps = self._optimizer_steps()
+                self._step = next(self._steps, None)
+
+    @property
+    def next_batch(self) -> AdapterBatch | None:
+        """The next batch; None where it has come as far as it goes."""
+        if self._step is None:
+            return None
+        return AdapterBatch(
+            self.setup.model.active_adapter,
+            self._step.batches[len(self._losses)],
+            self._step.divisor,
+            self.stream,
+            self.args.label_smoothing_factor,
+        )
+
+    def take(self, loss: torch.Tensor, seconds: float) -> None:
+        """The gradients of the next batch are there: steps, if it was the last one of a step.
+
+        Args:
+            seconds: its share of the time of the pass.
+
+        Raises:
+            StoppedError: stopping was asked for; the step is saved.
+        """
+        assert self._step is not None
+        self.counts.seconds += seconds
+        self._losses.append(loss)
+        if len(self._losses) < len(self._step.batches):
+            return
+        step, losses, self._step, self._losses = self._step, self._losses, None, []
+        try:
+            with self.stream.drawing():
+                self._finish_step(step, losses)
+                self._step = next(self._steps, None)
+        except DivergedError as error:
+            self.diverged = str(error)
+
+    def largest_batch(self) -> AdapterBatch:
+        """The batch with most tokens of the first epoch, without dropout's stream, for trials."""
+        rows, batching = self.setup.data.train, self.setup.batching
+        batches = batching.train_batches(rows, self.args, epoch=0)
+        largest = max(batches, key=lambda batch: sum(len(rows[i]) for i in batch))
+        batch = self._prepare_inputs(BatchDataset(rows, batching, learning=True)[largest])
+        supervised = max(1, sum(rows[i].supervised for i in largest))
+        return AdapterBatch(self.setup.model.active_adapter, batch, supervised)
+
+    def _optimizer_steps(self) -> Iterator[_OptimizerStep]:
+        """The steps from the checkpoint on, in Trainer's order and with its callbacks.
+
+        The next one is asked for when `_finish_step` was called for the one before it.
+        """
+        args, resumed = self.args, str(self.checkpoint) if self.checkpoint else None
+        self._began, self._resumed_from = time.time(), self.checkpoint
+        enable_checkpointing(self.model, args)
+        if resumed:
+            self._load_from_checkpoint(resumed)
+        loader = self.get_train_dataloader()
+        epochs, per_epoch, _, _, _, in_epoch, steps = self.set_initial_training_values(args, loader)
+        first, skipped = self._init_training_state(steps, per_epoch, epochs, resumed, None)
+        _, loader = self._prepare_for_training(steps, loader, resumed)
+        self._initial_global_step = self._globalstep_last_logged = self.state.global_step
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._tr_loss, self._total_loss_scalar = torch.tensor(0.0, device=args.device), 0.0
+        self.model.zero_grad()
+        self._tell("train_begin")
+        for epoch in range(first, epochs):
+            self._norm = self._rate = None
+            self._tell("epoch_begin")
+            done = skipped if epoch == first else 0
+            restores = resumed is not None and epoch == first
+            if restores and not done:
+                self._load_rng_state(resumed)
+            batches = iter(skip_first_batches(loader, done) if done else loader)
+            while done < in_epoch and not self.control.should_training_stop:
+                count = min(args.gradient_accumulation_steps, in_epoch - done)
+                samples, divisor = self.get_batch_samples(batches, count, args.device)
+                if restores and done:
+                    self._load_rng_state(resumed)  # after what skipping has drawn
+                restores = False
+                done += len(samples)
+                if callable(train := getattr(self.optimizer, "train", None)):
+                    train()  # of a schedule-free optimizer, which evaluates with other weights
+                inputs = [self._prepare_inputs(batch) for batch in samples]
+                for batch in inputs:
+                    self._track_num_input_tokens(batch)
+                yield _OptimizerStep(inputs, divisor, epoch + done / in_epoch)
+            self._tell("epoch_end")
+            self._log_and_save()
+            if self.control.should_training_stop:
+                break
+        self._finalize_training(None, 0, self._began)
+        self._averaged()
+
+    def _finish_step(self, step: _OptimizerStep, losses: Sequence[torch.Tensor]) -> None:
+        """Updates the weights from gradients that are there, then logs, evaluates and saves.
+
+        Args:
+            losses: of the step's batches, each divided by its divisor.
+
+        Raises:
+            DivergedError: a loss or the gradient is NaN or Inf.
+            StoppedError: stopping was asked for; the step is saved.
+        """
+        for loss in losses:
+            self._require_finite("loss", loss)
+            self._tr_loss += loss
+        self.accelerator.gradient_state._set_sync_gradients(True)  # one for all trainers
+        self._tell("step_begin")
+        clipped = self._clip_grad_norm(self.model) if self.args.max_grad_norm > 0 else None
+        norm = self._get_grad_norm(self.model, clipped)
+        self._tell("pre_optimizer_step")
+        self.optimizer.step()
+        self._tell("optimizer_step")
+        self._norm, self._rate = norm, self._get_learning_rate()
+        self.lr_scheduler.step()
+        self.model.zero_grad()
+        self.state.global_step += 1
+        self.state.epoch = step.epoch
+        self._tell("step_end")
+        self._log_and_save()
+
+    def _tell(self, event: str) -> None:
+        tell = getattr(self.callback_handler, f"on_{event}")
+        self.control = tell(self.args, self.state, self.control)
+
+    def _log_and_save(self) -> None:
+        epoch, model = self.state.epoch or 0, self.model
+        self._maybe_log_save_evaluate(
+            self._tr_loss, self._norm, model, None, epoch, None, self._began, self._rate
+        )
+
+    # --- NaN or Inf ---------------------------------------------------------------------------
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """LoraTrainer's. Raises DivergedError where it is NaN or Inf."""
+        loss = super().compute_loss(*args, **kwargs)
+        self._require_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._require_finite("norm of the gradient", norm)
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """LoraTrainer's. Raises DivergedError for a weight that nobody could resume from."""
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise DivergedError(f"a weight is NaN or Inf at step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _require_finite(self, what: str, value: Any) -> None:
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        if not math.isfinite(number):
+            raise DivergedError(f"the {what} is {number} at step {self.state.global_step + 1}")
+
+
+class _StopAt(TrainerCallback):
+    """Stops with a checkpoint after a step; comes before what puts saving off."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._share = 1 / max(1, self.target - state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        innermost().advance(self._share)
+        if state.global_step >= self.target:
+            control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """In the middle of an epoch nothing is due."""
+        if control.should_training_stop and not float(state.epoch).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+def _checkpoint(folder: Path, target: int, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from: the last one up to the target, or else the last there is."""
+    found = newest_whole(folder, at_most=target)
+    for line in found.damaged:
+        say(f"{folder.name}: {line}")
+    return found.checkpoint or newest_whole(folder).checkpoint
