@@ -5,6 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from torch import nn
 
 from families import output, wrap
 from lorakit import (
@@ -89,6 +90,44 @@ def test_embeddings_of_another_size_are_left_out_where_that_is_asked_for(build, 
         set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
         for key, tensor in get_peft_model_state_dict(model).items():
             assert torch.equal(tensor, own[key])
+
+
+class OwnModel(nn.Module):
+    """A module of one's own, without a configuration, with a module named like its embedding."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.words = nn.Embedding(40, 8)
+        self.words_of_others = nn.Embedding(40, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.head(self.words(input_ids) + self.words_of_others(input_ids)),)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+
+def test_an_embedding_in_an_adapters_file_replaces_that_of_a_module_of_ones_own(tmp_path: Path):
+    source, target = OwnModel(1), OwnModel(2)
+    others = target.words_of_others.weight.clone()
+    wrap(source, target_modules=["head"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.warns(UserWarning, match="brings its own words weight"):
+        PeftModel.from_pretrained(target, tmp_path)
+    assert torch.equal(target.words.weight, source.words.weight)
+    assert torch.equal(target.words_of_others.weight, others)
+
+
+def test_an_embedding_of_another_base_is_refused_and_nothing_is_changed(build, tmp_path: Path):
+    wrap(build(), target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    other = build()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0] += 1
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    with pytest.raises(InputError, match="for another base model"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
 
 
 def test_an_adapter_of_other_first_factors_is_not_swapped_in(build, ids, tmp_path: Path):

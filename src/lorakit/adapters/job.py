@@ -277,6 +277,6 @@ def _trained_whole(
             for name in module.adapters:
                 for ending, trained in module.adapter_tensors(name).items():
                     yield before[ending], trained, weights[name]
-    if model.biases is not None:  # those of one adapter, which is alone
+    if model.biases:  # those of one adapter, which is alone
         (weight,) = weights.values()
         yield from ((*pair, weight) for pair in model.biases.pairs())

@@ -20,12 +20,12 @@ from torch import nn
 from lorakit import atomic
 from lorakit.errors import InputError, listed
 from lorakit.lora.architecture import is_conv1d
-from lorakit.lora.bank import AdapterBank
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.init import PREPARED, ChosenInit, DataPass, InitSite
 from lorakit.lora.init.decompose import at_least_float32
 from lorakit.lora.init.eva import eva
 from lorakit.lora.layers import LoraLayer, LoraLinear
+from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.targets import resolve_targets, written_targets
 from lorakit.lora.wrapping import put_back_unused, wrapped_modules
@@ -151,7 +151,7 @@ def get_eva_state_dict(
     Raises:
         InputError: there is no data, or no layer is linear.
     """
-    if isinstance(model, AdapterBank):
+    if isinstance(model, LoraModel):
         config = model.peft_config[adapter_name]
         modules: Mapping[str, nn.Module] = _linear_layers(model, adapter_name)
     elif peft_config is None:
@@ -160,7 +160,7 @@ def get_eva_state_dict(
         config, modules = peft_config, _linear_targets(model, peft_config)
 
     def run(batch: Any) -> Any:
-        with model.disable_adapter() if isinstance(model, AdapterBank) else nullcontext():
+        with model.disable_adapter() if isinstance(model, LoraModel) else nullcontext():
             return model(**batch) if forward_fn is None else forward_fn(model, batch)
 
     ranks = {path: config.rank_for(path) for path in modules}
@@ -169,7 +169,7 @@ def get_eva_state_dict(
 
 
 def initialize_lora_eva_weights(
-    model: AdapterBank,
+    model: LoraModel,
     dataloader: Iterable[Any] | None = None,
     eva_state_dict: Mapping[str, torch.Tensor] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
@@ -188,7 +188,7 @@ def initialize_lora_eva_weights(
     Raises:
         InputError: the adapter is not configured for EVA, or there is neither data nor state.
     """
-    if not isinstance(model, AdapterBank):
+    if not isinstance(model, LoraModel):
         raise InputError("initialize_lora_eva_weights needs a model from get_peft_model")
     model.require(adapter_name)
     config = model.peft_config[adapter_name]
@@ -246,7 +246,7 @@ def _redistributed(
     )
 
 
-def _linear_layers(model: AdapterBank, adapter_name: str) -> dict[str, LoraLinear]:
+def _linear_layers(model: LoraModel, adapter_name: str) -> dict[str, LoraLinear]:
     """The linear layers that have the adapter, by path."""
     return {
         path: layer

@@ -1,16 +1,21 @@
 """An adapter as parts, which one model gives away and another of the same structure takes over.
 
-Nothing is looked for or initialised, and values are not copied, so that it is quick.
+Nothing is looked for or initialised, and values are not copied, so that it is quick. A `LoraModel`
+that serves many adapters takes them so; `packed.py` then lays out their factors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lorakit.lora.base_changes import require_beside
+from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
+    LoraLinear,
     LoraParameter,
+    LoraQuantizedLinear,
     LoraTiedEmbedding,
     LoraTiedHead,
     ModulesToSaveWrapper,
@@ -18,9 +23,11 @@ from lorakit.lora.layers import (
     TrainedTokens,
     WrappedModule,
 )
+from lorakit.lora.packed import PackedFactors
 from lorakit.lora.routing import Routing
 from lorakit.lora.wrapping import (
     check_adapter_name,
+    remove,
     require_apart,
     wrap,
     wrap_layer,
@@ -29,6 +36,9 @@ from lorakit.lora.wrapping import (
     wrap_whole,
     wrapped_places,
 )
+
+_PACKED = (LoraLinear, LoraQuantizedLinear)
+"""The kinds of layers, and none made of them, whose products are those of packed factors."""
 
 
 class AdapterPart(NamedTuple):
@@ -101,3 +111,51 @@ def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> WrappedMo
         return wrap_layer(model, path, routing)
     embedding = wrap_layer(model, part.tied_to, routing)
     return wrap(model, path, LoraTiedHead.nesting, partial(kind, embedding=embedding))
+
+
+def pack(self: Any, families: Iterable[Sequence[str]] = ()) -> None:
+    """Prepares a `LoraModel` for inference with many adapters, whose values stay as they are.
+
+    Args:
+        families: the paths of layers that get the same input (`packed.same_inputs`).
+    """
+    self.routing.frozen = True
+    self.packed = PackedFactors(self.get_base_model(), families)
+
+
+def add_packed(
+    self: Any, adapter_name: str, config: LoraConfig, parts: Sequence[AdapterPart]
+) -> None:
+    """Adds an adapter to a packed `LoraModel`, whose other adapters may be in use meanwhile.
+
+    Args:
+        config: as the model has it that the parts are of.
+        parts: all that it has (`parts_of`), frozen; they are not copied.
+
+    An error, of whatever kind, leaves the model as it was.
+    """
+    require_beside(adapter_name, config, self.peft_config)
+    model, packed = self.get_base_model(), self.packed
+    try:
+        join(model, adapter_name, parts, self.routing)
+        packed.put(adapter_name, _packable(model))
+    except BaseException:
+        packed.remove(adapter_name)
+        remove(model, adapter_name)
+        raise
+    self.peft_config[adapter_name] = config
+
+
+def _packable(model: nn.Module) -> dict[str, LoraLinear]:
+    """The linear layers whose products may be made of packed factors, by their paths."""
+    found: dict[str, LoraLinear] = {}
+    changed = set()  # layers that run with another weight at times
+    for path, layer in wrapped_places(model):
+        if isinstance(layer, LoraParameter):
+            changed.add(path)
+        elif isinstance(layer, LoraLinear) and type(layer) in _PACKED:
+            if path in changed:
+                layer.family = None
+            else:
+                found[path] = layer
+    return found

@@ -1,10 +1,10 @@
 """Adding adapters to the base weights of a whole model, all of it or none.
 
-One layer's merge is in `layers/mergeable.py`.
+One layer's merge is in `layers/wrapped.py`.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def merge_layers(model: nn.Module, names: Sequence[str] | None, safe_merge: bool
     """Merges `names` (None: the active ones) into every layer of `model`.
 
     Raises:
-        InputError: with `safe_merge`, when a merged weight is not finite. No layer is changed.
+        InputError: with `safe_merge`, when a merged weight has NaN or Inf. No layer is changed.
     """
     layers = [m for _, m in wrapped_modules(model) if isinstance(m, Mergeable)]
     wanted = [layer.active_adapters if names is None else names for layer in layers]
@@ -57,6 +57,14 @@ def merge_and_eject(model: nn.Module, names: Sequence[str], safe_merge: bool) ->
             module.merge(names, keep_backup=False)  # nothing is left to do after a safe merge
     eject(model, tuple(names))
     _tell_untied(model)
+    return model
+
+
+def as_before(model: nn.Module, trainable: Iterable[str]) -> nn.Module:
+    """A plain model, with those parameters trainable that were before any adapter."""
+    before = set(trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in before)
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import ModelCard
@@ -20,10 +20,6 @@ from lorakit.lora.checkpoint import PREFIX, initial_factors, whole, write_adapte
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraLayer
 from lorakit.lora.wrapping import adapter_modules
-
-if TYPE_CHECKING:
-    from lorakit.lora.bank import AdapterBank
-
 
 _CARD = """---
 library_name: peft
@@ -39,8 +35,17 @@ model = PeftModel.from_pretrained(base_model, "this folder")
 """
 
 
+class WithAdapters(Protocol):
+    """A `LoraModel`, as far as its adapters are written."""
+
+    peft_config: dict[str, LoraConfig]
+
+    def get_base_model(self) -> nn.Module: ...
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]: ...
+
+
 def save_adapters(
-    bank: AdapterBank,
+    bank: WithAdapters,
     directory: str | Path,
     names: Sequence[str],
     plain: bool,
@@ -65,7 +70,7 @@ def save_adapters(
 
 
 def save_adapter(
-    bank: AdapterBank,
+    bank: WithAdapters,
     folder: Path,
     name: str,
     plain: bool = False,
@@ -103,7 +108,7 @@ def write_card(directory: str | Path, base: nn.Module) -> None:
     atomic.write_file(path, str(card))
 
 
-def as_plain(bank: AdapterBank, name: str) -> LoraConfig:
+def as_plain(bank: WithAdapters, name: str) -> LoraConfig:
     """The configuration of adapter `name` when its initial factors are part of it: rank 2 r."""
     config = bank.peft_config[name]
     # alpha grows as the scaling's denominator does, so that the scaling stays.
@@ -119,7 +124,7 @@ def as_plain(bank: AdapterBank, name: str) -> LoraConfig:
     )
 
 
-def plain_tensors(bank: AdapterBank, name: str) -> dict[str, torch.Tensor]:
+def plain_tensors(bank: WithAdapters, name: str) -> dict[str, torch.Tensor]:
     """The tensors of adapter `name` with its initial factors in `A` and `B`."""
     tensors = bank.adapter_tensors(name)
     for path, layer in adapter_modules(bank.get_base_model(), name):

@@ -145,7 +145,8 @@ def of_same_shape(model: nn.Module, frozen: Frozen) -> Frozen:
 def put_frozen(model: nn.Module, frozen: Frozen, folder: str | Path, *, alone: bool) -> None:
     """Puts weights of the base that an adapter brings into `model`, as PEFT does.
 
-    Of a model on the meta device those that a layer adapts are left out.
+    Of a model on the meta device those that a layer adapts are left out. A module of one's own,
+    without the configuration by which bases are told apart, takes others' weights with a warning.
 
     Args:
         alone: whether no other adapter is there, so that the base's weights may change.
@@ -169,8 +170,10 @@ def put_frozen(model: nn.Module, frozen: Frozen, folder: str | Path, *, alone: b
             continue
         if not alone:
             raise InputError(f"{what}, which other adapters do not have: load it before them")
-        if not own.is_meta:
+        if not own.is_meta and getattr(model, "config", None) is not None:
             require_same_base(copied[:1], own[:1], what)
+        elif not own.is_meta:
+            warnings.warn(f"{what}, which replaces this model's", stacklevel=4)
         new.append((own, copied))
     require_finite({f"{path}.{name}": copied for (path, name), copied in frozen.items()}, folder)
     for own, copied in new:

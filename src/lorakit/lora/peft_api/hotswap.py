@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import InputError
-from lorakit.lora.bank import AdapterBank
 from lorakit.lora.checkpoint import PREFIX, load_initial, load_tensors, read_adapter, read_initial
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
 from lorakit.lora.layers import LoraLayer, LoraParameter
 from lorakit.lora.locate import locate
+from lorakit.lora.model import LoraModel
 from lorakit.lora.peft_api.in_place import bank_of
 from lorakit.lora.vocabulary import put_frozen, split_frozen
 from lorakit.lora.wrapping import adapter_modules, wrapped_modules
@@ -92,7 +92,7 @@ def hotswap_adapter(
 
 
 def _record(
-    bank: AdapterBank, name: str, layers: Mapping[str, LoraLayer], config: LoraConfig
+    bank: LoraModel, name: str, layers: Mapping[str, LoraLayer], config: LoraConfig
 ) -> None:
     """Makes the configuration of adapter `name` say what its layers are, as `config` if it can."""
     ranks = {_place(path, layer): layer.r[name] for path, layer in layers.items()}
