@@ -17,7 +17,6 @@ from lorakit.data.supervised_rows import (
     QUESTION_ANSWER,
     SHAREGPT,
 )
-from lorakit.errors import InputError
 
 LABELS = ("label", "kto_tag")
 """The columns that may say whether an answer is desirable."""
@@ -53,19 +52,17 @@ def _judged(form: RowFormat, name: str) -> RowFormat:
         if desirable is None:
             found = f"{value!r:.40}" if value is not None else "null"
             kind = "" if value is None else f" ({kind_of_value(value)})"
-            raise InputError(
-                f"{row.where}: '{name}' is {found}{kind}, expected true (desirable) or false"
-            )
+            raise row.error(f"'{name}' is {found}{kind}, expected true (desirable) or false")
         sample = form.sample(row)
         last = sample.learned[-1]
         answer = sample.messages[last]
         if last != len(sample.messages) - 1:
-            raise InputError(
-                f"{row.where}: the last turn is a {sample.messages[-1]['role']} message; it must "
+            raise row.error(
+                f"the last turn is a {sample.messages[-1]['role']} message; it must "
                 "be the assistant's, which is judged"
             )
         if not (answer["content"].strip() or answer.get("tool_calls")):
-            raise InputError(f"{row.where}: the answer is empty; fill it or drop the row")
+            raise row.error("the answer is empty; fill it or drop the row")
         earlier = {i for i in sample.learned if i != last}
         return JudgedSample(
             sample.messages,

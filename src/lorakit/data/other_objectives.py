@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from lorakit.data.sources import Row
-from lorakit.errors import InputError, listed
+from lorakit.errors import listed
 
 _PAIR = re.compile(
     r"(.*_)?(chosen|rejected)(_.*)?|(non_)?preferred_output|better_response_id|response_[01]"
@@ -37,8 +37,8 @@ def refuse_other_objectives(
     if {"instruction", "output"} <= given.keys() and _is_pair(given["output"]):
         pair.append("output")  # LLaMA-Factory's older form: the better answer first
     if pair and "preference" not in kinds and not own & set(pair):
-        raise InputError(
-            f"{row.where}: is a preference pair ({listed(pair, 4)}): learn from it with objective: "
+        raise row.error(
+            f"is a preference pair ({listed(pair, 4)}): learn from it with objective: "
             "dpo (or simpo, orpo, kto); to learn the chosen answers alone, write rows of a prompt "
             f"and that answer{_example(given)}"
         )
@@ -47,26 +47,26 @@ def refuse_other_objectives(
         if name in own or not any(columns_of <= names for columns_of in _CONVERSATION):
             continue
         if _is_judgement(given.get(name)):
-            raise InputError(
-                f"{row.where}: '{name}' says whether the answer is desirable: learn from it with "
+            raise row.error(
+                f"'{name}' says whether the answer is desirable: learn from it with "
                 "objective: kto (KTO); to learn the desirable answers alone, keep their rows and "
                 f"remove '{name}'"
             )
     stepwise = {"prompt", "completions", "labels"} <= given.keys() and not own
     if stepwise and "stepwise_supervision" not in kinds:
-        raise InputError(
-            f"{row.where}: has a label for each step of an answer, for a reward model of "
+        raise row.error(
+            "has a label for each step of an answer, for a reward model of "
             "processes, which lorakit does not have: write rows of prompt and completion"
         )
     if {"message_id", "parent_id", "text"} <= row.values.keys() and not own:
-        raise InputError(
-            f"{row.where}: is one message of a tree (message_id, parent_id, as OpenAssistant has "
+        raise row.error(
+            "is one message of a tree (message_id, parent_id, as OpenAssistant has "
             "them): write each path from a root to an answer as one row with 'messages'"
         )
     for name in _PICTURES:
         if name in given and name not in own:
-            raise InputError(
-                f"{row.where}: has '{name}', and text alone is learned here: drop the row, or "
+            raise row.error(
+                f"has '{name}', and text alone is learned here: drop the row, or "
                 "remove the column if the text makes sense without"
             )
 

@@ -22,7 +22,6 @@ from lorakit.data.conversations import (
 )
 from lorakit.data.samples import RowFormat, Sample, system_message, take_marks
 from lorakit.data.sources import Row
-from lorakit.errors import InputError
 
 _TALKS = ("messages", "conversations")
 _QUESTIONS = ("prompt", "question", "instruction")
@@ -78,13 +77,13 @@ def pair_of(
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(row, name, answer)
     if not any(message["role"] in ("user", "tool") for message in prompt):
-        raise InputError(
-            f"{row.where}: nothing comes before the answers; give a 'prompt', or begin 'chosen' "
+        raise row.error(
+            "nothing comes before the answers; give a 'prompt', or begin 'chosen' "
             "and 'rejected' with the same user message"
         )
     if prompt[-1]["role"] == "assistant":
-        raise InputError(
-            f"{row.where}: the prompt ends with an assistant message, and the answers would follow "
+        raise row.error(
+            "the prompt ends with an assistant message, and the answers would follow "
             "it; end it with a user message"
         )
     functions = tools(row)
@@ -96,14 +95,12 @@ def pair_of(
         earlier = {i for i in range(begin) if messages[i]["role"] == "assistant"}
         sample = Sample(tuple(messages), None, row.where, functions, unlearned=unlearned | earlier)
         if not sample.learned:
-            raise InputError(
-                f"{row.where}: every answer in '{name}' is marked as not learned; drop the row"
-            )
+            raise row.error(f"every answer in '{name}' is marked as not learned; drop the row")
         made.append(sample)
     first, second = made
     if first.messages == second.messages:
-        raise InputError(
-            f"{row.where}: the chosen and the rejected answer are identical, so there is no "
+        raise row.error(
+            "the chosen and the rejected answer are identical, so there is no "
             "preference to learn; drop the row"
         )
     return PairSample(
@@ -119,26 +116,22 @@ def pair_of(
 
 def _check_answer(row: Row, name: str, answer: Sequence[Message]) -> None:
     if not answer:
-        raise InputError(
-            f"{row.where}: '{name}' has no answer behind what both conversations have in common"
-        )
+        raise row.error(f"'{name}' has no answer behind what both conversations have in common")
     if answer[0]["role"] != "assistant":
-        raise InputError(
-            f"{row.where}: the prompts differ: behind what 'chosen' and 'rejected' have in common "
+        raise row.error(
+            f"the prompts differ: behind what 'chosen' and 'rejected' have in common "
             f"comes a {answer[0]['role']} message in '{name}'; both answers need the same prompt"
         )
     if answer[-1]["role"] != "assistant":
-        raise InputError(
-            f"{row.where}: the last turn of '{name}' is a {answer[-1]['role']} message; it must be "
+        raise row.error(
+            f"the last turn of '{name}' is a {answer[-1]['role']} message; it must be "
             "the assistant's"
         )
     for message in answer:
         if message["role"] == "assistant" and not (
             message["content"].strip() or message.get("tool_calls")
         ):
-            raise InputError(
-                f"{row.where}: an answer in '{name}' is empty; fill it or drop the row"
-            )
+            raise row.error(f"an answer in '{name}' is empty; fill it or drop the row")
 
 
 def _messages(row: Row, value: object, column: str) -> list[Message]:
@@ -158,8 +151,8 @@ def _answer(row: Row, column: str) -> list[Message]:
         return [{"role": "assistant", "content": text}]
     if not isinstance(value, (dict, list)) or not value:
         found = kind_of_value(value) if value is None or value else "empty"
-        raise InputError(
-            f"{row.where}: '{column}' is {found}, expected a string, a message {{role, content}} "
+        raise row.error(
+            f"'{column}' is {found}, expected a string, a message {{role, content}} "
             "or a list of messages"
         )
     return _messages(row, value, column)
@@ -184,14 +177,13 @@ def _read(row: Row) -> PairSample:
     whole = [turns[0]["role"] != "assistant" for turns in (first, second)]
     if whole[0] != whole[1]:
         long, short = ("chosen", "rejected") if whole[0] else ("rejected", "chosen")
-        raise InputError(
-            f"{row.where}: '{long}' is a whole conversation and '{short}' an answer; write both "
-            "in the same way"
+        raise row.error(
+            f"'{long}' is a whole conversation and '{short}' an answer; write both in the same way"
         )
     if not whole[0]:
         if len(given) > 1:
-            raise InputError(
-                f"{row.where}: both {' and '.join(map(repr, given))} would come before the "
+            raise row.error(
+                f"both {' and '.join(map(repr, given))} would come before the "
                 "answers; remove all but one"
             )
         prompt = next(iter(given.values()), [])
@@ -199,8 +191,8 @@ def _read(row: Row) -> PairSample:
     begin = _common(first, second)
     for name, turns in given.items():
         if not _agrees(name, turns, first, begin):
-            raise InputError(
-                f"{row.where}: '{name}' differs from how 'chosen' and 'rejected' begin, which are "
+            raise row.error(
+                f"'{name}' differs from how 'chosen' and 'rejected' begin, which are "
                 f"whole conversations: remove '{name}' or correct it"
             )
     return pair_of(row, first[:begin], first[begin:], second[begin:])
@@ -243,7 +235,7 @@ def _question(row: Row, column: str) -> Message:
         context = string(row, context, "'input'")
         text = "\n".join(filter(None, (text, context)))
     if not text.strip():
-        raise InputError(f"{row.where}: '{column}' is empty; fill it or drop the row")
+        raise row.error(f"'{column}' is empty; fill it or drop the row")
     return {"role": "user", "content": text}
 
 
@@ -255,8 +247,8 @@ def _hh_turns(row: Row, column: str) -> list[Message]:
     """The turns of hh-rlhf's `\\n\\nHuman: … \\n\\nAssistant: …`."""
     text = string(row, row.values[column], f"'{column}'", empty=False)
     if not _is_hh(text):
-        raise InputError(
-            f"{row.where}: '{column}' is an answer and there is no prompt to it: add the column "
+        raise row.error(
+            f"'{column}' is an answer and there is no prompt to it: add the column "
             "'prompt', or name yours in the recipe, as data.columns: {prompt: YOUR_QUESTIONS, "
             "chosen: chosen, rejected: rejected}"
         )
@@ -293,8 +285,8 @@ def _proposed(values: Mapping[str, object]) -> dict[str, str] | None:
 def _read_two_outputs(row: Row) -> PairSample:
     outputs = row.values["output"]
     if not (isinstance(outputs, list) and len(outputs) == 2):
-        raise InputError(
-            f"{row.where}: 'output' is {kind_of_value(outputs)}, expected a list of two answers, "
+        raise row.error(
+            f"'output' is {kind_of_value(outputs)}, expected a list of two answers, "
             "the better one first; or give the columns 'chosen' and 'rejected'"
         )
     answers = dict(zip(("chosen", "rejected"), outputs, strict=True))
@@ -320,7 +312,7 @@ def _read_two_talks(row: Row) -> PairSample:
 def _read_openai(row: Row) -> PairSample:
     given = row.values["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
-        raise InputError(f"{row.where}: 'input' must be an object with 'messages'")
+        raise row.error("'input' must be an object with 'messages'")
     prompt = _messages(row, given["messages"], "input.messages")
     answers = [_answer(row, name) for name in ("preferred_output", "non_preferred_output")]
     return pair_of(replace(row, values={"tools": given.get("tools")}), prompt, *answers)
