@@ -128,15 +128,19 @@ class ExportedTemplate:
     notices: tuple[str, ...]
 
 
-def exported_template(folder: str | Path, base: str) -> ExportedTemplate:
-    """What an export of the adapter in `folder` does about its chat template."""
+def exported_template(folder: str | Path, base: str, hint: str) -> ExportedTemplate:
+    """What an export of the adapter in `folder` does about its chat template.
+
+    Args:
+        hint: the notice where the program must be given the adapter's template.
+    """
     trained = adapter_template(folder)
     known, present = present_templates(base)
     said = trained.difference(base, present) if known else ()
     default = default_of(trained.own)
     differs = default is not None and not (known and same_templates(default, default_of(present)))
-    # Whoever writes for another program says which one is used.
-    notices = said[:1] if differs else (". ".join(said),) if said else ()
+    # The hint tells which one is used.
+    notices = (*said[:1], hint) if differs else (". ".join(said),) if said else ()
     return ExportedTemplate(trained.own, differs, notices)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
 from lorakit.adapters.manifest import Derivation
-from lorakit.adapters.updates import AdapterFile, read_updates
+from lorakit.adapters.updates import AdapterUpdates, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
 from lorakit.lora import combination as methods
@@ -217,7 +217,7 @@ def _check(
 
 
 def _check_rank(
-    files: Sequence[AdapterFile],
+    files: Sequence[AdapterUpdates],
     paths: Sequence[str],
     method: str,
     rank: int | None,
@@ -241,8 +241,8 @@ def _check_rank(
         notices.append(f"{fewer} of {len(paths)} modules have fewer than {rank} directions")
 
 
-def _require_combinable(files: Sequence[AdapterFile]) -> None:
-    """Raises InputError for an adapter that is no sum of updates, or that fits no other one."""
+def _require_combinable(files: Sequence[AdapterUpdates]) -> None:
+    """Raises InputError for an adapter that is not a sum of updates, or does not fit the others."""
     for file in files:
         if file.has_magnitudes:
             raise InputError(
@@ -277,7 +277,7 @@ def _require_combinable(files: Sequence[AdapterFile]) -> None:
                     f"{biased[0].folder} has lora_bias, which embeddings cannot have, and "
                     f"{file.folder} adapts {embedding}: no one adapter can hold both"
                 )
-    known: dict[str, tuple[AdapterFile, tuple[torch.Size, torch.Size]]] = {}
+    known: dict[str, tuple[AdapterUpdates, tuple[torch.Size, torch.Size]]] = {}
     for file in files:
         for path, update in file.updates.items():
             shape = update.A.shape[1:], update.B.shape[:1]
@@ -290,7 +290,9 @@ def _require_combinable(files: Sequence[AdapterFile]) -> None:
                 )
 
 
-def _common_base(files: Sequence[AdapterFile], base: str | None) -> tuple[str | None, str | None]:
+def _common_base(
+    files: Sequence[AdapterUpdates], base: str | None
+) -> tuple[str | None, str | None]:
     """The base that all adapters are for, and its fingerprint if one of them knows it."""
     origins = [origin(file.folder, file.config) for file in files]
     prints = {o.base_fingerprint: f for o, f in zip(origins, files, strict=True)}
@@ -311,10 +313,10 @@ def _common_base(files: Sequence[AdapterFile], base: str | None) -> tuple[str | 
     return base or next(iter(names), None), next(iter(prints), None)
 
 
-def _whole_tensors(files: Sequence[AdapterFile], notices: list[str]) -> dict[str, torch.Tensor]:
+def _whole_tensors(files: Sequence[AdapterUpdates], notices: list[str]) -> dict[str, torch.Tensor]:
     """The tensors that are not factors; several adapters can only bring the same ones."""
     found: dict[str, torch.Tensor] = {}
-    owner: dict[str, AdapterFile] = {}
+    owner: dict[str, AdapterUpdates] = {}
     adapted = {path for file in files for path in file.updates}
     for file in files:
         for key, tensor in file.others.items():
@@ -341,7 +343,7 @@ def _whole_tensors(files: Sequence[AdapterFile], notices: list[str]) -> dict[str
     return found
 
 
-def _config(files: Sequence[AdapterFile], paths: list[str], base: str | None) -> LoraConfig:
+def _config(files: Sequence[AdapterUpdates], paths: list[str], base: str | None) -> LoraConfig:
     configs = [file.config for file in files]
     first = configs[0]
     saved = [name for config in configs for name in config.modules_to_save or []]

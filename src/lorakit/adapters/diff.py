@@ -18,7 +18,7 @@ import torch
 from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin
 from lorakit.adapters.inspect import SHARE
-from lorakit.adapters.updates import AdapterFile, ModuleUpdate, Skipped, layer_of, read_updates
+from lorakit.adapters.updates import AdapterUpdates, ModuleUpdate, Skipped, layer_of, read_updates
 from lorakit.errors import InputError
 from lorakit.progress import track
 
@@ -188,7 +188,7 @@ def _directions(update: ModuleUpdate) -> tuple[torch.Tensor, torch.Tensor, float
     return left @ U[:, :k], right @ Vh[:k].T, norm
 
 
-def _settings(one: AdapterFile, other: AdapterFile) -> dict[str, tuple[Any, Any]]:
+def _settings(one: AdapterUpdates, other: AdapterUpdates) -> dict[str, tuple[Any, Any]]:
     mine, theirs = one.config.to_dict(), other.config.to_dict()
     fields = sorted(mine.keys() | theirs.keys())
     found = {
@@ -202,13 +202,13 @@ def _settings(one: AdapterFile, other: AdapterFile) -> dict[str, tuple[Any, Any]
     return found
 
 
-def _only(one: AdapterFile, other: AdapterFile) -> list[str]:
+def _only(one: AdapterUpdates, other: AdapterUpdates) -> list[str]:
     """The modules that `one` changes and `other` does not, those trained whole among them."""
     updates = [path for path in one.updates if path not in other.updates]
     return updates + [key for key in one.others if key not in other.others]
 
 
-def _identical(one: AdapterFile, other: AdapterFile) -> bool:
+def _identical(one: AdapterUpdates, other: AdapterUpdates) -> bool:
     if one.updates.keys() != other.updates.keys() or one.others.keys() != other.others.keys():
         return False
     pairs = [(one.others[key], other.others[key]) for key in one.others]

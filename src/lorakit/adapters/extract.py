@@ -1,7 +1,7 @@
 """An adapter out of a full fine-tune: the difference of two models, cut to a low rank.
 
-Both are read from their files one tensor at a time; neither is loaded. What is no matrix of a
-linear layer has no low-rank form in PEFT's files, and is kept whole (`modules_to_save`).
+Both are read from their files one tensor at a time; neither is loaded. What is not a linear
+layer's matrix has no low-rank form in PEFT's files, and is kept whole (`modules_to_save`).
 """
 
 from __future__ import annotations

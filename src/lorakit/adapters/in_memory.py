@@ -91,8 +91,8 @@ def merge_loaded(
     merged adapters into themselves.
 
     Raises:
-        InputError: the base's values are not finite.
-        LorakitError: merged values are not finite.
+        InputError: the base holds NaN or Inf.
+        LorakitError: merged values are NaN or Inf.
     """
     survival, modules = Survival(), 0
     layers = [
@@ -117,9 +117,8 @@ def merge_loaded(
                     raise InputError(f"the base's {path}.{one} holds NaN or Inf")
                 if not survival.add(path, delta, sum_of_squares(total.sub_(total.to(written)))):
                     raise LorakitError(
-                        f"the merged model is not base + adapter: {path}.{one} has values that "
-                        "are not finite, or beyond the dtype. Nothing was written; try --dtype "
-                        "float32"
+                        f"the merged model is not base + adapter: {path}.{one} has NaN or Inf, or "
+                        "values beyond the dtype. Nothing was written; try --dtype float32"
                     )
     merged: Any = model.merge_and_unload(adapter_names=names)
     for key, parameter in merged.named_parameters():
@@ -132,7 +131,7 @@ def merge_loaded(
 
 
 def _require_finite(model: Any) -> None:
-    """Raises InputError for values that were not finite in the base, where no adapter changes."""
+    """Raises InputError for NaN or Inf in the base where no adapter changes it."""
     for key, stored in model.state_dict().items():
         tensor = torch.atleast_1d(stored)
         if tensor.is_floating_point() and not all(
@@ -143,7 +142,7 @@ def _require_finite(model: Any) -> None:
 
 def _separate(model: Any) -> None:
     """Gives layers that are copies of others parameters of their own, as files need."""
-    embedding = model.get_input_embeddings().weight  # the head may go on sharing it
+    embedding = model.get_input_embeddings().weight  # which the head may still share
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

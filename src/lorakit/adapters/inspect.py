@@ -19,7 +19,7 @@ from lorakit.adapters.derived import origin
 from lorakit.adapters.layout_names import require_fit
 from lorakit.adapters.manifest import Derivation, Manifest, read_record
 from lorakit.adapters.spectrum import Spectrum, spectrum
-from lorakit.adapters.updates import COPY, AdapterFile, Skipped, read_updates
+from lorakit.adapters.updates import COPY, AdapterUpdates, Skipped, read_updates
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import PREFIX, weights_file
 from lorakit.lora.fitting import fitted
@@ -67,7 +67,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A tensor that is no factor: a module trained whole, rows of tokens, DoRA's magnitudes."""
+    """A tensor that is not a factor: a module trained whole, rows of tokens, DoRA's magnitudes."""
 
     key: str
     shape: tuple[int, ...]
@@ -174,7 +174,7 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
 
 
 def fit(folder: str | Path, base: str) -> Fit:
-    """Whether the adapter in `folder` goes onto the base model `base`: names, shapes, weights.
+    """Whether the adapter in `folder` fits the base model `base`: names, shapes, weights.
 
     The base is built on the meta device and the adapter is put on it with the checks of loading.
 
@@ -205,7 +205,7 @@ def fit(folder: str | Path, base: str) -> Fit:
     return Fit(base, True, "", own == expected if own else None, added)
 
 
-def _maker(file: AdapterFile) -> str:
+def _maker(file: AdapterUpdates) -> str:
     """Who made it, by what its files say."""
     if record := read_record(file.folder):
         verb = record.made_by if isinstance(record, Derivation) else "train"
@@ -222,7 +222,7 @@ def _maker(file: AdapterFile) -> str:
 
 
 def _tags(folder: Path) -> set[str]:
-    """The tags of the model card, lower case; none where there is no readable card."""
+    """The tags of the model card, lower case; none where no card can be read."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 

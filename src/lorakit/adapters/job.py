@@ -147,7 +147,7 @@ def exact_dtype(job: MergeJob, stored: Mapping[str, StoredTensor]) -> torch.dtyp
     """In which sums are made: float32, or float64 where the base or an adapter has it.
 
     Raises:
-        InputError: the base's weights are no plain numbers, and nothing says what they mean.
+        InputError: the base's weights are packed, and no configuration says how.
     """
     for name, tensor in stored.items():
         plain = tensor.code in ("F64", "F32", "BF16", "F16")

@@ -63,7 +63,7 @@ def open_adapter(
         quantization: as in `load_model`; `none` is a base that is not quantised, and None the base
             as the adapter was trained on it.
         dequantize: a quantised base is unpacked into plain weights of this dtype.
-        tell: gets what is to be said of the base beside the adapter; None makes warnings of it.
+        tell: receives the notices on base and adapter; None makes warnings of them.
 
     Raises:
         InputError: there is no usable adapter or base, or the two do not fit.

@@ -57,7 +57,7 @@ def stream(job: MergeJob, folder: Path) -> MergedFiles:
 
     Raises:
         InputError: the base cannot be read, or adapters do not fit it.
-        LorakitError: merged values are not finite.
+        LorakitError: merged values are NaN or Inf.
         NotStreamable: the model must be loaded; nothing is written.
     """
     shards = layout_of(job.path).shards()
@@ -289,7 +289,7 @@ def _round(name: str, entry: Entry, part: _Part) -> _Rounded:
     values = total.to(entry.new.dtype)
     error = 0.0
     if delta is not None and values is not total:
-        error = sum_of_squares(total.sub_(values))  # not finite where a value is not
+        error = sum_of_squares(total.sub_(values))  # NaN or Inf where a value is
     if delta is None or values is total or not math.isfinite(error):
         _require_finite(name, entry, values)
     return _Rounded(name, values, delta, error)

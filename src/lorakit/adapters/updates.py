@@ -1,7 +1,7 @@
 """An adapter's folder as the updates that it makes: one `scaling * B A` a module, without a model.
 
-This is where keys and shapes of the file are turned into matrices, and where what is no product of
-two matrices is named. What is done with the updates is left to the verbs.
+This is where keys and shapes of the file are turned into matrices, and where what is not a product
+of two matrices is named. What is done with the updates is left to the verbs.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class AdapterUpdates:
     """An adapter's folder, read.
 
-    `updates` are by module's path, layer 9 before layer 10; `others` are all tensors that are no
-    factor, under their keys; `skipped` are factors that make no update of this form.
+    `updates` are by module's path, layer 9 before layer 10; `others` are all tensors that are not
+    factors, by key; `skipped` are factors that make no update of this form.
     """
 
     folder: Path
@@ -150,7 +150,7 @@ class AdapterFile:
                 raise InputError(f"{self.folder}: {key} holds NaN or Inf")
 
 
-def read_updates(folder: str | Path) -> AdapterFile:
+def read_updates(folder: str | Path) -> AdapterUpdates:
     """The adapter in `folder`. Its tensors stay in the file until they are used.
 
     Raises:
@@ -159,7 +159,7 @@ def read_updates(folder: str | Path) -> AdapterFile:
     config, tensors = read_adapter(folder)
     found, others, skipped = split(config, tensors, read_initial(folder))
     updates = {update.path: update for update in found}
-    return AdapterFile(Path(folder), config, updates, others, skipped)
+    return AdapterUpdates(Path(folder), config, updates, others, skipped)
 
 
 def split(

@@ -36,7 +36,7 @@ def home() -> Path:
         for place in (found, *found.parents):
             if place.exists() and not place.is_dir():
                 what = "it" if place is found else place
-                raise NotADirectoryError(errno.ENOTDIR, f"{what} is no folder")
+                raise NotADirectoryError(errno.ENOTDIR, f"{what} is not a folder")
     except (OSError, RuntimeError, ValueError) as error:
         raise _unusable(name, path, error) from error
     return found

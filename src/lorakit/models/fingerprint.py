@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str | None:
 
 
 def _first_numbers(parameter: torch.Tensor) -> torch.Tensor:
-    # Packed values that are no floating numbers are taken as they are stored.
+    # Packed integers are taken as they are stored.
     plain = dequantized(parameter) if parameter.is_floating_point() else parameter
     return plain.detach().flatten()[:_SAMPLED]
 

@@ -134,7 +134,7 @@ def in_a_line(
     """The tokens of `rows` one after another, in the names of flash attention.
 
     Args:
-        parents: behind which earlier one each of `rows` goes on, None for none.
+        parents: the earlier row that each of `rows` continues, None for none.
 
     Returns: `input_ids` and `position_ids`, int64 (1, tokens); `cu_seq_lens_q` and
     `cu_seq_lens_k`, int32 (rows + 1,): where each row begins and the last one ends; with parents

@@ -7,7 +7,7 @@ function here computes one row at a time on a CPU, so that the work is that of t
 form is chosen by what was measured (docs/performance.md). A GPU has kernels that take all rows at
 once (`varlen.py`). Without boundaries it is transformers' SDPA.
 
-A line may hold a tree (`data/prefixes.py`): segments that go on behind another one, whose keys and
+A line may hold a tree (`data/prefixes.py`): segments that continue another one, whose keys and
 values they see before their own.
 """
 
@@ -74,7 +74,7 @@ def row_attention(
     (rows + 1,): where each row begins, and the end. Returns (1, tokens, heads, d).
 
     Args:
-        parents: (rows,), behind which other row each goes on, -1 for none; None for a line without
+        parents: (rows,), the row that each continues, -1 for none; None for a line without
             shared prefixes.
         sliding_window: a position sees so many positions, itself among them.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).

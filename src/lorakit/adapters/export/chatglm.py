@@ -67,14 +67,12 @@ def export_chatglm(
         )
     ranks = dict(sorted(Counter(pair.r for pair in found.values()).items()))
     command = names.command.format(base=plain.base_model, adapter=str(output))
-    template = exported_template(adapter, plain.base_model)
-    notices = [*plain.notices, *template.notices]
-    if template.differs:
-        notices.append(f"{names.code} {names.templates}")
+    template = exported_template(adapter, plain.base_model, f"{names.code} {names.templates}")
+    notices = (*plain.notices, *template.notices)
     counted = ", ".join(f"{count} of rank {r}" for r, count in ranks.items())
     summary = f"for {names.code}: {output} ({len(found)} modules: {counted})"
     figures = {"modules": len(found), "ranks": ranks}
-    return Exported(str(output), summary, command, tuple(notices), figures)
+    return Exported(str(output), summary, command, notices, figures)
 
 
 def _renamed(

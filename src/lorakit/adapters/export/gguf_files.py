@@ -115,7 +115,11 @@ def export_gguf_adapter(
     config = read_base_config(resolve(plain.base_model).path)
     family = family_of(config, plain.base_model)
     plain = fitted_plain(adapter, plain)
-    template = exported_template(adapter, plain.base_model)
+    hint = (
+        "llama.cpp takes the chat template from the base's file: give the adapter's own "
+        "(--jinja --chat-template-file), or export with --merged"
+    )
+    template = exported_template(adapter, plain.base_model, hint)
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -135,15 +139,10 @@ def export_gguf_adapter(
         writer.write_tensors_to_file()
         writer.close()
     size = Path(output).stat().st_size
-    notices = [*plain.notices, *template.notices]
+    notices = (*plain.notices, *template.notices)
     file = Path(adapter) / TEMPLATE_NAME
-    if template.differs:
-        notices.append(
-            "llama.cpp takes the chat template from the base's file: give the adapter's own "
-            "(--jinja --chat-template-file), or export with --merged"
-        )
     own = str(file) if template.differs and file.is_file() else None
-    return GgufFile(str(output), family.name, dtype, count, size, tuple(notices), own)
+    return GgufFile(str(output), family.name, dtype, count, size, notices, own)
 
 
 def require_file(output: str | Path) -> None:

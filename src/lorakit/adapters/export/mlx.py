@@ -74,7 +74,11 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
             "keys": _keys(plain),
         },
     }
-    template = exported_template(adapter, plain.base_model)
+    hint = (
+        "mlx-lm takes the chat template from the model's folder: copy "
+        f"{Path(output) / TEMPLATE_NAME} there, or use a merged model (lorakit merge)"
+    )
+    template = exported_template(adapter, plain.base_model, hint)
     with atomic.new_folder(output) as folder:
         atomic.write_file(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "mlx"}))
         atomic.write_file(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
@@ -84,14 +88,9 @@ def export_mlx(adapter: str | Path, output: str | Path, *, base: str | None = No
         f"mlx_lm.generate --model {quoted(found_at(plain.base_model))} "
         f"--adapter-path {quoted(output)} --prompt …"
     )
-    notices = [*plain.notices, *template.notices]
-    if template.differs:
-        notices.append(
-            "mlx-lm takes the chat template from the model's folder: copy "
-            f"{Path(output) / TEMPLATE_NAME} there, or use a merged model (lorakit merge)"
-        )
+    notices = (*plain.notices, *template.notices)
     summary = f"for mlx-lm: {output} ({len(plain.pairs)} modules, rank {r}, scale {scale:g})"
-    return Exported(str(output), summary, command, tuple(notices), {"r": r})
+    return Exported(str(output), summary, command, notices, {"r": r})
 
 
 def _factors(pair: ModuleUpdate, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

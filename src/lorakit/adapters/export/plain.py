@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.derived import base_of
-from lorakit.adapters.updates import COPY, AdapterFile, ModuleUpdate, read_updates
+from lorakit.adapters.updates import COPY, AdapterUpdates, ModuleUpdate, read_updates
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
 from lorakit.lora.architecture import is_conv1d
@@ -126,7 +126,7 @@ def renamed_plain(plain: PlainAdapter, model: nn.Module) -> PlainAdapter:
     return dataclasses.replace(plain, pairs=pairs, config=config, notices=(*plain.notices, notice))
 
 
-def _require_plain(file: AdapterFile, target: str) -> None:
+def _require_plain(file: AdapterUpdates, target: str) -> None:
     """Raises InputError with the name of what is more than a pair of matrices, or damaged."""
     config = file.config
     more = [

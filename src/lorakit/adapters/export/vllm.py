@@ -125,14 +125,14 @@ def export_vllm(adapter: str | Path, output: str | Path, *, base: str | None = N
         f"vllm serve {quoted(served)} --enable-lora --lora-modules "
         f"{quoted(lora_module(folder_name(output), str(output)))} --max-lora-rank {r}"
     )
-    template = exported_template(adapter, plain.base_model)
+    hint = (
+        "--chat-template is the one that the adapter was trained with; vLLM has one for all that a "
+        "server serves"
+    )
+    template = exported_template(adapter, plain.base_model, hint)
     notices += template.notices
     if template.differs:
         command += f" --chat-template {quoted(Path(output) / TEMPLATE_NAME)}"
-        notices.append(
-            "--chat-template is the one that the adapter was trained with; vLLM has one for all "
-            "that a server serves"
-        )
     modules = len(plain.pairs)
     summary = f"for vLLM: {output} ({modules} modules, rank {r}, scaling 1)"
     return Exported(str(output), summary, command, tuple(notices), {"r": r, "modules": modules})
