@@ -1,17 +1,19 @@
-"""Cross-entropy over the supervised positions of a batch, and no logits anywhere else.
+"""Cross-entropy of the supervised tokens of a batch, and of labels that logits answer in place.
 
-Where the model ends in a plain frozen linear layer, its forward is stopped before that layer and
-the loss is taken in chunks (`cross_entropy.py`). Any other model computes its own logits.
+Of a causal model no other logits are computed: where it ends in a plain frozen linear layer, its
+forward is stopped before that layer and the loss is taken in chunks (`cross_entropy.py`). Classes,
+tags and a decoder's tokens are labels of the model's own logits.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lorakit.errors import InputError
 from lorakit.models.loaded import base_model
 
 if TYPE_CHECKING:
@@ -118,6 +120,53 @@ class SupervisedLoss:
         return (labels[:, 1:] != IGNORE).sum()
 
 
+class LabelLoss:
+    """The summed negative log likelihood of a batch's labels, in nats.
+
+    Args:
+        model: the model that will be called, or what is inside its wrappers.
+        targets: the labels are what a decoder writes, and reads one place later.
+    """
+
+    def __init__(self, model: nn.Module, targets: bool = False) -> None:
+        base = base_model(model)
+        self.decoder_inputs = _shift(base) if targets else None
+        self.caches = "use_cache" in inspect.signature(base.forward).parameters
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over the batch (float32 or wider) and the number of labels (int64)."""
+        total, count, _ = self.with_logits(model, batch, smoothing)
+        return total, count
+
+    def with_logits(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sum and number as above, and the logits (batch, places, classes).
+
+        Args:
+            batch: `labels` (batch, places), `IGNORE` where there is none, and what the model's
+                forward takes. Its logits are (batch, classes) or (batch, places, classes).
+            smoothing: as in `SupervisedLoss.of_tokens`, over the classes.
+        """
+        labels = batch["labels"]
+        inputs: dict[str, Any] = {k: tensor for k, tensor in batch.items() if k != "labels"}
+        if self.caches:
+            inputs["use_cache"] = False
+        if self.decoder_inputs is not None:
+            inputs["decoder_input_ids"] = self.decoder_inputs(labels=labels)
+        logits = model(**inputs).logits.reshape(*labels.shape, -1)
+        if logits.element_size() < 4:
+            logits = logits.float()
+        total = smoothed(logits.flatten(0, 1), labels.flatten(), smoothing).sum()
+        return total, self.count(labels), logits
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """How many of `labels` the loss is taken on."""
+        return (labels != IGNORE).sum()
+
+
 def smoothed(
     logits: torch.Tensor, targets: torch.Tensor, smoothing: float | torch.Tensor = 0.0
 ) -> torch.Tensor:
@@ -201,3 +250,23 @@ def _stopped_before(linear: nn.Linear) -> Iterator[list[torch.Tensor]]:
         del linear.forward
         if before is not None:
             linear.forward = before  # type: ignore[method-assign]
+
+
+def _shift(model: Any) -> Callable[..., torch.Tensor]:
+    """How `model` makes a decoder's input of its labels (batch, places): one place later."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or pad is None:
+        raise InputError(
+            f"{type(model).__name__} does not say what its decoder begins with: set "
+            "decoder_start_token_id and pad_token_id in its config.json"
+        )
+
+    def shifted(labels: torch.Tensor) -> torch.Tensor:
+        inputs = labels.new_full(labels.shape, start)
+        inputs[:, 1:] = labels[:, :-1]
+        return inputs.masked_fill(inputs == IGNORE, pad)
+
+    return shifted

@@ -27,9 +27,8 @@ from lorakit.data.sources import read_source
 from lorakit.data.splits import HELD_OUT, LEARNED
 from lorakit.data.too_long import Limit, fit
 from lorakit.errors import InputError, listed
-from lorakit.models.label_loss import LabelLoss
 from lorakit.models.load import load_for_task, positions_of
-from lorakit.models.loss import IGNORE
+from lorakit.models.loss import IGNORE, LabelLoss
 from lorakit.objectives.objective import Batch, Loss, Objective, RunRequest, TrainingInputs
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.batches import joined_lines
 from lorakit.lora.routing import BASE, Route
-from lorakit.models.label_loss import LabelLoss
-from lorakit.models.loss import IGNORE, SupervisedLoss
+from lorakit.models.loss import IGNORE, LabelLoss, SupervisedLoss
 
 if TYPE_CHECKING:
     import torch

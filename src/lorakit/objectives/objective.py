@@ -23,7 +23,7 @@ from lorakit.data.templates import render
 from lorakit.data.too_long import Limit
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.models.load import load_for_task, positions_of
-from lorakit.models.loss import SupervisedLoss
+from lorakit.models.loss import LabelLoss, SupervisedLoss
 from lorakit.models.template_files import digest
 from lorakit.objectives.forward import Forward, supervised_per_sequence
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from lorakit.data.labelled import Labels
     from lorakit.data.mixing import Sources
     from lorakit.data.too_long import TooLong
-    from lorakit.models.label_loss import LabelLoss
     from lorakit.models.quantization.settings import Quantization
     from lorakit.models.template_files import Templates
 

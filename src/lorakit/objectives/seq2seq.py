@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.batches import LabelCollator
 from lorakit.data.seq2seq import tokenize_pair
-from lorakit.models.label_loss import LabelLoss
-from lorakit.models.loss import IGNORE
+from lorakit.models.loss import IGNORE, LabelLoss
 from lorakit.objectives.objective import Batch, Loss, Objective
 
 if TYPE_CHECKING:
