@@ -15,7 +15,7 @@ from pathlib import Path
 from lorakit import atomic
 from lorakit.adapters.adapter_tokenizer import TOKENIZER_FILES
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, LorakitError, first_line
 from lorakit.folder_lock import reserves
 from lorakit.lora.checkpoint import read_adapter, write_adapter
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, PICKLED_NAME, WEIGHTS_NAME
@@ -190,8 +190,7 @@ def _named_failures(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # every kind of network and hub failure means the same here
         status = getattr(getattr(error, "response", None), "status_code", None)
-        lines = str(error).strip().splitlines()
-        reason = (lines[0] if lines else type(error).__name__)[:200]
+        reason = first_line(error)
         if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
             reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub does not answer"
         cure = "; log in: hf auth login" if status == 401 else ""

@@ -36,7 +36,7 @@ from lorakit.models.load import DTYPES, torch_dtype
 from lorakit.models.names import resolve
 from lorakit.models.quantization.settings import Quantization
 from lorakit.models.shards import StoredTensor
-from lorakit.models.skeleton import read_base_config
+from lorakit.models.skeleton import read_base_config, stored_quantization
 from lorakit.models.template_files import write_templates
 
 
@@ -116,11 +116,8 @@ def _packed(path: Path) -> str:
     """How the files of the model at `path` are quantised; empty where they are not."""
     if packing := layout_of(path).packing:
         return packing
-    settings = getattr(read_base_config(path), "quantization_config", None)
-    if settings is None:
-        return ""
-    values = settings if isinstance(settings, dict) else settings.to_dict()
-    return str(values.get("quant_method", "in an unknown way"))
+    values = stored_quantization(read_base_config(path))
+    return str(values.get("quant_method", "in an unknown way")) if values else ""
 
 
 def obstacle(job: MergeJob) -> str:

@@ -33,7 +33,7 @@ class OpenAdapter:
     """An adapter on its base model, ready to run.
 
     `base_model` is the base's name or path, `manifest` is None when lorakit did not train it.
-    `task_type` is PEFT's word, one of `models.load.FORMS`; `labels` are a classifier's classes.
+    `task_type` is PEFT's word, one of `models.forms.FORMS`; `labels` are a classifier's classes.
     `added_tokens` is how many tokens the base got for the adapter: the last ones.
     """
 

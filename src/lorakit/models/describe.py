@@ -15,7 +15,7 @@ from lorakit.models.layouts import layout_of
 from lorakit.models.layouts.layout import stored_values
 from lorakit.models.names import ALIASES, resolve
 from lorakit.models.quantization.backend import backends
-from lorakit.models.skeleton import blank_model, read_base_config
+from lorakit.models.skeleton import blank_model, read_base_config, stored_quantization
 from lorakit.models.template_files import default_of
 
 if TYPE_CHECKING:
@@ -105,10 +105,8 @@ def describe(name: str) -> ModelFacts:
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    if not (values := stored_quantization(config)):
         return None
-    values = settings if isinstance(settings, dict) else settings.to_dict()
     method = values.get("quant_method", "in an unknown way")
     known = [backend for backend in backends() if backend.name == method]
     more = [b.described(values) for b in known] if known else [values.get("quant_type")]

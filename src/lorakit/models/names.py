@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lorakit.errors import BASE_OPTION, InputError, did_you_mean
+from lorakit.errors import BASE_OPTION, InputError, did_you_mean, first_line
 from lorakit.models import bundled
 from lorakit.models.layouts import layout_of
 from lorakit.models.layouts.layout import Layout
@@ -102,8 +102,7 @@ def _from_hub(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*_WANTED, "pytorch_model*.bin"]))
         return folder
     except Exception as error:  # every kind of network and hub failure means the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"model: '{name}' is not a folder here, not in the local cache, and could not be "
-            f"fetched from the hub ({reason[:150]}): give the model's folder ({BASE_OPTION})"
+            f"fetched from the hub ({first_line(error)}): give the model's folder ({BASE_OPTION})"
         ) from error

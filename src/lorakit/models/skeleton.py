@@ -49,6 +49,12 @@ def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
         ) from error
 
 
+def stored_quantization(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings by which the files' weights are quantised; empty where they are not."""
+    settings = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, dict) else settings.to_dict()
+
+
 def skeleton(
     path: Path,
     task_type: str = "CAUSAL_LM",
