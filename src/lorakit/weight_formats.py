@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class WeightFormat:
-    """One form of quantised weights. A subclass must say `recognises` and `dequantize`.
+    """One form of quantised weights. A subclass must define `recognises` and `dequantize`.
 
     Attributes:
-        name: what messages call it.
+        name: used in messages.
         rounds_input: the layer's own product may round its input too, not only the weight.
         fast_without_gradients: a GPU multiplies by the packed weight faster than it unpacks it.
     """
@@ -31,48 +31,48 @@ class WeightFormat:
         raise NotImplementedError
 
     def covers(self, layer: nn.Module) -> bool:
-        """Whether `layer` is a linear layer with such a weight, which LoRA can stand beside."""
+        """Whether `layer` is a linear layer with such a weight."""
         return self.recognises(getattr(layer, "weight", None))
 
     def dequantize(self, weight: Any, layer: Any, dtype: torch.dtype | None) -> torch.Tensor:
-        """The numbers (d_out, d_in) that `weight` stands for.
+        """The unpacked weight (d_out, d_in).
 
         Args:
-            layer: the one that has the weight; None where it is not known.
-            dtype: to round them to, once; None for the one that the format unpacks to.
+            layer: the weight's layer, None where it is not known.
+            dtype: of the result, which is rounded once; None for the format's own.
         """
         raise NotImplementedError
 
     def numel(self, weight: Any) -> int:
-        """How many numbers `weight` stands for."""
+        """The number of values in the unpacked weight."""
         return weight.numel()
 
     def quantize(self, W: torch.Tensor, like: Any) -> nn.Parameter | None:
-        """`W` (d_out, d_in) stored as `like` is; None if merging leaves the weight unpacked."""
+        """`W` (d_out, d_in) quantised as `like` is; None if a merged weight stays unpacked."""
         return None
 
     def restored(self, weight: Any) -> None:
-        """Called when `weight` is a layer's again, after another one took its place."""
+        """Called when unmerging has put `weight` back into its layer."""
 
     def keep_exact(self, layer: Any) -> None:
-        """Stops `layer` from rounding its stored weight again when it is evaluated."""
+        """Keeps `layer` from rounding its stored weight again in evaluation mode."""
 
     def require_gradients(self, weight: Any) -> None:
-        """Raises InputError if no gradients can go through `weight` to the layer's input."""
+        """Raises InputError if no gradients flow through `weight` to the layer's input."""
 
 
 FORMATS: list[WeightFormat] = []
-"""Those that are known, the last one registered first."""
+"""All registered formats, the last one first."""
 
 
 def register(added: WeightFormat) -> WeightFormat:
-    """Makes a format known from now on; it is asked before the ones that were there."""
+    """Registers a format; it takes precedence over those registered before."""
     FORMATS.insert(0, added)
     return added
 
 
 def format_of(weight: object) -> WeightFormat | None:
-    """The format in which `weight` is stored; None for plain numbers."""
+    """The format in which `weight` is stored; None where it is not quantised."""
     return next((known for known in FORMATS if known.recognises(weight)), None)
 
 
@@ -82,11 +82,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantized(weight: Any, layer: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The numbers that a weight stands for, which are its own where it is not quantised.
-
-    Args:
-        layer, dtype: as in `WeightFormat.dequantize`.
-    """
+    """The unpacked weight; `layer` and `dtype` are those of `WeightFormat.dequantize`."""
     stored = format_of(weight)
     if stored is not None:
         return stored.dequantize(weight, layer, dtype)

@@ -1,7 +1,7 @@
-"""First values of an adapter that come from data, put where the layers find them.
+"""First values of an adapter that come from data, stored where the layers find them.
 
-`start_from_data` serves every initialisation that takes something from data; the others are PEFT's
-functions, with PEFT's arguments. The methods themselves are in `init/`.
+`start_from_data` serves every initialisation with a `collect`; the other functions are PEFT's. The
+methods themselves are in `init/`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from lorakit.lora.wrapping import put_back_unused, wrapped_modules
 def start_from_data(
     model: nn.Module, config: LoraConfig, batches: Iterable[Any], run: Callable[[Any], Any]
 ) -> LoraConfig:
-    """Makes the factors that an adapter with `config` starts from, where they come from data.
+    """Makes the factors of an adapter with `config` whose initialisation takes data.
 
-    They wait beside the linear layers that `config` targets, for the next adapter.
+    They are stored beside the targeted linear layers, for the next adapter.
 
     Args:
         model: without adapters.
-        batches: dictionaries as the model takes them; not looked at where no data is needed.
+        batches: dictionaries as the model takes them; unused by other initialisations.
         run: runs the model on a batch, and returns its loss.
 
     Returns: `config`, with other ranks where the initialisation redistributes them.
@@ -58,7 +58,7 @@ def start_from_data(
     found = {path: len(factors[f"{path}.A"]) for path in modules}
     if found != ranks:
         config = _redistributed(config, found, resolve_targets(model, config), model)
-    _leave({path: module for path, module in modules.items() if found[path]}, factors)
+    _store({path: module for path, module in modules.items() if found[path]}, factors)
     return config
 
 
@@ -114,7 +114,7 @@ def _preprocess(
     data_file: str | None,
     factors_file: str | None = None,
 ) -> None:
-    """Leaves the factors of `init` beside the layers, from data or from files (safetensors)."""
+    """Stores the factors of `init` beside the layers, from data or from files (safetensors)."""
     modules = _linear_targets(model, config)
 
     def data() -> dict[str, torch.Tensor]:
@@ -128,7 +128,7 @@ def _preprocess(
     def factors() -> dict[str, torch.Tensor]:
         return _factors(config, init, modules, _cached(data_file, data))
 
-    _leave(modules, _cached(factors_file, factors))
+    _store(modules, _cached(factors_file, factors))
 
 
 def get_eva_state_dict(
@@ -179,8 +179,8 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Starts an adapter with `init_lora_weights="eva"` from data, and redistributes its ranks.
 
-    The configuration's `rank_pattern`, `alpha_pattern` and `target_modules` say afterwards what
-    each layer got; a layer of rank 0 has no adapter any more.
+    The configuration gets the new `rank_pattern`, `alpha_pattern` and `target_modules`; a layer of
+    rank 0 loses its adapter.
 
     Args:
         eva_state_dict: from `get_eva_state_dict`; None makes it from `dataloader`.
@@ -229,7 +229,7 @@ def initialize_lora_eva_weights(
 def _redistributed(
     config: LoraConfig, ranks: Mapping[str, int], targets: Iterable[str], model: nn.Module
 ) -> LoraConfig:
-    """`config` for the modules at `targets`, of which some get other ranks, or with 0 none.
+    """`config` for `targets`, some of them with other ranks, where 0 is no adapter.
 
     Alpha changes with the rank, unless the initialisation's settings say otherwise.
     """
@@ -288,8 +288,8 @@ def _factors(
     return made
 
 
-def _leave(modules: Mapping[str, nn.Module], factors: Mapping[str, torch.Tensor]) -> None:
-    """Puts each layer's `A` and `B` where its next adapter looks for them."""
+def _store(modules: Mapping[str, nn.Module], factors: Mapping[str, torch.Tensor]) -> None:
+    """Stores `A` and `B` beside each layer, where its next adapter finds them."""
     for path, module in modules.items():
         if f"{path}.A" not in factors:
             raise InputError(f"the cache has no factors for {path}: it is another model's")

@@ -1,4 +1,4 @@
-"""Parameters of adapters: which are trained, how many there are, and where they wait."""
+"""Parameters of adapters: which are trained, how many there are, and on which device."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from lorakit.weight_formats import format_of
 
 
 def set_trainable(tensors: Iterable[torch.Tensor], trainable: bool) -> None:
-    """Makes parameters trainable or frozen; buffers and tied views are passed over."""
+    """Makes parameters trainable or frozen; buffers and tied views are skipped."""
     for tensor in tensors:
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(trainable)
@@ -39,13 +39,13 @@ def tied_apart(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, __: ob
 
 
 def numbers_in(parameter: torch.Tensor) -> int:
-    """How many numbers it stands for, which may be more than it stores where it is quantised."""
+    """The number of values, those of the unpacked weight where it is quantised."""
     stored = format_of(parameter)
     return parameter.numel() if stored is None else stored.numel(parameter)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The number of trainable parameters, and of all; what a merge has put aside is not counted."""
+    """The number of trainable parameters and of all, without the backups of merged weights."""
     sizes = [
         (numbers_in(parameter), parameter.requires_grad)
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""The state of a model with adapters, by layer and as a whole; and its parameters, by module."""
+"""The state of a model with adapters, by layer and as a whole, and its parameters by module."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ class ModuleKind:
 
 
 def parameter_table(model: nn.Module, adapter: str) -> list[ModuleKind]:
-    """The kinds of modules with a part in an adapter, in the order in which `model` holds them."""
+    """The kinds of modules that an adapter has parameters for, in the model's order."""
     groups: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for path, module in wrapped_modules(model):
         if adapter not in module.adapters:

@@ -27,9 +27,9 @@ Settings = TypeVar("Settings")
 class InitialFactors(nn.Module):
     """The factors that an adapter started from, where they are not zero: `A` and `B`, frozen.
 
-    PiSSA and OLoRA start from a part of `W` itself and train against the rest of it. Here the
-    rest is never formed: `W` stays as it is and the layer computes `W + s (B A - B0 A0)`, so that
-    other adapters, unloading and merging see the base's own weight.
+    PiSSA and OLoRA start from a part of `W` and train against the rest of it. Here `W` stays, and
+    the layer computes `W + s (B A - B0 A0)`, so that other adapters, unloading and merging see the
+    base's own weight.
     """
 
     def __init__(self, A: torch.Tensor, B: torch.Tensor) -> None:
@@ -39,9 +39,9 @@ class InitialFactors(nn.Module):
 
 
 class Factors(NamedTuple):
-    """First values: `A` (r, d_in) and `B` (d_out, r), in any floating dtype.
+    """First values `A` (r, d_in) and `B` (d_out, r), of any floating dtype.
 
-    `base` (d_out, d_in) takes the place of the weight, where an initialisation changes it.
+    `base` (d_out, d_in) replaces the weight, where an initialisation changes it.
     """
 
     A: torch.Tensor
@@ -51,15 +51,14 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class InitSite:
-    """One layer, as an initialisation sees it that makes its factors.
+    """One layer whose factors an initialisation makes.
 
     Attributes:
-        A, B: the adapter's parameters, for their shape, dtype and device: (r, d_in, …) and
-            (d_out, r, …). Their values are not set yet.
-        W: the frozen weight (d_out, d_in); of an embedding it is (dim, num_embeddings).
-        scaling: what `B A` will be multiplied by.
-        value: `init_lora_weights` itself.
-        settings: an instance of the initialisation's settings class; None where it has none.
+        A, B: the adapter's parameters (r, d_in, …) and (d_out, r, …), without values yet.
+        W: the frozen weight (d_out, d_in); of an embedding (dim, num_embeddings).
+        scaling: the factor before `B A`.
+        value: `init_lora_weights`.
+        settings: an instance of `Initialization.settings`, if it has one.
         data: what `Initialization.collect` found for this layer; None without data.
     """
 
@@ -86,7 +85,7 @@ class DataPass:
         batches: dictionaries as the model takes them.
         run: runs the model on a batch and returns its loss, a scalar (or calls its backward).
         ranks: each module's rank.
-        model: put into the mode that the data is to be seen in; None leaves the mode alone.
+        model: put into training or evaluation mode meanwhile; None leaves the mode alone.
     """
 
     modules: Mapping[str, nn.Module]
@@ -114,14 +113,13 @@ class Initialization:
         embedding: the factors of an embedding.
         bias: fills the bias of `B` (`lora_bias`) in place.
         settings, field: the class of its settings and the field of `LoraConfig` that has them.
-        collect: what it takes from data, a tensor by module's path; `make` then finds it as
-            `InitSite.data`. Where factors have another rank than the configuration says, the
-            configuration gets that rank.
+        collect: a tensor from data for each module's path, which `make` finds as `InitSite.data`.
+            Factors may have another rank than the configuration, which then gets theirs.
         subtracted: `B A` is not zero, and is subtracted again.
         repeatable: `W` alone gives the same factors each time.
         changes_base: `make` gives a weight in place of the base's own.
         trains_B: whether `B` is trained, and not only `A`.
-        any_shape: it needs no matrix, so that convolutions and parameters can have it too.
+        any_shape: convolutions and parameters can have it too.
     """
 
     value: bool | str
@@ -163,8 +161,7 @@ class ChosenInit:
         Args:
             prepared: factors that were made from data.
 
-        Returns: what has to be subtracted again, and the weight that replaces the base's own;
-            None where there is nothing.
+        Returns: what is subtracted again, and the weight that replaces the base's, if any.
         """
         make = self.kind.embedding if embedding else self.kind.make
         site = InitSite(A, B, W, scaling, self.value, self.settings)

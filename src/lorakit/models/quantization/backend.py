@@ -1,4 +1,4 @@
-"""What a quantisation backend says of itself; `WeightFormat` has the part that layers ask."""
+"""The contract of a quantisation backend: a weight format that transformers can load."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Backend(WeightFormat):
 
     Attributes:
         name: transformers' `quant_method` of configurations with it.
-        types: the words by which recipes and `--quantization` ask for it; a base whose files are
-            quantised already needs none.
+        types: its values of `quantization` in recipes and of `--quantization`; none for a backend
+            that only reads bases whose files are quantised.
         options: the fields of `Quantization`, beside `type`, that it takes.
     """
 
@@ -31,7 +31,7 @@ class Backend(WeightFormat):
         Args:
             type: one of `types`.
             dtype: the model's.
-            whole: modules that stay as they are, beside those that transformers leaves alone.
+            whole: modules to leave unquantised, beside those that transformers leaves.
             options: those of `options` that were given.
 
         Raises:
@@ -40,7 +40,7 @@ class Backend(WeightFormat):
         raise InputError(f"quantization: {self.name} only reads weights that are quantised already")
 
     def unpack(self, model: Any) -> Any:
-        """`model` with plain weights, in which transformers sees no quantisation."""
+        """`model` with unpacked weights, and without transformers' quantiser."""
         from torch import nn
 
         for module in model.modules():
@@ -52,15 +52,15 @@ class Backend(WeightFormat):
         return model
 
     def described(self, settings: Mapping[str, Any]) -> str | None:
-        """What `settings`, the configuration in a model's files, say of its weights."""
+        """The kind of weights by `settings`, the quantisation configuration of a model's files."""
         return settings.get("quant_type")
 
 
 def backends() -> list[Backend]:
-    """Those that are registered."""
+    """The registered backends."""
     return [known for known in FORMATS if isinstance(known, Backend)]
 
 
 def by_type() -> dict[str, Backend]:
-    """The backends by the words that ask for them."""
+    """The backends by their types."""
     return {word: backend for backend in backends() for word in backend.types}

@@ -61,7 +61,7 @@ class FourBits(_BitsAndBytes):
         return W if dtype is None else W.to(dtype)
 
     def numel(self, weight: Any) -> int:
-        state = weight.quant_state  # two numbers lie in a byte
+        state = weight.quant_state  # two values lie in a byte
         return weight.numel() if state is None else state.shape.numel()
 
     def quantize(self, W: torch.Tensor, like: Any) -> nn.Parameter:
@@ -75,28 +75,28 @@ class FourBits(_BitsAndBytes):
     def keep_exact(self, layer: Any) -> None:
         """Keeps the layout in which the weight was quantised.
 
-        On a processor with AVX512-BF16 bitsandbytes lays it out anew when it is evaluated: scales
-        are rounded to bfloat16 for good, products are bfloat16's whatever the input is, and
-        gradients for the input are gone.
+        On CPUs with AVX512-BF16 bitsandbytes repacks it in evaluation mode: scales are rounded to
+        bfloat16 for good, products are in bfloat16 whatever the input is, and the input gets no
+        gradients.
         """
         if not hasattr(layer, "support_avx512bf16_for_cpu"):
             return
         layer.support_avx512bf16_for_cpu = False
         weight = layer.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = _laid_out_again(weight)
+            weight.data, weight.quant_state = _unrepacked(weight)
 
     def described(self, settings: Mapping[str, Any]) -> str | None:
         return settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else None
 
 
-def _laid_out_again(weight: Any) -> tuple[torch.Tensor, Any]:
-    """A packed weight and its state in the layout in which it was quantised."""
+def _unrepacked(weight: Any) -> tuple[torch.Tensor, Any]:
+    """A repacked weight and its state in the layout in which it was quantised."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     scales = weight.quant_state.absmax.T.reshape(-1).float()
     data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-    if not state.nested:  # bitsandbytes 0.50 leaves these turned
+    if not state.nested:  # bitsandbytes 0.50 leaves these transposed
         state.absmax = scales
     return data, state
 
@@ -120,7 +120,7 @@ class EightBits(_BitsAndBytes):
         if scales is None:
             scales = layer.state.SCB if weight.SCB is None else weight.SCB
             setattr(weight, _SCALES, scales)
-        # Whole numbers of 8 bits are exact in every dtype, so that this rounds once.
+        # 8-bit integers are exact in every dtype, so that this rounds once.
         whole = weight.data.to(dtype or torch.float32)
         return whole.mul_(scales.to(weight.device).mul(1 / 127).unsqueeze(1))
 

@@ -1,4 +1,4 @@
-"""A loaded model whose weights are quantised: kept exact, made ready for training, unpacked."""
+"""Loaded models with quantised weights: prepared for training, kept exact, unpacked."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def prepare_model_for_kbit_training(
 
 
 def keep_exact(model: Any) -> Any:
-    """`model`, whose quantised weights are not rounded again when it is evaluated."""
+    """`model`, whose quantised weights are not rounded again in evaluation mode."""
     for module in model.modules():
         if stored := format_of(getattr(module, "weight", None)):
             stored.keep_exact(module)
@@ -66,10 +66,10 @@ def quantized_when_loaded(model: Any) -> bool:
 
 
 def dequantized_model(model: Any, dtype: torch.dtype) -> Any:
-    """`model` with plain weights of `dtype`, where they are quantised.
+    """`model` with unpacked weights of `dtype`; as it is where it is not quantised.
 
     Raises:
-        InputError: they cannot be had.
+        InputError: transformers cannot unpack them.
     """
     if getattr(model, "hf_quantizer", None) is None:
         return model
@@ -82,5 +82,5 @@ def dequantized_model(model: Any, dtype: torch.dtype) -> Any:
             f"model: {model.config._name_or_path} is quantised in a way that transformers cannot "
             f"undo ({first_line(error)}): give the model that it was made of"
         ) from error
-    model._weight_conversions = None  # those of reading packed weights: they cannot be reversed
+    model._weight_conversions = None  # for reading packed weights; they cannot be reversed
     return model.to(dtype)

@@ -1,4 +1,4 @@
-"""How a base model that is quantised while it is loaded is asked for."""
+"""The setting `quantization`: how a base model is quantised while it is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 UNQUANTIZED = "none"
-"""The word for a base that is not quantised, where an adapter's record says otherwise."""
+"""The value for a base that is not quantised, where an adapter's record says otherwise."""
 
 _COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -23,9 +23,9 @@ class Quantization:
     """How the weights of a base model's linear layers are stored.
 
     Args:
-        type: a word of one of the registered backends: `nf4`, `fp4`, `int8`.
-        double_quantization: whether the scales of 4 bits are quantised too; None is yes.
-        compute_dtype: in which weights of 4 bits are multiplied; None is the model's dtype.
+        type: a type of one of the registered backends: `nf4`, `fp4`, `int8`.
+        double_quantization: whether the scales of 4-bit weights are quantised too; None is yes.
+        compute_dtype: of products with 4-bit weights; None is the model's dtype.
     """
 
     type: str
@@ -53,7 +53,7 @@ class Quantization:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was given beside the type."""
+        """The settings given beside the type."""
         return {n: value for n, value in vars(self).items() if n != "type" and value is not None}
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Quantization:
 
 
 def as_quantization(value: Any) -> Quantization | None:
-    """A recipe's or a user's word for it: its type, or a mapping with the fields of `Quantization`.
+    """The setting from a recipe or a user: a type, or a mapping with the fields of `Quantization`.
 
     Raises:
         InputError: it is something else.
@@ -88,10 +88,10 @@ def as_quantization(value: Any) -> Quantization | None:
 def loading_options(
     quantization: Quantization | None, dtype: torch.dtype, device: str, whole: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told to quantise a model while it loads it.
+    """The arguments of `from_pretrained` that quantise a model while it is loaded.
 
     Args:
-        whole: modules that stay as they are, beside those that transformers leaves alone.
+        whole: modules to leave unquantised, beside those that transformers leaves.
 
     Raises:
         InputError: the backend's package is not installed, or it has no such dtype.
