@@ -110,8 +110,6 @@ def _usual_order(kind: str) -> int:
 def _short(kind: str, kinds: list[str]) -> str:
     """The shortest end of `kind` that no other kind has."""
     parts = kind.split(".")
-    others = [other.split(".") for other in kinds if other != kind]
-    for n in range(1, len(parts) + 1):
-        if not any(other[-n:] == parts[-n:] for other in others):
-            return ".".join(parts[-n:])
-    return kind
+    ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    alone = (e for e in ends if sum(f".{other}".endswith(f".{e}") for other in kinds) == 1)
+    return next(alone, kind)

@@ -18,14 +18,21 @@ from lorakit.report.sweep_page import write_sweep_page
 from lorakit.sweeps.criterion import Criterion, check_objective
 from lorakit.sweeps.leaderboard import leaderboard, read_leaderboard, standings, write_leaderboard
 from lorakit.sweeps.local import LocalRunner
-from lorakit.sweeps.publish import clean_up, publish, write_recipe
 from lorakit.sweeps.ranks import rank_choice
 from lorakit.sweeps.search import Runner, Search, rungs
 from lorakit.sweeps.space.configurations import Configuration, check_keys, configurations
 from lorakit.sweeps.space.samplers import Changes, sampler_of
 from lorakit.sweeps.space.sweep_settings import SweepSettings, load_sweep
 from lorakit.sweeps.sweep_base import SELECTION, SweepBase, load_base
-from lorakit.sweeps.sweep_folder import check_disk, check_folder, claim_folder, require_same
+from lorakit.sweeps.sweep_folder import (
+    check_disk,
+    check_folder,
+    claim_folder,
+    clean_up,
+    publish,
+    require_same,
+    write_recipe,
+)
 from lorakit.training.recipe import Recipe
 from lorakit.training.run import named_failures
 from lorakit.training.setup import training_arguments

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,10 @@ class SweepTrainer(LoraTrainer):
         now = run_identity(recipe.to_dict(), base.facts, base=setup.base_fingerprint)
         require_unchanged(changes_since(self.folder, now), self.folder)
         claim_output(self.folder, now)
-        self.checkpoint = _checkpoint(self.folder, self.target, interrupt.say)
+        last = newest_whole(self.folder, at_most=self.target)
+        for line in last.damaged:
+            interrupt.say(f"{self.folder.name}: {line}")
+        self.checkpoint = last.checkpoint or newest_whole(self.folder).checkpoint
         super().__init__(
             setup.model,
             args,
@@ -341,11 +344,3 @@ class _StopAt(TrainerCallback):
         """In the middle of an epoch nothing is due."""
         if control.should_training_stop and not float(state.epoch).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
-
-
-def _checkpoint(folder: Path, target: int, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from: the last one up to the target, or else the last there is."""
-    found = newest_whole(folder, at_most=target)
-    for line in found.damaged:
-        say(f"{folder.name}: {line}")
-    return found.checkpoint or newest_whole(folder).checkpoint
