@@ -12,7 +12,7 @@ import lorakit
 from families import make_llama
 from lorakit.adapters.combine import METHODS, combine
 from lorakit.adapters.derived import sha256
-from lorakit.adapters.manifest import read_derivation
+from lorakit.adapters.manifest import read_record
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
@@ -182,7 +182,7 @@ def test_whole_modules_of_one_adapter_and_the_chat_template_come_along(
     opened = open_adapter(tmp_path / "sum")
     assert opened.tokenizer.chat_template == "{{ messages }}"
     assert opened.base_model == str(tiny_model)
-    record = read_derivation(tmp_path / "sum")
+    record = read_record(tmp_path / "sum")
     assert record is not None
     assert record.made_by == "combine"
     assert record.options["weights"] == [1, 0.5]

@@ -126,9 +126,3 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     """The record of the training run; None for an adapter that lorakit did not train."""
     record = read_record(folder)
     return record if isinstance(record, Manifest) else None
-
-
-def read_derivation(folder: str | Path) -> Derivation | None:
-    """The record of an adapter that was made out of others; None for every other adapter."""
-    record = read_record(folder)
-    return record if isinstance(record, Derivation) else None

@@ -33,23 +33,17 @@ from lorakit.models.skeleton import skeleton
 
 
 @reserves("output")
-def export_chatglm(
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    base: str | None = None,
-    names: ModuleNames = NAMES,
-) -> Exported:
+def export_chatglm(adapter: str | Path, output: str | Path, *, base: str | None = None) -> Exported:
     """Writes `output`, an adapter with the same ΔW for the layout's own code with PEFT.
 
     Args:
         base: in the original layout or converted.
-        names: those of the layout's code.
 
     Raises:
         InputError: the base is another model, the adapter is more than pairs of matrices or does
             not fit it, or `output` exists.
     """
+    names = NAMES
     plain = read_plain(adapter, names.code, base)
     model = skeleton(resolve(plain.base_model).path)
     if type(model.config).__name__ != names.config:
