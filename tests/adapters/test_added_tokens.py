@@ -416,7 +416,7 @@ def test_a_frozen_embedding_of_another_base_is_refused(tmp_path: Path):
         assert "differs from the base's in its first row" in refusal(call)
 
 
-@pytest.mark.filterwarnings("ignore:.*stand for no token")
+@pytest.mark.filterwarnings("ignore:.*belong to no token")
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_an_adapter_for_fewer_rows_than_a_padded_base_has_is_read(kind: str, tmp_path: Path):
     base = save_base(kind, tmp_path / "small")

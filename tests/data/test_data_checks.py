@@ -80,7 +80,7 @@ def test_a_turn_that_the_template_leaves_open_is_counted(
     turns = [{"role": role, "content": f"the {role} speaks"} for role in ("user", "assistant") * 2]
     path = write_rows([{"messages": turns[:2]}, {"messages": turns}])
     data = prepare(tokenizer, path, 0)
-    left_open = "left without an end token behind an answer"
+    left_open = "left without an end token after an answer"
     assert found(data)[left_open].first == ("rows.jsonl:2",)
     # A row that is cut in its answer is counted as cut alone.
     path = write_rows([{"messages": turns[:2]}])

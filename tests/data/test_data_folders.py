@@ -263,7 +263,7 @@ def test_what_is_named_for_measuring_is_not_learned(
     assert any(name in left[0] for name in names if name != learned)
     if held_out != learned:
         assert [fact.path for fact in data.facts] == [str(folder), f"{folder}:validation"]
-        assert any(f"held out is {folder}:validation" in line for line in data.notices)
+        assert any(f"eval: {folder}:validation is held out" in line for line in data.notices)
         assert len(data.train) == 2
         assert prepare(byte_tokenizer(), str(folder), 0).eval == []
 

@@ -127,7 +127,7 @@ def tokenizer_to_keep(base: Path, tuned: Path, rows: int, grown: bool) -> Path |
     if moved := [token for token in known if found.get(token, known[token]) != known[token]]:
         raise InputError(
             f"the tokenizer of {tuned} gives {len(moved)} tokens other ids than that of {base} "
-            f"({listed(map(repr, moved), 3)}): tokens can only be added behind the others"
+            f"({listed(map(repr, moved), 3)}): tokens can only be added after the others"
         )
     added = [number for token, number in found.items() if token not in known]
     if (last := max(added, default=0)) >= rows:

@@ -71,7 +71,7 @@ def _cut(model: Any, adapter: AdapterFiles, rows: int, before: int) -> None:
         )
     warnings.warn(
         f"{adapter.folder} is for {rows} rows of embeddings: the base's {before - rows} last rows, "
-        "which stand for no token, are left out",
+        "which belong to no token, are left out",
         stacklevel=3,
     )
     model.resize_token_embeddings(rows, mean_resizing=False)

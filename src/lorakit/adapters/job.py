@@ -124,8 +124,8 @@ def obstacle(job: MergeJob) -> str:
     """Why the base's files cannot be merged one by one; empty where they can."""
     if job.quantization:
         return (
-            f"the base is quantised to {job.quantization}, as for training, and written as the "
-            "numbers that this stands for; --quantization none takes the weights of its files"
+            f"the base is quantised to {job.quantization}, as for training, and written "
+            "dequantised; --quantization none uses the weights of its files"
         )
     if job.packed:
         return f"the base is quantised ({job.packed}); it is written unquantised"

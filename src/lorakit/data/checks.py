@@ -29,7 +29,7 @@ _PARTS = {
     "system": "the system message",
     "tool": "what tools answered",
     "user": "a user message whole",
-    "prompt": "what stands before the last answer in chat (such as '<think>')",
+    "prompt": "what precedes the last answer in chat (such as '<think>')",
 }  # what a template may leave out (`TokenizedRow.unshown`)
 _PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 
@@ -148,7 +148,7 @@ def findings(
             "the text brings one and the template another: take it out of the text",
         ),
         finding(
-            "left without an end token behind an answer",
+            "left without an end token after an answer",
             [row for sample, row in everything if sample.messages and _endless(row, special)],
             len(everything),
             "the model would not learn to stop: the chat template should close an answer",
@@ -157,7 +157,7 @@ def findings(
     if apart := [row for row in rows if row.apart]:
         what = "tokenised in parts, as one text would have joined a prompt and its answer"
         cure = (
-            "nothing is lost, the answer is learned behind the tokens of its generation "
+            "nothing is lost, the answer is learned after the tokens of its generation "
             "prompt; blanks at an answer's beginning are learned too: strip them unless meant"
         )
         found.append(finding(what, apart, len(everything), cure))

@@ -131,7 +131,7 @@ def mix(
 def notice_of_own(held_out: Sequence[Source]) -> str:
     """What to say where a data set's own part for validation stands for a share."""
     own = listed((source.path for source in held_out), 3)
-    return f"eval: held out is {own}, which stands for the share that data.eval gives"
+    return f"eval: {own} is held out, in place of the share in data.eval"
 
 
 def load_samples(

@@ -116,10 +116,10 @@ def pair_of(
 
 def _check_answer(row: Row, name: str, answer: Sequence[Message]) -> None:
     if not answer:
-        raise row.error(f"'{name}' has no answer behind what both conversations have in common")
+        raise row.error(f"'{name}' has no answer after what both conversations have in common")
     if answer[0]["role"] != "assistant":
         raise row.error(
-            f"the prompts differ: behind what 'chosen' and 'rejected' have in common "
+            f"the prompts differ: after what 'chosen' and 'rejected' have in common "
             f"comes a {answer[0]['role']} message in '{name}'; both answers need the same prompt"
         )
     if answer[-1]["role"] != "assistant":

@@ -64,8 +64,8 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
         if experts := expert_parameters(model):
             kinds = dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts)
             notices.append(
-                f"'{preset}' leaves out the experts, which are no linear layers but stacked "
-                f"weights: target_parameters=[{', '.join(kinds)}] adapts them"
+                f"'{preset}' leaves out the experts, which are stacked weights, not linear "
+                f"layers: target_parameters=[{', '.join(kinds)}] adapts them"
             )
         return PresetTargets(names, notices)
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION

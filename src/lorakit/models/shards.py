@@ -104,7 +104,7 @@ def read_index(index: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for name, file in pairs:
         if PurePath(file).name != file or file in ("", ".", ".."):
-            raise InputError(f"{index}: {name} is said to be in {file!r}, outside the folder")
+            raise InputError(f"{index}: {name} is listed in {file!r}, outside the folder")
         shards.setdefault(file, []).append(name)
     if not shards:
         raise InputError(f"{index} names no tensor")

@@ -103,7 +103,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
-        message = f"{type(error).__name__} (this is not foreseen: the server's log shows where)"
+        message = f"{type(error).__name__} (unexpected: the server's log has the traceback)"
         return error_response(ApiError(500, message))
 
 

@@ -46,8 +46,8 @@ def sentencepiece_tokenizer(path: Path, marks: Sequence[str]) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in own])
     if given := [p.piece for p in file.pieces if p.type == _USER_DEFINED]:
         warnings.warn(
-            f"{path} has pieces that were given to it ({listed(given, 3)}): text behind one gets "
-            "a space that sentencepiece does not give it",
+            f"{path} has user-defined pieces ({listed(given, 3)}): text after one gets a space "
+            "that sentencepiece does not add",
             stacklevel=3,
         )
         tokenizer.add_tokens([AddedToken(t, normalized=False) for t in given])
