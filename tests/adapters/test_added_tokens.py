@@ -279,7 +279,7 @@ def test_what_is_no_vocabulary_with_tokens_behind_the_others_is_not_extracted(
     moved = byte_tokenizer()
     moved.backend_tokenizer.model = BPE(vocab=vocab, merges=[])
     moved.add_tokens(NEW, special_tokens=True)
-    assert "numbers 2 tokens otherwise" in refused(moved, SIZE + 2)
+    assert "gives 2 tokens other ids" in refused(moved, SIZE + 2)
     assert "must have the same tokens" in refused(larger_tokenizer(), SIZE + 2, lm_head=SIZE)
 
 

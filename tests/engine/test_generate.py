@@ -82,7 +82,7 @@ def test_what_cannot_be_answered_is_one_line_and_writes_nothing(
     long = tmp_path / "long.txt"
     long.write_text(f"fine\n{'x' * 600}\n")
     for arguments, words in (
-        (["--prompts", asked], "say what answers"),
+        (["--prompts", asked], "nothing to answer with"),
         ([adapters["shop"], "--prompts", tmp_path / "none.txt"], "none.txt"),
         ([adapters["shop"], "--prompts", long], r"long.txt:2: the prompt has 6"),
         (["nowhere", "--prompts", asked], "nowhere is not a folder"),
