@@ -47,7 +47,14 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     before = sorted(tmp_path.iterdir())
     for said, arguments in {
         "holds no adapter": ("inspect", tiny_model),
-        "must be comma-separated numbers": ("combine", tiny_adapter, "--weights", "a,b", "-o", "out"),
+        "must be comma-separated numbers": (
+            "combine",
+            tiny_adapter,
+            "--weights",
+            "a,b",
+            "-o",
+            "out",
+        ),
         "1 adapters and 2 weights": ("combine", tiny_adapter, "--weights", "1,2", "-o", "out"),
         "did you mean 'ties'": (
             *("combine", tiny_adapter, "--weights", "1", "--method", "tie", "-o", "out"),
