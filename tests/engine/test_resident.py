@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorakit import LoraConfig
-from lorakit.engine.resident import AdamW, AdapterRow, ResidentModel
+from lorakit.engine.adapter_optimizer import AdamW
+from lorakit.engine.resident import ResidentModel
+from lorakit.engine.token_losses import AdapterRow
 from lorakit.errors import InputError
 from lorakit.lora.routing import BASE
 

@@ -12,16 +12,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from lorakit.engine.cache import RowCache
-from lorakit.engine.inputs import newest_tokens, part_of_row, whole_prompts
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.lora.routing import Route, Routing
+from lorakit.models.loaded import copied_once
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
+
+_CAUSAL = {"full_attention", "attention"}
 
 CHUNK = 512
 """Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
@@ -115,7 +118,8 @@ class ContinuousBatch:
             given = inputs(first, rows)
             names = [row.adapter for row in rows]
             self._routing.route = Route.of_rows(names, tuple(given["input_ids"].shape))
-            logits = self._model(**given, logits_to_keep=1).logits[:, -1]
+            with copied_once(self._model):
+                logits = self._model(**given, logits_to_keep=1).logits[:, -1]
         except Exception as error:
             failure = reason(error)
         else:
@@ -129,18 +133,18 @@ class ContinuousBatch:
 
     def _whole(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         prompts = [row.prompt for row in rows]
-        return whole_prompts(self._cache, first, prompts, self._model.device)
+        return self._cache.whole_prompts(first, prompts, self._model.device)
 
     def _part(self, at: int, rows: Sequence[AnswerRow], start: int) -> dict[str, Any]:
         tokens = rows[0].prompt[start : rows[0].read]
-        return part_of_row(self._cache, at, tokens, start, self._model.device)
+        return self._cache.part_of_row(at, tokens, start, self._model.device)
 
     def _newest(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         device = self._model.device
         if len(rows) < self._writing:
-            return part_of_row(self._cache, first, [rows[0].last], rows[0].length, device)
+            return self._cache.part_of_row(first, [rows[0].last], rows[0].length, device)
         tokens, lengths = [row.last for row in rows], [row.length for row in rows]
-        return newest_tokens(self._cache, tokens, lengths, device)
+        return self._cache.newest_tokens(tokens, lengths, device)
 
     def _choose(self, rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
         """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
@@ -177,3 +181,46 @@ class ContinuousBatch:
         if source != target:
             self._cache.move(source, target, self.rows[source].length)
             self.rows[target] = self.rows[source]
+
+
+def why_generate_alone(model: PreTrainedModel) -> str:
+    """Why only `generate` can compute this model for several rows; empty where it need not."""
+    config: Any = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a state instead of keys and values"
+    if other := set(getattr(config, "layer_types", None) or ()) - _CAUSAL:
+        return f"it has layers of {', '.join(sorted(other))}"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        return f"its attention sees {window} tokens at a time"
+    return _disproof(model)
+
+
+@torch.inference_mode()
+def _disproof(model: PreTrainedModel) -> str:
+    """Computes two short rows in pieces and together, and compares with each computed at once."""
+    config: Any = model.config.get_text_config()
+    device = model.device
+    forward: Any = model
+    cache = RowCache(config.num_hidden_layers, rows=2, length=8)
+    rows = [[i % config.vocab_size for i in range(1, 6)], [i % config.vocab_size for i in (7, 9)]]
+    try:
+        expected = [
+            forward(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -1]
+            for row in rows
+        ]
+        forward(**cache.whole_prompts(0, [rows[0][:3], rows[1][:1]], device))
+        forward(**cache.part_of_row(0, rows[0][3:4], 3, device))
+        lengths = [len(row) - 1 for row in rows]
+        found = forward(**cache.newest_tokens([row[-1] for row in rows], lengths, device))
+        logits = found.logits[:, -1]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        return f"it does not take a cache of ours: {type(error).__name__}"
+    wanted = torch.stack(expected).float()
+    # Rounding differs between the two ways by some steps of the dtype.
+    allowed = 64 * torch.finfo(logits.dtype).eps * wanted.abs().max().item()
+    if (difference := (logits.float() - wanted).abs().max().item()) <= allowed:
+        return ""
+    return f"computed in pieces its logits differ by {difference:.3g}"

@@ -1,8 +1,9 @@
 """The keys and values of all rows, in one place that is made once.
 
 A row has a place of its own in tensors of (rows, heads, length, d). Rows in use are the first ones,
-without gaps, so that a step of all of them reads views and copies nothing. Built on transformers'
-cache interface: what a model's attention calls is `update`.
+without gaps, so that a step of all of them reads views and copies nothing. A forward is prepared by
+one of three methods (whole prompts, a part of a row, newest tokens), which give the model's
+arguments; its attention then calls `update`, of transformers' cache interface.
 """
 
 from __future__ import annotations
@@ -38,21 +39,63 @@ class RowCache(Cache):
     def __init__(self, layers: int, rows: int, length: int) -> None:
         super().__init__(layers=[_RowLayer(rows, length) for _ in range(layers)])
 
-    def whole_prompts(self, first: int, lengths: Sequence[int]) -> None:
-        """The next forward brings prompts of these lengths, of rows from `first` on."""
-        self._next(_Place(first, prompts=lengths))
+    def whole_prompts(
+        self, first: int, prompts: Sequence[Sequence[int]], device: torch.device
+    ) -> dict[str, Any]:
+        """The model's arguments for prompts of rows from `first` on, padded on the left."""
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        # Padding is the prompt's own token: nothing that the model would not compute anyway.
+        ids = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        columns = torch.arange(width, device=device)
+        begins = width - torch.tensor(lengths, device=device)[:, None]
+        mask = None  # attention is causal then, from the first key on
+        if len(prompts) > 1:
+            real = columns >= begins
+            # Padding sees padding, as what sees nothing is NaN.
+            alike = real[:, None] == real[:, :, None]
+            mask = (alike & (columns <= columns[:, None]))[:, None]
+        positions = (columns - begins).clamp_(min=0)
+        return self._arguments(_Place(first, prompts=lengths), ids, positions, mask)
 
-    def part_of_row(self, row: int, start: int) -> None:
-        """The next forward brings tokens of this row, from its position `start` on."""
-        self._next(_Place(row, start))
+    def part_of_row(
+        self, row: int, tokens: Sequence[int], start: int, device: torch.device
+    ) -> dict[str, Any]:
+        """The model's arguments for a row's tokens from its position `start` on."""
+        end = start + len(tokens)
+        positions = torch.arange(start, end, device=device)
+        before = torch.arange(end, device=device)
+        mask = (before <= positions[:, None])[None, None] if start else None
+        return self._arguments(_Place(row, start), [tokens], positions[None], mask)
 
-    def newest_tokens(self, lengths: Sequence[int], device: torch.device) -> None:
-        """The next forward brings one token of each row, which have these lengths before it."""
-        self._next(_Place(lengths=torch.tensor(lengths, device=device), longest=max(lengths) + 1))
+    def newest_tokens(
+        self, tokens: Sequence[int], lengths: Sequence[int], device: torch.device
+    ) -> dict[str, Any]:
+        """The model's arguments for one token of each row, which have these lengths before it."""
+        before = torch.tensor(lengths, device=device)
+        longest = max(lengths) + 1
+        # Also where it hides nothing: with a mask a CPU takes the quicker of two ways.
+        mask = (torch.arange(longest, device=device) <= before[:, None])[:, None, None]
+        place = _Place(lengths=before, longest=longest)
+        return self._arguments(place, [[token] for token in tokens], before[:, None], mask)
 
-    def _next(self, place: _Place) -> None:
+    def _arguments(
+        self,
+        place: _Place,
+        ids: Sequence[Sequence[int]],
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """Tokens, positions, and a mask (rows, 1, queries, keys) of what each token sees."""
         for layer in self.layers:
             layer.place = place
+        return {
+            "input_ids": torch.tensor(ids, device=positions.device),
+            "position_ids": positions,
+            "attention_mask": mask,
+            "past_key_values": self,
+            "use_cache": True,
+        }
 
     def clear(self, row: int, length: int) -> None:
         """Puts zeros in the first `length` positions of a row's place.

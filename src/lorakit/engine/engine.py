@@ -1,8 +1,8 @@
 """Answers for many at once: one base model in memory, many adapters, one thread that computes.
 
 Requests wait in a queue until there is room in the batch; then each is a row with its own adapter
-and its own settings. How rows are computed is `batch.py`'s and `plain_batch.py`'s, which adapters
-there are `pool.py`'s.
+and its own settings. The model and its adapters are `resident.py`'s, how rows are computed
+`batch.py`'s and `plain_batch.py`'s, which adapters may be asked for `pool.py`'s.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.engine.batch import Batch, ContinuousBatch
-from lorakit.engine.carries import why_generate_alone
-from lorakit.engine.plain_batch import PlainBatch
 from lorakit.engine.pool import AdapterPool, Loaded, Version
-from lorakit.engine.requests import AnswerPiece, Ticket
+from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
+from lorakit.engine.resident import ResidentModel
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.errors import InputError, LorakitError
-from lorakit.lora.model import LoraModel
-from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
-from lorakit.models.loaded import copy_once, take_into_memory
+from lorakit.models.loaded import take_into_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +44,8 @@ class Engine:
         pool_bytes: how much memory adapters may take that are not in use.
 
     Attributes:
-        pool: the adapters.
+        pool: the adapters that are registered.
+        resident: the base, with those of them that answer now.
         notices: what a user should know about how this model is computed.
 
     Raises:
@@ -69,26 +66,22 @@ class Engine:
             raise InputError(f"max_rows must be at least 1, not {max_rows}")
         self.model_name, self.tokenizer, self.max_rows = model_name, tokenizer, max_rows
         self.notices: list[str] = []
-        self.context_length = _context_length(model, context_length)
+        self.context_length = context_length_of(model, context_length)
         take_into_memory(model)  # files may change while it is served
-        self._model = model.eval().requires_grad_(False)
+        self._model = model.eval()
         self._ending = ending(model, tokenizer)
-        known = fingerprint(model)
-        families: list[list[str]] = []
-        self._only_plain = why_generate_alone(model)
-        if not self._only_plain:
-            copy_once(model)
-            families = same_inputs(model, lambda: model(input_ids=_one_token(model)))
-        else:
+        self.pool = AdapterPool(model, tokenizer, model_name, fingerprint(model), pool_bytes)
+        self.resident = ResidentModel(model)
+        self.resident.pack()
+        self._bank = self.resident.model
+        if self.resident.generate_only:
             self.notices.append(
-                f"{model_name} is computed by transformers' generate ({self._only_plain}): answers "
-                "that begin together are written together, later ones wait for them"
+                f"{model_name} is computed by transformers' generate "
+                f"({self.resident.generate_only}): answers that begin together are written "
+                "together, later ones wait for them"
             )
         self._vocabulary = vocabulary_size(model)
-        self.pool = AdapterPool(model, tokenizer, model_name, known, pool_bytes)
-        self._bank = LoraModel(model, None)
-        self._bank.pack(families)
-        self._batch = self._new_batch()
+        self._batch = self.resident.answers(max_rows, self.context_length)
         self._used: dict[str, None] = {}  # adapters in the bank, the latest used last
         self._queue: deque[tuple[Ticket, Version | None, Loaded | None]] = deque()
         self._changed = Condition()
@@ -96,11 +89,6 @@ class Engine:
         self._deadline = 0.0
         self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
         self._thread.start()
-
-    def _new_batch(self) -> Batch:
-        if self._only_plain:
-            return PlainBatch(self._model, self._bank.routing, self.max_rows)
-        return ContinuousBatch(self._model, self._bank.routing, self.max_rows, self.context_length)
 
     # --- for those who ask ------------------------------------------------------------------
 
@@ -123,16 +111,8 @@ class Engine:
             LorakitError: the engine is closed.
         """
         sampling = sampling or Sampling()
+        check_prompt(prompt, self.context_length, self._vocabulary)
         room = self.context_length - len(prompt)
-        if not prompt:
-            raise InputError("the prompt is empty")
-        if room < 1:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, and with the answer at most "
-                f"{self.context_length} are read: shorten it"
-            )
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            raise InputError(f"the prompt's tokens must be from 0 to {self._vocabulary - 1}")
         version = loaded = None
         if adapter is not None:
             version = self.pool.version(adapter)
@@ -211,7 +191,7 @@ class Engine:
             # The batch ends rows that fail by themselves: this is beyond any one of them.
             for row in rows:
                 row.fail(f"the model failed while answering: {reason(error)}")
-            self._batch = self._new_batch()
+            self._batch = self.resident.answers(self.max_rows, self.context_length)
 
     def _let_go(self) -> None:
         """Ends requests that were cancelled while they waited, so that they take no room there."""
@@ -265,19 +245,3 @@ class Engine:
             row.finish("cancelled")
         for ticket, _, _ in left:
             ticket.put(AnswerPiece(finish_reason="cancelled"))
-
-
-def _one_token(model: PreTrainedModel) -> torch.Tensor:
-    return torch.zeros(1, 1, dtype=torch.long, device=model.device)
-
-
-def _context_length(model: PreTrainedModel, wanted: int | None) -> int:
-    """The most tokens a row may have.
-
-    Raises:
-        InputError: the model reads fewer than wanted.
-    """
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if wanted is not None and (wanted < 2 or (own and wanted > own)):
-        raise InputError(f"context_length must be from 2 to {own or 'any number'}, not {wanted}")
-    return wanted or own or 2048

@@ -39,7 +39,7 @@ from lorakit.lora.checkpoint import (
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.fitting import fitted
 from lorakit.lora.joining import AdapterPart, parts_of
-from lorakit.lora.layers import LoraLayer
+from lorakit.lora.layers import LoraLayer, LoraLinear, LoraQuantizedLinear
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
@@ -309,6 +309,9 @@ class AdapterPool:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{folder}: {key} holds values that {tensor.dtype} cannot hold")
         layers = [layer for _, layer in wrapped_modules(base) if isinstance(layer, LoraLayer)]
+        for layer in layers:
+            if type(layer) in (LoraLinear, LoraQuantizedLinear) and layer.r:
+                layer.fold_scaling(_TRIAL)  # once, and not whenever it joins the model
         rank = max((len(layer.factors(_TRIAL)[0]) for layer in layers if layer.r), default=0)
         size = sum(tensor.numel() * tensor.element_size() for tensor in values.values())
         return Loaded(config, parts_of(base, _TRIAL), rank, size)

@@ -6,13 +6,14 @@ The engine's thread puts pieces in; one listener takes them out, a thread or a c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Literal
+from typing import Any, Literal
 
 from lorakit.engine.sampling import Sampling
+from lorakit.errors import InputError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -114,3 +115,33 @@ class Ticket:
         finally:
             if not ended:
                 self.cancel()
+
+
+def check_prompt(prompt: Sequence[int], context_length: int, vocabulary: int) -> None:
+    """Raises InputError for a prompt that is empty, or too long, or has numbers that are no tokens.
+
+    Args:
+        context_length: the most tokens of prompt and answer together.
+        vocabulary: how many tokens the model knows.
+    """
+    if not prompt:
+        raise InputError("the prompt is empty")
+    if len(prompt) >= context_length:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and with the answer at most "
+            f"{context_length} are read: shorten it"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise InputError(f"the prompt's tokens must be from 0 to {vocabulary - 1}")
+
+
+def context_length_of(model: Any, wanted: int | None = None) -> int:
+    """The most tokens a row may have.
+
+    Raises:
+        InputError: the model reads fewer than wanted.
+    """
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if wanted is not None and (wanted < 2 or (own and wanted > own)):
+        raise InputError(f"context_length must be from 2 to {own or 'any number'}, not {wanted}")
+    return wanted or own or 2048

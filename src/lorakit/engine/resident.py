@@ -1,118 +1,66 @@
-"""A resident base model with many adapters in training: one pass for rows of any of them.
+"""A resident base model with many adapters: one pass for rows of any of them.
 
-`forward_backward` accumulates gradients, `optim_step` applies one adapter's, and neither knows a
-recipe or a training loop. Each adapter's gradients are those of its own rows alone, whatever else
-is in the pass. Sampling from the same `LoraModel` sees the weights as they are trained.
+`forward_backward` accumulates gradients, `optim_step` applies one adapter's, `sample` answers with
+the weights as they are then; none knows a recipe or a training loop. Each adapter's gradients and
+answers are those of its own rows alone, whatever else is in the pass. Sweeps and the server's
+engine compute on this too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorakit import atomic
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
+from lorakit.engine.adapter_optimizer import (
+    OPTIMIZER_NAME,
+    AdamW,
+    load_optimizer,
+    save_optimizer,
+)
+from lorakit.engine.batch import Batch, ContinuousBatch, why_generate_alone
+from lorakit.engine.plain_batch import PlainBatch
+from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_length_of
+from lorakit.engine.rows import AnswerRow
+from lorakit.engine.sampling import Ending, Sampling, end_tokens
 from lorakit.engine.shared_pass import AdapterBatch, side_by_side, why_not_shared
-from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, cross_entropy
+from lorakit.errors import InputError, LorakitError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.joining import pack_adapter, unpack_adapter
 from lorakit.lora.model import LoraModel
+from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.saving import save_adapter, write_card
 from lorakit.lora.streams import Stream
+from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.lines import Lines
 from lorakit.models.loaded import has_dropout
-from lorakit.models.loss import IGNORE, SupervisedLoss
-
-OPTIMIZER_NAME = "optimizer.safetensors"
+from lorakit.models.loss import SupervisedLoss
 
 
 @dataclass(frozen=True)
-class AdapterRow:
-    """One row to learn from.
-
-    Args:
-        adapter: whose row it is; `BASE` in `forward` for the bare base.
-        input_ids: the tokens.
-        labels: as many, `IGNORE` (-100) where nothing is learned; `labels[t]` is predicted from
-            the tokens before it, so that the first one is never learned.
-        inputs: further numbers of a loss, one for each token, such as `weights`, `advantages`, or
-            `logprobs` of the policy that sampled.
-    """
-
-    adapter: str
-    input_ids: Sequence[int]
-    labels: Sequence[int]
-    inputs: Mapping[str, Sequence[float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, values in {"labels": self.labels, **self.inputs}.items():
-            if len(values) != len(self.input_ids):
-                raise InputError(
-                    f"{name}: {len(values)} values for a row of {len(self.input_ids)} tokens"
-                )
-
-    def learned(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """The values of `inputs[name]` at the learned tokens: (n,), of `like`'s dtype and device.
-
-        Raises:
-            InputError: the row has no such input.
-        """
-        if name not in self.inputs:
-            raise InputError(f"this loss needs {name} for each token")
-        pairs = zip(self.inputs[name][1:], self.labels[1:], strict=True)
-        values = [value for value, label in pairs if label != IGNORE]
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-
-TokenLoss = Callable[[torch.Tensor, AdapterRow], torch.Tensor]
-"""The loss of a row, a scalar, of the log-probabilities (n,) of its learned tokens."""
-
-
-def cross_entropy(logprobs: torch.Tensor, row: AdapterRow) -> torch.Tensor:
-    """The negative log-likelihood of a row's learned tokens, summed; times `weights` if given."""
-    if "weights" in row.inputs:
-        logprobs = logprobs * row.learned("weights", logprobs)
-    return -logprobs.sum()
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What a pass gave, in the order of its rows.
+class Sample:
+    """An answer.
 
     Attributes:
-        logprobs: of each row, the log-probabilities (n,) of its learned tokens, in nats.
-        losses: of each row; empty where no loss was asked for.
+        tokens: with the one that ended it, if one did.
+        logprobs: of each token, in nats, before any sampling setting.
+        finish_reason: `stop` at an end token, `length` at `max_new_tokens`.
     """
 
-    logprobs: list[torch.Tensor]
-    losses: list[float]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The loss and the learned tokens, summed over all rows."""
-        return {"loss": sum(self.losses), "tokens": float(sum(map(len, self.logprobs)))}
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
-
-    Args:
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
 
 
 class ResidentModel:
@@ -124,7 +72,8 @@ class ResidentModel:
     """
 
     def __init__(self, base: nn.Module, pad_token_id: int = 0) -> None:
-        self.base, self.pad_token_id = base, pad_token_id
+        self.base: Any = base
+        self.pad_token_id = pad_token_id
         self.device: torch.device = next(base.parameters()).device
         self._base_draws = has_dropout(base)
         self._model: LoraModel | None = None
@@ -138,13 +87,9 @@ class ResidentModel:
 
     @property
     def model(self) -> LoraModel:
-        """The base with its adapters.
-
-        Raises:
-            InputError: there is no adapter.
-        """
+        """The base with its adapters, if there are any."""
         if self._model is None:
-            raise InputError("there is no adapter yet: create one")
+            self._model = LoraModel(self.base, None)
         return self._model
 
     @property
@@ -167,10 +112,11 @@ class ResidentModel:
             raise InputError(f"adapter {name} cannot be created beside others: {reason}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if self._model is None:
+            if self.adapters:
+                self.model.add_adapter(name, config)
+            else:  # the first one may change the base itself
+                self._unwrap()
                 self._model = LoraModel(self.base, config, name)
-            else:
-                self._model.add_adapter(name, config)
         self._added(name, seed, reason)
 
     def load(self, name: str, folder: str | Path, seed: int = 0) -> None:
@@ -183,14 +129,15 @@ class ResidentModel:
             InputError: the name is taken, or the folder holds no adapter that fits the base.
         """
         self._require_new(name)
-        if self._model is None:
-            self._model = LoraModel.from_pretrained(self.base, folder, name, is_trainable=True)
+        if self.adapters:
+            self.model.load_adapter(folder, name, is_trainable=True)
         else:
-            self._model.load_adapter(folder, name, is_trainable=True)
+            self._unwrap()
+            self._model = LoraModel.from_pretrained(self.base, folder, name, is_trainable=True)
         self._added(name, seed, why_not_shared(self.base, self.model.peft_config[name]))
         state = Path(folder) / OPTIMIZER_NAME
         if state.is_file():
-            _load_optimizer(self._optimizer(name), self.trained(name), state)
+            load_optimizer(self._optimizer(name), self.trained(name), state)
 
     def save(self, name: str, folder: str | Path) -> None:
         """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
@@ -199,7 +146,7 @@ class ResidentModel:
         write_card(folder, self.base)
         state = Path(folder) / OPTIMIZER_NAME
         if name in self._optimizers:
-            _save_optimizer(self._optimizers[name], self.trained(name), state)
+            save_optimizer(self._optimizers[name], self.trained(name), state)
         else:
             state.unlink(missing_ok=True)
 
@@ -207,14 +154,19 @@ class ResidentModel:
         """Forgets an adapter; without any the base is as it was."""
         self._require(name)
         if self.adapters == [name]:
-            self.model.unload()
-            self._model = None
+            self._unwrap()
         else:
             self.model.delete_adapter(name)
         self._streams.pop(name)
         self._alone.discard(name)
         self._optimizers.pop(name, None)
         self._loss = self._collate = None
+
+    def _unwrap(self) -> None:
+        """The base is as it was before there was any adapter."""
+        if self._model is not None:
+            self._model.unload()
+            self._model = None
 
     def trained(self, name: str) -> dict[str, torch.Tensor]:
         """The trained parameters of an adapter, under the keys of PEFT's files."""
@@ -353,7 +305,94 @@ class ResidentModel:
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         optimizer.step()
         optimizer.zero_grad()
+        unpack_adapter(self.model, name)
         return {"grad_norm": float(norm)}
+
+    # --- sampling -------------------------------------------------------------------------
+
+    @cached_property
+    def generate_only(self) -> str:
+        """Why transformers' `generate` writes answers; empty where they join and leave freely."""
+        self._train(False)
+        with self.model.routing.using(Route()):
+            return why_generate_alone(self.base)
+
+    def answers(self, rows: int, length: int) -> Batch:
+        """An empty batch of answers, for so many rows of so many tokens at most.
+
+        A row's adapter is one of this model, packed (`pack`) or not.
+        """
+        if self.generate_only:
+            return PlainBatch(self.base, self.model.routing, rows)
+        return ContinuousBatch(self.base, self.model.routing, rows, length)
+
+    def pack(self, names: Iterable[str] = ()) -> None:
+        """Lays the factors of these adapters out for sampling, as they are now."""
+        model = self.model
+        if model.packed is None:
+            with torch.no_grad(), model.routing.using(Route()):
+                one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                run = nullcontext if self.generate_only else lambda: self.base(input_ids=one)
+                model.pack(same_inputs(self.base, run))
+        for name in names:
+            if model.packed is not None and name not in model.packed:
+                pack_adapter(model, name)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[str],
+        sampling: Sampling | None = None,
+        *,
+        ends: Collection[int] | None = None,
+        max_rows: int = 16,
+    ) -> list[Sample]:
+        """Answers to prompts, each by its own adapter as it is now; as many at once as have room.
+
+        Args:
+            prompts: the tokens of each.
+            adapters: the name of each one's adapter, `BASE` for the bare base.
+            sampling: None is greedy. With a seed, prompt number i draws from `seed + i`.
+            ends: tokens that end an answer; None for those of the model's configuration.
+            max_rows: so many answers are written at once.
+
+        Returns: in the order of the prompts.
+
+        Raises:
+            InputError: there is no such adapter, a prompt is empty or too long, or the sampling
+                settings have stop texts, which need a tokenizer.
+            LorakitError: the model failed.
+        """
+        sampling = replace(sampling or Sampling(), logprobs=0)
+        if len(prompts) != len(adapters):
+            raise InputError(f"{len(prompts)} prompts need as many adapters, not {len(adapters)}")
+        if sampling.stop:
+            raise InputError("stop texts need a tokenizer: give ends, tokens that end an answer")
+        if not prompts:
+            return []
+        context, vocabulary = context_length_of(self.base), vocabulary_size(self.base)
+        for name, prompt in zip(adapters, prompts, strict=True):
+            self._require(name)
+            check_prompt(prompt, context, vocabulary)
+        own = Ending(frozenset(end_tokens(self.base) if ends is None else ends))
+        waiting: deque[AnswerRow] = deque()
+        for number, (name, prompt) in enumerate(zip(adapters, prompts, strict=True)):
+            seed = None if sampling.seed is None else sampling.seed + number
+            room = min(sampling.max_new_tokens, context - len(prompt))
+            settings = replace(sampling, seed=seed, max_new_tokens=room)
+            ticket = Ticket(tuple(prompt), None if name == BASE else name, settings)
+            waiting.append(AnswerRow(ticket, name, None, own, self.device))
+        tickets = [row.ticket for row in waiting]
+        longest = max(len(t.prompt) + t.sampling.max_new_tokens for t in tickets)
+        self._train(False)
+        self.pack(name for name in dict.fromkeys(adapters) if name != BASE)
+        batch = self.answers(min(max_rows, len(tickets)), longest)
+        with torch.inference_mode(), self.model.routing.using(Route()):
+            while waiting or batch.rows:
+                while waiting and batch.has_room():
+                    batch.add(waiting.popleft())
+                batch.step()
+        return [_sample(ticket) for ticket in tickets]
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -412,25 +451,11 @@ class ResidentModel:
             raise InputError(f"there is no adapter {name}{near}: {listed(self.adapters) or 'none'}")
 
 
-def _save_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
-) -> None:
-    tensors = {
-        f"{key}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for key, parameter in parameters.items()
-        for name, value in optimizer.state[parameter].items()
-    }
-    with atomic.replacing_file(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
-) -> None:
-    for whole, value in load_file(path).items():
-        key, _, name = whole.rpartition(":")
-        if key not in parameters:
-            raise InputError(f"{path} is of another adapter: it has {key}")
-        parameter = parameters[key]
-        own = value if name == "step" else value.to(parameter)
-        optimizer.state[parameter][name] = own
+def _sample(ticket: Ticket) -> Sample:
+    pieces = list(ticket)
+    if pieces[-1].error:
+        raise LorakitError(pieces[-1].error)
+    chosen = [token for piece in pieces for token in piece.logprobs]
+    reason = pieces[-1].finish_reason
+    assert reason is not None
+    return Sample([one.token for one in chosen], [one.logprob for one in chosen], reason)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 class AnswerRow:
     """A request in a batch.
 
+    Args:
+        tokenizer: None leaves the answer as tokens, without any text.
+
     Attributes:
         adapter: its adapter's name in the bank, or `"__base__"`.
         read: how many tokens of the prompt the model has seen.
@@ -35,7 +38,7 @@ class AnswerRow:
         self,
         ticket: Ticket,
         adapter: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         ending: Ending,
         device: torch.device,
     ) -> None:
@@ -54,7 +57,7 @@ class AnswerRow:
     def _is_asked(self, how: str) -> bool:
         """Whether the prompt ends as the chat template asks for an answer."""
         tail = self.prompt[-len(how.encode()) - 1 :]
-        return bool(how) and str(self._tokenizer.decode(list(tail))).endswith(how)
+        return bool(how) and self._read(*tail).endswith(how)
 
     @property
     def is_plain(self) -> bool:
@@ -154,8 +157,8 @@ class AnswerRow:
             tuple(TokenLogprob(other, self._read(other), value) for other, value in pairs),
         )
 
-    def _read(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+    def _read(self, *tokens: int) -> str:
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(list(tokens)))
 
 
 def reason(error: BaseException) -> str:

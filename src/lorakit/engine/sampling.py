@@ -174,27 +174,27 @@ def ending(model: Any, tokenizer: PreTrainedTokenizerBase) -> Ending:
     """What surrounds the answers of a model with the tokenizer's chat template."""
     with isolated_templates():
         form = answer_form(tokenizer)
-    tokens = frozenset(_end_tokens(model, tokenizer, form.end_token))
+    tokens = frozenset(_end_tokens(model, tokenizer.eos_token_id, form.end_token))
     return Ending(tokens, form.end_text, form.asked, form.plain_before)
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
     """The ids that end an answer: the model's, the tokenizer's, and the chat template's.
 
     A base model's own end token often differs from the one its template closes a turn with, and
     the latter is what an adapter has learned to write. Where the template closes turns with
     ordinary text, no token is that (`Ending.text`).
     """
+    if tokenizer is None:
+        return _end_tokens(model)
     with isolated_templates():
-        return _end_tokens(model, tokenizer, answer_form(tokenizer).end_token)
+        return _end_tokens(model, tokenizer.eos_token_id, answer_form(tokenizer).end_token)
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, taught: int | None) -> list[int]:
+def _end_tokens(model: Any, *others: Any) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
-    if isinstance(tokenizer.eos_token_id, int):
-        ends.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(ends if taught is None else [*ends, taught]))
+    return list(dict.fromkeys([*ends, *(one for one in others if isinstance(one, int))]))
 
 
 def stops_at(

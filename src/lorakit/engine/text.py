@@ -18,10 +18,10 @@ _LONGEST_CHARACTER = 4  # tokens, where each is a byte
 
 
 class AnswerText:
-    """Turns the tokens of one answer into text, piece by piece."""
+    """Turns the tokens of one answer into text, piece by piece; without a tokenizer into none."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: str = ""
+        self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str] = (), before: str = ""
     ) -> None:
         self._tokenizer, self._stop, self._before = tokenizer, stop, before
         self._tokens: list[int] = []
@@ -54,6 +54,8 @@ class AnswerText:
         return new
 
     def _decode(self, tokens: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _release(self, new: str, final: bool = False) -> str:

@@ -4,15 +4,16 @@ Nothing is looked for or initialised, and values are not copied, so that it is q
 that serves many adapters takes them so; `packed.py` then lays out their factors.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
 from lorakit.lora.base_changes import require_beside
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import (
+    LoraLayer,
     LoraLinear,
     LoraParameter,
     LoraQuantizedLinear,
@@ -34,6 +35,7 @@ from lorakit.lora.wrapping import (
     wrap_parameter,
     wrap_tokens,
     wrap_whole,
+    wrapped_modules,
     wrapped_places,
 )
 
@@ -83,8 +85,19 @@ def parts_of(model: nn.Module, name: str) -> list[AdapterPart]:
     return sorted(parts, key=lambda part: bool(part.tied_to))
 
 
-def join(model: nn.Module, name: str, parts: Sequence[AdapterPart], routing: Routing) -> None:
+def join(
+    model: nn.Module,
+    name: str,
+    parts: Sequence[AdapterPart],
+    routing: Routing,
+    known: Mapping[str, WrappedModule],
+) -> list[WrappedModule]:
     """Adds an adapter as `name` that a model of the same structure has, with the same values.
+
+    Args:
+        known: wrappers of layers by path; those that have an adapter are in the model.
+
+    Returns: the wrapper of each part.
 
     Raises:
         InputError: a module that it trains whole is, or holds, one that another adapts.
@@ -92,10 +105,15 @@ def join(model: nn.Module, name: str, parts: Sequence[AdapterPart], routing: Rou
     check_adapter_name(name)
     saved = [part.path for part in parts if part.kind is ModulesToSaveWrapper]
     require_apart(model, saved, [part.path for part in parts])
+    wrappers = []
     for part in parts:
-        wrapper = _wrap_as(model, part, routing)
+        wrapper = known.get(part.path)
+        if wrapper is None or type(wrapper) is not part.kind or not wrapper.adapters:
+            wrapper = _wrap_as(model, part, routing)
         for attribute, value in part.values.items():
             getattr(wrapper, attribute)[name] = value
+        wrappers.append(wrapper)
+    return wrappers
 
 
 def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> WrappedModule:
@@ -114,7 +132,9 @@ def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> WrappedMo
 
 
 def pack(self: Any, families: Iterable[Sequence[str]] = ()) -> None:
-    """Prepares a `LoraModel` for inference with many adapters, whose values stay as they are.
+    """Prepares a `LoraModel` for inference with many adapters.
+
+    Where their values change, what follows of them is forgotten by `unpack_adapter`.
 
     Args:
         families: the paths of layers that get the same input (`packed.same_inputs`).
@@ -137,13 +157,48 @@ def add_packed(
     require_beside(adapter_name, config, self.peft_config)
     model, packed = self.get_base_model(), self.packed
     try:
-        join(model, adapter_name, parts, self.routing)
-        packed.put(adapter_name, _packable(model))
+        wrappers = join(model, adapter_name, parts, self.routing, packed.layers)
+        if all(map(_is_packable, wrappers)) and not _adapts_parameters(self):
+            layers = dict(zip((part.path for part in parts), wrappers, strict=True))
+            packed.put(adapter_name, layers)
+            packed.joined[adapter_name] = wrappers
+        else:
+            packed.put(adapter_name, _packable(model))
     except BaseException:
         packed.remove(adapter_name)
         remove(model, adapter_name)
         raise
     self.peft_config[adapter_name] = config
+
+
+def pack_adapter(self: Any, adapter_name: str) -> None:
+    """Packs the factors of an adapter of a packed `LoraModel` as they are now."""
+    self.packed.put(adapter_name, _packable(self.get_base_model()))
+
+
+def unpack_adapter(self: Any, adapter_name: str) -> None:
+    """Forgets what is packed of an adapter, or follows of its values, as these have changed."""
+    if self.packed is not None:
+        self.packed.remove(adapter_name)
+        for _, layer in wrapped_modules(self.get_base_model()):
+            if isinstance(layer, LoraLayer):
+                layer.values_changed(adapter_name)
+
+
+def wrappers_of(self: Any, adapter_name: str) -> list[WrappedModule]:
+    """The wrappers of a `LoraModel` that may have this adapter."""
+    if self.packed is not None and adapter_name in self.packed.joined:
+        return self.packed.joined[adapter_name]
+    return [module for _, module in wrapped_modules(self.get_base_model())]
+
+
+def _adapts_parameters(self: Any) -> bool:
+    """Whether layers run with another weight at times, and which do is to be looked for."""
+    return any(config.target_parameters for config in self.peft_config.values())
+
+
+def _is_packable(module: nn.Module) -> TypeGuard[LoraLinear]:
+    return type(module) in _PACKED
 
 
 def _packable(model: nn.Module) -> dict[str, LoraLinear]:
@@ -153,7 +208,7 @@ def _packable(model: nn.Module) -> dict[str, LoraLinear]:
     for path, layer in wrapped_places(model):
         if isinstance(layer, LoraParameter):
             changed.add(path)
-        elif isinstance(layer, LoraLinear) and type(layer) in _PACKED:
+        elif _is_packable(layer):
             if path in changed:
                 layer.family = None
             else:

@@ -283,7 +283,8 @@ class LoraModel(nn.Module):
             InputError: there is no such adapter, or it is merged into the weights.
         """
         self.require(adapter_name)
-        if any(adapter_name in layer.merged_adapters for layer in self._mergeable()):
+        wrappers = joining.wrappers_of(self, adapter_name)
+        if any(adapter_name in layer.merged_adapters for layer in wrappers):
             raise InputError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. "
                 "Please unmerge them first."
@@ -294,7 +295,7 @@ class LoraModel(nn.Module):
             self.biases = TrainedBiases()
         if self.packed is not None:
             self.packed.remove(adapter_name)
-        remove(self.get_base_model(), adapter_name)
+        remove(self.get_base_model(), adapter_name, wrappers)
         del self.peft_config[adapter_name]
         left = [name for name in self.active_adapters if name != adapter_name]
         if self.active_adapters and not left and self.adapters:

@@ -71,8 +71,8 @@ class Plan:
 class Family:
     """Layers that get the same input, and the factors of every packed adapter for them.
 
-    One product then serves them all. Of `n` layers, column `c n + j` is the adapters' column `c` of
-    layer `j`; of B it is zero in the rows of the other layers.
+    One product then serves them all. An adapter's columns are those of the first layer, then those
+    of the next; of B they are zero in the rows of the other layers.
 
     Args:
         base: what computes the only layer where its weight cannot lie here; None where the layers'
@@ -89,8 +89,9 @@ class Family:
         self._packed, self.dtype = factors, factors.dtype
         shapes = [linear_shape(layer) or (0, 0) for layer in layers]
         self._d_in = shapes[0][1]
-        ends = list(accumulate(d_out for d_out, _ in shapes))
-        self._rows = [slice(end - d_out, end) for end, (d_out, _) in zip(ends, shapes, strict=True)]
+        self._sizes = [d_out for d_out, _ in shapes]
+        ends = list(accumulate(self._sizes))
+        self._rows = [slice(end - d, end) for end, d in zip(ends, self._sizes, strict=True)]
         self._A = factors.empty(0, self._d_in)
         """(columns, d_in)."""
         self._stack = factors.empty(ends[-1], 0 if base else self._d_in)
@@ -101,12 +102,14 @@ class Family:
             for layer, rows in zip(layers, self._rows, strict=True):
                 self._stack[rows] = _weight(layer)
             self._take_biases()
-            self._give_weights()
-        self._parts: Sequence[Columns] = ()
-        self._of_parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._give_weights()
+        self._plan: Plan | None = None  # that of the last product, and what follows of it
+        self._mixed = False
+        self._of_parts: list[tuple[Columns, torch.Tensor, torch.Tensor]] = []
+        self._others: list[list[tuple[int, int, str]] | None] = []
         self._x: torch.Tensor | None = None
         self._route: Route | None = None
-        self._y = self._stack
+        self._outputs: Sequence[torch.Tensor] = ()
         self._left = 0  # layers that have not taken their outputs yet
 
     def put(
@@ -117,20 +120,25 @@ class Family:
         room: int,
         factors: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
     ) -> None:
-        """Fills columns with an adapter's factors, a pair for each layer, zeros where it has none.
+        """Fills columns with an adapter's factors, of each layer, zeros where it has none.
 
         Args:
             room: how many columns a layer must have in all.
         """
         n = len(self.layers)
         self._grow(room * n)
-        A = self._A[begin * n : (begin + width) * n].zero_()
-        B = self._stack[:, self._before + begin * n :][:, : width * n].zero_()
+        A = self._A[begin * n : (begin + width) * n]
+        B = self._stack[:, self._before + begin * n : self._before + (begin + width) * n]
+        full = all(given is not None and given[0].shape[0] == width for given in factors)
+        if not full:
+            A.zero_()
+        if not full or n > 1:
+            B.zero_()
         for j, (rows, given) in enumerate(zip(self._rows, factors, strict=True)):
             self.names[j].discard(name)
             if given is not None:
-                A[j::n][: given[0].shape[0]] = given[0]
-                B[rows, j::n][:, : given[1].shape[1]] = given[1]
+                own = slice(j * width, j * width + given[0].shape[0])
+                A[own], B[rows, own] = given
                 self.names[j].add(name)
 
     def drop(self, name: str, layer: int) -> None:
@@ -139,6 +147,7 @@ class Family:
             begin, end = (len(self.layers) * at for at in self._packed.columns_of(name))
             self._stack[self._rows[layer], self._before + begin : self._before + end] = 0
             self.names[layer].discard(name)
+            self._plan = self._x = None
 
     def output(self, x: torch.Tensor, layer: int, route: Route) -> torch.Tensor:
         """What the layer makes of x (rows, …, d_in), with the packed adapters: (rows, …, d_out).
@@ -148,63 +157,66 @@ class Family:
         """
         if x is not self._x or route is not self._route:
             self._x, self._route, self._left = x, route, len(self.layers)
-            self._y = self._computed(x, self._packed.plan(route, x)).view(*x.shape[:-1], -1)
-        y = self._y[..., self._rows[layer]]
+            y = self._computed(x, self._packed.plan(route, x)).view(*x.shape[:-1], -1)
+            self._outputs = y.split(self._sizes, -1) if self._left > 1 else (y,)
+        y = self._outputs[layer]
         self._left -= 1
         if not self._left:
-            self._x, self._y = None, self._stack
+            self._x, self._outputs = None, ()
         return y
 
     def others(
-        self, x: torch.Tensor, layer: int, route: Route, own: Mapping[str, Any]
+        self, x: torch.Tensor, layer: int, own: Mapping[str, Any]
     ) -> list[tuple[slice, str]]:
-        """Which rows of x have an adapter that is among the layer's `own`, and not packed."""
-        names = self.names[layer]
-        if own.keys() <= names:
+        """Which rows of x have an adapter that is among the layer's `own`, and not packed.
+
+        It is asked behind `output`, of the same route.
+        """
+        plan, found = self._plan, self._others[layer]
+        assert plan is not None
+        if found is None:
+            unpacked = own.keys() - self.names[layer]
+            found = self._others[layer] = [g for g in plan.groups if g[2] in unpacked]
+        if not found:
             return []
-        plan = self._packed.planned(route)
-        return [
-            (plan.tokens(first, last, x.shape[0]), name)
-            for first, last, name in plan.groups
-            if name in own and name not in names
-        ]
+        return [(plan.tokens(first, last, x.shape[0]), name) for first, last, name in found]
 
     def _computed(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """(tokens, all d_out)."""
         tokens = x.reshape(-1, self._d_in)
-        if not plan.parts:
-            return self._base(x, tokens)
         mixes = plan.mixes(x)
-        parts = plan.whole if mixes else plan.parts
-        if parts is not self._parts:
-            self._parts = parts
+        if plan is not self._plan or mixes is not self._mixed:
+            self._plan, self._mixed = plan, mixes
+            self._others = [None] * len(self.layers)
+            parts = plan.whole if mixes else plan.parts
             self._of_parts = [self._factors(part, mixes) for part in parts]
-        inner = [
-            tokens[plan.tokens(part.first, part.last, len(tokens))] @ A
-            for part, (A, _) in zip(parts, self._of_parts, strict=True)
-        ]
         if mixes:
-            assert plan.hidden is not None
-            inner[0].unflatten(1, (-1, len(self.layers))).masked_fill_(plan.hidden, 0)
+            ((_, A, B),) = self._of_parts
+            inner = tokens @ A
+            inner.unflatten(1, (-1, len(self.layers))).masked_fill_(plan.hidden, 0)
             if self._before:
-                weights_and_Bs = self._of_parts[0][1]
-                return linear(torch.cat((tokens, inner[0]), dim=1), weights_and_Bs, self._bias)
+                return linear(torch.cat((tokens, inner), dim=1), B, self._bias)
+            return self._base(x, tokens).addmm_(inner, B.T)
         y = self._base(x, tokens)
-        for part, product, (_, B) in zip(parts, inner, self._of_parts, strict=True):
-            y[plan.tokens(part.first, part.last, len(y))].addmm_(product, B.T)
+        for part, A, B in self._of_parts:
+            if plan.rows == 1:
+                y.addmm_(tokens @ A, B.T)
+            else:
+                own = plan.tokens(part.first, part.last, len(tokens))
+                y[own].addmm_(tokens[own] @ A, B.T)
         return y
 
     def _base(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if self.base is not None:
             return self.base(x).view(len(tokens), -1)
-        return linear(tokens, self._stack[:, : self._d_in], self._bias)
+        return linear(tokens, self._weights, self._bias)
 
-    def _factors(self, part: Columns, mixes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors(self, part: Columns, mixes: bool) -> tuple[Columns, torch.Tensor, torch.Tensor]:
         """A (d_in, columns), and B (all d_out, columns), behind the weights if it mixes."""
         n = len(self.layers)
         begin, end = part.begin * n, part.end * n
         of_B = slice(0 if mixes else self._before + begin, self._before + end)
-        return self._A[begin:end].T, self._stack[:, of_B]
+        return part, self._A[begin:end].T, self._stack[:, of_B]
 
     def _grow(self, columns: int) -> None:
         """Makes room for so many columns; at least twice what there was, so that it is rare."""
@@ -220,7 +232,7 @@ class Family:
         stack[:, : self._stack.shape[1]] = self._stack
         stack[:, self._stack.shape[1] :] = 0
         self._A, self._stack = A, stack
-        self._parts = ()
+        self._plan = None
         self._give_weights()
 
     def _take_biases(self) -> None:
@@ -235,6 +247,7 @@ class Family:
 
     def _give_weights(self) -> None:
         """Lets the layers' own weights be the rows here, so that they are in memory once."""
+        self._weights = self._stack[:, : self._before]
         if self._before:
             for layer, rows in zip(self.layers, self._rows, strict=True):
                 weight = self._stack[rows, : self._d_in]
@@ -258,6 +271,10 @@ class PackedFactors:
         """By the paths of the layers that are in it."""
         self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         """By a parameter's id, how many modules have it."""
+        self.layers: dict[str, Any] = {}
+        """Every `LoraLinear` that was ever here, by its path; some are in the model no more."""
+        self.joined: dict[str, Any] = {}
+        """By adapter, all wrappers that have it, where they are known."""
         self._ranges: dict[str, tuple[int, int]] = {}
         self.columns = 0
         """Columns in use, those of adapters that have gone and lie between others among them."""
@@ -275,7 +292,7 @@ class PackedFactors:
         """Packs the factors of adapter `name`, again if it is packed.
 
         Args:
-            layers: all `LoraLinear` of the bank whose products are made here, by their paths.
+            layers: the `LoraLinear` that it has, and whose products are made here, by their paths.
         """
         try:
             self._put(name, layers)
@@ -289,6 +306,7 @@ class PackedFactors:
         ranks = [given[0].shape[0] for given in factors.values() if given is not None]
         width = max(ranks, default=0)
         begin = self._free(width)
+        self.layers |= layers
         self._gather(layers)
         room = max(self.columns, begin + width)
         for paths, family in self._families.items():
@@ -299,6 +317,7 @@ class PackedFactors:
     def remove(self, name: str) -> None:
         """Frees an adapter's columns."""
         self._ranges.pop(name, None)
+        self.joined.pop(name, None)
         for family in self._families.values():
             for names in family.names:
                 names.discard(name)
@@ -310,18 +329,13 @@ class PackedFactors:
         Raises:
             InputError: it cannot be told which row each of these belongs to.
         """
-        plan = self.planned(route)
-        if plan.rows > 1:
-            route.require_rows(x)
-        return plan
-
-    def planned(self, route: Route) -> Plan:
-        """The plan of a route, from before where it has the same rows."""
         key = route.rows, route.shared
         known, plan = self._planned
-        if plan is None or known != key:
+        if plan is None or known != key:  # else the rows are those of before
             plan = self._new_plan(route.rows or route.shared or (BASE,))
             self._planned = key, plan
+        if plan.rows > 1:
+            route.require_rows(x)
         return plan
 
     def _new_plan(self, names: Sequence[str]) -> Plan:
@@ -375,28 +389,27 @@ class PackedFactors:
                 fusible = self._is_fusible(layer.base_layer)
                 together = self._together.get(path, (path,)) if fusible else (path,)
                 paths = tuple(p for p in together if p == path or self._may_join(p, there, layers))
-                self._make(paths, layers, None if fusible else layer.base_output)
+                self._make(paths, None if fusible else layer.base_output)
                 there |= dict.fromkeys(paths, paths)
         for path, layer in layers.items():
             family = self._families[there[path]]
-            layer.family, layer.place = family, there[path].index(path)
+            if layer.family is not family:
+                layer.family, layer.place = family, there[path].index(path)
             if family.base is not None:
                 family.base = layer.base_output
 
-    def _make(self, paths: tuple[str, ...], layers: Mapping[str, Any], base: Base | None) -> None:
+    def _make(self, paths: tuple[str, ...], base: Base | None) -> None:
         """A family of the layers at `paths`, in the place of those that some of them were in."""
-        before = {old: self._families[old] for old in self._families if set(old) & set(paths)}
-        held = {path: f.layers[old.index(path)] for old, f in before.items() for path in old}
-        own = [layers[path].base_layer if path in layers else held[path] for path in paths]
-        family = Family(own, self, base)
+        own = [self.layers[path] for path in paths]
+        family = Family([layer.base_layer for layer in own], self, base)
         for name, (begin, end) in self._ranges.items():
-            given = [
-                layers[p].packed_factors(name, self.dtype) if p in layers else None for p in paths
-            ]
+            given = [layer.packed_factors(name, self.dtype) for layer in own]
             family.put(name, begin, end - begin, self.columns, given)
-        for old in before:
+        for old in [old for old in self._families if set(old) & set(paths)]:
             del self._families[old]
         self._families[paths] = family
+        for place, layer in enumerate(own):
+            layer.family, layer.place = family, place
 
     def _may_join(
         self, path: str, there: Mapping[str, tuple[str, ...]], layers: Mapping[str, Any]
@@ -445,9 +458,9 @@ def same_inputs(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
         return lambda _, given: calls.append((path, given[0]))
 
     handles = [
-        module.register_forward_pre_hook(note(path))
+        module.register_forward_pre_hook(note(path.replace(".base_layer", "")))
         for path, module in model.named_modules()
-        if linear_shape(module) is not None
+        if linear_shape(module) is not None and ".lora_" not in path
     ]
     try:
         run()

@@ -126,11 +126,20 @@ def require_apart(
 # --- taking out -----------------------------------------------------------------------------
 
 
-def remove(model: nn.Module, adapter_name: str) -> None:
-    """Takes an adapter out; a module that has no other one left is the original again."""
-    for _, module in wrapped_modules(model):
+def remove(
+    model: nn.Module, adapter_name: str, wrappers: Sequence[WrappedModule] | None = None
+) -> None:
+    """Takes an adapter out; a module that has no other one left is the original again.
+
+    Args:
+        wrappers: those that have it, where they are known.
+    """
+    if wrappers is None:
+        wrappers = [module for _, module in wrapped_modules(model)]
+    for module in wrappers:
         module.delete_adapter(adapter_name)
-    put_back_unused(model)
+    if not all(module.adapters for module in wrappers):
+        put_back_unused(model)
 
 
 def put_back_unused(model: nn.Module) -> None:

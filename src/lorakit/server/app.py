@@ -81,7 +81,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
+        responses=_of_answers(),
         dependencies=needs(Level.API_KEY),
     )
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
@@ -91,7 +91,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @app.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)},
+        responses=_of_answers(),
         dependencies=needs(Level.API_KEY),
     )
     async def completions(request: Request, asked: CompletionRequest) -> Response:
@@ -162,6 +162,10 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
 
     page.install(app)
     return app, desk
+
+
+def _of_answers() -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)}
 
 
 def _errors(*statuses: int, beside_text: bool = False) -> dict[int | str, dict[str, Any]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-import uuid
 from collections.abc import Iterable
 
 from fastapi import Request
@@ -12,18 +10,18 @@ from fastapi.responses import Response
 
 from lorakit.engine.requests import AnswerPiece, ChosenToken, TokenLogprob
 from lorakit.server.adapters import adapter_named
-from lorakit.server.event_streams import EventStream, client_of, while_wanted, whole_response
+from lorakit.server.event_streams import Kind, client_of, respond, while_wanted
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
-    ChatChunk,
+    ChatChoice,
     ChatChunkChoice,
-    ChatCompletion,
     ChatLogprobs,
-    Delta,
     Rival,
 )
+
+_KIND = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 
 
 async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompts) -> Response:
@@ -39,59 +37,27 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     work = prompts.of_chat(adapter, asked, client_of(request), size)
     prompt = await while_wanted(request, work, deadline, desk.late())
     answers = await desk.hand_in([prompt], adapter, asked, deadline)
-    ident, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-    with_logprobs = asked.rivals is not None
 
-    def reply(written: list[Answer]) -> ChatCompletion:
+    def logprobs(tokens: Iterable[ChosenToken]) -> ChatLogprobs | None:
+        return None if asked.rivals is None else _logprobs(tokens)
+
+    def whole(number: int, answer: Answer) -> ChatChoice:
         return {
-            "id": ident,
-            "object": "chat.completion",
-            "created": created,
-            "model": asked.model,
-            "choices": [
-                {
-                    "index": number,
-                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                    "logprobs": _logprobs(answer.logprobs) if with_logprobs else None,
-                    "finish_reason": answer.finish_reason,
-                }
-                for number, answer in enumerate(written)
-            ],
-            "usage": answers.usage,
+            "index": number,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
         }
 
-    def chunk(choices: list[ChatChunkChoice]) -> ChatChunk:
-        made: ChatChunk = {
-            "id": ident,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": asked.model,
-            "choices": choices,
+    def piece_of(number: int, piece: AnswerPiece) -> ChatChunkChoice:
+        return {
+            "index": number,
+            "delta": {"content": piece.text} if piece.text or piece.logprobs else {},
+            "logprobs": logprobs(piece.logprobs),
+            "finish_reason": finish_reason(piece),
         }
-        if asked.include_usage:
-            made["usage"] = None
-        return made
 
-    def piece_of(number: int, piece: AnswerPiece) -> ChatChunk:
-        delta: Delta = {"content": piece.text} if piece.text or piece.logprobs else {}
-        return chunk(
-            [
-                {
-                    "index": number,
-                    "delta": delta,
-                    "logprobs": _logprobs(piece.logprobs) if with_logprobs else None,
-                    "finish_reason": finish_reason(piece),
-                }
-            ]
-        )
-
-    def counts() -> ChatChunk:
-        return {**chunk([]), "usage": answers.usage}
-
-    if not asked.stream:
-        return await whole_response(request, answers, reply)
-    roles = (chunk([_role(number)]) for number in range(len(answers)))
-    return EventStream(answers, roles, piece_of, counts if asked.include_usage else None)
+    return await respond(request, asked, answers, _KIND, whole, piece_of, _role)
 
 
 def finite(logprob: float) -> float:

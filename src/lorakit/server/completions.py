@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -12,11 +11,13 @@ from fastapi.responses import Response
 from lorakit.engine.requests import AnswerPiece, ChosenToken
 from lorakit.server.adapters import adapter_named
 from lorakit.server.chat import finite
-from lorakit.server.event_streams import EventStream, client_of, while_wanted, whole_response
+from lorakit.server.event_streams import Kind, client_of, respond, while_wanted
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import CompletionRequest
 from lorakit.server.prompt_tokens import Prompts
-from lorakit.server.replies import Completion, CompletionChoice, CompletionLogprobs
+from lorakit.server.replies import CompletionChoice, CompletionLogprobs, FinishReason
+
+_KIND = Kind("cmpl", "text_completion", "text_completion")
 
 
 async def complete(
@@ -33,54 +34,22 @@ async def complete(
     work = prompts.of_texts(adapter, texts, client_of(request))
     tokens = await while_wanted(request, work, deadline, desk.late())
     answers = await desk.hand_in(tokens, adapter, asked, deadline)
-    ident, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-    with_logprobs = asked.rivals is not None
     written = [0] * len(answers)  # characters whose tokens were sent, an answer
 
-    def completion(choices: list[CompletionChoice]) -> Completion:
-        return {
-            "id": ident,
-            "object": "text_completion",
-            "created": created,
-            "model": asked.model,
-            "choices": choices,
-        }
+    def choice(number: int, given: Answer | AnswerPiece, why: FinishReason | None) -> Any:
+        logprobs = None
+        if asked.rivals is not None:
+            logprobs = _logprobs(given.logprobs, written[number])
+            written[number] += sum(len(token.text) for token in given.logprobs)
+        return {"index": number, "text": given.text, "logprobs": logprobs, "finish_reason": why}
 
-    def reply(texts: list[Answer]) -> Completion:
-        choices: list[CompletionChoice] = [
-            {
-                "index": number,
-                "text": answer.text,
-                "logprobs": _logprobs(answer.logprobs, 0) if with_logprobs else None,
-                "finish_reason": answer.finish_reason,
-            }
-            for number, answer in enumerate(texts)
-        ]
-        return {**completion(choices), "usage": answers.usage}
+    def whole(number: int, answer: Answer) -> CompletionChoice:
+        return choice(number, answer, answer.finish_reason)
 
-    def piece_of(number: int, piece: AnswerPiece) -> Completion:
-        logprobs = _logprobs(piece.logprobs, written[number]) if with_logprobs else None
-        written[number] += sum(len(token.text) for token in piece.logprobs)
-        made = completion(
-            [
-                {
-                    "index": number,
-                    "text": piece.text,
-                    "logprobs": logprobs,
-                    "finish_reason": finish_reason(piece),
-                }
-            ]
-        )
-        if asked.include_usage:
-            made["usage"] = None
-        return made
+    def piece_of(number: int, piece: AnswerPiece) -> CompletionChoice:
+        return choice(number, piece, finish_reason(piece))
 
-    def counts() -> Completion:
-        return {**completion([]), "usage": answers.usage}
-
-    if not asked.stream:
-        return await whole_response(request, answers, reply)
-    return EventStream(answers, (), piece_of, counts if asked.include_usage else None)
+    return await respond(request, asked, answers, _KIND, whole, piece_of)
 
 
 def _logprobs(tokens: Sequence[ChosenToken], start: int) -> CompletionLogprobs:

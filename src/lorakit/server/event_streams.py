@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -15,9 +17,19 @@ from lorakit.engine.requests import AnswerPiece
 from lorakit.errors import LorakitError
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_content
 from lorakit.server.open_answers import Answer, OpenAnswers
+from lorakit.server.payloads import SamplingFields
 from lorakit.server.replies import event
 
 Result = TypeVar("Result")
+
+
+class Kind(NamedTuple):
+    """What a reply calls itself: the beginning of its id, and its `object`, whole and in events."""
+
+    prefix: str
+    whole: str
+    piece: str
+
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -28,65 +40,82 @@ def client_of(request: Request) -> str:
 
 
 async def while_wanted(
-    request: Request, work: Coroutine[Any, Any, Result], deadline: float, late: ApiError
+    request: Request,
+    work: Coroutine[Any, Any, Result],
+    deadline: float | None = None,
+    late: ApiError | None = None,
 ) -> Result:
     """The result of `work`, which is given up when the client leaves or the deadline is over.
 
     Raises:
         ApiError: the client has left; `late`.
     """
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:
-        seconds = max(deadline - asyncio.get_running_loop().time(), 0)
+        now = asyncio.get_running_loop().time()
+        seconds = None if deadline is None else max(deadline - now, 0)
         await asyncio.wait((task, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError(CLIENT_LEFT, "the client has left") if leaving.done() else late
+        if late is None or leaving.done():
+            raise ApiError(CLIENT_LEFT, "the client has left")
+        raise late
     finally:
-        await _cancel(task, leaving)
+        for each in (task, leaving):
+            each.cancel()
+            with suppress(asyncio.CancelledError, LorakitError, ApiError):
+                await each
 
 
-async def whole_response(
-    request: Request, answers: OpenAnswers, content: Callable[[list[Answer]], Any]
+async def respond(
+    request: Request,
+    asked: SamplingFields,
+    answers: OpenAnswers,
+    kind: Kind,
+    whole: Callable[[int, Answer], Any],
+    piece: Callable[[int, AnswerPiece], Any],
+    opening: Callable[[int], Any] | None = None,
 ) -> Response:
-    """The response of `content(all answers)`; a client that leaves ends them.
+    """The answers in OpenAI's form, at once or in events; a client that leaves ends them.
+
+    Args:
+        whole: the choice of an answer's number and the answer.
+        piece: the choice of an event, of an answer's number and a piece of it.
+        opening: the choice of an event before anything is written.
 
     Raises:
-        ApiError: as `OpenAnswers.pieces`.
+        ApiError: as `OpenAnswers.pieces`; the client has left.
     """
-    work = asyncio.ensure_future(answers.whole())
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(content(work.result()))
-    finally:
-        answers.close()
-        await _cancel(work, leaving)
+    same = {"created": int(time.time()), "model": asked.model}
+    ident = f"{kind.prefix}-{uuid.uuid4().hex}"
+
+    def reply(name: str, choices: list[Any], **usage: Any) -> dict[str, Any]:
+        return {"id": ident, "object": name, **same, "choices": choices, **usage}
+
+    if not asked.stream:
+        try:
+            made = await while_wanted(request, answers.whole())
+        finally:
+            answers.close()
+        choices = [whole(number, answer) for number, answer in enumerate(made)]
+        return JSONResponse(reply(kind.whole, choices, usage=answers.usage))
+    usage = {"usage": None} if asked.include_usage else {}
+    events = _events(
+        answers,
+        (reply(kind.piece, [opening(i)], **usage) for i in range(len(answers)) if opening),
+        lambda number, some: reply(kind.piece, [piece(number, some)], **usage),
+        (lambda: reply(kind.piece, [], usage=answers.usage)) if asked.include_usage else None,
+    )
+    return EventStream(answers, events)
 
 
 class EventStream(StreamingResponse):
-    """Answers as server-sent events, in OpenAI's order: pieces, the counts if wanted, `[DONE]`.
-
-    Args:
-        opening: sent before anything is written.
-        content: the event of a piece with its answer's number.
-        closing: gives the last event, when all is written; None for none.
-    """
+    """Answers as server-sent events, which end with their client."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        answers: OpenAnswers,
-        opening: Iterable[Any],
-        content: Callable[[int, AnswerPiece], Any],
-        closing: Callable[[], Any] | None,
-    ) -> None:
+    def __init__(self, answers: OpenAnswers, events: AsyncIterator[bytes]) -> None:
         self._answers = answers
-        events = _events(answers, opening, content, closing)
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,6 +131,13 @@ async def _events(
     content: Callable[[int, AnswerPiece], Any],
     closing: Callable[[], Any] | None,
 ) -> AsyncIterator[bytes]:
+    """Events in OpenAI's order: pieces, the counts if wanted, `[DONE]`.
+
+    Args:
+        opening: sent before anything is written.
+        content: the event of a piece with its answer's number.
+        closing: gives the last event, when all is written; None for none.
+    """
     try:
         for first in opening:
             yield event(first)
@@ -114,13 +150,6 @@ async def _events(
     except ApiError as error:  # the status is out already
         yield event(error_content(error.status_code, error.detail, str(error.status_code)))
     yield _DONE
-
-
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-        with suppress(asyncio.CancelledError, LorakitError, ApiError):
-            await task
 
 
 async def _left(request: Request) -> None:

@@ -193,9 +193,9 @@ class LoraLayer(WrappedModule):
         """Gives adapter `name` an alpha, and the scaling that comes of it."""
         self.lora_alpha[name] = alpha
         self.scaling[name] = self._own_scaling[name] = scaling
-        self._changed(name)
+        self.values_changed(name)
 
-    def _changed(self, name: str) -> None:
+    def values_changed(self, name: str) -> None:
         """Forgets what was computed of adapter `name` before its scaling changed."""
         self._kept_factors.pop(name, None)
 
@@ -207,7 +207,7 @@ class LoraLayer(WrappedModule):
         """Multiplies adapter `name`'s own scaling by `scale`: 0 is off, 1 as it was trained."""
         if name in self.r:
             self.scaling[name] = scale * self._own_scaling[name]
-            self._changed(name)
+            self.values_changed(name)
 
     def set_share(self, name: str, share: float) -> None:
         if name in self.lora_magnitude_vector:  # its update is no multiple of its scaling
@@ -219,13 +219,13 @@ class LoraLayer(WrappedModule):
         """Multiplies the scaling of the active adapters by `scale`, on top of what it is."""
         for name in self.active_adapters:
             self.scaling[name] *= scale
-            self._changed(name)
+            self.values_changed(name)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters by `scale`; None makes it their own again."""
         for name in self.active_adapters:
             self.scaling[name] = self.scaling[name] / scale if scale else self._own_scaling[name]
-            self._changed(name)
+            self.values_changed(name)
 
     # --- what the layer computes ----------------------------------------------------------
 
@@ -315,12 +315,13 @@ class LoraLayer(WrappedModule):
 
     def _magnitude_factor(self, name: str) -> torch.Tensor:
         """DoRA's factor for every output channel (d_out,): the trained magnitude by the norm."""
-        if (kept := self._kept_factors.get(name)) is not None:
-            return kept
+        keeps = self.routing.frozen and not torch.is_grad_enabled()
+        if keeps and name in self._kept_factors:
+            return self._kept_factors[name]
         magnitude = self._magnitude(name)
         assert magnitude is not None
         factor = magnitude.flatten() / self._norms(name)
-        if self.routing.frozen and not torch.is_grad_enabled():
+        if keeps:
             self._kept_factors[name] = factor
         return factor
 

@@ -87,12 +87,12 @@ class LoraLinear(LoraLayer):
         ):
             return super().forward(x, *args, **kwargs)
         y = family.output(x, self.place, route)
-        for rows, name in family.others(x, self.place, route, self.r):
+        for rows, name in family.others(x, self.place, self.r):
             y[rows] += self._update(x[rows], y[rows], name).to(y.dtype)
         return y
 
-    def _changed(self, name: str) -> None:
-        super()._changed(name)
+    def values_changed(self, name: str) -> None:
+        super().values_changed(name)
         if self.family is not None:
             self.family.drop(name, self.place)
 
@@ -110,10 +110,19 @@ class LoraLinear(LoraLayer):
             or self._magnitude(name) is not None
         ):
             return None
-        A, B = self.factors(name)
+        (A, B), scaling = self.factors(name), self.scaling[name]
+        if scaling == 1:
+            return A, B
         if B.dtype != dtype:  # else this product is rounded to it, as a copy would be
             B = B.to(torch.promote_types(B.dtype, torch.float32))
-        return A, B * self.scaling[name]
+        return A, B * scaling
+
+    @torch.no_grad()
+    def fold_scaling(self, name: str) -> None:
+        """Multiplies B of adapter `name` by its scaling, where that is all that it scales."""
+        if self.bias_update(name) is None and name not in self.lora_initial:
+            self.matrices(name)[1].mul_(self.scaling[name])
+            self.rescale(name, self.lora_alpha[name], 1.0)
 
     def _forward_shared(
         self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any

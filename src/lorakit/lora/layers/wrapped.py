@@ -210,6 +210,8 @@ class WrappedModule(nn.Module):
         return getattr(self.get_base_layer(), name)
 
     def __getattr__(self, name: str) -> Any:
+        if (module := self.__dict__.get("_modules", {}).get(name)) is not None:
+            return module  # what is asked for most, in the shortest way
         try:
             return super().__getattr__(name)
         except AttributeError:

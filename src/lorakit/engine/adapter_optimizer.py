@@ -1,0 +1,54 @@
+"""One adapter's optimizer: its step, and its state as a file beside the adapter's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit import atomic
+from lorakit.errors import InputError
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+
+
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    tensors = {
+        f"{key}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for key, parameter in parameters.items()
+        for name, value in optimizer.state[parameter].items()
+    }
+    with atomic.replacing_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    for whole, value in load_file(path).items():
+        key, _, name = whole.rpartition(":")
+        if key not in parameters:
+            raise InputError(f"{path} is of another adapter: it has {key}")
+        parameter = parameters[key]
+        own = value if name == "step" else value.to(parameter)
+        optimizer.state[parameter][name] = own
