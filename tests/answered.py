@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 import lorakit
+from lorakit.data.conversations import Message
 from lorakit.engine.requests import Ticket
 from lorakit.engine.sampling import generate
+from lorakit.evaluation.answers import write_answers
 from lorakit.lora import LoraModel
 
 
@@ -34,3 +37,10 @@ def alone(
     ids = torch.tensor([list(prompt)])
     found = generate(model.eval(), settings, input_ids=ids, attention_mask=torch.ones_like(ids))
     return found[0, len(prompt) :].tolist()
+
+
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], **options: Any
+) -> list[str]:
+    """The texts of `write_answers`, reasoning included."""
+    return [written.text for written in write_answers(model, tokenizer, prompts, **options)]

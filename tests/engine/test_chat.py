@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from answered import generate_answers
 from lorakit.adapters.open import open_adapter
 from lorakit.engine.conversation import HELP, ChatSession, run
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Sampling, prompt_tokens
 from lorakit.errors import InputError, LorakitError
-from lorakit.evaluation.answers import generate_answers
 from served import until
 
 SHORT = Sampling(max_new_tokens=8)

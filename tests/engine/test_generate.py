@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from answered import generate_answers
 from command import Command, run_lorakit
 from lorakit.adapters.open import open_adapter
 from lorakit.data.prompts import read_prompts
-from lorakit.evaluation.answers import generate_answers
 from random_adapters import make_adapter
 
 ASKED = ["hello", "a longer question about something", "three"]

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from answered import generate_answers
 from lorakit.engine.sampling import end_tokens, prompt_tokens
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers
 
 PROMPTS = [
     [{"role": "user", "content": text}]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from answered import generate_answers
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.held_out import mean_loss
 from lorakit.lora import LoraModel

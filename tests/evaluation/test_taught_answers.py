@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from answered import generate_answers
 from lorakit.data.masking import tokenize
 from lorakit.data.prompts import Prompt
 from lorakit.data.samples import Sample
 from lorakit.engine.answer_all import answer_all
 from lorakit.engine.engine import Engine
 from lorakit.engine.sampling import Sampling
-from lorakit.evaluation.answers import generate_answers
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.lora import LoraConfig, LoraModel
 

@@ -155,7 +155,7 @@ def test_the_bundled_model_is_plain_and_answers():
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert getattr(model.config, "quantization_config", None) is None
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    from lorakit.evaluation.answers import generate_answers
+    from answered import generate_answers
 
     [answer] = generate_answers(model, tokenizer, [messages], max_new_tokens=12)
     assert "Paris" in answer

@@ -63,16 +63,6 @@ def answer_samples(
     return write_answers(model, tokenizer, prompts, tools=tools, **options)
 
 
-def generate_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
-    **options: Any,
-) -> list[str]:
-    """The texts of `write_answers`, reasoning included."""
-    return [written.text for written in write_answers(model, tokenizer, prompts, **options)]
-
-
 def write_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

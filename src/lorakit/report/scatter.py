@@ -106,11 +106,8 @@ def parallel(
             for x, axis, v in zip(across, axes, [*values, value], strict=True)
         ]
         paths.append((kind, "M" + "L".join(spots)))
-    turned = [
-        (100 * x, Axis(a.name, a.place, [Tick(100 - tick.at, tick.label) for tick in a.ticks]))
-        for x, a in zip(across, axes, strict=True)
-    ]
-    return ParallelChart(f"{len(rows)} configurations over {', '.join(names)}", turned, paths)
+    placed = list(zip([100 * x for x in across], axes, strict=True))
+    return ParallelChart(f"{len(rows)} configurations over {', '.join(names)}", placed, paths)
 
 
 def _hits(spots: Sequence[Spot], axis: Axis) -> list[Hit]:
