@@ -138,14 +138,12 @@ def choose_batching(
         own_collator: the objective's, where rows are not sequences of tokens.
     """
     size = recipe.training.per_device_eval_batch_size
-    if own_collator:
-        return Batching(pad_token_id, own_collator=own_collator, eval_rows=size), []
-    pack_length = recipe.data.max_length if recipe.data.packing else None
-    if not recipe.data.padding_free:
-        return Batching(pad_token_id, pack_length, eval_rows=size), []
+    pack_length = recipe.data.max_length if recipe.data.packing and not own_collator else None
+    padded = Batching(pad_token_id, pack_length, own_collator, eval_rows=size)
+    if own_collator or not recipe.data.padding_free:
+        return padded, []
     if lines.refused:
-        notice = f"rows are padded, those of like length together: {lines.refused}"
-        return Batching(pad_token_id, pack_length, eval_rows=size), [notice]
+        return padded, [f"rows are padded, those of like length together: {lines.refused}"]
     noise = (recipe.training.model_extra or {}).get("neftune_noise_alpha")
     return Batching(
         None,
