@@ -63,17 +63,6 @@ class Original:
     sizes: dict[str, int]
     generation: Generation
 
-    @property
-    def qkv_rows(self) -> tuple[int, int, int]:
-        """How many rows of `query_key_value` are the queries', the keys' and the values'."""
-        d, groups = self.sizes["kv_channels"], self.sizes["multi_query_group_num"]
-        return self.sizes["num_attention_heads"] * d, groups * d, groups * d
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        """Whether `query_key_value` has a bias."""
-        return bool(self.values.get("add_qkv_bias", False))
-
 
 def read_original(path: Path) -> Original:
     """The configuration of the original folder at `path`.
@@ -124,7 +113,7 @@ def native_config(original: Original, **options: Any) -> GlmConfig:
         "head_dim": sizes["kv_channels"],
         "max_position_embeddings": sizes["seq_length"],
         "rms_norm_eps": values["layernorm_epsilon"],
-        "attention_bias": original.has_qkv_bias,
+        "attention_bias": bool(values.get("add_qkv_bias", False)),
         "attention_dropout": values.get("attention_dropout", 0.0),
         "rope_parameters": _rope(original),
         "use_cache": values.get("use_cache", True),

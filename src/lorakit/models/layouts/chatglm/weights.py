@@ -8,6 +8,7 @@ read.
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.commands import quoted
-from lorakit.errors import InputError, listed
-from lorakit.models.layouts.chatglm.original import Original
+from lorakit.errors import InputError, first_line, listed
+from lorakit.models.layouts.chatglm.original import Original, native_config
 from lorakit.models.layouts.layout import TensorSource
 from lorakit.models.layouts.module_names import ModuleNames
 from lorakit.models.shards import (
@@ -38,8 +39,6 @@ BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _FETCH = "copy or fetch the model again"
 _UNUSED = frozenset({"transformer.rotary_pos_emb.inv_freq"})  # computed anew
-QKV = "self_attention.query_key_value"
-QKV_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 # Nothing is turned or permuted: GLM's rotary pairs are neighbours in both, and its gate stands
 # before its up-projection in both.
@@ -61,7 +60,7 @@ NAMES = ModuleNames(
         "model.norm": "transformer.encoder.final_layernorm",
         "lm_head": "transformer.output_layer",
     },
-    fused={QKV: QKV_PARTS},
+    fused={"self_attention.query_key_value": tuple(f"self_attn.{one}_proj" for one in "qkv")},
     tool="PEFT on ChatGLM's code",
     command=(
         "PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}, trust_remote_code=True), "
@@ -84,45 +83,23 @@ class Part:
 
 
 def parts(original: Original) -> dict[str, Part]:
-    """Every native tensor by its name, in the model's order."""
-    s = original.sizes
-    hidden, inner, vocabulary = s["hidden_size"], s["ffn_hidden_size"], s["padded_vocab_size"]
-    queries = original.qkv_rows[0]
-    shapes = {
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_up_proj": (2 * inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "model.embed_tokens": (vocabulary, hidden),
-        "model.norm": (hidden,),
-        "lm_head": (vocabulary, hidden),
-    }
-    found = {
-        f"{native}.weight": Part(f"{name}.weight", 0, shapes[native])
-        for native, name in NAMES.outside.items()
-    }
-    for layer in range(s["num_layers"]):
-        start = 0
-        for native, rows in zip(QKV_PARTS, original.qkv_rows, strict=True):
-            own, theirs = f"{NAMES.native_layers}.{layer}.{native}", f"{NAMES.layers}.{layer}.{QKV}"
-            found[f"{own}.weight"] = Part(f"{theirs}.weight", start, (rows, hidden))
-            if original.has_qkv_bias:
-                found[f"{own}.bias"] = Part(f"{theirs}.bias", start, (rows,))
-            start += rows
-        for native, name in NAMES.in_layer.items():
-            part = Part(f"{NAMES.layers}.{layer}.{name}.weight", 0, shapes[native])
-            found[f"{NAMES.native_layers}.{layer}.{native}.weight"] = part
+    """Every native tensor by its name, in the order of transformers' model."""
+    import torch
+    from transformers import GlmForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = GlmForCausalLM(native_config(original))
+    except Exception as error:  # transformers and torch check values in many ways
+        raise InputError(f"model: {original.path / 'config.json'}: {first_line(error)}") from error
+    found: dict[str, Part] = {}
+    ends: Counter[str] = Counter()
+    for native, parameter in model.named_parameters():
+        module, _, ending = native.rpartition(".")
+        name = f"{NAMES.original_module(module)[0]}.{ending}"
+        found[native] = Part(name, ends[name], tuple(parameter.shape))
+        ends[name] += len(parameter)
     return found
-
-
-def stored_shapes(original: Original) -> dict[str, tuple[int, ...]]:
-    """The shapes that the original tensors must have, by their names."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in parts(original).values():
-        rows = max(part.start + part.shape[0], shapes.get(part.name, (0,))[0])
-        shapes[part.name] = (rows, *part.shape[1:])
-    return shapes
 
 
 def native_shards(original: Original, safetensors: bool) -> dict[str, dict[str, StoredTensor]]:
@@ -135,10 +112,10 @@ def native_shards(original: Original, safetensors: bool) -> dict[str, dict[str, 
             "tensor: write them as safetensors with "
             f"lorakit convert {quoted(path)} -o DIR, and give DIR as the base model"
         )
-    shards = read_shards(path)
-    _check(original, all_tensors(shards))
+    shards, wanted = read_shards(path), parts(original)
+    _check(path, wanted, all_tensors(shards))
     found: dict[str, dict[str, StoredTensor]] = {}
-    for native, part in parts(original).items():
+    for native, part in wanted.items():
         file, stored = next((f, t[part.name]) for f, t in shards.items() if part.name in t)
         width = (stored.end - stored.begin) // stored.shape[0]
         begin = stored.begin + part.start * width
@@ -157,16 +134,15 @@ def bin_sources(original: Original) -> dict[str, dict[str, TensorSource]]:
             if name in where:
                 raise InputError(f"model: {original.path}: {name} is in {where[name]} and {file}")
             where[name] = file
-    _check(
-        original,
-        {
-            name: NewTensor(_code(tensor), tuple(tensor.shape))
-            for tensors in files.values()
-            for name, tensor in tensors.items()
-        },
-    )
+    stored = {
+        name: NewTensor(_code(tensor), tuple(tensor.shape))
+        for tensors in files.values()
+        for name, tensor in tensors.items()
+    }
+    wanted = parts(original)
+    _check(original.path, wanted, stored)
     found: dict[str, dict[str, TensorSource]] = {}
-    for native, part in parts(original).items():
+    for native, part in wanted.items():
         file = where[part.name]
         values = files[file][part.name][part.start : part.start + part.shape[0]]
         new = NewTensor(_code(values), part.shape)
@@ -231,9 +207,10 @@ def _more_than_tensors(path: Path) -> str:
     )
 
 
-def _check(original: Original, tensors: Mapping[str, NewTensor]) -> None:
+def _check(path: Path, wanted: Mapping[str, Part], tensors: Mapping[str, NewTensor]) -> None:
     """Raises InputError unless names, shapes and dtypes of the tensors are as configured."""
-    path, expected = original.path, stored_shapes(original)
+    # The last part of a tensor ends where the tensor does.
+    expected = {p.name: (p.start + p.shape[0], *p.shape[1:]) for p in wanted.values()}
     if missing := [name for name in expected if name not in tensors]:
         raise InputError(f"model: {path} lacks {listed(missing, 3)} in its files: {_FETCH}")
     if more := sorted(tensors.keys() - expected.keys() - _UNUSED):
