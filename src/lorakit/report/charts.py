@@ -13,8 +13,7 @@ from itertools import pairwise
 
 from lorakit.report.numbers import figures
 
-MOST_POINTS = 1000
-"""A curve of more points is thinned to at most so many."""
+MOST_POINTS = 1000  # a curve of more points is thinned to at most so many
 _LOG_FROM = 30  # the ratio of largest to smallest value from which a scale is logarithmic
 WIDTH, HEIGHT = 1000.0, 400.0  # of the drawing, in its own units
 _MOST_HITS = 60  # places that can be pointed at

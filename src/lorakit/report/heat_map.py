@@ -12,8 +12,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-LEVELS = 9
-"""How many shades there are; the style sheet has a colour for each, in light and in dark."""
+LEVELS = 9  # how many shades there are; the style sheet has a colour for each, in light and in dark
 
 # In the order of a block's computation; a file has its modules in that of the alphabet.
 _USUAL = [

@@ -12,8 +12,7 @@ from typing import Any
 from lorakit.report.charts import HEIGHT, WIDTH, Chart, Hit, Tick, plain, scale, strips
 from lorakit.report.numbers import figures, value_text
 
-MOST_PLACES = 8
-"""Values of a setting that have a place each; more numbers lie on a scale."""
+MOST_PLACES = 8  # values of a setting that have a place each; more numbers lie on a scale
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import torch
 from lorakit.evaluation.held_out import RowLosses
 
 DRAWS = 2000
-LEVEL = 0.95
-"""The share of draws within an interval."""
+LEVEL = 0.95  # the share of draws within an interval
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from lorakit.training.setup import training_arguments
 
 _ONLY_BATCHES = {"padding_free", "packing", "share_prefixes"}  # of data: rows are the same
 
-FOR_ADAPTERS = 0.5
-"""Of the free memory: passes need the rest."""
+FOR_ADAPTERS = 0.5  # of the free memory: passes need the rest
 
 Kind = tuple[Any, ...]
 """What configurations must have in common to share a pass."""

@@ -17,8 +17,7 @@ from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.training.forecast import TIGHT
 from lorakit.training.machine import memory_mb, peak_memory_mb
 
-PAYS = 1.05
-"""So many times faster is worth the memory of twice as many."""
+PAYS = 1.05  # so many times faster is worth the memory of twice as many
 
 WORTH_A_TRIAL = 1.1
 """Twice as many are tried if they may be so many times faster: a trial takes their memory too."""

@@ -19,8 +19,7 @@ from lorakit.sweeps.bootstrap import Interval, mean_loss
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.sweep_base import REPORT, SELECTION, SweepBase
 
-KEPT = 0.99
-"""The share of the gain that a smaller rank has to keep."""
+KEPT = 0.99  # the share of the gain that a smaller rank has to keep
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 

@@ -39,8 +39,7 @@ from lorakit.training.setup import training_arguments
 
 Say = Callable[[str], None]
 
-FEW = 50
-"""Prompts of a split: with fewer, there is a warning with the interval of the base's loss."""
+FEW = 50  # prompts of a split: with fewer, there is a warning with the interval of the base's loss
 
 
 def sweep(

@@ -42,8 +42,7 @@ from lorakit.training.setup import load_inputs, wished_device
 
 SELECTION, REPORT = "selection", "report"
 
-FEWEST = 8
-"""Held-out prompts of a split: a bootstrap of fewer says nothing."""
+FEWEST = 8  # held-out prompts of a split: a bootstrap of fewer says nothing
 
 SplitLosses = dict[str, RowLosses]
 """By split, the losses of its rows."""

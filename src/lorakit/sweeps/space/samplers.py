@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 Changes = dict[str, Any]
 
-MOST = 1000
-"""Configurations of one sweep."""
+MOST = 1000  # configurations of one sweep
 _A_ROUND = 4  # draws of Optuna's samplers before they learn what came of them
 _TRIES = 50  # draws for each one that is new
 
