@@ -70,6 +70,7 @@ def prepare(
     templated: bool = True,
     too_long: TooLong = "cut",
     positions: int | None = None,
+    complete: Callable[[Sequence[Sample]], Sequence[Sample]] = lambda samples: samples,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -89,6 +90,7 @@ def prepare(
         kinds: of rows that the objective takes, as in `mix`.
         templated: conversations become text by the chat template.
         positions: the most tokens that the model reads, where it says so.
+        complete: makes what samples lack, all of them at once.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
@@ -116,7 +118,7 @@ def prepare(
         kept, held = learned.samples, measured.samples
         facts += measured.facts
         notices += measured.notices
-    everything = kept + held
+    everything: Sequence[Sample] = kept + held
 
     def make(length: int) -> list[TokenizedRow]:
         if to_row is not None:
@@ -135,6 +137,7 @@ def prepare(
 
     if templated and any(sample.messages for sample in everything):
         notices += [notice] if (notice := ensure_template(tokenizer)) else []
+    everything = complete(everything)
     most = Limit(max_length, positions)
     fitted = fit(kept, held, make, most, too_long)
     notices += fitted.notices

@@ -13,6 +13,7 @@ from lorakit.data.column_hints import as_yaml, means
 from lorakit.data.judged_rows import JUDGED_FORMATS
 from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.preference_rows import PAIR_FORMATS
+from lorakit.data.prompt_rows import PROMPT
 from lorakit.data.samples import RowFormat
 from lorakit.data.sources import Row
 from lorakit.data.supervised_rows import (
@@ -36,6 +37,7 @@ FORMATS: list[RowFormat] = [
     TEXT,
     *PAIR_FORMATS,
     *JUDGED_FORMATS,
+    PROMPT,
 ]
 """In the order in which messages list them; append to it to add one."""
 
@@ -93,11 +95,19 @@ def recognise(
 def _fitting(
     values: Mapping[str, Any], columns: Mapping[str, str], kinds: Collection[str]
 ) -> list[RowFormat]:
-    """The formats whose columns are all there, and that have those of the mapping."""
-    return [
+    """The formats whose columns are all there, and that have those of the mapping.
+
+    One whose columns are a part of those that another one needs is not among them.
+    """
+    found = [
         form
         for form in formats_of(kinds)
         if columns.keys() <= form.columns and all(name in values for name in form.required)
+    ]
+    return [
+        form
+        for form in found
+        if not any(set(form.required) < set(other.required) for other in found)
     ]
 
 

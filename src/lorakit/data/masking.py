@@ -98,6 +98,22 @@ class RowGroup(TokenizedRow):
         return self.parts
 
 
+@dataclass(frozen=True, slots=True)
+class RowWithSecond(TokenizedRow):
+    """A row, and `second`: another one that is read beside it in a pass of its own.
+
+    `second` has as many supervised tokens, and they are the same ones.
+    """
+
+    second: TokenizedRow = TokenizedRow([], [], "")
+
+    @classmethod
+    def of(cls, row: TokenizedRow, second: TokenizedRow) -> "RowWithSecond":
+        """`row` with `second` beside it."""
+        facts = (row.where, row.cut, row.unshown, row.apart)
+        return cls(row.input_ids, row.labels, *facts, second)
+
+
 def sequences_of(rows: Iterable[TokenizedRow]) -> list[TokenizedRow]:
     """The sequences of all rows, in order."""
     return [sequence for row in rows for sequence in row.sequences]

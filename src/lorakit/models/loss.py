@@ -88,6 +88,28 @@ class SupervisedLoss:
         import torch
 
         from lorakit.models.cross_entropy import chunked_cross_entropy
+
+        h, targets = self.states(model, batch)
+        if self.output is None:
+            return smoothed(h, targets, smoothing)
+        linear, scale, softcap = self.output.linear, self.output.scale, self.output.softcap
+        even = None
+        if isinstance(smoothing, torch.Tensor) or smoothing:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            even = torch.as_tensor(smoothing, dtype=wide, device=h.device).expand(targets.shape)
+        return chunked_cross_entropy(h, linear.weight, linear.bias, targets, scale, softcap, even)
+
+    def states(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What predicts each supervised token, row after row, and these tokens (n,).
+
+        Args:
+            batch: as in `of_tokens`.
+
+        Returns: hidden states (n, d), of which `logits` makes logits; where the model must compute
+            its own, these (n, V), in float32 or wider.
+        """
         from lorakit.models.row_attention import rows_apart
 
         targets = batch["labels"][:, 1:]
@@ -102,18 +124,16 @@ class SupervisedLoss:
                 else:
                     logits = model(**inputs, use_cache=False).logits[:, :-1]
                 logits = logits[keep]
-                if logits.element_size() < 4:
-                    logits = logits.float()
-                return smoothed(logits, targets[keep], smoothing)
+                return logits.float() if logits.element_size() < 4 else logits, targets[keep]
             with _stopped_before(self.output.linear) as reached:
                 model(**inputs, use_cache=False)
         [h] = reached
-        linear, scale, softcap = self.output.linear, self.output.scale, self.output.softcap
-        h, targets, even = h[:, :-1][keep], targets[keep], None
-        if isinstance(smoothing, torch.Tensor) or smoothing:
-            wide = torch.promote_types(h.dtype, torch.float32)
-            even = torch.as_tensor(smoothing, dtype=wide, device=h.device).expand(targets.shape)
-        return chunked_cross_entropy(h, linear.weight, linear.bias, targets, scale, softcap, even)
+        return h[:, :-1][keep], targets[keep]
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The logits (n, V) of what `states` returns, in float32 or wider."""
+        z = states if self.output is None else self.output.logits(states)
+        return z.float() if z.element_size() < 4 else z
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of `labels` (batch, seq) the loss is taken on."""

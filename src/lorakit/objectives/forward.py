@@ -56,6 +56,27 @@ class Forward:
         assert isinstance(self.reader, SupervisedLoss)
         return self.reader.of_tokens(self.module, batch, self.smoothing)
 
+    def states(
+        self, batch: Mapping[str, torch.Tensor], adapter: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`SupervisedLoss.states` of a batch.
+
+        Args:
+            adapter: under which the model runs, `BASE` for none, then without dropout; None is
+                what is in force.
+        """
+        assert isinstance(self.reader, SupervisedLoss)
+        routing: Any = getattr(self.adapted, "routing", None)
+        if adapter is None or routing is None:
+            return self.reader.states(self.module, batch)
+        training = self.module.training
+        self.module.eval()
+        try:
+            with routing.using(Route(shared=() if adapter == BASE else (adapter,))):
+                return self.reader.states(self.module, batch)
+        finally:
+            self.module.train(training)
+
     def label_logits(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of a batch's labels, and their logits (batch, places, classes)."""
         assert isinstance(self.reader, LabelLoss)

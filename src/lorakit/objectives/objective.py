@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lorakit.data.labelled import Labels
     from lorakit.data.mixing import Sources
     from lorakit.data.too_long import TooLong
+    from lorakit.models.load import LoadedModel
     from lorakit.models.quantization.settings import Quantization
     from lorakit.models.template_files import Templates
 
@@ -99,6 +100,8 @@ class RunRequest:
         train, eval, max_length, columns, limit, too_long: as in `data.dataset.prepare`.
         data_seed: of the rows that are held out or drawn by a weight.
         rendering: how conversations become text; by default as the tokenizer has it, now.
+        answer: the answers of a model to the prompts of samples, for objectives that sample some:
+            called with model, tokenizer, samples, the most new tokens, and a seed.
     """
 
     model: str
@@ -114,6 +117,7 @@ class RunRequest:
     too_long: TooLong = "cut"
     data_seed: int = 42
     rendering: Rendering = field(default_factory=Rendering)
+    answer: Callable[..., list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ class Objective:
             tokenizer.chat_template = rendering.templates
         clock = StandingClock(rendering.time)
         with at(clock):
-            data = self.read(request, tokenizer, positions_of(model))
+            data = self.read(request, loaded)
         inputs = TrainingInputs(
             model, tokenizer, data, self, self.collator(tokenizer), loaded.new_modules
         )
@@ -251,17 +255,15 @@ class Objective:
         data.notices.extend(notices_of_rendering(time, templates))
         return replace(inputs, templates=templates, rendered_at=time)
 
-    def read(
-        self, request: RunRequest, tokenizer: PreTrainedTokenizerBase, positions: int | None
-    ) -> PreparedData:
-        """The rows of `request`, tokenized; `positions` are the most tokens that the model reads.
+    def read(self, request: RunRequest, loaded: LoadedModel) -> PreparedData:
+        """The rows of `request`, tokenized.
 
         Raises:
             InputError: they cannot be used.
         """
         own_rows = type(self).tokenize is not Objective.tokenize
         data = prepare(
-            tokenizer,
+            loaded.tokenizer,
             request.train,
             request.eval,
             max_length=request.max_length,
@@ -269,15 +271,22 @@ class Objective:
             limit=request.limit,
             seed=request.data_seed,
             too_long=request.too_long,
-            positions=positions,
+            positions=positions_of(loaded.model),
+            complete=partial(self.complete, request=request, loaded=loaded),
             kinds=self.row_kinds,
             to_row=self.tokenize if own_rows else None,
             templated=self.templated,
         )
-        tokens = Limit(request.max_length, positions).tokens
+        tokens = Limit(request.max_length, positions_of(loaded.model)).tokens
         train, held_out = (self.together(rows, tokens) for rows in (data.train, data.eval))
         notices = [*data.notices, *self.notices(train)]
         return replace(data, train=train, eval=held_out, notices=notices)
+
+    def complete(
+        self, samples: Sequence[Any], request: RunRequest, loaded: LoadedModel
+    ) -> Sequence[Any]:
+        """The samples as they are learned, where something of them must still be made."""
+        return samples
 
     def tokenize(
         self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int

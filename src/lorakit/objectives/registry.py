@@ -19,6 +19,7 @@ _BUILT_IN = {
     "kto": "lorakit.objectives.kto:Kto",
     "classification": "lorakit.objectives.classification:Classification",
     "tagging": "lorakit.objectives.tagging:Tagging",
+    "distill": "lorakit.objectives.distill:Distill",
     "seq2seq": "lorakit.objectives.seq2seq:Seq2Seq",
 }
 """Where each is defined; loaded when it is first used."""

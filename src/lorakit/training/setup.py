@@ -17,6 +17,7 @@ from transformers import TrainingArguments, set_seed
 
 from lorakit.data.dataset import PreparedData
 from lorakit.data.template_clock import Rendering
+from lorakit.engine.answer_all import sampled_answers
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
@@ -213,6 +214,7 @@ def load_inputs(
         too_long=data.too_long,
         data_seed=recipe.data_seed,
         rendering=rendering or Rendering(),
+        answer=sampled_answers,
     )
     return (objective or recipe.make_objective()).prepare(request)
 
