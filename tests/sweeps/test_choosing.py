@@ -6,7 +6,7 @@ import pytest
 
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
-from lorakit.sweeps.bootstrap import (
+from lorakit.evaluation.bootstrap import (
     loss_interval,
     mean_loss,
     score_interval,

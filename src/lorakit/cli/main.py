@@ -112,6 +112,7 @@ def register(heading: str, name: str, function: str) -> None:
 register("Data", "check", "lorakit.cli.check:check")
 register("Train", "train", "lorakit.cli.train:train")
 register("Train", "sweep", "lorakit.cli.sweep:sweep")
+register("Train", "bake", "lorakit.cli.bake:bake")
 register("Train", "reproduce", "lorakit.cli.reproduce:reproduce")
 register("Compare", "eval", "lorakit.cli.eval:evaluate")
 register("Compare", "report", "lorakit.cli.report:report")

@@ -1,41 +1,15 @@
 """The rows of one batch to tensors: padded to one length, or in one line without padding."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
-from lorakit.data.masking import IGNORE, RowWithSecond, TokenizedRow, sequences_of
+from lorakit.data.masking import IGNORE, TokenizedRow, sequences_of
 from lorakit.data.prefixes import Segment, in_segments
 
 if TYPE_CHECKING:
     import torch
-
-
-SECOND = "second_"
-"""What the names of tensors begin with that are read in a second pass."""
-
-
-def with_second(
-    collate: "Callable[[Sequence[TokenizedRow]], dict[str, torch.Tensor]]",
-    rows: Sequence[TokenizedRow],
-) -> "dict[str, torch.Tensor]":
-    """A batch by `collate`; the `second` rows, of those that have one, under names of their own."""
-    second = [row.second for row in rows if isinstance(row, RowWithSecond)]
-    batch = collate(rows)
-    if second:
-        batch |= {SECOND + name: tensor for name, tensor in collate(second).items()}
-    return batch
-
-
-def second_batch(batch: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """The batch of the second rows that `with_second` has put into `batch`."""
-    return {k.removeprefix(SECOND): v for k, v in batch.items() if k.startswith(SECOND)}
-
-
-def first_batch(batch: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """The rest of such a batch."""
-    return {k: v for k, v in batch.items() if not k.startswith(SECOND)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +21,6 @@ class Collator:
 
     def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq)."""
-        return with_second(self._together, rows)
-
-    def _together(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         rows, multiple = sequences_of(rows), self.pad_to_multiple_of
         return {
             "input_ids": _padded([row.input_ids for row in rows], self.pad_token_id, multiple),
@@ -115,9 +86,6 @@ class LineCollator:
         prefixes, `parents` (segments,), int32, says behind which segment each goes on, -1 for
         none. The first label of a segment is ignored: none predicts the next.
         """
-        return with_second(self._in_a_line, rows)
-
-    def _in_a_line(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         import torch
 
         from lorakit.models.lines import in_a_line

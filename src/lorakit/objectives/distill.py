@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from lorakit.data.batches import first_batch, second_batch
 from lorakit.data.masking import IGNORE, RowWithSecond, TokenizedRow, tokenize
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
@@ -24,13 +23,16 @@ from lorakit.models.divergence import chunked, generalized_jsd
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import objective as contract
 from lorakit.objectives.forward import BASE, Forward
-from lorakit.objectives.objective import Batch, Loss, Objective, RunRequest
+from lorakit.objectives.objective import Batch, Collate, Loss, Objective, RunRequest
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.models.load import LoadedModel
+
+
+_TEACHER = "teacher."
 
 
 class Distill(Objective):
@@ -122,6 +124,11 @@ class Distill(Objective):
         messages = ({"role": "system", "content": text}, *rest)
         return replace(sample, messages=messages, unlearned=unlearned)
 
+    def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
+        """The student's tensors, and the teacher's under names that begin with `teacher.`."""
+        taught = collate([row.second for row in rows if isinstance(row, RowWithSecond)])
+        return collate(rows) | {_TEACHER + name: tensor for name, tensor in taught.items()}
+
     # --- loss -------------------------------------------------------------------------------
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
@@ -131,8 +138,11 @@ class Distill(Objective):
         reader = forward.reader
         assert isinstance(reader, SupervisedLoss)
         with torch.no_grad():
-            taught, wanted = forward.states(second_batch(batch), BASE)
-        learned, targets = forward.states(first_batch(batch))
+            taught, wanted = forward.states(
+                {k.removeprefix(_TEACHER): v for k, v in batch.items() if k.startswith(_TEACHER)},
+                BASE,
+            )
+        learned, targets = forward.states(batch)
         assert torch.equal(targets, wanted)  # `tokenize` has seen to it
         settings, training = self.settings, forward.training
         sums: dict[str, torch.Tensor] = {}

@@ -14,10 +14,10 @@ from lorakit import atomic
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import answer_samples
+from lorakit.evaluation.bootstrap import Interval, score_interval
 from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
 from lorakit.progress import task
-from lorakit.sweeps.bootstrap import Interval, score_interval
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.sweep_base import Split, SweepBase
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lorakit import atomic
 from lorakit.errors import InputError
-from lorakit.sweeps.bootstrap import Interval
+from lorakit.evaluation.bootstrap import Interval
 from lorakit.sweeps.criterion import Criterion
 from lorakit.sweeps.ranks import RankChoice
 from lorakit.sweeps.records import Record

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from lorakit.adapters.resize import resize
 from lorakit.errors import InputError
-from lorakit.sweeps.bootstrap import Interval, mean_loss
+from lorakit.evaluation.bootstrap import Interval, mean_loss
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.sweep_base import REPORT, SELECTION, SweepBase
 

@@ -15,8 +15,8 @@ from pydantic import BaseModel, PrivateAttr
 
 from lorakit import atomic
 from lorakit.errors import InputError
+from lorakit.evaluation.bootstrap import mean_loss
 from lorakit.evaluation.held_out import RowLosses
-from lorakit.sweeps.bootstrap import mean_loss
 from lorakit.sweeps.space.configurations import Configuration
 
 RECORD_NAME = "sweep-progress.json"

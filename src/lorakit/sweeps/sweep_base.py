@@ -21,6 +21,7 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.engine.resident import ResidentModel
 from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import InputError
+from lorakit.evaluation.bootstrap import Interval, loss_interval
 from lorakit.evaluation.held_out import RowLosses, batch_losses, row_losses
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
@@ -31,7 +32,6 @@ from lorakit.models.load import best_device, torch_dtype
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives.objective import TrainingInputs
 from lorakit.progress import task
-from lorakit.sweeps.bootstrap import Interval, loss_interval
 from lorakit.sweeps.space.configurations import changed
 from lorakit.training.advice import advised
 from lorakit.training.batching import Batching, choose_batching

@@ -19,10 +19,10 @@ from lorakit import atomic
 from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
+from lorakit.evaluation.bootstrap import mean_loss
 from lorakit.folder_lock import require_unlocked
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME
 from lorakit.models.template_files import write_templates
-from lorakit.sweeps.bootstrap import mean_loss
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.space.sweep_settings import SweepSettings
