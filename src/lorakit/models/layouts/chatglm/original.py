@@ -31,16 +31,17 @@ _FIXED: dict[str, tuple[Any, Any]] = {
     "add_bias_linear": (False, False),
     "apply_residual_connection_post_layernorm": (False, False),
 }
-_SIZES = (
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "multi_query_group_num",
-    "kv_channels",
-    "padded_vocab_size",
-    "seq_length",
-)
+# Sizes by transformers' names.
+_SIZES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "vocab_size": "padded_vocab_size",
+    "max_position_embeddings": "seq_length",
+}
 
 
 class Generation(Enum):
@@ -75,7 +76,7 @@ def read_original(path: Path) -> Original:
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"model: {path / 'config.json'} is not readable JSON: {error}") from error
     _require_known(path, values)
-    sizes = {name: _size(path, name, values) for name in _SIZES}
+    sizes = {name: _size(path, name, values) for name in _SIZES.values()}
     for one, unit, why in (
         ("num_attention_heads", sizes["multi_query_group_num"], "the number of groups"),
         ("kv_channels", 4, "as half of every head is turned, in pairs"),
@@ -95,23 +96,12 @@ def read_original(path: Path) -> Original:
 
 
 def native_config(original: Original, **options: Any) -> GlmConfig:
-    """The same as transformers' configuration of GLM.
-
-    Args:
-        options: values in place of its own.
-    """
+    """The same as transformers' configuration of GLM, with `options` in place of its own values."""
     from transformers import GlmConfig
 
-    sizes, values = original.sizes, original.values
+    values = original.values
     own: dict[str, Any] = {
-        "vocab_size": sizes["padded_vocab_size"],
-        "hidden_size": sizes["hidden_size"],
-        "intermediate_size": sizes["ffn_hidden_size"],
-        "num_hidden_layers": sizes["num_layers"],
-        "num_attention_heads": sizes["num_attention_heads"],
-        "num_key_value_heads": sizes["multi_query_group_num"],
-        "head_dim": sizes["kv_channels"],
-        "max_position_embeddings": sizes["seq_length"],
+        **{name: original.sizes[theirs] for name, theirs in _SIZES.items()},
         "rms_norm_eps": values["layernorm_epsilon"],
         "attention_bias": bool(values.get("add_qkv_bias", False)),
         "attention_dropout": values.get("attention_dropout", 0.0),
@@ -164,7 +154,7 @@ def _require_known(path: Path, values: Any) -> None:
             f"model: {path} has a trained prefix (pre_seq_len {values['pre_seq_len']}), which "
             "transformers' GLM has no place for: give the model without P-tuning"
         )
-    missing = [name for name in (*_SIZES, "layernorm_epsilon") if name not in values]
+    missing = [name for name in (*_SIZES.values(), "layernorm_epsilon") if name not in values]
     if missing:
         raise InputError(f"model: {path / 'config.json'} does not say {listed(missing, 4)}")
     for name, (needed, default) in _FIXED.items():

@@ -129,16 +129,12 @@ def bin_sources(original: Original) -> dict[str, dict[str, TensorSource]]:
     """Every native tensor of mapped `.bin` files: values come into memory when they are copied."""
     files = {file: _load_bin(original.path / file) for file in _bin_files(original.path)}
     where: dict[str, str] = {}
+    stored: dict[str, NewTensor] = {}
     for file, tensors in files.items():
-        for name in tensors:
+        for name, tensor in tensors.items():
             if name in where:
                 raise InputError(f"model: {original.path}: {name} is in {where[name]} and {file}")
-            where[name] = file
-    stored = {
-        name: NewTensor(_code(tensor), tuple(tensor.shape))
-        for tensors in files.values()
-        for name, tensor in tensors.items()
-    }
+            where[name], stored[name] = file, NewTensor(_code(tensor), tuple(tensor.shape))
     wanted = parts(original)
     _check(original.path, wanted, stored)
     found: dict[str, dict[str, TensorSource]] = {}
