@@ -77,7 +77,7 @@ def _cut(model: Any, adapter: AdapterFiles, rows: int, before: int) -> None:
     model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def said_added(added: int, adapter: AdapterFiles) -> str:
+def added_tokens_notice(added: int, adapter: AdapterFiles) -> str:
     """The notice on a merged model that has more tokens than its base."""
     return (
         f"{added} tokens are new: their embeddings are those of {adapter.folder}, and the model's "

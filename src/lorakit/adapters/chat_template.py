@@ -136,11 +136,11 @@ def exported_template(folder: str | Path, base: str, hint: str) -> ExportedTempl
     """
     trained = adapter_template(folder)
     known, present = present_templates(base)
-    said = trained.difference(base, present) if known else ()
+    parts = trained.difference(base, present) if known else ()
     default = default_of(trained.own)
     differs = default is not None and not (known and same_templates(default, default_of(present)))
     # The hint tells which one is used.
-    notices = (*said[:1], hint) if differs else (". ".join(said),) if said else ()
+    notices = (*parts[:1], hint) if differs else (". ".join(parts),) if parts else ()
     return ExportedTemplate(trained.own, differs, notices)
 
 

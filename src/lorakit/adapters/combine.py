@@ -202,7 +202,7 @@ def _check(
         if not math.isfinite(weight) or weight == 0:
             cure = "leave the adapter out" if weight == 0 else "give a number"
             raise InputError(f"the weight of {folder} is {weight:g}: {cure}")
-    places = [os.path.realpath(folder) for folder in adapters]  # links in a circle are said later
+    places = [os.path.realpath(folder) for folder in adapters]  # circular links fail later
     for i, place in enumerate(places):
         if place in places[:i]:
             raise InputError(f"{adapters[i]} is given twice: give it once, with the weights' sum")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.added_tokens import said_added
+from lorakit.adapters.added_tokens import added_tokens_notice
 from lorakit.adapters.job import MergedFiles, MergeJob, add_others, copy_others, exact_dtype
 from lorakit.adapters.open import OpenAdapter, open_adapter
 from lorakit.adapters.verify import Survival, sum_of_squares
@@ -74,7 +74,7 @@ def merge_in_memory(
     if job.path.is_file() or copy_others(job, folder, rows) is not None:
         opened.tokenizer.save_pretrained(folder)
     added = opened.added_tokens
-    notices = [said_added(added, job.first)] if added else []
+    notices = [added_tokens_notice(added, job.first)] if added else []
     return MergedFiles(type(merged), default, modules, survival, notices)
 
 

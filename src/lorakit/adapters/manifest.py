@@ -29,7 +29,7 @@ class Manifest(BaseModel):
     were learned; rates are per second of training, evaluation not counted. `run_seconds` go from
     the first step (after resuming, the first one then) to the last evaluation. Losses are in nats
     per supervised token on the held-out rows, None when none were held out. `advice` is what the
-    recipe left out and got (key, value, why); `notices` and `warnings` are what was said before
+    recipe left out and got (key, value, why); `notices` and `warnings` are those given before
     and during training; `continued` the steps behind which the recipe or the data changed. A
     classifier has `labels` (`id2label`, `label2id`, and the training rows'
     `counts`), and scores (accuracy, macro F1): its own, and those of the untrained head.

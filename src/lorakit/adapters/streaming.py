@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lorakit.adapters.adapter_files import AdapterFiles
-from lorakit.adapters.added_tokens import add_rows, said_added
+from lorakit.adapters.added_tokens import add_rows, added_tokens_notice
 from lorakit.adapters.derived import other_weights
 from lorakit.adapters.job import MergedFiles, MergeJob, add_others, copy_others, exact_dtype
 from lorakit.adapters.plan import (
@@ -94,7 +94,7 @@ def stream(job: MergeJob, folder: Path) -> MergedFiles:
     usual = plan.usual_dtype
     config.dtype, config.architectures = usual, [type(model).__name__]
     if added:
-        plan.notices.append(said_added(added, job.first))
+        plan.notices.append(added_tokens_notice(added, job.first))
     tokenizer = copy_others(job, folder, vocabulary_size(model))
     if tokenizer is not None:
         set_padding(model, tokenizer.pad_token_id)

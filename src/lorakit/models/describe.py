@@ -85,7 +85,7 @@ def describe(name: str) -> ModelFacts:
     model = blank_model(config, source.path)
     text = config.get_text_config()
     dtype, size, notices = source.layout.stored()
-    presets, said = _presets(model)
+    presets, warned = _presets(model)
     return ModelFacts(
         name=name,
         path=str(source.path),
@@ -100,7 +100,7 @@ def describe(name: str) -> ModelFacts:
         tasks=_tasks(config),
         template=default_of(source.layout.templates()),
         presets=presets,
-        notices=[*notices, *said],
+        notices=[*notices, *warned],
     )
 
 

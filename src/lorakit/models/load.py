@@ -185,7 +185,7 @@ def _load_form(
     options = {**label_options(labels), **loading}
     if labels:
         options["ignore_mismatched_sizes"] = True  # a head for other labels gives way to a new one
-    said = logging.get_verbosity()
+    before = logging.get_verbosity()
     logging.set_verbosity_error()  # what is new is returned
     try:
         with torch.random.fork_rng(devices=[]):
@@ -194,7 +194,7 @@ def _load_form(
                 FORMS[task_type], dtype=dtype, output_loading_info=True, **options
             )
     finally:
-        logging.set_verbosity(said)
+        logging.set_verbosity(before)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return model, {*info["missing_keys"], *mismatched}
 
