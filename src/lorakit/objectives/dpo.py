@@ -31,6 +31,8 @@ class DpoSettings(Settings):
             (`exo_pair`).
         ld_alpha: what tokens count that are behind the length of the shorter answer, from 0 to 1
             (LD-DPO, Liu et al. 2024, arXiv:2409.06411); None for as much as others.
+        precompute_ref_log_probs: compute the reference before the first step (again where a run
+            is resumed) instead of in each; None where rows are seen more than once.
     """
 
     beta: float = Field(0.1, gt=0)
@@ -38,6 +40,7 @@ class DpoSettings(Settings):
     loss_weights: list[float] | None = None
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     ld_alpha: float | None = Field(None, ge=0, le=1)
+    precompute_ref_log_probs: bool | None = None
 
     @field_validator("loss_type")
     @classmethod

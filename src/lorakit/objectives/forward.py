@@ -51,6 +51,12 @@ class Forward:
         """Whether the model is in training mode, and no held-out row is scored."""
         return bool(self.module.training)
 
+    @property
+    def is_base(self) -> bool:
+        """Whether no adapter is in force, so that the model is its own base."""
+        routing: Any = getattr(self.adapted, "routing", None)
+        return routing is None or routing.route == Route()
+
     def token_losses(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of every supervised token (n,), sequence after sequence, in nats."""
         assert isinstance(self.reader, SupervisedLoss)

@@ -40,12 +40,14 @@ class KtoSettings(Settings):
         beta: how strongly the adapter is kept near the reference.
         loss_type: `kto`, or `apo_zero_unpaired`, which has no z0 (arXiv:2408.06266).
         desirable_weight, undesirable_weight: what a row of either kind counts.
+        precompute_ref_log_probs: as in `dpo`.
     """
 
     beta: float = Field(0.1, gt=0)
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     desirable_weight: float = Field(1.0, gt=0)
     undesirable_weight: float = Field(1.0, gt=0)
+    precompute_ref_log_probs: bool | None = None
 
 
 class Kto(Objective):
@@ -76,8 +78,6 @@ class Kto(Objective):
 
     def together(self, rows: Sequence[TokenizedRow], max_length: int) -> Sequence[TokenizedRow]:
         """Gives each answer's prompt a mismatched answer."""
-        if self.settings.loss_type != "kto" or not rows:
-            return rows
         return with_mismatched(rows, max_length)
 
     def notices(self, rows: Sequence[TokenizedRow]) -> list[str]:
@@ -112,11 +112,10 @@ class Kto(Objective):
         import torch
 
         parts = [part for row in rows for part in row.sequences if isinstance(part, JudgedRow)]
-        batch = collate(rows)
+        batch = super().to_batch(rows, collate)
         batch["sequence.desirable"] = torch.tensor([part.desirable for part in parts])
-        if others := [part.mismatched for part in parts if part.mismatched is not None]:
-            batch |= {_MISMATCHED + name: tensor for name, tensor in collate(others).items()}
-        return batch
+        others = collate([part.mismatched for part in parts if part.mismatched is not None])
+        return batch | {_MISMATCHED + name: tensor for name, tensor in others.items()}
 
     # --- loss and scores --------------------------------------------------------------------
 
@@ -124,13 +123,23 @@ class Kto(Objective):
         """The answers."""
         return len(batch["sequence.desirable"])
 
+    def computes_constants(self, epochs: float) -> bool:
+        """As of `PreferencePairs`."""
+        wanted: bool | None = self.settings.precompute_ref_log_probs
+        return epochs > 1 if wanted is None else wanted
+
+    def row_constants(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """The reference's log-probabilities of the answers and of the mismatched ones."""
+        parts = {"reference": batch, "mismatched": _mismatched(batch)}
+        adapters = (self.reference,)
+        return {k: forward.log_probabilities(part, adapters)[0] for k, part in parts.items()}
+
     def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """The summed log-ratios of mismatched answers, and their number."""
-        start = len(_MISMATCHED)
-        mismatched = {k[start:]: v for k, v in batch.items() if k.startswith(_MISMATCHED)}
-        if self.settings.loss_type != "kto" or not mismatched:
+        if self.settings.loss_type != "kto":
             return {}
-        ratios = self._log_ratios(forward, mismatched)[1]
+        known = batch.get("sequence.mismatched")
+        ratios = self._log_ratios(forward, _mismatched(batch), known)[1]
         return {"kl": ratios.sum(), "answers": ratios.new_tensor(len(ratios))}
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
@@ -138,7 +147,7 @@ class Kto(Objective):
         import torch
 
         settings, desirable = self.settings, batch["sequence.desirable"]
-        policy, ratios = self._log_ratios(forward, batch)
+        policy, ratios = self._log_ratios(forward, batch, batch.get("sequence.reference"))
         z0 = ratios.new_zeros(())
         if "step.kl" in batch:
             z0 = (batch["step.kl"] / batch["step.answers"]).clamp(min=0).to(ratios)
@@ -150,16 +159,28 @@ class Kto(Objective):
         for name, chosen in (("chosen", desirable), ("rejected", ~desirable)):
             metrics[f"rewards/{name}"] = rewards[chosen].sum()
             metrics[f"logps/{name}"] = policy.detach()[chosen].sum()
-        metrics["accuracy"] = (sign * (rewards - settings.beta * z0.detach()) > 0).sum()
+        margins = sign * (rewards - settings.beta * z0.detach())
+        metrics["accuracy"] = (margins > 0).to(ratios).sum() + (margins == 0).to(ratios).sum() / 2
         return Loss((weights.to(losses) * losses).sum(), self.count(batch), metrics)
 
-    def _log_ratios(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """log pi and log pi - log pi_ref of each answer (answers,); without gradients pi_ref."""
+    def _log_ratios(
+        self, forward: Forward, batch: Batch, known: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi and log pi - log pi_ref of each answer (answers,); without gradients of pi_ref.
+
+        Args:
+            known: log pi_ref, where it has been computed before.
+        """
         import torch
 
         [policy] = forward.log_probabilities(batch)
-        with torch.no_grad():
-            [reference] = forward.log_probabilities(batch, (self.reference,))
+        if self.reference == BASE and forward.is_base:
+            reference = policy.detach()
+        elif known is not None:
+            reference = known.to(policy)
+        else:
+            with torch.no_grad():
+                [reference] = forward.log_probabilities(batch, (self.reference,))
         return policy, policy - reference
 
     def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:
@@ -176,3 +197,9 @@ class Kto(Objective):
                 found[key] = float(sums[key]) / number if number else 0.0
         found["margin"] = found["rewards/chosen"] - found["rewards/rejected"]
         return {name: found[name] for name in self.score_names}
+
+
+def _mismatched(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch of mismatched answers."""
+    start = len(_MISMATCHED)
+    return {k[start:]: tensor for k, tensor in batch.items() if k.startswith(_MISMATCHED)}

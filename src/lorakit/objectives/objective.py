@@ -8,9 +8,10 @@ several processes and the record are the same for all of them and know none by n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,6 +26,7 @@ from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.models.load import load_for_task, positions_of
 from lorakit.models.loss import LabelLoss, SupervisedLoss
 from lorakit.models.template_files import digest
+from lorakit.objectives.constants import RowConstants
 from lorakit.objectives.forward import Forward, supervised_per_sequence
 
 if TYPE_CHECKING:
@@ -215,6 +217,13 @@ class Objective:
             raise InputError(
                 f"objective.{key}: {message[0].lower()}{message[1:]}, not {found['input']!r}"
             ) from error
+        self.constants = RowConstants()
+
+    def with_settings(self, settings: Any) -> Self:
+        """The same with other settings, for the rows that this one has read."""
+        other = copy(self)
+        other.settings, other.constants = settings, RowConstants()
+        return other
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe's `objective`: the type and all settings, as plain JSON types."""
@@ -315,7 +324,22 @@ class Objective:
 
         A tensor that the model is not given has a dot in its name.
         """
-        return collate(rows)
+        return collate(rows) | self.constants.of(rows)
+
+    def computes_constants(self, epochs: float) -> bool:
+        """Whether `row_constants` of all rows are computed before the first step.
+
+        Args:
+            epochs: how often training will see a row.
+        """
+        return False
+
+    def row_constants(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """What training does not change: of each name a value for each sequence (sequences,).
+
+        There are no gradients and no dropout. `to_batch` gives them to each batch.
+        """
+        return {}
 
     # --- loss and scores --------------------------------------------------------------------
 

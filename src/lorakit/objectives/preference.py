@@ -1,8 +1,9 @@
 """What objectives over preference pairs have in common: rows, log-probabilities, rewards, scores.
 
 A subclass says what a pair costs (`pair_losses`). Where it has a reference, that is another route
-through the same weights (`BASE`, the model without its adapter), so that no second model is loaded;
-its rows need no gradients and are computed in a call of their own.
+through the same weights (`BASE`, the model without its adapter), so that no second model is loaded.
+Its rows need no gradients: in the policy's own pass they would cost a backward pass for nothing, so
+that they have a pass of their own, in each step, or once where rows are seen more than once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SCORES = (
     "logps/chosen",
     "logps/rejected",
 )
-"""TRL's `rewards/accuracies`, `rewards/margins` and so on."""
+"""TRL's `rewards/accuracies`, `rewards/margins` and so on. Of equal rewards, as before the first
+step, half count as right, so that chance has an accuracy of 0.5; with TRL it is 0."""
 
 LEARNING_RATES = {"small": 5e-5, "medium": 1e-5, "large": 5e-6}
 """By the size of the model. Tens of times below those of supervised fine-tuning: TRL's examples and
@@ -94,18 +96,40 @@ class PreferencePairs(Objective):
         """The pairs."""
         return len(supervised_per_sequence(batch)) // 2
 
+    def computes_constants(self, epochs: float) -> bool:
+        """Whether the reference's log-probabilities are computed once: as the recipe says, or
+        where a row is seen more than once.
+        """
+        wanted: bool | None = getattr(self.settings, "precompute_ref_log_probs", None)
+        return self.reference is not None and (epochs > 1 if wanted is None else wanted)
+
+    def row_constants(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """The reference's log-probabilities."""
+        return {"reference": self._of_reference(forward, batch).flatten()}
+
     def pairs(self, forward: Forward, batch: Batch) -> Pairs:
         """The log-probabilities of a batch's pairs, those of the reference without gradients."""
         import torch
 
         lengths = supervised_per_sequence(batch)
         policy = self.of_answers(forward.token_log_probabilities(batch)[0], lengths)
-        reference = torch.zeros_like(policy)
-        if self.reference is not None:
-            with torch.no_grad():
-                [tokens] = forward.token_log_probabilities(batch, (self.reference,))
-            reference = self.of_answers(tokens, lengths)
+        if self.reference is None:
+            reference = torch.zeros_like(policy)
+        elif self.reference == BASE and forward.is_base:
+            reference = policy.detach()
+        elif (known := batch.get("sequence.reference")) is not None:
+            reference = known.to(policy).view(-1, 2)
+        else:
+            reference = self._of_reference(forward, batch)
         return Pairs(policy, reference, lengths.view(-1, 2))
+
+    def _of_reference(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        import torch
+
+        assert self.reference is not None
+        with torch.no_grad():
+            [tokens] = forward.token_log_probabilities(batch, (self.reference,))
+        return self.of_answers(tokens, supervised_per_sequence(batch))
 
     def of_answers(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """The log-probabilities of answers (pairs, 2): the sums of those of their tokens (n,).
@@ -130,8 +154,9 @@ class PreferencePairs(Objective):
         total = self.pair_losses(pairs).sum()
         rewards, policy = self.rewards(pairs).detach(), pairs.policy.detach()
         margins = rewards[:, 0] - rewards[:, 1]
+        right = (margins > 0).to(rewards) + (margins == 0).to(rewards) / 2
         values = (
-            (margins > 0).sum().to(rewards.dtype),
+            right.sum(),
             margins.sum(),
             *rewards.sum(0),
             *policy.sum(0),

@@ -102,7 +102,7 @@ class SweepBase:
         return full
 
     def inputs_for(self, recipe: Recipe) -> TrainingInputs:
-        """The rows and the base for a configuration.
+        """The rows and the base for a configuration, and the objective with its own settings.
 
         A base with a new head is loaded again for another seed, which draws the head's values.
         """
@@ -110,7 +110,10 @@ class SweepBase:
             fresh = _load(changed(self.recipe, {"training.seed": recipe.training.seed}))
             self.inputs = replace(self.inputs, model=fresh.model)
             self._seed = recipe.training.seed
-        return self.inputs
+        inputs, settings = self.inputs, recipe.make_objective().settings
+        if settings == inputs.objective.settings:
+            return inputs
+        return replace(inputs, objective=inputs.objective.with_settings(settings))
 
     def batching(self, recipe: Recipe) -> tuple[Batching, list[str]]:
         """How rows become batches, with a notice where that is not as the recipe has it."""

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
-from lorakit.training.position import place_at, planned_steps
+from lorakit.training.position import place_at, planned_steps, steps_per_epoch
 from lorakit.training.recorder import Counts, read_counts, write_counts
 from lorakit.training.restoring import facts_of_optimisation, restore, whole_state
 from lorakit.training.schedule import over_loraplus_groups, warm_from_first
@@ -84,7 +84,7 @@ class LoraTrainer(Trainer):
         self.held_out = batching.eval_batches(eval_rows, args)
         held_out = BatchDataset(eval_rows, batching, learning=False)
         self.counts = Counts()
-        self.objective = objective
+        self.objective, self.batching = objective, batching
         self._metrics: dict[str, torch.Tensor] = {}  # summed since they were logged last
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
@@ -138,6 +138,11 @@ class LoraTrainer(Trainer):
         What an optimiser averages for evaluation is then in the weights.
         """
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        batches = len(self.sampler)
+        epochs = planned_steps(self.args, batches) / steps_per_epoch(self.args, batches)
+        if self.objective.computes_constants(epochs) and not self.is_spread:
+            for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
+                self._compute_constants(dataset.rows)
         found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._averaged()
         return found
@@ -229,6 +234,27 @@ class LoraTrainer(Trainer):
                 found = {name: torch.zeros_like(value) for name, value in found.items()}
             sums = added(sums, found)
         return self._over_processes(sums)
+
+    @torch.no_grad()
+    def _compute_constants(self, rows: Sequence[TokenizedRow]) -> None:
+        """What training does not change of these rows, each process computing its share."""
+        self.model.eval()
+        dataset = BatchDataset(rows, self.batching, learning=False)
+        batches = self.batching.held_out_batches(rows)
+        ends = [*accumulate(len(row.sequences) for row in rows)]
+        found: dict[str, torch.Tensor] = {}
+        processes = self.args.world_size
+        for turn in track(range(math.ceil(len(batches) / processes)), "computing the reference"):
+            mine = turn * processes + self.args.process_index
+            chosen = batches[mine % len(batches)]
+            batch = self._prepare_inputs(dataset[chosen])
+            for name, values in self._measured(self.objective.row_constants, [batch]).items():
+                found.setdefault(name, torch.zeros(ends[-1], dtype=torch.float64))
+                if mine < len(batches):  # else another process has it too
+                    begins = [ends[i] - len(rows[i].sequences) for i in chosen]
+                    ranges = zip(begins, (ends[i] for i in chosen), strict=True)
+                    found[name][[p for begin, end in ranges for p in range(begin, end)]] = values
+        self.objective.constants.add(rows, self._over_processes(found))
 
     def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """A batch's `total` and `count`, and the objective's metrics: float64, on the CPU."""
