@@ -84,7 +84,7 @@ def test_a_sweep_trains_each_configuration_with_its_own_settings(make: Any, tmp_
     values["data"]["eval"] = 0.5
     rows = [{**PAIRS[n % 12], "prompt": f"{n}?"} for n in range(40)]
     found = lorakit.sweep(values, over={"objective.beta": [0.1, 0.7]}, data=rows, quiet=True)
-    folders = {one["changes"]["objective.beta"]: Path(one["adapter"]) for one in found}
+    folders = {one["changes"]["objective.beta"]: Path(one["folder"]) for one in found}
     for beta, folder in folders.items():
         record = json.loads((folder / "lorakit.json").read_text())
         assert record["recipe"]["objective"]["beta"] == beta
