@@ -22,6 +22,16 @@ def test_rows_are_numbered_by_adapter_and_repeated_in_place_as_beams_are():
         route.row_index(torch.zeros(4, 1), ["a", "b"])
 
 
+def test_rows_of_one_adapter_are_brought_side_by_side_and_back():
+    route = Route(rows=("b", "a", "b"))
+    order, inverse = route.order(torch.zeros(6, 1))  # each row twice, as beams are
+    assert order.tolist() == [2, 3, 0, 1, 4, 5]
+    assert order[inverse].tolist() == [*range(6)]
+    assert route.grouped is not None
+    assert route.grouped[0].rows == ("a", "b", "b")
+    assert Route(rows=("b", "b", "a")).grouped is None
+
+
 def test_a_route_holds_for_its_block_also_when_that_fails():
     def fail(routing: Routing) -> None:
         with routing.using(Route(shared=("b",))):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -149,11 +149,43 @@ class Route:
         runs = [(name, len(list(run))) for name, run in groupby(self.rows or ())]
         return [name for name, _ in runs], [size for _, size in runs]
 
+    @cached_property
+    def grouped(self) -> tuple[Route, tuple[int, ...]] | None:
+        """The route of the same rows with each adapter's side by side, and these rows' numbers.
+
+        None where they lie so already.
+        """
+        names, rows = self._runs[0], self.rows or ()
+        if self.sizes is not None or len(names) == len(set(names)):
+            return None
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        return Route(rows=tuple(rows[i] for i in order), shape=self.shape), tuple(order)
+
+    def order(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of `x` in the order of `grouped`, and where each is there: int64 (batch,).
+
+        Raises:
+            InputError: as `row_index`.
+        """
+        assert self.grouped is not None
+        self.require_rows(x)
+        rows = self.grouped[1]
+        return _order(rows, x.shape[0] // len(rows), x.device)
+
     def again(self) -> Route:
         """This route with streams that give the same numbers once more from here on."""
         if not any(self.streams):
             return self
         return replace(self, streams=tuple(stream and stream.copy() for stream in self.streams))
+
+
+@lru_cache(maxsize=16)  # of the latest batches; every layer of a model asks for the same one
+def _order(
+    rows: tuple[int, ...], each: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):  # they may be used in training next
+        order = torch.tensor([row * each + i for row in rows for i in range(each)])
+        return order.to(device), order.argsort().to(device)
 
 
 class Routing:

@@ -239,7 +239,12 @@ class LoraLayer(WrappedModule):
             raise InputError(
                 "adapter_names cannot be used while an adapter is merged: unmerge first"
             )
-        return self._forward_parts(x, route, *args, **kwargs)
+        if self.r.keys().isdisjoint(route.row_names):
+            return self.base_output(x, *args, **kwargs)
+        if route.grouped is None:
+            return self._forward_parts(x, route, *args, **kwargs)
+        order, inverse = route.order(x)
+        return self._forward_parts(x[order], route.grouped[0], *args, **kwargs)[inverse]
 
     def _on_route(self) -> list[str]:
         """The adapters of this layer that the route in force gives to any row."""
@@ -266,8 +271,6 @@ class LoraLayer(WrappedModule):
     ) -> torch.Tensor:
         """The output when each part of the route has an adapter of its own, or none."""
         y = self.base_output(x, *args, **kwargs)
-        if self.r.keys().isdisjoint(route.row_names):
-            return y
         dim, parts = route.parts(x)
         sizes = [part.size for part in parts]
         total = []

@@ -137,7 +137,7 @@ class LoraLinear(LoraLayer):
         self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         names = [name for name in route.row_names if name in self.r]
-        if not names or not all(self._fusable(x, name) for name in names):
+        if not all(self._fusable(x, name) for name in names):
             return super()._forward_parts(x, route, *args, **kwargs)
         dim, parts = route.parts(x)
         # Parts of rows are as many positions as the rows have; a line has one each.
