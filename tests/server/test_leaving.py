@@ -218,14 +218,14 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         cases: list[tuple[tuple[str | Path, ...], str]] = [
-            ((), "say what to serve"),
+            ((), "nothing to serve"),
             (("--model", base, "--host", "0.0.0.0"), "give --api-key"),
             (("--model", base, "--port", port), f"cannot listen on 127.0.0.1, port {port}"),
             (("--model", base, "--dry-run"), "--engine vllm"),
             (("--model", base, "--merged"), "merged serves one adapter, not 0"),
             (
                 (root / "shop", "--merged", "--adapter-root", root, "--admin-key", "k"),
-                "--merged serves one adapter and no other",
+                "--merged serves a single adapter",
             ),
             (("--model", base, "--max-rows", "2", "--engine", "vllm"), "is for --engine lorakit"),
             ((root / "shop", root / "shop"), "are both named shop"),

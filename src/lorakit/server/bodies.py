@@ -78,6 +78,11 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | N
     return bytes(body)
 
 
+def client_of(request: Request) -> str:
+    """Who asks, as far as a fair order goes: an address."""
+    return request.client.host if request.client else ""
+
+
 class StrictRequest(Request):
     """A request whose JSON is read by the letter, beside the event loop if there is much of it."""
 
@@ -91,8 +96,7 @@ class StrictRequest(Request):
         if len(body) <= _SMALL:
             return _parsed(body)
         turns: Turns = self.scope["app"].state.turns
-        client = self.client.host if self.client else ""
-        return await turns.run(partial(_parsed, body), len(body), client)
+        return await turns.run(partial(_parsed, body), len(body), client_of(self))
 
 
 def _parsed(body: bytes) -> Any:

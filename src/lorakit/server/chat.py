@@ -10,7 +10,8 @@ from fastapi.responses import Response
 
 from lorakit.engine.requests import AnswerPiece, ChosenToken, TokenLogprob
 from lorakit.server.adapters import adapter_named
-from lorakit.server.event_streams import Kind, client_of, respond, while_wanted
+from lorakit.server.bodies import client_of
+from lorakit.server.event_streams import Kind, respond, while_wanted
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts

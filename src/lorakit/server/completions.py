@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from lorakit.engine.requests import AnswerPiece, ChosenToken
 from lorakit.server.adapters import adapter_named
+from lorakit.server.bodies import client_of
 from lorakit.server.chat import finite
-from lorakit.server.event_streams import Kind, client_of, respond, while_wanted
+from lorakit.server.event_streams import Kind, respond, while_wanted
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import CompletionRequest
 from lorakit.server.prompt_tokens import Prompts
-from lorakit.server.replies import CompletionChoice, CompletionLogprobs, FinishReason
+from lorakit.server.replies import CompletionChoice, CompletionLogprobs
 
 _KIND = Kind("cmpl", "text_completion", "text_completion")
 
@@ -36,20 +36,15 @@ async def complete(
     answers = await desk.hand_in(tokens, adapter, asked, deadline)
     written = [0] * len(answers)  # characters whose tokens were sent, an answer
 
-    def choice(number: int, given: Answer | AnswerPiece, why: FinishReason | None) -> Any:
+    def choice(number: int, given: Answer | AnswerPiece) -> CompletionChoice:
+        why = given.finish_reason if isinstance(given, Answer) else finish_reason(given)
         logprobs = None
         if asked.rivals is not None:
             logprobs = _logprobs(given.logprobs, written[number])
             written[number] += sum(len(token.text) for token in given.logprobs)
         return {"index": number, "text": given.text, "logprobs": logprobs, "finish_reason": why}
 
-    def whole(number: int, answer: Answer) -> CompletionChoice:
-        return choice(number, answer, answer.finish_reason)
-
-    def piece_of(number: int, piece: AnswerPiece) -> CompletionChoice:
-        return choice(number, piece, finish_reason(piece))
-
-    return await respond(request, asked, answers, _KIND, whole, piece_of)
+    return await respond(request, asked, answers, _KIND, choice, choice)
 
 
 def _logprobs(tokens: Sequence[ChosenToken], start: int) -> CompletionLogprobs:

@@ -34,11 +34,6 @@ class Kind(NamedTuple):
 _DONE = b"data: [DONE]\n\n"
 
 
-def client_of(request: Request) -> str:
-    """Who asks, as far as a fair order goes: an address."""
-    return request.client.host if request.client else ""
-
-
 async def while_wanted(
     request: Request,
     work: Coroutine[Any, Any, Result],
