@@ -225,6 +225,30 @@ def test_two_processes_make_a_step_of_packed_rows_that_is_that_of_all_rows(
     assert records[0].train_tokens == records[1].train_tokens, "those of both processes"
 
 
+@pytest.mark.exhaustive
+def test_two_processes_learn_preferences_as_one_does(tiny_model: Path, tmp_path: Path):
+    pairs = [
+        {"prompt": f"{n} + {n}?", "chosen": f"It is {2 * n}.", "rejected": "No" + "." * n}
+        for n in range(16)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    runs = []
+    for objective, shares in (("dpo", {}), ("kto", {}), ("kto", FSDP)):
+        one, two = (tmp_path / f"{objective}{len(shares)}{n}" for n in (1, 2))
+        own = [recipe(tiny_model, path, f, n, **shares) for n, f in ((1, one), (2, two))]
+        for values in own:
+            values["objective"] = objective
+        lorakit.train(own[0], quiet=True)
+        runs.append((own[1], None))
+    listed = tmp_path / "runs.json"
+    listed.write_text(json.dumps(runs))
+    done = launched(TORCHRUN, Path(__file__).with_name("several_runs.py"), listed)
+    assert done.returncode == 0, done.stderr
+    for name in ("dpo0", "kto0", "kto1"):
+        assert_same_run(tmp_path / f"{name}1", tmp_path / f"{name}2")
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_killed_processes_resume_to_the_bytes_of_undisturbed_ones(
     how: str, several: tuple[Path, Path]

@@ -31,6 +31,11 @@ class JudgedSample(Sample):
     desirable: bool = field(kw_only=True)
 
     @property
+    def marked(self) -> bool:
+        """False: earlier answers are only read because the last is judged, not by a mark."""
+        return False
+
+    @property
     def content_key(self) -> tuple[str, ...]:
         """The same answer, judged in the same way."""
         return self.prompt_key, self.reference, str(self.desirable)
@@ -57,9 +62,10 @@ def _judged(form: RowFormat, name: str) -> RowFormat:
         last = sample.learned[-1]
         answer = sample.messages[last]
         if last != len(sample.messages) - 1:
+            role = sample.messages[-1]["role"]
+            found = "marked as not learned" if role == "assistant" else f"a {role} message"
             raise row.error(
-                f"the last turn is a {sample.messages[-1]['role']} message; it must "
-                "be the assistant's, which is judged"
+                f"the last turn is {found}; it must be the assistant's, as its answer is judged"
             )
         if not (answer["content"].strip() or answer.get("tool_calls")):
             raise row.error("the answer is empty; fill it or drop the row")

@@ -181,7 +181,7 @@ def _samples(
                 unread[name].add(row)
         if any(_has_crlf(row.values.get(name)) for name in form.columns):
             found["with \\r\\n line ends, read as \\n"].add(row)
-        if sample.unlearned:
+        if sample.marked:
             found["with answers that are marked as not learned, and only read"].add(row)
         return sample
 

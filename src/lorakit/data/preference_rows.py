@@ -27,12 +27,13 @@ _TALKS = ("messages", "conversations")
 _QUESTIONS = ("prompt", "question", "instruction")
 _BETTER = frozenset(
     {"chosen", "chosen_response", "response_chosen", "preferred", "preferred_response"}
-    | {"accepted", "better", "better_response", "pos_answer", "positive", "good_answer"}
+    | {"accepted", "better", "better_response", "pos_answer", "positive", "chosen_messages"}
 )
 _WORSE = frozenset(
     {"rejected", "rejected_response", "response_rejected", "dispreferred", "non_preferred"}
-    | {"worse", "worse_response", "neg_answer", "negative", "bad_answer"}
+    | {"worse", "worse_response", "neg_answer", "negative", "rejected_messages"}
 )
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -47,6 +48,11 @@ class PairSample(Sample):
 
     rejected: Sample = field(kw_only=True)
     begin: int = field(kw_only=True)
+
+    @property
+    def marked(self) -> bool:
+        """Whether an answer behind the prompt is marked as not learned."""
+        return any(i >= self.begin for part in self.parts for i in part.unlearned)
 
     @property
     def content_key(self) -> tuple[str, ...]:
@@ -148,7 +154,16 @@ def _answer(row: Row, column: str) -> list[Message]:
     value = row.values[column]
     if isinstance(value, str):
         text = string(row, value, f"'{column}'", empty=False)
+        if _MESSAGES_AS_TEXT.match(text):
+            raise row.error(
+                f"'{column}' holds messages written as text, as an export to CSV "
+                "leaves them; write a list of messages"
+            )
         return [{"role": "assistant", "content": text}]
+    if isinstance(value, list) and any(isinstance(one, str) for one in value):
+        raise row.error(
+            f"'{column}' is a list of strings, expected one answer: write a row for each pair"
+        )
     if not isinstance(value, (dict, list)) or not value:
         found = kind_of_value(value) if value is None or value else "empty"
         raise row.error(

@@ -80,6 +80,11 @@ class Sample:
         return json.dumps(asked, sort_keys=True, ensure_ascii=False)
 
     @property
+    def marked(self) -> bool:
+        """Whether an answer is marked as not learned."""
+        return bool(self.unlearned)
+
+    @property
     def content_key(self) -> tuple[str, ...]:
         """Equal for samples that teach the same."""
         return self.prompt_key, self.reference
