@@ -56,6 +56,7 @@ def check(
     for index in range(min(show, len(setup.data.train))):
         _show_row(console, setup.data.train[index].where, shown_row(setup, index))
     _show_rows(console, result.statistics)
+    _show_preferences(result.statistics)
     for finding in setup.data.findings:
         line = f"! {finding.line}" if finding.count else f"✓ no row is {finding.what}"
         style = "yellow" if finding.count else ""
@@ -113,6 +114,25 @@ def _show_rows(console: Console, statistics: dict[str, RowStatistics]) -> None:
         bar = "█" * round(_BAR * count / most)
         console.print(f"{low:>7,} to {high - 1:<7,} {bar} {count:,}")
     console.print()
+
+
+def _show_preferences(statistics: dict[str, RowStatistics]) -> None:
+    """How many answers are better and worse ones, and how long; nothing of other rows."""
+    rows = [
+        (
+            part,
+            f"{figures.chosen:,}",
+            f"{figures.rejected:,}",
+            f"{figures.chosen_tokens:g}",
+            f"{figures.rejected_tokens:g}",
+            "" if figures.chosen_longer is None else f"{figures.chosen_longer:.0%}",
+        )
+        for part, numbers in statistics.items()
+        if (figures := numbers.preferences)
+    ]
+    if rows:
+        columns = ("", "chosen", "rejected", "median tokens", "rejected", "chosen is longer")
+        print_table("chosen (desirable) and rejected (undesirable) answers", columns, rows)
 
 
 def _show_modules(modules: list[ModuleKind], trained: int, total: int) -> None:

@@ -19,7 +19,8 @@ def print_table(title: str, headings: tuple[str, ...], rows: Iterable[tuple[str,
         table.add_row(*map(visible, row))
     console = open_console()
     if not console.is_terminal:
-        console.width = max(80, console.measure(table).maximum)
+        unlimited = console.options.update(max_width=10_000)
+        console.width = max(80, console.measure(table, options=unlimited).maximum)
     console.print(table)
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.labelled import LabelledSample
-from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.masking import IGNORE, TokenizedRow, sequences_of
 from lorakit.data.samples import Sample
 from lorakit.data.too_long import Limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lorakit.data.preference_checks import PreferenceFigures
 
 AnySample = Sample | LabelledSample
 
@@ -65,6 +67,7 @@ class RowStatistics:
     Attributes:
         lengths: `min`, `p5`, `p25`, `p50`, `p75`, `p95`, `max`.
         histogram: [from, below, rows] of each bin, all of the same width.
+        preferences: of pairs and judged answers (`preference_checks`).
     """
 
     rows: int
@@ -75,6 +78,7 @@ class RowStatistics:
     empty_answers: int
     lengths: dict[str, int]
     histogram: list[list[int]]
+    preferences: PreferenceFigures | None = None
 
     @property
     def supervised_share(self) -> float:
@@ -83,8 +87,11 @@ class RowStatistics:
 
 
 def statistics(samples: Sequence[AnySample], rows: Sequence[TokenizedRow]) -> RowStatistics:
-    """The numbers of `rows`; `rows[i]` is the tokenized `samples[i]`."""
-    lengths = sorted(len(row) for row in rows)
+    """The numbers of `rows`; `rows[i]` is the tokenized `samples[i]`.
+
+    Lengths are those of sequences: of a pair both, each with the prompt.
+    """
+    lengths = sorted(len(sequence) for sequence in sequences_of(rows))
     return RowStatistics(
         rows=len(rows),
         tokens=sum(lengths),
@@ -216,17 +223,19 @@ def _without_answer(samples: Sequence[AnySample]) -> list[AnySample]:
 
 
 def _two_bos(row: TokenizedRow, bos: int | None) -> bool:
-    return bos is not None and row.input_ids[:2] == [bos, bos]
+    return bos is not None and any(one.input_ids[:2] == [bos, bos] for one in row.sequences)
 
 
 def _endless(row: TokenizedRow, special: Sequence[int]) -> bool:
     """Whether an answer that is not cut ends without a special token; some templates do so."""
     if isinstance(row, LabelledRow):
         return False  # a decoder's target is always closed
-    following = [*row.labels[1:], row.labels[-1] if row.truncated else IGNORE]
     return any(
         label != IGNORE and after == IGNORE and label not in special
-        for label, after in zip(row.labels, following, strict=True)
+        for one in row.sequences
+        for label, after in zip(
+            one.labels, [*one.labels[1:], one.labels[-1] if one.truncated else IGNORE], strict=True
+        )
     )
 
 

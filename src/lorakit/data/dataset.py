@@ -5,7 +5,7 @@ share) as `notices`, what was found in the rows as `findings`; printing is left 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
@@ -18,6 +18,7 @@ from lorakit.data.mixing import (
     mix,
     notice_of_own,
 )
+from lorakit.data.preference_checks import findings_of_preferences, preference_figures
 from lorakit.data.samples import Sample
 from lorakit.data.splits import HELD_OUT, held_out, shuffled_groups
 from lorakit.data.templates import ensure_template
@@ -50,10 +51,14 @@ class PreparedData:
     def statistics(self) -> dict[str, RowStatistics]:
         """The numbers of both parts, of those that have rows."""
         parts = {
-            "train": statistics(self.train_samples, self.train),
-            "eval": statistics(self.eval_samples, self.eval),
+            "train": (self.train_samples, self.train),
+            "eval": (self.eval_samples, self.eval),
         }
-        return {name: part for name, part in parts.items() if part.rows}
+        return {
+            name: replace(statistics(samples, rows), preferences=preference_figures(rows))
+            for name, (samples, rows) in parts.items()
+            if rows
+        }
 
 
 def prepare(
@@ -142,6 +147,7 @@ def prepare(
     fitted = fit(kept, held, make, most, too_long)
     notices += fitted.notices
     found = findings(fitted.train, fitted.eval, tokenizer, most, fitted.left_out)
+    found += findings_of_preferences(fitted.train, fitted.eval, fitted.left_out, most)
     found += findings_of_texts(everything, tokenizer)
     found += findings_of_fields(everything, tokenizer, by_template=templated)
     copied = [pair for pair in fitted.train for _ in range(pair[0].copies)]

@@ -101,9 +101,9 @@ class Kto(Objective):
             f"{good:,} of {count} are desirable: KTO's paper has desirable_weight x desirable rows "
             "between 1 and 4/3 of undesirable_weight x undesirable rows, e.g. "
             + (
-                f"objective.desirable_weight={bad / good:.2g}"
+                f"objective.desirable_weight={7 / 6 * bad / good:.2g}"  # in the middle
                 if good < bad
-                else f"objective.undesirable_weight={good / bad:.2g}"
+                else f"objective.undesirable_weight={6 / 7 * good / bad:.2g}"
             )
         ]
 
