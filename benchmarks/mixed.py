@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.functional import grouped_mm, linear
 
 from lorakit import LoraConfig, LoraModel
+from lorakit.lora.checkpoint import load_tensors
+from lorakit.lora.joining import pack_adapter
 from lorakit.lora.routing import Route
 
 BLOCKS = 30
@@ -99,7 +101,6 @@ def packed(bench: Bench) -> Callable[[], None]:
     paths = [path for path, layer in bench.model.named_modules() if isinstance(layer, nn.Linear)]
     families = [list(group) for _, group in groupby(paths, lambda path: path.rpartition(".")[0])]
     bank = LoraModel(bench.model, None)
-    bank.pack(families)
     config = LoraConfig(r=bench.r, lora_alpha=bench.r, target_modules=list(paths))
     for row in range(bench.rows):
         tensors = {
@@ -107,7 +108,11 @@ def packed(bench: Bench) -> Callable[[], None]:
             for path, (A, B) in zip(paths, bench.stacks, strict=True)
             for factor, tensor in (("A", A[row]), ("B", B[row]))
         }
-        bank.add_packed(f"row-{row}", config, tensors)
+        bank.add_adapter(f"row-{row}", config, autocast_adapter_dtype=False)
+        load_tensors(bank.adapter_tensors(f"row-{row}"), tensors, f"row-{row}")
+    bank.pack(families)
+    for name in bank.adapters:
+        pack_adapter(bank, name)
     bank.routing.route = Route.of_rows([f"row-{row}" for row in range(bench.rows)])
     inputs = {
         id(group): torch.randn(bench.rows, group[0].in_features).to(group[0].weight.dtype)
