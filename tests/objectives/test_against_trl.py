@@ -24,6 +24,7 @@ from lorakit.data.sources import Row
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
 from lorakit.models.lines import take_lines, take_prefixes
+from lorakit.objectives.forward import ACTIVE, BASE
 from lorakit.objectives.objective import Objective, with_sums
 from lorakit.objectives.registry import make_objective
 from tiny import CHATML, byte_tokenizer, make_attentive
@@ -423,3 +424,26 @@ def test_the_first_loss_of_dpo_is_ln_2(dpo: Any, ours: LoraModel):
             for key, parameter in ours.named_parameters():
                 parameter.copy_(theirs[key])
     assert abs(float(loss.total) / 4 - torch.tensor(2.0).log().item()) < 1e-12
+
+
+def test_the_reference_is_the_same_in_the_policys_pass_and_draws_no_dropout(
+    dpo: Any, ours: LoraModel
+):
+    objective = make_objective("dpo")
+    [batch] = batches_of(objective, pairs_of(dpo), "shared prefixes", 4)
+    forward = objective.forward(ours)
+    policy, together = forward.token_log_probabilities(batch, (ACTIVE, BASE))
+    alone = forward.of_reference(batch, BASE)
+    assert (together - alone).abs().max() < 1e-9
+    assert (policy - alone).abs().max() > 1e-3
+    assert not alone.requires_grad
+    ours.get_base_model().config.attention_dropout = 0.5
+    for layer in ours.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    try:
+        assert (forward.of_reference(batch, BASE) - alone).abs().max() < 1e-9
+        assert ours.training
+    finally:
+        ours.get_base_model().config.attention_dropout = 0.0
+        for layer in ours.get_base_model().model.layers:
+            layer.self_attn.attention_dropout = 0.0

@@ -168,8 +168,8 @@ def test_kto_says_where_the_kinds_are_out_of_balance(make: Any, tmp_path: Path):
     rows = tmp_path / "kto.jsonl"
     for labels, said in (
         ([1] * 6, "all 6 answers are desirable"),
-        ([1] * 5 + [0], "objective.undesirable_weight=5"),
-        ([0] * 4 + [1] * 2, "objective.desirable_weight=2"),
+        ([1] * 5 + [0], "objective.undesirable_weight=4.3"),
+        ([0] * 4 + [1] * 2, "objective.desirable_weight=2.3"),
     ):
         judged = [{**JUDGED[n], "label": label} for n, label in enumerate(labels)]
         rows.write_text("".join(json.dumps(row) + "\n" for row in judged))

@@ -82,7 +82,8 @@ def findings_of_fields(
     for sample in samples:
         fields = {
             key
-            for message in sample.messages
+            for part in sample.parts
+            for message in part.messages
             for key, value in message.items()
             if key not in _READ_FIELDS and value not in ("", [], {})
         }
@@ -116,7 +117,7 @@ def _found(
 def _texts(sample: Sample) -> Iterator[str]:
     if sample.text is not None:
         yield sample.text
-    for message in sample.messages:
+    for message in (message for part in sample.parts for message in part.messages):
         yield from _strings([value for key, value in message.items() if key != "role"])
     yield from _strings(sample.tools)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.batches import joined_lines
 from lorakit.lora.routing import BASE, Route
+from lorakit.models.loaded import has_dropout
 from lorakit.models.loss import IGNORE, LabelLoss, SupervisedLoss
 
 if TYPE_CHECKING:
@@ -133,6 +134,24 @@ class Forward:
         return [
             per_sequence(part, counts) for part in self.token_log_probabilities(batch, adapters)
         ]
+
+    def of_reference(self, batch: Mapping[str, torch.Tensor], adapter: str) -> torch.Tensor:
+        """`token_log_probabilities` (n,) under an adapter that is not trained, or `BASE`.
+
+        There are no gradients and no dropout.
+        """
+        import torch
+
+        draws = self.training and has_dropout(self.adapted)
+        if draws:
+            self.module.eval()
+        try:
+            with torch.no_grad():
+                [found] = self.token_log_probabilities(batch, (adapter,))
+        finally:
+            if draws:
+                self.module.train()
+        return found
 
 
 def supervised_per_sequence(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

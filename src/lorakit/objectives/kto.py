@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
-from lorakit.objectives.forward import BASE, Forward
+from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
 from lorakit.objectives.objective import Batch, Collate, Loss, Objective, Settings
 from lorakit.objectives.preference import EPOCHS, LEARNING_RATES, SCORES
 
@@ -63,6 +63,7 @@ class Kto(Objective):
     smooths_labels = False
     learning_rates: ClassVar[Mapping[str, float]] = LEARNING_RATES
     epochs: ClassVar[Sequence[tuple[int, int]]] = EPOCHS
+    shown_metrics: ClassVar[Sequence[str]] = ("accuracy", "margin")
     Settings = KtoSettings
 
     score_names = (*SCORES, "kl")
@@ -131,8 +132,11 @@ class Kto(Objective):
     def row_constants(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """The reference's log-probabilities of the answers and of the mismatched ones."""
         parts = {"reference": batch, "mismatched": _mismatched(batch)}
-        adapters = (self.reference,)
-        return {k: forward.log_probabilities(part, adapters)[0] for k, part in parts.items()}
+        return {name: self._of_reference(forward, part) for name, part in parts.items()}
+
+    def _of_reference(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        tokens = forward.of_reference(batch, self.reference)
+        return per_sequence(tokens, supervised_per_sequence(batch))
 
     def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """The summed log-ratios of mismatched answers, and their number."""
@@ -171,16 +175,13 @@ class Kto(Objective):
         Args:
             known: log pi_ref, where it has been computed before.
         """
-        import torch
-
         [policy] = forward.log_probabilities(batch)
         if self.reference == BASE and forward.is_base:
             reference = policy.detach()
         elif known is not None:
             reference = known.to(policy)
         else:
-            with torch.no_grad():
-                [reference] = forward.log_probabilities(batch, (self.reference,))
+            reference = self._of_reference(forward, batch)
         return policy, policy - reference
 
     def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:

@@ -180,6 +180,7 @@ class Objective:
             QLoRA (Dettmers et al. 2023).
         epochs: pairs of a number of rows and the epochs that fewer rows are trained by default;
             for some thousand rows 3 as in Alpaca (Taori et al. 2023).
+        shown_metrics: what of `Loss.metrics` is shown beside the loss while training.
         score_names: the held-out scores that `scores` gives.
         lower_is_better: those of them that are better when they are smaller.
         labels: the classes, of a classifier that has read its rows.
@@ -195,6 +196,7 @@ class Objective:
     recommended_for: ClassVar[str] = "generation"
     learning_rates: ClassVar[Mapping[str, float]] = {"small": 5e-4, "medium": 2e-4, "large": 1e-4}
     epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 5), (10_000, 3), (50_000, 2))
+    shown_metrics: ClassVar[Sequence[str]] = ()
     Settings: ClassVar[type[Settings]] = Settings
 
     score_names: Sequence[str] = ()

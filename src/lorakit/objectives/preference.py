@@ -82,6 +82,7 @@ class PreferencePairs(Objective):
     smooths_labels = False
     learning_rates: ClassVar[Mapping[str, float]] = LEARNING_RATES
     epochs: ClassVar[Sequence[tuple[int, int]]] = EPOCHS
+    shown_metrics: ClassVar[Sequence[str]] = ("accuracy", "margin")
 
     score_names = SCORES
     reference: str | None = BASE
@@ -124,11 +125,8 @@ class PreferencePairs(Objective):
         return Pairs(policy, reference, lengths.view(-1, 2))
 
     def _of_reference(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        import torch
-
         assert self.reference is not None
-        with torch.no_grad():
-            [tokens] = forward.token_log_probabilities(batch, (self.reference,))
+        tokens = forward.of_reference(batch, self.reference)
         return self.of_answers(tokens, supervised_per_sequence(batch))
 
     def of_answers(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

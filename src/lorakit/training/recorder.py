@@ -151,13 +151,16 @@ class ProgressBar(TrainerCallback):
     """Shows step, loss, held-out loss, supervised tokens per second, and the time left.
 
     Without a terminal each logged step is a plain line.
+
+    Args:
+        metrics: what is logged beside the loss and shown too.
     """
 
-    def __init__(self, counts: Counts, console: Console) -> None:
+    def __init__(self, counts: Counts, console: Console, metrics: Sequence[str] = ()) -> None:
         self.counts, self.console = counts, console
         self._shown = ExitStack()
         self._task: Task | None = None
-        self._losses: dict[str, str] = {"loss": "", "eval_loss": ""}
+        self._losses: dict[str, str] = dict.fromkeys(("loss", *metrics, "eval_loss"), "")
         self._began_with = Counts()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

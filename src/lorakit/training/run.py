@@ -267,7 +267,8 @@ def _callbacks(
 ) -> Iterator[None]:
     """Everything that looks on while the block trains: times, warnings, progress, interrupts."""
     say, objective = trainer.say, trainer.objective
-    bar, interrupt = ProgressBar(trainer.counts, console), Interrupt(say)
+    bar = ProgressBar(trainer.counts, console, trainer.objective.shown_metrics)
+    interrupt = Interrupt(say)
     trainer.interrupt = interrupt
     looking: list[TrainerCallback] = [
         Recorder(metrics, trainer.counts, objective.score_names),
