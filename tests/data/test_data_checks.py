@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.data.checks import Finding
 from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.findings import Finding
 
 WriteRows = Callable[..., Path]
 

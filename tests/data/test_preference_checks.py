@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.data.checks import Finding
 from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.findings import Finding
 from lorakit.data.preference_tokens import tokenize_judged, tokenize_pair
 from lorakit.objectives.registry import make_objective
 from tiny import byte_tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorakit.data.checks import Finding
 from lorakit.data.dataset import PreparedData, prepare
+from lorakit.data.findings import Finding
 from lorakit.data.masking import IGNORE
 from lorakit.data.seq2seq import tokenize_pair
 from lorakit.errors import InputError

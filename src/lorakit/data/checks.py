@@ -10,20 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.data.findings import AnySample, Finding, finding
 from lorakit.data.label_rows import LabelledRow
-from lorakit.data.labelled import LabelledSample
 from lorakit.data.masking import IGNORE, TokenizedRow, sequences_of
+from lorakit.data.preference_checks import PreferenceFigures
 from lorakit.data.samples import Sample
 from lorakit.data.too_long import Limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.data.preference_checks import PreferenceFigures
-
-AnySample = Sample | LabelledSample
-
-SHOWN = 3  # places that a finding names
 _BINS = 12
 _PARTS = {
     "tools": "its tools",
@@ -34,30 +30,6 @@ _PARTS = {
     "prompt": "what precedes the last answer in chat (such as '<think>')",
 }  # what a template may leave out (`TokenizedRow.unshown`)
 _PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Rows that have something in common which their owner may not know of.
-
-    Attributes:
-        what: continues "n rows …".
-        count, of: so many rows, of so many that were looked at.
-        first: the places of the first few, as `file:line`.
-        cure: what to do.
-    """
-
-    what: str
-    count: int
-    of: int
-    first: tuple[str, ...]
-    cure: str
-
-    @property
-    def line(self) -> str:
-        """The finding as one line."""
-        rows = f"{self.count:,} of {self.of:,} rows {'is' if self.count == 1 else 'are'}"
-        return f"{rows} {self.what} (first: {self.first[0]}): {self.cure}"
 
 
 @dataclass(frozen=True)
@@ -178,11 +150,6 @@ def findings(
         cure = "use a model whose template has a place for it"
         found.append(finding(what, hidden, len(everything), cure))
     return found
-
-
-def finding(what: str, rows: Sequence[AnySample | TokenizedRow], of: int, cure: str) -> Finding:
-    """A finding about `rows`, of so many."""
-    return Finding(what, len(rows), of, tuple(row.where for row in rows[:SHOWN]), cure)
 
 
 def _too_long(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import AnySample, Finding, RowStatistics, findings, statistics
+from lorakit.data.checks import RowStatistics, findings, statistics
+from lorakit.data.findings import AnySample, Finding
 from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.mixing import (

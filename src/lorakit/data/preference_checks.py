@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lorakit.data.checks import AnySample, Finding, finding
 from lorakit.data.conversations import Message
+from lorakit.data.findings import AnySample, Finding, finding
 from lorakit.data.judged_rows import JudgedSample
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.preference_rows import PairSample

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lorakit.data.checks import Finding, finding
+from lorakit.data.findings import Finding, finding
 from lorakit.data.samples import MARKS, Sample
 from lorakit.data.spans import REASONING
 from lorakit.data.templates import special_tokens

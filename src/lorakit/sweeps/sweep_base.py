@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from lorakit.data.checks import AnySample
+from lorakit.data.findings import AnySample
 from lorakit.data.grouping import AT_ONCE
 from lorakit.data.masking import TokenizedRow
 from lorakit.engine.resident import ResidentModel
