@@ -447,3 +447,22 @@ def test_the_reference_is_the_same_in_the_policys_pass_and_draws_no_dropout(
         ours.get_base_model().config.attention_dropout = 0.0
         for layer in ours.get_base_model().model.layers:
             layer.self_attn.attention_dropout = 0.0
+
+
+def test_the_reference_may_be_an_adapter_that_is_not_trained(dpo: Any, tiny_model: Path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    make_attentive(base)
+    model = LoraModel(base, LoraConfig(**LORA)).double()
+    model.add_adapter("start", LoraConfig(**LORA))
+    theirs = dict(dpo.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = theirs[name.replace(".start.", ".default.")].data.clone()
+    objective: Any = make_objective("dpo")
+    [batch] = batches_of(objective, pairs_of(dpo), "padded", 4)
+    with torch.no_grad():
+        from_base = float(objective.loss(objective.forward(model), batch).total) / 4
+        objective.reference = "start"
+        from_start = float(objective.loss(objective.forward(model), batch).total) / 4
+    assert abs(from_start - torch.tensor(2.0).log().item()) < 1e-12
+    assert abs(from_base - from_start) > 1e-3

@@ -140,8 +140,12 @@ class Kto(Objective):
 
     def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """The summed log-ratios of mismatched answers, and their number."""
+        import torch
+
         if self.settings.loss_type != "kto":
             return {}
+        if self.reference == BASE and forward.is_base:  # z0 is 0
+            return {"kl": torch.zeros(()), "answers": torch.ones(())}
         known = batch.get("sequence.mismatched")
         ratios = self._log_ratios(forward, _mismatched(batch), known)[1]
         return {"kl": ratios.sum(), "answers": ratios.new_tensor(len(ratios))}
