@@ -251,6 +251,8 @@ DPO = [
     {"loss_type": "robust", "label_smoothing": 0.1},
     {"loss_type": "exo_pair", "label_smoothing": 1e-3},
     {"loss_type": "nca_pair"},
+    {"loss_type": "bco_pair"},
+    {"loss_type": "sppo_hard"},
     {"loss_type": "apo_zero"},
     {"loss_type": "apo_down"},
     {"loss_type": "sigmoid", "ld_alpha": 0.3},

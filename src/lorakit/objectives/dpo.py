@@ -149,6 +149,18 @@ def nca_pair(pairs: Pairs, settings: Any) -> torch.Tensor:
     return -_logsigmoid(rewards[:, 0]) - 0.5 * _logsigmoid(-rewards).sum(1)
 
 
+def bco_pair(pairs: Pairs, settings: Any) -> torch.Tensor:
+    """Each answer classified by itself (Jung et al. 2024, arXiv:2404.04656), without the shift."""
+    rewards = settings.beta * pairs.log_ratios
+    return -_logsigmoid(rewards[:, 0]) - _logsigmoid(-rewards[:, 1])
+
+
+def sppo_hard(pairs: Pairs, settings: Any) -> torch.Tensor:
+    """(r+ - 1 / (2 beta))^2 + (r- + 1 / (2 beta))^2 (Wu et al. 2024, arXiv:2405.00675, eq. 4.7)."""
+    half = 0.5 / settings.beta
+    return (pairs.log_ratios[:, 0] - half).square() + (pairs.log_ratios[:, 1] + half).square()
+
+
 def apo_zero(pairs: Pairs, settings: Any) -> torch.Tensor:
     """Chosen answers become likelier, rejected ones less (D'Oosterlinck 2024, arXiv:2408.06266)."""
     rewards = settings.beta * pairs.log_ratios
@@ -174,7 +186,8 @@ LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
     one.__name__: one
     for one in (
         *(sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair),
-        *(nca_pair, apo_zero, apo_down, sft),
+        *(nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sft),
     )
 }
-"""TRL's names of the losses of a pair."""
+"""TRL's names of the losses of a pair. Missing are `aot` and `aot_unpaired`, which sort a batch, so
+that a step depends on how it is divided, and `discopop`."""

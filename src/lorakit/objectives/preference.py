@@ -3,7 +3,9 @@
 A subclass says what a pair costs (`pair_losses`). Where it has a reference, that is another route
 through the same weights (`BASE`, the model without its adapter), so that no second model is loaded.
 Its rows need no gradients: in the policy's own pass they would cost a backward pass for nothing, so
-that they have a pass of their own, in each step, or once where rows are seen more than once.
+that they have a pass of their own, in each step, or once where rows are seen more than once. Of
+the bundled model in bfloat16 four pairs took 11.3 s of one core in the same pass, 9.5 s with a pass
+of their own, and 6.3 s in each epoch behind 2.6 s once.
 """
 
 from __future__ import annotations
