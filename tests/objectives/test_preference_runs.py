@@ -57,7 +57,7 @@ def test_the_reference_and_the_batches_do_not_change_a_step(kind: str, make: Any
         (
             {"precompute_ref_log_probs": False},
             {"padding_free": False},
-            {"gradient_accumulation_steps": 9},
+            {"gradient_accumulation_steps": 9, "gradient_checkpointing": True},
         ),
         ({}, {"packing": True, "max_length": 400}, {"per_device_train_batch_size": 9}),
     ]
