@@ -108,7 +108,9 @@ def verdict(found: Sequence[Standing], criterion: Criterion) -> str:
     winner, *others = found
     assert winner.report is not None
     rows = criterion.base.splits[REPORT]
-    what = "nats a token" if criterion.name == "loss" else criterion.name
+    unit = criterion.base.inputs.objective.unit
+    loss = "nats a token" if unit == "supervised token" else f"per {unit}"
+    what = loss if criterion.name == "loss" else criterion.name
     text = (
         f"{winner.record.name} wins: {winner.report.mean:.4g} {what} "
         f"[{winner.report.low:.4g}, {winner.report.high:.4g}] on {len(rows.rows)} rows that "
