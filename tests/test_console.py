@@ -56,7 +56,7 @@ def test_tables_show_texts_and_read_no_markup(capsys: pytest.CaptureFixture[str]
     console.print(HOSTILE)
     printed = capsys.readouterr().out
     assert acts(printed) == []
-    assert "".join(printed.split()).count("[red]") == 4  # of them the title, a heading, a cell
+    assert "".join(printed.split()).count("[red]") == 6  # a title, two headings, two cells, a line
 
 
 def test_inspect_prints_no_sequence_out_of_an_adapters_files(

@@ -87,7 +87,7 @@ def _read_text(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """`1e-4` is a number, and no key stands twice."""
+    """`1e-4` is a number, and no key occurs twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
