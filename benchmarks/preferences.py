@@ -1,0 +1,215 @@
+"""An epoch over preference pairs or judged answers: TRL's trainers, and `lorakit train`.
+
+    python -m benchmarks.preferences --data dpo_en_demo.json --objective dpo
+    python -m benchmarks.preferences --data kto_en_demo.json --objective kto
+
+The rows are a JSON list in LLaMA-Factory's forms: `conversations`, `chosen` and `rejected`, or
+`messages` and `label`. All sides have the same rows, adapter, seed, batches and schedule, and no
+second model: the reference is the base without the adapter.
+
+- trl: DPOTrainer or KTOTrainer and PEFT as they come, with activation checkpointing.
+- trl_plain: without it, which is faster and larger.
+- lorakit: batches of as many rows, in one line, each prompt computed once.
+
+Tokens are real ones of all sequences, padding not counted and a prompt as often as it has answers;
+time is Trainer's whole loop. The scores of the held-out rows are taken of
+each side's saved adapter by one function.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.epoch import FIELDS, _clock
+from benchmarks.turns import Figures, peak_memory_mb, take_turns
+
+SIDES = ("trl", "trl_plain", "lorakit")
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def measure(side: str, options: argparse.Namespace) -> Figures:
+    """Trains one epoch in this process."""
+    import transformers
+
+    import lorakit
+
+    transformers.utils.logging.disable_progress_bar()
+    rows = json.loads(options.data.read_text())[: options.rows + options.held_out]
+    training = {
+        "num_train_epochs": 1,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": options.batch,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "seed": 42,
+    }
+    clock = _clock(transformers.Trainer)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, part in (("train", rows[: options.rows]), ("held", rows[options.rows :])):
+            (folder / f"{name}.json").write_text(json.dumps(part))
+        if side == "lorakit":
+            recipe = {
+                "model": options.model,
+                "dtype": options.dtype,
+                "data": {
+                    "train": f"{place}/train.json",
+                    "eval": 0,
+                    "max_length": options.length,
+                },
+                "objective": options.objective,
+                "lora": FIELDS,
+                "training": training,
+                "samples": 0,
+                "output_dir": f"{place}/run",
+            }
+            lorakit.train(recipe, quiet=True)
+        else:
+            training["gradient_checkpointing"] = side == "trl"
+            _with_trl(rows[: options.rows], options, training, folder)
+        memory = peak_memory_mb()
+        scores, tokens = _scores(folder, options)
+    return {
+        "tokens_per_second": tokens / clock["seconds"],
+        "memory_mb": memory,
+        "accuracy": scores["accuracy"],
+        "held_out_loss": scores["loss"],
+        "first_step": clock["first_step"],
+        "steps": clock["steps"],
+    }
+
+
+def _with_trl(
+    rows: list[dict[str, Any]], options: argparse.Namespace, training: dict[str, Any], folder: Path
+) -> None:
+    import datasets
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    import lorakit
+    from benchmarks.peers import warmed
+
+    model, tokenizer = lorakit.load_model(options.model, options.dtype)
+    transformers.set_seed(42)
+    if options.objective == "dpo":
+        trainer_class, config_class = trl.DPOTrainer, trl.DPOConfig
+        given = [
+            {
+                "prompt": [_message(m) for m in row["conversations"]],
+                "chosen": [_message(row["chosen"])],
+                "rejected": [_message(row["rejected"])],
+            }
+            for row in rows
+        ]
+    else:
+        from trl.experimental.kto import KTOConfig, KTOTrainer
+
+        trainer_class, config_class = KTOTrainer, KTOConfig
+        given = [
+            {
+                "prompt": row["messages"][:-1],
+                "completion": row["messages"][-1:],
+                "label": row["label"],
+            }
+            for row in rows
+        ]
+    config = config_class(
+        **training,
+        output_dir=f"{folder}/trl",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=options.length,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = trainer_class(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(given),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(**FIELDS, task_type="CAUSAL_LM"),
+    )
+    warmed(trainer).train()
+    trainer.model.save_pretrained(folder / "run")
+
+
+def _message(said: dict[str, str]) -> dict[str, str]:
+    return {"role": ROLES[said["from"]], "content": said["value"]}
+
+
+def _scores(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float], int]:
+    """The held-out scores of the adapter in `folder`, and the real tokens of the training rows."""
+    from lorakit.adapters.open import open_adapter
+    from lorakit.data.masking import sequences_of
+    from lorakit.data.mixing import mix
+    from lorakit.evaluation.held_out import held_out_scores, rows_of
+    from lorakit.objectives.registry import make_objective
+
+    objective = make_objective(options.objective)
+    opened = open_adapter(folder / "run", base=options.model, dtype=options.dtype)
+
+    def rows(name: str) -> list[Any]:
+        samples = mix(f"{folder}/{name}.json", kinds=objective.row_kinds).samples
+        return rows_of(objective, opened.tokenizer, samples, options.length)
+
+    scores = held_out_scores(objective, opened.model, opened.tokenizer, rows("held"), 4)
+    return scores, sum(len(sequence) for sequence in sequences_of(rows("train")))
+
+
+def main() -> None:
+    """Takes turns, prints a table, and last one line of JSON with the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--objective", choices=("dpo", "kto"), default="dpo")
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--held-out", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options.side, options)))
+        return
+    names = ("data", "objective", "rows", "held_out", "batch", "length", "learning_rate", "dtype")
+    case = [f"--{n.replace('_', '-')}={getattr(options, n)}" for n in (*names, "model")]
+    found = take_turns("benchmarks.preferences", options.sides, case, options.rounds)
+    title = f"{options.objective}, {options.rows} rows of {options.data.name}, {options.dtype}"
+    table = Table(title=title)
+    for heading in ("", "real tokens/s", "MB", "accuracy", "held-out loss", "steps"):
+        table.add_column(heading, justify="right")
+    for side, figures in found.items():
+        table.add_row(
+            side,
+            f"{figures['tokens_per_second']:.1f}",
+            f"{figures['memory_mb']:.0f}",
+            f"{figures['accuracy']:.3f}",
+            f"{figures['held_out_loss']:.4f}",
+            f"{figures['steps']:.0f}",
+        )
+    Console().print(table)
+    peer = found.get("trl_plain") or found[options.sides[0]]
+    results = [
+        {"side": side}
+        | figures
+        | {f"{key}_by_trl": figures[key] / peer[key] for key in ("tokens_per_second", "memory_mb")}
+        for side, figures in found.items()
+    ]
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
