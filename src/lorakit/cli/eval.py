@@ -17,6 +17,7 @@ from lorakit.progress import task
 if TYPE_CHECKING:
     from lorakit.evaluation.evaluate import Evaluation
     from lorakit.evaluation.label_evaluation import LabelEvaluation
+    from lorakit.evaluation.reward_evaluation import RewardEvaluation
 
 
 def evaluate(
@@ -48,15 +49,20 @@ def evaluate(
     """Score an adapter on rows, beside its base model.
 
     Final answers are compared: reasoning and end tokens are removed first, from answers and
-    references. A classifier is compared with always predicting the most frequent label.
+    references. A classifier is compared with always predicting the most frequent label. A reward
+    model scores pairs, beside the rule that the longer answer wins, or conversations alone.
     """
     from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter
+    from lorakit.data.formats import SUPERVISED
+    from lorakit.data.mixing import mix
     from lorakit.data.splits import MEASURED
     from lorakit.evaluation.metrics import parse_metrics
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.forms import CLASSIFICATION
+    from lorakit.objectives.registry import make_objective
+    from lorakit.objectives.reward import Reward
 
     task_type = read_config(adapter).task_type
     manifest = read_manifest(adapter)
@@ -64,8 +70,23 @@ def evaluate(
     mapping = (_mapping(columns) if columns else learned.get("columns")) or None
     most = learned.get("max_length", 1024)
     options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
-    result: Evaluation | LabelEvaluation
-    if task_type in CLASSIFICATION:
+    result: Evaluation | LabelEvaluation | RewardEvaluation
+    recorded = manifest.recipe.get("objective") if manifest else None
+    objective = make_objective(recorded) if recorded else None
+    if isinstance(objective, Reward):
+        from lorakit.evaluation.reward_evaluation import evaluate_rewards
+
+        kinds: tuple[str, ...] = (*objective.row_kinds, *SUPERVISED)
+        mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
+        say_all(mixture.notices)
+        names = parse_metrics(metrics, (*objective.score_names, "loss")) if metrics else []
+        opened = open_adapter(adapter, **options)
+        with task("evaluating", len(mixture.samples)):
+            result = evaluate_rewards(
+                opened, objective, mixture.samples, batch_size=batch_size, max_length=most
+            )
+        _show_rewards(result, names)
+    elif task_type in CLASSIFICATION:
         from lorakit.data.labelled import read_labelled
         from lorakit.data.scores import LabelScorer
         from lorakit.data.sources import read_source
@@ -81,14 +102,9 @@ def evaluate(
             result = evaluate_labels(opened, labelled, batch_size=batch_size, max_length=most)
         _show_labels(result, names)
     else:
-        from lorakit.data.formats import SUPERVISED
-        from lorakit.data.mixing import mix
         from lorakit.evaluation.evaluate import evaluate as run
-        from lorakit.objectives.registry import make_objective
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
-        recorded = manifest.recipe.get("objective") if manifest else None
-        objective = make_objective(recorded) if recorded else None
         kinds = objective.row_kinds if objective else SUPERVISED
         mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
         say_all(mixture.notices)
@@ -136,6 +152,20 @@ def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
         for c in result.classes
     ]
     print_table("", ("label", "number", "precision", "recall", "f1"), classes)
+
+
+def _show_rewards(result: "RewardEvaluation", metrics: list[str]) -> None:
+    say_all(result.notices)
+    scores = [
+        (name, f"{score['longer']:.4f}" if "longer" in score else "", f"{score['tuned']:.4f}")
+        for name, score in result.scores.items()
+        if not metrics or name in metrics
+    ]
+    title = f"{result.rows} rows, {result.seconds:.0f} s"
+    print_table(title, ("metric", "longer answer", "tuned"), scores)
+    if result.interval:
+        low, high = result.interval
+        say_all([f"accuracy: 95% interval {low:.4f} to {high:.4f}; 0.5 is chance"])
 
 
 def _mapping(columns: str) -> dict[str, str]:

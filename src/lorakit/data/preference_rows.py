@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 
 from lorakit.data.column_hints import beside, named_for
 from lorakit.data.conversations import (
@@ -44,10 +45,12 @@ class PairSample(Sample):
     Attributes:
         rejected: the same prompt with the rejected answer.
         begin: the messages before this position are the prompt.
+        margin: by how much the chosen answer is better, where the row has that (`margin`).
     """
 
     rejected: Sample = field(kw_only=True)
     begin: int = field(kw_only=True)
+    margin: float | None = field(default=None, kw_only=True)
 
     @property
     def marked(self) -> bool:
@@ -117,7 +120,18 @@ def pair_of(
         unlearned=first.unlearned,
         rejected=second,
         begin=len(first.messages) - len(chosen),
+        margin=_margin(row),
     )
+
+
+def _margin(row: Row) -> float | None:
+    """The number in the optional column `margin`."""
+    value = row.values.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        raise row.error(f"'margin' is {value!r:.40}, expected a number, or leave it out")
+    return float(value)
 
 
 def _check_answer(row: Row, name: str, answer: Sequence[Message]) -> None:
@@ -333,7 +347,8 @@ def _read_openai(row: Row) -> PairSample:
     return pair_of(replace(row, values={"tools": given.get("tools")}), prompt, *answers)
 
 
-_BESIDE = ("system", "history", "tools")
+_BESIDE_TALKS = ("system", "tools", "margin")
+_BESIDE = (*_BESIDE_TALKS, "history")
 
 PAIR_FORMATS = [
     RowFormat(
@@ -344,10 +359,8 @@ PAIR_FORMATS = [
         _proposed,
     ),
     RowFormat(("instruction", "output"), _read_two_outputs, ("input", *_BESIDE), "preference"),
-    RowFormat(("messages", "rejected_response"), _read_swift, ("system", "tools"), "preference"),
-    RowFormat(
-        ("messages", "rejected_messages"), _read_two_talks, ("system", "tools"), "preference"
-    ),
+    RowFormat(("messages", "rejected_response"), _read_swift, _BESIDE_TALKS, "preference"),
+    RowFormat(("messages", "rejected_messages"), _read_two_talks, _BESIDE_TALKS, "preference"),
     RowFormat(
         ("input", "preferred_output", "non_preferred_output"), _read_openai, (), "preference"
     ),

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PairRow(RowGroup):
-    """The chosen and the rejected sequence of a pair, in this order."""
+    """The chosen and the rejected sequence of a pair, in this order.
+
+    `margin` is by how much the chosen one is better, where the row says so.
+    """
+
+    margin: float | None = None
 
     @property
     def supervised(self) -> int:
@@ -51,7 +56,7 @@ def tokenize_pair(
         InputError: the template cannot be masked, or writes both answers in the same way.
     """
     chosen, rejected = (_tokens(part, tokenizer, max_length) for part in sample.parts)
-    row = PairRow.of(chosen, rejected)
+    row = replace(PairRow.of(chosen, rejected), margin=sample.margin)
     if not row.truncated and not row.supervised:
         raise InputError(
             f"{row.where}: the chosen and the rejected answer become the same tokens, so there is "
@@ -66,7 +71,8 @@ def tokenize_judged(
     """A judged answer; of a pair both, the chosen one as desirable and the rejected one not."""
     if isinstance(sample, PairSample):
         pair = tokenize_pair(sample, tokenizer, max_length)
-        return PairRow.of(*(_judged(part, i == 0) for i, part in enumerate(pair.parts)))
+        judged = (_judged(part, i == 0) for i, part in enumerate(pair.parts))
+        return replace(PairRow.of(*judged), margin=pair.margin)
     assert isinstance(sample, JudgedSample)
     return _judged(_tokens(sample, tokenizer, max_length), sample.desirable)
 

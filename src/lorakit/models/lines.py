@@ -99,7 +99,7 @@ def _keeps_rows_apart(base: Any, vocab_size: int) -> bool:
     device = next(base.parameters()).device
     tokens = _tokens(vocab_size)
     row, others = tokens[:7], (tokens[7:12], tokens[12:])
-    alone = base(input_ids=torch.tensor([row], device=device), use_cache=False).logits
+    alone = _of_tokens(base, input_ids=torch.tensor([row], device=device))
     base.set_attn_implementation(NAME)
     if base.config._attn_implementation != NAME:
         raise ValueError("its attention cannot be set")
@@ -117,7 +117,14 @@ def _logits(base: Any, line: Mapping[str, torch.Tensor]) -> torch.Tensor:
     inputs = {name: tensor.to(device) for name, tensor in line.items()}
     # The kernel that a row alone has: in bfloat16 another one rounds otherwise.
     with rows_apart(plain=False):
-        return base(**inputs, use_cache=False).logits
+        return _of_tokens(base, **inputs)
+
+
+def _of_tokens(base: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """The logits of each token; hidden states where a head reads the last token alone."""
+    if hasattr(base, "score"):
+        return base.base_model(**inputs, use_cache=False).last_hidden_state
+    return base(**inputs, use_cache=False).logits
 
 
 def _same(found: torch.Tensor, wanted: torch.Tensor, times: int = 16) -> bool:

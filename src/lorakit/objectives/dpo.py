@@ -75,6 +75,10 @@ class Dpo(PreferencePairs):
 
     name = "dpo"
     Settings = DpoSettings
+    cure_of_falling = (
+        "Add the cross-entropy of chosen answers (objective.loss_type=[sigmoid,sft], TRL's former "
+        "rpo_alpha), lower training.learning_rate, or raise objective.beta."
+    )
 
     def of_answers(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """As in `PreferencePairs`; with `ld_alpha` tokens behind the shorter answer count less."""

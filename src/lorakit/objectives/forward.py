@@ -14,6 +14,7 @@ from lorakit.data.batches import joined_lines
 from lorakit.lora.routing import BASE, Route
 from lorakit.models.loaded import has_dropout
 from lorakit.models.loss import IGNORE, LabelLoss, SupervisedLoss
+from lorakit.models.sequence_scores import SequenceScores
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,9 @@ class Forward:
         smoothing: the share of a target that is spread evenly over all classes.
     """
 
-    def __init__(self, adapted: nn.Module, reader: SupervisedLoss | LabelLoss) -> None:
+    def __init__(
+        self, adapted: nn.Module, reader: SupervisedLoss | LabelLoss | SequenceScores
+    ) -> None:
         self.adapted, self.reader = adapted, reader
         self.module, self.smoothing = adapted, 0.0
 
@@ -83,6 +86,11 @@ class Forward:
                 return self.reader.states(self.module, batch)
         finally:
             self.module.train(training)
+
+    def sequence_scores(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The score of every sequence (sequences,) by a head with one output."""
+        assert isinstance(self.reader, SequenceScores)
+        return self.reader.of_sequences(self.module, batch)
 
     def label_logits(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss of a batch's labels, and their logits (batch, places, classes)."""

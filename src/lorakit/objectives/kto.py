@@ -14,7 +14,7 @@ in the order of the data it is TRL's. Of held-out rows it is the mean over all o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -22,7 +22,15 @@ from pydantic import Field
 from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
 from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
 from lorakit.objectives.objective import Batch, Collate, Loss, Objective, Settings
-from lorakit.objectives.preference import EPOCHS, LEARNING_RATES, SCORES
+from lorakit.objectives.preference import (
+    CURE,
+    EPOCHS,
+    LEARNING_RATES,
+    SAMPLE_TOKENS,
+    SCORES,
+    both_fall,
+    unread_margins,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +75,7 @@ class Kto(Objective):
     Settings = KtoSettings
 
     score_names = (*SCORES, "kl")
+    sample_tokens = SAMPLE_TOKENS
     reference: str = BASE
 
     # --- rows to batches --------------------------------------------------------------------
@@ -86,26 +95,29 @@ class Kto(Objective):
 
         The paper's equation 8 has w_D n_D / (w_U n_U) between 1 and 4/3.
         """
+        unread = unread_margins(rows, self.name)
         labels = [part.desirable for row in rows for part in row.sequences]  # type: ignore[attr-defined]
         good = sum(labels)
         bad, count = len(labels) - good, f"{len(labels):,} answers"
         if not good or not bad:
             only = "desirable" if good else "undesirable"
             return [
+                *unread,
                 f"all {count} are {only}: KTO learns from the contrast of both kinds; add rows of "
-                "the other, or learn desirable answers with objective: sft"
+                "the other, or learn desirable answers with objective: sft",
             ]
         weight = self.settings.desirable_weight / self.settings.undesirable_weight
         if 1 <= round(weight * good / bad, 2) <= 1.34:
-            return []
+            return unread
         return [
+            *unread,
             f"{good:,} of {count} are desirable: KTO's paper has desirable_weight x desirable rows "
             "between 1 and 4/3 of undesirable_weight x undesirable rows, e.g. "
             + (
                 f"objective.desirable_weight={7 / 6 * bad / good:.2g}"  # in the middle
                 if good < bad
                 else f"objective.undesirable_weight={6 / 7 * good / bad:.2g}"
-            )
+            ),
         ]
 
     def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
@@ -202,6 +214,10 @@ class Kto(Objective):
                 found[key] = float(sums[key]) / number if number else 0.0
         found["margin"] = found["rewards/chosen"] - found["rewards/rejected"]
         return {name: found[name] for name in self.score_names}
+
+    def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+        """That desirable and undesirable answers both become less likely."""
+        yield from both_fall(logs, {}, CURE, self.settings.beta)
 
 
 def _mismatched(batch: Batch) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from lorakit.data.too_long import Limit
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.models.load import load_for_task, positions_of
 from lorakit.models.loss import LabelLoss, SupervisedLoss
+from lorakit.models.sequence_scores import SequenceScores
 from lorakit.models.template_files import digest
 from lorakit.objectives.constants import RowConstants
 from lorakit.objectives.forward import Forward, supervised_per_sequence
@@ -181,8 +182,10 @@ class Objective:
         epochs: pairs of a number of rows and the epochs that fewer rows are trained by default;
             for some thousand rows 3 as in Alpaca (Taori et al. 2023).
         shown_metrics: what of `Loss.metrics` is shown beside the loss while training.
+        head: the names of the outputs of a new head, known before rows are read.
         score_names: the held-out scores that `scores` gives.
         lower_is_better: those of them that are better when they are smaller.
+        sample_tokens: the most tokens of the answers that a finished run gives to sample rows.
         labels: the classes, of a classifier that has read its rows.
     """
 
@@ -199,8 +202,10 @@ class Objective:
     shown_metrics: ClassVar[Sequence[str]] = ()
     Settings: ClassVar[type[Settings]] = Settings
 
+    head: ClassVar[Sequence[str]] = ()
     score_names: Sequence[str] = ()
     lower_is_better: Sequence[str] = ()
+    sample_tokens: ClassVar[int] = 96
     labels: Labels | None = None
 
     def __init__(self, **settings: Any) -> None:
@@ -244,6 +249,7 @@ class Objective:
             request.model,
             request.dtype,
             device=request.device,
+            labels=self.head,
             seed=request.seed,
             quantization=request.quantization,
         )
@@ -354,8 +360,10 @@ class Objective:
         """
         return Forward(model, self.reader(model, own_logits))
 
-    def reader(self, model: nn.Module, own_logits: bool) -> SupervisedLoss | LabelLoss:
-        """What takes the cross-entropy of a batch's labels."""
+    def reader(
+        self, model: nn.Module, own_logits: bool
+    ) -> SupervisedLoss | LabelLoss | SequenceScores:
+        """What takes the cross-entropy of a batch's labels, or scores its sequences."""
         return SupervisedLoss(model, own_logits)
 
     def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:

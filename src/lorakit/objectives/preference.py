@@ -10,9 +10,9 @@ of their own, and 6.3 s in each epoch behind 2.6 s once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lorakit.data.preference_tokens import tokenize_pair
 from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
@@ -34,6 +34,9 @@ SCORES = (
 )
 """TRL's `rewards/accuracies`, `rewards/margins` and so on. Of equal rewards, as before the first
 step, half count as right, so that chance has an accuracy of 0.5; with TRL it is 0."""
+
+SAMPLE_TOKENS = 256
+"""Long enough to see whether answers become longer, as they do where data has a length bias."""
 
 LEARNING_RATES = {"small": 5e-5, "medium": 1e-5, "large": 5e-6}
 """By the size of the model. Tens of times below those of supervised fine-tuning: TRL's examples and
@@ -71,12 +74,69 @@ class Pairs:
         return self.policy / self.lengths
 
 
+CURE = "Lower training.learning_rate or raise objective.beta."
+
+FALLEN = 0.05
+"""Answers are said to have become less likely when their log-probability has fallen by more than
+this share of what it was, and by a nat at least."""
+
+
+def both_fall(
+    logs: Mapping[str, float], first: dict[str, float], cure: str, beta: float | None
+) -> Iterator[tuple[str, str, str]]:
+    """A warning when chosen and rejected answers have both become less likely.
+
+    The known failure of losses that look at the margin alone: it grows while probability moves to
+    answers that nobody has judged (Pal et al. 2024, arXiv:2402.13228; Razin et al. 2024,
+    arXiv:2410.08847).
+
+    Args:
+        logs: as `Objective.warnings` has them.
+        first: the first held-out log-probabilities of the run, which are kept here: those of now
+            are compared with them where there is no reference.
+        cure: what to do.
+        beta: a reward is beta times what an answer has gained on the reference, in nats; None
+            where there is no reference.
+    """
+    for prefix, rows in (("", "training"), ("eval_", "held-out")):
+        gains: list[float] = []
+        now = 0.0
+        for kind in ("rejected", "chosen"):
+            if (key := f"{prefix}logps/{kind}") not in logs:
+                break
+            now = logs[key]
+            if beta is not None:
+                gains.append(logs[f"{prefix}rewards/{kind}"] / beta)
+            elif prefix:  # rows of other steps are other rows
+                gains.append(now - first.setdefault(key, now))
+        if len(gains) < 2:
+            continue
+        rejected, chosen = gains
+        if rejected < 0 and chosen < -max(1.0, FALLEN * abs(now - chosen)):
+            yield (
+                "chosen answers become less likely",
+                f"chosen answers of {rows} rows have become less likely, by {-chosen:.1f} nats "
+                f"each, and rejected ones by {-rejected:.1f}: the margin grows as both go down",
+                cure,
+            )
+            return
+
+
+def unread_margins(rows: Sequence[TokenizedRow], name: str) -> list[str]:
+    """A notice of rows with a `margin`, which the objective `name` does not read."""
+    count = sum(getattr(row, "margin", None) is not None for row in rows)
+    if not count:
+        return []
+    return [f"'margin' of {count:,} rows is not used by {name}: objective reward learns by it"]
+
+
 class PreferencePairs(Objective):
     """Pairs of a chosen and a rejected answer.
 
     Attributes:
         reference: the adapter that the policy is compared with, `BASE` for none of them; None for
             an objective without reference.
+        cure_of_falling: what to do where both kinds of answers become less likely.
     """
 
     unit = "pair"
@@ -87,13 +147,29 @@ class PreferencePairs(Objective):
     shown_metrics: ClassVar[Sequence[str]] = ("accuracy", "margin")
 
     score_names = SCORES
+    sample_tokens = SAMPLE_TOKENS
     reference: str | None = BASE
+    cure_of_falling: ClassVar[str] = CURE
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._first: dict[str, float] = {}
 
     def tokenize(
         self, sample: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> TokenizedRow:
         """Both answers behind the same prompt; see `data.preference_tokens`."""
         return tokenize_pair(sample, tokenizer, max_length)
+
+    def with_settings(self, settings: Any) -> Self:
+        """As `Objective.with_settings`; a run of its own remembers nothing of others."""
+        other = super().with_settings(settings)
+        other._first = {}
+        return other
+
+    def notices(self, rows: Sequence[TokenizedRow]) -> list[str]:
+        """That margins of rows are not used."""
+        return unread_margins(rows, self.name)
 
     def count(self, batch: Batch) -> int:
         """The pairs."""
@@ -162,3 +238,8 @@ class PreferencePairs(Objective):
             *policy.sum(0),
         )
         return Loss(total, self.count(batch), dict(zip(SCORES, values, strict=True)))
+
+    def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+        """That chosen and rejected answers both become less likely."""
+        beta = None if self.reference is None else self.settings.beta
+        yield from both_fall(logs, self._first, self.cure_of_falling, beta)

@@ -17,6 +17,7 @@ _BUILT_IN = {
     "simpo": "lorakit.objectives.simpo:Simpo",
     "orpo": "lorakit.objectives.orpo:Orpo",
     "kto": "lorakit.objectives.kto:Kto",
+    "reward": "lorakit.objectives.reward:Reward",
     "classification": "lorakit.objectives.classification:Classification",
     "tagging": "lorakit.objectives.tagging:Tagging",
     "distill": "lorakit.objectives.distill:Distill",
