@@ -43,11 +43,13 @@ class Written:
         text: all of it, without an empty reasoning block that the template writes.
         answer: what is compared with a reference: the text without reasoning at its beginning.
         reasoning: that reasoning, with its marks; mostly nothing.
+        tokens: of all of it, before the end token.
     """
 
     text: str
     answer: str
     reasoning: str = ""
+    tokens: int = 0
 
 
 def answer_samples(
@@ -130,9 +132,14 @@ def _write_targets(
     collate = LabelCollator(int(tokenizer.pad_token_id))
 
     def answers(batch: dict[str, torch.Tensor]) -> list[Written]:
+        import torch
+
         del batch["labels"]
         output = generate(model, settings, **batch)
-        return [Written(t, t) for t in tokenizer.batch_decode(output, skip_special_tokens=True)]
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        special = torch.tensor(tokenizer.all_special_ids, device=output.device)
+        lengths = (~torch.isin(output, special)).sum(1).tolist()
+        return [Written(t, t, tokens=n) for t, n in zip(texts, lengths, strict=True)]
 
     return _in_batches(model, rows, batch_size, on_batch, collate, answers)
 
@@ -161,4 +168,4 @@ def _read(
     text = form.shown(str(tokenizer.decode(own, skip_special_tokens=True)))
     # Some templates mark reasoning with special tokens, which are no part of the text.
     reasoning, answer = form.split(str(tokenizer.decode(own)))
-    return Written(text, answer if reasoning else text, reasoning)
+    return Written(text, answer if reasoning else text, reasoning, len(own))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from statistics import median, median_high
 
+from lorakit.adapters.manifest import Manifest
 from lorakit.adapters.spectrum import Spectrum
+from lorakit.errors import InputError
 from lorakit.report.numbers import count, duration, figures, memory, short_count
 from lorakit.report.read import RunRecord
 
@@ -65,7 +68,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if (m := run.manifest) is not None:
         if m.eval_loss is not None and m.base_eval_loss is not None:
             pair = f"{figures(m.base_eval_loss)} → {figures(m.eval_loss)}"
-            found.append(("Held-out loss", pair, "nats a learned token, base → adapter"))
+            found.append(("Held-out loss", pair, f"nats a {unit(m)}, base → adapter"))
         learned = f"{short_count(m.supervised_tokens)} of them learned"
         found.append(("Tokens", short_count(m.train_tokens), learned))
         rate = f"{count(m.steps)} steps, {count(m.tokens_per_second)} tokens/s"
@@ -75,6 +78,18 @@ def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     where = f"{modules} {'module' if modules == 1 else 'modules'}, r = {ranks(run.spectra)}"
     found.append(("Trained parameters", short_count(run.parameters), where if modules else ""))
     return found
+
+
+def unit(manifest: Manifest | None) -> str:
+    """What the losses of a run are divided by, in words."""
+    objective = manifest.recipe.get("objective") if manifest else None
+    if isinstance(objective, dict):
+        from lorakit.objectives.registry import objective_class
+
+        with suppress(InputError):  # of a package that is not imported here
+            unit = objective_class(str(objective.get("type"))).unit
+            return "learned token" if unit == "supervised token" else unit
+    return "learned token"
 
 
 def ranks(spectra: Sequence[Spectrum]) -> str:

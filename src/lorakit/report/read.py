@@ -37,6 +37,13 @@ Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
 Form = TypeVar("Form")
 
 
+class AnswerFigures(BaseModel):
+    """How many answers of rows are chosen (desirable) and rejected ones."""
+
+    chosen: int
+    rejected: int
+
+
 class RowFigures(BaseModel):
     """Statistics of rows to learn from, or of held-out ones; lengths in tokens."""
 
@@ -48,6 +55,7 @@ class RowFigures(BaseModel):
     empty_answers: int = 0
     lengths: dict[str, FiniteFloat] = {}
     histogram: list[tuple[FiniteFloat, FiniteFloat, int]] = []
+    preferences: AnswerFigures | None = None
 
 
 class TrainingWarning(BaseModel):
@@ -75,12 +83,18 @@ class Turn(BaseModel):
 
 
 class RecordedSample(BaseModel):
-    """One held-out prompt with three answers: the row's, the base's, and the adapter's."""
+    """One held-out prompt with three answers: the row's, the base's, and the adapter's.
+
+    The latter two have so many tokens, of `most_tokens` that they were allowed.
+    """
 
     prompt: list[Turn]
     reference: str = ""
     base: str
     tuned: str
+    base_tokens: int | None = None
+    tuned_tokens: int | None = None
+    most_tokens: int | None = None
 
 
 class _Measured(BaseModel):

@@ -18,6 +18,7 @@ from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
 from lorakit.report.heat_map import LEVELS, heat_maps
 from lorakit.report.page_templates import write_page
+from lorakit.report.preferences import fall_of_both, preference_charts, preference_figures
 from lorakit.report.read import RecordedSample, RunRecord, read_run
 
 REPORT_NAME = "report.html"
@@ -89,8 +90,8 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "base_model": manifest.base_model if manifest else run.config.base_model_name_or_path,
         "run": run,
         "manifest": manifest,
-        "verdict": findings.verdict(run),
-        "key_figures": findings.key_figures(run),
+        "verdict": f"{findings.verdict(run)} {fall_of_both(run)}".strip(),
+        "key_figures": [*findings.key_figures(run), *preference_figures(run)],
         "curves": _curves(run),
         "data": _data(run),
         "change_is_relative": bool(movement),
@@ -120,6 +121,7 @@ def _curves(run: RunRecord) -> list[Chart]:
         line_chart(
             "Loss", [*_with_mean("training", loss), Line("held out", "dots second", held_out)]
         ),
+        *preference_charts(run),
         line_chart("Gradient norm", _with_mean("", run.series("grad_norm"))),
     ]
     for title, name, points, text in (

@@ -14,7 +14,7 @@ import torch
 from lorakit import atomic
 from lorakit.adapters.manifest import SAMPLES_NAME, Manifest
 from lorakit.errors import InputError
-from lorakit.evaluation.answers import answer_samples
+from lorakit.evaluation.answers import Written, answer_samples
 from lorakit.progress import task
 from lorakit.training.machine import peak_memory_mb
 from lorakit.training.output import read_continued
@@ -22,8 +22,6 @@ from lorakit.training.recorder import StepLines
 from lorakit.training.setup import Setup
 from lorakit.training.trainer import LoraTrainer
 from lorakit.version import __version__
-
-LONGEST = 96  # tokens of an answer: enough to see its form
 
 
 def manifest_of(
@@ -91,9 +89,10 @@ def write_samples(folder: Path, setup: Setup) -> list[str]:
     if not chosen:
         return []
 
-    def answers() -> list[str]:
-        written = answer_samples(model, tokenizer, chosen, max_new_tokens=LONGEST)
-        return [one.text for one in written]
+    most = setup.inputs.objective.sample_tokens
+
+    def answers() -> list[Written]:
+        return answer_samples(model, tokenizer, chosen, max_new_tokens=most)
 
     try:
         with task("answering sample rows", 2 * len(chosen)):
@@ -107,8 +106,11 @@ def write_samples(folder: Path, setup: Setup) -> list[str]:
             "where": sample.where,
             "prompt": sample.prompt,
             "reference": sample.reference,
-            "base": before,
-            "tuned": after,
+            "base": before.text,
+            "tuned": after.text,
+            "base_tokens": before.tokens,
+            "tuned_tokens": after.tokens,
+            "most_tokens": most,
         }
         for sample, before, after in zip(chosen, base, tuned, strict=True)
     ]

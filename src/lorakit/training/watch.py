@@ -87,6 +87,8 @@ class Watch(TrainerCallback):
         self._eval_losses = [
             (e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e
         ]
+        for entry in state.log_history:  # an objective compares with the first evaluations
+            self._tell(Warned(entry["step"], *found) for found in self.objective.warnings(entry))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures on the steps that Trainer logs, while the gradients are still there."""
