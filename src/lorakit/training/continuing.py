@@ -59,7 +59,7 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
         """,
     },
     _WITHOUT: {
-        "": "compile samples output_dir",
+        "": "compile samples output_dir eval",
         "lora.": "runtime_config auto_mapping peft_version",
         "training.": """
             eval_on_start per_device_eval_batch_size
@@ -125,7 +125,7 @@ _SPLIT = {"data", "data.train", "data.limit", "data.columns"}
 """What changes which rows are held out, where a share of them is."""
 
 _EVALUATION = _SPLIT | {"data.eval", "data.max_length", "data.too_long", "template"}
-_EVALUATION |= {"training.metric_for_best_model", "training.greater_is_better"}
+_EVALUATION |= {"training.metric_for_best_model", "training.greater_is_better", "eval"}
 """What makes held-out losses before and after incomparable."""
 
 _BATCHES = _SPLIT | {"data.max_length", "data.too_long", "data.padding_free", "data.packing"}

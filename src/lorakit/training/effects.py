@@ -28,6 +28,7 @@ class RecipeSettings(Protocol):
     quantization: Any
     compile: Any
     early_stopping_patience: int | None
+    eval: Any
 
     def make_objective(self) -> Objective: ...
     @property
@@ -80,6 +81,8 @@ def needs_held_out_rows(recipe: RecipeSettings) -> str | None:
         return "training.save_strategy=best"
     if training.lr_scheduler_type in BY_EVALUATIONS:
         return f"training.lr_scheduler_type={training.lr_scheduler_type}"
+    if recipe.eval.generate:
+        return "eval.generate"
     names = ("eval_on_start", "eval_delay", "eval_steps", "load_best_model_at_end")
     return next((f"training.{name}" for name in names if given.get(name)), None)
 
@@ -127,6 +130,8 @@ def _of_evaluation(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[st
             "early_stopping_patience goes by the held-out loss: "
             "leave data.eval above 0 and training.eval_strategy on"
         )
+    if recipe.eval.generate and strategy == "no":
+        yield "eval.generate has no effect with training.eval_strategy=no: leave one of them out"
     if recipe.data.eval == 0 and (name := needs_held_out_rows(recipe)):
         yield f"{name} needs held-out rows: leave data.eval above 0, or leave it out"
     if given.get("eval_steps") and strategy != "steps":

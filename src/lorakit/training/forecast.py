@@ -43,6 +43,7 @@ class Forecast:
         longest_tokens: of the largest batch, which was trained too.
         peak_memory_mb: of the process, or on the GPU.
         memory_mb: what the machine, the container or the GPU has.
+        generates: evaluations generate answers, whose time is not in it.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Forecast:
     longest_tokens: int
     peak_memory_mb: float
     memory_mb: float
+    generates: bool = False
 
     @property
     def line(self) -> str:
@@ -66,6 +68,7 @@ class Forecast:
             f"{_duration(self.seconds)} ± {_duration(self.error)} (done at {done}), peak memory "
             f"{self.peak_memory_mb / 1e3:.1f} of {self.memory_mb / 1e3:.0f} GB"
             + (f", which is tight: {LESS_MEMORY}" if tight else "")
+            + ("; the answers of eval.generate take more" if self.generates else "")
         )
 
 
@@ -103,6 +106,7 @@ def forecast(trainer: LoraTrainer) -> Forecast:
         longest_tokens=longest,
         peak_memory_mb=peak_memory_mb(),
         memory_mb=memory_mb(),
+        generates=trainer.answers is not None,
     )
 
 

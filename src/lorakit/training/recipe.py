@@ -34,6 +34,7 @@ from lorakit.models.quantization.settings import Quantization, as_quantization
 from lorakit.objectives.registry import default_objective, make_objective
 from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.effects import check_recipe
+from lorakit.training.evaluation_recipe import EvaluationRecipe, GenerateSettings
 from lorakit.training.recipe_errors import SECTIONS, in_one_line, key_hint, shown
 from lorakit.training.yaml_file import parse_yaml, read_yaml
 
@@ -198,9 +199,17 @@ class Recipe(_Strict):
     objective: dict[str, Any] | None = None
     lora: dict[str, Any] = {}
     training: TrainingRecipe = TrainingRecipe()
+    eval: EvaluationRecipe = EvaluationRecipe()
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     samples: Annotated[int, Field(ge=0)] = 3
     output_dir: Name
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _no_rows(cls, value: Any) -> Any:
+        if not isinstance(value, (Mapping, EvaluationRecipe)):
+            raise ValueError("eval: use data.eval for held-out rows; eval.generate scores answers")
+        return value
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -291,8 +300,11 @@ class Recipe(_Strict):
                 _check_argument(f"lora.{name}", value, types[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, defaults included, as plain JSON types; without an objective not given."""
-        return self.model_dump(mode="json", exclude=None if self.objective else {"objective"})
+        """All values, defaults included, as plain JSON types; without an objective not given, and
+        without `eval` where there is nothing beside the held-out loss.
+        """
+        given = {"objective": self.objective, "eval": self.eval.generate}
+        return self.model_dump(mode="json", exclude={k for k, v in given.items() if v is None})
 
 
 SECTIONS.update(
@@ -300,6 +312,8 @@ SECTIONS.update(
         "": frozenset(Recipe.model_fields),
         "training.": frozenset(TrainingRecipe.model_fields),
         "data.": frozenset(DataRecipe.model_fields),
+        "eval.": frozenset(EvaluationRecipe.model_fields),
+        "eval.generate.": frozenset(GenerateSettings.model_fields),
     }
 )
 

@@ -39,6 +39,7 @@ from lorakit.training.effects import (
     needs_held_out_rows,
     of_several_processes,
 )
+from lorakit.training.generation import HeldOutAnswers, held_out_answers
 from lorakit.training.machine import settle_in
 from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe, TrainingRecipe
@@ -63,6 +64,7 @@ class Setup:
         inputs: what the objective has read and loaded.
         base_fingerprint: of the base model's weights.
         notices: lines for the user.
+        answers: what evaluations generate (`eval.generate`), if anything.
     """
 
     recipe: Recipe
@@ -76,6 +78,7 @@ class Setup:
     compiled: bool
     base_fingerprint: str | None
     notices: list[str]
+    answers: HeldOutAnswers | None = None
 
     @property
     def data_facts(self) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ class Setup:
             inputs.objective,
             self.recipe.training.loraplus_lr_ratio,
         )
-        trainer.templates = inputs.templates
+        trainer.templates, trainer.answers = inputs.templates, self.answers
         return trainer
 
     @contextmanager
@@ -144,7 +147,15 @@ def set_up(
             "training.label_smoothing_factor has no effect with objective "
             f"{inputs.objective.name}: leave it out"
         )
-    check_metric(arguments, ["loss", *inputs.objective.score_names])
+    answers = None
+    if (generate := recipe.eval.generate) is not None:
+        if spread:
+            raise InputError("eval.generate needs all weights in one process: leave fsdp out")
+        answers = held_out_answers(
+            generate, inputs.objective, data.eval_samples, adapted, tokenizer
+        )
+    more = answers.names if answers else []
+    check_metric(arguments, ["loss", *inputs.objective.score_names, *more])
     check_fsdp(arguments, inputs.lora_config(recipe))
     batching, notices = choose_batching(
         recipe, Lines(adapted), tokenizer.pad_token_id, inputs.collator
@@ -179,6 +190,7 @@ def set_up(
         compiled=compiled,
         base_fingerprint=base_fingerprint,
         notices=[*data.notices, *notices],
+        answers=answers,
     )
 
 

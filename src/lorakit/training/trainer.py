@@ -36,6 +36,7 @@ from lorakit.objectives.objective import Batch, Objective, added, as_tensors, wi
 from lorakit.progress import track
 from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
+from lorakit.training.generation import HeldOutAnswers
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
 from lorakit.training.position import place_at, planned_steps, steps_per_epoch
@@ -64,6 +65,7 @@ class LoraTrainer(Trainer):
         interrupt: what processes agree on stopping by; None to ignore signals.
         forget_evaluations: evaluations of the run so far cannot be compared with those to come.
         say: shows a line to the user.
+        answers: held-out prompts that each evaluation answers.
     """
 
     control: TrainerControl
@@ -92,6 +94,7 @@ class LoraTrainer(Trainer):
         self.say: Callable[[str], None] = lambda line: None
         self._resumed_from: Path | None = None
         self.templates: Templates | None = None  # saved with every checkpoint
+        self.answers: HeldOutAnswers | None = None
         # Trainer would make a smoother of its own, which the loss here has no use for.
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         try:
@@ -207,7 +210,9 @@ class LoraTrainer(Trainer):
 
     @torch.no_grad()
     def held_out_scores(self) -> dict[str, float]:
-        """The held-out rows' `loss` per supervised token (or the objective's unit), and scores."""
+        """The held-out rows' `loss` per supervised token (or the objective's unit), and scores,
+        those of answers too where some are generated.
+        """
         self.model.eval()
         self._averaged()
         before: dict[str, torch.Tensor] = {}
@@ -217,7 +222,11 @@ class LoraTrainer(Trainer):
         def loss(forward: Forward, batch: Batch) -> Mapping[str, torch.Tensor]:
             return self.objective.loss(forward, with_sums(batch, before)).sums()
 
-        return self.objective.held_out(self._over_held_out(loss))
+        found = self.objective.held_out(self._over_held_out(loss))
+        if self.answers is not None:
+            place = self.args.process_index, self.args.world_size
+            found |= self.answers.scores(self._lora_model(), *place)
+        return found
 
     def _over_held_out(
         self, measure: Callable[[Forward, Batch], Mapping[str, torch.Tensor]]

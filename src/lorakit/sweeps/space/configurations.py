@@ -45,6 +45,7 @@ _FIXED = {
     "samples": "changes nothing of the adapter",
     "output_dir": "is the sweep's folder",
     "early_stopping_patience": "is lorakit train's: a sweep stops what loses by itself",
+    "eval": "is lorakit train's: a sweep scores answers of finished runs by sweep.objective",
     "training.load_best_model_at_end": "is lorakit train's: a sweep compares what training ends in",
     "training.save_only_model": "is lorakit train's: a sweep is resumed from its checkpoints",
 }
@@ -73,6 +74,8 @@ def check_keys(recipe: Recipe, keys: Sequence[str]) -> None:
                 raise InputError(f"--over {key}: it {why}; leave it out")
     if recipe.early_stopping_patience:
         raise InputError(f"early_stopping_patience {_FIXED['early_stopping_patience']}; remove it")
+    if recipe.eval.generate:
+        raise InputError(f"eval.generate {_FIXED['eval']}; remove it")
     for key in ("load_best_model_at_end", "save_only_model"):
         if (recipe.training.model_extra or {}).get(key):
             name = f"training.{key}"
