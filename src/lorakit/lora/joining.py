@@ -123,7 +123,7 @@ def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> WrappedMo
         return wrap_parameter(model, path, part.parameter, routing)
     if kind is ModulesToSaveWrapper:
         return wrap_whole(model, path, routing)
-    if kind is TrainedTokens:
+    if issubclass(kind, TrainedTokens):
         return wrap_tokens(model, path, routing)
     if not part.tied_to:
         return wrap_layer(model, path, routing)

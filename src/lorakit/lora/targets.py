@@ -173,15 +173,20 @@ def resolve_parameters(model: nn.Module, config: LoraConfig) -> list[tuple[str, 
 
 
 def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
-    """The token numbers of `trainable_token_indices` by their embedding's path.
+    """The token numbers of `trainable_token_indices` by the path of their embedding or head.
 
     Raises:
-        InputError: a name matches no embedding.
+        InputError: a name matches neither.
     """
     wanted = config.trainable_token_indices
     if not wanted:
         return {}
-    embeddings = {n: m for n, m in base_modules(model) if isinstance(unwrapped(m), nn.Embedding)}
+    head = output_head(model)
+    embeddings = {
+        n: m
+        for n, m in base_modules(model)
+        if isinstance(unwrapped(m), nn.Embedding) or (m is head and isinstance(wanted, dict))
+    }
     if isinstance(wanted, list):
         first, read = next(iter(embeddings), "none"), input_embedding(model)
         own = next((name for name, m in embeddings.items() if m is read), first)

@@ -17,6 +17,7 @@ from lorakit.lora.layers import (
     LoraLinear,
     LoraParameter,
     ModulesToSaveWrapper,
+    TrainedHead,
     TrainedTokens,
     WrappedModule,
     layer_class,
@@ -217,9 +218,11 @@ def wrap_parameter(model: nn.Module, path: str, parameter: str, routing: Routing
 
 
 def wrap_tokens(model: nn.Module, path: str, routing: Routing) -> TrainedTokens:
-    """The embedding at `path` for trained rows; what is tied to it is wrapped to follow it."""
+    """The embedding or head at `path` for trained rows; what is tied to it follows it."""
     tied = tied_modules(model, path)
-    embedding = wrap(model, path, TrainedTokens.nesting, partial(TrainedTokens, routing=routing))
+    is_head = isinstance(unwrapped(model.get_submodule(path)), nn.Linear)
+    kind = TrainedHead if is_head else TrainedTokens
+    embedding = wrap(model, path, TrainedTokens.nesting, partial(kind, routing=routing))
     for one in tied:
         wrap(model, one, TrainedTokens.nesting, embedding.tie)
     return embedding

@@ -15,7 +15,7 @@ from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.quantized import LoraQuantizedLinear
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
 from lorakit.lora.layers.tied import LoraTiedEmbedding, LoraTiedHead
-from lorakit.lora.layers.tokens import TiedModule, TrainedTokens
+from lorakit.lora.layers.tokens import TiedModule, TrainedHead, TrainedTokens
 from lorakit.lora.layers.wrapped import WrappedModule, unwrapped
 from lorakit.weight_formats import is_quantized
 
@@ -32,6 +32,7 @@ __all__ = [
     "Mergeable",
     "ModulesToSaveWrapper",
     "TiedModule",
+    "TrainedHead",
     "TrainedTokens",
     "WrappedModule",
     "layer_class",

@@ -1,7 +1,7 @@
 """Single rows of an embedding that are trained: `trainable_token_indices`.
 
 New tokens are taught without a copy of the whole embedding; modules that are tied to it, a head or
-the embeddings of an encoder and a decoder, follow it.
+the embeddings of an encoder and a decoder, follow it. A head that is not has rows of its own.
 """
 
 from collections.abc import Sequence
@@ -121,6 +121,21 @@ class TrainedTokens(WrappedModule):
         rows = rows if scale is None else rows * torch.as_tensor(scale).to(rows)
         return torch.where(slot[..., None] >= 0, rows.to(y.dtype)[slot.clamp(min=0)], y)
 
+    def logits(self, x: torch.Tensor, y: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        """Logits of `head` for `x` (batch, n, dim), `y`, with those of trained tokens in them."""
+        if not (names := self.serving()):
+            return y
+        rows, slots = self._slots(names, x)
+        new = F.linear(x, rows.to(x.dtype))
+        if (bias := getattr(head, "bias", None)) is not None:
+            tokens = [t for name in names for t in self.token_indices[name]]
+            new = new + bias[tokens]
+        if slots.dim() == 2:
+            slots = slots.view(slots.shape[0], *[1] * (y.dim() - 2), slots.shape[1]).expand_as(y)
+        else:
+            slots = slots.expand_as(y)
+        return torch.where(slots >= 0, new.gather(-1, slots.clamp(min=0)), y)
+
     def serving(self) -> list[str]:
         """The adapters on the route that have rows here and are not merged.
 
@@ -166,6 +181,14 @@ class TrainedTokens(WrappedModule):
         return rows, tables[route.row_index(x, names)]
 
 
+class TrainedHead(TrainedTokens):
+    """A head with a weight of its own, in which the rows of some tokens are trained."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Logits of `x` (batch, n, dim); those of trained tokens come from the trained rows."""
+        return self.logits(x, self.base_layer(x, *args, **kwargs), self.get_base_layer())
+
+
 class TiedModule(WrappedModule):
     """A module whose weight is a `TrainedTokens` embedding's, and that follows its rows.
 
@@ -204,17 +227,4 @@ class TiedHead(TiedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of `x` (batch, n, dim); those of trained tokens come from the trained rows."""
-        y = self.base_layer(x)
-        embedding = self.embedding
-        if not (names := embedding.serving()):
-            return y
-        rows, slots = embedding._slots(names, x)
-        new = F.linear(x, rows.to(x.dtype))
-        if (bias := getattr(self.base_layer, "bias", None)) is not None:
-            tokens = [t for name in names for t in embedding.token_indices[name]]
-            new = new + bias[tokens]
-        if slots.dim() == 2:
-            slots = slots.view(slots.shape[0], *[1] * (y.dim() - 2), slots.shape[1]).expand_as(y)
-        else:
-            slots = slots.expand_as(y)
-        return torch.where(slots >= 0, new.gather(-1, slots.clamp(min=0)), y)
+        return self.embedding.logits(x, self.base_layer(x), self.base_layer)
