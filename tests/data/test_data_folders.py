@@ -19,7 +19,7 @@ from lorakit.data.formats import to_sample
 from lorakit.data.sources import file_sha256, read_rows, read_source
 from lorakit.errors import InputError
 from lorakit.objectives.classification import labelled_samples
-from lorakit.objectives.objective import RunRequest
+from lorakit.objectives.run_request import RunRequest
 from tiny import byte_tokenizer
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

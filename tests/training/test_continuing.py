@@ -90,7 +90,7 @@ def test_every_recipe_key_is_placed_and_nothing_else_is():
         *(f"training.{name}" for name in {*TrainingRecipe.model_fields, *(honoured & installed)}),
     }
     assert not keys - set(CHANGES)
-    beside = {"data", "base", "template", "processes"}
+    beside = {"data", "base", "template", "processes", "parent"}
     older = {f"training.{name}" for name in honoured - installed}
     assert not set(CHANGES) - keys - beside - older
     assert change_of("training.newer_than_this").effect == "refused"
@@ -140,7 +140,14 @@ USUAL = (
 
 SHOWN_ELSEWHERE = {
     # by other tests of this file, or of test_moved_runs.py
-    *("data", "data.eval", "data.too_long", "template", "training.load_best_model_at_end"),
+    *(
+        "data",
+        "data.eval",
+        "data.too_long",
+        "template",
+        "chat_template",
+        "training.load_best_model_at_end",
+    ),
     # which weights are left: see test_run.py and test_interrupt.py
     *("early_stopping_patience", "training.metric_for_best_model", "training.greater_is_better"),
     *("training.eval_strategy", "training.eval_steps", "training.eval_delay"),

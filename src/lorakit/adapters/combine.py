@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
+from lorakit.adapters.lineage import require_complete
 from lorakit.adapters.manifest import Derivation
 from lorakit.adapters.updates import AdapterUpdates, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
@@ -83,6 +84,8 @@ def combine(
         LorakitError: the folder cannot be written.
     """
     _check(adapters, weights, method, rank, density, seed)
+    for folder in adapters:
+        require_complete(folder, adapters, "combined")
     files = [read_updates(folder) for folder in adapters]
     notices: list[str] = []
     _require_combinable(files)

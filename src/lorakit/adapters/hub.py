@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorakit import atomic
 from lorakit.adapters.adapter_tokenizer import TOKENIZER_FILES
+from lorakit.adapters.lineage import require_complete
 from lorakit.adapters.manifest import MANIFEST_NAME, read_manifest
 from lorakit.errors import InputError, LorakitError, first_line
 from lorakit.folder_lock import reserves
@@ -54,6 +55,7 @@ def selection(adapter: str | Path, with_record: bool = False) -> Selection:
     """
     folder = Path(adapter)
     config, tensors = read_adapter(folder)
+    require_complete(folder, verb="uploaded")
     if not (folder / WEIGHTS_NAME).is_file():
         raise InputError(
             f"{folder} holds its weights as a pickle, which is not uploaded: write its "

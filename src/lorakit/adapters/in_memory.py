@@ -47,6 +47,7 @@ def open_all(
         dtype=exact,
         quantization=job.quantization or UNQUANTIZED,
         dequantize=True,
+        alone=True,
         tell=tell,
     )
     names = add_others(opened.model, job.adapters, job.weights, opened.added_tokens)

@@ -17,6 +17,7 @@ from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin
 from lorakit.adapters.layout_names import require_fit
+from lorakit.adapters.lineage import chain, standing_on
 from lorakit.adapters.manifest import Derivation, Manifest, read_record
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterUpdates, Skipped, read_updates
@@ -90,13 +91,24 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """An adapter that another one came from: `mode` says how, `state` what became of it."""
+
+    path: str
+    mode: str
+    sha256: str
+    state: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What is known of an adapter.
 
     `parameters` are all in its file (copies of base weights are not counted), `bytes` the size of
     the weights' file; `run` are the main facts of the training run or of what it was made of.
     `chat_template` is the SHA-256 of the chat template that it is asked with, None where its
-    folder does not say; `notices` tell where its base has another one now.
+    folder does not say; `notices` tell where its base has another one now. `parents` are the
+    adapters that it came from, the nearest first, `stands_on` the frozen ones that it is added to.
     """
 
     folder: str
@@ -119,6 +131,8 @@ class Inspection:
     whole: list[WholeTensor]
     skipped: list[Skipped]
     run: dict[str, Any]
+    parents: tuple[Parent, ...] = ()
+    stands_on: tuple[str, ...] = ()
     chat_template: str | None = None
     notices: tuple[str, ...] = ()
     fit: Fit | None = None
@@ -167,6 +181,10 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
         ],
         skipped=skipped,
         run=_facts(file.folder),
+        parents=tuple(
+            Parent(one.path, one.mode, one.sha256, state) for one, state in chain(file.folder)
+        ),
+        stands_on=tuple(one.path for one in standing_on(file.folder)),
         chat_template=adapter_template(file.folder).digest,
         notices=(notice,) if notice else (),
         fit=fit(folder, base) if base else None,

@@ -21,6 +21,7 @@ from lorakit.adapters.adapter_tokenizer import (
     own_tokenizer,
 )
 from lorakit.adapters.chat_template import adapter_template, common_template
+from lorakit.adapters.lineage import digest, frozen_below
 from lorakit.adapters.open import chosen_quantization
 from lorakit.adapters.verify import Survival
 from lorakit.errors import InputError
@@ -94,6 +95,12 @@ def prepare(
     adapters = [read_files(folder, base) for folder in folders]
     numbers = [1.0] * len(adapters) if weights is None else list(weights)
     _check_weights(adapters, numbers)
+    for folder in list(folders):  # what each stands on is added whole, once
+        for place in frozen_below(folder):
+            if digest(place) not in map(digest, folders):
+                folders.append(place)
+                adapters.append(read_files(place, base or adapters[0].base_model))
+                numbers.append(1.0)
     first = adapters[0]
     for other in adapters[1:]:
         if first.base_model != other.base_model:

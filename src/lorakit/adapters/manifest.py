@@ -4,6 +4,8 @@ A training run leaves a `Manifest`, a verb that makes an adapter out of others o
 `Derivation`. Other tools ignore it; lorakit's verbs need only the adapter's path because of it.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,27 @@ MONITOR_NAME = "monitor.jsonl"
 SAMPLES_NAME = "samples.json"
 
 
+class SourceRecord(BaseModel):
+    """What an adapter was made of: where it lay, and the SHA-256 of its weights' file or files."""
+
+    path: str
+    sha256: str | None = None
+
+
+class FrozenRecord(BaseModel):
+    """A frozen adapter that another one is added to; `sha256` is `lineage.digest` of its files."""
+
+    path: str
+    sha256: str
+
+
+class ParentRecord(FrozenRecord):
+    """The adapter that a run started from, how, and the one that this one had started from."""
+
+    mode: Literal["continue", "freeze"]
+    parent: ParentRecord | None = None
+
+
 class Manifest(BaseModel):
     """The record of one training run.
 
@@ -35,6 +58,8 @@ class Manifest(BaseModel):
     `counts`), and scores (accuracy, macro F1): its own, and those of the untrained head.
     `template_sha256` is the digest of the chat templates that rows were rendered with, None where
     no row was a conversation; `template_time` the local time that they wrote into rows, if any.
+    `parent` is the adapter that the run started from, `stands_on` the frozen ones that its own is
+    added to, and `start_eval_loss` and `start_eval_scores` are those of the start.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -64,16 +89,13 @@ class Manifest(BaseModel):
     base_eval_loss: float | None
     eval_scores: dict[str, float] | None = None
     base_eval_scores: dict[str, float] | None = None
+    start_eval_loss: float | None = None
+    start_eval_scores: dict[str, float] | None = None
+    parent: ParentRecord | None = None
+    stands_on: list[FrozenRecord] = []
     labels: dict[str, Any] | None = None
     versions: dict[str, str]
     seed: int
-
-
-class SourceRecord(BaseModel):
-    """What an adapter was made of: where it lay, and the SHA-256 of its weights' file or files."""
-
-    path: str
-    sha256: str | None = None
 
 
 class Derivation(BaseModel):

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.adapters.adapter_files import read_files
+from lorakit.adapters.adapter_files import AdapterFiles, read_files
 from lorakit.adapters.adapter_tokenizer import own_tokenizer
 from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import other_weights
+from lorakit.adapters.lineage import frozen_below
 from lorakit.adapters.manifest import Manifest, read_manifest
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
+from lorakit.lora.routing import FROZEN
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_for_task, torch_dtype
@@ -53,6 +55,7 @@ def open_adapter(
     dtype: str | torch.dtype | None = None,
     quantization: str | Mapping[str, Any] | Quantization | None = None,
     dequantize: bool = False,
+    alone: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> OpenAdapter:
     """Loads the adapter in `folder` and the base model that it was trained on.
@@ -63,6 +66,7 @@ def open_adapter(
         quantization: as in `load_model`; `none` is a base that is not quantised, and None the base
             as the adapter was trained on it.
         dequantize: a quantised base is unpacked into plain weights of this dtype.
+        alone: leave out the frozen adapters that it is added to.
         tell: receives the notices on base and adapter; None makes warnings of them.
 
     Raises:
@@ -85,16 +89,47 @@ def open_adapter(
         model = dequantized_model(model, torch_dtype(dtype, str(model.device)))
     if files.record and own and files.record.base_fingerprint not in (None, own):
         notices.append(other_weights(folder, name))
-    added = add_rows(model, files)
-    present: Any = tokenizer.chat_template
-    tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
-    other_template = use_template(tokenizer, folder, name, present)
+    tokenizer, added, other_template = fit_base(model, tokenizer, files)
     if other_template and files.task_type == "CAUSAL_LM":
         notices.append(other_template)
     for notice in notices:
         warnings.warn(notice, stacklevel=2) if tell is None else tell(notice)
-    adapted = LoraModel.from_pretrained(model, folder).eval()
+    put_on = LoraModel.from_pretrained if alone else with_frozen
+    adapted = put_on(model, files.folder).eval()
     return OpenAdapter(adapted, tokenizer, name, manifest, files.task_type, files.labels, added)
+
+
+def with_frozen(model: Any, folder: Path) -> LoraModel:
+    """`model` with the adapter in `folder`, and with the frozen ones that it is added to.
+
+    Raises:
+        InputError: one of them does not fit, is missing, or has changed.
+    """
+    below = frozen_below(folder)
+    if not below:
+        return LoraModel.from_pretrained(model, folder)
+    # The lowest first: where it brings rows of new tokens, these are the base's of all.
+    names = [f"{FROZEN}{i}" for i in range(len(below))]
+    adapted = LoraModel.from_pretrained(model, below[-1], names[-1])
+    for name, other in [*zip(names, below, strict=True)][-2::-1]:
+        adapted.load_adapter(other, name)
+    adapted.load_adapter(folder, "default")
+    adapted.set_adapter(["default", *names], inference_mode=True)
+    return adapted
+
+
+def fit_base(model: Any, tokenizer: Any, files: AdapterFiles) -> tuple[Any, int, str]:
+    """Gives a base model the tokens that an adapter is for, and takes over its chat template.
+
+    Args:
+        model, tokenizer: the base's own; the model is not wrapped yet.
+
+    Returns: the tokenizer that the adapter is asked with, how many tokens are new, and a notice
+        where its chat template is not the base's, or "".
+    """
+    added, present = add_rows(model, files), tokenizer.chat_template
+    tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
+    return tokenizer, added, use_template(tokenizer, files.folder, files.base_model, present)
 
 
 def chosen_quantization(

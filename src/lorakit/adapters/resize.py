@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
+from lorakit.adapters.lineage import require_complete
 from lorakit.adapters.manifest import Derivation
 from lorakit.adapters.spectrum import spectrum
 from lorakit.adapters.updates import COPY, read_updates
@@ -55,6 +56,7 @@ def resize(
         LorakitError: the folder cannot be written.
     """
     check_size(rank, energy)
+    require_complete(adapter, verb="resized")
     file = read_updates(adapter)
     if file.config.target_parameters:
         raise InputError(

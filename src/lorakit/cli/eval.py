@@ -103,6 +103,7 @@ def evaluate(
         _show_labels(result, names)
     else:
         from lorakit.evaluation.evaluate import evaluate as run
+        from lorakit.training.stages import compare_with_start
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
         kinds = objective.row_kinds if objective else SUPERVISED
@@ -110,6 +111,8 @@ def evaluate(
         say_all(mixture.notices)
         samples = mixture.samples
         opened = open_adapter(adapter, **options)
+        if objective and (notice := compare_with_start(opened.model, adapter, objective)):
+            say_all([notice])
         with task("evaluating") as work:
             result = run(
                 opened.model,

@@ -45,6 +45,9 @@ def _show(found: Inspection, every_module: bool) -> None:
     if found.run:
         facts = ", ".join(f"{key} {_short(value)}" for key, value in found.run.items())
         say(f"{'record:':<12} {facts}")
+    for parent in found.parents:
+        how = {"continue": "continues", "freeze": "on top of"}[parent.mode]
+        say(f"{how + ':':<12} {parent.path} (sha256 {parent.sha256[:12]}, {parent.state})")
     _show_modules(found, every_module)
     for whole in found.whole[:20]:
         size = " × ".join(map(str, whole.shape))

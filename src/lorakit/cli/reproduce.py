@@ -1,12 +1,15 @@
 """`lorakit reproduce`: a recorded run again, beside the first."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.console import say
 from lorakit.folder_name import folder_name
+
+if TYPE_CHECKING:
+    from lorakit.training.reproduce import Reproduction
 
 
 def reproduce(
@@ -21,6 +24,10 @@ def reproduce(
         list[str] | None,
         typer.Option(help="The data's path, if it has moved; once for each source."),
     ] = None,
+    chain: Annotated[
+        bool,
+        typer.Option("--chain", help="First repeat the runs of the adapters that it came from."),
+    ] = False,
 ) -> None:
     """Repeat an adapter's recorded run, and compare the two.
 
@@ -28,14 +35,25 @@ def reproduce(
     """
     from lorakit.training.machine import is_main_process
     from lorakit.training.reproduce import reproduce as run
+    from lorakit.training.reproduce import reproduce_chain
 
     folder = (
         output_dir
         or (adapter.parent if adapter.name else Path("..")) / f"{folder_name(adapter)}-again"
     )
-    result = run(adapter, folder, model=model, data=data or ())
-    if not is_main_process():
-        return
+    options: dict[str, Any] = {"model": model, "data": data or ()}
+    if chain:
+        found = reproduce_chain(adapter, folder, **options)
+    else:
+        found = [(folder, run(adapter, folder, **options))]
+    if is_main_process():
+        for place, result in found:
+            _show(place, result)
+        if not all(result.reproduced for _, result in found):
+            raise typer.Exit(1)
+
+
+def _show(folder: Path, result: "Reproduction") -> None:
     for line in result.changed:
         say(f"changed: {line}")
     for name, (before, after) in result.losses.items():
@@ -48,5 +66,3 @@ def reproduce(
             f"{verdict if result.reproduced else 'not reproduced'}: the adapters differ by up to "
             f"{result.largest_difference:.2g}: {folder}"
         )
-    if not result.reproduced:
-        raise typer.Exit(1)

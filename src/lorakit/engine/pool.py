@@ -24,6 +24,7 @@ from torch import nn
 from lorakit.adapters.adapter_tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import origin, other_weights
+from lorakit.adapters.lineage import standing_on
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
@@ -284,6 +285,8 @@ class AdapterPool:
         require_text(folder, config)
         if reason := why_not_beside(config):
             raise AloneError(folder, reason)
+        if below := standing_on(folder):
+            raise AloneError(folder, f"is added to the frozen adapter {below[0].path}")
         base = structure_of(self._model)
         try:
             config, found, initial = fitted(base, config, tensors, read_initial(folder), folder)

@@ -23,6 +23,7 @@ from lorakit.evaluation.held_out import held_out_scores, rows_of
 from lorakit.evaluation.metrics import METRICS, check_metrics
 from lorakit.models.load import most_tokens, positions_of
 from lorakit.models.loaded import base_model
+from lorakit.objectives.forward import bare
 from lorakit.objectives.registry import default_objective
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def evaluate(
         return written, scores
 
     tuned_answers, tuned_scores = score()
-    with model.disable_adapter():
+    with bare(model, learned_by.reference):
         base_answers, base_scores = score()
     return Evaluation(
         rows=len(samples),

@@ -22,6 +22,9 @@ from lorakit.lora.streams import Stream
 BASE = "__base__"
 """The name that stands for "no adapter" in a list of names, one a row (PEFT's word)."""
 
+FROZEN = "frozen"
+"""Begins the names of frozen adapters that others are added to."""
+
 
 class RoutePart(NamedTuple):
     """Neighbouring positions of a layer's input that have one adapter.

@@ -188,6 +188,7 @@ def load_adapter(
     low_cpu_mem_usage: bool = False,
     key_mapping: Mapping[str, str] | None = None,
     *,
+    config: LoraConfig | None = None,
     subfolder: str | None = None,
     ignore_mismatched_sizes: bool = False,
     **hub: Any,
@@ -200,7 +201,7 @@ def load_adapter(
     """
     refuse_offload(ephemeral_gpu_offload)
     folder = locate(model_id, subfolder, **hub_arguments(self.load_adapter, hub))
-    config, tensors, initial = _read(self.get_base_model(), folder, key_mapping)
+    config, tensors, initial = _read(self.get_base_model(), folder, key_mapping, config)
     self._add(adapter_name, config, autocast_adapter_dtype, ignore_mismatched_sizes)
     try:
         _fill(self, adapter_name, tensors, initial, folder, ignore_mismatched_sizes)

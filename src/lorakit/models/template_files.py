@@ -67,6 +67,19 @@ def read_templates(folder: str | Path) -> Templates | None:
     return found[DEFAULT] if found.keys() == {DEFAULT} else found or None
 
 
+def template_in(path: str | Path) -> Templates:
+    """The chat template in a file, or those in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    found = read_templates(path) if path.is_dir() else _text(path)
+    if not found or (isinstance(found, str) and not found.strip()):
+        raise InputError(f"chat_template: {path} holds no chat template: give a .jinja file")
+    return found
+
+
 def write_templates(folder: str | Path, templates: Templates) -> None:
     """Makes `templates` the only ones in a folder, of its tokenizer and its processor."""
     folder = Path(folder)

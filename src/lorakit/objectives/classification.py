@@ -27,15 +27,16 @@ from lorakit.data.sources import read_source
 from lorakit.data.splits import HELD_OUT, LEARNED
 from lorakit.data.too_long import Limit, fit
 from lorakit.errors import InputError, listed
-from lorakit.models.load import load_for_task, positions_of
+from lorakit.models.load import positions_of
 from lorakit.models.loss import IGNORE, LabelLoss
-from lorakit.objectives.objective import Batch, Loss, Objective, RunRequest, TrainingInputs
+from lorakit.objectives.objective import Batch, Loss, Objective, TrainingInputs
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.objectives.forward import Forward
+    from lorakit.objectives.run_request import RunRequest
 
 
 class Classification(Objective):
@@ -61,15 +62,9 @@ class Classification(Objective):
         train, held, facts, notices = labelled_samples(request, self.task_type)
         labels = collect_labels(train, held)
         notices += notice_labels(labels, len(train))
-        loaded = load_for_task(
-            self.task_type,
-            request.model,
-            request.dtype,
-            device=request.device,
-            labels=labels.names,
-            seed=request.seed,
-            quantization=request.quantization,
-        )
+        base = request.load(self.task_type, labels.names)
+        loaded = base.loaded
+        notices += base.notices
         notices.append(
             f"trained whole and saved with the adapter: {listed(loaded.new_modules)} "
             f"({self.task_type})"
@@ -96,7 +91,18 @@ class Classification(Objective):
         self.labels, self.scorer = labels, LabelScorer(labels.names, words=self.words)
         self.score_names = self.scorer.metrics
         collator = self.collator(tokenizer)
-        return TrainingInputs(loaded.model, tokenizer, data, self, collator, loaded.new_modules)
+        return TrainingInputs(
+            loaded.model,
+            tokenizer,
+            data,
+            self,
+            collator,
+            loaded.new_modules,
+            base_fingerprint=base.fingerprint,
+            start=request.start,
+            own_tokenizer=base.own_tokenizer,
+            token_rows=base.token_rows,
+        )
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> LabelCollator:
         """Pads rows, each with its class or the tags of its words."""

@@ -23,13 +23,14 @@ from lorakit.models.divergence import chunked, generalized_jsd
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import objective as contract
 from lorakit.objectives.forward import BASE, Forward
-from lorakit.objectives.objective import Batch, Collate, Loss, Objective, RunRequest
+from lorakit.objectives.objective import Batch, Collate, Loss, Objective
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.models.load import LoadedModel
+    from lorakit.objectives.run_request import RunRequest
 
 
 _TEACHER = "teacher."

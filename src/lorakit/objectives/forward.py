@@ -6,12 +6,13 @@ for the other tokens is `models.loss`' work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.batches import joined_lines
-from lorakit.lora.routing import BASE, Route
+from lorakit.lora.routing import BASE, FROZEN, Route
 from lorakit.models.loaded import has_dropout
 from lorakit.models.loss import IGNORE, LabelLoss, SupervisedLoss
 from lorakit.models.sequence_scores import SequenceScores
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["ACTIVE", "BASE", "Forward", "per_sequence", "supervised_per_sequence"]
+__all__ = ["ACTIVE", "BASE", "Forward", "bare", "per_sequence", "supervised_per_sequence"]
 
 ACTIVE = "__active__"
 """The name that stands for the adapter in training."""
@@ -36,6 +37,7 @@ class Forward:
     Attributes:
         module: what is called: `adapted`, or what a framework has wrapped around it.
         smoothing: the share of a target that is spread evenly over all classes.
+        frozen: adapters that every other one is added to.
     """
 
     def __init__(
@@ -43,6 +45,9 @@ class Forward:
     ) -> None:
         self.adapted, self.reader = adapted, reader
         self.module, self.smoothing = adapted, 0.0
+        own: Any = adapted if getattr(adapted, "routing", None) is not None else None
+        names = own.adapters if own is not None else ()
+        self.frozen = tuple(name for name in names if name.startswith(FROZEN))
 
     def calling(self, module: nn.Module, smoothing: float = 0.0) -> Forward:
         """The same, with another module and label smoothing."""
@@ -60,6 +65,14 @@ class Forward:
         """Whether no adapter is in force, so that the model is its own base."""
         routing: Any = getattr(self.adapted, "routing", None)
         return routing is None or routing.route == Route()
+
+    def _route(self, adapter: str) -> Route:
+        """The route under which rows have `adapter`, with the frozen ones, or `BASE`."""
+        if adapter == BASE:
+            return Route()
+        own: Any = self.adapted
+        own.require(adapter)
+        return Route(shared=tuple(dict.fromkeys((adapter, *self.frozen))))
 
     def token_losses(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of every supervised token (n,), sequence after sequence, in nats."""
@@ -82,7 +95,7 @@ class Forward:
         training = self.module.training
         self.module.eval()
         try:
-            with routing.using(Route(shared=() if adapter == BASE else (adapter,))):
+            with routing.using(self._route(adapter)):
                 return self.reader.states(self.module, batch)
         finally:
             self.module.train(training)
@@ -115,11 +128,14 @@ class Forward:
             found = -self.reader.of_tokens(self.module, batch)
             # As beside an adapter, no gradient goes through what the base alone says.
             return [found.detach() if name == BASE else found for name in adapters or [ACTIVE]]
-        active: Any = self.adapted.active_adapter
+        active: Any = self.adapted.active_adapter or BASE
         names = tuple(active if name == ACTIVE else name for name in adapters)
-        if len(names) == 1:
-            with routing.using(Route.of_rows(names)):
-                return [-self.reader.of_tokens(self.module, batch)]
+        if len(names) == 1 or self.frozen:  # a row of a shared pass has one adapter
+            found_of_each = []
+            for name in names:
+                with routing.using(self._route(name)):
+                    found_of_each.append(-self.reader.of_tokens(self.module, batch))
+            return found_of_each
         dimension = 1 if "cu_seq_lens_q" in batch else 0
         several = repeated(batch, len(adapters))
         rows, tokens = several["input_ids"].shape
@@ -160,6 +176,22 @@ class Forward:
             if draws:
                 self.module.train()
         return found
+
+
+@contextmanager
+def bare(model: Any, reference: str | None) -> Iterator[None]:
+    """Within the block the bare base is in force, and a reference stays what it is.
+
+    Args:
+        model: the model with its adapters.
+        reference: `Objective.reference`.
+    """
+    if reference in (None, BASE):
+        with model.disable_adapter():
+            yield
+    else:
+        with model.routing.using(Route()):
+            yield
 
 
 def supervised_per_sequence(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

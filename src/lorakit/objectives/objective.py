@@ -19,11 +19,11 @@ from lorakit.data.dataset import PreparedData, prepare
 from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.data.samples import Sample
-from lorakit.data.template_clock import Rendering, StandingClock, at, notices_of_rendering, time_in
+from lorakit.data.template_clock import StandingClock, at, notices_of_rendering, time_in
 from lorakit.data.templates import render
 from lorakit.data.too_long import Limit
 from lorakit.errors import InputError, did_you_mean, listed
-from lorakit.models.load import load_for_task, positions_of
+from lorakit.models.load import positions_of
 from lorakit.models.loss import LabelLoss, SupervisedLoss
 from lorakit.models.sequence_scores import SequenceScores
 from lorakit.models.template_files import digest
@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from lorakit.adapters.lineage import Start
     from lorakit.data.labelled import Labels
-    from lorakit.data.mixing import Sources
-    from lorakit.data.too_long import TooLong
     from lorakit.models.load import LoadedModel
-    from lorakit.models.quantization.settings import Quantization
     from lorakit.models.template_files import Templates
+    from lorakit.objectives.run_request import RunRequest
 
 Batch = Mapping[str, "torch.Tensor"]
 Collate = Callable[[Sequence[TokenizedRow]], "dict[str, torch.Tensor]"]
@@ -94,36 +93,6 @@ def with_sums(batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 
 @dataclass(frozen=True)
-class RunRequest:
-    """The base model and the rows that a run asks for.
-
-    Args:
-        model, dtype, device, quantization: as in `load_model`.
-        seed: of weights that the model's files lack.
-        train, eval, max_length, columns, limit, too_long: as in `data.dataset.prepare`.
-        data_seed: of the rows that are held out or drawn by a weight.
-        rendering: how conversations become text; by default as the tokenizer has it, now.
-        answer: the answers of a model to the prompts of samples, for objectives that sample some:
-            called with model, tokenizer, samples, the most new tokens, and a seed.
-    """
-
-    model: str
-    dtype: str | torch.dtype | None
-    train: Sources
-    eval: float | Sources = 0.1
-    device: str | None = None
-    quantization: Quantization | None = None
-    seed: int = 42
-    max_length: int = 1024
-    columns: Mapping[str, str] | None = None
-    limit: int | None = None
-    too_long: TooLong = "cut"
-    data_seed: int = 42
-    rendering: Rendering = field(default_factory=Rendering)
-    answer: Callable[..., list[str]] | None = None
-
-
-@dataclass(frozen=True)
 class TrainingInputs:
     """A model and its rows, ready for an adapter.
 
@@ -133,6 +102,9 @@ class TrainingInputs:
         new_modules: what the adapter trains whole and keeps.
         templates: the chat templates that rows were rendered with; None where no row was.
         rendered_at: the time that a template wrote into rows, where one did.
+        base_fingerprint: of the base model's weights.
+        start: the adapter that the run starts from.
+        own_tokenizer, token_rows: as in `LoadedBase`.
     """
 
     model: Any
@@ -143,10 +115,22 @@ class TrainingInputs:
     new_modules: list[str] = field(default_factory=list)
     templates: Templates | None = None
     rendered_at: datetime | None = None
+    base_fingerprint: str | None = None
+    start: Start | None = None
+    own_tokenizer: bool = False
+    token_rows: dict[str, list[int]] = field(default_factory=dict)
 
     def lora_config(self, recipe: Any) -> Any:
-        """The recipe's `LoraConfig`, with the new modules among those that are trained whole."""
+        """The recipe's `LoraConfig`, with new modules trained whole, and the rows of tokens."""
         config = recipe.lora_config()
+        if self.token_rows:
+            whole = config.modules_to_save or []
+            rows = {
+                path: tokens
+                for path, tokens in self.token_rows.items()
+                if path.rpartition(".")[2] not in whole and path not in whole
+            }
+            config.trainable_token_indices = rows or None
         if self.new_modules:
             own = config.modules_to_save or []
             config.modules_to_save = list(dict.fromkeys([*own, *self.new_modules]))
@@ -187,6 +171,8 @@ class Objective:
         lower_is_better: those of them that are better when they are smaller.
         sample_tokens: the most tokens of the answers that a finished run gives to sample rows.
         labels: the classes, of a classifier that has read its rows.
+        reference: the adapter that the one in training is compared with, `BASE` for the bare base;
+            None for no reference. A run that starts from an adapter sets it to the start.
     """
 
     name: ClassVar[str]
@@ -207,6 +193,7 @@ class Objective:
     lower_is_better: Sequence[str] = ()
     sample_tokens: ClassVar[int] = 96
     labels: Labels | None = None
+    reference: str | None = None
 
     def __init__(self, **settings: Any) -> None:
         """Raises InputError for a setting that the objective does not have, or a wrong value."""
@@ -244,23 +231,26 @@ class Objective:
         Raises:
             InputError: the model or the rows cannot be used.
         """
-        loaded = load_for_task(
-            self.task_type,
-            request.model,
-            request.dtype,
-            device=request.device,
-            labels=self.head,
-            seed=request.seed,
-            quantization=request.quantization,
-        )
-        model, tokenizer, rendering = loaded.model, loaded.tokenizer, request.rendering
+        base = request.load(self.task_type, self.head)
+        loaded, rendering = base.loaded, request.rendering
+        model, tokenizer = loaded.model, loaded.tokenizer
         if rendering.templates is not None:
             tokenizer.chat_template = rendering.templates
         clock = StandingClock(rendering.time)
         with at(clock):
             data = self.read(request, loaded)
+        data.notices.extend(base.notices)
         inputs = TrainingInputs(
-            model, tokenizer, data, self, self.collator(tokenizer), loaded.new_modules
+            model,
+            tokenizer,
+            data,
+            self,
+            self.collator(tokenizer),
+            loaded.new_modules,
+            base_fingerprint=base.fingerprint,
+            start=request.start,
+            own_tokenizer=base.own_tokenizer,
+            token_rows=base.token_rows,
         )
         samples = (*data.train_samples, *data.eval_samples)
         conversations = [s for s in samples if isinstance(s, Sample) and s.messages]

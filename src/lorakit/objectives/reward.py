@@ -24,7 +24,6 @@ from lorakit.objectives.objective import (
     Collate,
     Loss,
     Objective,
-    RunRequest,
     Settings,
     TrainingInputs,
 )
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.data.masking import TokenizedRow
     from lorakit.data.samples import Sample
     from lorakit.objectives.forward import Forward
+    from lorakit.objectives.run_request import RunRequest
 
 HEAD = ("reward",)
 """The name of the head's one output."""

@@ -31,7 +31,7 @@ RISEN = 0.02
 def verdict(run: RunRecord) -> str:
     """One or two sentences: what the run did to the loss, and whether it went on too long."""
     before, after = (
-        (run.manifest.base_eval_loss, run.manifest.eval_loss) if run.manifest else (None, None)
+        (first_loss(run.manifest), run.manifest.eval_loss) if run.manifest else (None, None)
     )
     if before is None or after is None:
         losses = [loss for _, loss in run.series("loss")]
@@ -47,9 +47,16 @@ def verdict(run: RunRecord) -> str:
     if abs(after - before) < SAME * before:
         return f"The held-out loss stayed the same ({said}): the adapter learned next to nothing."
     if after > before:
-        return f"The held-out loss rose {said}: on new rows the adapter is worse than the base."
+        first = "base" if run.manifest and run.manifest.parent is None else "one it started from"
+        return f"The held-out loss rose {said}: on new rows the adapter is worse than the {first}."
     sentence = f"The held-out loss fell {said}, by {100 * (1 - after / before):.0f} %."
     return f"{sentence} {_rose_again(run, after)}".strip()
+
+
+def first_loss(manifest: Manifest) -> float | None:
+    """The held-out loss before training: of the adapter that the run started from, or the base."""
+    start = manifest.start_eval_loss
+    return manifest.base_eval_loss if start is None else start
 
 
 def _rose_again(run: RunRecord, after: float) -> str:
@@ -67,8 +74,12 @@ def key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     if (m := run.manifest) is not None:
         if m.eval_loss is not None and m.base_eval_loss is not None:
-            pair = f"{figures(m.base_eval_loss)} → {figures(m.eval_loss)}"
-            found.append(("Held-out loss", pair, f"nats a {unit(m)}, base → adapter"))
+            losses, names = [m.base_eval_loss, m.eval_loss], "base → adapter"
+            if m.start_eval_loss is not None:
+                losses.insert(1, m.start_eval_loss)
+                names = "base → start → adapter"
+            chain = " → ".join(figures(loss) for loss in losses)
+            found.append(("Held-out loss", chain, f"nats a {unit(m)}, {names}"))
         learned = f"{short_count(m.supervised_tokens)} of them learned"
         found.append(("Tokens", short_count(m.train_tokens), learned))
         rate = f"{count(m.steps)} steps, {count(m.tokens_per_second)} tokens/s"

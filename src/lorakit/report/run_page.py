@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lorakit.adapters.lineage import chain
 from lorakit.errors import InputError
 from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
@@ -90,6 +91,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "base_model": manifest.base_model if manifest else run.config.base_model_name_or_path,
         "run": run,
         "manifest": manifest,
+        "stages": [*chain(run.folder)],
         "verdict": f"{findings.verdict(run)} {fall_of_both(run)}".strip(),
         "key_figures": [*findings.key_figures(run), *preference_figures(run)],
         "curves": _curves(run),
@@ -113,7 +115,7 @@ def _content(run: RunRecord) -> dict[str, Any]:
 def _curves(run: RunRecord) -> list[Chart]:
     """The charts over steps, those without data left out."""
     loss, held_out = run.series("loss"), run.series("eval_loss")
-    base = run.manifest.base_eval_loss if run.manifest else None
+    base = findings.first_loss(run.manifest) if run.manifest else None
     if base is not None and math.isfinite(base) and held_out:
         held_out = [(0.0, base), *held_out]
     moved = run.movement.together() if run.movement else []

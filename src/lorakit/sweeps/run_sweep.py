@@ -116,7 +116,7 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
         first = make(draws, [])
         _check_each(first, base)
         check_disk(folder, first, base.trained_parameters, total)
-        claim_folder(folder, recipe, settings, {"data": base.facts, "base": base.fingerprint})
+        claim_folder(folder, recipe, settings, base.ground)
         shares = rungs(total, settings.reduction_factor) if settings.prune else [1.0]
         for line in _description(base, total, shares):
             say(line)

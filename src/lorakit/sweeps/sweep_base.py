@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from lorakit.adapters.open import with_frozen
 from lorakit.data.findings import AnySample
 from lorakit.data.grouping import AT_ONCE
 from lorakit.data.masking import TokenizedRow
@@ -25,7 +26,6 @@ from lorakit.evaluation.bootstrap import Interval, loss_interval
 from lorakit.evaluation.held_out import RowLosses, batch_losses, row_losses
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
-from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
@@ -39,6 +39,7 @@ from lorakit.training.machine import settle_in
 from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import load_inputs, wished_device
+from lorakit.training.stages import load_reference
 
 SELECTION, REPORT = "selection", "report"
 
@@ -79,7 +80,7 @@ class SweepBase:
     ) -> None:
         self.recipe, self.inputs, self.splits, self.seed = recipe, inputs, splits, seed
         self.device: torch.device = next(inputs.model.parameters()).device
-        self.fingerprint = fingerprint(inputs.model, without=inputs.new_modules)
+        self.fingerprint = inputs.base_fingerprint
         pad = inputs.tokenizer.pad_token_id
         self.pad_token_id: int = pad if isinstance(pad, int) else 0
         self.parameters = count_parameters(inputs.model)[1]
@@ -90,9 +91,17 @@ class SweepBase:
         self._trained: dict[str, int] = {}
 
     @property
+    def ground(self) -> dict[str, Any]:
+        """What rows, base and start are, for the sweep's record."""
+        start = self.inputs.start
+        found = {"data": self.facts, "base": self.fingerprint}
+        return found | ({"parent": start.record.sha256} if start else {})
+
+    @property
     def shares_passes(self) -> bool:
         """Whether configurations of this task can share a pass."""
-        return self.inputs.objective.name == "sft"
+        inputs = self.inputs
+        return inputs.objective.name == "sft" and not (inputs.start or inputs.own_tokenizer)
 
     def complete(self, recipe: Recipe) -> Recipe:
         """`recipe` with what it leaves open filled in, and the rows of the sweep held out."""
@@ -151,7 +160,9 @@ class SweepBase:
     @contextmanager
     def with_adapter(self, folder: Path, recipe: Recipe) -> Iterator[LoraModel]:
         """The base with the adapter in `folder`, to evaluate; bare again after the block."""
-        model = LoraModel.from_pretrained(self.inputs_for(recipe).model, folder).eval()
+        model = with_frozen(self.inputs_for(recipe).model, folder).eval()
+        if self.inputs.start is not None:
+            load_reference(model, self.inputs.objective, self.inputs.start.folder)
         try:
             yield model
         finally:

@@ -164,9 +164,11 @@ def publish(record: Record, base: SweepBase) -> list[str]:
             if (checkpoint / name).is_file():
                 atomic.write_file(folder / name, (checkpoint / name).read_bytes())
     counts = read_counts(checkpoint)
-    inputs = base.inputs
+    inputs, start = base.inputs, base.inputs.start
     warnings = [x for x in StepLines(folder / METRICS_NAME).read() if "warning" in x]
     _write_curves(folder, record)
+    if inputs.own_tokenizer:
+        inputs.tokenizer.save_pretrained(folder)
     if inputs.templates is not None:
         write_templates(folder, inputs.templates)
     stopped = f"stopped by the sweep at step {record.step} of {record.planned}"
@@ -189,6 +191,8 @@ def publish(record: Record, base: SweepBase) -> list[str]:
             peak_memory_mb=peak_memory_mb(),
             eval_loss=mean_loss(*record.last.losses.values()),
             base_eval_loss=mean_loss(*base.bare_losses.values()),
+            parent=start.record if start else None,
+            stands_on=list(start.frozen) if start else [],
             labels=inputs.objective.labels.to_dict() if inputs.objective.labels else None,
             versions=versions(),
             seed=recipe.training.seed,

@@ -87,7 +87,9 @@ class SweepTrainer(LoraTrainer):
         # As a share of a whole number of steps may come out a little above it.
         self.target = max(1, math.ceil(to * self.planned - 1e-9))
         self.folder.mkdir(parents=True, exist_ok=True)
-        now = run_identity(recipe.to_dict(), base.facts, base=setup.base_fingerprint)
+        start = setup.inputs.start
+        parent = start.record.sha256 if start else None
+        now = run_identity(recipe.to_dict(), base.facts, base=setup.base_fingerprint, parent=parent)
         require_unchanged(changes_since(self.folder, now), self.folder)
         claim_output(self.folder, now)
         last = newest_whole(self.folder, at_most=self.target)
@@ -105,6 +107,7 @@ class SweepTrainer(LoraTrainer):
         )
         self.stream = Stream(base.device)  # as Trainer has seeded it just now
         self.interrupt, self.templates = interrupt, setup.inputs.templates
+        self.own_tokenizer = setup.tokenizer if setup.inputs.own_tokenizer else None
         self.lines = StepLines(self.folder / METRICS_NAME)
         self.diverged: str | None = None
         self._steps: Iterator[_OptimizerStep] = iter(())
@@ -144,7 +147,7 @@ class SweepTrainer(LoraTrainer):
                 where = f"at step {state.global_step}"
                 self.diverged = f"the loss of the {split} rows is NaN or Inf {where}"
         if self.diverged is None and self.target == self.planned:
-            self.setup.model.save_pretrained(self.folder)
+            self.save_adapter(self.folder)
             if self.start is not None:
                 list(warn_of_unchanged(self.start, self.model, state.global_step, self.lines))
         return Progress(

@@ -45,7 +45,7 @@ def _refused(why: str) -> Change:
 
 _TABLE: Mapping[Change, Mapping[str, str]] = {
     _TAKES_EFFECT: {
-        "": "dtype quantization early_stopping_patience processes template data",
+        "": "dtype quantization early_stopping_patience processes template chat_template data",
         "data.": "train eval max_length too_long columns limit padding_free share_prefixes packing",
         "lora.": "lora_alpha lora_dropout use_rslora alpha_pattern",
         "training.": """
@@ -77,12 +77,14 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
     },
     _refused("the adapter belongs to its base model"): {"": "model base"},
     _refused("it decides what is learned"): {"": "objective"},
+    _refused("the run has started from it"): {"": "adapter parent"},
     _refused("it has decided how the adapter began, or which rows are held out"): {
         "data.": "seed",
         "training.": "seed",
     },
     _refused("it decides the shapes of the adapter's tensors (see lorakit resize)"): {"lora.": "r"},
     _refused("it decides which tensors the adapter has"): {
+        "": "tokens",
         "lora.": """
             peft_type target_modules exclude_modules fan_in_fan_out bias modules_to_save
             layers_to_transform layers_pattern rank_pattern task_type use_dora lora_bias

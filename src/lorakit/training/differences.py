@@ -34,6 +34,7 @@ def run_identity(
     base: str | None = None,
     template_sha256: str | None = None,
     template_time: str | None = None,
+    parent: str | None = None,
 ) -> dict[str, Any]:
     """All that decides a run's numbers, as plain JSON types.
 
@@ -42,6 +43,7 @@ def run_identity(
         template_sha256: of the chat template; None where rows have none.
         template_time: what a template that reads the clock has read; a resumed run reads the same,
             so that it is no difference.
+        parent: the digest of the adapter that it starts from; None without one.
     """
     values = {
         "recipe": {key: value for key, value in recipe.items() if key != "output_dir"},
@@ -50,6 +52,7 @@ def run_identity(
         "base": base,
         "template": template_sha256,
         "template_time": template_time,
+        "parent": parent,
     }
     return _as_json(values)
 
@@ -83,12 +86,15 @@ def overlook_moves(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Gives `before` the paths of `now` where these are places of the same bytes or weights.
 
     Args:
-        before, now: a `recipe`, its `data` (facts of each source) and the fingerprint of its
-            `base`.
+        before, now: a `recipe`, its `data` (facts of each source), the fingerprint of its `base`
+            and the digest of its `parent`.
     """
     base = now.get("base")
     if base is not None and before.get("base") == base:
         before["recipe"]["model"] = now["recipe"]["model"]
+    starts = [side["recipe"].get("adapter") for side in (before, now)]
+    if now.get("parent") is not None and before.get("parent") == now["parent"] and all(starts):
+        before["recipe"]["adapter"] = starts[0] | {"path": starts[1]["path"]}
     if len(before["data"]) != len(now["data"]):
         return
     places = {}

@@ -117,6 +117,7 @@ def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
         manifest.processes,
         manifest.base_fingerprint,
         manifest.template_sha256,
+        parent=manifest.parent.sha256 if manifest.parent else None,
     )
     return not run_differences(before, now)
 

@@ -120,6 +120,21 @@ class DataRecipe(_Strict):
         return self
 
 
+class AdapterRecipe(_Strict):
+    """The adapter that a run starts from.
+
+    `continue` trains its values on, so that its configuration is the run's; `freeze` trains a new
+    adapter on top of it.
+    """
+
+    path: Name
+    mode: Literal["continue", "freeze"] = "continue"
+
+
+def _as_adapter(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class TrainingRecipe(_Numbers):
     """`TrainingArguments`, by their own names. Those listed here have lorakit's defaults.
 
@@ -195,6 +210,9 @@ class Recipe(_Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     quantization: Annotated[Quantization | None, BeforeValidator(as_quantization)] = None
     compile: bool | Literal["auto"] = "auto"
+    adapter: Annotated[AdapterRecipe | None, BeforeValidator(_as_adapter)] = None
+    tokens: list[Name] = []
+    chat_template: Name | None = None
     data: DataRecipe
     objective: dict[str, Any] | None = None
     lora: dict[str, Any] = {}
@@ -210,6 +228,19 @@ class Recipe(_Strict):
         if not isinstance(value, (Mapping, EvaluationRecipe)):
             raise ValueError("eval: use data.eval for held-out rows; eval.generate scores answers")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_says_the_rest(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("adapter") is None:
+            return values
+        try:
+            adapter = AdapterRecipe.model_validate(_as_adapter(values["adapter"]))
+        except ValidationError:
+            return values  # as its own field it is refused by name
+        from lorakit.training.stages import with_start
+
+        return with_start(values, adapter.path, adapter.mode)
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -236,6 +267,12 @@ class Recipe(_Strict):
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()
+        continued = self.adapter is not None and self.adapter.mode == "continue"
+        if self.tokens and self.lora.get("trainable_token_indices") and not continued:
+            raise ValueError(
+                "tokens and lora.trainable_token_indices both say whose rows are trained: name "
+                "all of them in tokens"
+            )
         check_recipe(self)
         return self
 
@@ -300,11 +337,12 @@ class Recipe(_Strict):
                 _check_argument(f"lora.{name}", value, types[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, defaults included, as plain JSON types; without an objective not given, and
-        without `eval` where there is nothing beside the held-out loss.
-        """
-        given = {"objective": self.objective, "eval": self.eval.generate}
-        return self.model_dump(mode="json", exclude={k for k, v in given.items() if v is None})
+        """All values, defaults included, as plain JSON types; optional sections where given."""
+        optional = ("objective", "adapter", "tokens", "chat_template")
+        absent = {name for name in optional if not getattr(self, name)}
+        if self.eval.generate is None:  # nothing beside the held-out loss
+            absent.add("eval")
+        return self.model_dump(mode="json", exclude=absent)
 
 
 SECTIONS.update(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lorakit.adapters.chat_template import adapter_template, template_notice
-from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lorakit.adapters.lineage import whereabouts
+from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, ParentRecord, read_manifest
 from lorakit.data.template_clock import Rendering, draws_at_random
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_adapter
@@ -62,12 +63,15 @@ def reproduce(
     quiet: bool = False,
     model: str | None = None,
     data: Sequence[str] = (),
+    start: str | Path | None = None,
 ) -> Reproduction:
     """Trains again what is recorded in `adapter`'s folder, into the new folder `output_dir`.
 
     Args:
         model: where the base model lies now, if it has moved.
         data: where the recorded sources of rows lie now, in their order, if they have moved.
+        start: an adapter to start from in place of the recorded one, such as its repetition; None
+            is the recorded one, which must be as it was.
 
     Raises:
         InputError: the folder has no record, or the data are not those that were learned.
@@ -85,7 +89,11 @@ def reproduce(
             f"{changed[0]['step']}: no single recipe reproduces it"
         )
     _, old = read_adapter(adapter)
-    recipe = load_recipe(_moved(before, model, data) | {"output_dir": str(output_dir)})
+    values = _moved(before, model, data) | {"output_dir": str(output_dir)}
+    if before.parent is not None:
+        place = _parent_of(adapter, before.parent) if start is None else start
+        values["adapter"] = {"path": str(place), "mode": before.parent.mode}
+    recipe = load_recipe(values)
     rendering = _rendering(adapter, before)
     after = train(recipe, quiet=quiet, expected_data=before.data, rendering=rendering).manifest
     _, new = read_adapter(output_dir)
@@ -112,6 +120,57 @@ def reproduce(
         },
         changed=_changed(adapter, before, after),
     )
+
+
+def reproduce_chain(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    quiet: bool = False,
+    model: str | None = None,
+    data: Sequence[str] = (),
+) -> list[tuple[Path, Reproduction]]:
+    """As `reproduce`, the adapters first that it came from, each from the repetition before it.
+
+    Returns: the folders and their repetitions; `output_dir` is the last, and `<output_dir>-stage1`
+        and so on those before it.
+
+    Raises:
+        InputError: an adapter of the chain is missing or lorakit did not train it.
+    """
+    places = [Path(adapter)]
+    while (manifest := read_manifest(places[0])) is not None and manifest.parent is not None:
+        parent, state = whereabouts(manifest.parent, places[0])
+        if state == "missing" or read_manifest(parent) is None:
+            why = "is missing" if state == "missing" else f"has no {MANIFEST_NAME}"
+            raise InputError(
+                f"{places[0]} started from {parent}, which {why}, so that it cannot be made again"
+            )
+        places.insert(0, parent)
+    found: list[tuple[Path, Reproduction]] = []
+    for number, place in enumerate(places, 1):
+        last = place is places[-1]
+        folder = Path(output_dir) if last else Path(f"{output_dir}-stage{number}")
+        start = found[-1][0] if found else None
+        own = data if last else ()
+        one = reproduce(place, folder, quiet=quiet, model=model, data=own, start=start)
+        found.append((folder, one))
+    return found
+
+
+def _parent_of(adapter: str | Path, parent: ParentRecord) -> Path:
+    """Where the adapter that a run started from lies now.
+
+    Raises:
+        InputError: it is not as it was.
+    """
+    place, state = whereabouts(parent, adapter)
+    if state != "unchanged":
+        raise InputError(
+            f"{adapter} started from {parent.path}, which is {state}: put it back (sha256 "
+            f"{parent.sha256[:12]}), or make it again first (--chain)"
+        )
+    return place
 
 
 def _is_idle(entry: Mapping[str, Any]) -> bool:

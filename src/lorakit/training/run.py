@@ -28,15 +28,16 @@ from lorakit.data.sources import rows_from_python
 from lorakit.data.template_clock import Rendering
 from lorakit.errors import LorakitError, one_line
 from lorakit.folder_lock import locked_folder, require_unlocked
+from lorakit.lora.routing import Route
 from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
+from lorakit.objectives.forward import bare
 from lorakit.objectives.objective import Objective
 from lorakit.objectives.registry import registered
 from lorakit.progress import showing
 from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
 from lorakit.training.continuing import changes_evaluation, check_resume, missing_state
-from lorakit.training.differences import run_identity
 from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation, stopped_before
 from lorakit.training.forecast import forecast
 from lorakit.training.interrupt import Interrupt
@@ -55,7 +56,7 @@ from lorakit.training.position import planned_steps
 from lorakit.training.processes import join, require_same_view
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import ProgressBar, Recorder, StepLines
-from lorakit.training.run_record import manifest_of, write_samples
+from lorakit.training.run_record import HeldOutScores, manifest_of, write_samples
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.trainer import LoraTrainer
 from lorakit.training.watch import Watch, warn_of_unchanged
@@ -150,13 +151,7 @@ def _train(
 ) -> TrainResult:
     """`train`, in a folder that no other process writes."""
     folder, say = Path(setup.recipe.output_dir), partial(_say, console)
-    identity = run_identity(
-        setup.recipe.to_dict(),
-        setup.data_facts,
-        setup.arguments.world_size,
-        setup.base_fingerprint,
-        **setup.inputs.rendering_facts(),
-    )
+    identity = setup.identity
     finished = read_manifest(folder) if resume else None
     if finished is not None and same_run(finished, identity):
         require_same_view("the finished run", folder)
@@ -184,16 +179,16 @@ def _train(
             if not found.checkpoint and trainer.args.world_size == 1 and steps >= FORECAST_FROM:
                 say(forecast(trainer).line)
             began = time.perf_counter()
-            base, tuned = _fit(trainer, setup, found.checkpoint)
+            scores = _fit(trainer, setup, found.checkpoint)
         seconds = time.perf_counter() - began
         if trainer.start is not None:
             step = trainer.state.global_step
             say(*warn_of_unchanged(trainer.start, setup.model, step, metrics))
-        manifest = manifest_of(setup, trainer, base, tuned, metrics, seconds)
+        manifest = manifest_of(setup, trainer, scores, metrics, seconds)
         if main and setup.inputs.templates is not None:  # so that chat and serve use the same
             write_templates(folder, setup.inputs.templates)
         # All processes help to gather what is spread.
-        setup.model.save_pretrained(folder, is_main_process=main)
+        trainer.save_adapter(folder)
         if main:
             write_manifest(folder, manifest)  # its presence says that the run is finished
             if not trainer.is_spread:
@@ -247,6 +242,10 @@ def _description(setup: Setup) -> Iterator[str]:
         f"{setup.recipe.model} in {base}, adapter in {own}: {trained:,} of {total:,} "
         f"parameters are trained ({trained / total:.2%})"
     )
+    if setup.inputs.start is not None:
+        record = setup.inputs.start.record
+        how = {"continue": "continues", "freeze": "is added to the frozen"}[record.mode]
+        yield f"the adapter {how} {record.path} (sha256 {record.sha256[:12]})"
     numbers = data.statistics()["train"]
     yield (
         f"{numbers.rows} rows to learn from ({numbers.tokens:,} tokens, "
@@ -291,11 +290,16 @@ def _callbacks(
         bar.close()  # an interrupted bar would leave the terminal without its cursor
 
 
-def _fit(
-    trainer: LoraTrainer, setup: Setup, checkpoint: Path | None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains; returns the held-out loss and scores of the bare base, and of the adapter."""
+def _fit(trainer: LoraTrainer, setup: Setup, checkpoint: Path | None) -> HeldOutScores:
+    """Trains; returns the held-out loss and scores of the bare base, the start and the adapter."""
     patience = setup.recipe.early_stopping_patience
+    start: dict[str, float] = {}
+    if setup.inputs.start is not None and trainer.held_out and not trainer.is_spread:
+        frozen = setup.model.active_adapters[1:]
+        continues = setup.inputs.start.record.mode == "continue"
+        route = setup.model.routing.route if continues else Route(shared=tuple(frozen))
+        with setup.model.routing.using(route):
+            start = trainer.held_out_scores()
     if checkpoint and (
         trainer.ends_at(checkpoint)
         or (patience and stopped_before(checkpoint, trainer.args, patience))
@@ -304,16 +308,16 @@ def _fit(
     else:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if not trainer.held_out:
-        return {}, {}
+        return HeldOutScores()
     evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
     last: dict[str, float] = evaluations[-1] if evaluations else {}
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         tuned = last
     else:
         tuned = trainer.evaluate()
-    with setup.model.disable_adapter():
+    with bare(setup.model, trainer.objective.reference):
         base = trainer.held_out_scores()
-    return base, {name: tuned[f"eval_{name}"] for name in base}
+    return HeldOutScores(base, start, {name: tuned[f"eval_{name}"] for name in base})
 
 
 def _say(console: Console, *lines: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,31 @@ from lorakit.training.trainer import LoraTrainer
 from lorakit.version import __version__
 
 
+@dataclass(frozen=True)
+class HeldOutScores:
+    """The `loss` and scores of held-out rows; empty where none are held out.
+
+    Attributes:
+        base: of the bare base.
+        start: of the adapter that the run started from, if it did.
+        tuned: of the trained adapter.
+    """
+
+    base: dict[str, float] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
+    tuned: dict[str, float] = field(default_factory=dict)
+
+
 def manifest_of(
     setup: Setup,
     trainer: LoraTrainer,
-    base: dict[str, float],
-    tuned: dict[str, float],
+    scores: HeldOutScores,
     metrics: StepLines,
     run_seconds: float,
 ) -> Manifest:
-    """The record of a run that has ended.
-
-    Args:
-        base, tuned: the held-out loss and scores of the bare base, and of the adapter.
-    """
+    """The record of a run that has ended."""
     counts, labels = trainer.counts, setup.inputs.objective.labels
+    base, tuned, first, start = scores.base, scores.tuned, scores.start, setup.inputs.start
     return Manifest(
         base_model=setup.recipe.model,
         recipe=setup.recipe.to_dict(),
@@ -63,6 +74,10 @@ def manifest_of(
         base_eval_loss=base.get("loss"),
         eval_scores={k: v for k, v in tuned.items() if k != "loss"} or None,
         base_eval_scores={k: v for k, v in base.items() if k != "loss"} or None,
+        start_eval_loss=first.get("loss"),
+        start_eval_scores={k: v for k, v in first.items() if k != "loss"} or None,
+        parent=start.record if start else None,
+        stands_on=list(start.frozen) if start else [],
         labels=labels.to_dict() if labels else None,
         versions=versions(),
         seed=setup.recipe.training.seed,

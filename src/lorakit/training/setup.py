@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from lorakit.adapters.lineage import read_start
 from lorakit.data.dataset import PreparedData
 from lorakit.data.template_clock import Rendering
 from lorakit.engine.answer_all import sampled_answers
@@ -23,14 +24,16 @@ from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.init_from_data import start_from_data
 from lorakit.lora.parameters import count_parameters
-from lorakit.models.fingerprint import fingerprint
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
-from lorakit.objectives.objective import Objective, RunRequest, TrainingInputs
+from lorakit.models.template_files import template_in
+from lorakit.objectives.objective import Objective, TrainingInputs
+from lorakit.objectives.run_request import RunRequest
 from lorakit.training.advice import Advice, advised
 from lorakit.training.batching import BatchDataset, Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
+from lorakit.training.differences import run_identity
 from lorakit.training.effects import (
     check_metric,
     check_optimizer,
@@ -45,6 +48,7 @@ from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe, TrainingRecipe
 from lorakit.training.schedule import check_schedule
 from lorakit.training.sharded import asks_to_spread, check_fsdp
+from lorakit.training.stages import check_start, set_reference, started
 from lorakit.training.trainer import LoraTrainer
 
 if TYPE_CHECKING:
@@ -81,6 +85,19 @@ class Setup:
     answers: HeldOutAnswers | None = None
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the run's numbers (`run_identity`)."""
+        start = self.inputs.start
+        return run_identity(
+            self.recipe.to_dict(),
+            self.data_facts,
+            self.arguments.world_size,
+            self.base_fingerprint,
+            **self.inputs.rendering_facts(),
+            parent=start.record.sha256 if start else None,
+        )
+
+    @property
     def data_facts(self) -> list[dict[str, Any]]:
         """The files that were read, as plain JSON types."""
         return [asdict(fact) for fact in self.data.facts]
@@ -98,6 +115,7 @@ class Setup:
             self.recipe.training.loraplus_lr_ratio,
         )
         trainer.templates, trainer.answers = inputs.templates, self.answers
+        trainer.own_tokenizer = inputs.tokenizer if inputs.own_tokenizer else None
         return trainer
 
     @contextmanager
@@ -136,10 +154,12 @@ def set_up(
     model, tokenizer, data = inputs.model, inputs.tokenizer, inputs.data
     parameters = count_parameters(model)[1]
     recipe, advice = advised(recipe, parameters, len(data.train))
-    base_fingerprint = fingerprint(model, without=inputs.new_modules)
+    if inputs.start is not None:
+        labels = inputs.objective.labels
+        check_start(inputs.start, recipe.model, inputs.base_fingerprint, labels)
     set_seed(recipe.training.seed)
     arguments = training_arguments(recipe, held_out=bool(data.eval))
-    adapted = LoraModel(model, _started(inputs, recipe, arguments))
+    adapted = started(inputs, _adapter_config(inputs, recipe, arguments))
     if not data.eval and (name := needs_held_out_rows(recipe)):
         raise InputError(f"{name} needs held-out rows, and there are none: give data.eval a file")
     if arguments.label_smoothing_factor and not inputs.objective.smooths_labels:
@@ -188,7 +208,7 @@ def set_up(
         arguments=arguments,
         batching=batching,
         compiled=compiled,
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=inputs.base_fingerprint,
         notices=[*data.notices, *notices],
         answers=answers,
     )
@@ -211,7 +231,12 @@ def load_inputs(
     Raises:
         InputError: the model or the rows cannot be used.
     """
-    data = recipe.data
+    data, start = recipe.data, None
+    if recipe.adapter is not None:
+        start = read_start(recipe.adapter.path, recipe.adapter.mode, recipe.model)
+    rendering = rendering or Rendering()
+    if recipe.chat_template is not None and rendering.templates is None:
+        rendering = replace(rendering, templates=template_in(recipe.chat_template))
     request = RunRequest(
         model=recipe.model,
         dtype=dtype,
@@ -225,20 +250,37 @@ def load_inputs(
         limit=data.limit,
         too_long=data.too_long,
         data_seed=recipe.data_seed,
-        rendering=rendering or Rendering(),
+        rendering=rendering,
         answer=sampled_answers,
+        start=start,
+        tokens=tuple(recipe.tokens),
     )
-    return (objective or recipe.make_objective()).prepare(request)
+    objective = objective or recipe.make_objective()
+    set_reference(objective, start)
+    return objective.prepare(request)
 
 
-def _started(inputs: TrainingInputs, recipe: Recipe, arguments: TrainingArguments) -> LoraConfig:
+def _adapter_config(
+    inputs: TrainingInputs, recipe: Recipe, arguments: TrainingArguments
+) -> LoraConfig:
     """The adapter's configuration; factors that come from data wait beside the model's layers.
 
     The data are batches of rows, and their loss is the objective's, under the bare base.
     """
     config: LoraConfig = inputs.lora_config(recipe)
-    if config.init.kind.collect is None:
+    start, name = inputs.start, inputs.objective.name
+    if config.bias != "none" and inputs.objective.reference is not None:
+        raise InputError(
+            f"lora.bias={config.bias} trains biases of the base itself, which the reference of "
+            f"objective {name} would have too: leave it out"
+        )
+    if config.init.kind.collect is None or (start and start.record.mode == "continue"):
         return config
+    if start is not None:
+        raise InputError(
+            f"lora.init_lora_weights={config.init_lora_weights} runs data through the bare base, "
+            "without the frozen adapter: choose another initialisation"
+        )
     if asks_to_spread(recipe.training.model_extra or {}):
         raise InputError(
             f"lora.init_lora_weights={config.init_lora_weights} runs the model over data before "

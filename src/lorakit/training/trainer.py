@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, islice
@@ -30,6 +31,7 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
+from lorakit.lora.vocabulary import split_frozen
 from lorakit.models.template_files import Templates, write_templates
 from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch, Objective, added, as_tensors, with_sums
@@ -95,6 +97,7 @@ class LoraTrainer(Trainer):
         self._resumed_from: Path | None = None
         self.templates: Templates | None = None  # saved with every checkpoint
         self.answers: HeldOutAnswers | None = None
+        self.own_tokenizer: Any = None  # with more tokens than the base's; saved with it too
         # Trainer would make a smoother of its own, which the loss here has no use for.
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         try:
@@ -421,11 +424,27 @@ class LoraTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter, and nothing of the base model; all processes must call it."""
         folder = Path(output_dir or self.args.output_dir)
-        self._lora_model().save_pretrained(folder, is_main_process=self.args.should_save)
+        self.save_adapter(folder)
         if self.args.should_save:
             if self.templates is not None:
                 write_templates(folder, self.templates)
             write_counts(folder, self.counts)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter in training, and no frozen one beside it, into `folder`.
+
+        Where the model has more tokens than its base its embedding is written too, and its
+        tokenizer.
+        """
+        model = self._lora_model()
+        options: dict[str, Any] = {"is_main_process": self.args.should_save}
+        if len(getattr(model, "adapters", ())) > 1:
+            options["selected_adapters"] = [model.active_adapter]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the base had .* tokens")
+            model.save_pretrained(folder, **options)
+        if self.own_tokenizer is not None and self.args.should_save:
+            self.own_tokenizer.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Trainer's; sharded states are gathered to the files that one process would write."""
@@ -510,7 +529,8 @@ class LoraTrainer(Trainer):
         folder, wrapped = Path(resume_from_checkpoint), self._lora_model()
         config, tensors = read_adapter(folder)
         base, name = wrapped.get_base_model(), wrapped.active_adapter
-        load_tensors(adapter_parameters(base, name, config.bias), tensors, folder)
+        own = adapter_parameters(base, name, config.bias)
+        load_tensors(own, split_frozen(base, tensors, own)[0], folder)
 
     def take_up(self, checkpoint: Path) -> None:
         """State, counts and weights of a run that had stopped when `checkpoint` was written.

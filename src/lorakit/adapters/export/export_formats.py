@@ -6,6 +6,7 @@ is used, so that the help needs none of them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -57,10 +58,14 @@ class ExportFormat:
         for name in given:
             if name not in self.options:
                 raise InputError(f"--{name} has no effect with --to {self.name}: leave it out")
+        from lorakit.adapters.joined import joined
+
         module, _, function = self.writer.partition(":")
-        done: Exported = getattr(import_module(module), function)(
-            adapter, output, base=base, **given
-        )
+        write = getattr(import_module(module), function)
+        # With the frozen adapters that it is added to, which merging adds by itself.
+        one = nullcontext(adapter) if given.get("merged") else joined(adapter)
+        with one as whole:
+            done: Exported = write(whole, output, base=base, **given)
         return done
 
 

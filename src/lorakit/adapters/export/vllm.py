@@ -19,6 +19,7 @@ from lorakit import atomic
 from lorakit.adapters.chat_template import AdapterTemplate, exported_template
 from lorakit.adapters.export.export_formats import Exported
 from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, found_at, read_plain
+from lorakit.adapters.lineage import require_complete
 from lorakit.adapters.updates import ModuleUpdate
 from lorakit.commands import quoted
 from lorakit.errors import InputError
@@ -59,6 +60,7 @@ def read_servable(adapter: str | Path, base: str | None = None) -> Servable:
     Raises:
         InputError: vLLM cannot serve the adapter, or it is damaged.
     """
+    require_complete(adapter, verb="served by vLLM")
     plain = read_plain(adapter, "vLLM", base)
     if plain.config.task_type not in (None, "CAUSAL_LM"):
         raise InputError(
