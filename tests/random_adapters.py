@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorakit
+from lorakit.lora.checkpoint import PREFIX, read_adapter, write_adapter
 
 
 def make_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Path:
@@ -26,6 +27,17 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Path
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.02 if "lora_" in name else 0.1)
     adapted.save_pretrained(folder)
+    return folder
+
+
+def make_reward_model(base: Path, folder: Path) -> Path:
+    """Writes an adapter of a reward model: a random one with a random head of one output."""
+    make_adapter(base, folder)
+    config, tensors = read_adapter(folder)
+    config.task_type, config.modules_to_save = "SEQ_CLS", ["classifier", "score"]
+    width = next(len(t.T) for name, t in tensors.items() if name.endswith("q_proj.lora_A.weight"))
+    tensors[f"{PREFIX}score.weight"] = torch.randn(1, width)
+    write_adapter(folder, config, tensors)
     return folder
 
 

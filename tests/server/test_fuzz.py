@@ -18,6 +18,7 @@ from schemathesis.specs.openapi import checks
 
 from lorakit.server.options import Limits, ServerOptions
 from lorakit.server.replies import ChatChunk, Completion
+from random_adapters import make_reward_model
 from served import Running, running, until
 
 KNOWN: dict[str, tuple[Any, ...]] = {
@@ -27,6 +28,10 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "lora_path": ("poet", "shop"),
 }
 """What is served, can be loaded, or makes sense beside the other fields, by field."""
+OF_PATH: dict[str, dict[str, tuple[Any, ...]]] = {
+    "/pooling": {"model": ("reward",), "input": ("hello", ["a", [1, 2]]), "messages": (None,)}
+}
+"""The same for the fields of one route."""
 DEPENDENT = ("stream_options", "top_logprobs", "best_of", "max_tokens")
 """Fields that are refused beside some values of others, which the description cannot say."""
 CHUNKS: dict[str, TypeAdapter[Any]] = {
@@ -42,6 +47,7 @@ CHECKS: list[Any] = [
 ROUTES = [
     ("POST", "/v1/chat/completions", 60),
     ("POST", "/v1/completions", 120),
+    ("POST", "/pooling", 60),
     ("POST", "/v1/load_lora_adapter", 40),
     ("POST", "/v1/unload_lora_adapter", 40),
     ("GET", "/v1/models", 5),
@@ -57,11 +63,13 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def fuzzed(base: Path, root: Path) -> Iterator[Running]:
+def fuzzed(base: Path, root: Path, tmp_path_factory: Any) -> Iterator[Running]:
     """A server whose answers, which never end by themselves, are cut very soon."""
     limits = Limits(request_seconds=0.15, waiting=16, body_bytes=100_000)
     options = ServerOptions(port=0, admin_key="admin", adapter_root=root, limits=limits)
-    with running(base, {name: root / name for name in ("shop", "poet")}, options, 8) as server:
+    adapters = {name: root / name for name in ("shop", "poet")}
+    adapters["reward"] = make_reward_model(base, tmp_path_factory.mktemp("reward") / "reward")
+    with running(base, adapters, options, 8) as server:
         server.http.headers["Authorization"] = "Bearer admin"
         yield server
 
@@ -98,8 +106,11 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
     )
     def ask(case: Any, data: st.DataObject) -> None:
         if not wrong and isinstance(case.body, dict):
-            for field in set(KNOWN) & set(case.body):
-                known = st.sampled_from(KNOWN[field])
+            if path == "/pooling":  # one of them
+                case.body = {"messages": None, "input": "hello", **case.body}
+            values = KNOWN | OF_PATH.get(path, {})
+            for field in sorted(set(values) & set(case.body)):
+                known = st.sampled_from(values[field])
                 case.body[field] = data.draw(st.one_of(known, known, st.just(case.body[field])))
             if path in CHUNKS:
                 case.body["stream"] = data.draw(st.booleans())

@@ -21,6 +21,7 @@ LEVELS = {
     "/openapi.json": Level.API_KEY,
     "/v1/chat/completions": Level.API_KEY,
     "/v1/completions": Level.API_KEY,
+    "/pooling": Level.API_KEY,
     "/v1/models": Level.API_KEY,
     "/v1/models/{model}": Level.API_KEY,
     "/v1/load_lora_adapter": Level.ADMIN_KEY,

@@ -21,6 +21,7 @@ from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_l
 from lorakit.engine.resident import ResidentModel
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
+from lorakit.engine.scoring import score
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.vocabulary import vocabulary_size
@@ -102,7 +103,8 @@ class Engine:
 
         Args:
             prompt: the tokens to be answered.
-            adapter: a name in the pool; None is the base alone.
+            adapter: a name in the pool; None is the base alone. A reward model's only piece has
+                the score of `prompt`.
             sampling: None is greedy. `max_new_tokens` is cut to what the context has room for.
 
         Raises:
@@ -206,14 +208,25 @@ class Engine:
                     self._queue.append((ticket, version, loaded))
 
     def _admit(self) -> None:
-        """Lets waiting requests join, in their order."""
-        while self._queue and self._batch.has_room():
+        """Lets waiting requests join, in their order, and scores those of reward models."""
+        for _ in range(self.max_rows):
+            if not (self._queue and self._batch.has_room()):
+                break
             ticket, version, loaded = self._queue.popleft()
             try:
                 self._bring(version, loaded)
-                self._batch.add(self._row(ticket, version))
+                if version is not None and loaded is not None and loaded.head is not None:
+                    given = self._score(ticket, version, loaded.head)
+                    ticket.put(AnswerPiece(finish_reason="stop", score=given))
+                else:
+                    self._batch.add(self._row(ticket, version))
             except BaseException as error:
                 ticket.put(AnswerPiece(finish_reason="error", error=reason(error)))
+
+    def _score(self, ticket: Ticket, version: Version, head: torch.Tensor) -> float:
+        """What a reward model gives to a prompt."""
+        pad = int(version.tokenizer.pad_token_id)
+        return score(self._model, self._bank.routing, version.key, head, ticket.prompt, pad)
 
     def _row(self, ticket: Ticket, version: Version | None) -> AnswerRow:
         if version is None:

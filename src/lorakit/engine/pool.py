@@ -28,6 +28,7 @@ from lorakit.adapters.lineage import standing_on
 from lorakit.adapters.private_copy import PrivateCopy, private_copy
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
+from lorakit.engine.scoring import without_head
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.lora.checkpoint import (
     initial_factors,
@@ -65,6 +66,7 @@ class AdapterInfo:
         version: how often the name has been registered.
         loaded: whether it is in memory now.
         notice: what its user should know; mostly empty.
+        scores: it is a reward model, which scores sequences and writes none.
     """
 
     name: str
@@ -75,6 +77,7 @@ class AdapterInfo:
     version: int = 1
     loaded: bool = True
     notice: str = ""
+    scores: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +90,14 @@ class Loaded:
         rank: the largest of its modules'; where the adapter started from other factors than zero,
             these are part of it (twice the rank).
         size: of its values, in bytes.
+        head: of a reward model (d,).
     """
 
     config: LoraConfig
     parts: list[AdapterPart] = field(repr=False)
     rank: int
     size: int
+    head: torch.Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +169,7 @@ class AdapterPool:
             rank=loaded.rank,
             size=loaded.size,
             notice=notice,
+            scores=loaded.head is not None,
         )
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
@@ -281,7 +287,7 @@ class AdapterPool:
         Raises:
             InputError: it does not fit the base, or cannot stand beside others.
         """
-        config, tensors = read_adapter(folder)
+        config, tensors, head = without_head(*read_adapter(folder))
         require_text(folder, config)
         if reason := why_not_beside(config):
             raise AloneError(folder, reason)
@@ -317,7 +323,7 @@ class AdapterPool:
                 layer.fold_scaling(_TRIAL)  # once, and not whenever it joins the model
         rank = max((len(layer.factors(_TRIAL)[0]) for layer in layers if layer.r), default=0)
         size = sum(tensor.numel() * tensor.element_size() for tensor in values.values())
-        return Loaded(config, parts_of(base, _TRIAL), rank, size)
+        return Loaded(config, parts_of(base, _TRIAL), rank, size, head)
 
     def _require_vocabulary(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises AloneError for an adapter that has another number of tokens than the base."""

@@ -44,6 +44,7 @@ class AnswerPiece:
         new_tokens: how many tokens the answer has so far.
         finish_reason: why it ended, in the last piece alone.
         error: what went wrong, with the reason `error`.
+        score: what a reward model gives to the prompt; None of another model.
     """
 
     text: str = ""
@@ -51,6 +52,7 @@ class AnswerPiece:
     new_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str = ""
+    score: float | None = None
 
 
 @dataclass(eq=False)

@@ -22,8 +22,10 @@ from lorakit.server.payloads import (
     ChatRequest,
     CompletionRequest,
     LoadAdapterRequest,
+    PoolingRequest,
     UnloadAdapterRequest,
 )
+from lorakit.server.pooling import pool
 from lorakit.server.prometheus import CONTENT_TYPE, Metrics
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
@@ -33,6 +35,7 @@ from lorakit.server.replies import (
     Health,
     ModelCard,
     ModelList,
+    Pooling,
 )
 from lorakit.version import __version__
 
@@ -97,6 +100,16 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """How the model goes on from a text."""
         return await complete(request, asked, desk, prompts)
+
+    @app.post(
+        "/pooling",
+        response_model=Pooling,
+        responses=_errors(400, 401, 404, 408, 413, 429, 500, 503),
+        dependencies=needs(Level.API_KEY),
+    )
+    async def pooling(request: Request, asked: PoolingRequest) -> Response:
+        """What a reward model gives to texts or to a conversation."""
+        return await pool(request, asked, desk, prompts)
 
     @app.get("/v1/models", responses=_errors(401, 429, 503), dependencies=needs(Level.API_KEY))
     async def models() -> ModelList:

@@ -18,7 +18,7 @@ from lorakit.errors import InputError
 from lorakit.server.adapters import adapter_named
 from lorakit.server.errors import ApiError, bad_field
 from lorakit.server.options import Limits
-from lorakit.server.payloads import SamplingFields
+from lorakit.server.payloads import PoolingRequest, SamplingFields
 from lorakit.server.prometheus import Metrics
 from lorakit.server.replies import FinishReason, Usage
 
@@ -33,6 +33,7 @@ class Answer:
     text: str = ""
     logprobs: list[ChosenToken] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
+    score: float | None = None
 
 
 class OpenAnswers:
@@ -101,6 +102,7 @@ class OpenAnswers:
             async for number, piece in pieces:
                 texts[number].append(piece.text)
                 answers[number].logprobs += piece.logprobs
+                answers[number].score = piece.score
                 answers[number].finish_reason = finish_reason(piece) or "stop"
         for answer, parts in zip(answers, texts, strict=True):
             answer.text = "".join(parts)
@@ -200,7 +202,7 @@ class Desk:
         self,
         prompts: Sequence[Sequence[int]],
         adapter: str | None,
-        asked: SamplingFields,
+        asked: SamplingFields | PoolingRequest,
         deadline: float,
     ) -> OpenAnswers:
         """Hands `asked.choices` requests a prompt to the engine.
@@ -209,10 +211,11 @@ class Desk:
             deadline: of `deadline()`, when the request came.
 
         Raises:
-            ApiError: 400 when a prompt does not fit the context, 404 when the adapter was unloaded
-                meanwhile, 429 when too much waits.
+            ApiError: 400 when a prompt does not fit the context or the model does not do what is
+                asked, 404 when the adapter was unloaded meanwhile, 429 when too much waits.
             InputError: the engine refuses one.
         """
+        self._require_kind(adapter, asked)
         limits = [self._token_limit(prompt, asked) for prompt in prompts]
         rows = len(prompts) * asked.choices
         self.require_room(rows)
@@ -260,7 +263,16 @@ class Desk:
         for answers in list(self._open):
             answers.cut(self._stopped)
 
-    def _token_limit(self, prompt: Sequence[int], asked: SamplingFields) -> int:
+    def _require_kind(self, adapter: str | None, asked: SamplingFields | PoolingRequest) -> None:
+        """Refuses answers of a reward model, and scores of another."""
+        wanted = isinstance(asked, PoolingRequest)
+        scores = adapter is not None and self.engine.pool.version(adapter).info.scores
+        if wanted and not scores:
+            raise bad_field(f"{asked.model} writes text and gives no scores", "model")
+        if scores and not wanted:
+            raise bad_field(f"{asked.model} is a reward model: ask it at /pooling", "model")
+
+    def _token_limit(self, prompt: Sequence[int], asked: SamplingFields | PoolingRequest) -> int:
         """How many tokens an answer to `prompt` may have.
 
         Raises:

@@ -6,7 +6,7 @@ the API's description says so. What is accepted and changes no answer stands und
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -389,6 +389,45 @@ class ChatRequest(SamplingFields):
             return []
         without = {"cache_control"}
         return [tool.model_dump(exclude_none=True, exclude=without) for tool in self.tools or []]
+
+
+class PoolingRequest(Ignored):
+    """`POST /pooling`, vLLM's: a reward model scores texts, token ids, or one conversation."""
+
+    choices: ClassVar[int] = 1
+    token_limit: ClassVar[int | None] = 1
+    limit_field: ClassVar[str | None] = None
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    input: (
+        Text
+        | TokenIds
+        | Annotated[
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+        ]
+        | None
+    ) = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)] | None = None
+    encoding_format: Literal["float"] | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> PoolingRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give input or messages, one of the two")
+        if self.messages is not None and self.messages[-1].role != "assistant":
+            raise ValueError("messages end with the answer that is scored, an assistant message")
+        return self
+
+    def inputs(self) -> list[str | list[int] | list[dict[str, Any]]]:
+        """What is scored, one by one: texts, tokens, the messages of a conversation."""
+        if self.messages is not None:
+            return [[message.for_template() for message in self.messages]]
+        given: Any = self.input
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
+
+    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
+        """Nothing is written."""
+        return Sampling(max_new_tokens=max_new_tokens)
 
 
 class LoadAdapterRequest(Payload):

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from lorakit.data.bounded_templates import TemplateTimeoutError
+from lorakit.data.samples import Sample
 from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.engine.engine import Engine
+from lorakit.engine.scoring import scored_tokens
 from lorakit.engine.shown import NotShownError, shown_text
 from lorakit.server.errors import ApiError, bad_field, in_words
 from lorakit.server.fair_turns import Turns
@@ -64,9 +67,16 @@ class Prompts:
         return await self._in_turn(work, len(text), client, "messages")
 
     async def of_texts(
-        self, adapter: str | None, prompts: Sequence[str | list[int]], client: str
+        self,
+        adapter: str | None,
+        prompts: Sequence[str | list[int]],
+        client: str,
+        field: str = "prompt",
     ) -> list[list[int]]:
         """Each prompt's tokens; texts get the special tokens that the tokenizer adds.
+
+        Args:
+            field: where they stand in the request.
 
         Raises:
             ApiError: 400, a token id is none of the model's, or a prompt leaves no room in the
@@ -79,12 +89,51 @@ class Prompts:
                 work = partial(
                     tokens_within, prompt, tokenizer, self._limit, add_special_tokens=True
                 )
-                prompt = await self._in_turn(work, len(prompt), client, "prompt")
+                prompt = await self._in_turn(work, len(prompt), client, field)
             elif len(prompt) > self._limit:
-                raise self._too_long(TooManyTokensError(len(prompt), self._limit, True), "prompt")
+                raise self._too_long(TooManyTokensError(len(prompt), self._limit, True), field)
             elif (highest := max(prompt)) >= size:
-                raise bad_field(f"prompt: {highest} is not a token id; there are {size}", "prompt")
+                raise bad_field(f"{field}: {highest} is not a token id; there are {size}", field)
             made.append(prompt)
+        return made
+
+    async def of_scored(
+        self,
+        adapter: str | None,
+        given: Sequence[str | list[int] | list[dict[str, Any]]],
+        client: str,
+    ) -> list[list[int]]:
+        """The tokens of texts, tokens and conversations, as they are in training.
+
+        Raises:
+            InputError: the template refuses a conversation.
+            ApiError: 400, the template takes too long for it, a token id is none of the model's,
+                or there are more tokens than the context has.
+        """
+        tokenizer, made = self._engine.tokenizer_of(adapter), []
+        for one in given:
+            if one and isinstance(one[0], int):
+                made += await self.of_texts(adapter, [one], client, "input")  # type: ignore[list-item]
+                continue
+            if isinstance(one, str):
+                await self.of_texts(
+                    adapter, [one], client, "input"
+                )  # not too long to be tokenized again
+                sample, turns = Sample((), one, "input"), self._turns
+            else:
+                sample = Sample(tuple(one), None, "messages")  # type: ignore[arg-type]
+                template = str(tokenizer.chat_template)
+                turns = self._of_templates.setdefault(template, Turns("lorakit-template"))
+            work = partial(scored_tokens, sample, tokenizer, self._engine.context_length)
+            try:
+                made.append(await turns.run(work, len(str(one)), client))
+            except TemplateTimeoutError as error:
+                raise bad_field(str(error), sample.where) from error
+            except TooManyTokensError as error:
+                raise self._too_long(error, sample.where) from error
+            finally:
+                if turns is not self._turns and turns.idle:
+                    self._of_templates.pop(str(tokenizer.chat_template), None)
         return made
 
     @property

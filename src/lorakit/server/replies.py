@@ -130,6 +130,25 @@ class Completion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class Score(TypedDict):
+    """What a reward model gives to one text or conversation, in a list of one number."""
+
+    index: int
+    object: Literal["pooling"]
+    data: list[float]
+
+
+class Pooling(TypedDict):
+    """The reply of `/pooling`."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
 class ModelCard(TypedDict):
     """The base, or an adapter: `parent` is its base, `root` where it comes from.
 
