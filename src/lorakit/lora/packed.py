@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lorakit.lora.routing import BASE, Route
+from lorakit.lora.routing import BASE, Route, Routing
 from lorakit.weight_formats import format_of
 
 Base = Callable[[torch.Tensor], torch.Tensor]
@@ -107,6 +107,8 @@ class Family:
         self._mixed = False
         self._of_parts: list[tuple[Columns, torch.Tensor, torch.Tensor]] = []
         self._others: list[list[tuple[int, int, str]] | None] = []
+        self.has_others = False
+        """Whether a row of the last output may have an adapter that is not packed (`others`)."""
         self._x: torch.Tensor | None = None
         self._route: Route | None = None
         self._outputs: Sequence[torch.Tensor] = ()
@@ -149,15 +151,27 @@ class Family:
             self.names[layer].discard(name)
             self._plan = self._x = None
 
-    def output(self, x: torch.Tensor, layer: int, route: Route) -> torch.Tensor:
+    def output(self, x: torch.Tensor, layer: int, routing: Routing) -> torch.Tensor | None:
         """What the layer makes of x (rows, …, d_in), with the packed adapters: (rows, …, d_out).
+
+        None where packed factors cannot compute it: with gradients, in another dtype, or where
+        parts of rows or several adapters at once have the route.
 
         Raises:
             InputError: it cannot be told which row each of these belongs to.
         """
-        if x is not self._x or route is not self._route:
-            self._x, self._route, self._left = x, route, len(self.layers)
+        route = routing.chosen
+        if x is not self._x or route is not self._route or not routing.enabled:
+            if (
+                not routing.enabled
+                or torch.is_grad_enabled()
+                or len(route.shared) > 1
+                or route.sizes is not None
+                or x.dtype != self.dtype
+            ):
+                return None
             y = self._computed(x, self._packed.plan(route, x)).view(*x.shape[:-1], -1)
+            self._x, self._route, self._left = x, route, len(self.layers)
             self._outputs = y.split(self._sizes, -1) if self._left > 1 else (y,)
         y = self._outputs[layer]
         self._left -= 1
@@ -188,6 +202,8 @@ class Family:
         if plan is not self._plan or mixes is not self._mixed:
             self._plan, self._mixed = plan, mixes
             self._others = [None] * len(self.layers)
+            named = {name for _, _, name in plan.groups}
+            self.has_others = any(named - own for own in self.names)
             parts = plan.whole if mixes else plan.parts
             self._of_parts = [self._factors(part, mixes) for part in parts]
         if mixes:

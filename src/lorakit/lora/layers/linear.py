@@ -76,19 +76,15 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus the update of the adapters on the route."""
-        family, route = self.family, self.routing.route
-        if (
-            family is None
-            or torch.is_grad_enabled()
-            or self.merged_adapters
-            or len(route.shared) > 1
-            or route.sizes is not None
-            or x.dtype != family.dtype
-        ):
+        family = self.family
+        if family is None or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
-        y = family.output(x, self.place, route)
-        for rows, name in family.others(x, self.place, self.r):
-            y[rows] += self._update(x[rows], y[rows], name).to(y.dtype)
+        y = family.output(x, self.place, self.routing)
+        if y is None:
+            return super().forward(x, *args, **kwargs)
+        if family.has_others:
+            for rows, name in family.others(x, self.place, self.r):
+                y[rows] += self._update(x[rows], y[rows], name).to(y.dtype)
         return y
 
     def values_changed(self, name: str) -> None:
