@@ -107,7 +107,15 @@ def evaluate(
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
         kinds = objective.row_kinds if objective else SUPERVISED
-        mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
+        mixture = mix(
+            data,
+            mapping,
+            limit,
+            key="--data",
+            wanted=MEASURED,
+            kinds=kinds,
+            sample_by=objective.sample_by if objective else "auto",
+        )
         say_all(mixture.notices)
         samples = mixture.samples
         opened = open_adapter(adapter, **options)

@@ -23,6 +23,7 @@ from lorakit.data.preference_checks import findings_of_preferences, preference_f
 from lorakit.data.samples import Sample
 from lorakit.data.splits import HELD_OUT, held_out, shuffled_groups
 from lorakit.data.templates import ensure_template
+from lorakit.data.text_files import SampleBy
 from lorakit.data.texts import findings_of_fields, findings_of_texts
 from lorakit.data.too_long import Limit, TooLong, fit
 from lorakit.errors import InputError, count, each
@@ -77,6 +78,8 @@ def prepare(
     too_long: TooLong = "cut",
     positions: int | None = None,
     complete: Callable[[Sequence[Sample]], Sequence[Sample]] = lambda samples: samples,
+    sample_by: SampleBy = "auto",
+    overlap: int = 1,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -97,13 +100,15 @@ def prepare(
         templated: conversations become text by the chat template.
         positions: the most tokens that the model reads, where it says so.
         complete: makes what samples lack, all of them at once.
+        sample_by: what a document of a plain text file is, as in `data.text_files`.
+        overlap: of the parts of a long text, as in `data.too_long.divided`.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
     """
     if max_length < 2:
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
-    learned = mix(train, columns, limit, seed=seed, kinds=kinds)
+    learned = mix(train, columns, limit, seed=seed, kinds=kinds, sample_by=sample_by)
     facts, notices = learned.facts, learned.notices
     if isinstance(eval, (int, float)) and eval and learned.held_out:
         notices.append(notice_of_own(learned.held_out))
@@ -120,6 +125,7 @@ def prepare(
             key="data.eval",
             wanted=HELD_OUT,
             kinds=kinds,
+            sample_by=sample_by,
         )
         kept, held = learned.samples, measured.samples
         facts += measured.facts
@@ -145,7 +151,7 @@ def prepare(
         notices += [notice] if (notice := ensure_template(tokenizer)) else []
     everything = complete(everything)
     most = Limit(max_length, positions)
-    fitted = fit(kept, held, make, most, too_long)
+    fitted = fit(kept, held, make, most, too_long, overlap)
     notices += fitted.notices
     found = findings(fitted.train, fitted.eval, tokenizer, most, fitted.left_out)
     found += findings_of_preferences(fitted.train, fitted.eval, fitted.left_out, most)

@@ -1,4 +1,4 @@
-"""One data file to records: JSON, JSON Lines, CSV and TSV (gzipped too), and Parquet.
+"""One data file to records: JSON, JSON Lines, CSV and TSV (gzipped too), Parquet, plain text.
 
 Every record comes with the line it starts at, so that whoever finds something wrong with it later
 can say where. Which files are read is decided in `lorakit.data.sources`.
@@ -30,6 +30,11 @@ def kind_of(name: str) -> str | None:
         name = name.removesuffix(".gz")
         return next((kind for kind in _GZIPPED if name.endswith(kind)), None)
     return next((kind for kind in _READERS if name.endswith(kind)), None)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of this name is plain text, all of it one record."""
+    return kind_of(name) in _TEXT
 
 
 def known_kinds() -> str:
@@ -217,6 +222,23 @@ def _read_parquet(file: Path) -> Records:
     yield from enumerate(parquet_records(file), 1)
 
 
+def _read_plain_text(file: Path) -> Records:
+    text = _read_text(file)
+    first = text.lstrip().partition("\n")[0]
+    if first.startswith(("{", "[{")):
+        try:
+            strict_json.decode(first)
+        except ValueError:
+            pass
+        else:
+            raise InputError(
+                f"{file}: its first line is JSON, and a '{file.suffix}' file is read as plain "
+                f"text; rename it to one of {known_kinds()}"
+            )
+    if text.strip():
+        yield 1, {"document": text}
+
+
 _READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
@@ -224,5 +246,8 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
+    ".txt": _read_plain_text,
+    ".md": _read_plain_text,
 }
-_GZIPPED = [kind for kind in _READERS if kind != ".parquet"]
+_TEXT = (".txt", ".md")
+_GZIPPED = [kind for kind in _READERS if kind not in (".parquet", *_TEXT)]

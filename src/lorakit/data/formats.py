@@ -25,6 +25,7 @@ from lorakit.data.supervised_rows import (
     SHAREGPT,
     TEXT,
 )
+from lorakit.data.text_files import DOCUMENT
 from lorakit.errors import InputError, did_you_mean, listed
 
 FORMATS: list[RowFormat] = [
@@ -38,6 +39,7 @@ FORMATS: list[RowFormat] = [
     *PAIR_FORMATS,
     *JUDGED_FORMATS,
     PROMPT,
+    DOCUMENT,
 ]
 """In the order in which messages list them; append to it to add one."""
 

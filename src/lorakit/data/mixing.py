@@ -16,8 +16,9 @@ from lorakit.data.column_hints import unread_cure
 from lorakit.data.formats import SUPERVISED, check_columns, recognise
 from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.samples import Sample
-from lorakit.data.sources import Contents, Row, read_source
+from lorakit.data.sources import Row, read_source
 from lorakit.data.splits import LEARNED, MEASURED
+from lorakit.data.text_files import SampleBy, divided
 from lorakit.errors import InputError, count, did_you_mean, each, listed
 
 _LARGEST_WEIGHT = 1000
@@ -87,6 +88,7 @@ def mix(
     key: str = "data.train",
     wanted: Sequence[str] = LEARNED,
     kinds: Collection[str] = SUPERVISED,
+    sample_by: SampleBy = "auto",
 ) -> Mixture:
     """Reads one source or several.
 
@@ -97,6 +99,7 @@ def mix(
         key: the recipe's, for messages.
         wanted: which part of a data set in parts is read, as for `read_source`.
         kinds: of rows that the objective takes (`RowFormat.kind`).
+        sample_by: what a document of a plain text file is, as in `data.text_files`.
 
     Raises:
         InputError: a source or the columns cannot be used, or rows; of many bad rows of a source
@@ -117,14 +120,17 @@ def mix(
     mixture = Mixture([], [], [])
     for part, name in zip(parts, names, strict=True):
         contents = read_source(part.path, full_names=times[name] > 1, wanted=wanted)
+        rows, divisions = divided(contents.rows, sample_by)
         own = part.columns if part.columns is not None else columns
-        samples, notices = _samples(part, contents, own or {}, limit, kinds)
+        samples, notices = _samples(part, rows[:limit], own or {}, kinds)
         used, drawn = _weighted(samples, part, seed)
         mixture.samples.extend(used)
         if contents.held_out:
             mixture.held_out.append(Source(contents.held_out, columns=part.columns))
         mixture.facts.append(DataFacts(part.path, len(used), contents.sha256, part.weight))
-        mixture.notices.extend([*contents.notices, *notices, *drawn])
+        mixture.notices.extend(
+            [*contents.notices, *(f"{part.path}: {x}" for x in divisions), *notices, *drawn]
+        )
     return mixture
 
 
@@ -161,9 +167,8 @@ class _Rows:
 
 def _samples(
     source: Source,
-    contents: Contents,
+    rows: Sequence[Row],
     columns: Mapping[str, str],
-    limit: int | None,
     kinds: Collection[str],
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
@@ -185,7 +190,7 @@ def _samples(
             found["with answers that are marked as not learned, and only read"].add(row)
         return sample
 
-    samples = each(contents.rows[:limit], read)
+    samples = each(rows, read)
     notices = []
     if len(formats) > 1:
         kinds = ", ".join(f"{label} {p.rows:,} (first: {p.first})" for label, p in formats.items())

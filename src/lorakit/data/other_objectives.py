@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from lorakit.data.sources import Row
+from lorakit.data.text_files import is_text_file
 from lorakit.errors import listed
 
 _PAIR = re.compile(
@@ -31,6 +32,11 @@ def refuse_other_objectives(
             what is learned of it.
         kinds: the kinds of rows that the objective takes, as in `RowFormat.kind`.
     """
+    if is_text_file(row) and "document" not in kinds:
+        raise row.error(
+            "is plain text: learn from it with objective: pretrain, or write rows into a .jsonl "
+            "file"
+        )
     given = {name: value for name, value in row.values.items() if not _is_empty(value)}
     own = set(columns.values())
     pair = [name for name in given if _PAIR.fullmatch(name.strip().lower())]

@@ -24,7 +24,7 @@ from lorakit.data.arrow import (
     saved_split,
     saved_splits,
 )
-from lorakit.data.files import kind_of, known_kinds, read_records
+from lorakit.data.files import is_text, kind_of, known_kinds, read_records
 from lorakit.data.splits import LEARNED, SPLITS, by_split, notice_of_parts, split_of
 from lorakit.errors import InputError, did_you_mean, listed, one_line
 
@@ -185,27 +185,30 @@ def _read_file(file: Path, full_names: bool) -> Contents:
 def _read_folder(
     folder: Path, split: str | None, full_names: bool, wanted: Sequence[str]
 ) -> Contents:
-    """The files of one part and of one kind in `folder`.
+    """The files of one part and of one kind in `folder`; plain text where there are no others.
 
     Subfolders are left out, but for those that are named for a part, where there are no files.
     """
     entries = sorted(folder.iterdir())
     shown = [entry for entry in entries if not entry.name.startswith((".", "_"))]
-    files = [entry for entry in shown if not entry.is_dir() and kind_of(entry.name)]
+    files = _data_files(shown)
     if not files:
         inner = [entry for entry in shown if entry.is_dir() and split_of(entry.name)]
-        files = [file for entry in inner for file in sorted(entry.iterdir()) if kind_of(file.name)]
+        files = _data_files(file for entry in inner for file in sorted(entry.iterdir()))
     if not files:
         raise InputError(
             f"{folder}: is a folder without data files; name a file, or a folder of "
             f"{known_kinds()} files"
         )
     of_name = {file.relative_to(folder).as_posix(): file for file in files}
-    parts = by_split(of_name)
+    texts = is_text(files[0].name)
+    # A document's name may have a word such as "test" in it; a part's is nothing else.
+    named = not texts or any(split_of(file.stem) and file.stem.isalpha() for file in files)
+    parts = by_split(of_name) if named else {None: list(of_name)}
     chosen = _chosen(folder, parts, split, wanted)
     used = [of_name[name] for name in parts[chosen]]
     kinds = sorted({str(kind_of(file.name)) for file in used})
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not texts:
         raise InputError(
             f"{folder}: holds {' and '.join(kinds)} files; name those that are meant, as in "
             f"data.train=[{used[0]}, ...]"
@@ -217,11 +220,17 @@ def _read_folder(
     read = {*files, *(file.parent for file in files)}
     if others := [entry.name for entry in entries if entry not in read]:
         notices.append(
-            f"{folder}: of its entries {len(entries) - len(others)} are read ({kinds[0]}), "
+            f"{folder}: of its entries {len(entries) - len(others)} are read ({', '.join(kinds)}), "
             f"{len(others)} are left out: {one_line(listed(others, 5))}"
         )
     own = _own_held_out(folder, parts, chosen)
     return Contents(_some(rows, folder), _sha256_of_files(used, folder), notices, own)
+
+
+def _data_files(entries: Iterable[Path]) -> list[Path]:
+    """Those that can be read; plain text only where it is all, as others have a README beside."""
+    known = [entry for entry in entries if not entry.is_dir() and kind_of(entry.name)]
+    return [entry for entry in known if not is_text(entry.name)] or known
 
 
 def _chosen(

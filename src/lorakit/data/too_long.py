@@ -67,12 +67,14 @@ def fit(
     make: Callable[[int], Sequence[Row]],
     limit: Limit,
     too_long: TooLong,
+    overlap: int = 1,
 ) -> Fitted[Sample, Row]:
     """The rows of the training and held-out samples in at most `limit.tokens` tokens.
 
     Args:
         make: tokenizes all samples, each cut to as many tokens as it is given; a row that has
             nothing to learn before the cut is left out.
+        overlap: as in `divided`, where long texts are divided.
 
     Raises:
         InputError: a row is too long and `too_long` is `error`, or no row is left.
@@ -89,7 +91,7 @@ def fit(
         )
     texts = parts = 0
     for i, (sample, row) in enumerate(zip((*train, *held), rows, strict=True)):
-        several = _divided(row, limit.tokens) if too_long == "split" else [row]
+        several = divided(row, limit.tokens, overlap) if too_long == "split" else [row]
         if len(several) > 1:
             texts, parts = texts + 1, parts + len(several)
         for part in several:
@@ -118,10 +120,13 @@ def _none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> Inpu
     )
 
 
-def _divided(row: Row, tokens: int) -> list[Row]:
+def divided(row: Row, tokens: int, overlap: int = 1) -> list[Row]:
     """Plain text in parts of at most so many tokens; of a conversation the beginning alone.
 
-    Each part begins with the last token of the one before, so that each token is predicted.
+    Args:
+        overlap: each part begins with so many of the last tokens of the one before, from 1 to
+            `tokens` - 1. They are read and not learned again, so that each token of the text but
+            its first is predicted once.
     """
     if row.longest <= tokens:
         return [row]
@@ -137,7 +142,8 @@ def _divided(row: Row, tokens: int) -> list[Row]:
         replace(
             row,
             input_ids=row.input_ids[at : at + tokens],
-            labels=[IGNORE, *row.labels[at + 1 : at + tokens]],
+            labels=[IGNORE] * read + row.labels[at + read : at + tokens],
         )
-        for at in range(0, len(row) - 1, tokens - 1)
+        for at in range(0, len(row) - overlap, tokens - overlap)
+        for read in [overlap if at else 1]
     ]

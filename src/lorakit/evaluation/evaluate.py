@@ -109,7 +109,7 @@ def evaluate(
         length = most_tokens(model, max_length) if encoder_decoder else max_length
         rows = rows_of(learned_by, tokenizer, samples, length)
     short = [] if encoder_decoder else _check_room(model, tokenizer, asked, max_new_tokens)
-    done, whole = 0, 2 * (len(asked) + ("loss" in metrics) * len(samples))
+    done, whole = 0, 2 * (len(asked) + len(rows))
 
     if on_progress:
         on_progress(0, whole)

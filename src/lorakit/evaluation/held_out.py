@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.data.batches import Collator
 from lorakit.data.grouping import cut
+from lorakit.data.too_long import WHOLE, divided
 from lorakit.errors import InputError, each
 from lorakit.objectives.objective import Loss, Objective, added, as_tensors, with_sums
 from lorakit.objectives.registry import default_objective
@@ -57,20 +58,27 @@ def rows_of(
     samples: Sequence[Any],
     max_length: int,
 ) -> list[TokenizedRow]:
-    """The rows that `held_out_scores` are taken over; arguments and errors as in `mean_loss`."""
+    """The rows that `held_out_scores` are taken over; arguments and errors as in `mean_loss`.
+
+    A long text is several of them where the objective divides it.
+    """
     if not samples:
         raise InputError("there are no rows to take the loss of")
 
-    def row(sample: Any) -> TokenizedRow:
+    def parts(sample: Any) -> list[TokenizedRow]:
+        if objective.too_long == "split":
+            whole = objective.tokenize(sample, tokenizer, WHOLE)
+            return divided(whole, max_length, objective.overlap)
         made = objective.tokenize(sample, tokenizer, max_length)
         if made.truncated and not made.supervised:
             raise InputError(
                 f"{made.where}: nothing to score is left before data.max_length {max_length}; "
                 f"raise it to {made.longest} or shorten the row"
             )
-        return made
+        return [made]
 
-    return [*objective.together(each(samples, row), max_length)]
+    rows = [row for several in each(samples, parts) for row in several]
+    return [*objective.together(rows, max_length)]
 
 
 def held_out_scores(

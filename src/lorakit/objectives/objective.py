@@ -21,7 +21,8 @@ from lorakit.data.masking import TokenizedRow, tokenize
 from lorakit.data.samples import Sample
 from lorakit.data.template_clock import StandingClock, at, notices_of_rendering, time_in
 from lorakit.data.templates import render
-from lorakit.data.too_long import Limit
+from lorakit.data.text_files import SampleBy
+from lorakit.data.too_long import Limit, TooLong
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.models.load import positions_of
 from lorakit.models.loss import LabelLoss, SupervisedLoss
@@ -170,9 +171,11 @@ class Objective:
         score_names: the held-out scores that `scores` gives.
         lower_is_better: those of them that are better when they are smaller.
         sample_tokens: the most tokens of the answers that a finished run gives to sample rows.
+        too_long: what becomes of long rows where the recipe's `data.too_long` does not say.
         labels: the classes, of a classifier that has read its rows.
         reference: the adapter that the one in training is compared with, `BASE` for the bare base;
             None for no reference. A run that starts from an adapter sets it to the start.
+        sample_by, overlap: how plain text is read, as in `data.dataset.prepare`.
     """
 
     name: ClassVar[str]
@@ -186,6 +189,7 @@ class Objective:
     learning_rates: ClassVar[Mapping[str, float]] = {"small": 5e-4, "medium": 2e-4, "large": 1e-4}
     epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 5), (10_000, 3), (50_000, 2))
     shown_metrics: ClassVar[Sequence[str]] = ()
+    too_long: ClassVar[TooLong] = "cut"
     Settings: ClassVar[type[Settings]] = Settings
 
     head: ClassVar[Sequence[str]] = ()
@@ -194,6 +198,8 @@ class Objective:
     sample_tokens: ClassVar[int] = 96
     labels: Labels | None = None
     reference: str | None = None
+    sample_by: SampleBy = "auto"
+    overlap: int = 1
 
     def __init__(self, **settings: Any) -> None:
         """Raises InputError for a setting that the objective does not have, or a wrong value."""
@@ -283,6 +289,8 @@ class Objective:
             kinds=self.row_kinds,
             to_row=self.tokenize if own_rows else None,
             templated=self.templated,
+            sample_by=self.sample_by,
+            overlap=self.overlap,
         )
         tokens = Limit(request.max_length, positions_of(loaded.model)).tokens
         train, held_out = (self.together(rows, tokens) for rows in (data.train, data.eval))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _BUILT_IN = {
     "sft": "lorakit.objectives.sft:Sft",
+    "pretrain": "lorakit.objectives.pretrain:Pretrain",
     "dpo": "lorakit.objectives.dpo:Dpo",
     "simpo": "lorakit.objectives.simpo:Simpo",
     "orpo": "lorakit.objectives.orpo:Orpo",

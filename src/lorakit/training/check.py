@@ -63,9 +63,9 @@ def shown_row(setup: Setup, index: int) -> list[ShownPiece]:
     if isinstance(row, LabelledRow):  # what is learned stands behind what is read
         text = setup.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
         return [ShownPiece(f"{text} → ", "read"), ShownPiece(sample.reference, "learned")]
-    whole = setup.inputs.objective.tokenize(sample, setup.tokenizer, _ENDLESS)
-    if row.input_ids != whole.input_ids[: len(row)]:  # a later part of a text that was split
-        whole = row
+    whole = row
+    if row.truncated:
+        whole = setup.inputs.objective.tokenize(sample, setup.tokenizer, _ENDLESS)
     return pieces(whole, len(row), setup.tokenizer)
 
 

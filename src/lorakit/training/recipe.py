@@ -252,6 +252,9 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
+        usual = self.make_objective().too_long
+        if "too_long" not in self.data.model_fields_set and usual != self.data.too_long:
+            self.data = self.data.model_copy(update={"too_long": usual})
         if self.objective is not None:
             wanted = make_objective(self.objective).task_type
             given = self.lora.get("task_type") or wanted
