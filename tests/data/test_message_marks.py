@@ -8,11 +8,12 @@ import pytest
 
 from lorakit.data.dataset import prepare
 from lorakit.data.formats import to_sample
-from lorakit.data.masking import IGNORE, tokenize
+from lorakit.data.masking import IGNORE, WeightedRow, tokenize
 from lorakit.data.prompts import read_prompts
 from lorakit.data.samples import Sample
 from lorakit.data.sources import Row
 from lorakit.errors import InputError
+from lorakit.objectives.registry import make_objective
 from tiny import byte_tokenizer
 
 WriteRows = Callable[..., Path]
@@ -73,8 +74,11 @@ def test_a_last_answer_that_is_not_learned_is_not_measured_either() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
-        ({"weight": 0.5}, {}, ["'weight' of message 2", "0.5"]),
-        ({"loss_scale": 2}, {}, ["'loss_scale' of message 2"]),
+        ({"train": 0.5}, {}, ["'train' of message 2", "0.5"]),
+        ({"weight": 0.5, "loss_scale": 2}, {}, ["two weights", "weight: 0.5, loss_scale: 2"]),
+        ({"weight": 0.5, "train": False}, {}, ["learned and as not learned"]),
+        ({"weight": "0.5"}, {}, ["'weight' of message 2", "a number from 0 on"]),
+        ({"weight": True, "loss_scale": float("inf")}, {}, ["'loss_scale' of message 2"]),
         ({"train": "false"}, {}, ["'train' of message 2", "expected true or false"]),
         ({"weight": -1}, {}, ["'weight' of message 2"]),
         ({"weight": 1, "train": False}, {}, ["learned and as not learned", "weight", "train"]),
@@ -94,10 +98,37 @@ def test_marks_that_cannot_be_followed_are_refused(
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_all_rows_with_a_fraction_are_counted(write_rows: WriteRows) -> None:
-    path = write_rows([{"messages": talk({"weight": 0.3}, {})}] * 5)
-    with pytest.raises(InputError, match=r"rows.jsonl:1: .*and 4 more rows"):
-        prepare(byte_tokenizer(), str(path), 0)
+@pytest.mark.parametrize("marks", [{"weight": 0.25}, {"loss_scale": 0.25, "loss": True}])
+def test_a_weight_is_of_the_tokens_of_its_answer(marks: dict[str, Any]) -> None:
+    found = sample(messages=talk(marks, {"weight": 1}))
+    assert found.weights == ((1, 0.25),)
+    tokenizer = byte_tokenizer()
+    row = tokenize(found, tokenizer, 1000)
+    assert isinstance(row, WeightedRow)
+    [(begin, end, weight)] = row.weights
+    assert tokenizer.decode(row.input_ids[begin:end]) == "WRONG<|im_end|>"
+    assert weight == 0.25
+    assert learned(found) == "WRONG<|im_end|>RIGHT<|im_end|>"
+    plain = tokenize(sample(messages=talk({}, {})), tokenizer, 1000)
+    assert (row.input_ids, row.labels) == (plain.input_ids, plain.labels)
+
+
+def test_rows_with_weights_are_counted_and_refused_where_they_would_not_be_used(
+    write_rows: WriteRows,
+) -> None:
+    path = str(write_rows([{"messages": talk({"weight": 0.3}, {})}] * 5))
+    data = prepare(byte_tokenizer(), path, 0)
+    assert any("5 rows (first: rows.jsonl:1) with answers whose loss" in n for n in data.notices)
+    for objective in ("distill", "seq2seq"):
+        with pytest.raises(InputError, match=r"rows.jsonl:1: .*weight 0.3.*and 4 more rows"):
+            prepare(byte_tokenizer(), path, 0, as_learned=make_objective(objective).as_learned)
+    judged = {"messages": talk({}, {"weight": 0.3}), "label": True}
+    with pytest.raises(InputError, match=r"message 4 has the weight 0.3"):
+        to_sample(Row(judged, Path("rows.jsonl"), 1), None, ["unpaired_preference"])
+    pair = {"chosen": talk({}, {"weight": 2}), "rejected": talk({}, {})[:3]}
+    pair["rejected"] += [{"role": "assistant", "content": "NO"}]
+    with pytest.raises(InputError, match=r"message 4 has the weight 2"):
+        to_sample(Row(pair, Path("rows.jsonl"), 1), None, ["preference"])
 
 
 def test_rows_with_marks_are_counted(write_rows: WriteRows) -> None:

@@ -106,7 +106,7 @@ def test_slips_are_counted_and_only_few_of_them_are_near():
         (["train", "--cutoff-len", "512"], "--cutoff-len: use data.max_length"),
         (["train", "--lora_r=8"], "--lora_r: use lora.r"),
         (["check", "--learning-rate", "1e-4"], "--learning-rate: use training.learning_rate"),
-        (["sweep", "--stage", "sft"], "--stage: leave it out"),
+        (["sweep", "--stage", "sft"], "--stage: use objective"),
         (["train", "--wibble"], "No such option: --wibble"),
     ],
 )

@@ -103,9 +103,12 @@ def evaluate(
         _show_labels(result, names)
     else:
         from lorakit.evaluation.evaluate import evaluate as run
+        from lorakit.objectives.registry import default_objective
         from lorakit.training.stages import compare_with_start
 
         chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
+        known = task_type if task_type == "SEQ_2_SEQ_LM" else "CAUSAL_LM"
+        learned_by = objective or default_objective(known)
         kinds = objective.row_kinds if objective else SUPERVISED
         mixture = mix(
             data,
@@ -114,7 +117,8 @@ def evaluate(
             key="--data",
             wanted=MEASURED,
             kinds=kinds,
-            sample_by=objective.sample_by if objective else "auto",
+            sample_by=learned_by.sample_by,
+            as_learned=learned_by.as_learned,
         )
         say_all(mixture.notices)
         samples = mixture.samples

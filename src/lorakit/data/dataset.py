@@ -6,7 +6,7 @@ share) as `notices`, what was found in the rows as `findings`; printing is left 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.data.checks import RowStatistics, findings, statistics
 from lorakit.data.findings import AnySample, Finding
@@ -80,6 +80,7 @@ def prepare(
     complete: Callable[[Sequence[Sample]], Sequence[Sample]] = lambda samples: samples,
     sample_by: SampleBy = "auto",
     overlap: int = 1,
+    as_learned: Callable[[Any], Any] = lambda sample: sample,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -102,13 +103,16 @@ def prepare(
         complete: makes what samples lack, all of them at once.
         sample_by: what a document of a plain text file is, as in `data.text_files`.
         overlap: of the parts of a long text, as in `data.too_long.divided`.
+        as_learned: makes of a row's sample what is learned of it, as in `mix`.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
     """
     if max_length < 2:
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
-    learned = mix(train, columns, limit, seed=seed, kinds=kinds, sample_by=sample_by)
+    learned = mix(
+        train, columns, limit, seed=seed, kinds=kinds, sample_by=sample_by, as_learned=as_learned
+    )
     facts, notices = learned.facts, learned.notices
     if isinstance(eval, (int, float)) and eval and learned.held_out:
         notices.append(notice_of_own(learned.held_out))
@@ -126,6 +130,7 @@ def prepare(
             wanted=HELD_OUT,
             kinds=kinds,
             sample_by=sample_by,
+            as_learned=as_learned,
         )
         kept, held = learned.samples, measured.samples
         facts += measured.facts

@@ -7,7 +7,7 @@ They are the rows of supervised fine-tuning with `label` (TRL, ms-swift) or `kto
 from dataclasses import dataclass, field
 
 from lorakit.data.conversations import kind_of_value
-from lorakit.data.samples import RowFormat, Sample
+from lorakit.data.samples import RowFormat, Sample, refused_weight
 from lorakit.data.sources import Row
 from lorakit.data.supervised_rows import (
     ALPACA,
@@ -59,6 +59,8 @@ def _judged(form: RowFormat, name: str) -> RowFormat:
             kind = "" if value is None else f" ({kind_of_value(value)})"
             raise row.error(f"'{name}' is {found}{kind}, expected true (desirable) or false")
         sample = form.sample(row)
+        if sample.weights:
+            raise row.error(refused_weight(sample.weights[0]))
         last = sample.learned[-1]
         answer = sample.messages[last]
         if last != len(sample.messages) - 1:

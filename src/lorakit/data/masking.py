@@ -7,7 +7,7 @@ and each is labelled (`label`). `tokenize` does all of it for one.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Self
 
@@ -114,6 +114,13 @@ class RowWithSecond(TokenizedRow):
         return cls(row.input_ids, row.labels, *facts, second)
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedRow(TokenizedRow):
+    """A row with tokens whose loss is scaled: [begin, end) and the factor, for each stretch."""
+
+    weights: tuple[tuple[int, int, float], ...] = ()
+
+
 def sequences_of(rows: Iterable[TokenizedRow]) -> list[TokenizedRow]:
     """The sequences of all rows, in order."""
     return [sequence for row in rows for sequence in row.sequences]
@@ -121,11 +128,15 @@ def sequences_of(rows: Iterable[TokenizedRow]) -> list[TokenizedRow]:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A sample as text: a conversation with its answers found, or plain text (`answers` None)."""
+    """A sample as text: a conversation with its answers found, or plain text (`answers` None).
+
+    `weights` has what the loss of each of its answers is scaled by; none where that is 1 for all.
+    """
 
     where: str
     text: str
     answers: Answers | None
+    weights: tuple[float, ...] = ()
 
 
 def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedRow:
@@ -165,7 +176,9 @@ def read(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Reading:
         answers = find_answers(messages, tokenizer, sample.tools, sample.unlearned)
     except InputError as error:
         raise InputError(f"{sample.where}: {error}") from error
-    return Reading(sample.where, answers.text, answers)
+    scaled = dict(sample.weights)
+    weights = tuple(scaled.get(i, 1.0) for i in sample.learned) if scaled else ()
+    return Reading(sample.where, answers.text, answers, weights)
 
 
 def encode(readings: Sequence[Reading], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Encoded]:
@@ -203,6 +216,7 @@ def label(
     ids = list(encoded.ids)
     labels = [IGNORE] * len(ids)
     answers = reading.answers
+    stretches: list[slice] = []
     if answers is None:
         labels = list(ids)
     else:
@@ -211,13 +225,14 @@ def label(
         for start, end in answers.spans:
             learned = slice(bisect_left(encoded.starts, start), bisect_left(encoded.starts, end))
             labels[learned] = ids[learned]
+            stretches.append(learned)
     if not (answers.ended if answers else ids[-1:] == [end_token(tokenizer)]):
         ids.append(end_token(tokenizer))
         labels.append(end_token(tokenizer))
     labels[0] = IGNORE
     if all(token == IGNORE for token in labels):
         raise InputError(f"{reading.where}: no token to learn; give it an answer or drop it")
-    return TokenizedRow(
+    row = TokenizedRow(
         ids[:max_length],
         labels[:max_length],
         reading.where,
@@ -225,6 +240,15 @@ def label(
         answers.unshown if answers else (),
         encoded.apart,
     )
+    if not reading.weights:
+        return row
+    ends = [stretch.stop for stretch in stretches[:-1]] + [len(ids)]  # with a mark that was added
+    weights = [
+        (stretch.start, end, weight)
+        for stretch, end, weight in zip(stretches, ends, reading.weights, strict=True)
+        if weight != 1
+    ]
+    return WeightedRow(*(getattr(row, f.name) for f in fields(row)), weights=tuple(weights))
 
 
 def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -8,9 +8,10 @@ import dataclasses
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lorakit.data.column_hints import unread_cure
 from lorakit.data.formats import SUPERVISED, check_columns, recognise
@@ -89,6 +90,7 @@ def mix(
     wanted: Sequence[str] = LEARNED,
     kinds: Collection[str] = SUPERVISED,
     sample_by: SampleBy = "auto",
+    as_learned: Callable[[Any], Any] = lambda sample: sample,
 ) -> Mixture:
     """Reads one source or several.
 
@@ -100,6 +102,7 @@ def mix(
         wanted: which part of a data set in parts is read, as for `read_source`.
         kinds: of rows that the objective takes (`RowFormat.kind`).
         sample_by: what a document of a plain text file is, as in `data.text_files`.
+        as_learned: makes of a row's sample what is learned of it; it may refuse the row.
 
     Raises:
         InputError: a source or the columns cannot be used, or rows; of many bad rows of a source
@@ -122,7 +125,7 @@ def mix(
         contents = read_source(part.path, full_names=times[name] > 1, wanted=wanted)
         rows, divisions = divided(contents.rows, sample_by)
         own = part.columns if part.columns is not None else columns
-        samples, notices = _samples(part, rows[:limit], own or {}, kinds)
+        samples, notices = _samples(part, rows[:limit], own or {}, kinds, as_learned)
         used, drawn = _weighted(samples, part, seed)
         mixture.samples.extend(used)
         if contents.held_out:
@@ -170,6 +173,7 @@ def _samples(
     rows: Sequence[Row],
     columns: Mapping[str, str],
     kinds: Collection[str],
+    as_learned: Callable[[Any], Any],
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
     formats, unread, found = (defaultdict[str, _Rows](_Rows) for _ in range(3))
@@ -178,7 +182,7 @@ def _samples(
     def read(row: Row) -> Sample:
         refuse_other_objectives(row, columns, kinds)
         form, row = recognise(row, columns, kinds)
-        sample = form.sample(row)
+        sample = as_learned(form.sample(row))
         formats[form.label].add(row)
         known.update(form.columns)
         for name, value in row.values.items():
@@ -188,6 +192,8 @@ def _samples(
             found["with \\r\\n line ends, read as \\n"].add(row)
         if sample.marked:
             found["with answers that are marked as not learned, and only read"].add(row)
+        if sample.weights:
+            found["with answers whose loss is scaled by a weight"].add(row)
         return sample
 
     samples = each(rows, read)

@@ -1,13 +1,14 @@
 """What a row teaches (`Sample`), and what a form of rows is (`RowFormat`).
 
-Which answers of a conversation are learned is told by the marks that other tools write on messages:
-OpenAI's fine-tuning format and the older Axolotl have `weight`, Axolotl `train` and `training`,
-ms-swift `loss` and `loss_scale`.
+Which answers of a conversation are learned, and how strongly, is told by the marks that other
+tools write on messages: OpenAI's fine-tuning format and the older Axolotl have `weight`, Axolotl
+`train` and `training`, ms-swift `loss` and `loss_scale`.
 The forms themselves are in `supervised_rows` and `labelled`, and registered in `formats`.
 How a conversation becomes text is the template's business (`lorakit.data.templates`).
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,9 @@ from lorakit.errors import InputError
 MARKS = ("weight", "train", "training", "loss", "loss_scale")
 """Keys of a message whose value is true or 1 (learned), false or 0 (only read)."""
 
+WEIGHTS = ("weight", "loss_scale")
+"""Those of them that may be any number from 0 on, by which the loss of an answer is scaled."""
+
 PARTIAL_MARKS = ("train_detail", "training_detail")
 """Axolotl's masks of parts of a message, which are refused."""
 
@@ -29,7 +33,9 @@ class Sample:
     """What one row teaches: a conversation (`messages`), or plain `text` and no messages.
 
     `tools` are the descriptions of functions that a template shows to the model. `copies` is how
-    often an epoch sees the sample. `unlearned` are the positions of answers that are only read.
+    often an epoch sees the sample. `unlearned` are the positions of answers that are only read,
+    `weights` pairs of a position and what the loss of its answer is scaled by, where that is not 1.
+    The last `completion` messages are the row's completion; 0 where it does not tell them apart.
     """
 
     messages: tuple[Message, ...]
@@ -38,6 +44,8 @@ class Sample:
     tools: tuple[dict[str, Any], ...] = ()
     copies: int = 1
     unlearned: frozenset[int] = frozenset()
+    weights: tuple[tuple[int, float], ...] = ()
+    completion: int = 0
 
     @property
     def learned(self) -> list[int]:
@@ -100,7 +108,29 @@ class Sample:
 
 
 def take_marks(row: Row, messages: Sequence[Message]) -> tuple[list[Message], frozenset[int]]:
-    """The messages without their marks, and the positions of the answers that are not learned.
+    """`marks_of` rows whose answers are learned or not, and nothing in between."""
+    cleaned, unlearned, weights = marks_of(row, messages)
+    if weights:
+        raise row.error(refused_weight(weights[0]))
+    return cleaned, unlearned
+
+
+def refused_weight(weight: tuple[int, float]) -> str:
+    """What is wrong with a weight, a position and a number, where answers cannot have one."""
+    at, value = weight
+    return (
+        f"message {at + 1} has the weight {value:g}; here an answer is learned (1) or not (0), as "
+        "other weights are for objective sft: round it, or give its source a weight in data.train"
+    )
+
+
+def marks_of(
+    row: Row, messages: Sequence[Message]
+) -> tuple[list[Message], frozenset[int], tuple[tuple[int, float], ...]]:
+    """The messages without their marks, and what these say.
+
+    Returns: the messages; the positions of the answers that are not learned; and those of answers
+    whose weight is another one than 1, each with it.
 
     A mark that asks to learn a message other than an answer stays where it is, so that it counts
     as a field that nothing reads.
@@ -108,9 +138,9 @@ def take_marks(row: Row, messages: Sequence[Message]) -> tuple[list[Message], fr
     Raises:
         InputError: a mark has another value, two of them disagree, or part of a message is masked.
     """
-    unlearned, cleaned = set(), []
+    unlearned, cleaned, weights = set(), [], []
     for i, message in enumerate(messages):
-        marks = {key: _learned(row, message, i, key) for key in MARKS if key in message}
+        marks = {key: _weight(row, message, i, key) for key in MARKS if key in message}
         for key in PARTIAL_MARKS:
             if message.get(key):
                 raise row.error(
@@ -118,30 +148,33 @@ def take_marks(row: Row, messages: Sequence[Message]) -> tuple[list[Message], fr
                     "lorakit learns an answer whole or not at all: mark it with train: false, or "
                     "remove the key"
                 )
-        if len(set(marks.values())) > 1:
+        given = ", ".join(f"{key}: {message[key]}" for key in marks)
+        if len({weight > 0 for weight in marks.values()}) > 1:
             raise row.error(
-                f"message {i + 1} is marked as learned and as not learned "
-                f"({', '.join(f'{key}: {message[key]}' for key in marks)}); remove one"
+                f"message {i + 1} is marked as learned and as not learned ({given}); remove one"
             )
+        numbers = {weight for key, weight in marks.items() if key in WEIGHTS}
+        if len(numbers) > 1:
+            raise row.error(f"message {i + 1} has two weights ({given}); remove one")
         answer = message["role"] == "assistant"
-        if answer and False in marks.values():
+        if answer and 0 in marks.values():
             unlearned.add(i)
-        taken = {key for key, learned in marks.items() if answer or not learned}
+        elif answer and numbers - {1}:
+            weights.append((i, *numbers))
+        taken = {key for key, weight in marks.items() if answer or not weight}
         cleaned.append({k: v for k, v in message.items() if k not in taken})
-    return cleaned, frozenset(unlearned)
+    return cleaned, frozenset(unlearned), tuple(weights)
 
 
-def _learned(row: Row, message: Message, position: int, key: str) -> bool:
+def _weight(row: Row, message: Message, position: int, key: str) -> float:
     value: Any = message[key]
-    if isinstance(value, (bool, int, float)) and value in (0, 1):
-        return bool(value)
-    what = f"{row.where}: '{key}' of message {position + 1} is {str(value)[:40]!r}"
-    if isinstance(value, (int, float)):
-        raise InputError(
-            f"{what}; an answer's weight is 1 (learned) or 0 (not learned), nothing else: round "
-            "it, or give its source a weight in data.train"
-        )
-    raise InputError(f"{what}; expected true or false, 1 or 0")
+    number = isinstance(value, (bool, int, float))
+    if number and (value in (0, 1) or (key in WEIGHTS and value > 0 and math.isfinite(value))):
+        return float(value)
+    wanted = "a number from 0 on" if key in WEIGHTS else "true or false, 1 or 0"
+    raise InputError(
+        f"{row.where}: '{key}' of message {position + 1} is {str(value)[:40]!r}; expected {wanted}"
+    )
 
 
 def system_message(row: Row) -> list[Message]:
@@ -164,6 +197,7 @@ class RowFormat:
             data set, such as `preference`. Objectives name the kinds that they take.
         propose: a `data.columns` for rows whose columns have other names and may mean this form;
             None where they do not.
+        completed: how many messages of a row are its completion, as in `Sample`.
     """
 
     required: tuple[str, ...]
@@ -171,6 +205,7 @@ class RowFormat:
     optional: tuple[str, ...] = ("system", "tools")
     kind: str = "conversation"
     propose: Callable[[Mapping[str, object]], dict[str, str] | None] = lambda values: None
+    completed: Callable[[Row], int] = lambda row: 0
 
     @property
     def label(self) -> str:
@@ -193,9 +228,17 @@ class RowFormat:
             return Sample((), found, row.where)
         if self.kind != "conversation":
             return found
-        messages, unlearned = take_marks(row, [*system_message(row), *found])
+        messages, unlearned, weights = marks_of(row, [*system_message(row), *found])
         check_conversation(row, messages)
-        sample = Sample(tuple(messages), None, row.where, tools(row), unlearned=unlearned)
+        sample = Sample(
+            tuple(messages),
+            None,
+            row.where,
+            tools(row),
+            unlearned=unlearned,
+            weights=weights,
+            completion=self.completed(row),
+        )
         if not sample.learned:
             raise row.error(
                 "every answer is marked as not learned, so there is nothing to learn; drop the row"

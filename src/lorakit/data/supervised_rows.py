@@ -65,11 +65,20 @@ def _proposed_pair(values: Mapping[str, object]) -> dict[str, str] | None:
 
 
 def _pair(prompt: str, completion: str) -> RowFormat:
-    return RowFormat((prompt, completion), _read_pair(prompt, completion), _BESIDE)
+    def completed(row: Row) -> int:
+        answer = row.values[completion]
+        return len(answer) if isinstance(answer, list) else 1
+
+    read = _read_pair(prompt, completion)
+    return RowFormat((prompt, completion), read, _BESIDE, completed=completed)
 
 
 ALPACA = RowFormat(
-    ("instruction", "output"), _read_alpaca, ("input", *_BESIDE), propose=_proposed_pair
+    ("instruction", "output"),
+    _read_alpaca,
+    ("input", *_BESIDE),
+    propose=_proposed_pair,
+    completed=lambda row: 1,
 )
 PROMPT_COMPLETION = _pair("prompt", "completion")
 PROMPT_RESPONSE = _pair("prompt", "response")

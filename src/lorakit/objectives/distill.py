@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -47,6 +47,7 @@ class Distill(Objective):
     unit = "answer token"
     row_kinds = ("conversation", "prompt")
     score_names = ("kl", "agreement")
+    row_settings: ClassVar[Sequence[str]] = ("system", "max_new_tokens", "seed")
 
     class Settings(contract.Settings):
         """TRL's names (`GKDConfig`), and `system`, what the teacher reads and the student does not.

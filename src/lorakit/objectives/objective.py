@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorakit.data.dataset import PreparedData, prepare
 from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, tokenize
-from lorakit.data.samples import Sample
+from lorakit.data.samples import Sample, refused_weight
 from lorakit.data.template_clock import StandingClock, at, notices_of_rendering, time_in
 from lorakit.data.templates import render
 from lorakit.data.text_files import SampleBy
@@ -172,6 +172,7 @@ class Objective:
         lower_is_better: those of them that are better when they are smaller.
         sample_tokens: the most tokens of the answers that a finished run gives to sample rows.
         too_long: what becomes of long rows where the recipe's `data.too_long` does not say.
+        row_settings: the settings that rows depend on; in a sweep all configurations share them.
         labels: the classes, of a classifier that has read its rows.
         reference: the adapter that the one in training is compared with, `BASE` for the bare base;
             None for no reference. A run that starts from an adapter sets it to the start.
@@ -190,6 +191,7 @@ class Objective:
     epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 5), (10_000, 3), (50_000, 2))
     shown_metrics: ClassVar[Sequence[str]] = ()
     too_long: ClassVar[TooLong] = "cut"
+    row_settings: ClassVar[Sequence[str]] = ()
     Settings: ClassVar[type[Settings]] = Settings
 
     head: ClassVar[Sequence[str]] = ()
@@ -220,7 +222,17 @@ class Objective:
         self.constants = RowConstants()
 
     def with_settings(self, settings: Any) -> Self:
-        """The same with other settings, for the rows that this one has read."""
+        """The same with other settings, for the rows that this one has read.
+
+        Raises:
+            InputError: other settings would have made other rows.
+        """
+        for name in self.row_settings:
+            if getattr(settings, name) != getattr(self.settings, name):
+                raise InputError(
+                    f"objective.{name} changes the rows, which all configurations of a sweep have "
+                    "in common: sweep without it"
+                )
         other = copy(self)
         other.settings, other.constants = settings, RowConstants()
         return other
@@ -291,11 +303,22 @@ class Objective:
             templated=self.templated,
             sample_by=self.sample_by,
             overlap=self.overlap,
+            as_learned=self.as_learned,
         )
         tokens = Limit(request.max_length, positions_of(loaded.model)).tokens
         train, held_out = (self.together(rows, tokens) for rows in (data.train, data.eval))
         notices = [*data.notices, *self.notices(train)]
         return replace(data, train=train, eval=held_out, notices=notices)
+
+    def as_learned(self, sample: Any) -> Any:
+        """What is learned of a row's sample; by default all of it, each answer or none of it.
+
+        Raises:
+            InputError: the sample says something of its answers that is not acted on.
+        """
+        if isinstance(sample, Sample) and sample.weights:
+            raise InputError(f"{sample.where}: {refused_weight(sample.weights[0])}")
+        return sample
 
     def complete(
         self, samples: Sequence[Any], request: RunRequest, loaded: LoadedModel
@@ -377,6 +400,13 @@ class Objective:
     def needs_all_batches(self) -> bool:
         """Whether there are sums that are taken beforehand."""
         return type(self).beforehand is not Objective.beforehand
+
+    def shares_passes(self, rows: Sequence[TokenizedRow]) -> bool:
+        """Whether the loss is the cross-entropy of the labels alone, each weighing as much.
+
+        Batches of several adapters can then share a pass.
+        """
+        return False
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The loss of a batch; without gradients, of held-out rows.

@@ -33,6 +33,7 @@ class Pretrain(Sft):
     templated = False
     epochs: ClassVar[Sequence[tuple[int, int]]] = ()
     too_long: ClassVar[TooLong] = "split"
+    row_settings: ClassVar[Sequence[str]] = ("sample_by", "overlap")
 
     class Settings(contract.Settings):
         """How documents are found and divided.
@@ -50,6 +51,10 @@ class Pretrain(Sft):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.sample_by, self.overlap = self.settings.sample_by, self.settings.overlap
+
+    def as_learned(self, sample: Any) -> Any:
+        """All of a text."""
+        return sample
 
     def read(self, request: RunRequest, loaded: LoadedModel) -> PreparedData:
         """The windows of all documents.

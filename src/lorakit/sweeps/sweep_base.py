@@ -101,7 +101,8 @@ class SweepBase:
     def shares_passes(self) -> bool:
         """Whether configurations of this task can share a pass."""
         inputs = self.inputs
-        return inputs.objective.name == "sft" and not (inputs.start or inputs.own_tokenizer)
+        plain = inputs.objective.shares_passes(inputs.data.train)
+        return plain and not (inputs.start or inputs.own_tokenizer)
 
     def complete(self, recipe: Recipe) -> Recipe:
         """`recipe` with what it leaves open filled in, and the rows of the sweep held out."""
