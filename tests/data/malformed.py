@@ -525,7 +525,7 @@ def _paths() -> Iterator[Case]:
     yield case("a device", lambda _: "/dev/null", "pipe or device")
     yield case("a folder named like a file", lambda f: (f / "rows.jsonl").mkdir(), "data files")
     yield case("an empty folder", lambda folder: folder, "folder without data files")
-    yield case("a folder of prose", with_files(README_md="x", a_txt="x"), "without data files")
+    yield case("a folder of prose", with_files(README_md="x", a_txt="x"), "objective: pretrain")
     yield case(
         "a folder of two kinds", with_files(a_jsonl=_lines(GOOD), b_csv="a\n"), ".csv and .jsonl"
     )
@@ -556,7 +556,9 @@ def _paths() -> Iterator[Case]:
     yield case("an empty path", lambda _: "''", "no such file")
     if Path("/proc/self/mem").exists():  # a file that opens and cannot be read
         yield case("a file that cannot be read", link("/proc/self/mem"), "rows.jsonl", "read")
-    for suffix in ("txt", "xlsx", "arrow", "pkl", "pt", "md", "yaml", "db"):
+    for suffix in ("txt", "md"):
+        yield _file(f"a .{suffix} file", f"rows.{suffix}", "x", "objective: pretrain", ".jsonl")
+    for suffix in ("xlsx", "arrow", "pkl", "pt", "yaml", "db"):
         yield _file(f"a .{suffix} file", f"rows.{suffix}", "x", "not a known file type", ".jsonl")
     yield _file("a file without a suffix", "rows", "x", "suffix", ".jsonl")
     yield from _saved()

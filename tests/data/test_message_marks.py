@@ -78,7 +78,7 @@ def test_a_last_answer_that_is_not_learned_is_not_measured_either() -> None:
         ({"weight": 0.5, "loss_scale": 2}, {}, ["two weights", "weight: 0.5, loss_scale: 2"]),
         ({"weight": 0.5, "train": False}, {}, ["learned and as not learned"]),
         ({"weight": "0.5"}, {}, ["'weight' of message 2", "a number from 0 on"]),
-        ({"weight": True, "loss_scale": float("inf")}, {}, ["'loss_scale' of message 2"]),
+        ({"loss_scale": float("inf")}, {}, ["loss_scale", "NaN or Inf"]),
         ({"train": "false"}, {}, ["'train' of message 2", "expected true or false"]),
         ({"weight": -1}, {}, ["'weight' of message 2"]),
         ({"weight": 1, "train": False}, {}, ["learned and as not learned", "weight", "train"]),

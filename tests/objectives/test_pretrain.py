@@ -163,7 +163,7 @@ def test_a_window_that_is_shown_is_whole(make: Any):
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        ({"overlap": 64}, "objective.overlap is 64 and data.max_length 64"),
+        ({"overlap": 64}, "objective.overlap is 64 and a window 64 tokens"),
         ({"overlap": 0}, "objective.overlap"),
         ({"sample_by": "sentence"}, "objective.sample_by"),
         ({"stride": 3}, "objective.stride is not a setting of pretrain"),

@@ -82,7 +82,7 @@ def test_a_row_without_a_completion_to_learn_is_refused(values: Any, words: str)
 
 CHATS = [
     {"messages": [*turns(f"{n} and more", weight=[0.5, 2, 1][n % 3]), *turns("so " * (n % 4 + 1))]}
-    for n in range(12)
+    for n in range(16)
 ]
 
 
@@ -93,7 +93,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Any:
     rows.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
 
     def made(name: str, data: Any = (), objective: Any = None, **training: Any) -> Any:
-        size = 12 // training.get("gradient_accumulation_steps", 1)
+        size = 16 // training.get("gradient_accumulation_steps", 1)
         settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5} | training
         settings = {"per_device_train_batch_size": size} | settings
         values = recipe(tiny_model, rows, tmp_path / name, **settings)
@@ -129,7 +129,7 @@ def test_however_weighted_rows_are_laid_out_and_divided_a_step_is_the_same(make:
         ({}, {}),
         ({"padding_free": False}, {}),
         ({"share_prefixes": False}, {"gradient_accumulation_steps": 4}),
-        ({"packing": True, "max_length": 500}, {"per_device_train_batch_size": 12}),
+        ({"packing": True, "max_length": 500}, {"per_device_train_batch_size": 16}),
     ]
     found = [
         weights(lorakit.train(make(f"run{i}", data, **training), quiet=True).output_dir)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 ROW_LIMIT = 10_000_000
 """Rows of one source: all are in memory, and a few kilobytes of Parquet can claim billions."""
 
+AT_ONCE = 512
+"""Rows that are unpacked at a time."""
+
 UNPACKED_LIMIT = 128 * 2**20
 """Bytes that packed data may always unpack to; beyond them, `RATIO_LIMIT` times the file's size."""
 
@@ -51,7 +54,7 @@ def parquet_records(file: Path) -> list[dict[str, Any]]:
             _check_rows(str(file), parquet.metadata.num_rows)
             _check_names(str(file), parquet.schema_arrow.names)
             size, unpacked, batches = file.stat().st_size, 0, []
-            for batch in parquet.iter_batches(batch_size=512):
+            for batch in parquet.iter_batches(batch_size=AT_ONCE):
                 unpacked += sum(_decoded(column).nbytes for column in batch.columns)
                 if limit := too_large(unpacked, size):
                     raise InputError(f"{file}: unpacks to {limit}")
@@ -61,10 +64,32 @@ def parquet_records(file: Path) -> list[dict[str, Any]]:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(
-            f"{file}: not a readable Parquet file ({reason}); write it again"
-        ) from error
+        raise _not_readable(file, error) from error
+
+
+def parquet_stream(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, `AT_ONCE` in memory at a time.
+
+    Raises:
+        InputError: the file is damaged, or has a column twice.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            _check_names(str(file), parquet.schema_arrow.names)
+            for batch in parquet.iter_batches(batch_size=AT_ONCE):
+                yield from _records(pa.Table.from_batches([batch]))
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+        raise _not_readable(file, error) from error
+
+
+def _not_readable(file: Path, error: Exception) -> InputError:
+    reason = str(error).split("\n")[0]
+    return InputError(f"{file}: not a readable Parquet file ({reason}); write it again")
 
 
 def _decoded(column: "pyarrow.Array") -> "pyarrow.Array":
@@ -124,6 +149,30 @@ def hub_records(name: str, split: str) -> list[dict[str, Any]]:
     """
     with _hub(name, f" its split '{split}'") as datasets:
         return dataset_records(datasets.load_dataset(name, split=split), name)
+
+
+def dataset_stream(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset` or `IterableDataset` one by one."""
+    for row in dataset:
+        yield {k: None if _is_null(value) else _without_nulls(value) for k, value in row.items()}
+
+
+def saved_stream(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a folder written by `Dataset.save_to_disk`; raises as `saved_records`."""
+    needed = f"{folder}: is a folder saved by the library datasets"
+    failed = f"{folder}: cannot be read as a saved data set"
+    with _library(needed, failed, "save it again") as datasets:
+        yield from dataset_stream(datasets.load_from_disk(str(folder)))
+
+
+def hub_stream(name: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a split of the hub's data set `owner/name`, fetched as they are read.
+
+    Raises:
+        InputError: as `hub_records`.
+    """
+    with _hub(name, f" its split '{split}'") as datasets:
+        yield from dataset_stream(datasets.load_dataset(name, split=split, streaming=True))
 
 
 def hub_splits(name: str) -> list[str]:

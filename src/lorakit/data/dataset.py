@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.checks import RowStatistics, findings, statistics
 from lorakit.data.findings import AnySample, Finding
-from lorakit.data.formats import SUPERVISED
+from lorakit.data.formats import SUPERVISED, to_sample
 from lorakit.data.masking import TokenizedRow, encode, label, read
 from lorakit.data.mixing import (
     DataFacts,
@@ -21,11 +21,13 @@ from lorakit.data.mixing import (
 )
 from lorakit.data.preference_checks import findings_of_preferences, preference_figures
 from lorakit.data.samples import Sample
+from lorakit.data.sources import Row, read_source
 from lorakit.data.splits import HELD_OUT, held_out, shuffled_groups
+from lorakit.data.streaming import RowStream, first_rows, open_stream
 from lorakit.data.templates import ensure_template
 from lorakit.data.text_files import SampleBy
 from lorakit.data.texts import findings_of_fields, findings_of_texts
-from lorakit.data.too_long import Limit, TooLong, fit
+from lorakit.data.too_long import WHOLE, Limit, TooLong, fit, fitting
 from lorakit.errors import InputError, count, each
 from lorakit.progress import track
 
@@ -39,7 +41,8 @@ __all__ = ["DataFacts", "PreparedData", "load_samples", "prepare"]
 class PreparedData:
     """Rows for training and evaluation; `train[i]` is the tokenized `train_samples[i]`.
 
-    A row whose source weighs more than 1 stands in `train` more than once.
+    A row whose source weighs more than 1 stands in `train` more than once. Where there is a
+    `stream`, it has the rows to learn from, and `train` the first of them.
     """
 
     train: Sequence[TokenizedRow]
@@ -49,6 +52,7 @@ class PreparedData:
     facts: list[DataFacts]
     notices: list[str]
     findings: list[Finding]
+    stream: RowStream | None = None
 
     def statistics(self) -> dict[str, RowStatistics]:
         """The numbers of both parts, of those that have rows."""
@@ -81,6 +85,7 @@ def prepare(
     sample_by: SampleBy = "auto",
     overlap: int = 1,
     as_learned: Callable[[Any], Any] = lambda sample: sample,
+    buffer_size: int | None = None,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -104,16 +109,25 @@ def prepare(
         sample_by: what a document of a plain text file is, as in `data.text_files`.
         overlap: of the parts of a long text, as in `data.too_long.divided`.
         as_learned: makes of a row's sample what is learned of it, as in `mix`.
+        buffer_size: read the rows to learn from as they come, and shuffle them within so many.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
     """
     if max_length < 2:
         raise InputError(f"data.max_length is {max_length}; a row needs at least 2 tokens")
-    learned = mix(
-        train, columns, limit, seed=seed, kinds=kinds, sample_by=sample_by, as_learned=as_learned
-    )
+    most = Limit(max_length, positions)
+    streams = buffer_size is not None
+    shared: dict[str, Any] = {"kinds": kinds, "sample_by": sample_by, "as_learned": as_learned}
+    source = first_rows if streams else read_source
+    learned = mix(train, columns, limit, seed=seed, read=source, **shared)
     facts, notices = learned.facts, learned.notices
+    if streams:
+        facts = [replace(fact, rows=0) for fact in facts]
+        notices.append(
+            f"rows are read as they come, shuffled within {buffer_size:,}; what is said of them "
+            f"here is of the first {count(len(learned.samples), 'row')}"
+        )
     if isinstance(eval, (int, float)) and eval and learned.held_out:
         notices.append(notice_of_own(learned.held_out))
         eval = learned.held_out
@@ -121,17 +135,7 @@ def prepare(
         kept, held, said = _split(learned.samples, eval, seed, learned.name)
         notices += said
     else:
-        measured = mix(
-            eval,
-            columns,
-            limit,
-            seed=seed,
-            key="data.eval",
-            wanted=HELD_OUT,
-            kinds=kinds,
-            sample_by=sample_by,
-            as_learned=as_learned,
-        )
+        measured = mix(eval, columns, limit, seed=seed, key="data.eval", wanted=HELD_OUT, **shared)
         kept, held = learned.samples, measured.samples
         facts += measured.facts
         notices += measured.notices
@@ -152,10 +156,21 @@ def prepare(
             lambda pair: label(*pair, tokenizer, length),
         )
 
+    def parts_of(
+        row: Row, names: Mapping[str, str]
+    ) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
+        sample = as_learned(to_sample(row, names, kinds))
+        length = WHOLE if too_long == "split" else most.tokens
+        if to_row is not None:
+            made = to_row(sample, tokenizer, length)
+        else:
+            reading = read(sample, tokenizer)
+            made = label(reading, next(encode([reading], tokenizer)), tokenizer, length)
+        return fitting(made, most, too_long, overlap)
+
     if templated and any(sample.messages for sample in everything):
         notices += [notice] if (notice := ensure_template(tokenizer)) else []
     everything = complete(everything)
-    most = Limit(max_length, positions)
     fitted = fit(kept, held, make, most, too_long, overlap)
     notices += fitted.notices
     found = findings(fitted.train, fitted.eval, tokenizer, most, fitted.left_out)
@@ -171,6 +186,7 @@ def prepare(
         facts,
         notices,
         found,
+        open_stream(train, columns, limit, seed, buffer_size, parts_of) if buffer_size else None,
     )
 
 

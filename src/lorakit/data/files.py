@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data import strict_json
-from lorakit.data.arrow import parquet_records, too_large
+from lorakit.data.arrow import UNPACKED_LIMIT, parquet_records, parquet_stream, too_large
 from lorakit.errors import InputError
 
 Records = Iterator[tuple[int, dict[str, Any]]]
@@ -153,17 +153,65 @@ def _read_json(file: Path) -> Records:
 
 
 def _read_json_lines(file: Path) -> Records:
-    hint = "; a .jsonl file has one object a line (rename it to .json if it is one array)"
     # Not str.splitlines: U+2028 and its like are allowed inside a JSON string.
     for number, line in enumerate(_read_text(file).split("\n"), 1):
-        start = _skip_space(line, 0)
-        if start == len(line):
-            continue
-        values, end = _decode(line, start, file, number, hint)
-        end = _skip_space(line, end)
-        if end != len(line):
-            raise InputError(f"{file}:{number}:{end + 1}: text after the object{hint}")
-        yield number, values
+        if _skip_space(line, 0) < len(line):
+            yield number, json_line(line, file, number)
+
+
+def json_line(line: str | bytes, file: Path, number: int) -> dict[str, Any]:
+    """The object in a line of JSON Lines that is not blank.
+
+    Raises:
+        InputError: it is not UTF-8, or not one object.
+    """
+    hint = "; a .jsonl file has one object a line (rename it to .json if it is one array)"
+    if isinstance(line, bytes):
+        try:
+            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}:{number}: not UTF-8 text; save the file as UTF-8") from error
+    values, end = _decode(line, _skip_space(line, 0), file, number, hint)
+    end = _skip_space(line, end)
+    if end != len(line):
+        raise InputError(f"{file}:{number}:{end + 1}: text after the object{hint}")
+    return values
+
+
+def stream_records(file: Path) -> Iterator[tuple[int, Any]]:
+    """The records of `file` as `read_records` has them, a few in memory at a time.
+
+    Those of JSON Lines are still bytes, which `json_line` reads.
+
+    Raises:
+        InputError: files of this type are only read whole, or it is broken.
+        OSError: it cannot be read.
+    """
+    kind = kind_of(file.name)
+    if kind == ".parquet":
+        yield from enumerate(parquet_stream(file), 1)
+        return
+    if kind not in (".jsonl", ".ndjson"):
+        raise InputError(
+            f"{file}: data.streaming reads .jsonl, .ndjson and .parquet files and data sets: "
+            "convert it, or leave data.streaming out"
+        )
+    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
+        number = 0
+        try:
+            while line := lines.readline(UNPACKED_LIMIT + 1):
+                number += 1
+                if len(line) > UNPACKED_LIMIT:
+                    raise InputError(
+                        f"{file}:{number}: a line of more than {UNPACKED_LIMIT >> 20} MiB; a "
+                        ".jsonl file has one object a line"
+                    )
+                if line.strip():
+                    yield number, line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(
+                f"{file}: a damaged or incomplete gzip file ({error}); write it again"
+            ) from error
 
 
 _BLANK = (

@@ -7,7 +7,7 @@ and each is labelled (`label`). `tokenize` does all of it for one.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Self
 
@@ -248,7 +248,8 @@ def label(
         for stretch, end, weight in zip(stretches, ends, reading.weights, strict=True)
         if weight != 1
     ]
-    return WeightedRow(*(getattr(row, f.name) for f in fields(row)), weights=tuple(weights))
+    facts = (row.where, row.cut, row.unshown, row.apart)
+    return WeightedRow(row.input_ids, row.labels, *facts, tuple(weights))
 
 
 def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:

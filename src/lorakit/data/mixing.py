@@ -17,7 +17,7 @@ from lorakit.data.column_hints import unread_cure
 from lorakit.data.formats import SUPERVISED, check_columns, recognise
 from lorakit.data.other_objectives import refuse_other_objectives
 from lorakit.data.samples import Sample
-from lorakit.data.sources import Row, read_source
+from lorakit.data.sources import Contents, Row, read_source
 from lorakit.data.splits import LEARNED, MEASURED
 from lorakit.data.text_files import SampleBy, divided
 from lorakit.errors import InputError, count, did_you_mean, each, listed
@@ -91,6 +91,7 @@ def mix(
     kinds: Collection[str] = SUPERVISED,
     sample_by: SampleBy = "auto",
     as_learned: Callable[[Any], Any] = lambda sample: sample,
+    read: Callable[[str, bool, Sequence[str]], Contents] = read_source,
 ) -> Mixture:
     """Reads one source or several.
 
@@ -103,18 +104,18 @@ def mix(
         kinds: of rows that the objective takes (`RowFormat.kind`).
         sample_by: what a document of a plain text file is, as in `data.text_files`.
         as_learned: makes of a row's sample what is learned of it; it may refuse the row.
+        read: what reads a source, with the arguments of `read_source`.
 
     Raises:
         InputError: a source or the columns cannot be used, or rows; of many bad rows of a source
             the first is named and the others are counted.
     """
-    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    if not given:
+    parts = as_sources(sources)
+    if not parts:
         raise InputError(f"{key} is an empty list; name at least one source")
     if limit is not None and limit < 1:
         raise InputError(f"data.limit is {limit}; give at least 1, or leave it out")
     check_columns(columns or {}, kinds)
-    parts = [item if isinstance(item, Source) else Source(str(item)) for item in given]
     paths = [part.path for part in parts]
     if twice := [path for path, times in Counter(paths).items() if times > 1]:
         raise InputError(f"{key} names {twice[0]} twice; name it once, with weight: 2 if meant")
@@ -122,7 +123,7 @@ def mix(
     times = Counter(names)
     mixture = Mixture([], [], [])
     for part, name in zip(parts, names, strict=True):
-        contents = read_source(part.path, full_names=times[name] > 1, wanted=wanted)
+        contents = read(part.path, times[name] > 1, wanted)
         rows, divisions = divided(contents.rows, sample_by)
         own = part.columns if part.columns is not None else columns
         samples, notices = _samples(part, rows[:limit], own or {}, kinds, as_learned)
@@ -135,6 +136,12 @@ def mix(
             [*contents.notices, *(f"{part.path}: {x}" for x in divisions), *notices, *drawn]
         )
     return mixture
+
+
+def as_sources(sources: Sources) -> list[Source]:
+    """One source or several, as `Source`s."""
+    given = [sources] if isinstance(sources, (str, Path)) else sources
+    return [item if isinstance(item, Source) else Source(str(item)) for item in given]
 
 
 def notice_of_own(held_out: Sequence[Source]) -> str:

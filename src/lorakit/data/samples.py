@@ -138,7 +138,9 @@ def marks_of(
     Raises:
         InputError: a mark has another value, two of them disagree, or part of a message is masked.
     """
-    unlearned, cleaned, weights = set(), [], []
+    unlearned: set[int] = set()
+    weights: list[tuple[int, float]] = []
+    cleaned = []
     for i, message in enumerate(messages):
         marks = {key: _weight(row, message, i, key) for key in MARKS if key in message}
         for key in PARTIAL_MARKS:
@@ -160,7 +162,7 @@ def marks_of(
         if answer and 0 in marks.values():
             unlearned.add(i)
         elif answer and numbers - {1}:
-            weights.append((i, *numbers))
+            weights.append((i, max(numbers)))
         taken = {key for key, weight in marks.items() if answer or not weight}
         cleaned.append({k: v for k, v in message.items() if k not in taken})
     return cleaned, frozenset(unlearned), tuple(weights)

@@ -1,6 +1,7 @@
 """What a recipe names to rows: a file, a folder of files, a saved data set, or one of the hub.
 
-Everything is read whole into memory. Every row remembers where it stands. How one file is read is
+Everything is read whole into memory, or piece by piece (`open_pieces`). Every row remembers where
+it stands. How one file is read is
 left to `lorakit.data.files`, what the columns mean to `lorakit.data.formats`.
 """
 
@@ -8,23 +9,34 @@ import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.arrow import (
     dataset_records,
+    dataset_stream,
     hub_records,
     hub_splits,
+    hub_stream,
     is_saved_dataset,
     saved_records,
     saved_split,
     saved_splits,
+    saved_stream,
 )
-from lorakit.data.files import is_text, kind_of, known_kinds, read_records
+from lorakit.data.files import (
+    is_text,
+    json_line,
+    kind_of,
+    known_kinds,
+    read_records,
+    stream_records,
+)
 from lorakit.data.splits import LEARNED, SPLITS, by_split, notice_of_parts, split_of
 from lorakit.errors import InputError, did_you_mean, listed, one_line
 
@@ -67,10 +79,29 @@ class Contents:
     held_out: str | None = None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A file or a data set whose records are read one by one, again and again.
+
+    Attributes:
+        records: begins to read: pairs of a number and a record, which `row` makes a row of.
+    """
+
+    path: Path
+    name: str
+    records: Callable[[], Iterator[tuple[int, Any]]]
+
+    def row(self, number: int, record: Any) -> Row:
+        """The row of a record. Raises InputError where it is broken."""
+        if isinstance(record, bytes):
+            record = json_line(record, self.path, number)
+        return Row(record, self.path, number, self.name)
+
+
 IN_MEMORY = "python:"
 """What the names of rows begin with that were given from Python and lie in no file."""
 
-_given: ContextVar[Mapping[str, list[dict[str, Any]]]] = ContextVar("rows given from Python")
+_given: ContextVar[Mapping[str, Iterable[dict[str, Any]]]] = ContextVar("rows given from Python")
 
 
 @contextmanager
@@ -100,9 +131,11 @@ def rows_from_python(data: Any) -> Iterator[dict[str, str]]:
         _given.reset(token)
 
 
-def _records(rows: Any, key: str) -> list[dict[str, Any]]:
+def _records(rows: Any, key: str) -> Iterable[dict[str, Any]]:
     if hasattr(rows, "with_format") and hasattr(rows, "num_rows"):
         return dataset_records(rows, f"data.{key}")
+    if hasattr(rows, "state_dict") and isinstance(rows, Iterable):  # datasets.IterableDataset
+        return rows
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise InputError(
             f"data.{key} is a {type(rows).__name__}: give a list of rows, each a dict, or a "
@@ -120,13 +153,17 @@ def _records(rows: Any, key: str) -> list[dict[str, Any]]:
 def _given_from_python(name: str) -> Contents:
     given = _given.get({})
     if name not in given:
-        raise InputError(
-            f"{name}: these rows were given from Python and are in no file: give the same ones "
-            "again, as in lorakit.train(recipe, data=rows)"
-        )
+        raise _not_given(name)
     label = f"data.{name.removeprefix(IN_MEMORY)}"
     rows = [Row(values, Path(name), i, label) for i, values in enumerate(given[name], 1)]
     return Contents(_some(rows, Path(label)), _sha256_of_rows(rows), [])
+
+
+def _not_given(name: str) -> InputError:
+    return InputError(
+        f"{name}: these rows were given from Python and are in no file: give the same ones "
+        "again, as in lorakit.train(recipe, data=rows)"
+    )
 
 
 def read_rows(path: str | Path, wanted: Sequence[str] = LEARNED) -> list[Row]:
@@ -167,6 +204,56 @@ def read_source(
         raise _unreadable(place, error) from error
 
 
+def open_pieces(
+    path: str | Path, wanted: Sequence[str] = LEARNED
+) -> tuple[list[Piece], Callable[[], str], list[str]]:
+    """A source to be read piece by piece; arguments as of `read_source`.
+
+    Returns: its files or its data set; what computes the hash of their bytes, of what lies in no
+    file that of its name alone; and notices.
+
+    Raises:
+        InputError: there is nothing to read there.
+    """
+    name, notices = str(path), list[str]()
+    if name.startswith(IN_MEMORY):
+        rows = _given.get({}).get(name)
+        if rows is None:
+            raise _not_given(name)
+        label = f"data.{name.removeprefix(IN_MEMORY)}"
+        given = Piece(Path(name), label, lambda: enumerate(dataset_stream(rows), 1))
+        return [given], partial(_sha256_of_text, name), notices
+    place = _expanded(path)
+    try:
+        base, split = _without_split(place)
+        if base.is_dir() and is_saved_dataset(base):
+            if split is None and (names := saved_splits(base)):
+                split, notices, _ = _choose_named(base, names, wanted)
+            chosen = saved_split(base, split)
+            files = sorted(file for file in chosen.rglob("*") if file.is_file())
+            saved = Piece(chosen, chosen.name, lambda: enumerate(saved_stream(chosen), 1))
+            return [saved], partial(_sha256_of_files, files, chosen), notices
+        if (hub := _hub_id(name)) and not place.exists():
+            owner, split = hub
+            if split is None:
+                split, notices, _ = _choose_named(Path(owner), hub_splits(owner), wanted)
+            label, part = f"{owner}:{split}", split
+            fetched = Piece(Path(owner), label, lambda: enumerate(hub_stream(owner, part), 1))
+            return [fetched], partial(_sha256_of_text, label), notices
+        if base.is_dir():
+            files, notices, _ = _files_of(base, split, wanted)
+            digest = partial(_sha256_of_files, files, base)
+        else:
+            files, digest = [_existing_file(place)], partial(file_sha256, place)
+        return [Piece(f, "", partial(stream_records, f)) for f in files], digest, notices
+    except OSError as error:
+        raise _unreadable(place, error) from error
+
+
+def _sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of the file's bytes, as 64 hexadecimal digits."""
     existing = _existing_file(_expanded(path))
@@ -185,8 +272,20 @@ def _read_file(file: Path, full_names: bool) -> Contents:
 def _read_folder(
     folder: Path, split: str | None, full_names: bool, wanted: Sequence[str]
 ) -> Contents:
+    """All rows of the files of one part and of one kind in `folder`."""
+    used, notices, own = _files_of(folder, split, wanted)
+    rows = [
+        row for file in used for row in _rows(_existing_file(file), str(file) if full_names else "")
+    ]
+    return Contents(_some(rows, folder), _sha256_of_files(used, folder), notices, own)
+
+
+def _files_of(
+    folder: Path, split: str | None, wanted: Sequence[str]
+) -> tuple[list[Path], list[str], str | None]:
     """The files of one part and of one kind in `folder`; plain text where there are no others.
 
+    With what to say of the others, and the folder's own part for validation, where it has one.
     Subfolders are left out, but for those that are named for a part, where there are no files.
     """
     entries = sorted(folder.iterdir())
@@ -204,7 +303,9 @@ def _read_folder(
     texts = is_text(files[0].name)
     # A document's name may have a word such as "test" in it; a part's is nothing else.
     named = not texts or any(split_of(file.stem) and file.stem.isalpha() for file in files)
-    parts = by_split(of_name) if named else {None: list(of_name)}
+    parts: dict[str | None, list[str]] = {None: list(of_name)}
+    if named:
+        parts = by_split(of_name)
     chosen = _chosen(folder, parts, split, wanted)
     used = [of_name[name] for name in parts[chosen]]
     kinds = sorted({str(kind_of(file.name)) for file in used})
@@ -213,9 +314,6 @@ def _read_folder(
             f"{folder}: holds {' and '.join(kinds)} files; name those that are meant, as in "
             f"data.train=[{used[0]}, ...]"
         )
-    rows = [
-        row for file in used for row in _rows(_existing_file(file), str(file) if full_names else "")
-    ]
     notices = [] if split else notice_of_parts(folder, parts, chosen)
     read = {*files, *(file.parent for file in files)}
     if others := [entry.name for entry in entries if entry not in read]:
@@ -223,8 +321,7 @@ def _read_folder(
             f"{folder}: of its entries {len(entries) - len(others)} are read ({', '.join(kinds)}), "
             f"{len(others)} are left out: {one_line(listed(others, 5))}"
         )
-    own = _own_held_out(folder, parts, chosen)
-    return Contents(_some(rows, folder), _sha256_of_files(used, folder), notices, own)
+    return used, notices, _own_held_out(folder, parts, chosen)
 
 
 def _data_files(entries: Iterable[Path]) -> list[Path]:

@@ -91,14 +91,11 @@ def fit(
         )
     texts = parts = 0
     for i, (sample, row) in enumerate(zip((*train, *held), rows, strict=True)):
-        several = divided(row, limit.tokens, overlap) if too_long == "split" else [row]
+        several, left_out = fitting(row, limit, too_long, overlap)
         if len(several) > 1:
             texts, parts = texts + 1, parts + len(several)
-        for part in several:
-            if part.truncated and (too_long == "drop" or part.supervised == 0):
-                fitted.left_out.append(part)
-            else:
-                (fitted.train if i < len(train) else fitted.eval).append((sample, part))
+        (fitted.train if i < len(train) else fitted.eval).extend((sample, part) for part in several)
+        fitted.left_out.extend(left_out)
     for key, before, after in (("train", train, fitted.train), ("eval", held, fitted.eval)):
         if before and not after:
             raise _none_left(key, fitted.left_out, limit)
@@ -107,6 +104,32 @@ def fit(
             f"data.too_long: texts longer than {limit}: {texts:,}, divided into {parts:,} rows"
         )
     return fitted
+
+
+def fitting(
+    row: Row, limit: Limit, too_long: TooLong, overlap: int = 1
+) -> tuple[list[Row], list[Row]]:
+    """What a run reads of a row that was cut to its limit, or not if it is divided: kept, left out.
+
+    Args:
+        overlap: as in `divided`.
+
+    Raises:
+        InputError: the row is too long and `too_long` is `error`.
+    """
+    if row.truncated and too_long == "error":
+        cure = limit.cure(row.longest)
+        raise InputError(
+            f"{row.where}: {row.longest:,} tokens, more than {limit}, and data.too_long is error: "
+            f"set it to cut or drop ({cure})"
+        )
+    several = divided(row, limit.tokens, overlap) if too_long == "split" else [row]
+    kept: list[Row] = []
+    left_out: list[Row] = []
+    for part in several:
+        lost = part.truncated and (too_long == "drop" or part.supervised == 0)
+        (left_out if lost else kept).append(part)
+    return kept, left_out
 
 
 def _none_left(key: str, left_out: Sequence[TokenizedRow], limit: Limit) -> InputError:

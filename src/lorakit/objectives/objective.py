@@ -304,11 +304,18 @@ class Objective:
             sample_by=self.sample_by,
             overlap=self.overlap,
             as_learned=self.as_learned,
+            buffer_size=request.buffer_size,
         )
         tokens = Limit(request.max_length, positions_of(loaded.model)).tokens
         train, held_out = (self.together(rows, tokens) for rows in (data.train, data.eval))
         notices = [*data.notices, *self.notices(train)]
         return replace(data, train=train, eval=held_out, notices=notices)
+
+    @classmethod
+    def streams(cls) -> bool:
+        """Whether rows can be read as they come: each is made by itself, and no other is needed."""
+        own = (cls.complete, cls.together, cls.collator)
+        return own == (Objective.complete, Objective.together, Objective.collator)
 
     def as_learned(self, sample: Any) -> Any:
         """What is learned of a row's sample; by default all of it, each answer or none of it.

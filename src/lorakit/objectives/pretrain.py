@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from lorakit.data.text_files import SampleBy
+from lorakit.data.too_long import Limit
 from lorakit.errors import InputError, count
+from lorakit.models.load import positions_of
 from lorakit.objectives import objective as contract
 from lorakit.objectives.sft import Sft
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lorakit.data.masking import TokenizedRow
     from lorakit.data.too_long import TooLong
     from lorakit.models.load import LoadedModel
-    from lorakit.objectives.objective import RunRequest
+    from lorakit.objectives.run_request import RunRequest
 
 
 class Pretrain(Sft):
@@ -62,10 +64,11 @@ class Pretrain(Sft):
         Raises:
             InputError: the rows cannot be used, or a window is no longer than the overlap.
         """
-        if self.overlap >= request.max_length:
+        tokens = Limit(request.max_length, positions_of(loaded.model)).tokens
+        if self.overlap >= tokens:
             raise InputError(
-                f"objective.overlap is {self.overlap} and data.max_length {request.max_length}: "
-                "an overlap has fewer tokens than a window"
+                f"objective.overlap is {self.overlap} and a window {tokens} tokens "
+                "(data.max_length, or what the model reads): it must be smaller"
             )
         return super().read(request, loaded)
 

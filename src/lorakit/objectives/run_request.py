@@ -31,7 +31,8 @@ class RunRequest:
         model, dtype, device, quantization: as in `load_model`.
         seed: of weights that the model's files lack.
         train, eval, max_length, columns, limit, too_long: as in `data.dataset.prepare`.
-        data_seed: of the rows that are held out or drawn by a weight.
+        data_seed: of the rows that are held out or drawn by a weight, and of a stream's order.
+        buffer_size: read rows as they come, and shuffle them within so many; None reads all.
         rendering: how conversations become text; by default as the tokenizer has it, now.
         answer: the answers of a model to the prompts of samples, for objectives that sample some:
             called with model, tokenizer, samples, the most new tokens, and a seed.
@@ -51,6 +52,7 @@ class RunRequest:
     limit: int | None = None
     too_long: TooLong = "cut"
     data_seed: int = 42
+    buffer_size: int | None = None
     rendering: Rendering = field(default_factory=Rendering)
     answer: Callable[..., list[str]] | None = None
     start: Start | None = None

@@ -67,7 +67,7 @@ class Sft(Objective):
 
     def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
         """The tensors of a batch, and the weights of its tokens where there are some."""
-        batch = collate(rows)
+        batch = super().to_batch(rows, collate)
         if not any(isinstance(row, WeightedRow) for row in rows):
             return batch
         return {**batch, _WEIGHTS: token_weights(rows, collate)}

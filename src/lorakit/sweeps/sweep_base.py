@@ -257,6 +257,8 @@ def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
         InputError: the model or the rows cannot be used, or too few are held out.
     """
     settle_in()
+    if recipe.data.streaming:
+        raise InputError("lorakit sweep reads all rows first: leave data.streaming out")
     inputs = _load(recipe)
     parts = split(inputs.data.eval, inputs.data.eval_samples, selection, seed)
     return SweepBase(recipe, inputs, parts, seed)

@@ -5,9 +5,11 @@ Which rows share a batch is `data/grouping.py`'s, the tensors are `data/batches.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset, Sampler
@@ -26,6 +28,7 @@ from lorakit.data.grouping import (
 )
 from lorakit.data.masking import TokenizedRow, sequences_of
 from lorakit.data.prefixes import in_segments
+from lorakit.data.streaming import BatchStream, Place, RowStream
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,10 @@ if TYPE_CHECKING:
 
 
 _LOOKED_AT = 32  # batches that say how much rows have in common
+
+_BEGINS_KEPT = 4096  # more than a dataloader reads ahead, and than a step accumulates
+
+_PLACES = "stream.json"
 
 EVAL_ROWS = 8
 """Held-out rows of a batch where rows are padded, if the recipe does not say how many."""
@@ -122,6 +129,18 @@ class Batching:
         size = self.eval_rows or (None if in_lines else EVAL_ROWS)
         return by_length([len(row) for row in rows], size)
 
+    def stream_batches(self, stream: RowStream, args: TrainingArguments) -> BatchStream:
+        """The batches of this process, of rows that are read as they come."""
+        size = args.per_device_train_batch_size
+        return BatchStream(
+            stream,
+            size,
+            budget=size * self.pack_length if self.pack_length else None,
+            padded=self.pad_token_id is not None,
+            part=args.process_index,
+            of=args.world_size,
+        )
+
     def _packed(self, lengths: list[int], size: int, seed: int, epoch: int) -> Batches:
         assert self.pack_length is not None
         pack = by_tokens if self.pad_token_id is None else by_padded_tokens
@@ -167,20 +186,89 @@ class BatchDataset(Dataset):
         return self.collate([self.rows[i] for i in batch])
 
 
-class EpochSampler(Sampler[list[int]], TrainerCallback):
-    """The batches of one epoch after the other.
+class StreamDataset(Dataset):
+    """Maps the number of a batch to the tensors of a process' next batch of a stream.
+
+    Args:
+        batches: of this process; those of all processes are numbered in turn.
+        first_rows: what forecasts are made with: a list of their positions is a batch too.
+        length: the batches of the whole run, of all processes.
+    """
+
+    def __init__(
+        self,
+        batches: BatchStream,
+        first_rows: Sequence[TokenizedRow],
+        batching: Batching,
+        length: int,
+    ) -> None:
+        self.batches, self.rows, self.length = batches, first_rows, length
+        self.collate = batching.collator(learning=True)
+        self._next = 0  # of this process
+        self._begins: dict[int, Place] = {}  # of the last batches
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, batch: int | list[int]) -> dict[str, torch.Tensor]:
+        if isinstance(batch, list):
+            return self.collate([self.rows[i] for i in batch])
+        number = batch // self.batches.of
+        if number < self._next:
+            self.resume(0, Place())
+        rows: list[TokenizedRow] = []
+        while self._next <= number:
+            self._begins[self._next] = self.batches.place
+            self._begins.pop(self._next - _BEGINS_KEPT, None)
+            rows = self.batches.next_batch()
+            self._next += 1
+        return self.collate(rows)
+
+    def place_of(self, number: int) -> Place:
+        """Where the batch of this number begins, of the last ones that were made or the next."""
+        return self.batches.place if number == self._next else self._begins[number]
+
+    def resume(self, number: int, place: Place) -> None:
+        """Lets the batch of this number be the next one, and begin at `place`."""
+        self._begins.clear()
+        self.batches.seek(place)
+        self._next = number
+
+
+def write_places(checkpoint: Path, places: Sequence[Place]) -> None:
+    """Writes where the processes of a run are in its stream into a checkpoint."""
+    text = json.dumps([asdict(place) for place in places])
+    (checkpoint / _PLACES).write_text(text, encoding="utf-8")
+
+
+def read_place(checkpoint: Path, part: int, of: int) -> Place | None:
+    """Where process `part` of `of` goes on in its stream; None where the run had none.
+
+    With another number of processes than the run had, it is where the slowest of them was.
+    """
+    if not (checkpoint / _PLACES).is_file():
+        return None
+    places = [Place(**one) for one in json.loads((checkpoint / _PLACES).read_text("utf-8"))]
+    if len(places) == of:
+        return places[part]
+    first = min(places, key=lambda place: (place.passes, place.rows))
+    return Place(first.passes, first.rows * len(places) // of)
+
+
+class EpochSampler(Sampler[Any], TrainerCallback):
+    """The batches of one epoch after the other, each by its rows' positions or its number.
 
     A callback tells it the epoch, as a dataloader that skips batches to resume does not.
     """
 
-    def __init__(self, plan: Callable[[int], Batches]) -> None:
+    def __init__(self, plan: Callable[[int], Sequence[Any]]) -> None:
         self.plan, self.epoch = plan, 0
         self._count = len(plan(0))
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.plan(self.epoch))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

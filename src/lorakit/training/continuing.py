@@ -82,6 +82,9 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
         "data.": "seed",
         "training.": "seed",
     },
+    _refused("it decides in which order rows come, and where the run is among them"): {
+        "data.": "streaming buffer_size",
+    },
     _refused("it decides the shapes of the adapter's tensors (see lorakit resize)"): {"lora.": "r"},
     _refused("it decides which tensors the adapter has"): {
         "": "tokens",
@@ -233,7 +236,7 @@ def check_resume(
             f"{share:.0%} of the changed rows are held out, some of which may have been learned "
             "before: their loss may be too good; give data.eval a file of its own"
         )
-    if place.batches and named & _BATCHES:
+    if place.batches and named & _BATCHES and setup.data.stream is None:
         notices.append(
             f"epoch {place.epoch + 1} is resumed at "
             f"{place.batches * args.world_size / batches:.0%} in other batches: where its rows are "

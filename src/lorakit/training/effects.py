@@ -69,7 +69,7 @@ _DDP = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_
 def check_recipe(recipe: RecipeSettings) -> None:
     """Raises InputError for the first setting of a recipe that the others leave without effect."""
     given = {k: v for k, v in (recipe.training.model_extra or {}).items() if v is not None}
-    for look in (_of_model, _of_ranges, _of_evaluation, _of_saving, _of_the_rest):
+    for look in (_of_model, _of_streaming, _of_ranges, _of_evaluation, _of_saving, _of_the_rest):
         for reason in look(recipe, given):
             raise InputError(reason)
 
@@ -103,6 +103,34 @@ def _of_model(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
     for key in ("fsdp", "deepspeed"):
         if given.get(key):
             yield f"training.{key} does not spread quantised weights: leave it out"
+
+
+def _of_streaming(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
+    data, objective = recipe.data, recipe.make_objective()
+    if not data.streaming:
+        if data.buffer_size != type(data).model_fields["buffer_size"].default:
+            yield "data.buffer_size has no effect without data.streaming=true: add it"
+        return
+    if recipe.training.max_steps < 1:
+        yield (
+            "data.streaming reads rows as they come and does not know how many there are: give "
+            "training.max_steps"
+        )
+    if isinstance(data.eval, float) and data.eval:
+        yield (
+            "data.streaming: no share of rows that are read as they come can be held out: give "
+            "data.eval a file of its own, or 0"
+        )
+    sources = data.train if isinstance(data.train, list) else []
+    if any(getattr(source, "weight", 1) != 1 for source in sources):
+        yield "data.streaming reads sources one behind the other: leave their weights out"
+    if not objective.streams():
+        yield (
+            f"data.streaming: objective {objective.name} needs all rows before it begins: leave "
+            "data.streaming out"
+        )
+    if given.get("dataloader_num_workers"):
+        yield "training.dataloader_num_workers cannot be used with data.streaming: leave it out"
 
 
 def _of_ranges(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:

@@ -117,8 +117,9 @@ def _all_batches(trainer: LoraTrainer, steps: int) -> list[list[int]]:
     epoch = 0
     while steps > 0:
         # The last step of an epoch takes what is left.
-        batches += trainer.sampler.plan(epoch)[: steps * together]
-        steps -= math.ceil(len(trainer.sampler) / together)
+        expected = trainer.expected_batches(epoch)
+        batches += expected[: steps * together]
+        steps -= math.ceil(len(expected) / together)
         epoch += 1
     return batches
 

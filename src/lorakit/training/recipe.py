@@ -107,6 +107,8 @@ class DataRecipe(_Strict):
     padding_free: bool = True
     share_prefixes: bool = True
     packing: bool = False
+    streaming: bool = False
+    buffer_size: Annotated[int, Field(ge=1, le=2**24)] = 1000
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -342,9 +344,11 @@ class Recipe(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """All values, defaults included, as plain JSON types; optional sections where given."""
         optional = ("objective", "adapter", "tokens", "chat_template")
-        absent = {name for name in optional if not getattr(self, name)}
+        absent: dict[str, Any] = {name: True for name in optional if not getattr(self, name)}
         if self.eval.generate is None:  # nothing beside the held-out loss
-            absent.add("eval")
+            absent["eval"] = True
+        if not self.data.streaming:
+            absent["data"] = {"streaming", "buffer_size"}
         return self.model_dump(mode="json", exclude=absent)
 
 

@@ -181,6 +181,7 @@ def _train(
             began = time.perf_counter()
             scores = _fit(trainer, setup, found.checkpoint)
         seconds = time.perf_counter() - began
+        say(*(setup.data.stream.notice() if setup.data.stream else []))
         if trainer.start is not None:
             step = trainer.state.global_step
             say(*warn_of_unchanged(trainer.start, setup.model, step, metrics))
@@ -247,8 +248,9 @@ def _description(setup: Setup) -> Iterator[str]:
         how = {"continue": "continues", "freeze": "is added to the frozen"}[record.mode]
         yield f"the adapter {how} {record.path} (sha256 {record.sha256[:12]})"
     numbers = data.statistics()["train"]
+    use = "looked at" if data.stream else "to learn from"
     yield (
-        f"{numbers.rows} rows to learn from ({numbers.tokens:,} tokens, "
+        f"{numbers.rows} rows {use} ({numbers.tokens:,} tokens, "
         f"{numbers.supervised:,} supervised), {len(data.eval)} held out"
     )
     yield from (f"chosen: {advice.line}" for advice in setup.advice)

@@ -113,6 +113,7 @@ class Setup:
             self.batching,
             inputs.objective,
             self.recipe.training.loraplus_lr_ratio,
+            data.stream,
         )
         trainer.templates, trainer.answers = inputs.templates, self.answers
         trainer.own_tokenizer = inputs.tokenizer if inputs.own_tokenizer else None
@@ -182,7 +183,8 @@ def set_up(
     )
     batching = replace(batching, to_batch=inputs.objective.to_batch)
     batches = len(batching.train_batches(data.train, arguments, epoch=0))
-    notices += _divided(len(data.train), batches, arguments)
+    if data.stream is None:
+        notices += _divided(len(data.train), batches, arguments)
     notices += check_schedule(arguments, planned_steps(arguments, batches))
     notices += of_several_processes(arguments, recipe.training.model_extra or {})
     if (shared := batching.shared_tokens(data.train, arguments)) >= 0.01:
@@ -250,6 +252,7 @@ def load_inputs(
         limit=data.limit,
         too_long=data.too_long,
         data_seed=recipe.data_seed,
+        buffer_size=data.buffer_size if data.streaming else None,
         rendering=rendering,
         answer=sampled_answers,
         start=start,

@@ -12,12 +12,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import gather_object, patch_environment
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -28,6 +29,7 @@ from transformers.training_args import TrainingArguments
 
 from lorakit.data.batches import count_tokens
 from lorakit.data.masking import TokenizedRow
+from lorakit.data.streaming import RowStream
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
@@ -36,12 +38,20 @@ from lorakit.models.template_files import Templates, write_templates
 from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch, Objective, added, as_tensors, with_sums
 from lorakit.progress import track
-from lorakit.training.batching import BatchDataset, Batching, EpochSampler, only
+from lorakit.training.batching import (
+    BatchDataset,
+    Batching,
+    EpochSampler,
+    StreamDataset,
+    only,
+    read_place,
+    write_places,
+)
 from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
 from lorakit.training.generation import HeldOutAnswers
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
-from lorakit.training.position import place_at, planned_steps, steps_per_epoch
+from lorakit.training.position import Position, place_at, planned_steps, steps_per_epoch
 from lorakit.training.recorder import Counts, read_counts, write_counts
 from lorakit.training.restoring import facts_of_optimisation, restore, whole_state
 from lorakit.training.schedule import over_loraplus_groups, warm_from_first
@@ -61,6 +71,7 @@ class LoraTrainer(Trainer):
         batching: how rows become batches.
         objective: what is learned: the loss of a batch, and the scores of held-out rows.
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
+        stream: the rows to learn from, of which `train_rows` are then only the first.
 
     Attributes:
         start: the adapter's checksums before the first step; None where weights are spread.
@@ -83,8 +94,16 @@ class LoraTrainer(Trainer):
         batching: Batching,
         objective: Objective,
         loraplus_lr_ratio: float | None = None,
+        stream: RowStream | None = None,
     ) -> None:
-        self.sampler = EpochSampler(lambda epoch: batching.train_batches(train_rows, args, epoch))
+        self.expected_batches = partial(batching.train_batches, train_rows, args)
+        self.sampler = EpochSampler(self.expected_batches)
+        dataset: BatchDataset | StreamDataset = BatchDataset(train_rows, batching, learning=True)
+        if stream is not None:
+            count = args.max_steps * args.gradient_accumulation_steps * args.world_size
+            self.sampler = EpochSampler(lambda epoch: range(count))
+            batches = batching.stream_batches(stream, args)
+            dataset = StreamDataset(batches, train_rows, batching, count)
         self.held_out = batching.eval_batches(eval_rows, args)
         held_out = BatchDataset(eval_rows, batching, learning=False)
         self.counts = Counts()
@@ -104,7 +123,7 @@ class LoraTrainer(Trainer):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=BatchDataset(train_rows, batching, learning=True),
+                train_dataset=dataset,
                 eval_dataset=held_out if eval_rows else None,
                 data_collator=only,
                 callbacks=[self.sampler],
@@ -118,6 +137,11 @@ class LoraTrainer(Trainer):
         # compute_loss divides by the whole optimiser step's tokens itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are read as they come."""
+        return isinstance(self.train_dataset, StreamDataset)
 
     @property
     def is_spread(self) -> bool:
@@ -147,7 +171,9 @@ class LoraTrainer(Trainer):
         batches = len(self.sampler)
         epochs = planned_steps(self.args, batches) / steps_per_epoch(self.args, batches)
         if self.objective.computes_constants(epochs) and not self.is_spread:
-            for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
+            # Rows of a stream are read once, so that nothing would be saved.
+            learned = None if self.streams else self.train_dataset
+            for dataset in filter(None, (learned, self.eval_dataset)):
                 self._compute_constants(dataset.rows)
         found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._averaged()
@@ -429,6 +455,11 @@ class LoraTrainer(Trainer):
             if self.templates is not None:
                 write_templates(folder, self.templates)
             write_counts(folder, self.counts)
+        if self.streams:
+            done = self.state.global_step * self.args.gradient_accumulation_steps
+            places = gather_object([self.train_dataset.place_of(done)])
+            if self.args.should_save:
+                write_places(folder, places)
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter in training, and no frozen one beside it, into `folder`.
@@ -458,7 +489,7 @@ class LoraTrainer(Trainer):
 
     def ends_at(self, checkpoint: Path) -> bool:
         """Whether no step is left behind a checkpoint."""
-        place = place_at(checkpoint, self.args, len(self.sampler))
+        place = self._place_at(checkpoint)
         return step_of(checkpoint) >= planned_steps(self.args, len(self.sampler), place)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
@@ -466,7 +497,7 @@ class LoraTrainer(Trainer):
         found = super().set_initial_training_values(args, dataloader)
         if self._resumed_from is None:
             return found
-        place = place_at(self._resumed_from, args, len(self.sampler))
+        place = self._place_at(self._resumed_from)
         _, per_epoch, examples, samples, size, in_epoch, _ = found
         steps = planned_steps(args, len(self.sampler), place)
         epochs = math.ceil((steps - place.ahead) / per_epoch)
@@ -479,8 +510,19 @@ class LoraTrainer(Trainer):
             return begun
         self.state.compute_steps(self.args, max_steps)
         self._take_best()
-        place = place_at(self._resumed_from, self.args, len(self.sampler))
+        place = self._place_at(self._resumed_from)
+        if self.streams:
+            args = self.args
+            begin = read_place(self._resumed_from, args.process_index, args.world_size)
+            if begin is not None:
+                self.train_dataset.resume(place.batches, begin)
         return place.epoch, place.batches
+
+    def _place_at(self, checkpoint: Path) -> Position:
+        """Where a checkpoint was written; a stream is one epoch of `max_steps`."""
+        if self.streams:
+            return Position(0, step_of(checkpoint) * self.args.gradient_accumulation_steps)
+        return place_at(checkpoint, self.args, len(self.sampler))
 
     def _take_best(self) -> None:
         """Finds the best checkpoint of a state that was loaded in this run's own folder."""
