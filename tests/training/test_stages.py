@@ -328,3 +328,60 @@ def test_a_sweep_starts_each_configuration_from_the_adapter(first: Path, tmp_pat
     assert two["rungs"][-1]["selection"] < math.log(2)
     record = json.loads((Path(values["output_dir"]) / "beta0.1" / "lorakit.json").read_text())
     assert record["parent"]["sha256"] == digest(first)
+
+
+def test_a_new_adapter_learns_on_a_frozen_one_what_it_learns_on_the_merged_model(
+    first: Path, tmp_path: Path
+):
+    lorakit.merge(first, tmp_path / "merged", dtype="float64")
+    on_frozen = second(first, tmp_path / "frozen", adapter={"path": str(first), "mode": "freeze"})
+    on_merged = second(first, tmp_path / "plain", model=str(tmp_path / "merged"))
+    del on_merged["adapter"]
+    found = []
+    for values in (on_frozen, on_merged):
+        values |= {"lora": {"r": 2, "lora_alpha": 4}}
+        values["training"] |= {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+        found.append(lorakit.train(values, quiet=True).manifest)
+    one, other = found
+    assert one.start_eval_loss == pytest.approx(other.base_eval_loss, abs=1e-12)
+    assert one.eval_loss == pytest.approx(other.eval_loss, abs=1e-9)
+    own, theirs = weights(tmp_path / "frozen"), weights(tmp_path / "plain")
+    assert own.keys() == theirs.keys()
+    assert max((own[key] - theirs[key]).abs().max() for key in own) < 1e-9
+    assert any("lora_B" in key and own[key].any() for key in own)
+
+
+def test_kto_compares_with_the_start_too(first: Path, tmp_path: Path):
+    values = second(first, tmp_path / "kto", objective={"type": "kto", "beta": 0.5})
+    values["training"] |= {"max_steps": 2}
+    found = lorakit.train(values, quiet=True).manifest
+    assert found.start_eval_scores is not None
+    assert found.start_eval_scores["kl"] == pytest.approx(0, abs=1e-9)
+    assert found.start_eval_loss == pytest.approx(0.5, abs=1e-9)
+    assert found.eval_loss is not None
+    assert found.eval_loss < 0.5
+
+
+def test_a_classifier_is_continued_with_its_head_and_its_labels(tiny_model: Path, tmp_path: Path):
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(12) for word in ("yes", "no")]
+    values = recipe(tiny_model, tmp_path, tmp_path / "one", max_steps=3)
+    values |= {"objective": "classification", "dtype": "float64", "data": {"eval": 0.25}}
+    one = lorakit.train(values, data=rows, quiet=True).manifest
+    on = {"adapter": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "dtype": "float64"}
+    on |= {"training": {"max_steps": 1}, "data": {"eval": 0.25}}
+    two = lorakit.train(on, data=rows, quiet=True).manifest
+    assert two.start_eval_loss == pytest.approx(one.eval_loss, abs=1e-9)
+    others = [{**row, "label": f"{row['label']}!"} for row in rows]
+    with pytest.raises(InputError, match="tells apart no, yes"):
+        lorakit.train(on | {"output_dir": str(tmp_path / "three")}, data=others, quiet=True)
+
+
+def test_a_sweep_of_new_adapters_on_a_frozen_one(first: Path, tmp_path: Path):
+    values = second(first, tmp_path / "sweep", adapter={"path": str(first), "mode": "freeze"})
+    values["training"] |= {"max_steps": 2}
+    values["data"] = {"eval": 0.5}
+    pairs = [{**PAIRS[n % 12], "prompt": f"{n}?"} for n in range(40)]
+    found = lorakit.sweep(values, over={"lora.r": [1, 2]}, data=pairs, quiet=True)
+    assert all(one["rungs"][-1]["selection"] < math.log(2) for one in found)
+    opened = open_adapter(tmp_path / "sweep" / "r1", dtype="float64")
+    assert opened.model.active_adapters == ["default", "frozen0"]

@@ -44,12 +44,20 @@ def train(
         f"{manifest.train_tokens:,} tokens ({manifest.tokens_per_second:.0f}/s), "
         f"{manifest.supervised_tokens:,} supervised, peak memory {manifest.peak_memory_mb:,.0f} MB"
     )
+    first = "with the untrained head" if manifest.labels else "before"
+    at_start: dict[str, float] = manifest.start_eval_scores or {}
+    if manifest.start_eval_loss is not None:
+        first = "of the base"
+        at_start = at_start | {"loss": manifest.start_eval_loss}
+
+    def show(name: str, before: float | None, after: float) -> None:
+        start = f", {at_start[name]:.4f} at the start" if name in at_start else ""
+        say(f"held-out {name}: {before:.4f} {first}{start}, {after:.4f} after")
+
     if manifest.eval_loss is not None:
-        say(f"held-out loss: {manifest.base_eval_loss:.4f} before, {manifest.eval_loss:.4f} after")
+        show("loss", manifest.base_eval_loss, manifest.eval_loss)
     for name, score in (manifest.eval_scores or {}).items():
-        before = (manifest.base_eval_scores or {})[name]
-        start = "with the untrained head" if manifest.labels else "before"
-        say(f"held-out {name}: {before:.4f} {start}, {score:.4f} after")
+        show(name, (manifest.base_eval_scores or {})[name], score)
     if any(warning.get("warning") == "unchanged" for warning in manifest.warnings):
         raise LorakitError(
             "nothing was learned: the adapter is unchanged, as a warning in lorakit.json says too"

@@ -80,7 +80,7 @@ def inject(
                 raise InputError(f"target_parameters: {path} is adapted as a layer already")
             wrapper.add_adapter(adapter_name, config, f"{path}.{parameter}", autocast, initialize)
         for path, numbers in tokens.items():
-            wrap_tokens(model, path, routing).add_adapter(adapter_name, numbers)
+            wrap_tokens(model, path, routing).add_adapter(adapter_name, numbers, autocast)
         for path in saved:
             _wrap_saved(model, path, adapter_name, config, routing)
     except InputError:

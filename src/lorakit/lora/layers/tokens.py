@@ -68,8 +68,12 @@ class TrainedTokens(WrappedModule):
         """The tokens whose rows each adapter has."""
         return self.token_adapter.token_indices
 
-    def add_adapter(self, name: str, tokens: list[int]) -> None:
+    def add_adapter(self, name: str, tokens: list[int], autocast: bool = True) -> None:
         """Starts adapter `name`'s rows from the base's own.
+
+        Args:
+            autocast: the rows are float32 where the base is float16 or bfloat16, which would lose
+                small steps.
 
         Raises:
             InputError: a number is no token of this embedding, or occurs twice.
@@ -81,8 +85,9 @@ class TrainedTokens(WrappedModule):
                 f"trainable_token_indices must be different numbers below {size}, not {tokens}"
             )
         self.token_indices[name] = list(tokens)
-        rows = self._unmerged("weight").detach()[tokens]
-        self.trainable_tokens_delta[name] = nn.Parameter(rows.clone())
+        rows = self._unmerged("weight").detach()[tokens].clone()
+        half = autocast and rows.dtype in (torch.float16, torch.bfloat16)
+        self.trainable_tokens_delta[name] = nn.Parameter(rows.float() if half else rows)
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.token_indices:
