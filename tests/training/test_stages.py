@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from command import run_lorakit
 from lorakit.adapters.combine import combine
 from lorakit.adapters.export.export_formats import FORMATS
 from lorakit.adapters.inspect import inspect
+from lorakit.adapters.joined import joined
 from lorakit.adapters.lineage import digest
 from lorakit.adapters.open import open_adapter
 from lorakit.adapters.resize import resize
@@ -159,6 +161,12 @@ def test_every_verb_opens_both_or_names_the_command_that_joins_them(
         resize(top, tmp_path / "resized", rank=1)
     with pytest.raises(InputError, match=command):
         combine([top, first], tmp_path / "combined", weights=[1, 1])
+    with joined(top) as one:
+        assert digest(one) != digest(top)
+        rank = json.loads((one / "adapter_config.json").read_text())["r"]
+    assert rank == 6
+    with pytest.raises(InputError, match=re.escape(f"{top} cannot")), joined(top) as one:
+        raise InputError(f"{one} cannot be exported")
     served = open_engine(None, {"top": top}, dtype="float32", merged=True)
     served.close()
 

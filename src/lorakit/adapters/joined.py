@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from lorakit.adapters.combine import combine
 from lorakit.adapters.derived import base_of
 from lorakit.adapters.lineage import frozen_below
+from lorakit.errors import InputError
 from lorakit.lora.checkpoint import read_config
 
 
@@ -28,4 +29,7 @@ def joined(folder: str | Path) -> Iterator[Path]:
         one = Path(elsewhere) / Path(folder).absolute().name
         base = base_of(folder, read_config(folder), None)
         combine([folder, *below], one, weights=[1.0] * (1 + len(below)), method="cat", base=base)
-        yield one
+        try:
+            yield one
+        except InputError as error:  # of a folder that nobody will find
+            raise InputError(str(error).replace(str(one), str(folder))) from error
