@@ -1,6 +1,8 @@
 """Continued pretraining: every token of long documents is learned once, however they are cut."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def test_eval_takes_the_loss_of_all_windows(make: Any, corpus: Path, tmp_path: P
     record = lorakit.train(values, quiet=True).manifest
     found = tmp_path / "scores.json"
     done = run_lorakit(
-        tmp_path, "eval", tmp_path / "run", f"--data={corpus}", "--metrics=loss", f"--json={found}",
+        tmp_path, "eval", tmp_path / "run", f"--data={corpus}",  f"--json={found}",
         "--dtype=float64",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -172,3 +174,34 @@ def test_a_window_that_is_shown_is_whole(make: Any):
 def test_settings_that_cannot_be_used_are_named(objective: Any, words: str, make: Any):
     with pytest.raises(InputError, match=words):
         set_up(load_recipe(make(objective=objective)))
+
+
+@pytest.mark.exhaustive
+def test_two_processes_give_what_one_gives(make: Any, tmp_path: Path):
+    runs = []
+    for packing in (False, True):
+        one, two = (
+            make(
+                f"{packing}{n}",
+                {"packing": packing},
+                {"overlap": 8},
+                max_steps=1,
+                per_device_train_batch_size=400 // n,
+                optim="sgd",
+                learning_rate=0.5,
+            )
+            for n in (1, 2)
+        )
+        lorakit.train(one, quiet=True)
+        runs.append((two, None))
+    listed = tmp_path / "runs.json"
+    listed.write_text(json.dumps(runs))
+    script = Path(__file__).parents[1] / "training" / "several_runs.py"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    command = [sys.executable, *launcher, str(script), str(listed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for packing in (False, True):
+        one, two = (weights(tmp_path / f"{packing}{n}") for n in (1, 2))
+        for name, tensor in one.items():
+            assert (tensor - two[name]).abs().max() < 1e-9, name

@@ -106,10 +106,11 @@ def evaluate(
         from lorakit.objectives.registry import default_objective
         from lorakit.training.stages import compare_with_start
 
-        chosen = parse_metrics("exact_match,bleu,rouge,loss" if metrics is None else metrics)
         known = task_type if task_type == "SEQ_2_SEQ_LM" else "CAUSAL_LM"
         learned_by = objective or default_objective(known)
         kinds = objective.row_kinds if objective else SUPERVISED
+        usual = "loss" if {*kinds} <= {"text", "document"} else "exact_match,bleu,rouge,loss"
+        chosen = parse_metrics(usual if metrics is None else metrics)
         mixture = mix(
             data,
             mapping,
