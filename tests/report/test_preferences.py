@@ -50,6 +50,8 @@ def test_answers_of_both_kinds_that_became_less_likely_are_said(tmp_path: Path):
     html = page(tmp_path / "run", after)
     assert "Chosen answers became less likely, by 12.0 nats each" in html
     assert "by 30.0" in html
+    after = BEFORE | {"logps/chosen": -41.5, "logps/rejected": -80.0}
+    assert "became less likely" not in page(tmp_path / "little", after)
 
 
 def test_the_accuracy_of_judged_answers_is_that_of_answers(tmp_path: Path):
@@ -64,7 +66,7 @@ def test_the_length_of_sample_answers_before_and_after_is_shown_with_those_that_
     assert "Answer length" not in write_report(folder).path.read_text()
     save_samples(folder, [("Q", "A", "before", "after")] * 3)
     samples: list[dict[str, Any]] = json.loads((folder / "samples.json").read_text())
-    for sample, tokens in zip(samples, ((10, 256), (12, 80), (30, 40)), strict=True):
+    for sample, tokens in zip(samples, ((10, 256), (12, 80), (30, 0)), strict=True):
         sample |= {"base_tokens": tokens[0], "tuned_tokens": tokens[1], "most_tokens": 256}
     (folder / "samples.json").write_text(json.dumps(samples))
     html = write_report(folder).path.read_text()

@@ -44,7 +44,12 @@ def preference_figures(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def fall_of_both(run: RunRecord) -> str:
-    """A sentence where held-out chosen and rejected answers both ended less likely, or nothing."""
+    """A sentence where held-out chosen and rejected answers both ended less likely, or nothing.
+
+    As the warning of a run: where the chosen ones have lost `FALLEN`, and a nat at least.
+    """
+    from lorakit.objectives.preference import FALLEN
+
     before, after = _scores(run)
     changes = [
         after[key] - before[key]
@@ -52,6 +57,8 @@ def fall_of_both(run: RunRecord) -> str:
         if key in before and key in after
     ]
     if len(changes) < 2 or max(changes) >= 0:
+        return ""
+    if -changes[0] <= max(1.0, FALLEN * abs(before["logps/chosen"])):
         return ""
     return (
         f"Chosen answers became less likely, by {figures(-changes[0])} nats each, as rejected ones "
@@ -86,7 +93,7 @@ def _accuracy(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _lengths(run: RunRecord) -> list[tuple[str, str, str]]:
-    samples = [s for s in run.samples if s.base_tokens and s.tuned_tokens]
+    samples = [s for s in run.samples if s.base_tokens is not None and s.tuned_tokens is not None]
     if not samples:
         return []
     base, tuned = [s.base_tokens or 0 for s in samples], [s.tuned_tokens or 0 for s in samples]
