@@ -94,5 +94,14 @@ def make_objective(settings: str | Mapping[str, Any]) -> Objective:
 
 
 def default_objective(task_type: str) -> Objective:
-    """What is learned with a model of this form (PEFT's task type) where a recipe does not say."""
+    """What is learned with a model of this form (PEFT's task type) where a recipe does not say.
+
+    Raises:
+        InputError: there is no such form.
+    """
+    if task_type not in _OF_TASK_TYPE:
+        near = did_you_mean(task_type.upper(), _OF_TASK_TYPE)
+        raise InputError(
+            f"lora.task_type cannot be {task_type}{near}: lorakit trains {', '.join(_OF_TASK_TYPE)}"
+        )
     return objective_class(_OF_TASK_TYPE[task_type])()

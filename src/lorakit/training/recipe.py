@@ -29,7 +29,7 @@ from pydantic import (
 
 from lorakit.data.mixing import Source
 from lorakit.data.too_long import TooLong
-from lorakit.errors import InputError, did_you_mean
+from lorakit.errors import InputError
 from lorakit.models.quantization.settings import Quantization, as_quantization
 from lorakit.objectives.registry import default_objective, make_objective
 from lorakit.training.arguments import ARGUMENTS, refusal
@@ -304,7 +304,6 @@ class Recipe(_Strict):
     def lora_config(self) -> Any:
         """The adapter's `LoraConfig`. Raises InputError for a wrong key or value."""
         from lorakit.lora.config import LoraConfig
-        from lorakit.models.forms import FORMS
 
         known = {f.name for f in dataclasses.fields(LoraConfig)}
         known -= {"other_fields", "inference_mode", "base_model_name_or_path", "revision"}
@@ -316,12 +315,6 @@ class Recipe(_Strict):
         ]
         if unknown:
             raise InputError("; ".join(unknown))
-        if self.task_type not in FORMS:
-            near = did_you_mean(self.task_type.upper(), FORMS)
-            raise InputError(
-                f"lora.task_type cannot be {self.task_type}{near}: lorakit trains "
-                f"{', '.join(FORMS)}"
-            )
         try:
             return LoraConfig(
                 **{"r": 16, "lora_alpha": 32, **self.lora, "task_type": self.task_type}
