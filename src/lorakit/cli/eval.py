@@ -154,15 +154,21 @@ def _show(result: "Evaluation") -> None:
     print_table(title, ("metric", "base", "tuned"), scores)
 
 
-def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
+def _show_scores(
+    result: "LabelEvaluation | RewardEvaluation", metrics: list[str], peer: str, heading: str
+) -> None:
+    """The notices, and the scores beside those of `peer`, which has no loss."""
     say_all(result.notices)
     scores = [
-        (name, f"{score['base']:.4f}" if "base" in score else "", f"{score['tuned']:.4f}")
+        (name, f"{score[peer]:.4f}" if peer in score else "", f"{score['tuned']:.4f}")
         for name, score in result.scores.items()
         if not metrics or name in metrics
     ]
-    usual = f"always {result.most_frequent}"
-    print_table(f"{result.rows} rows, {result.seconds:.0f} s", ("metric", usual, "tuned"), scores)
+    print_table(f"{result.rows} rows, {result.seconds:.0f} s", ("metric", heading, "tuned"), scores)
+
+
+def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
+    _show_scores(result, metrics, "base", f"always {result.most_frequent}")
     classes = [
         (c.label, str(c.rows), f"{c.precision:.4f}", f"{c.recall:.4f}", f"{c.f1:.4f}")
         for c in result.classes
@@ -171,14 +177,7 @@ def _show_labels(result: "LabelEvaluation", metrics: list[str]) -> None:
 
 
 def _show_rewards(result: "RewardEvaluation", metrics: list[str]) -> None:
-    say_all(result.notices)
-    scores = [
-        (name, f"{score['longer']:.4f}" if "longer" in score else "", f"{score['tuned']:.4f}")
-        for name, score in result.scores.items()
-        if not metrics or name in metrics
-    ]
-    title = f"{result.rows} rows, {result.seconds:.0f} s"
-    print_table(title, ("metric", "longer answer", "tuned"), scores)
+    _show_scores(result, metrics, "longer", "longer answer")
     if result.interval:
         low, high = result.interval
         say_all([f"accuracy: 95% interval {low:.4f} to {high:.4f}; 0.5 is chance"])

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.console import piped_text
-from lorakit.data.conversations import Message, conversation, history, string, tools
+from lorakit.data.conversations import Message, tools
 from lorakit.data.formats import recognise
+from lorakit.data.prompt_rows import asked_messages
 from lorakit.data.samples import system_message, take_marks
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import InputError
@@ -74,11 +75,7 @@ def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
 
 def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
     if not columns and "prompt" in row.values and not row.values.keys() & set(_ANSWERS):
-        if isinstance(row.values["prompt"], list):
-            asked = [*history(row), *conversation(row, "prompt")]
-            return [*system_message(row), *_without_answer(asked)]
-        text = string(row, row.values["prompt"], "'prompt'", empty=False)
-        return [*system_message(row), *history(row), {"role": "user", "content": text}]
+        return _without_answer(asked_messages(row))
     form, row = recognise(row, columns)
     if form.kind != "conversation":
         raise row.error("plain text has no prompt; give the column 'prompt'")

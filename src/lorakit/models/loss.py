@@ -135,6 +135,10 @@ class SupervisedLoss:
         z = states if self.output is None else self.output.logits(states)
         return z.float() if z.element_size() < 4 else z
 
+    def classes(self, states: torch.Tensor) -> int:
+        """The size V of the vocabulary of `logits`."""
+        return states.shape[-1] if self.output is None else self.output.linear.out_features
+
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of `labels` (batch, seq) the loss is taken on."""
         return (labels[:, 1:] != IGNORE).sum()

@@ -161,5 +161,5 @@ class Distill(Objective):
             t = settings.temperature
             return generalized_jsd(student / t, teacher / t, settings.beta, settings.top_k)
 
-        classes = reader.logits(learned[:1]).shape[-1]
-        return Loss(chunked(learned, divergence, classes).sum(), len(targets), sums)
+        total = chunked(learned, divergence, reader.classes(learned)).sum()
+        return Loss(total, len(targets), sums)
