@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 
+def under(prefix: str, batch: Mapping[str, "torch.Tensor"]) -> "dict[str, torch.Tensor]":
+    """The tensors of a batch that stands beside another one, under names that begin alike."""
+    return {prefix + name: tensor for name, tensor in batch.items()}
+
+
+def taken_from(batch: Mapping[str, "torch.Tensor"], prefix: str) -> "dict[str, torch.Tensor]":
+    """The batch that `under` has put beside another one."""
+    start = len(prefix)
+    return {k[start:]: tensor for k, tensor in batch.items() if k.startswith(prefix)}
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
     """Pads rows on the right to one length, a multiple of `pad_to_multiple_of` tokens."""

@@ -90,18 +90,24 @@ def held_out_scores(
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """The `loss` of `rows` and the objective's scores; rows of like length share a batch."""
-    pad = tokenizer.pad_token_id
-    # Padding is masked: any token will do.
-    collate = objective.collator(tokenizer) or Collator(pad if isinstance(pad, int) else 0)
     sums: dict[str, torch.Tensor] = {}
     batches = longest_first(rows, batch_size)
-    for chosen, loss in batch_losses(
-        objective, model, rows, batches, lambda some: objective.to_batch(some, collate)
-    ):
+    collate = collator_of(objective, tokenizer)
+    for chosen, loss in batch_losses(objective, model, rows, batches, collate):
         sums = added(sums, loss.sums())
         if on_batch:
             on_batch(len(chosen))
     return objective.held_out(sums)
+
+
+def collator_of(
+    objective: Objective, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[TokenizedRow]], dict[str, torch.Tensor]]:
+    """Makes an objective's batches of padded rows."""
+    pad = tokenizer.pad_token_id
+    # Padding is masked: any token will do.
+    collate = objective.collator(tokenizer) or Collator(pad if isinstance(pad, int) else 0)
+    return lambda rows: objective.to_batch(rows, collate)
 
 
 def batch_losses(

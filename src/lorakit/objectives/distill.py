@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from lorakit.data.batches import taken_from, under
 from lorakit.data.masking import IGNORE, RowWithSecond, TokenizedRow, tokenize
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
@@ -129,7 +130,7 @@ class Distill(Objective):
     def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
         """The student's tensors, and the teacher's under names that begin with `teacher.`."""
         taught = collate([row.second for row in rows if isinstance(row, RowWithSecond)])
-        return collate(rows) | {_TEACHER + name: tensor for name, tensor in taught.items()}
+        return collate(rows) | under(_TEACHER, taught)
 
     # --- loss -------------------------------------------------------------------------------
 
@@ -140,10 +141,7 @@ class Distill(Objective):
         reader = forward.reader
         assert isinstance(reader, SupervisedLoss)
         with torch.no_grad():
-            taught, wanted = forward.states(
-                {k.removeprefix(_TEACHER): v for k, v in batch.items() if k.startswith(_TEACHER)},
-                BASE,
-            )
+            taught, wanted = forward.states(taken_from(batch, _TEACHER), BASE)
         learned, targets = forward.states(batch)
         assert torch.equal(targets, wanted)  # `tokenize` has seen to it
         settings, training = self.settings, forward.training

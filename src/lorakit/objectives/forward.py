@@ -92,13 +92,8 @@ class Forward:
         routing: Any = getattr(self.adapted, "routing", None)
         if adapter is None or routing is None:
             return self.reader.states(self.module, batch)
-        training = self.module.training
-        self.module.eval()
-        try:
-            with routing.using(self._route(adapter)):
-                return self.reader.states(self.module, batch)
-        finally:
-            self.module.train(training)
+        with self._without_dropout(), routing.using(self._route(adapter)):
+            return self.reader.states(self.module, batch)
 
     def sequence_scores(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The score of every sequence (sequences,) by a head with one output."""
@@ -166,16 +161,20 @@ class Forward:
         """
         import torch
 
+        with self._without_dropout(), torch.no_grad():
+            [found] = self.token_log_probabilities(batch, (adapter,))
+        return found
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
         draws = self.training and has_dropout(self.adapted)
         if draws:
             self.module.eval()
         try:
-            with torch.no_grad():
-                [found] = self.token_log_probabilities(batch, (adapter,))
+            yield
         finally:
             if draws:
                 self.module.train()
-        return found
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from lorakit.data.batches import taken_from, under
 from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
 from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
 from lorakit.objectives.objective import Batch, Collate, Loss, Objective, Settings
@@ -128,7 +129,7 @@ class Kto(Objective):
         batch = super().to_batch(rows, collate)
         batch["sequence.desirable"] = torch.tensor([part.desirable for part in parts])
         others = collate([part.mismatched for part in parts if part.mismatched is not None])
-        return batch | {_MISMATCHED + name: tensor for name, tensor in others.items()}
+        return batch | under(_MISMATCHED, others)
 
     # --- loss and scores --------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ class Kto(Objective):
 
     def row_constants(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """The reference's log-probabilities of the answers and of the mismatched ones."""
-        parts = {"reference": batch, "mismatched": _mismatched(batch)}
+        parts = {"reference": batch, "mismatched": taken_from(batch, _MISMATCHED)}
         return {name: self._of_reference(forward, part) for name, part in parts.items()}
 
     def _of_reference(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -159,7 +160,7 @@ class Kto(Objective):
         if self.reference == BASE and forward.is_base:  # z0 is 0
             return {"kl": torch.zeros(()), "answers": torch.ones(())}
         known = batch.get("sequence.mismatched")
-        ratios = self._log_ratios(forward, _mismatched(batch), known)[1]
+        ratios = self._log_ratios(forward, taken_from(batch, _MISMATCHED), known)[1]
         return {"kl": ratios.sum(), "answers": ratios.new_tensor(len(ratios))}
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
@@ -218,9 +219,3 @@ class Kto(Objective):
     def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
         """That desirable and undesirable answers both become less likely."""
         yield from both_fall(logs, {}, CURE, self.settings.beta)
-
-
-def _mismatched(batch: Batch) -> dict[str, torch.Tensor]:
-    """The batch of mismatched answers."""
-    start = len(_MISMATCHED)
-    return {k[start:]: tensor for k, tensor in batch.items() if k.startswith(_MISMATCHED)}

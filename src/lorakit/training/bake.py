@@ -11,14 +11,12 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
 from lorakit.adapters.open import open_adapter
-from lorakit.data.batches import Collator
 from lorakit.data.prompts import Prompt
 from lorakit.data.samples import Sample
 from lorakit.data.templates import ensure_template
@@ -26,7 +24,7 @@ from lorakit.engine.answer_all import sampled_answers
 from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.bootstrap import Interval, loss_interval
-from lorakit.evaluation.held_out import batch_losses
+from lorakit.evaluation.held_out import batch_losses, collator_of
 from lorakit.models.load import load_model
 from lorakit.objectives.distill import Distill
 from lorakit.training.output import check_output
@@ -199,9 +197,7 @@ def _sums(
     rows: Sequence[TokenizedRow],
 ) -> list[dict[str, float]]:
     """`Loss.sums` of each row by itself."""
-    pad: Any = tokenizer.pad_token_id
-    collate = partial(objective.to_batch, collate=Collator(pad or 0))
-    batches = [[i] for i in range(len(rows))]
+    batches, collate = [[i] for i in range(len(rows))], collator_of(objective, tokenizer)
     return [
         {name: float(value) for name, value in loss.sums().items()}
         for _, loss in batch_losses(objective, model, rows, batches, collate)
