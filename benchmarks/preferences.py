@@ -12,8 +12,9 @@ second model: the reference is the base without the adapter.
 - lorakit: batches of as many rows, in one line, each prompt computed once.
 
 Tokens are real ones of all sequences, padding not counted and a prompt as often as it has answers;
-time is Trainer's whole loop. The scores of the held-out rows are taken of
-each side's saved adapter by one function.
+time is Trainer's whole loop. Longer sequences are cut at `--length`, which is TRL's default, and
+rows of whose answers nothing is left then are left out for all. The scores of the held-out rows,
+which are not cut, are taken of each side's saved adapter by one function.
 """
 
 import argparse
@@ -39,7 +40,6 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     import lorakit
 
     transformers.utils.logging.disable_progress_bar()
-    rows = json.loads(options.data.read_text())[: options.rows + options.held_out]
     training = {
         "num_train_epochs": 1,
         "learning_rate": options.learning_rate,
@@ -53,8 +53,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     clock = _clock(transformers.Trainer)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for name, part in (("train", rows[: options.rows]), ("held", rows[options.rows :])):
-            (folder / f"{name}.json").write_text(json.dumps(part))
+        rows = _divided(options, folder)
         if side == "lorakit":
             recipe = {
                 "model": options.model,
@@ -73,7 +72,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
             lorakit.train(recipe, quiet=True)
         else:
             training["gradient_checkpointing"] = side == "trl"
-            _with_trl(rows[: options.rows], options, training, folder)
+            _with_trl(rows, options, training, folder)
         memory = peak_memory_mb()
         scores, tokens = _scores(folder, options)
     return {
@@ -84,6 +83,28 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         "first_step": clock["first_step"],
         "steps": clock["steps"],
     }
+
+
+def _divided(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Writes the training and the held-out rows of the file, and returns the former."""
+    from lorakit.data.mixing import mix
+    from lorakit.models.names import resolve
+    from lorakit.objectives.registry import make_objective
+
+    rows = json.loads(options.data.read_text())
+    parts = {"held": rows[-options.held_out :], "train": rows[: -options.held_out]}
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part))
+    objective = make_objective(options.objective)
+    tokenizer = resolve(options.model).layout.tokenizer()
+    samples = mix(f"{folder}/train.json", kinds=objective.row_kinds).samples
+    kept = [
+        row
+        for row, sample in zip(parts["train"], samples, strict=True)
+        if objective.tokenize(sample, tokenizer, options.length).supervised
+    ][: options.rows]
+    (folder / "train.json").write_text(json.dumps(kept))
+    return kept
 
 
 def _with_trl(
@@ -157,12 +178,13 @@ def _scores(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float]
     objective = make_objective(options.objective)
     opened = open_adapter(folder / "run", base=options.model, dtype=options.dtype)
 
-    def rows(name: str) -> list[Any]:
+    def rows(name: str, length: int) -> list[Any]:
         samples = mix(f"{folder}/{name}.json", kinds=objective.row_kinds).samples
-        return rows_of(objective, opened.tokenizer, samples, options.length)
+        return rows_of(objective, opened.tokenizer, samples, length)
 
-    scores = held_out_scores(objective, opened.model, opened.tokenizer, rows("held"), 4)
-    return scores, sum(len(sequence) for sequence in sequences_of(rows("train")))
+    held_out = rows("held", 1 << 20)
+    scores = held_out_scores(objective, opened.model, opened.tokenizer, held_out, 4)
+    return scores, sum(len(tokens) for tokens in sequences_of(rows("train", options.length)))
 
 
 def main() -> None:
@@ -173,7 +195,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=1)
