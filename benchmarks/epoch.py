@@ -21,19 +21,17 @@ GPUs that the bundled model leaves idle.
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.turns import Figures, peak_memory_mb, synchronize, take_turns
+from benchmarks.peers import FIELDS, clock_of, one_epoch, warmed
+from benchmarks.turns import Figures, peak_memory_mb, take_turns
 from lorakit.demo.orders import make_rows
 
 SIDES = ("seed", "trl", "trl_plain", "lorakit", "packed", "compiled")
-FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 def measure(side: str, options: argparse.Namespace) -> Figures:
@@ -45,17 +43,8 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
 
     transformers.utils.logging.disable_progress_bar()
     [dtype] = options.dtypes
-    training = {
-        "num_train_epochs": 1,
-        "learning_rate": options.learning_rate,
-        "per_device_train_batch_size": options.batch,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "logging_steps": 1000,
-        "save_strategy": "no",
-        "seed": 42,
-    }
-    clock = _clock(transformers.Trainer)
+    training = one_epoch(options)
+    clock = clock_of(transformers.Trainer)
     with tempfile.TemporaryDirectory() as place:
         train, held_out = _split(options, Path(place))
         if side in ("lorakit", "packed", "compiled"):
@@ -91,29 +80,6 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         "first_step": clock["first_step"],
         "steps": clock["steps"],
     }
-
-
-def _clock(trainer: Any) -> dict[str, float]:
-    """Takes the time of Trainer's loop, and of the first step since the process began."""
-    clock = {"steps": 0.0}
-    train, step = trainer._inner_training_loop, trainer.training_step
-
-    def timed_train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        output = train(self, *args, **kwargs)
-        synchronize()
-        clock["seconds"] = time.perf_counter() - began
-        clock["steps"] = self.state.global_step
-        return output
-
-    def timed_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = step(self, *args, **kwargs)
-        synchronize()
-        clock.setdefault("first_step", time.time() - psutil.Process().create_time())
-        return output
-
-    trainer._inner_training_loop, trainer.training_step = timed_train, timed_step
-    return clock
 
 
 def _split(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
@@ -164,8 +130,6 @@ def _with_the_seed_s_recipe(
     trainer = transformers.Trainer(
         model=model, args=transformers.TrainingArguments(**arguments), train_dataset=dataset
     )
-    from benchmarks.peers import warmed
-
     warmed(trainer).train()
     return model, tokenizer
 
@@ -189,8 +153,6 @@ def _with_trl(
         processing_class=tokenizer,
         peft_config=config,
     )
-    from benchmarks.peers import warmed
-
     warmed(trainer).train()
     return trainer.model, tokenizer
 

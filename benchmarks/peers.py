@@ -1,10 +1,35 @@
-"""What peers are given so that a comparison is of the same training."""
+"""An epoch of training beside TRL: what every side is given, what is timed, and how it is shown."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import time
+from collections.abc import Mapping
 from typing import Any
 
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.turns import Figures, synchronize
 from lorakit.training.schedule import warm_from_first
+
+FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def one_epoch(options: argparse.Namespace) -> dict[str, Any]:
+    """TrainingArguments of an epoch that every side is trained with."""
+    return {
+        "num_train_epochs": 1,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": options.batch,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "seed": 42,
+    }
 
 
 def warmed(trainer: Any) -> Any:
@@ -21,3 +46,49 @@ def warmed(trainer: Any) -> Any:
 
     trainer.create_scheduler = create_scheduler
     return trainer
+
+
+def clock_of(trainer: Any) -> dict[str, float]:
+    """Takes the time of Trainer's loop, and of the first step since the process began."""
+    clock = {"steps": 0.0}
+    train, step = trainer._inner_training_loop, trainer.training_step
+
+    def timed_train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        output = train(self, *args, **kwargs)
+        synchronize()
+        clock["seconds"] = time.perf_counter() - began
+        clock["steps"] = self.state.global_step
+        return output
+
+    def timed_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = step(self, *args, **kwargs)
+        synchronize()
+        clock.setdefault("first_step", time.time() - psutil.Process().create_time())
+        return output
+
+    trainer._inner_training_loop, trainer.training_step = timed_train, timed_step
+    return clock
+
+
+def compare(title: str, found: Mapping[str, Figures], columns: Mapping[str, str]) -> None:
+    """Prints a table, and last one line of JSON with each figure beside TRL's fastest side.
+
+    Args:
+        found: the figures of each side; `trl_plain`, or the first, is compared with.
+        columns: a figure's name by the heading of its column.
+    """
+    peer = found.get("trl_plain") or next(iter(found.values()))
+    table = Table(title=title)
+    for heading in ("", *columns, "× tokens/s", "× MB"):
+        table.add_column(heading, justify="right")
+    results = []
+    for side, figures in found.items():
+        ratios = {
+            f"{key}_by_trl": figures[key] / peer[key] for key in ("tokens_per_second", "memory_mb")
+        }
+        results.append({"side": side} | figures | ratios)
+        shown = [f"{figures[name]:.5g}" for name in columns.values()]
+        table.add_row(side, *shown, *(f"{ratio:.2f}" for ratio in ratios.values()))
+    Console().print(table)
+    print(json.dumps(results))

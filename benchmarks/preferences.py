@@ -23,10 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.epoch import FIELDS, _clock
+from benchmarks.peers import FIELDS, clock_of, compare, one_epoch, warmed
 from benchmarks.turns import Figures, peak_memory_mb, take_turns
 
 SIDES = ("trl", "trl_plain", "lorakit")
@@ -40,17 +37,8 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     import lorakit
 
     transformers.utils.logging.disable_progress_bar()
-    training = {
-        "num_train_epochs": 1,
-        "learning_rate": options.learning_rate,
-        "per_device_train_batch_size": options.batch,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "logging_steps": 1000,
-        "save_strategy": "no",
-        "seed": 42,
-    }
-    clock = _clock(transformers.Trainer)
+    training = one_epoch(options)
+    clock = clock_of(transformers.Trainer)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         rows = _divided(options, folder)
@@ -117,7 +105,6 @@ def _with_trl(
     import trl
 
     import lorakit
-    from benchmarks.peers import warmed
 
     model, tokenizer = lorakit.load_model(options.model, options.dtype)
     transformers.set_seed(42)
@@ -210,27 +197,8 @@ def main() -> None:
     case = [f"--{n.replace('_', '-')}={getattr(options, n)}" for n in (*names, "model")]
     found = take_turns("benchmarks.preferences", options.sides, case, options.rounds)
     title = f"{options.objective}, {options.rows} rows of {options.data.name}, {options.dtype}"
-    table = Table(title=title)
-    for heading in ("", "real tokens/s", "MB", "accuracy", "held-out loss", "steps"):
-        table.add_column(heading, justify="right")
-    for side, figures in found.items():
-        table.add_row(
-            side,
-            f"{figures['tokens_per_second']:.1f}",
-            f"{figures['memory_mb']:.0f}",
-            f"{figures['accuracy']:.3f}",
-            f"{figures['held_out_loss']:.4f}",
-            f"{figures['steps']:.0f}",
-        )
-    Console().print(table)
-    peer = found.get("trl_plain") or found[options.sides[0]]
-    results = [
-        {"side": side}
-        | figures
-        | {f"{key}_by_trl": figures[key] / peer[key] for key in ("tokens_per_second", "memory_mb")}
-        for side, figures in found.items()
-    ]
-    print(json.dumps(results))
+    columns = {"real tokens/s": "tokens_per_second", "MB": "memory_mb", "accuracy": "accuracy"}
+    compare(title, found, columns | {"held-out loss": "held_out_loss", "steps": "steps"})
 
 
 if __name__ == "__main__":

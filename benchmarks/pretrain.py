@@ -1,0 +1,156 @@
+"""Continued pretraining on plain text: TRL's SFTTrainer with packing, and `lorakit train`.
+
+    python -m benchmarks.pretrain --data wiki_demo.txt [--documents 6 --held-out 2]
+
+A line of the file is a document. All sides have the same documents, adapter, seed, schedule and
+length of a block.
+
+- trl: SFTTrainer and PEFT with `packing_strategy: wrapped`, which fills blocks of `--length` tokens
+  and divides documents where a block ends, with activation checkpointing, as it comes. A document's
+  tokens are read with the document before it in the block.
+- trl_plain: without activation checkpointing, which is faster and larger.
+- lorakit: `objective: pretrain` and `data.packing`: documents divided into windows, which do not
+  see each other's document.
+
+Tokens are those of the documents; time is Trainer's whole loop. The held-out loss is taken of each
+side's saved adapter by one function.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import FIELDS, clock_of, compare, one_epoch, warmed
+from benchmarks.turns import Figures, peak_memory_mb, take_turns
+
+SIDES = ("trl", "trl_plain", "lorakit")
+
+
+def measure(side: str, options: argparse.Namespace) -> Figures:
+    """Trains one epoch in this process."""
+    import transformers
+
+    import lorakit
+
+    transformers.utils.logging.disable_progress_bar()
+    lines = [line for line in options.data.read_text().splitlines() if line.strip()]
+    documents = lines[: options.documents]
+    training = one_epoch(options)
+    clock = clock_of(transformers.Trainer)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        held_out = lines[options.documents :][: options.held_out]
+        for name, part in (("train", documents), ("held", held_out)):
+            rows = "".join(json.dumps({"text": text}) + "\n" for text in part)
+            (folder / f"{name}.jsonl").write_text(rows)
+        if side == "lorakit":
+            data = {"train": f"{place}/train.jsonl", "eval": 0, "packing": True}
+            recipe = {
+                "model": options.model,
+                "dtype": options.dtype,
+                "data": data | {"max_length": options.length},
+                "objective": "pretrain",
+                "lora": FIELDS,
+                "training": training,
+                "samples": 0,
+                "output_dir": f"{place}/run",
+            }
+            lorakit.train(recipe, quiet=True)
+        else:
+            training["gradient_checkpointing"] = side == "trl"
+            _with_trl(documents, options, training, folder)
+        memory = peak_memory_mb()
+        loss, tokens = _scores(folder, options)
+    return {
+        "tokens_per_second": tokens / clock["seconds"],
+        "memory_mb": memory,
+        "held_out_loss": loss,
+        "tokens": tokens,
+        "steps": clock["steps"],
+    }
+
+
+def _with_trl(
+    documents: list[str], options: argparse.Namespace, training: dict[str, Any], folder: Path
+) -> None:
+    import datasets
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    import lorakit
+
+    model, tokenizer = lorakit.load_model(options.model, options.dtype)
+    transformers.set_seed(42)
+    config = trl.SFTConfig(
+        **training,
+        output_dir=f"{folder}/trl",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=options.length,
+        packing=True,
+        packing_strategy="wrapped",
+        bf16=options.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list([{"text": text} for text in documents]),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(**FIELDS, task_type="CAUSAL_LM"),
+    )
+    warmed(trainer).train()
+    trainer.model.save_pretrained(folder / "run")
+
+
+def _scores(folder: Path, options: argparse.Namespace) -> tuple[float, int]:
+    """The held-out loss in nats a token of the adapter in `folder`, and the documents' tokens."""
+    from lorakit.adapters.open import open_adapter
+    from lorakit.data.mixing import mix
+    from lorakit.evaluation.held_out import held_out_scores, rows_of
+    from lorakit.objectives.registry import make_objective
+
+    objective = make_objective("pretrain")
+    opened = open_adapter(folder / "run", base=options.model, dtype=options.dtype)
+
+    def rows(name: str, length: int) -> list[Any]:
+        samples = mix(f"{folder}/{name}.jsonl", kinds=objective.row_kinds).samples
+        return rows_of(objective, opened.tokenizer, samples, length)
+
+    held_out = rows("held", options.length)
+    scores = held_out_scores(objective, opened.model, opened.tokenizer, held_out, options.batch)
+    return scores["loss"], sum(len(row) for row in rows("train", 1 << 30))
+
+
+def main() -> None:
+    """Takes turns, prints a table, and last one line of JSON with the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="text, a document a line")
+    parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--held-out", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options.side, options)))
+        return
+    names = ("data", "documents", "held_out", "batch", "length", "learning_rate", "dtype", "model")
+    case = [f"--{n.replace('_', '-')}={getattr(options, n)}" for n in names]
+    found = take_turns("benchmarks.pretrain", options.sides, case, options.rounds)
+    title = f"{options.documents} documents of {options.data.name}, {options.dtype}"
+    columns = {"tokens/s": "tokens_per_second", "MB": "memory_mb"}
+    compare(title, found, columns | {"held-out loss": "held_out_loss", "steps": "steps"})
+
+
+if __name__ == "__main__":
+    main()
