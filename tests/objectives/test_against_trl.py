@@ -25,23 +25,16 @@ from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
 from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.objectives.forward import ACTIVE, BASE
-from lorakit.objectives.objective import Objective, with_sums
+from lorakit.objectives.objective import Objective
 from lorakit.objectives.registry import make_objective
-from tiny import CHATML, byte_tokenizer, make_attentive
+from tiny import byte_tokenizer, make_attentive
+from trl_peer import LORA, TEMPLATE, assert_same, exact_norm, loss_of_lorakit, loss_of_trl
 
 trl = pytest.importorskip("trl")
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 
-Gradients = dict[str, torch.Tensor]
-LORA: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "v_proj", "up_proj"],
-    "task_type": "CAUSAL_LM",
-}
-TEMPLATE = CHATML.replace("<|im_end|>\n", "<|im_end|>")  # TRL learns what stands behind the end
 PAIRS = [
     {
         "prompt": [{"role": "user", "content": f"{n} + {n}? " * (1 + n % 3)}],
@@ -69,12 +62,6 @@ class ExactHead:
         log_probs = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
         zero = torch.zeros_like(log_probs.detach())
         return log_probs, zero, zero, zero, zero.bool()
-
-
-def exact_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """In place of transformers' norm, which rounds to float32."""
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * (x * scale)
 
 
 @pytest.fixture(scope="module")
@@ -166,44 +153,6 @@ def ours(exact: None, dpo: Any, tiny_model: Path) -> LoraModel:
 def batch_of(trainer: Any) -> dict[str, Any]:
     rows = trainer.train_dataset
     return trainer.data_collator([rows[i] for i in range(len(rows))])
-
-
-def loss_of_trl(trainer: Any, batch: dict[str, Any]) -> tuple[float, Gradients]:
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss.item(), found
-
-
-def loss_of_lorakit(
-    model: LoraModel, objective: Objective, batches: Sequence[dict[str, torch.Tensor]]
-) -> tuple[float, Gradients]:
-    """The mean loss over all batches, as in an optimizer step, and its gradients."""
-    forward = objective.forward(model)
-    model.zero_grad()
-    before: dict[str, torch.Tensor] = {}
-    if objective.needs_all_batches:
-        with torch.no_grad():
-            for batch in batches:
-                found = objective.beforehand(forward, batch)
-                before = {k: before.get(k, 0) + v for k, v in found.items()}
-    losses = [objective.loss(forward, with_sums(batch, before)) for batch in batches]
-    count = sum(int(loss.count) for loss in losses)
-    total = torch.stack([loss.total for loss in losses]).sum() / count
-    total.backward()
-    return total.item(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def assert_same(ours: tuple[float, Gradients], theirs: tuple[float, Gradients]) -> None:
-    assert ours[0] == pytest.approx(theirs[0], abs=1e-9)
-    assert ours[1].keys() == theirs[1].keys()
-    assert any(gradient.abs().max() > 1e-6 for gradient in ours[1].values())
-    for name, gradient in theirs[1].items():
-        assert (ours[1][name] - gradient).abs().max() < 1e-9, name
 
 
 def row_of(prompt: Sequence[int], answer: Sequence[int]) -> TokenizedRow:

@@ -43,7 +43,7 @@ def recipe(base: Path, output: Path, objective: dict[str, Any], **changes: Any) 
         "dtype": "float64",
         "data": {"eval": 0.25, **changes.pop("data", {})},
         "lora": {"r": 4},
-        "objective": {"type": "distill", "system": SYSTEM, **objective},
+        "objective": {"type": "distill", "system": SYSTEM, "lmbda": 0.0, **objective},
         "training": {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2} | changes,
         "samples": 0,
         "output_dir": str(output),
@@ -147,11 +147,11 @@ def test_padded_rows_and_divided_steps_give_what_a_line_gives(base: Path, tmp_pa
             assert (tensor - other[name]).abs().max() < 1e-9, name
 
 
-def test_prompts_without_answers_are_answered_by_the_teacher(base: Path, tmp_path: Path):
+def test_with_seq_kd_prompts_are_answered_by_the_teacher(base: Path, tmp_path: Path):
     asked = [{"prompt": row["prompt"]} for row in ROWS]
     runs = []
     for name in ("a", "b"):
-        made = recipe(base, tmp_path / name, {"max_new_tokens": 6, "beta": 0.0})
+        made = recipe(base, tmp_path / name, {"max_new_tokens": 6, "beta": 0.0, "seq_kd": True})
         runs.append(lorakit.train(made, data=asked, quiet=True))
     first, second = (run.manifest for run in runs)
     assert first.eval_loss is not None
@@ -171,6 +171,9 @@ def test_prompts_without_answers_are_answered_by_the_teacher(base: Path, tmp_pat
         ({"lambda": 1}, ROWS, "objective.lambda"),
         ({}, [{"text": "plain text"}] * 8, "data.train:1"),
         ({}, [{"prompt": ""}] * 8, "data.train:1"),
+        ({}, [{"prompt": row["prompt"]} for row in ROWS], r"has no answer.*lmbda=1\.0"),
+        ({"system": ""}, ROWS, "nothing to learn"),
+        ({"lmbda": 1.5}, ROWS, "objective.lmbda"),
     ],
 )
 def test_what_it_cannot_use_is_named(

@@ -17,8 +17,8 @@ from lorakit.adapters.added_tokens import add_rows
 from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin
 from lorakit.adapters.layout_names import require_fit
-from lorakit.adapters.lineage import chain, standing_on
-from lorakit.adapters.manifest import Derivation, Manifest, read_record
+from lorakit.adapters.lineage import chain, standing_on, whereabouts
+from lorakit.adapters.manifest import Derivation, Manifest, read_manifest, read_record
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.adapters.updates import COPY, AdapterUpdates, Skipped, read_updates
 from lorakit.errors import InputError
@@ -108,7 +108,8 @@ class Inspection:
     the weights' file; `run` are the main facts of the training run or of what it was made of.
     `chat_template` is the SHA-256 of the chat template that it is asked with, None where its
     folder does not say; `notices` tell where its base has another one now. `parents` are the
-    adapters that it came from, the nearest first, `stands_on` the frozen ones that it is added to.
+    adapters that it came from, the nearest first, `stands_on` the frozen ones that it is added to,
+    `teacher` the one that it learned from.
     """
 
     folder: str
@@ -133,6 +134,7 @@ class Inspection:
     run: dict[str, Any]
     parents: tuple[Parent, ...] = ()
     stands_on: tuple[str, ...] = ()
+    teacher: Parent | None = None
     chat_template: str | None = None
     notices: tuple[str, ...] = ()
     fit: Fit | None = None
@@ -185,10 +187,19 @@ def inspect(folder: str | Path, *, base: str | None = None) -> Inspection:
             Parent(one.path, one.mode, one.sha256, state) for one, state in chain(file.folder)
         ),
         stands_on=tuple(one.path for one in standing_on(file.folder)),
+        teacher=_teacher(file.folder),
         chat_template=adapter_template(file.folder).digest,
         notices=(notice,) if notice else (),
         fit=fit(folder, base) if base else None,
     )
+
+
+def _teacher(folder: Path) -> Parent | None:
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.teacher is None:
+        return None
+    record = manifest.teacher
+    return Parent(record.path, "distilled", record.sha256, whereabouts(record, folder)[1])
 
 
 def fit(folder: str | Path, base: str) -> Fit:

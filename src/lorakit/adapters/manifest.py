@@ -59,7 +59,8 @@ class Manifest(BaseModel):
     `template_sha256` is the digest of the chat templates that rows were rendered with, None where
     no row was a conversation; `template_time` the local time that they wrote into rows, if any.
     `parent` is the adapter that the run started from, `stands_on` the frozen ones that its own is
-    added to, and `start_eval_loss` and `start_eval_scores` are those of the start.
+    added to, and `start_eval_loss` and `start_eval_scores` are those of the start. `teacher` is the
+    adapter that a distillation learned from.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -93,6 +94,7 @@ class Manifest(BaseModel):
     start_eval_scores: dict[str, float] | None = None
     parent: ParentRecord | None = None
     stands_on: list[FrozenRecord] = []
+    teacher: FrozenRecord | None = None
     labels: dict[str, Any] | None = None
     versions: dict[str, str]
     seed: int

@@ -81,7 +81,7 @@ def prepare(
     templated: bool = True,
     too_long: TooLong = "cut",
     positions: int | None = None,
-    complete: Callable[[Sequence[Sample]], Sequence[Sample]] = lambda samples: samples,
+    complete: Callable[[Sequence[Any], bool], Sequence[Any]] = lambda samples, held_out: samples,
     sample_by: SampleBy = "auto",
     overlap: int = 1,
     as_learned: Callable[[Any], Any] = lambda sample: sample,
@@ -105,7 +105,7 @@ def prepare(
         kinds: of rows that the objective takes, as in `mix`.
         templated: conversations become text by the chat template.
         positions: the most tokens that the model reads, where it says so.
-        complete: makes what samples lack, all of them at once.
+        complete: makes what the samples of a part lack; called with whether it is held out.
         sample_by: what a document of a plain text file is, as in `data.text_files`.
         overlap: of the parts of a long text, as in `data.too_long.divided`.
         as_learned: makes of a row's sample what is learned of it, as in `mix`.
@@ -139,7 +139,6 @@ def prepare(
         kept, held = learned.samples, measured.samples
         facts += measured.facts
         notices += measured.notices
-    everything: Sequence[Sample] = kept + held
 
     def make(length: int) -> list[TokenizedRow]:
         if to_row is not None:
@@ -168,9 +167,10 @@ def prepare(
             made = label(reading, next(encode([reading], tokenizer)), tokenizer, length)
         return fitting(made, most, too_long, overlap)
 
-    if templated and any(sample.messages for sample in everything):
+    if templated and any(sample.messages for sample in (*kept, *held)):
         notices += [notice] if (notice := ensure_template(tokenizer)) else []
-    everything = complete(everything)
+    kept, held = [*complete(kept, False)], [*complete(held, True)]
+    everything: Sequence[Sample] = kept + held
     fitted = fit(kept, held, make, most, too_long, overlap)
     notices += fitted.notices
     found = findings(fitted.train, fitted.eval, tokenizer, most, fitted.left_out)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.data.prompts import Prompt
-from lorakit.data.samples import Sample
 from lorakit.engine.bounded_tokens import tokens_within
 from lorakit.engine.engine import Engine
 from lorakit.engine.requests import Ticket
-from lorakit.engine.sampling import Sampling, prompt_tokens
+from lorakit.engine.sampling import Sampling
 from lorakit.engine.shown import shown_text
 from lorakit.errors import InputError, LorakitError
-from lorakit.progress import track
 
 
 @dataclass(frozen=True)
@@ -84,37 +81,3 @@ def answer_all(
             ticket.prompt_tokens,
             last.new_tokens,
         )
-
-
-def sampled_answers(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int, seed: int
-) -> list[str]:
-    """An answer of `model` to the prompt of each sample, drawn at the temperature 1.
-
-    Args:
-        model: a causal language model without adapters.
-        seed: of the first; each further one has a seed of its own, so that a prompt which stands
-            there twice gets two answers.
-
-    Raises:
-        InputError: a prompt does not fit the context, or the chat template refuses it.
-        LorakitError: the model failed.
-    """
-    with closing(Engine(model, tokenizer, "base")) as engine:
-        asked = []
-        for number, sample in enumerate(samples):
-            limit = engine.context_length - 1
-            try:
-                tokens = prompt_tokens(sample.prompt, tokenizer, sample.tools, limit)
-            except InputError as error:
-                raise InputError(f"{sample.where}: {error}") from error
-            room = min(max_new_tokens, engine.context_length - len(tokens))
-            drawn = Sampling(temperature=1.0, max_new_tokens=room, seed=(seed + number) % 2**32)
-            asked.append(engine.submit(tokens, None, drawn))
-        answers = []
-        for sample, ticket in zip(samples, track(asked, "sampling answers"), strict=True):
-            pieces = list(ticket)
-            if pieces[-1].error:
-                raise LorakitError(f"{sample.where}: {pieces[-1].error}")
-            answers.append("".join(piece.text for piece in pieces).strip())
-    return answers

@@ -53,12 +53,20 @@ class ContinuousBatch:
         routing: the bank's.
         most: how many rows there may be.
         length: how many tokens a row may have.
+        route: of all rows; None where each has the adapter that it names.
     """
 
-    def __init__(self, model: PreTrainedModel, routing: Routing, most: int, length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        routing: Routing,
+        most: int,
+        length: int,
+        route: Route | None = None,
+    ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
-        self._routing, self._most = routing, most
+        self._routing, self._most, self._route = routing, most, route
         self._writing = 0  # the first so many rows have read their prompts
         layers = model.config.get_text_config().num_hidden_layers
         self._cache = RowCache(layers, most, length)
@@ -117,7 +125,8 @@ class ContinuousBatch:
         try:
             given = inputs(first, rows)
             names = [row.adapter for row in rows]
-            self._routing.route = Route.of_rows(names, tuple(given["input_ids"].shape))
+            shape = tuple(given["input_ids"].shape)
+            self._routing.route = self._route or Route.of_rows(names, shape)
             with copied_once(self._model):
                 logits = self._model(**given, logits_to_keep=1).logits[:, -1]
         except Exception as error:

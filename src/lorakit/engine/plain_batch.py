@@ -8,6 +8,7 @@ logits chooses every row's token here, so that an answer is made by the same rul
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +20,17 @@ from lorakit.engine.sampling import generate, pad_left
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lorakit.lora.routing import Routing
+    from lorakit.lora.routing import Route, Routing
 
 
 class PlainBatch:
     """Rows that begin together. Arguments as in `ContinuousBatch`."""
 
-    def __init__(self, model: PreTrainedModel, routing: Routing, most: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, routing: Routing, most: int, route: Route | None = None
+    ) -> None:
         self.rows: list[AnswerRow] = []
-        self._model, self._routing, self._most = model, routing, most
+        self._model, self._routing, self._most, self._route = model, routing, most, route
         self._computed: list[AnswerRow] = []  # by the `generate` that runs
         self._written = 0  # tokens of each that it has written
         self._failure = ""
@@ -60,7 +63,7 @@ class PlainBatch:
         )
         device = self._model.device
         try:
-            with self._routing.rows(self._model, [row.adapter for row in rows]):
+            with self._chosen(rows):
                 generate(
                     self._model,
                     settings,
@@ -73,6 +76,11 @@ class PlainBatch:
             self._failure = reason(error)
             return False
         return True
+
+    def _chosen(self, rows: list[AnswerRow]) -> AbstractContextManager[None]:
+        if self._route is not None:
+            return self._routing.using(self._route)
+        return self._routing.rows(self._model, [row.adapter for row in rows])
 
     def _choose(self, _ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Leaves each row one token: the next of its own, or else the one that it chooses."""

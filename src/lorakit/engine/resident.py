@@ -8,7 +8,6 @@ engine compute on this too.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from lorakit.engine.batch import Batch, ContinuousBatch, why_generate_alone
 from lorakit.engine.plain_batch import PlainBatch
 from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_length_of
 from lorakit.engine.rows import AnswerRow
+from lorakit.engine.sampler import write_rows
 from lorakit.engine.sampling import Ending, Sampling, end_tokens
 from lorakit.engine.shared_pass import AdapterBatch, side_by_side, why_not_shared
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, cross_entropy
@@ -375,23 +375,19 @@ class ResidentModel:
             self._require(name)
             check_prompt(prompt, context, vocabulary)
         own = Ending(frozenset(end_tokens(self.base) if ends is None else ends))
-        waiting: deque[AnswerRow] = deque()
+        rows: list[AnswerRow] = []
         for number, (name, prompt) in enumerate(zip(adapters, prompts, strict=True)):
             seed = None if sampling.seed is None else sampling.seed + number
             room = min(sampling.max_new_tokens, context - len(prompt))
             settings = replace(sampling, seed=seed, max_new_tokens=room)
             ticket = Ticket(tuple(prompt), None if name == BASE else name, settings)
-            waiting.append(AnswerRow(ticket, name, None, own, self.device))
-        tickets = [row.ticket for row in waiting]
+            rows.append(AnswerRow(ticket, name, None, own, self.device))
+        tickets = [row.ticket for row in rows]
         longest = max(len(t.prompt) + t.sampling.max_new_tokens for t in tickets)
         self._train(False)
         self.pack(name for name in dict.fromkeys(adapters) if name != BASE)
         batch = self.answers(min(max_rows, len(tickets)), longest)
-        with torch.inference_mode(), self.model.routing.using(Route()):
-            while waiting or batch.rows:
-                while waiting and batch.has_room():
-                    batch.add(waiting.popleft())
-                batch.step()
+        write_rows(batch, rows, self.model.routing)
         return [_sample(ticket) for ticket in tickets]
 
     # --- inside ---------------------------------------------------------------------------

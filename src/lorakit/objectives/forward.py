@@ -21,10 +21,21 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["ACTIVE", "BASE", "Forward", "bare", "per_sequence", "supervised_per_sequence"]
+__all__ = [
+    "ACTIVE",
+    "BASE",
+    "TEACHER",
+    "Forward",
+    "bare",
+    "per_sequence",
+    "supervised_per_sequence",
+]
 
 ACTIVE = "__active__"
 """The name that stands for the adapter in training."""
+
+TEACHER = "teacher"
+"""The name of the adapter that another one learns from; no frozen one is added to it."""
 
 
 class Forward:
@@ -67,11 +78,13 @@ class Forward:
         return routing is None or routing.route == Route()
 
     def _route(self, adapter: str) -> Route:
-        """The route under which rows have `adapter`, with the frozen ones, or `BASE`."""
+        """The route under which rows have `adapter`, with the frozen ones; `BASE`, or `TEACHER`."""
         if adapter == BASE:
             return Route()
         own: Any = self.adapted
         own.require(adapter)
+        if adapter == TEACHER:
+            return Route(shared=(TEACHER,))
         return Route(shared=tuple(dict.fromkeys((adapter, *self.frozen))))
 
     def token_losses(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -90,8 +103,9 @@ class Forward:
         """
         assert isinstance(self.reader, SupervisedLoss)
         routing: Any = getattr(self.adapted, "routing", None)
-        if adapter is None or routing is None:
+        if adapter is None or (routing is None and adapter == BASE):
             return self.reader.states(self.module, batch)
+        assert routing is not None, f"the model has no adapter {adapter}"
         with self._without_dropout(), routing.using(self._route(adapter)):
             return self.reader.states(self.module, batch)
 

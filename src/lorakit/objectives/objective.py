@@ -30,6 +30,7 @@ from lorakit.models.sequence_scores import SequenceScores
 from lorakit.models.template_files import digest
 from lorakit.objectives.constants import RowConstants
 from lorakit.objectives.forward import Forward, supervised_per_sequence
+from lorakit.objectives.teacher import read_teacher
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.adapters.lineage import Start
+    from lorakit.adapters.manifest import FrozenRecord
     from lorakit.data.labelled import Labels
     from lorakit.models.load import LoadedModel
     from lorakit.models.template_files import Templates
@@ -94,6 +96,22 @@ def with_sums(batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 
 @dataclass(frozen=True)
+class AskedPrompt:
+    """A prompt that the model in training answers, and how.
+
+    Args:
+        tokens: of the prompt.
+        max_new_tokens: at most so many tokens, at least 1.
+        temperature, seed: of sampling.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class TrainingInputs:
     """A model and its rows, ready for an adapter.
 
@@ -105,6 +123,7 @@ class TrainingInputs:
         rendered_at: the time that a template wrote into rows, where one did.
         base_fingerprint: of the base model's weights.
         start: the adapter that the run starts from.
+        teacher: the adapter that it learns from.
         own_tokenizer, token_rows: as in `LoadedBase`.
     """
 
@@ -118,6 +137,7 @@ class TrainingInputs:
     rendered_at: datetime | None = None
     base_fingerprint: str | None = None
     start: Start | None = None
+    teacher: FrozenRecord | None = None
     own_tokenizer: bool = False
     token_rows: dict[str, list[int]] = field(default_factory=dict)
 
@@ -175,7 +195,9 @@ class Objective:
         row_settings: the settings that rows depend on; in a sweep all configurations share them.
         labels: the classes, of a classifier that has read its rows.
         reference: the adapter that the one in training is compared with, `BASE` for the bare base;
-            None for no reference. A run that starts from an adapter sets it to the start.
+            None for no reference. A run that starts from an adapter sets it to the start, where
+            it is compared with that.
+        compares_with_start: whether it is.
         sample_by, overlap: how plain text is read, as in `data.dataset.prepare`.
     """
 
@@ -200,6 +222,7 @@ class Objective:
     sample_tokens: ClassVar[int] = 96
     labels: Labels | None = None
     reference: str | None = None
+    compares_with_start: ClassVar[bool] = True
     sample_by: SampleBy = "auto"
     overlap: int = 1
 
@@ -237,6 +260,11 @@ class Objective:
         other.settings, other.constants = settings, RowConstants()
         return other
 
+    @property
+    def teacher(self) -> str | None:
+        """The folder of the adapter that is learned from (`forward.TEACHER`), if there is one."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe's `objective`: the type and all settings, as plain JSON types."""
         return {"type": self.name, **self.settings.model_dump(mode="json")}
@@ -254,6 +282,9 @@ class Objective:
         model, tokenizer = loaded.model, loaded.tokenizer
         if rendering.templates is not None:
             tokenizer.chat_template = rendering.templates
+        teacher = None
+        if self.teacher is not None:
+            teacher = read_teacher(self.teacher, request.model, base.fingerprint)
         clock = StandingClock(rendering.time)
         with at(clock):
             data = self.read(request, loaded)
@@ -267,6 +298,7 @@ class Objective:
             loaded.new_modules,
             base_fingerprint=base.fingerprint,
             start=request.start,
+            teacher=teacher,
             own_tokenizer=base.own_tokenizer,
             token_rows=base.token_rows,
         )
@@ -328,9 +360,13 @@ class Objective:
         return sample
 
     def complete(
-        self, samples: Sequence[Any], request: RunRequest, loaded: LoadedModel
+        self, samples: Sequence[Any], held_out: bool, request: RunRequest, loaded: LoadedModel
     ) -> Sequence[Any]:
-        """The samples as they are learned, where something of them must still be made."""
+        """The samples as they are learned, where something of them must still be made.
+
+        Args:
+            held_out: they are the held-out ones, not those to learn from.
+        """
         return samples
 
     def tokenize(
@@ -407,6 +443,26 @@ class Objective:
     def needs_all_batches(self) -> bool:
         """Whether there are sums that are taken beforehand."""
         return type(self).beforehand is not Objective.beforehand
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the model in training answers prompts at each step (`asked`)."""
+        return False
+
+    def asked(self, batch: Batch, step: int, number: int) -> list[AskedPrompt]:
+        """The prompts of a batch that the model answers as it is at this step.
+
+        Args:
+            step: optimizer steps so far.
+            number: of the batch within the step, over all processes.
+
+        Returns: none where the batch is learned as it is.
+        """
+        return []
+
+    def answered(self, batch: Batch, answers: Sequence[Sequence[int]]) -> Sequence[TokenizedRow]:
+        """The rows to learn in place of a batch, by the answers' tokens to what it `asked`."""
+        raise NotImplementedError(f"{type(self).__name__} asks for no answers")
 
     def shares_passes(self, rows: Sequence[TokenizedRow]) -> bool:
         """Whether the loss is the cross-entropy of the labels alone, each weighing as much.

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lorakit.adapters.lineage import chain
+from lorakit.adapters.lineage import chain, whereabouts
 from lorakit.errors import InputError
 from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
@@ -86,12 +86,15 @@ def _content(run: RunRecord) -> dict[str, Any]:
     rank_top = max((s.r for s in run.spectra), default=0)
     settings = {k: v for k, v in json.loads(run.config.to_json()).items() if v}
     recipe = manifest.recipe if manifest else settings
+    learned_from = manifest.teacher if manifest else None
+    teacher = (learned_from, whereabouts(learned_from, run.folder)[1]) if learned_from else None
     return {
         "name": folder_name(run.folder),
         "base_model": manifest.base_model if manifest else run.config.base_model_name_or_path,
         "run": run,
         "manifest": manifest,
         "stages": [*chain(run.folder)],
+        "teacher": teacher,
         "verdict": f"{findings.verdict(run)} {fall_of_both(run)}".strip(),
         "key_figures": [*findings.key_figures(run), *preference_figures(run)],
         "curves": _curves(run),

@@ -39,7 +39,7 @@ from lorakit.training.machine import settle_in
 from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import load_inputs, wished_device
-from lorakit.training.stages import load_reference
+from lorakit.training.stages import load_beside
 
 SELECTION, REPORT = "selection", "report"
 
@@ -93,9 +93,10 @@ class SweepBase:
     @property
     def ground(self) -> dict[str, Any]:
         """What rows, base and start are, for the sweep's record."""
-        start = self.inputs.start
-        found = {"data": self.facts, "base": self.fingerprint}
-        return found | ({"parent": start.record.sha256} if start else {})
+        start, teacher = self.inputs.start, self.inputs.teacher
+        found: dict[str, Any] = {"data": self.facts, "base": self.fingerprint}
+        found |= {"parent": start.record.sha256} if start else {}
+        return found | ({"teacher": teacher.sha256} if teacher else {})
 
     @property
     def shares_passes(self) -> bool:
@@ -162,8 +163,8 @@ class SweepBase:
     def with_adapter(self, folder: Path, recipe: Recipe) -> Iterator[LoraModel]:
         """The base with the adapter in `folder`, to evaluate; bare again after the block."""
         model = with_frozen(self.inputs_for(recipe).model, folder).eval()
-        if self.inputs.start is not None:
-            load_reference(model, self.inputs.objective, self.inputs.start.folder)
+        start = self.inputs.start
+        load_beside(model, self.inputs.objective, start.folder if start else None)
         try:
             yield model
         finally:
@@ -186,7 +187,14 @@ class SweepBase:
     @cached_property
     def bare_losses(self) -> SplitLosses:
         """The losses of the held-out rows without an adapter."""
-        return self.losses(self.inputs.model)
+        if self.inputs.teacher is None:
+            return self.losses(self.inputs.model)
+        model = LoraModel(self.inputs.model, None)
+        load_beside(model, self.inputs.objective, None)
+        try:
+            return self.losses(model)
+        finally:
+            model.unload()
 
     def interval(
         self, losses: SplitLosses, split: str, minus: SplitLosses | None = None

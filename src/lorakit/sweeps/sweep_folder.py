@@ -193,6 +193,7 @@ def publish(record: Record, base: SweepBase) -> list[str]:
             base_eval_loss=mean_loss(*base.bare_losses.values()),
             parent=start.record if start else None,
             stands_on=list(start.frozen) if start else [],
+            teacher=inputs.teacher,
             labels=inputs.objective.labels.to_dict() if inputs.objective.labels else None,
             versions=versions(),
             seed=recipe.training.seed,

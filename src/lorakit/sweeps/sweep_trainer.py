@@ -88,8 +88,14 @@ class SweepTrainer(LoraTrainer):
         self.target = max(1, math.ceil(to * self.planned - 1e-9))
         self.folder.mkdir(parents=True, exist_ok=True)
         start = setup.inputs.start
-        parent = start.record.sha256 if start else None
-        now = run_identity(recipe.to_dict(), base.facts, base=setup.base_fingerprint, parent=parent)
+        teacher = setup.inputs.teacher
+        now = run_identity(
+            recipe.to_dict(),
+            base.facts,
+            base=setup.base_fingerprint,
+            parent=start.record.sha256 if start else None,
+            teacher=teacher.sha256 if teacher else None,
+        )
         require_unchanged(changes_since(self.folder, now), self.folder)
         claim_output(self.folder, now)
         last = newest_whole(self.folder, at_most=self.target)
@@ -104,6 +110,7 @@ class SweepTrainer(LoraTrainer):
             setup.batching,
             setup.inputs.objective,
             recipe.training.loraplus_lr_ratio,
+            tokenizer=setup.tokenizer,
         )
         self.stream = Stream(base.device)  # as Trainer has seeded it just now
         self.interrupt, self.templates = interrupt, setup.inputs.templates

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from lorakit import atomic
 from lorakit.adapters.open import open_adapter
 from lorakit.data.prompts import Prompt
 from lorakit.data.samples import Sample
+from lorakit.data.splits import held_out, shuffled_groups
 from lorakit.data.templates import ensure_template
-from lorakit.engine.answer_all import sampled_answers
+from lorakit.engine.sampler import sampled_answers
 from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError, LorakitError
 from lorakit.evaluation.bootstrap import Interval, loss_interval
@@ -146,7 +146,8 @@ def bake_recipe(
     for key, default in DEFAULTS.items():
         own = values.get(key)
         values[key] = {**default, **own} if isinstance(own, dict) else values.get(key, default)
-    objective = {"type": "distill", "system": system, "beta": 0.0, "temperature": 1.0, **settings}
+    usual = {"beta": 0.0, "lmbda": 0.0, "temperature": 1.0}
+    objective = {"type": "distill", "system": system, **usual, **settings}
     return load_recipe(values, [("objective", objective), ("data.train", "prompts"), *overrides])
 
 
@@ -206,15 +207,14 @@ def _sums(
 
 def _divided(prompts: Sequence[Prompt], recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
     """Those that are learned and those that are measured; equal ones are on one side."""
-    keys = list(dict.fromkeys(json.dumps(prompt.messages) for prompt in prompts))
-    random.Random(recipe.data_seed).shuffle(keys)
     share = recipe.data.eval
     if not isinstance(share, float) or not share:
         raise InputError("data.eval is the share of the prompts to measure on, such as 0.2")
-    chosen = set(keys[: max(2, round(share * len(keys)))])
+    groups = shuffled_groups([json.dumps(prompt.messages) for prompt in prompts], recipe.data_seed)
+    chosen = held_out(groups, max(share, 2 / len(prompts))) or {*min(groups, key=len)}
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
-    for prompt in prompts:
-        sides[json.dumps(prompt.messages) in chosen].append(prompt)
+    for i, prompt in enumerate(prompts):
+        sides[i in chosen].append(prompt)
     return sides
 
 

@@ -35,6 +35,7 @@ def run_identity(
     template_sha256: str | None = None,
     template_time: str | None = None,
     parent: str | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """All that decides a run's numbers, as plain JSON types.
 
@@ -43,7 +44,8 @@ def run_identity(
         template_sha256: of the chat template; None where rows have none.
         template_time: what a template that reads the clock has read; a resumed run reads the same,
             so that it is no difference.
-        parent: the digest of the adapter that it starts from; None without one.
+        parent, teacher: the digests of the adapters that it starts from and learns from; None
+            without one.
     """
     values = {
         "recipe": {key: value for key, value in recipe.items() if key != "output_dir"},
@@ -53,6 +55,7 @@ def run_identity(
         "template": template_sha256,
         "template_time": template_time,
         "parent": parent,
+        "teacher": teacher,
     }
     return _as_json(values)
 
@@ -87,7 +90,7 @@ def overlook_moves(before: dict[str, Any], now: dict[str, Any]) -> None:
 
     Args:
         before, now: a `recipe`, its `data` (facts of each source), the fingerprint of its `base`
-            and the digest of its `parent`.
+            and the digests of its `parent` and `teacher`.
     """
     base = now.get("base")
     if base is not None and before.get("base") == base:
@@ -95,6 +98,9 @@ def overlook_moves(before: dict[str, Any], now: dict[str, Any]) -> None:
     starts = [side["recipe"].get("adapter") for side in (before, now)]
     if now.get("parent") is not None and before.get("parent") == now["parent"] and all(starts):
         before["recipe"]["adapter"] = starts[0] | {"path": starts[1]["path"]}
+    if now.get("teacher") is not None and before.get("teacher") == now["teacher"]:
+        objectives = [side["recipe"].get("objective") for side in (before, now)]
+        before["recipe"]["objective"] = objectives[0] | {"teacher": objectives[1]["teacher"]}
     if len(before["data"]) != len(now["data"]):
         return
     places = {}

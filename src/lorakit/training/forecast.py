@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import count
 from statistics import mean, pstdev
 
 import torch
@@ -134,8 +135,11 @@ def _undone(trainer: LoraTrainer) -> Iterator[Callable[[Sequence[int]], None]]:
     was_training = model.training
     model.train()
 
+    steps = count()
+
     def train(rows: Sequence[int]) -> None:
-        batch = trainer._prepare_inputs(trainer.train_dataset[list(rows)])
+        [batch] = trainer.with_answers([trainer.train_dataset[list(rows)]], next(steps))
+        batch = trainer._prepare_inputs(batch)
         loss = trainer.objective.loss(trainer.forward.calling(model), batch)
         (loss.total / loss.count).backward()
         if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():

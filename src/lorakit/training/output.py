@@ -118,6 +118,7 @@ def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
         manifest.base_fingerprint,
         manifest.template_sha256,
         parent=manifest.parent.sha256 if manifest.parent else None,
+        teacher=manifest.teacher.sha256 if manifest.teacher else None,
     )
     return not run_differences(before, now)
 

@@ -23,6 +23,7 @@ from lorakit.training.differences import moved
 from lorakit.training.recipe import load_recipe
 from lorakit.training.run import train
 from lorakit.training.run_record import versions
+from lorakit.training.stages import teacher_of
 
 SAME_GAIN = 0.1  # of what was learned: another machine or another release may change as much
 
@@ -93,6 +94,9 @@ def reproduce(
     if before.parent is not None:
         place = _parent_of(adapter, before.parent) if start is None else start
         values["adapter"] = {"path": str(place), "mode": before.parent.mode}
+    if before.teacher is not None:
+        place = teacher_of(adapter, before.teacher)
+        values["objective"] = {**values["objective"], "teacher": str(place)}
     recipe = load_recipe(values)
     rendering = _rendering(adapter, before)
     after = train(recipe, quiet=quiet, expected_data=before.data, rendering=rendering).manifest

@@ -78,6 +78,7 @@ def manifest_of(
         start_eval_scores={k: v for k, v in first.items() if k != "loss"} or None,
         parent=start.record if start else None,
         stands_on=list(start.frozen) if start else [],
+        teacher=setup.inputs.teacher,
         labels=labels.to_dict() if labels else None,
         versions=versions(),
         seed=setup.recipe.training.seed,

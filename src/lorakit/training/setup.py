@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 from lorakit.adapters.lineage import read_start
 from lorakit.data.dataset import PreparedData
 from lorakit.data.template_clock import Rendering
-from lorakit.engine.answer_all import sampled_answers
+from lorakit.engine.sampler import sampled_answers
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
@@ -87,7 +87,7 @@ class Setup:
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides the run's numbers (`run_identity`)."""
-        start = self.inputs.start
+        start, teacher = self.inputs.start, self.inputs.teacher
         return run_identity(
             self.recipe.to_dict(),
             self.data_facts,
@@ -95,6 +95,7 @@ class Setup:
             self.base_fingerprint,
             **self.inputs.rendering_facts(),
             parent=start.record.sha256 if start else None,
+            teacher=teacher.sha256 if teacher else None,
         )
 
     @property
@@ -114,6 +115,7 @@ class Setup:
             inputs.objective,
             self.recipe.training.loraplus_lr_ratio,
             data.stream,
+            self.tokenizer,
         )
         trainer.templates, trainer.answers = inputs.templates, self.answers
         trainer.own_tokenizer = inputs.tokenizer if inputs.own_tokenizer else None
@@ -167,6 +169,11 @@ def set_up(
         raise InputError(
             "training.label_smoothing_factor has no effect with objective "
             f"{inputs.objective.name}: leave it out"
+        )
+    if spread and inputs.objective.on_policy:
+        raise InputError(
+            "objective.lmbda: sampling from the student needs all weights in one process: leave "
+            "fsdp out, or set it to 0"
         )
     answers = None
     if (generate := recipe.eval.generate) is not None:
@@ -283,6 +290,12 @@ def _adapter_config(
         raise InputError(
             f"lora.init_lora_weights={config.init_lora_weights} runs data through the bare base, "
             "without the frozen adapter: choose another initialisation"
+        )
+    if inputs.teacher is not None or not any(row.supervised for row in inputs.data.train):
+        raise InputError(
+            f"lora.init_lora_weights={config.init_lora_weights} takes the loss of rows with "
+            f"answers under the bare base, and objective {name} has another teacher or no "
+            "answers: choose another initialisation"
         )
     if asks_to_spread(recipe.training.model_extra or {}):
         raise InputError(

@@ -20,10 +20,12 @@ from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import read_config
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.routing import FROZEN
+from lorakit.objectives.forward import TEACHER
 from lorakit.objectives.objective import TrainingInputs
 
 if TYPE_CHECKING:
     from lorakit.adapters.lineage import Mode, Start
+    from lorakit.adapters.manifest import FrozenRecord
     from lorakit.objectives.objective import Objective
 
 TRAINED = "default"
@@ -144,7 +146,11 @@ def started(inputs: TrainingInputs, config: LoraConfig) -> LoraModel:
     """
     start = inputs.start
     if start is None:
-        return LoraModel(inputs.model, config)
+        model = LoraModel(inputs.model, config)
+        if inputs.objective.teacher is not None:
+            load_beside(model, inputs.objective, None)
+            model.set_adapter(TRAINED)
+        return model
     if start.record.mode == "freeze" and config.init.kind.changes_base:
         raise InputError(
             f"lora.init_lora_weights={config.init_lora_weights} changes the base below the frozen "
@@ -166,7 +172,7 @@ def started(inputs: TrainingInputs, config: LoraConfig) -> LoraModel:
         )
         for name, folder in frozen.items():
             model.load_adapter(folder, name, config=without_dropout(folder))
-    load_reference(model, inputs.objective, start.folder)
+    load_beside(model, inputs.objective, start.folder)
     model.set_adapter([TRAINED, *frozen])
     for name in frozen:
         model.set_requires_grad(name, False)
@@ -175,15 +181,30 @@ def started(inputs: TrainingInputs, config: LoraConfig) -> LoraModel:
 
 def set_reference(objective: Objective, start: Start | None) -> None:
     """Lets an objective that has a reference compare with the start, frozen or a copy of it."""
+    if not objective.compares_with_start:
+        return
     vars(objective).pop("reference", None)  # of a run before
     if start is not None and objective.reference is not None:
         objective.reference = f"{FROZEN}0" if start.record.mode == "freeze" else REFERENCE
 
 
-def load_reference(model: LoraModel, objective: Objective, folder: Path) -> None:
-    """Adds the copy of the adapter in `folder` that the objective compares with, if it does."""
-    if objective.reference == REFERENCE:
-        model.load_adapter(folder, REFERENCE, config=without_dropout(folder))
+def load_beside(model: LoraModel, objective: Objective, start: Path | None) -> None:
+    """Adds the frozen adapters of the objective, inactive: a copy of the start, and a teacher.
+
+    Args:
+        start: the folder of the adapter that the run starts from, if it does.
+
+    Raises:
+        InputError: an adapter does not fit the base.
+    """
+    if start is not None and objective.reference == REFERENCE:
+        model.load_adapter(start, REFERENCE, config=without_dropout(start))
+    if objective.teacher is not None:
+        folder = Path(objective.teacher)
+        try:
+            model.load_adapter(folder, TEACHER, config=without_dropout(folder))
+        except InputError as error:
+            raise InputError(f"objective.teacher: {error}") from error
 
 
 def compare_with_start(model: LoraModel, folder: Path, objective: Objective) -> str:
@@ -193,8 +214,17 @@ def compare_with_start(model: LoraModel, folder: Path, objective: Objective) -> 
         model: has the adapter in `folder` active.
 
     Returns: a notice where the start is not there any more, and the bare base takes its place.
+
+    Raises:
+        InputError: the adapter that it learned from is not there any more.
     """
     manifest = read_manifest(folder)
+    if not objective.compares_with_start:
+        if manifest is not None and manifest.teacher is not None:
+            teacher = str(teacher_of(folder, manifest.teacher))
+            objective.settings = objective.settings.model_copy(update={"teacher": teacher})
+            load_beside(model, objective, None)
+        return ""
     if objective.reference is None or manifest is None or manifest.parent is None:
         return ""
     if manifest.parent.mode == "freeze":
@@ -207,8 +237,23 @@ def compare_with_start(model: LoraModel, folder: Path, objective: Objective) -> 
             "rewards are those over the bare base"
         )
     objective.reference = REFERENCE
-    load_reference(model, objective, place)
+    load_beside(model, objective, place)
     return ""
+
+
+def teacher_of(folder: str | Path, teacher: FrozenRecord) -> Path:
+    """Where the adapter that the one in `folder` learned from lies now.
+
+    Raises:
+        InputError: it is not as it was.
+    """
+    place, state = whereabouts(teacher, folder)
+    if state != "unchanged":
+        raise InputError(
+            f"{folder} learned from the adapter {teacher.path}, which is {state}: put it back "
+            f"there or beside it (sha256 {teacher.sha256[:12]})"
+        )
+    return place
 
 
 def without_dropout(folder: Path) -> LoraConfig:

@@ -51,6 +51,7 @@ from lorakit.training.checkpoints import checkpoints, damage, seal, step_of
 from lorakit.training.generation import HeldOutAnswers
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
+from lorakit.training.on_policy import StudentAnswers
 from lorakit.training.position import Position, place_at, planned_steps, steps_per_epoch
 from lorakit.training.recorder import Counts, read_counts, write_counts
 from lorakit.training.restoring import facts_of_optimisation, restore, whole_state
@@ -71,6 +72,7 @@ class LoraTrainer(Trainer):
         batching: how rows become batches.
         objective: what is learned: the loss of a batch, and the scores of held-out rows.
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
+        tokenizer: for answers that the model samples in training, if the objective asks for some.
         stream: the rows to learn from, of which `train_rows` are then only the first.
 
     Attributes:
@@ -95,6 +97,7 @@ class LoraTrainer(Trainer):
         objective: Objective,
         loraplus_lr_ratio: float | None = None,
         stream: RowStream | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.expected_batches = partial(batching.train_batches, train_rows, args)
         self.sampler = EpochSampler(self.expected_batches)
@@ -108,6 +111,9 @@ class LoraTrainer(Trainer):
         held_out = BatchDataset(eval_rows, batching, learning=False)
         self.counts = Counts()
         self.objective, self.batching = objective, batching
+        self.student: StudentAnswers | None = None
+        if objective.on_policy:
+            self.student = StudentAnswers(objective, tokenizer, batching.collator(learning=True))
         self._metrics: dict[str, torch.Tensor] = {}  # summed since they were logged last
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
@@ -354,7 +360,7 @@ class LoraTrainer(Trainer):
         Counts both kinds of tokens, as the step will use them up, and whether a process was
         asked to stop.
         """
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = self.with_answers(list(islice(epoch_iterator, num_batches)))
         if self.objective.needs_all_batches:
             self.model.eval()  # nothing is drawn, so that a run resumes to the same numbers
             own = [self._prepare_inputs(batch) for batch in batches]
@@ -373,6 +379,20 @@ class LoraTrainer(Trainer):
         if self.interrupt:
             self.interrupt.agreed = bool(tokens[2])
         return batches, tokens[3]
+
+    def with_answers(
+        self, batches: list[dict[str, torch.Tensor]], step: int | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Batches of an optimizer step with the answers that the model samples for them, if any.
+
+        Args:
+            step: its number; None is the next one's.
+        """
+        if self.student is None:
+            return batches
+        place = (self.args.process_index, self.args.world_size)
+        step = self.state.global_step if step is None else step
+        return self.student.put_into(batches, self._lora_model(), step, *place)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as `batching` makes them; to the dataloader each is one item."""

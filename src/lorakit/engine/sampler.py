@@ -1,0 +1,166 @@
+"""Answers of one model to many prompts in this thread: no queue, and no adapters to choose from.
+
+`write_rows` is the loop; `Sampler` is it for a model whose adapters are already in force, such as
+the student of a distillation at a step of its training.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.data.samples import Sample
+from lorakit.engine.batch import Batch, ContinuousBatch, why_generate_alone
+from lorakit.engine.plain_batch import PlainBatch
+from lorakit.engine.requests import Ticket, context_length_of
+from lorakit.engine.rows import AnswerRow
+from lorakit.engine.sampling import Sampling, ending, prompt_tokens
+from lorakit.errors import InputError, LorakitError
+from lorakit.lora.model import LoraModel
+from lorakit.lora.routing import BASE, Route, Routing
+from lorakit.objectives.forward import TEACHER
+from lorakit.progress import Task, task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_ROWS = 16
+"""Answers that are written at once."""
+
+
+def write_rows(
+    batch: Batch, rows: Sequence[AnswerRow], routing: Routing, work: Task | None = None
+) -> None:
+    """Writes all rows to their ends, as many at once as the batch has room for.
+
+    Args:
+        work: told how many rows are finished.
+    """
+    waiting = deque(rows)
+    with torch.inference_mode(), routing.using(Route()):
+        while waiting or batch.rows:
+            while waiting and batch.has_room():
+                batch.add(waiting.popleft())
+            batch.step()
+            if work is not None:
+                work.update(sum(row.finished for row in rows))
+
+
+class Sampler:
+    """Answers of a model under one route, the same for all rows.
+
+    Args:
+        model: a causal language model with its adapters; whoever calls `write` puts it into
+            evaluation mode.
+        tokenizer: says what ends an answer.
+    """
+
+    def __init__(self, model: LoraModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._base: Any = model.get_base_model()
+        self._ending = ending(self._base, tokenizer)
+        self.context_length = context_length_of(self._base)
+
+    @cached_property
+    def _generates(self) -> bool:
+        with self._model.routing.using(Route()):
+            return bool(why_generate_alone(self._base))
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        route: Route,
+        work: Task | None = None,
+        *,
+        as_text: bool = False,
+    ) -> list[AnswerRow]:
+        """The finished rows, in the order of the prompts.
+
+        Args:
+            sampling: of each prompt; the answer is cut to what the context has room for.
+            route: of all rows.
+            as_text: the rows' tickets get the text of the answers.
+
+        Raises:
+            LorakitError: the model failed.
+        """
+        if not prompts:
+            return []
+        reads = as_text or bool(self._ending.text)
+        rows = []
+        for prompt, own in zip(prompts, sampling, strict=True):
+            room = min(own.max_new_tokens, self.context_length - len(prompt))
+            name = route.shared[0] if route.shared else None
+            ticket = Ticket(tuple(prompt), name, replace(own, max_new_tokens=room))
+            tokenizer = self._tokenizer if reads else None
+            rows.append(AnswerRow(ticket, name or BASE, tokenizer, self._ending, self._base.device))
+        longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
+        routing, most = self._model.routing, min(MAX_ROWS, len(rows))
+        batch: Batch
+        if self._generates:
+            batch = PlainBatch(self._base, routing, most, route)
+        else:
+            batch = ContinuousBatch(self._base, routing, most, longest, route)
+        write_rows(batch, rows, routing, work)
+        for row in rows:
+            if row.failed:
+                raise LorakitError([*row.ticket][-1].error)
+        return rows
+
+
+def sampled_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    seed: int,
+    adapter: str | Path | None = None,
+) -> list[str]:
+    """An answer to the prompt of each sample, drawn at the temperature 1.
+
+    Args:
+        model: a causal language model without adapters; it is bare again afterwards.
+        seed: of the first; each further one has a seed of its own, so that a prompt which stands
+            there twice gets two answers.
+        adapter: the folder of the adapter that answers; None is the model itself.
+
+    Raises:
+        InputError: a prompt does not fit the context, the chat template refuses it, or the adapter
+            does not fit the model.
+        LorakitError: the model failed.
+    """
+    limit = context_length_of(model) - 1
+    prompts = []
+    for sample in samples:
+        try:
+            prompts.append(prompt_tokens(sample.prompt, tokenizer, sample.tools, limit))
+        except InputError as error:
+            raise InputError(f"{sample.where}: {error}") from error
+    drawn = [
+        Sampling(temperature=1.0, max_new_tokens=max_new_tokens, seed=(seed + number) % 2**32)
+        for number in range(len(samples))
+    ]
+    route = Route(shared=(TEACHER,) if adapter else ())
+    if adapter:
+        adapted = LoraModel.from_pretrained(model, adapter, TEACHER)
+    else:
+        adapted = LoraModel(model, None)
+    try:
+        with task("sampling answers", len(samples)) as work:
+            sampler = Sampler(adapted.eval(), tokenizer)
+            rows = sampler.write(prompts, drawn, route, work, as_text=True)
+    finally:
+        adapted.unload()
+    texts = []
+    for row in rows:
+        with closing(iter(row.ticket)) as pieces:
+            texts.append("".join(piece.text for piece in pieces).strip())
+    return texts

@@ -1,0 +1,65 @@
+"""What comparisons of losses and gradients with TRL's trainers have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lorakit.lora import LoraModel
+from lorakit.objectives.objective import Objective, with_sums
+from tiny import CHATML
+
+Gradients = dict[str, torch.Tensor]
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj", "up_proj"],
+    "task_type": "CAUSAL_LM",
+}
+TEMPLATE = CHATML.replace("<|im_end|>\n", "<|im_end|>")  # TRL learns what stands behind the end
+
+
+def exact_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """In place of transformers' norm, which rounds to float32."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (x * scale)
+
+
+def loss_of_trl(trainer: Any, batch: dict[str, Any]) -> tuple[float, Gradients]:
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), found
+
+
+def loss_of_lorakit(
+    model: LoraModel, objective: Objective, batches: Sequence[dict[str, torch.Tensor]]
+) -> tuple[float, Gradients]:
+    """The mean loss over all batches, as in an optimizer step, and its gradients."""
+    forward = objective.forward(model)
+    model.zero_grad()
+    before: dict[str, torch.Tensor] = {}
+    if objective.needs_all_batches:
+        with torch.no_grad():
+            for batch in batches:
+                found = objective.beforehand(forward, batch)
+                before = {k: before.get(k, 0) + v for k, v in found.items()}
+    losses = [objective.loss(forward, with_sums(batch, before)) for batch in batches]
+    count = sum(int(loss.count) for loss in losses)
+    total = torch.stack([loss.total for loss in losses]).sum() / count
+    total.backward()
+    return total.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def assert_same(ours: tuple[float, Gradients], theirs: tuple[float, Gradients]) -> None:
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-9)
+    assert ours[1].keys() == theirs[1].keys()
+    assert any(gradient.abs().max() > 1e-6 for gradient in ours[1].values())
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).abs().max() < 1e-9, name
