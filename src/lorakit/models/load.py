@@ -20,9 +20,10 @@ from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_optio
 from lorakit.models.layouts.layout import Layout
 from lorakit.models.loaded import base_model
 from lorakit.models.names import resolve
+from lorakit.models.quantization.packed import packed_settings
 from lorakit.models.quantization.prepare import keep_exact
 from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options
-from lorakit.models.skeleton import kept_whole
+from lorakit.models.skeleton import kept_whole, stored_quantization
 from lorakit.progress import task
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def load_for_task(
         wanted = as_quantization(quantization)
         options = loading_options(wanted, chosen, device)
         with _failures_named(name, task_type):
-            if not layout.packing and getattr(layout.config(), "quantization_config", None):
+            if not layout.packing and stored_quantization(layout.config()):
                 if wanted:
                     raise InputError(
                         f"quantization: the weights of {name} are quantised already, and are used "
@@ -155,7 +156,7 @@ def _failures_named(name: str, task_type: str) -> Iterator[None]:
 
 def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
     form = FORMS["CAUSAL_LM"] if layout.packing else causal_form(layout.config())
-    model, info = layout.model(form, dtype=dtype, output_loading_info=True, **options)
+    model, info = _from_files(layout, form, dtype=dtype, **options)
     if info["missing_keys"]:  # which are random now
         raise InputError(
             f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: copy or "
@@ -168,6 +169,16 @@ def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping
             stacklevel=4,
         )
     return model
+
+
+def _from_files(layout: Layout, form: str, **options: Any) -> tuple[Any, Any]:
+    """The model, and what `from_pretrained` tells of its files."""
+    if not layout.packing and (packed := packed_settings(layout.config())):
+        from lorakit.models.quantization.packed_loading import load_packed
+
+        return load_packed(layout, form, *packed, **options)
+    loaded: tuple[Any, Any] = layout.model(form, output_loading_info=True, **options)
+    return loaded
 
 
 def _load_form(
@@ -190,9 +201,7 @@ def _load_form(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = layout.model(
-                FORMS[task_type], dtype=dtype, output_loading_info=True, **options
-            )
+            model, info = _from_files(layout, FORMS[task_type], dtype=dtype, **options)
     finally:
         logging.set_verbosity(before)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}

@@ -40,6 +40,7 @@ _DTYPES = {
     "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _CODES = {name: code for code, name in _DTYPES.items()}
 _AT_ONCE = 1 << 29  # bytes of a file that are sent to the disk together

@@ -51,7 +51,9 @@ def read_base_config(path: Path, **options: Any) -> PreTrainedConfig:
 
 def stored_quantization(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings by which the files' weights are quantised; empty where they are not."""
-    settings = getattr(config, "quantization_config", None) or {}
+    text = config.get_text_config()  # where a model for pictures may have them
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(text, "quantization_config", None) or {}
     return settings if isinstance(settings, dict) else settings.to_dict()
 
 

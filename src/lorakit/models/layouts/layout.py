@@ -44,6 +44,8 @@ _CAUSAL = "AutoModelForCausalLM"
 # What goes with a model's weights; the rest of a folder is for other frameworks, or tells of it.
 _SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 _NOT_COPIED = {"config.json", "adapter_config.json", "lorakit.json"}
+# What tools for quantised weights wrote beside them: a merged model is not quantised.
+_NOT_COPIED |= {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 _LICENCES = ("LICENSE", "NOTICE", "MODEL_LICENSE")
 
 
