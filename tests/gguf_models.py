@@ -141,7 +141,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 """A tokenizer of every kind, by llama.cpp's name for the rule that cuts its words."""
 
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -163,17 +163,15 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
-    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=True)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama with biases": lambda: LlamaForCausalLM(
-        LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True)
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
     ),
-    "llama 3": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, rope_parameters=_LLAMA3)),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**_SIZES, head_dim=32, sliding_window=None)
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=128)),
+    "llama 3": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=_LLAMA3)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=32, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=128)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=320,
@@ -186,8 +184,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             eos_token_id=2,
         )
     ),
-    "glm": lambda: GlmForCausalLM(GlmConfig(**_SIZES, head_dim=16, attention_bias=True)),
-    "glm4": lambda: Glm4ForCausalLM(Glm4Config(**_SIZES, head_dim=16, attention_bias=True)),
+    "glm": lambda: GlmForCausalLM(GlmConfig(**SIZES, head_dim=16, attention_bias=True)),
+    "glm4": lambda: Glm4ForCausalLM(Glm4Config(**SIZES, head_dim=16, attention_bias=True)),
 }
 UNREAD = ("glm", "glm4", "llama with biases", "llama 3")
 """What transformers does not read from GGUF, or without biases or rotary factors."""

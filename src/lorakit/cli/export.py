@@ -43,7 +43,10 @@ def export(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"{_takers('dtype')}: float32, float16, bfloat16; q8_0 when merged."),
+        typer.Option(
+            help=f"{_takers('dtype')}: float32, float16, bfloat16; when merged also q8_0, q6_k, "
+            "q5_k_m, q4_k_m, q4_0."
+        ),
     ] = None,
     system: Annotated[
         str | None,

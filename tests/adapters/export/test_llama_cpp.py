@@ -1,48 +1,31 @@
 """llama.cpp itself answers as base + adapter do here, with either of the two GGUF forms."""
 
-import ctypes
 import json
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gguf_models import FAMILIES, TEXTS, TOKENIZERS, save_family
+from gguf_models import FAMILIES, SIZES, TEXTS, TOKENIZERS, merging_tokenizer, save_family
+from llama_cpp_server import its_quantized, running
 from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model, write_gguf
+from lorakit.adapters.export.k_quants import quantized
 from lorakit.adapters.open import open_adapter
 from lorakit.models.names import resolve
 from plain_adapters import save_adapter
-
-llama_cpp = pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed (pip builds it, in minutes)"
-)
 
 _TOKENS = 12
 
 
 def answers(model: Path, adapter: Path | None, prompts: list[str]) -> list[Any]:
     """What llama.cpp reads and writes, greedily: token numbers of each prompt and answer."""
-    engine = llama_cpp.Llama(
-        str(model),
-        lora_path=adapter and str(adapter),
-        n_ctx=256,
-        n_threads=1,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
-        verbose=False,
-    )
-    found = []
-    for prompt in prompts:
-        ids = engine.tokenize(prompt.encode(), add_bos=False, special=True)
-        engine.reset()
-        stream = engine.generate(ids, temp=0.0, repeat_penalty=1.0)
-        found.append((ids, [token for token, _ in zip(stream, range(_TOKENS), strict=False)]))
-    engine.close()
-    return found
+    with running(model, adapter) as engine:
+        read = [engine.tokens(prompt) for prompt in prompts]
+        return [(ids, engine.answer(ids, _TOKENS)) for ids in read]
 
 
 def ours(adapter: Path, prompts: list[str]) -> list[Any]:
@@ -81,27 +64,81 @@ def test_a_tiny_model_of_every_family(family: str, tmp_path: Path):
 def test_every_kind_of_tokenizer_reads_the_same_tokens(kind: str, tmp_path: Path):
     base = save_family(tmp_path / "base", "llama", kind)
     write_gguf(base, tmp_path / "base.gguf", "float32", "base")
-    engine = llama_cpp.Llama(str(tmp_path / "base.gguf"), vocab_only=True, verbose=False)
     tokenizer = AutoTokenizer.from_pretrained(base)
     more = ["  two  spaces\n\n\nand 3.14, 2026 don't WE'LL", "a", "\t\tx = y[1:2]\r\n", "éÀ කාල"]
-    for text in (*TEXTS, *more):
-        assert engine.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
-    engine.close()
+    with running(tmp_path / "base.gguf") as engine:
+        for text in (*TEXTS, *more):
+            assert engine.tokens(text, add_special=True) == tokenizer(text).input_ids
 
 
-def test_q8_0_is_what_llama_cpp_itself_makes_of_the_float32_file(tmp_path: Path):
-    base = save_family(tmp_path / "base", "llama")
-    write_gguf(base, tmp_path / "wide.gguf", "float32", "base")
-    write_gguf(base, tmp_path / "ours.gguf", "q8_0", "base")
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, 1
-    wide, theirs = (str(tmp_path / name).encode() for name in ("wide.gguf", "theirs.gguf"))
-    assert llama_cpp.llama_model_quantize(wide, theirs, ctypes.byref(settings)) == 0
-    own, other = (
-        {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
-        for path in (tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+@pytest.mark.parametrize("form", ["Q8_0", "Q5_1", "Q5_0", "Q4_0", "Q6_K", "Q5_K", "Q4_K"])
+def test_weights_are_rounded_as_llama_cpp_itself_rounds_them(form: str):
+    kind = gguf.GGMLQuantizationType[form]
+    torch.manual_seed(0)
+    values = torch.randn(32, 512) * torch.randn(32, 512).exp()
+    values[::5] = values[::5].abs()
+    values[::7, 100:300] = 0
+    values[3] = 0
+    theirs, own = its_quantized(values.numpy(), kind), quantized(values, kind)
+    assert own.shape == theirs.shape
+    if not form.endswith("K"):
+        assert np.array_equal(own, theirs)
+        return
+    # Sums in another order choose another of two roundings that are as good.
+    assert (own == theirs).mean() > 0.96
+    error, least = (
+        np.square(gguf.dequantize(packed, kind) - values.numpy()).sum() for packed in (own, theirs)
     )
-    assert own == other
+    assert error < least * 1.003
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kinds"),
+    [
+        ("q8_0", {"Q8_0"}),
+        ("q6_k", {"Q6_K", "Q8_0"}),
+        ("Q5_K_M", {"Q5_K", "Q6_K", "Q5_1"}),
+        ("q4_k_m", {"Q4_K", "Q6_K", "Q5_0"}),
+        ("q4_0", {"Q4_0", "Q6_K"}),
+    ],
+)
+def test_mixtures_are_read_and_computed_with_by_llama_cpp(
+    dtype: str, kinds: set[str], tmp_path: Path
+):
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "initializer_range": 0.08}))
+    model.save_pretrained(tmp_path / "base")
+    merging_tokenizer().save_pretrained(tmp_path / "base")
+    report = write_gguf(tmp_path / "base", tmp_path / "packed.gguf", dtype, "base")
+    stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "packed.gguf").tensors}
+    found = {t.tensor_type.name for t in stored.values() if len(t.shape) == 2}
+    assert kinds <= found
+    narrow = dtype.lower() in ("q6_k", "q5_k_m", "q4_k_m")  # rows of 288 are not of 256
+    assert [("288" in n or "256 values" in n) for n in report.notices] == [True] * narrow
+    # The very weights that the file stands for, in transformers' model.
+    write_gguf(tmp_path / "base", tmp_path / "wide.gguf", "float32", "base")
+    wide = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "wide.gguf").tensors}
+    rounded = write_rounded(tmp_path, stored, wide)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "base")(TEXTS[0]).input_ids
+    with running(tmp_path / "packed.gguf") as engine:
+        packed = engine.logprobs(ids, 320)
+    with running(rounded) as engine:
+        unpacked = engine.logprobs(ids, 320)
+    # llama.cpp rounds the inputs of such products to 8 bits.
+    assert np.abs(packed - unpacked).mean() < 0.06
+
+
+def write_rounded(folder: Path, stored: dict[str, Any], wide: dict[str, Any]) -> Path:
+    """`wide.gguf` in `folder` again, with the values that the `stored` tensors stand for."""
+    data = bytearray((folder / "wide.gguf").read_bytes())
+    for tensor in gguf.GGUFReader(folder / "wide.gguf").tensors:
+        packed = stored[tensor.name]
+        values = gguf.dequantize(packed.data, packed.tensor_type).astype(np.float32)
+        assert values.nbytes == wide[tensor.name].nbytes
+        data[tensor.data_offset : tensor.data_offset + values.nbytes] = values.tobytes()
+    (folder / "rounded.gguf").write_bytes(data)
+    return folder / "rounded.gguf"
 
 
 @pytest.mark.exhaustive

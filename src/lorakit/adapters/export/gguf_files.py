@@ -7,7 +7,6 @@ merged and checked by `lorakit.adapters.merge`, and written tensor by tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,25 +32,25 @@ from lorakit.adapters.export.gguf_family import (
     laid_out,
     tensor_name,
 )
+from lorakit.adapters.export.gguf_mixtures import MIXTURES, Forms, Mixture, byte_shape
 from lorakit.adapters.export.gguf_tokenizer import add_templates, add_tokenizer
+from lorakit.adapters.export.k_quants import quantized
 from lorakit.adapters.export.plain import PlainAdapter, fitted_plain, read_plain
 from lorakit.adapters.merge import merge
 from lorakit.commands import quoted
-from lorakit.errors import InputError
+from lorakit.errors import InputError, did_you_mean
 from lorakit.folder_lock import reserves
 from lorakit.folder_name import folder_name
 from lorakit.lora.checkpoint import read_config
 from lorakit.models.layouts import layout_of
 from lorakit.models.names import resolve
+from lorakit.models.shards import read_shards
 from lorakit.models.skeleton import read_base_config
 from lorakit.models.template_files import TEMPLATE_NAME
 from lorakit.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-DTYPES = {name: gguf.GGMLQuantizationType[code] for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,14 @@ def export_gguf_adapter(
     """Writes the adapter in the folder `adapter` to the file `output`, for llama.cpp.
 
     Args:
-        dtype: of the written factors, one of `DTYPES` without q8_0.
+        dtype: of the written factors: float32, float16 or bfloat16.
 
     Raises:
         InputError: the adapter, its base's architecture or `output` cannot be used.
     """
     require_file(output)
-    if dtype not in DTYPES or dtype == "q8_0":
+    mixture = MIXTURES.get(dtype)
+    if mixture is None or mixture.rounds:
         raise InputError(
             f"--dtype of an adapter must be float32, float16 or bfloat16, not {dtype!r}"
         )
@@ -131,8 +131,8 @@ def export_gguf_adapter(
         add_templates(writer, template.own)
         count = 0
         for name, tensor in _factors(plain, family, config):
-            values = gguf.quantize(tensor.float().contiguous().numpy(), DTYPES[dtype])
-            writer.add_tensor(name, values, raw_dtype=DTYPES[dtype])
+            values = quantized(tensor, mixture.usual)
+            writer.add_tensor(name, values, raw_dtype=mixture.usual)
             count += 1
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -184,16 +184,15 @@ def export_gguf_model(
     it needs the float32 model's size on the disk for a while.
 
     Args:
-        dtype: of the written weights, one of `DTYPES`. Vectors, and rows that q8_0 cannot hold
-            (not of a multiple of 32 values), are written wider.
+        dtype: of the written weights, one of `MIXTURES`. Vectors, and rows that a form cannot
+            hold (not of a multiple of 32 or 256 values), are written wider.
 
     Raises:
         InputError: the adapter, the base's architecture or tokenizer, or `output` cannot be used.
         LorakitError: the merged model differs from base + adapter.
     """
     require_file(output)
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    mixture_of(dtype)
     name = base or origin(adapter, read_config(adapter)).base_model
     if name:  # refuse what cannot be written before anything is merged
         family_of(read_base_config(resolve(name).path), name)
@@ -211,7 +210,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
     """Writes the plain model in `folder` (safetensors) to the GGUF file `output`.
 
     Args:
-        dtype: one of `DTYPES`.
+        dtype: one of `MIXTURES`.
         name: what the model is called, in messages too.
 
     Raises:
@@ -220,31 +219,44 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
     config = read_base_config(folder)
     family = family_of(config, name)
     tokenizer = layout_of(folder).tokenizer()
+    names = [name for tensors in read_shards(folder).values() for name in tensors]
+    forms = Forms(mixture_of(dtype), config.num_hidden_layers, tied=not any(map(_is_head, names)))
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(name).name)
         add_hyperparameters(writer, family, config)
-        kind = "ALL" if dtype == "float32" else "MOSTLY"
-        writer.add_file_type(gguf.LlamaFileType[f"{kind}_{_CODES[dtype]}"])
+        writer.add_file_type(forms.mixture.file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, family, config.vocab_size, name)
-        count = 0
+        written = {}
         for own, tensor in _tensors(folder, family, config):
-            form = _form(own, tensor, dtype)
-            shape = gguf.quant_shape_to_byte_shape(tensor.shape, form)
-            writer.add_tensor_info(own, shape, np.dtype(np.uint8), math.prod(shape), form)
-            count += 1
+            form = written[own] = forms.of(own, tuple(tensor.shape))
+            shape, size = byte_shape(tuple(tensor.shape), form)
+            writer.add_tensor_info(own, shape, np.dtype(np.uint8), size, form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for own, tensor in track(_tensors(folder, family, config), "writing tensors", count):
-            values = tensor.float().contiguous().numpy()
-            writer.write_tensor_data(gguf.quantize(values, _form(own, tensor, dtype)))
+        tensors = track(_tensors(folder, family, config), "writing tensors", len(written))
+        for own, tensor in tensors:
+            writer.write_tensor_data(quantized(tensor, written[own]))
         writer.close()
     size = Path(output).stat().st_size
-    notices = tuple(differences(config, name))
-    return GgufFile(str(output), family.name, dtype, count, size, notices)
+    notices = (*differences(config, name), *forms.notices())
+    return GgufFile(str(output), family.name, dtype, len(written), size, notices)
+
+
+def mixture_of(dtype: str) -> Mixture:
+    """The mixture that `--dtype` names, in small letters or capitals; InputError for none."""
+    found = MIXTURES.get(dtype.lower())
+    if found is None:
+        near = did_you_mean(dtype, MIXTURES)
+        raise InputError(f"--dtype must be one of {', '.join(MIXTURES)}, not {dtype!r}{near}")
+    return found
+
+
+def _is_head(name: str) -> bool:
+    return name in ("lm_head.weight", "embed_out.weight")
 
 
 def _tensors(
@@ -259,12 +271,3 @@ def _tensors(
                 own = tensor_name(family, config, name)
                 yield own, laid_out(family, config, name, file.get_tensor(name))
     yield from extra_tensors(config).items()
-
-
-def _form(name: str, tensor: torch.Tensor, dtype: str) -> gguf.GGMLQuantizationType:
-    """How a tensor is written; llama.cpp computes with vectors and positions in float32 only."""
-    if tensor.dim() < 2 or name == "position_embd.weight":
-        return gguf.GGMLQuantizationType.F32
-    if dtype == "q8_0" and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[DTYPES[dtype]][0]:
-        return gguf.GGMLQuantizationType.F16
-    return DTYPES[dtype]

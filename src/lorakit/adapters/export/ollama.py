@@ -18,7 +18,11 @@ from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import base_of
 from lorakit.adapters.export.chat_form import ChatForm, chat_form
 from lorakit.adapters.export.export_formats import Exported
-from lorakit.adapters.export.gguf_files import DTYPES, export_gguf_adapter, export_gguf_model
+from lorakit.adapters.export.gguf_files import (
+    export_gguf_adapter,
+    export_gguf_model,
+    mixture_of,
+)
 from lorakit.commands import quoted
 from lorakit.data.templates import ensure_template
 from lorakit.errors import InputError
@@ -63,8 +67,7 @@ def export_ollama(
         InputError: the adapter, the base, its chat template or `output` cannot be used.
     """
     dtype = dtype or ("float16" if merged else "float32")
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    mixture_of(dtype)
     name = base_of(adapter, read_config(adapter), base)
     tokenizer, other_template = _tokenizer(adapter, name)
     ids = tokenizer("a").input_ids
