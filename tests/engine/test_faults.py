@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedTokenizerFast
 
 from answered import alone, tokens
 from lorakit.engine import batch
@@ -220,10 +220,10 @@ def test_a_listener_whose_loop_is_closed_ends_its_row_alone(start: Start, expect
 
 
 @pytest.fixture(scope="module")
-def sliding(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sliding")
+def uncarried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uncarried")
     torch.manual_seed(3)
-    config = MistralConfig(
+    config = MiniMaxConfig(
         vocab_size=259,
         hidden_size=32,
         intermediate_size=48,
@@ -232,7 +232,9 @@ def sliding(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=128,
         initializer_range=0.2,
-        sliding_window=8,
+        head_dim=8,
+        block_size=8,
+        num_local_experts=4,
         bos_token_id=256,
         eos_token_id=257,
         pad_token_id=258,
@@ -243,12 +245,12 @@ def sliding(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", ["decode", "forward", "NaN"])
-def test_a_row_that_fails_ends_alone_where_generate_computes(sliding: Path, fault: str):
+def test_a_row_that_fails_ends_alone_where_generate_computes(uncarried: Path, fault: str):
     asked = {number: [40 + number, 41, 42] for number in range(3)}
-    right = {number: alone(sliding, None, ids, 12, [257]) for number, ids in asked.items()}
+    right = {number: alone(uncarried, None, ids, 12, [257]) for number, ids in asked.items()}
     others = {token for number in (1, 2) for token in right[number] + asked[number]}
     bad = next(token for token in right[0][2:] if token not in others | set(asked[0]))
-    engine = open_engine(str(sliding), {}, dtype="float32")
+    engine = open_engine(str(uncarried), {}, dtype="float32")
     embedding: Any = engine._model.get_input_embeddings()
 
     def refuse(_module: Any, given: Any) -> None:

@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
-    MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
@@ -20,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
 
 from answered import alone, tokens
@@ -65,12 +65,14 @@ CARRIED: dict[str, PreTrainedConfig] = {
     "gpt neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
 }
 NOT_CARRIED: dict[str, tuple[PreTrainedConfig, str]] = {
-    "mistral": (MistralConfig(**SIZES, sliding_window=8), "attention sees 8 tokens at a time"),
-    "gemma3": (
-        Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
-        "layers of sliding_attention",
+    "minimax": (
+        MiniMaxConfig(**SIZES, head_dim=8, num_local_experts=4, block_size=8),
+        "MiniMax uses cache of its own",
     ),
-    "mamba": (MambaConfig(**NAMES, hidden_size=32, num_hidden_layers=2), "keeps a state"),
+    "recurrent gemma": (
+        RecurrentGemmaConfig(**SIZES, lru_width=32, block_types=["recurrent", "attention"]),
+        "it returns no cache",
+    ),
 }
 PROMPTS = [[3], list(range(40, 70)), list(range(90, 101)), [9, 8, 7, 6, 5]]
 WHO = ["a", "b", None, "a"]
@@ -109,7 +111,7 @@ def test_a_model_of_plain_attention_is_computed_row_by_row(family: str, tmp_path
     assert found == expected
 
 
-@pytest.mark.parametrize("family", few(list(NOT_CARRIED), "mistral", "mamba"))
+@pytest.mark.parametrize("family", few(list(NOT_CARRIED), "minimax"))
 def test_another_model_is_computed_by_generate_and_says_why(family: str, tmp_path: Path):
     config, reason = NOT_CARRIED[family]
     notices, found, expected = answered(save(config, tmp_path / "base"), tmp_path)

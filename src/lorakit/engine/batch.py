@@ -12,19 +12,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from lorakit.engine.cache import RowCache
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.lora.routing import Route, Routing
 from lorakit.models.loaded import copied_once
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
-
-_CAUSAL = {"full_attention", "attention"}
 
 CHUNK = 512
 """Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
@@ -46,7 +43,7 @@ class Batch(Protocol):
 
 
 class ContinuousBatch:
-    """Rows with a cache of their own, for models of plain causal attention.
+    """Rows with a cache of their own, for models that it carries (`carried.py`).
 
     Args:
         model: the causal language model with the bank's layers in it.
@@ -54,6 +51,7 @@ class ContinuousBatch:
         most: how many rows there may be.
         length: how many tokens a row may have.
         route: of all rows; None where each has the adapter that it names.
+        in_parts: whether a long prompt is read in parts, so that others go on meanwhile.
     """
 
     def __init__(
@@ -63,13 +61,14 @@ class ContinuousBatch:
         most: int,
         length: int,
         route: Route | None = None,
+        in_parts: bool = True,
     ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
         self._routing, self._most, self._route = routing, most, route
+        self._in_parts = in_parts
         self._writing = 0  # the first so many rows have read their prompts
-        layers = model.config.get_text_config().num_hidden_layers
-        self._cache = RowCache(layers, most, length)
+        self._cache = RowCache(model, most, length)
 
     def has_room(self) -> bool:
         return len(self.rows) < self._most
@@ -95,8 +94,8 @@ class ContinuousBatch:
                 self._forward(first, rows, self._whole)
             else:
                 rows = self.rows[first : first + 1]
-                start = rows[0].read
-                rows[0].read = min(start + budget, len(rows[0].prompt))
+                start, end = rows[0].read, len(rows[0].prompt)
+                rows[0].read = min(start + budget, end) if self._in_parts else end
                 budget = 0
                 self._forward(first, rows, partial(self._part, start=start))
             self._writing += sum(row.read == len(row.prompt) for row in rows)
@@ -109,12 +108,19 @@ class ContinuousBatch:
             longest = max(longest, len(row.prompt))
             if row.read or longest * (len(rows) + 1) > budget:
                 break
+            if rows and (self._cache.keeps_states or not self._cache.are_alike(0, longest)):
+                break
             rows.append(row)
         return rows
 
     def _write(self) -> None:
-        if rows := self.rows[: self._writing]:
-            self._forward(0, rows, self._newest)
+        rows = self.rows[: self._writing]
+        if self._cache.are_alike(*(row.length for row in rows)):
+            if rows:
+                self._forward(0, rows, self._newest)
+            return
+        for at, row in enumerate(rows):
+            self._forward(at, [row], self._newest)
 
     def _forward(self, first: int, rows: Sequence[AnswerRow], inputs: _Inputs) -> None:
         """Computes the rows in the places from `first` on; those with whole prompts write a token.
@@ -151,7 +157,10 @@ class ContinuousBatch:
     def _newest(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         device = self._model.device
         if len(rows) < self._writing:
-            return self._cache.part_of_row(first, [rows[0].last], rows[0].length, device)
+            [row] = rows
+            if self._cache.keeps_states:  # a forward of all failed, which may have changed them
+                return self._cache.part_of_row(first, [*row.prompt, *row.tokens], 0, device)
+            return self._cache.part_of_row(first, [row.last], row.length, device)
         tokens, lengths = [row.last for row in rows], [row.length for row in rows]
         return self._cache.newest_tokens(tokens, lengths, device)
 
@@ -190,46 +199,3 @@ class ContinuousBatch:
         if source != target:
             self._cache.move(source, target, self.rows[source].length)
             self.rows[target] = self.rows[source]
-
-
-def why_generate_alone(model: PreTrainedModel) -> str:
-    """Why only `generate` can compute this model for several rows; empty where it need not."""
-    config: Any = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        return "it has an encoder"
-    if getattr(model, "_is_stateful", False):
-        return "it keeps a state instead of keys and values"
-    if other := set(getattr(config, "layer_types", None) or ()) - _CAUSAL:
-        return f"it has layers of {', '.join(sorted(other))}"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True):
-        return f"its attention sees {window} tokens at a time"
-    return _disproof(model)
-
-
-@torch.inference_mode()
-def _disproof(model: PreTrainedModel) -> str:
-    """Computes two short rows in pieces and together, and compares with each computed at once."""
-    config: Any = model.config.get_text_config()
-    device = model.device
-    forward: Any = model
-    cache = RowCache(config.num_hidden_layers, rows=2, length=8)
-    rows = [[i % config.vocab_size for i in range(1, 6)], [i % config.vocab_size for i in (7, 9)]]
-    try:
-        expected = [
-            forward(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -1]
-            for row in rows
-        ]
-        forward(**cache.whole_prompts(0, [rows[0][:3], rows[1][:1]], device))
-        forward(**cache.part_of_row(0, rows[0][3:4], 3, device))
-        lengths = [len(row) - 1 for row in rows]
-        found = forward(**cache.newest_tokens([row[-1] for row in rows], lengths, device))
-        logits = found.logits[:, -1]
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        return f"it does not take a cache of ours: {type(error).__name__}"
-    wanted = torch.stack(expected).float()
-    # Rounding differs between the two ways by some steps of the dtype.
-    allowed = 64 * torch.finfo(logits.dtype).eps * wanted.abs().max().item()
-    if (difference := (logits.float() - wanted).abs().max().item()) <= allowed:
-        return ""
-    return f"computed in pieces its logits differ by {difference:.3g}"

@@ -43,16 +43,25 @@ class PlainBatch:
 
     def step(self) -> None:
         """Writes the answers of all rows to their ends."""
-        rows = self.rows
         try:
-            if not self._generate(rows) and len(rows) > 1:
+            for rows in self._together():
+                if not self._generate(rows) and len(rows) > 1:
+                    for row in rows:
+                        if not row.finished:
+                            self._generate([row])
                 for row in rows:
-                    if not row.finished:
-                        self._generate([row])
-            for row in rows:
-                row.fail(f"the model failed while answering: {self._failure}")
+                    row.fail(f"the model failed while answering: {self._failure}")
         finally:
             self.rows, self._computed, self._failure = [], [], ""
+
+    def _together(self) -> list[list[AnswerRow]]:
+        """The rows that one `generate` writes: all, or those of one length where padding counts."""
+        if not getattr(self._model, "_is_stateful", False):
+            return [self.rows]
+        groups: dict[int, list[AnswerRow]] = {}
+        for row in self.rows:
+            groups.setdefault(len(row.prompt), []).append(row)
+        return list(groups.values())
 
     def _generate(self, rows: list[AnswerRow]) -> bool:
         """Whether these rows could be written to their ends."""

@@ -26,8 +26,8 @@ from lorakit.engine.adapter_optimizer import (
     load_optimizer,
     save_optimizer,
 )
-from lorakit.engine.batch import Batch, ContinuousBatch, why_generate_alone
-from lorakit.engine.plain_batch import PlainBatch
+from lorakit.engine.batch import Batch
+from lorakit.engine.carried import Carried, how_carried
 from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_length_of
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.sampler import write_rows
@@ -310,21 +310,23 @@ class ResidentModel:
 
     # --- sampling -------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def generate_only(self) -> str:
         """Why transformers' `generate` writes answers; empty where they join and leave freely."""
+        return self._carried.why_not
+
+    @cached_property
+    def _carried(self) -> Carried:
         self._train(False)
         with self.model.routing.using(Route()):
-            return why_generate_alone(self.base)
+            return how_carried(self.base)
 
     def answers(self, rows: int, length: int) -> Batch:
         """An empty batch of answers, for so many rows of so many tokens at most.
 
         A row's adapter is one of this model, packed (`pack`) or not.
         """
-        if self.generate_only:
-            return PlainBatch(self.base, self.model.routing, rows)
-        return ContinuousBatch(self.base, self.model.routing, rows, length)
+        return self._carried.batch(self.base, self.model.routing, rows, length)
 
     def pack(self, names: Iterable[str] = ()) -> None:
         """Lays the factors of these adapters out for sampling, as they are now."""

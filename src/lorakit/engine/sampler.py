@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.data.samples import Sample
-from lorakit.engine.batch import Batch, ContinuousBatch, why_generate_alone
-from lorakit.engine.plain_batch import PlainBatch
+from lorakit.engine.batch import Batch
+from lorakit.engine.carried import Carried, how_carried
 from lorakit.engine.requests import Ticket, context_length_of
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.sampling import Sampling, ending, prompt_tokens
@@ -69,9 +69,9 @@ class Sampler:
         self.context_length = context_length_of(self._base)
 
     @cached_property
-    def _generates(self) -> bool:
+    def _carried(self) -> Carried:
         with self._model.routing.using(Route()):
-            return bool(why_generate_alone(self._base))
+            return how_carried(self._base)
 
     def write(
         self,
@@ -104,11 +104,7 @@ class Sampler:
             rows.append(AnswerRow(ticket, name or BASE, tokenizer, self._ending, self._base.device))
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
         routing, most = self._model.routing, min(MAX_ROWS, len(rows))
-        batch: Batch
-        if self._generates:
-            batch = PlainBatch(self._base, routing, most, route)
-        else:
-            batch = ContinuousBatch(self._base, routing, most, longest, route)
+        batch = self._carried.batch(self._base, routing, most, longest, route)
         write_rows(batch, rows, routing, work)
         for row in rows:
             if row.failed:

@@ -1,0 +1,139 @@
+"""Whether a `RowCache` carries a model. Not believed but tried, beside the model's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.engine.batch import Batch, ContinuousBatch
+from lorakit.engine.cache import RowCache, argument
+from lorakit.engine.plain_batch import PlainBatch
+from lorakit.errors import first_line
+from lorakit.lora.routing import Route, Routing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_NARROW = 4
+"""The tokens of a window while it is tried, so that a few tokens are more than it holds."""
+
+_AMPLIFIED = 1e-3
+"""The most that rounding may become, as a part of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How a model is computed for several rows.
+
+    Attributes:
+        why_not: why only `generate` can do it; empty where it need not.
+        in_parts: whether a prompt may be read in parts.
+    """
+
+    why_not: str = ""
+    in_parts: bool = True
+
+    def batch(
+        self,
+        model: PreTrainedModel,
+        routing: Routing,
+        most: int,
+        length: int,
+        route: Route | None = None,
+    ) -> Batch:
+        """An empty batch of answers; arguments as in `ContinuousBatch`."""
+        if self.why_not:
+            return PlainBatch(model, routing, most, route)
+        return ContinuousBatch(model, routing, most, length, route, self.in_parts)
+
+
+def how_carried(model: PreTrainedModel) -> Carried:
+    """Tries with two short rows how several rows of this model can be computed."""
+    if model.config.is_encoder_decoder:
+        return Carried("it has an encoder")
+    if argument(model) is None:
+        return Carried("it takes no cache")
+    with _narrow_windows(model.config.get_text_config()):
+        if not (reason := _disproof(model, in_parts=True)):
+            return Carried()
+        # Scans of the first Mamba begin at zero whenever they read more than one token.
+        if not _disproof(model, in_parts=False):
+            return Carried(in_parts=False)
+    return Carried(reason)
+
+
+@contextmanager
+def _narrow_windows(config: Any) -> Iterator[None]:
+    """Within this block the model's windows hold `_NARROW` tokens."""
+    own = {name: getattr(config, name, None) for name in _WINDOWS}
+    wide = {name: w for name, w in own.items() if isinstance(w, int) and w > _NARROW}
+    try:
+        for name in wide:
+            setattr(config, name, _NARROW)
+        yield
+    finally:
+        for name, window in wide.items():
+            setattr(config, name, window)
+
+
+@torch.inference_mode()
+def _disproof(model: PreTrainedModel, in_parts: bool) -> str:
+    """Computes two rows together, and compares each with the row alone in the model's own cache.
+
+    Args:
+        in_parts: the prompt of the first one is read in two parts.
+    """
+    size = model.config.get_text_config().vocab_size
+    device = model.device
+    forward: Any = model
+    one, other = ([i % size for i in row] for row in (range(1, 11), range(20, 24)))
+    try:
+        expected = torch.stack([_alone(model, row) for row in (one, other)]).float()
+        at_once = torch.stack([_at_once(model, row) for row in (one, other)])
+        cache = RowCache(model, rows=2, length=16)
+        read = 3 if in_parts else 8
+        if cache.keeps_states:
+            forward(**cache.whole_prompts(0, [one[:read]], device))
+            forward(**cache.whole_prompts(1, [other[:2]], device))
+        else:
+            forward(**cache.whole_prompts(0, [one[:read], other[:2]], device))
+        if in_parts:
+            forward(**cache.part_of_row(0, one[read:8], read, device))
+        forward(**cache.newest_tokens([one[8], other[2]], [8, 2], device))
+        found = forward(**cache.newest_tokens([one[9], other[3]], [9, 3], device)).logits[:, -1]
+    except Exception as error:
+        return f"it does not take a cache of ours: {type(error).__name__}: {first_line(error)}"
+    # Rounding differs between the ways by some steps of the dtype, and by what the model makes of
+    # them: as much as between its own two ways, with a cache and without.
+    largest = expected.abs().max().item()
+    own = (at_once.float() - expected).abs().max().item()
+    allowed = max(64 * torch.finfo(found.dtype).eps * largest, 4 * min(own, _AMPLIFIED * largest))
+    if (difference := (found.float() - expected).abs().max().item()) <= allowed:
+        return ""
+    return f"beside other rows its logits differ by {difference:.3g}"
+
+
+def _alone(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    """The logits (vocabulary,) of the last token, as `generate` computes them."""
+    forward: Any = model
+    name, past = argument(model) or "", None
+    for begin, end in ((0, len(row) - 2), (len(row) - 2, len(row) - 1), (len(row) - 1, len(row))):
+        ids = torch.tensor([row[begin:end]], device=model.device)
+        positions = torch.arange(begin, end, device=model.device)[None]
+        out = forward(input_ids=ids, position_ids=positions, use_cache=True, **{name: past})
+        if (past := out.get(name)) is None:
+            raise ValueError("it returns no cache")
+    return out.logits[0, -1]
+
+
+def _at_once(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    """The same without a cache."""
+    forward: Any = model
+    return forward(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[
+        0, -1
+    ]

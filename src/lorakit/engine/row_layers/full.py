@@ -1,0 +1,96 @@
+"""Keys and values of a layer that sees all positions before it (also MLA's compressed ones)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from lorakit.engine.row_layers.place import Place
+
+
+class FullRows(CacheLayerMixin):
+    """Keys and values (rows, heads, length, d): a row's position p lies at p."""
+
+    is_sliding = False
+
+    def __init__(self, rows: int, length: int) -> None:
+        super().__init__()
+        self.place = Place()
+        self._rows, self._length = rows, length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes memory. It must not hold values that are not finite, even where a mask hides it."""
+        self.keys, self.values = self._room(key_states), self._room(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps these, and returns all that the rows in question see: (rows, heads, seen, d)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        return self._seen(self.keys, key_states), self._seen(self.values, value_states)
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        shape = self._rows, like.shape[1], self._length, like.shape[3]
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # NumPy's zeros are pages that the system gives when rows come to fill them.
+        zeros = np.zeros(math.prod(shape) * like.dtype.itemsize, np.uint8)
+        return torch.from_numpy(zeros).view(like.dtype).view(shape)
+
+    def _seen(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Keeps `new` (rows, heads, tokens, d), and returns it behind what the rows had."""
+        place = self.place
+        if place.prompts:
+            for i, length in enumerate(place.prompts):
+                kept[place.row + i, :, :length] = new[i, :, -length:]
+            return new
+        if place.lengths is None:
+            end = place.start + new.shape[2]
+            kept[place.rows, :, place.start : end] = new
+            return kept[place.rows, :, :end]
+        kept[place.numbers, :, place.lengths] = new[:, :, 0]
+        return kept[place.rows, :, : place.longest]
+
+    def positions(self) -> torch.Tensor:
+        """The position of each key that `update` returns for newest tokens: (rows or 1, seen).
+
+        One that a row has not reached is above its own position, or negative.
+        """
+        assert self.place.lengths is not None
+        return torch.arange(self.place.longest, device=self.place.lengths.device)[None]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys `update` will return, and the position of the first."""
+        place = self.place
+        return (place.start + query_length if place.lengths is None else place.longest), 0
+
+    def get_seq_length(self) -> int:
+        """The positions before the next forward's."""
+        place = self.place
+        return place.start if place.lengths is None else place.longest - 1
+
+    def get_max_length(self) -> int:
+        """How long a row can become."""
+        return self._length
+
+    def kept(self) -> list[torch.Tensor]:
+        """The tensors in which rows have places, (rows, heads, positions, d)."""
+        return [tensor for tensor in (self.keys, self.values) if tensor is not None]
+
+    def clear(self, row: int, length: int) -> None:
+        """Puts zeros in a row's place, which has `length` positions."""
+        for tensor in self.kept():
+            tensor[row, :, :length] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies a row of `length` positions into the place of another."""
+        for tensor in self.kept():
+            tensor[target, :, :length] = tensor[source, :, :length]

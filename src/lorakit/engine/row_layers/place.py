@@ -1,0 +1,42 @@
+"""Which rows a forward computes, and where in their tokens it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass
+class Place:
+    """Where the next forward's keys, values and states go.
+
+    Whole `prompts` (their lengths, padded on the left) of rows from `row` on; else a part of one
+    row from its position `start` on; or one token of each row, behind its `lengths`.
+    """
+
+    row: int = 0
+    start: int = 0
+    prompts: Sequence[int] = ()
+    lengths: torch.Tensor | None = None
+    longest: int = 0
+
+    @cached_property
+    def rows(self) -> slice:
+        """The rows in question."""
+        if self.lengths is not None:
+            return slice(0, len(self.lengths))
+        return slice(self.row, self.row + max(1, len(self.prompts)))
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """The rows in question as an index beside `lengths`."""
+        assert self.lengths is not None
+        return torch.arange(len(self.lengths), device=self.lengths.device)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the rows have tokens before these."""
+        return self.lengths is not None or self.start > 0

@@ -1,0 +1,116 @@
+"""Sliding windows, chunks, latent attention, linear attention, Mamba, convolutions: row by row.
+
+Prompts are longer than the window, end just before and behind it, and are read in parts; rows come
+while others write, and leave before them.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from answered import alone, tokens
+from layer_kinds import FAMILIES, WINDOW, tiny_config
+from lorakit.engine import batch
+from lorakit.engine.carried import Carried, how_carried
+from lorakit.engine.engine import Engine
+from lorakit.engine.open_engine import open_engine
+from lorakit.engine.sampling import Sampling
+from lorakit.models.row_attention import NAME
+from matrix import few
+from random_adapters import make_adapter
+from tiny import byte_tokenizer
+
+NEW = 12
+LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 30, 11]
+ASKED = [
+    ([(7 * i + 31 * at + 5) % 256 for i in range(length)], name)
+    for at, (length, name) in enumerate(zip(LENGTHS, ["a", "b", None, "a", "b", "a"], strict=True))
+]
+GREEDY = Sampling(max_new_tokens=NEW, logprobs=0)
+
+
+def save(family: str, folder: Path) -> Path:
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def opened(family: str, folder: Path, **options: Any) -> tuple[Engine, list[list[int]]]:
+    """An engine over two adapters, and what `generate` answers to `ASKED` with each alone."""
+    base = save(family, folder / "base")
+    # Llama 4's routers are linear layers that return two tensors.
+    targets = ["q_proj", "o_proj", "gate_proj"] if family == "llama4_text" else "all-linear"
+    adapters = {
+        name: make_adapter(base, folder / name, seed, target_modules=targets)
+        for seed, name in enumerate("ab")
+    }
+    expected = [alone(base, adapters.get(name or ""), ids, NEW, [257]) for ids, name in ASKED]
+    return open_engine(str(base), adapters, dtype="float32", max_rows=3, **options), expected
+
+
+CHOSEN = ["gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "falcon_h1"]
+
+
+@pytest.mark.parametrize("family", few(FAMILIES.keys(), *CHOSEN, "mamba", "lfm2"))
+def test_rows_that_come_and_go_are_answered_as_generate_answers_each_alone(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(batch, "CHUNK", 10)
+    engine, expected = opened(family, tmp_path)
+    with closing(engine):
+        assert engine.notices == []
+        tickets = [engine.submit(ids, name, GREEDY) for ids, name in ASKED]
+        assert [tokens(ticket) for ticket in tickets] == expected
+        # The same prompt in the other adapter's hands is another answer.
+        ids, _ = ASKED[4]
+        others = [tokens(engine.submit(ids, name, GREEDY)) for name in ("a", None)]
+    assert len({tuple(answer) for answer in (*others, expected[4])}) > 1
+
+
+def test_layers_with_a_window_keep_no_more_than_it_holds(tmp_path: Path):
+    engine, _ = opened("gemma3_text", tmp_path)
+    with closing(engine):
+        tokens(engine.submit(ASKED[4][0], None, GREEDY))
+        kept = [layer.keys.shape[2] for layer in engine._batch._cache.layers]  # type: ignore[attr-defined]
+    assert kept == [WINDOW, 128] * 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mistral"])
+def test_a_step_that_fails_midway_leaves_what_rows_have_of_the_past_right(
+    family: str, tmp_path: Path
+):
+    engine, expected = opened(family, tmp_path)
+    failed = []
+
+    def fail_once(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        if len(given[0]) == 3 and given[0].shape[1] == 1 and len(failed) < 2:
+            failed.append(True)
+            raise RuntimeError("once")
+
+    with closing(engine):
+        # The layers before this one have taken the tokens in by then.
+        engine._model.get_submodule("model.layers.2").register_forward_pre_hook(fail_once)
+        tickets = [engine.submit(ids, name, GREEDY) for ids, name in ASKED]
+        assert [tokens(ticket) for ticket in tickets] == expected
+    assert len(failed) == 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
+def test_windows_are_seen_through_every_attention_on_a_cpu(attention: str):
+    model = AutoModelForCausalLM.from_config(tiny_config("mistral")).eval()
+    model.set_attn_implementation(attention)
+    assert how_carried(model) == Carried()
+    assert model.config.sliding_window == WINDOW
+
+
+def test_a_model_whose_cache_is_not_known_says_so(tmp_path: Path):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(tiny_config("mistral")).eval()
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda _, given: (given[0] * len(given[0]), *given[1:]))
+    assert "beside other rows its logits differ" in how_carried(model).why_not
