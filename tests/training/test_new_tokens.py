@@ -19,7 +19,7 @@ from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 from lorakit.models.load import load_model
 from lorakit.models.new_tokens import add_tokens
-from small_runs import recipe
+from small_runs import recipe, weights
 from tiny import byte_tokenizer
 
 SIZE = len(byte_tokenizer())
@@ -97,6 +97,12 @@ def test_it_is_resumed_to_the_same_bytes_and_goes_on_in_another_stage(base: Path
     lorakit.train(own, quiet=True)
     run = tmp_path / "run"
     before = digest(run)
+    for folder in (run, run / "checkpoint-4"):  # the new rows, and nothing of the embedding
+        whole = [k for k in weights(folder) if k.endswith("base_layer.weight")]
+        assert not whole
+    opened, finished = (open_adapter(f, dtype="float64") for f in (run / "checkpoint-4", run))
+    assert opened.added_tokens == 2
+    assert torch.equal(logits(opened.model), logits(finished.model))
     (run / "lorakit.json").unlink()
     (run / "adapter_model.safetensors").unlink()
     for file in (run / "checkpoint-4").iterdir():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorakit
 from command import run_lorakit
@@ -151,11 +152,10 @@ def test_every_verb_opens_both_or_names_the_command_that_joins_them(
     top, pairs = chained / "top", chained / "pairs.jsonl"
     done = run_lorakit(tmp_path, "eval", top, "--data", pairs, "--metrics", "loss")
     assert done.returncode == 0, done.stderr
-    engine = open_with(None, "top", top, dtype="float32")
-    engine.close()
-    assert any("frozen adapter" in notice for notice in engine.notices)
-    with pytest.raises(InputError, match="frozen adapter"):
-        open_engine(None, {"top": top, "dpo": chained / "dpo"}, dtype="float32")
+    with closing(open_with(None, "top", top, dtype="float32")) as engine:
+        assert [info.rank for info in engine.pool.infos()] == [6]
+    shown = run_lorakit(tmp_path, "diff", top, chained / "dpo")
+    assert "added to the frozen" in shown.stderr
     command = "lorakit combine .*top .*dpo --weights 1,1 --method cat"
     with pytest.raises(InputError, match=command):
         resize(top, tmp_path / "resized", rank=1)
@@ -167,8 +167,39 @@ def test_every_verb_opens_both_or_names_the_command_that_joins_them(
     assert rank == 6
     with pytest.raises(InputError, match=re.escape(f"{top} cannot")), joined(top) as one:
         raise InputError(f"{one} cannot be exported")
-    served = open_engine(None, {"top": top}, dtype="float32", merged=True)
-    served.close()
+    open_engine(None, {"top": top}, dtype="float32", merged=True).close()
+
+
+def test_a_checkpoint_of_a_stage_is_opened_with_what_it_is_added_to(chained: Path):
+    top = open_adapter(chained / "top" / "checkpoint-4", dtype="float64")
+    assert top.model.active_adapters == ["default", "frozen0"]
+    finished = open_adapter(chained / "top", dtype="float64")
+    assert torch.equal(logits(top.model), logits(finished.model))
+    assert inspect(chained / "top" / "checkpoint-4").stands_on == (str(chained / "dpo"),)
+
+
+def test_a_reward_model_is_trained_on_top_of_an_adapter_that_writes(first: Path, tmp_path: Path):
+    values = second(first, tmp_path / "rm", objective="reward")
+    with pytest.raises(InputError, match=r"CAUSAL_LM: train a new adapter on top .*mode=freeze"):
+        lorakit.train(values, quiet=True)
+    values |= {"adapter": {"path": str(first), "mode": "freeze"}, "lora": {"r": 2}}
+    lorakit.train(values, quiet=True)
+    opened = open_adapter(tmp_path / "rm", dtype="float64").model
+    assert opened.active_adapters == ["default", "frozen0"]
+    tokens = [5, 6, 7, 8, 9]
+    with torch.no_grad():
+        expected = opened(input_ids=torch.tensor([tokens])).logits.item()
+        alone = open_adapter(tmp_path / "rm", dtype="float64", alone=True).model
+        assert abs(alone(input_ids=torch.tensor([tokens])).logits.item() - expected) > 1e-6
+    with closing(
+        open_engine(None, {"rm": tmp_path / "rm", "sft": first}, dtype="float32")
+    ) as engine:
+        [piece] = engine.submit(tokens, "rm")
+        assert piece.score == pytest.approx(expected, abs=1e-4)
+    lorakit.merge(tmp_path / "rm", tmp_path / "merged", dtype="float64")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert merged(input_ids=torch.tensor([tokens])).logits.item() == pytest.approx(expected)
 
 
 def test_a_stage_on_a_frozen_stage_stands_on_both(chained: Path, tmp_path: Path):

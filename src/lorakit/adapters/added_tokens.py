@@ -1,7 +1,7 @@
 """Adapters of models that have more tokens than their base: the base gets the rows.
 
 Such an adapter holds the whole embedding and head, by `modules_to_save` or as PEFT saves those of
-a resized model. Its tokenizer is `adapter_tokenizer.py`'s.
+a resized model, or trains the row of each new token. Its tokenizer is `adapter_tokenizer.py`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorakit.adapters.adapter_tokenizer import load_tokenizer
 from lorakit.errors import BASE_OPTION, InputError, listed
 from lorakit.lora.checkpoint import PREFIX
 from lorakit.lora.targets import tied_modules
-from lorakit.lora.vocabulary import embeddings, rows_in_file, vocabulary_size
+from lorakit.lora.vocabulary import embeddings, rows_in_adapter, vocabulary_size
 from lorakit.models.names import resolve
 
 
@@ -32,9 +32,12 @@ def add_rows(model: Any, adapter: AdapterFiles) -> int:
     Raises:
         InputError: the adapter does not bring the new rows of both embedding and head.
     """
-    ends = {path: rows_in_file(adapter.tensors, path) for path in embeddings(model)}
-    rows = max(filter(None, ends.values()), default=0)
     before = vocabulary_size(model)
+    ends = {
+        path: rows_in_adapter(adapter.config, adapter.tensors, path, before)
+        for path in embeddings(model)
+    }
+    rows = max(filter(None, ends.values()), default=0)
     if 0 < rows < before:
         _cut(model, adapter, rows, before)
     if rows <= before:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
-from lorakit.adapters.lineage import require_complete
+from lorakit.adapters.lineage import require_complete, standing_on
 from lorakit.adapters.manifest import Derivation
 from lorakit.adapters.updates import AdapterUpdates, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
@@ -265,8 +265,10 @@ def _require_combinable(files: Sequence[AdapterUpdates]) -> None:
             )
         file.require_updates()
     first = files[0]
+    stacked = bool(standing_on(first.folder))  # a reward model on a frozen adapter that writes
+    fields = ("trainable_token_indices", "layer_replication")
     for file in files[1:]:
-        for field in ("task_type", "trainable_token_indices", "layer_replication"):
+        for field in fields if stacked else ("task_type", *fields):
             ours, theirs = getattr(first.config, field), getattr(file.config, field)
             if ours != theirs and (field == "layer_replication" or None not in (ours, theirs)):
                 raise InputError(
@@ -298,7 +300,11 @@ def _common_base(
 ) -> tuple[str | None, str | None]:
     """The base that all adapters are for, and its fingerprint if one of them knows it."""
     origins = [origin(file.folder, file.config) for file in files]
-    prints = {o.base_fingerprint: f for o, f in zip(origins, files, strict=True)}
+    form = files[0].config.task_type  # another one has another head, and so another fingerprint
+    alike = [f.config.task_type in (None, form) for f in files]
+    prints = {
+        o.base_fingerprint: f for o, f, same in zip(origins, files, alike, strict=True) if same
+    }
     prints.pop(None, None)
     if len(prints) > 1:
         one, other, *_ = (file.folder for file in prints.values())

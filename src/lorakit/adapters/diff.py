@@ -18,8 +18,9 @@ import torch
 from lorakit.adapters.chat_template import adapter_template, template_notice
 from lorakit.adapters.derived import origin
 from lorakit.adapters.inspect import SHARE
+from lorakit.adapters.lineage import standing_on
 from lorakit.adapters.updates import AdapterUpdates, ModuleUpdate, Skipped, layer_of, read_updates
-from lorakit.errors import InputError
+from lorakit.errors import InputError, listed
 from lorakit.progress import track
 
 # Fields that say how an adapter was used or by what, and not what it is.
@@ -102,6 +103,16 @@ class Diff:
         return summary
 
 
+def _without_frozen(*folders: str | Path) -> tuple[str, ...]:
+    """A notice for each adapter that is added to frozen ones, which are not compared."""
+    return tuple(
+        f"{folder} is added to the frozen {listed([one.path for one in below])}, which the figures "
+        "leave out and answers do not"
+        for folder in folders
+        if (below := standing_on(folder))
+    )
+
+
 def diff(first: str | Path, second: str | Path) -> Diff:
     """Compares the adapters in two folders.
 
@@ -133,12 +144,13 @@ def diff(first: str | Path, second: str | Path) -> Diff:
         only=(_only(one, other), _only(other, one)),
         skipped=(one.skipped, other.skipped),
         identical=_identical(one, other),
-        notices=tuple(
-            dict.fromkeys(
+        notices=(
+            *_without_frozen(first, second),
+            *dict.fromkeys(
                 notice
                 for file, found in zip(files, origins, strict=True)
                 if (notice := template_notice(file.folder, found.base_model))
-            )
+            ),
         ),
     )
 

@@ -95,10 +95,12 @@ def prepare(
     adapters = [read_files(folder, base) for folder in folders]
     numbers = [1.0] * len(adapters) if weights is None else list(weights)
     _check_weights(adapters, numbers)
+    below = []
     for folder in list(folders):  # what each stands on is added whole, once
         for place in frozen_below(folder):
             if digest(place) not in map(digest, folders):
                 folders.append(place)
+                below.append(place)
                 adapters.append(read_files(place, base or adapters[0].base_model))
                 numbers.append(1.0)
     first = adapters[0]
@@ -108,7 +110,7 @@ def prepare(
                 f"{first.folder} is for {first.base_model}, and {other.folder} for "
                 f"{other.base_model}: if they are the same model, give it with --base"
             )
-        if first.task_type != other.task_type:
+        if first.task_type != other.task_type and other.folder not in below:
             raise InputError(
                 f"{first.folder} is for {first.task_type}, and {other.folder} for "
                 f"{other.task_type}: one model cannot have both forms"

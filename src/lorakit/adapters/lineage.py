@@ -8,11 +8,15 @@ Each link is recorded with a hash, so that another adapter in its place is notic
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from lorakit import atomic
 from lorakit.adapters.adapter_files import AdapterFiles, read_files
 from lorakit.adapters.manifest import FrozenRecord, ParentRecord, read_manifest
 from lorakit.commands import quoted
@@ -21,7 +25,11 @@ from lorakit.lora.checkpoint import read_config, weights_file
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME
 
 Mode = Literal["continue", "freeze"]
+STAGE_NAME = "lorakit_stage.json"
+"""What a checkpoint is added to; a finished adapter's record says it itself."""
+
 State = Literal["unchanged", "changed", "missing"]
+_RECORDS = TypeAdapter(list[FrozenRecord])
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,26 @@ def digest(folder: str | Path) -> str:
 
 
 def standing_on(folder: str | Path) -> list[FrozenRecord]:
-    """What is recorded of the frozen adapters that the one in `folder` is added to."""
-    manifest = read_manifest(folder)
-    return list(manifest.stands_on) if manifest else []
+    """What is recorded of the frozen adapters that the one in `folder` is added to.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    if manifest := read_manifest(folder):
+        return list(manifest.stands_on)
+    path = Path(folder) / STAGE_NAME
+    if not path.is_file():
+        return []
+    try:
+        return _RECORDS.validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise InputError(f"{path} is damaged: use another checkpoint") from error
+
+
+def write_stage(folder: Path, below: Sequence[FrozenRecord]) -> None:
+    """Records in a checkpoint's folder which frozen adapters it is added to."""
+    records = [record.model_dump(mode="json") for record in below]
+    atomic.write_file(folder / STAGE_NAME, json.dumps(records, indent=1) + "\n")
 
 
 def frozen_below(folder: str | Path) -> list[Path]:
@@ -104,31 +129,36 @@ def frozen_below(folder: str | Path) -> list[Path]:
     for record in standing_on(folder):
         place, state = whereabouts(record, folder)
         if state != "unchanged":
-            raise InputError(
-                f"{folder} was trained on top of the adapter {record.path}, which "
-                + (
-                    "is missing: put its folder back there, or beside this one"
-                    if state == "missing"
-                    else f"is another one now (sha256 of its files): put back that of "
-                    f"{record.sha256[:12]}"
-                )
-            )
+            raise unusable(record, folder, state)
         found.append(place)
     return found
+
+
+def unusable(record: FrozenRecord, child: str | Path, state: State) -> InputError:
+    """The error where the recorded adapter below `child` is missing, or is not what it was."""
+    cure = "is missing: put its folder back there, or beside this one"
+    if state == "changed":
+        cure = f"is another one now (sha256 of its files): put back that of {record.sha256[:12]}"
+    return InputError(f"{child} was trained on top of the adapter {record.path}, which {cure}")
+
+
+def places(record: FrozenRecord, child: str | Path) -> list[Path]:
+    """Where a recorded adapter may lie: where it was, or beside `child` or the run it is of."""
+    there, own = Path(record.path), Path(child).absolute()
+    return [there, own.parent / there.name, own.parent.parent / there.name]
 
 
 def whereabouts(record: FrozenRecord, child: str | Path) -> tuple[Path, State]:
     """Where a recorded adapter lies now: where it was, or beside `child`; and its state there."""
     state: State = "missing"
-    there = Path(record.path)
-    for place in (there, Path(child).absolute().parent / there.name):
+    for place in places(record, child):
         try:
             if digest(place) == record.sha256:
                 return place, "unchanged"
             state = "changed"
         except (InputError, OSError):
             continue
-    return there, state
+    return Path(record.path), state
 
 
 def chain(folder: str | Path) -> Iterator[tuple[ParentRecord, State]]:

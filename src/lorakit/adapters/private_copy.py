@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lorakit.adapters.adapter_tokenizer import TOKENIZER_FILES
+from lorakit.adapters.lineage import STAGE_NAME
 from lorakit.adapters.manifest import MANIFEST_NAME
 from lorakit.below import Folder, OutsideError
 from lorakit.errors import InputError, LorakitError
@@ -30,6 +31,7 @@ _WEIGHTS = (WEIGHTS_NAME, _PICKLE, INITIAL_NAME)
 _LIMITS = {
     CONFIG_NAME: 16 * _MB,
     MANIFEST_NAME: 16 * _MB,
+    STAGE_NAME: _MB,
     TEMPLATE_NAME: _MB,
     PROCESSOR_NAME: _MB,
     **dict.fromkeys(TOKENIZER_FILES, 64 * _MB),

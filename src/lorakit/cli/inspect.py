@@ -50,6 +50,8 @@ def _show(found: Inspection, every_module: bool) -> None:
         say(f"{how + ':':<12} {parent.path} (sha256 {parent.sha256[:12]}, {parent.state})")
     if (teacher := found.teacher) is not None:
         say(f"{'teacher:':<12} {teacher.path} (sha256 {teacher.sha256[:12]}, {teacher.state})")
+    if found.stands_on:
+        say(f"{'frozen:':<12} added to {', '.join(found.stands_on)} (not counted below)")
     _show_modules(found, every_module)
     for whole in found.whole[:20]:
         size = " × ".join(map(str, whole.shape))

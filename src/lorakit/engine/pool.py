@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -24,8 +24,8 @@ from torch import nn
 from lorakit.adapters.adapter_tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.chat_template import use_template
 from lorakit.adapters.derived import origin, other_weights
-from lorakit.adapters.lineage import standing_on
-from lorakit.adapters.private_copy import PrivateCopy, private_copy
+from lorakit.adapters.joined import NotJoinableError, joined_copy
+from lorakit.adapters.private_copy import PrivateCopy
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
 from lorakit.engine.scoring import without_head
@@ -44,7 +44,7 @@ from lorakit.lora.joining import AdapterPart, parts_of
 from lorakit.lora.layers import LoraLayer, LoraLinear, LoraQuantizedLinear
 from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
-from lorakit.lora.vocabulary import embeddings, rows_in_file, split_frozen, vocabulary_size
+from lorakit.lora.vocabulary import embeddings, rows_in_adapter, split_frozen, vocabulary_size
 from lorakit.lora.wrapping import wrapped_modules
 
 if TYPE_CHECKING:
@@ -251,9 +251,17 @@ class AdapterPool:
 
     @contextmanager
     def _copy(self, folder: Path, root: Path | None) -> Iterator[PrivateCopy]:
-        """A private copy of a folder; whatever is raised while it is read is an error of ours."""
+        """A private copy of a folder, with the frozen adapters that it is added to, as one.
+
+        Whatever is raised while it is read is an error of ours.
+        """
         base = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        with private_copy(folder, max(_LEAST_LIMIT, 4 * base), root) as copied:
+        with ExitStack() as stack:
+            copying = joined_copy(folder, max(_LEAST_LIMIT, 4 * base), root)
+            try:
+                copied = stack.enter_context(copying)
+            except NotJoinableError as error:
+                raise AloneError(folder, error.reason) from error
             try:
                 yield copied
             except AloneError as error:
@@ -291,12 +299,10 @@ class AdapterPool:
         require_text(folder, config)
         if reason := why_not_beside(config):
             raise AloneError(folder, reason)
-        if below := standing_on(folder):
-            raise AloneError(folder, f"is added to the frozen adapter {below[0].path}")
         base = structure_of(self._model)
         try:
             config, found, initial = fitted(base, config, tensors, read_initial(folder), folder)
-            self._require_vocabulary(folder, found)
+            self._require_vocabulary(folder, config, found)
             dora = config.use_dora
             trial = LoraModel(base, config, _TRIAL, autocast_adapter_dtype=dora, initialize=False)
             own = trial.adapter_tensors(_TRIAL)
@@ -325,11 +331,13 @@ class AdapterPool:
         size = sum(tensor.numel() * tensor.element_size() for tensor in values.values())
         return Loaded(config, parts_of(base, _TRIAL), rank, size, head)
 
-    def _require_vocabulary(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _require_vocabulary(
+        self, folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
         """Raises AloneError for an adapter that has another number of tokens than the base."""
         for path, module in embeddings(self._model).items():
             own: Any = module.weight
-            rows = rows_in_file(tensors, path)
+            rows = rows_in_adapter(config, tensors, path, len(own))
             if rows is not None and rows != len(own):
                 raise AloneError(folder, f"is for {rows} tokens (the base has {len(own)})")
 

@@ -21,7 +21,8 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.architecture import input_embedding, output_head
 from lorakit.lora.checkpoint import PREFIX, require_finite, same_values, spread_like
-from lorakit.lora.layers import TiedModule, unwrapped
+from lorakit.lora.config import LoraConfig
+from lorakit.lora.layers import TiedModule, TrainedTokens, unwrapped
 from lorakit.lora.targets import base_modules
 
 CONFIG = "config.json"
@@ -49,6 +50,46 @@ def rows_in_file(tensors: Mapping[str, torch.Tensor], path: str) -> int | None:
         if (weight := tensors.get(f"{PREFIX}{path}.{place}weight")) is not None:
             return weight.shape[0]
     return None
+
+
+def rows_in_adapter(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], path: str, before: int
+) -> int | None:
+    """For how many tokens the adapter is, by its embedding or head at `path`; None for no others.
+
+    Where the file holds no whole weight, trained rows of tokens that follow the base's say so.
+
+    Args:
+        before: how many tokens the base has.
+    """
+    if (rows := rows_in_file(tensors, path)) is not None:
+        return rows
+    if f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" not in tensors:
+        return None
+    chosen = config.trainable_token_indices or []
+    if isinstance(chosen, dict):
+        named = (n for name, n in chosen.items() if f".{path}".endswith(f".{name}"))
+        chosen = next(named, [])
+    rows = max(chosen, default=-1) + 1
+    return rows if rows > before and set(range(before, rows)) <= {*chosen} else None
+
+
+def trains_new_rows(model: nn.Module, name: str) -> bool:
+    """Whether adapter `name` trains every row that the model has beyond those of its base's files.
+
+    Args:
+        model: the wrapped model.
+    """
+    before = _stored_vocabulary(getattr(model, "config", None))
+    if before is None:
+        return False
+    new = set(range(before, vocabulary_size(model)))
+    for module in embeddings(model).values():
+        layer = module.embedding if isinstance(module, TiedModule) else module
+        trained = layer.token_indices.get(name, []) if isinstance(layer, TrainedTokens) else []
+        if not new <= {*trained}:
+            return False
+    return True
 
 
 def require_vocabulary(

@@ -115,6 +115,7 @@ class SweepTrainer(LoraTrainer):
         self.stream = Stream(base.device)  # as Trainer has seeded it just now
         self.interrupt, self.templates = interrupt, setup.inputs.templates
         self.own_tokenizer = setup.tokenizer if setup.inputs.own_tokenizer else None
+        self.stands_on = setup.inputs.start.frozen if setup.inputs.start else ()
         self.lines = StepLines(self.folder / METRICS_NAME)
         self.diverged: str | None = None
         self._steps: Iterator[_OptimizerStep] = iter(())

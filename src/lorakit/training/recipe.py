@@ -257,13 +257,17 @@ class Recipe(_Strict):
         usual = self.make_objective().too_long
         if "too_long" not in self.data.model_fields_set and usual != self.data.too_long:
             self.data = self.data.model_copy(update={"too_long": usual})
+        continued = self.adapter is not None and self.adapter.mode == "continue"
         if self.objective is not None:
             wanted = make_objective(self.objective).task_type
             given = self.lora.get("task_type") or wanted
             if given != wanted:
+                cure = "leave one of them out"
+                if continued:
+                    cure = "train a new adapter on top of the start (adapter.mode=freeze)"
                 raise ValueError(
                     f"objective {self.objective['type']} is for lora.task_type {wanted}, not "
-                    f"{given}: leave one of them out"
+                    f"{given}: {cure}"
                 )
             if wanted != "CAUSAL_LM":
                 self.lora = {**self.lora, "task_type": wanted}
@@ -272,7 +276,6 @@ class Recipe(_Strict):
         self.lora = {"target_modules": "all-linear", **self.lora}
         self.lora_config()
         self._check_lora_types()
-        continued = self.adapter is not None and self.adapter.mode == "continue"
         if self.tokens and self.lora.get("trainable_token_indices") and not continued:
             raise ValueError(
                 "tokens and lora.trainable_token_indices both say whose rows are trained: name "

@@ -119,6 +119,7 @@ class Setup:
         )
         trainer.templates, trainer.answers = inputs.templates, self.answers
         trainer.own_tokenizer = inputs.tokenizer if inputs.own_tokenizer else None
+        trainer.stands_on = inputs.start.frozen if inputs.start else ()
         return trainer
 
     @contextmanager
@@ -159,7 +160,8 @@ def set_up(
     recipe, advice = advised(recipe, parameters, len(data.train))
     if inputs.start is not None:
         labels = inputs.objective.labels
-        check_start(inputs.start, recipe.model, inputs.base_fingerprint, labels)
+        form = inputs.objective.task_type
+        check_start(inputs.start, recipe.model, inputs.base_fingerprint, labels, form)
     set_seed(recipe.training.seed)
     arguments = training_arguments(recipe, held_out=bool(data.eval))
     adapted = started(inputs, _adapter_config(inputs, recipe, arguments))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.derived import base_of
+from lorakit.adapters.inspect import fit
 from lorakit.adapters.lineage import whereabouts
 from lorakit.adapters.manifest import read_manifest
 from lorakit.errors import InputError
@@ -112,17 +113,23 @@ def _alike(one: Any, other: Any) -> bool:
 # --- the model ------------------------------------------------------------------------------------
 
 
-def check_start(start: Start, base: str, fingerprint: str | None, labels: Any) -> None:
+def check_start(
+    start: Start, base: str, fingerprint: str | None, labels: Any, task_type: str
+) -> None:
     """Raises InputError where an adapter cannot be the start of a run on this base.
 
     Args:
         base: the name of the run's base model.
         fingerprint: of its weights.
         labels: the classes of the run's rows, as the record has them; None without.
+        task_type: the form of the base in the run.
     """
     record = start.files.record
     expected = record.base_fingerprint if record else None
-    if None not in (expected, fingerprint) and expected != fingerprint:
+    differs = None not in (expected, fingerprint) and expected != fingerprint
+    if differs and start.files.task_type != task_type:  # the two forms have different heads
+        differs = fit(start.folder, base).same_weights is False
+    if differs:
         raise InputError(
             f"adapter: {start.folder} was trained on other weights than those of {base}: give the "
             "base that it was trained on (model)"

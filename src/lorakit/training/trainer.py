@@ -27,13 +27,15 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 from transformers.training_args import TrainingArguments
 
+from lorakit.adapters.lineage import write_stage
+from lorakit.adapters.manifest import FrozenRecord
 from lorakit.data.batches import count_tokens
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.streaming import RowStream
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
 from lorakit.lora.model import LoraModel
-from lorakit.lora.vocabulary import split_frozen
+from lorakit.lora.vocabulary import split_frozen, trains_new_rows
 from lorakit.models.template_files import Templates, write_templates
 from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch, Objective, added, as_tensors, with_sums
@@ -123,6 +125,7 @@ class LoraTrainer(Trainer):
         self.templates: Templates | None = None  # saved with every checkpoint
         self.answers: HeldOutAnswers | None = None
         self.own_tokenizer: Any = None  # with more tokens than the base's; saved with it too
+        self.stands_on: Sequence[FrozenRecord] = ()  # what checkpoints are added to
         # Trainer would make a smoother of its own, which the loss here has no use for.
         smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
         try:
@@ -474,6 +477,8 @@ class LoraTrainer(Trainer):
         if self.args.should_save:
             if self.templates is not None:
                 write_templates(folder, self.templates)
+            if self.stands_on:
+                write_stage(folder, self.stands_on)
             write_counts(folder, self.counts)
         if self.streams:
             done = self.state.global_step * self.args.gradient_accumulation_steps
@@ -484,13 +489,16 @@ class LoraTrainer(Trainer):
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter in training, and no frozen one beside it, into `folder`.
 
-        Where the model has more tokens than its base its embedding is written too, and its
-        tokenizer.
+        Where the model has more tokens than its base, the tokenizer is written too, and the whole
+        embedding unless the adapter trains the rows of all new tokens.
         """
         model = self._lora_model()
         options: dict[str, Any] = {"is_main_process": self.args.should_save}
+        name, base = model.active_adapter, model.get_base_model()
+        if self.own_tokenizer is not None and trains_new_rows(base, name):
+            options["save_embedding_layers"] = False
         if len(getattr(model, "adapters", ())) > 1:
-            options["selected_adapters"] = [model.active_adapter]
+            options["selected_adapters"] = [name]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the base had .* tokens")
             model.save_pretrained(folder, **options)
