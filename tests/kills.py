@@ -7,6 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lorakit
+
+_WEIGHTS = "adapter_model.safetensors"
+_RUN = """
+import lorakit.training.run as run
+import lorakit.training.setup, transformers.trainer, transformers.models.llama.modeling_llama
+"""
+
 # Imports once and then forks, so that starting again takes no time.
 _DRIVER = """
 import json, os, random, signal, sys, time
@@ -57,3 +65,17 @@ def kill_until_done(
     )
     assert driver.returncode == 0, driver.stderr
     return int(driver.stdout.splitlines()[-1])
+
+
+def assert_resumes_to_the_same_bytes(values: dict[str, Any]) -> tuple[Path, Path]:
+    """Trains a recipe that is killed at least three times, and once more undisturbed.
+
+    Returns: the folders of both runs.
+    """
+    work = "run.train(values, resume=True, quiet=True)"
+    assert kill_until_done(_RUN, work, values, seed=7, within=(0.1, 1.5)) >= 3
+    killed = Path(values["output_dir"])
+    own = str(killed.with_name("undisturbed"))
+    undisturbed = lorakit.train(values | {"output_dir": own}, quiet=True).output_dir
+    assert (killed / _WEIGHTS).read_bytes() == (undisturbed / _WEIGHTS).read_bytes()
+    return killed, undisturbed

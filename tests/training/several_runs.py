@@ -1,11 +1,17 @@
-"""Runs several recipes one after the other, for tests that start it in several processes once.
+"""Runs several recipes one after the other, in two processes that are started once.
 
 The JSON file lists pairs: a recipe, and the name of the run beside its own that it goes on with
 from the first checkpoint (null starts anew). What is refused becomes a line of `refused.txt`.
+Modules are imported once, before the processes part: that takes longer than most runs. That
+`torchrun` and `accelerate launch` start the same is tested by themselves.
 """
 
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,14 @@ from accelerate import PartialState
 
 import lorakit
 from lorakit.errors import LorakitError
+
+
+def in_two_processes(listed: Path) -> None:
+    """Trains the recipes that the file `listed` has."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, __file__, str(listed)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def cut_back(finished: Path, folder: Path) -> None:
@@ -40,7 +54,39 @@ def run(values: dict[str, Any], goes_on_with: str | None) -> None:
     state.wait_for_everyone()
 
 
+def part(rank: int, port: int, listed: str) -> None:
+    """Becomes one of two processes, which never returns."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    status = 1
+    try:
+        PartialState(cpu=True)
+        for values, goes_on_with in json.loads(Path(listed).read_text()):
+            run(values, goes_on_with)
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    PartialState(cpu=True)
-    for values, goes_on_with in json.loads(Path(sys.argv[1]).read_text()):
-        run(values, goes_on_with)
+    import transformers.trainer  # noqa: F401
+
+    import lorakit.training.setup  # noqa: F401
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        chosen = free.getsockname()[1]
+    children = []
+    for number in range(2):
+        if not (child := os.fork()):
+            part(number, chosen, sys.argv[1])
+        children.append(child)
+    for _ in children:
+        ended, status = os.wait()
+        if status:
+            os.kill(sum(children) - ended, signal.SIGKILL)
+            sys.exit(1)

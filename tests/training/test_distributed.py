@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_runs import cut_back
+from several_runs import cut_back, in_two_processes
 
 import lorakit
 from lorakit.adapters.manifest import read_manifest
@@ -60,6 +60,15 @@ AGREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 USUAL = ("fsdp_dora", "fsdp_clipped")
 """Those that every change trains."""
+GENERATE = {"rows": 4, "metrics": ["exact_match", "rouge"], "max_new_tokens": 6}
+# The same of what else a recipe says, and of `training`.
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ddp_generates": ({"eval": {"generate": GENERATE}}, {"eval_strategy": "steps"}),
+    "ddp_continues": ({"adapter": {"path": "start", "mode": "continue"}}, {}),
+    "fsdp_continues": ({"adapter": {"path": "start", "mode": "continue"}}, FSDP),
+    "ddp_on_top": ({"adapter": {"path": "start", "mode": "freeze"}}, {}),
+    "fsdp_on_top": ({"adapter": {"path": "start", "mode": "freeze"}, "objective": "dpo"}, FSDP),
+}
 
 
 def recipe(
@@ -87,6 +96,16 @@ def recipe(
         "training": training,
         "output_dir": str(output),
     }
+
+
+def changed(name: str, model: Path, folder: Path, output: Path, processes: int) -> dict[str, Any]:
+    """The recipe of one of `CHANGES`, whose files are in `folder`."""
+    changes, training = CHANGES[name]
+    rows = folder / ("pairs.jsonl" if changes.get("objective") else "rows.jsonl")
+    values = recipe(model, rows, output, processes, **training) | changes
+    if (start := changes.get("adapter")) is not None:
+        values["adapter"] = start | {"path": str(folder / start["path"])}
+    return values
 
 
 def launched(launcher: tuple[str, ...], *command: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -118,6 +137,8 @@ def assert_same_run(one: Path, two: Path, close: float = 1e-9) -> None:
     for key in ("eval_loss", "base_eval_loss"):
         values = [getattr(record, key) for record in records]
         assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert (records[0].eval_scores or {}) == pytest.approx(records[1].eval_scores or {}, rel=1e-6)
+    assert records[0].stands_on == records[1].stands_on
     for key in ("train_tokens", "supervised_tokens", "steps", "base_fingerprint"):
         assert getattr(records[0], key) == getattr(records[1], key), key
     tensors = load_file(two / "adapter_model.safetensors")
@@ -187,11 +208,18 @@ def several(
     packed["training"]["per_device_train_batch_size"] = 4
     runs.append((one_row, None))
     if everything:
+        pairs = [
+            {"prompt": f"{n} + {n}?", "chosen": f"It is {2 * n}.", "rejected": "No" + "." * n}
+            for n in range(16)
+        ]
+        text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+        (folder / "pairs.jsonl").write_text(text)
+        lorakit.train(recipe(tiny_model, rows, folder / "start", 1), quiet=True)
+        runs += [(changed(name, tiny_model, folder, folder / name, 2), None) for name in CHANGES]
         runs.append((packed, None))
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
-    done = launched(TORCHRUN, Path(__file__).with_name("several_runs.py"), listed)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(listed)
     return folder, rows
 
 
@@ -203,6 +231,16 @@ def test_whatever_is_trained_two_processes_give_what_one_gives(
     lora, training = AGREE[name]
     values = recipe(tiny_model, rows, tmp_path / "one", 1, lora, **training)
     lorakit.train(values, quiet=True)
+    assert_same_run(tmp_path / "one", folder / name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_stages_and_generated_answers_are_those_of_one_process(
+    name: str, several: tuple[Path, Path], tiny_model: Path, tmp_path: Path
+):
+    folder, _ = several
+    lorakit.train(changed(name, tiny_model, folder, tmp_path / "one", 1), quiet=True)
     assert_same_run(tmp_path / "one", folder / name)
 
 
@@ -243,8 +281,7 @@ def test_two_processes_learn_preferences_as_one_does(tiny_model: Path, tmp_path:
         runs.append((own[1], None))
     listed = tmp_path / "runs.json"
     listed.write_text(json.dumps(runs))
-    done = launched(TORCHRUN, Path(__file__).with_name("several_runs.py"), listed)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(listed)
     for name in ("dpo0", "kto0", "kto1"):
         assert_same_run(tmp_path / f"{name}1", tmp_path / f"{name}2")
 

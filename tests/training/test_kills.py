@@ -2,18 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lorakit
-from kills import kill_until_done
+from kills import assert_resumes_to_the_same_bytes
 from small_runs import recipe
 
-PREPARE = """
-import lorakit.training.run as run
-import lorakit.training.setup, transformers.trainer, transformers.models.llama.modeling_llama
-"""
-WORK = "run.train(values, resume=True, quiet=True)"
+PAIRS = [
+    {"prompt": f"{n} + {n}?", "chosen": f"It is {2 * n}.", "rejected": "No" + "." * n}
+    for n in range(24)
+]
+LONG = [{"text": "".join(f"{n} and {k} make {n + k}. " for k in range(12))} for n in range(8)]
 
 
 def test_whenever_a_run_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_one(
@@ -21,35 +22,40 @@ def test_whenever_a_run_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_one(
 ):
     values = recipe(tiny_model, rows, tmp_path / "killed", max_steps=40, save_steps=1)
     values["lora"]["lora_dropout"] = 0.1
-    assert kill_until_done(PREPARE, WORK, values, seed=7, within=(0.1, 1.5)) >= 3
-
-    undisturbed = lorakit.train(values | {"output_dir": str(tmp_path / "undisturbed")}, quiet=True)
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "killed" / name).read_bytes() == (undisturbed.output_dir / name).read_bytes()
+    killed, undisturbed = assert_resumes_to_the_same_bytes(values)
     for file in ("metrics.jsonl", "monitor.jsonl"):
         steps = [
             [json.loads(line)["step"] for line in (folder / file).read_text().splitlines()]
-            for folder in (tmp_path / "killed", undisturbed.output_dir)
+            for folder in (killed, undisturbed)
         ]
         assert steps[0] == steps[1], file
-    assert not (tmp_path / "killed" / ".saving").exists()
+    assert not (killed / ".saving").exists()
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_whenever_a_run_of_preferences_is_killed_it_resumes_to_the_same_bytes(
-    objective: str, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (PAIRS, {"objective": "dpo"}),
+        (PAIRS, {"objective": "kto"}),
+        (PAIRS, {"objective": "reward"}),
+        (LONG, {"objective": {"type": "pretrain", "overlap": 8}, "packing": True}),
+        (LONG, {"tokens": ["<|make|>"], "objective": "pretrain"}),
+        (PAIRS, {"objective": "dpo", "start": "freeze"}),
+    ],
+    ids=["dpo", "kto", "reward", "pretrain", "tokens", "stage"],
+)
+def test_whatever_is_learned_a_killed_run_resumes_to_the_same_bytes(
+    rows: list[dict[str, Any]], changes: dict[str, Any], tiny_model: Path, tmp_path: Path
 ):
-    pairs = [
-        {"prompt": f"{n} + {n}?", "chosen": f"It is {2 * n}.", "rejected": "No" + "." * n}
-        for n in range(24)
-    ]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = recipe(tiny_model, path, tmp_path / "killed", max_steps=20, save_steps=1)
     values["lora"]["lora_dropout"] = 0.1
-    values["objective"] = objective
-    assert kill_until_done(PREPARE, WORK, values, seed=7, within=(0.1, 1.5)) >= 3
-    undisturbed = lorakit.train(values | {"output_dir": str(tmp_path / "undisturbed")}, quiet=True)
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "killed" / name).read_bytes() == (undisturbed.output_dir / name).read_bytes()
+    if changes.pop("packing", False):
+        values["data"] |= {"packing": True, "max_length": 100}
+    if (mode := changes.pop("start", None)) is not None:
+        first = values | {"output_dir": str(tmp_path / "first"), "objective": "simpo"}
+        lorakit.train(first, quiet=True)
+        values["adapter"] = {"path": str(tmp_path / "first"), "mode": mode}
+    assert_resumes_to_the_same_bytes(values | changes)

@@ -2,16 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distributed import TORCHRUN
+from several_runs import in_two_processes
 
 import lorakit
-from kills import kill_until_done
+from kills import assert_resumes_to_the_same_bytes
 from lorakit.errors import InputError
 from lorakit.training.check import check
 from lorakit.training.recipe import load_recipe
@@ -129,15 +127,9 @@ def test_what_needs_all_rows_is_refused(make: Any):
 
 
 @pytest.mark.exhaustive
-def test_whenever_it_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_run(
-    make: Any, tmp_path: Path
-):
+def test_whenever_it_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_run(make: Any):
     values = make("killed", {"packing": True, "max_length": 40}, max_steps=40, save_steps=1)
-    prepare = "import lorakit.training.run as run\nimport lorakit.training.setup"
-    work = "run.train(values, resume=True, quiet=True)"
-    assert kill_until_done(prepare, work, values, seed=7, within=(0.1, 1.5)) >= 3
-    undisturbed = lorakit.train(values | {"output_dir": str(tmp_path / "own")}, quiet=True)
-    assert (tmp_path / "killed" / NAME).read_bytes() == (undisturbed.output_dir / NAME).read_bytes()
+    assert_resumes_to_the_same_bytes(values)
 
 
 @pytest.mark.exhaustive
@@ -151,10 +143,7 @@ def test_two_processes_read_rows_of_their_own_and_make_the_steps_of_one(make: An
     lorakit.train(of("one", 8), quiet=True)
     listed = tmp_path / "runs.json"
     listed.write_text(json.dumps([(of("two", 4), None), (of("resumed", 4), "two")]))
-    script = Path(__file__).with_name("several_runs.py")
-    command = [sys.executable, "-m", *TORCHRUN, str(script), str(listed)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(listed)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 1e-9, name
