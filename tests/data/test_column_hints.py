@@ -150,3 +150,59 @@ def test_unread_columns_that_may_matter_are_named_with_a_cure(
     assert "3 rows (first: rows.jsonl:1)" in notice
     assert word in notice
     assert any("2 columns not read" in line for line in notices)
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds", "expected"),
+    [
+        (
+            {"question": "q", "pos_answer": "a", "neg_answer": "b"},
+            "preference",
+            {"prompt": "question", "chosen": "pos_answer", "rejected": "neg_answer"},
+        ),
+        (
+            {"prompt": "q", "response_accepted": "a", "response_rejected": "b"},
+            "preference",
+            {"prompt": "prompt", "chosen": "response_accepted", "rejected": "response_rejected"},
+        ),
+        (
+            {"query": "q", "response": "a", "rejected_response": "b"},
+            "preference",
+            {"prompt": "query", "chosen": "response", "rejected": "rejected_response"},
+        ),
+        (
+            {"query": "q", "response": "a", "thumbs_up": True},
+            "unpaired_preference",
+            {"prompt": "query", "completion": "response", "label": "thumbs_up"},
+        ),
+        ({"id": 1, "article": "long"}, "document", {"document": "article"}),
+        ({"title": "t", "content": "long"}, "document", {"document": "content"}),
+    ],
+)
+def test_columns_of_other_objectives_are_proposed_and_work(
+    values: dict[str, Any], kinds: str, expected: dict[str, str]
+) -> None:
+    row = Row(values, Path("rows.jsonl"), 1)
+    with pytest.raises(InputError, match="fit no format") as caught:
+        to_sample(row, kinds=[kinds])
+    hint = str(caught.value).partition("data.columns: ")[2].partition(" (lorakit")[0]
+    assert yaml.safe_load(hint) == expected
+    assert to_sample(row, expected, [kinds]).where == row.where
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        {"query": "q", "response": "a", "rejected_response": "b"},
+    ],
+)
+def test_how_the_chosen_answers_alone_are_learned_is_proposed_and_works(
+    values: dict[str, Any],
+) -> None:
+    row = Row(values, Path("rows.jsonl"), 1)
+    with pytest.raises(InputError, match="is a preference pair") as caught:
+        to_sample(row)
+    hint = str(caught.value).partition("data.columns: ")[2]
+    assert to_sample(row, yaml.safe_load(hint)).reference == "a"

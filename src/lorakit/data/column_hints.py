@@ -32,6 +32,14 @@ _MEANINGS = {
     "history": "history chat_history dialog_history 历史 历史对话 对话历史 历史记录",
     "tools": "tools functions function_definitions 工具 函数",
     "talk": "messages conversations conversation dialog dialogue chat turns msgs 对话 会话 消息",
+    "better": (
+        "chosen chosen_response response_chosen chosen_messages preferred preferred_response "
+        "accepted response_accepted accepted_response better better_response pos_answer positive"
+    ),
+    "worse": (
+        "rejected rejected_response response_rejected rejected_messages dispreferred "
+        "non_preferred worse worse_response neg_answer negative"
+    ),
     "text": "text content body raw_content 文本 内容 正文 文章",
 }
 _WORDS = {meaning: frozenset(names.split()) for meaning, names in _MEANINGS.items()}

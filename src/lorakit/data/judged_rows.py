@@ -4,6 +4,7 @@ They are the rows of supervised fine-tuning with `label` (TRL, ms-swift) or `kto
 (LLaMA-Factory) beside them. Of a conversation the last answer is judged.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorakit.data.conversations import kind_of_value
@@ -16,6 +17,7 @@ from lorakit.data.supervised_rows import (
     PROMPT_RESPONSE,
     QUESTION_ANSWER,
     SHAREGPT,
+    proposed_pair,
 )
 
 LABELS = ("label", "kto_tag")
@@ -81,7 +83,16 @@ def _judged(form: RowFormat, name: str) -> RowFormat:
             desirable=desirable,
         )
 
-    return RowFormat((*form.required, name), read, form.optional, "unpaired_preference")
+    return RowFormat((*form.required, name), read, form.optional, "unpaired_preference", _proposed)
+
+
+def _proposed(values: Mapping[str, object]) -> dict[str, str] | None:
+    """Columns of a question and an answer, and the one that can be its judgement."""
+    pair = proposed_pair(values)
+    judged = [name for name, value in values.items() if judgement(value) is not None]
+    if pair is None or len(judged) != 1 or judged[0] in pair.values():
+        return None
+    return {**pair, "label": judged[0]}
 
 
 JUDGED_FORMATS = [

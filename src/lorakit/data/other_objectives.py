@@ -7,6 +7,7 @@ fit a format by half, and the wrong text would be learned. They are refused with
 import re
 from collections.abc import Collection, Mapping
 
+from lorakit.data.column_hints import as_yaml, named_for
 from lorakit.data.sources import Row
 from lorakit.data.text_files import is_text_file
 from lorakit.errors import listed
@@ -18,6 +19,7 @@ _CONVERSATION = (
     *({"messages"}, {"conversations"}, {"prompt", "completion"}, {"prompt", "response"}),
     *({"instruction", "output"}, {"question", "answer"}, {"query", "response"}),
 )
+_ANSWERS = frozenset({"completion", "response", "output", "answer"})
 _JUDGEMENTS = ("label", "kto_tag")
 _PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -28,8 +30,8 @@ def refuse_other_objectives(
     """Raises InputError for a row that no answer can be learned from as it is.
 
     Args:
-        columns: the recipe's `data.columns`. Whoever names a column of a pair there has chosen
-            what is learned of it.
+        columns: the recipe's `data.columns`. Whoever names a column of a pair there, or the one
+            with the answer, has chosen what is learned of it.
         kinds: the kinds of rows that the objective takes, as in `RowFormat.kind`.
     """
     if is_text_file(row) and "document" not in kinds:
@@ -42,7 +44,8 @@ def refuse_other_objectives(
     pair = [name for name in given if _PAIR.fullmatch(name.strip().lower())]
     if {"instruction", "output"} <= given.keys() and _is_pair(given["output"]):
         pair.append("output")  # LLaMA-Factory's older form: the better answer first
-    if pair and "preference" not in kinds and not own & set(pair):
+    chosen = own & set(pair) or not _ANSWERS.isdisjoint(columns)
+    if pair and "preference" not in kinds and not chosen:
         raise row.error(
             f"is a preference pair ({listed(pair, 4)}): learn from it with objective: "
             "dpo (or simpo, orpo, kto); to learn the chosen answers alone, write rows of a prompt "
@@ -78,9 +81,16 @@ def refuse_other_objectives(
 
 
 def _example(given: Mapping[str, object]) -> str:
-    if isinstance(given.get("prompt"), str) and isinstance(given.get("chosen"), str):
-        return ", or data.columns: {prompt: prompt, completion: chosen}"
-    return ""
+    """The `data.columns` by which the better answers alone are learned, where that is clear."""
+    strings = [name for name, value in given.items() if isinstance(value, str)]
+    answers = named_for(strings, "better") or named_for(strings, "answer")
+    questions, contexts = named_for(strings, "question"), named_for(strings, "context")
+    if len(answers) != 1 or len(questions) != 1 or len(contexts) > 1:
+        return ""
+    columns = {"prompt": questions[0], "completion": answers[0]}
+    if contexts:
+        columns = {"instruction": questions[0], "input": contexts[0], "output": answers[0]}
+    return f", or data.columns: {as_yaml(columns)}"
 
 
 def _is_empty(value: object) -> bool:

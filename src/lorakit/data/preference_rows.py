@@ -26,14 +26,6 @@ from lorakit.data.sources import Row
 
 _TALKS = ("messages", "conversations")
 _QUESTIONS = ("prompt", "question", "instruction")
-_BETTER = frozenset(
-    {"chosen", "chosen_response", "response_chosen", "preferred", "preferred_response"}
-    | {"accepted", "better", "better_response", "pos_answer", "positive", "chosen_messages"}
-)
-_WORSE = frozenset(
-    {"rejected", "rejected_response", "response_rejected", "dispreferred", "non_preferred"}
-    | {"worse", "worse_response", "neg_answer", "negative", "rejected_messages"}
-)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']""")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -299,8 +291,8 @@ def _hh_prompt(row: Row, text: str) -> list[Message]:
 
 def _proposed(values: Mapping[str, object]) -> dict[str, str] | None:
     """Columns whose names say that they hold the better and the worse answer."""
-    better = [name for name in values if name.strip().lower() in _BETTER]
-    worse = [name for name in values if name.strip().lower() in _WORSE]
+    better = named_for(values, "better") or named_for(values, "answer")
+    worse = named_for(values, "worse")
     if len(better) != 1 or len(worse) != 1:
         return None
     asked = named_for(values, "question")

@@ -47,8 +47,8 @@ def _read_pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
     return read
 
 
-def _proposed_pair(values: Mapping[str, object]) -> dict[str, str] | None:
-    """Columns for a question and an answer, and for what the question is about."""
+def proposed_pair(values: Mapping[str, object]) -> dict[str, str] | None:
+    """Columns for a question and an answer, and for what the question is about; else None."""
     strings = [name for name, value in values.items() if isinstance(value, str)]
     answers = named_for(strings, "answer")
     questions, contexts = named_for(strings, "question"), named_for(strings, "context")
@@ -77,7 +77,7 @@ ALPACA = RowFormat(
     ("instruction", "output"),
     _read_alpaca,
     ("input", *_BESIDE),
-    propose=_proposed_pair,
+    propose=proposed_pair,
     completed=lambda row: 1,
 )
 PROMPT_COMPLETION = _pair("prompt", "completion")

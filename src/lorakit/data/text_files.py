@@ -7,11 +7,12 @@ not choose, it is found by looking at the file, and said.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Literal
 
+from lorakit.data.column_hints import named_for
 from lorakit.data.samples import RowFormat, Sample
 from lorakit.data.sources import Row
 from lorakit.errors import count
@@ -36,7 +37,14 @@ def _read(row: Row) -> Sample:
     return Sample((), text.replace("\r\n", "\n"), row.where)
 
 
-DOCUMENT = RowFormat(("document",), _read, (), "document")
+def _proposed(values: Mapping[str, object]) -> dict[str, str] | None:
+    """The only text of a row, or the only one that is called so."""
+    strings = [name for name, value in values.items() if isinstance(value, str)]
+    texts = strings if len(strings) == 1 else named_for(strings, "text")
+    return {"document": texts[0]} if len(texts) == 1 else None
+
+
+DOCUMENT = RowFormat(("document",), _read, (), "document", _proposed)
 """A document of a text file; a column of that name is read alike."""
 
 
