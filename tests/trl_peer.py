@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorakit.lora import LoraModel
-from lorakit.objectives.objective import Objective, with_sums
+from lorakit.objectives.objective import Objective, added, with_sums
 from tiny import CHATML
 
 Gradients = dict[str, torch.Tensor]
@@ -47,7 +47,7 @@ def loss_of_lorakit(
         with torch.no_grad():
             for batch in batches:
                 found = objective.beforehand(forward, batch)
-                before = {k: before.get(k, 0) + v for k, v in found.items()}
+                before = added(before, found)
     losses = [objective.loss(forward, with_sums(batch, before)) for batch in batches]
     count = sum(int(loss.count) for loss in losses)
     total = torch.stack([loss.total for loss in losses]).sum() / count

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.sweeps.records import Progress, read_record
+from lorakit.sweeps.records import Progress, Rung, read_record
 from lorakit.sweeps.search import Search
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.sweep_base import REPORT, SELECTION
@@ -57,7 +57,10 @@ def search(folder: Path, sampler: Rounds, runner: Scripted, shares: list[float])
             for d in draws
         ]
 
-    return Search(sampler, make, runner, shares, 3, lambda line: None)
+    def cost(rung: Rung) -> float:
+        return rung.means[SELECTION]
+
+    return Search(sampler, make, runner, shares, 3, lambda line: None, cost, str)
 
 
 def test_each_rung_is_climbed_by_a_third(tmp_path: Path):

@@ -41,7 +41,10 @@ def sweep(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="The metric to choose the best by: loss, or a metric of lorakit eval."),
+        typer.Option(
+            help="What the best is chosen by: loss, a held-out score (accuracy, margin, …), or a "
+            "metric of lorakit eval."
+        ),
     ] = None,
     selection: Annotated[
         float | None,

@@ -125,8 +125,8 @@ def prepare(
     if streams:
         facts = [replace(fact, rows=0) for fact in facts]
         notices.append(
-            f"rows are read as they come, shuffled within {buffer_size:,}; what is said of them "
-            f"here is of the first {count(len(learned.samples), 'row')}"
+            f"rows are read as they come, shuffled within {buffer_size:,}; counts, statistics and "
+            f"findings cover only the first {count(len(learned.samples), 'row')}"
         )
     if isinstance(eval, (int, float)) and eval and learned.held_out:
         notices.append(notice_of_own(learned.held_out))

@@ -248,13 +248,13 @@ class ResidentModel:
         return PassResult(logprobs, losses)
 
     def backward(self, batches: Sequence[AdapterBatch]) -> list[torch.Tensor]:
-        """One pass over ready-made batches: adds the gradients of each one's mean cross-entropy.
+        """One pass over ready-made batches: adds the gradients of each one's loss.
 
         Returns: of each batch its summed loss divided by its divisor, a scalar.
         """
         self._train(True)
         losses = self.token_losses(batches)
-        found = [own.sum() / b.divisor for own, b in zip(losses, batches, strict=True)]
+        found = [b.loss(own) / b.divisor for own, b in zip(losses, batches, strict=True)]
         # No adapter has a parameter in another's loss: the sum's gradients are each one's own.
         torch.stack(found).sum().backward()
         return [value.detach() for value in found]

@@ -6,7 +6,7 @@ route says where each adapter's part begins and ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,8 @@ class AdapterBatch:
             `data.batches.LineCollator` makes it, (1, tokens). A position predicts the label after
             it.
         divisor: what the summed loss is divided by before it is differentiated.
+        loss: the summed loss, a scalar, of the losses of its supervised tokens (n,), in nats; by
+            default their sum.
         stream: what the adapter's dropout is drawn from; None is PyTorch's own generator.
         smoothing: label smoothing, from 0 to 1.
     """
@@ -46,6 +48,7 @@ class AdapterBatch:
     divisor: torch.Tensor | int = 1
     stream: Stream | None = None
     smoothing: float = 0.0
+    loss: Callable[[torch.Tensor], torch.Tensor] = torch.sum
 
     @property
     def size(self) -> int:

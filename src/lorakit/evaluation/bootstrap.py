@@ -7,7 +7,7 @@ cancels (Efron and Tibshirani 1993).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,42 @@ def loss_interval(
     if minus is None:
         return _interval(mean_loss(rows), means(rows))
     return _interval(mean_loss(rows) - mean_loss(minus), means(rows) - means(minus))
+
+
+def sums_interval(
+    score: Callable[[Mapping[str, torch.Tensor]], float],
+    rows: Mapping[str, torch.Tensor],
+    units: Sequence[int],
+    seed: int,
+    minus: Mapping[str, torch.Tensor] | None = None,
+) -> Interval:
+    """The value of `score` of the sums over rows, and its interval.
+
+    Args:
+        rows: by name the values of the rows (rows, …), float64.
+        units, minus: as in `loss_interval`.
+    """
+    count = max(units) + 1
+    draws = _draws(count, seed)
+    # How often each draw has each unit, as a matrix: the sums of all draws are one product.
+    often = torch.zeros(len(draws), count, dtype=torch.float64)
+    often.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+
+    def values(rows: Mapping[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+        drawn = {}
+        for name, of_rows in rows.items():
+            of_units = torch.zeros(count, *of_rows.shape[1:], dtype=torch.float64)
+            of_units.index_add_(0, torch.tensor(units), of_rows)
+            drawn[name] = torch.tensordot(often, of_units, dims=1)
+        whole = score({name: of_rows.sum(0) for name, of_rows in rows.items()})
+        each = [score({k: sums[i] for k, sums in drawn.items()}) for i in range(len(draws))]
+        return whole, torch.tensor(each, dtype=torch.float64)
+
+    mean, found = values(rows)
+    if minus is None:
+        return _interval(mean, found)
+    other_mean, other = values(minus)
+    return _interval(mean - other_mean, found - other)
 
 
 def score_interval(score: Callable[[list[int]], float], units: int, seed: int) -> Interval:

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 RowLosses = list[tuple[float, int]]
-"""Of each row: its summed nats, and its supervised tokens."""
+"""Of each row: its summed nats, and its supervised tokens (or another unit of an objective)."""
+
+Sums = dict[str, "torch.Tensor"]
+"""`Loss.sums`: `total`, `count` and the objective's metrics."""
+
+Judge = Callable[["TokenizedRow", "torch.Tensor"], Sums]
+"""Makes a row's sums of the losses (n,) of its supervised tokens, float64 on the CPU."""
 
 
 def mean_loss(
@@ -119,37 +125,66 @@ def batch_losses(
 ) -> Iterator[tuple[list[int], Loss]]:
     """The objective's loss of each batch, with what it needs to know of all of them."""
     forward = objective.forward(model)
-    before: dict[str, torch.Tensor] = {}
-    if objective.needs_all_batches:
-        for _, batch in evaluating(model, rows, batches, collate, counts=False):
-            before = added(before, as_tensors(objective.beforehand(forward, batch)))
+    before = sums_beforehand(objective, model, rows, batches, collate)
     for chosen, batch in evaluating(model, rows, batches, collate):
         yield chosen, objective.loss(forward, with_sums(batch, before))
 
 
-def row_losses(
+def row_sums(
     model: nn.Module,
     rows: Sequence[TokenizedRow],
     batches: Sequence[list[int]],
     collate: Callable[[list[TokenizedRow]], dict[str, torch.Tensor]],
     token_losses: Callable[[dict[str, torch.Tensor]], list[torch.Tensor]],
-    several: int = 1,
-) -> list[RowLosses]:
-    """What each row costs, in the order of `rows`, as often as `token_losses` takes a batch.
+    judges: Sequence[Judge],
+) -> list[list[Sums]]:
+    """What each of `judges` makes of each row, in the order of `rows`.
 
     Args:
         batches: the positions of rows that share a batch.
         token_losses: the loss (n,) of every supervised token of a batch, row after row, for each
-            of `several` adapters.
+            of the judges: those of one adapter each.
     """
-    found: list[RowLosses] = [[(0.0, 0)] * len(rows) for _ in range(several)]
+    found: list[list[Sums]] = [[{}] * len(rows) for _ in judges]
     with task("evaluating rows", len(rows)):
         for chosen, batch in evaluating(model, rows, batches, collate):
             counts = [rows[i].supervised for i in chosen]
-            for own, losses in zip(found, token_losses(batch), strict=True):
-                parts = losses.cpu().split(counts)
-                for i, tokens, part in zip(chosen, counts, parts, strict=True):
-                    own[i] = (part.double().sum().item(), tokens)
+            for own, judge, losses in zip(found, judges, token_losses(batch), strict=True):
+                parts = losses.cpu().double().split(counts)
+                for i, part in zip(chosen, parts, strict=True):
+                    own[i] = judge(rows[i], part)
+    return found
+
+
+def know_constants(
+    objective: Objective,
+    model: nn.Module,
+    rows: Sequence[TokenizedRow],
+    batches: Sequence[list[int]],
+    collate: Callable[[list[TokenizedRow]], dict[str, torch.Tensor]],
+) -> None:
+    """Computes `Objective.row_constants` of these rows, unless they are known already."""
+    if not objective.has_constants or objective.constants.of(rows):
+        return
+    forward = objective.forward(model)
+    for chosen, batch in evaluating(model, rows, batches, collate, counts=False):
+        values = as_tensors(objective.row_constants(forward, batch))
+        objective.constants.add([rows[i] for i in chosen], values)
+
+
+def sums_beforehand(
+    objective: Objective,
+    model: nn.Module,
+    rows: Sequence[TokenizedRow],
+    batches: Sequence[list[int]],
+    collate: Callable[[list[TokenizedRow]], dict[str, torch.Tensor]],
+) -> Sums:
+    """What `Objective.beforehand` gives of all these rows; nothing where it needs nothing."""
+    found: Sums = {}
+    if objective.needs_all_batches:
+        forward = objective.forward(model)
+        for _, batch in evaluating(model, rows, batches, collate, counts=False):
+            found = added(found, as_tensors(objective.beforehand(forward, batch)))
     return found
 
 

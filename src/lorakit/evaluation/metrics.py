@@ -63,6 +63,15 @@ def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "bleu": bleu, "rouge": rouge}
 
 
+_OF_TRL = {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+def score_name(name: str) -> str:
+    """A score's name without Trainer's `eval_`; TRL's names of rewards become the ones here."""
+    plain = name.removeprefix("eval_")
+    return _OF_TRL.get(plain, plain)
+
+
 def parse_metrics(text: str, known: Iterable[str] = (*METRICS, "loss")) -> list[str]:
     """The names in `"exact_match, loss"`, each once; arguments and errors as in `check_metrics`."""
     names = list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))

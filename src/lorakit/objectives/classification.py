@@ -52,6 +52,7 @@ class Classification(Objective):
     unit = "row"
     templated = False
     packable = False
+    answers = False
     recommended_for = "classification"
     words: ClassVar[bool] = False
     to_row: ClassVar[Callable[..., LabelledRow]] = staticmethod(tokenize_sequence)

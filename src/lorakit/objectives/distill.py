@@ -61,6 +61,7 @@ class Distill(Objective):
     unit = "answer token"
     row_kinds = ("conversation", "prompt")
     score_names = ("kl", "agreement")
+    lower_is_better = ("kl",)
     row_settings: ClassVar[Sequence[str]] = (
         *("teacher", "system", "lmbda", "seq_kd", "max_new_tokens", "seed"),
     )

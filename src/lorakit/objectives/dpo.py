@@ -8,16 +8,24 @@ Names, defaults and losses are those of TRL's `DPOConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import log, log1p
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lorakit.objectives.objective import Settings
+from lorakit.objectives.objective import EACH, Batch, Settings
+from lorakit.objectives.optimal_transport import aot, aot_unpaired
 from lorakit.objectives.preference import Pairs, PreferencePairs
 
 if TYPE_CHECKING:
     import torch
+
+    from lorakit.objectives.forward import Forward
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+_LARGEST_EXPONENT = 80.0  # as TRL: exp of more is no float32
 
 
 class DpoSettings(Settings):
@@ -27,8 +35,13 @@ class DpoSettings(Settings):
         beta: how strongly the adapter is kept near the reference; tau in the IPO paper.
         loss_type: one of `LOSSES`, or several, whose losses are added (MPO).
         loss_weights: a weight for each of several losses; None is 1 for each.
-        label_smoothing: the share of labels that are taken to be wrong (`robust`), or epsilon
-            (`exo_pair`).
+        label_smoothing: the share of labels that are taken to be wrong (`robust`, `aot`,
+            `aot_unpaired`), or epsilon (`exo_pair`).
+        f_divergence_type: by which f-divergence the adapter is kept near the reference, for losses
+            of the difference of both rewards (`OF_DIFFERENCES`; Wang et al. 2023,
+            arXiv:2309.16240): `reverse_kl` is DPO's own.
+        f_alpha_divergence_coef: alpha of `alpha_divergence`; 1 is the reverse KL.
+        discopop_tau: temperature of `discopop`.
         ld_alpha: what tokens count that are behind the length of the shorter answer, from 0 to 1
             (LD-DPO, Liu et al. 2024, arXiv:2409.06411); None for as much as others.
         precompute_ref_log_probs: compute the reference before the first step (again where a run
@@ -40,6 +53,9 @@ class DpoSettings(Settings):
     loss_weights: list[float] | None = None
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     ld_alpha: float | None = Field(None, ge=0, le=1)
+    f_divergence_type: Divergence = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = Field(0.05, gt=0)
     precompute_ref_log_probs: bool | None = None
 
     @field_validator("loss_type")
@@ -47,7 +63,9 @@ class DpoSettings(Settings):
     def _known(cls, value: str | list[str]) -> str | list[str]:
         given = [value] if isinstance(value, str) else value
         if not given or len(set(given)) < len(given) or set(given) - LOSSES.keys():
-            raise ValueError(f"should be one of {', '.join(LOSSES)}, or a list of some of them")
+            hints = "".join(_FORMER[name] for name in given if name in _FORMER)
+            names = ", ".join(LOSSES)
+            raise ValueError(f"{hints}should be one of {names}, or a list of some of them")
         return value
 
     @property
@@ -61,13 +79,26 @@ class DpoSettings(Settings):
         given = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         if self.loss_weights is not None and len(self.loss_weights) != len(given):
             raise ValueError("loss_weights should have one weight for each of loss_type")
-        if self.label_smoothing and not {"robust", "exo_pair"} & set(given):
+        if self.label_smoothing and not _SMOOTHED & set(given):
             raise ValueError(
-                "label_smoothing has an effect with loss_type robust and exo_pair alone"
+                f"label_smoothing has an effect with loss_type {', '.join(sorted(_SMOOTHED))} alone"
             )
+        if self.f_divergence_type != "reverse_kl" and (others := set(given) - OF_DIFFERENCES):
+            raise ValueError(
+                f"f_divergence_type {self.f_divergence_type} has no meaning with loss_type "
+                f"{', '.join(sorted(others))}: it is for {', '.join(sorted(OF_DIFFERENCES))}"
+            )
+        if self.f_divergence_type != "alpha_divergence":
+            self._only_by_default("f_alpha_divergence_coef", "f_divergence_type=alpha_divergence")
+        if "discopop" not in given:
+            self._only_by_default("discopop_tau", "loss_type discopop")
         if "exo_pair" in given and not self.label_smoothing:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0, such as 0.001")
         return self
+
+    def _only_by_default(self, name: str, needs: str) -> None:
+        if getattr(self, name) != type(self).model_fields[name].default:
+            raise ValueError(f"{name} has an effect with {needs} alone")
 
 
 class Dpo(PreferencePairs):
@@ -75,6 +106,7 @@ class Dpo(PreferencePairs):
 
     name = "dpo"
     Settings = DpoSettings
+    constant_settings = ("ld_alpha",)
     cure_of_falling = (
         "Add the cross-entropy of chosen answers (objective.loss_type=[sigmoid,sft], TRL's former "
         "rpo_alpha), lower training.learning_rate, or raise objective.beta."
@@ -91,6 +123,25 @@ class Dpo(PreferencePairs):
             place = torch.arange(len(tokens), device=tokens.device) - begins
             tokens = torch.where(place < shorter, tokens, alpha * tokens)
         return super().of_answers(tokens, lengths)
+
+    @property
+    def needs_all_batches(self) -> bool:
+        """Whether a loss sorts all pairs of a step."""
+        return not SORTING.isdisjoint(self.settings.losses)
+
+    def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """The log-probabilities of each pair, for losses that sort them."""
+        pairs = super().pairs(forward, batch)
+        return {f"{EACH}policy": pairs.policy, f"{EACH}reference": pairs.reference}
+
+    def pairs(self, forward: Forward, batch: Batch) -> Pairs:
+        """As in `PreferencePairs`, with those of the whole step where they are known."""
+        found = super().pairs(forward, batch)
+        policy, reference = (batch.get(f"step.{EACH}{name}") for name in ("policy", "reference"))
+        if policy is None or reference is None:
+            return found
+        step = Pairs(policy.to(found.policy), reference.to(found.policy), found.lengths)
+        return replace(found, step=step)
 
     def pair_losses(self, pairs: Pairs) -> torch.Tensor:
         """The weighted sum of the losses in `loss_type`."""
@@ -114,37 +165,68 @@ def _margin(log_ratios: torch.Tensor) -> torch.Tensor:
     return log_ratios[:, 0] - log_ratios[:, 1]
 
 
+def _scores(pairs: Pairs, settings: Any) -> torch.Tensor:
+    """f'(t) of the f-divergence at the probability ratios t = exp(r), but for a constant.
+
+    log t for the reverse KL, 1 - 1/t for the forward KL, log(2 t / (1 + t)) for Jensen-Shannon,
+    (t^(alpha - 1) - 1) / (alpha - 1) for alpha (Wang et al. 2023, arXiv:2309.16240, table 1).
+    """
+    r, kind = pairs.log_ratios, settings.f_divergence_type
+    if kind == "forward_kl":
+        return 1 - (-r).exp()
+    if kind == "js_divergence":
+        return log(2) + _logsigmoid(r)
+    power = settings.f_alpha_divergence_coef - 1
+    if kind == "reverse_kl" or abs(power) < 1e-6:
+        return r
+    scores: torch.Tensor = ((power * r).clamp(max=_LARGEST_EXPONENT).exp() - 1) / power
+    return scores
+
+
 def sigmoid(pairs: Pairs, settings: Any) -> torch.Tensor:
     """-log sigmoid(beta (r+ - r-)), equation 7 of the DPO paper."""
-    return -_logsigmoid(settings.beta * _margin(pairs.log_ratios))
+    return -_logsigmoid(settings.beta * _margin(_scores(pairs, settings)))
 
 
 def sigmoid_norm(pairs: Pairs, settings: Any) -> torch.Tensor:
     """As `sigmoid`, with log-ratios per token (Lambert et al. 2024, arXiv:2411.15124)."""
-    return -_logsigmoid(settings.beta * _margin(pairs.log_ratios / pairs.lengths))
+    return -_logsigmoid(settings.beta * _margin(_scores(pairs, settings) / pairs.lengths))
 
 
 def hinge(pairs: Pairs, settings: Any) -> torch.Tensor:
     """max(0, 1 - beta (r+ - r-)) (Zhao et al. 2023, arXiv:2305.10425)."""
-    return (1 - settings.beta * _margin(pairs.log_ratios)).relu()
+    return (1 - settings.beta * _margin(_scores(pairs, settings))).relu()
 
 
 def ipo(pairs: Pairs, settings: Any) -> torch.Tensor:
     """(r+ - r- - 1 / (2 beta))^2 with log-ratios per token (Azar et al. 2023, arXiv:2310.12036)."""
-    return (_margin(pairs.log_ratios / pairs.lengths) - 1 / (2 * settings.beta)).square()
+    margin = _margin(_scores(pairs, settings) / pairs.lengths)
+    return (margin - 1 / (2 * settings.beta)).square()
 
 
 def robust(pairs: Pairs, settings: Any) -> torch.Tensor:
     """Unbiased where a share of the labels is wrong (Chowdhury et al. 2024, arXiv:2403.00409)."""
-    margin, wrong = settings.beta * _margin(pairs.log_ratios), settings.label_smoothing
+    margin = settings.beta * _margin(_scores(pairs, settings))
+    wrong = settings.label_smoothing
     return (wrong * _logsigmoid(-margin) - (1 - wrong) * _logsigmoid(margin)) / (1 - 2 * wrong)
 
 
 def exo_pair(pairs: Pairs, settings: Any) -> torch.Tensor:
     """KL of the policy's preference from the labels' (Ji et al. 2024, arXiv:2402.00856, eq. 16)."""
-    margin, wrong = settings.beta * _margin(pairs.log_ratios), settings.label_smoothing
+    margin = settings.beta * _margin(_scores(pairs, settings))
+    wrong = settings.label_smoothing
     better = margin.sigmoid() * (_logsigmoid(margin) - log1p(-wrong))
     return better + (-margin).sigmoid() * (_logsigmoid(-margin) - log(wrong))
+
+
+def discopop(pairs: Pairs, settings: Any) -> torch.Tensor:
+    """Logistic loss of small margins, exponential loss of large ones, blended by their sigmoid.
+
+    Found by a language model (Lu et al. 2024, arXiv:2406.08414, equation 5).
+    """
+    margin = settings.beta * _margin(_scores(pairs, settings))
+    large = (margin / settings.discopop_tau).sigmoid()
+    return -_logsigmoid(margin) * (1 - large) + (-margin).exp() * large
 
 
 def nca_pair(pairs: Pairs, settings: Any) -> torch.Tensor:
@@ -189,9 +271,24 @@ def sft(pairs: Pairs, settings: Any) -> torch.Tensor:
 LOSSES: dict[str, Callable[[Pairs, Any], torch.Tensor]] = {
     one.__name__: one
     for one in (
-        *(sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair),
-        *(nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, sft),
+        *(sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, discopop),
+        *(nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, aot, aot_unpaired, sft),
     )
 }
-"""TRL's names of the losses of a pair. Missing are `aot` and `aot_unpaired`, which sort a batch, so
-that a step depends on how it is divided, and `discopop`."""
+"""TRL's names of the losses of a pair."""
+
+_PLAIN = (sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, discopop, sft)
+OF_DIFFERENCES = {one.__name__ for one in _PLAIN}
+"""Those for which `f_divergence_type` is defined: what it leaves open is the same for both answers.
+`sft` may stand beside them."""
+
+SORTING = {"aot", "aot_unpaired"}
+"""Those that need all pairs of an optimizer step."""
+
+_SMOOTHED = {"robust", "exo_pair", *SORTING}
+
+_FORMER = {
+    "kto_pair": "kto_pair is objective: kto, which takes pairs too; ",
+    "aot_pair": "aot_pair is aot_unpaired; ",
+}
+"""What TRL's earlier names have become."""

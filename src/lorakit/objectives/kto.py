@@ -27,6 +27,7 @@ from lorakit.objectives.preference import (
     CURE,
     EPOCHS,
     LEARNING_RATES,
+    LOWER_IS_BETTER,
     SAMPLE_TOKENS,
     SCORES,
     both_fall,
@@ -76,8 +77,10 @@ class Kto(Objective):
     Settings = KtoSettings
 
     score_names = (*SCORES, "kl")
+    lower_is_better = (*LOWER_IS_BETTER, "kl")
     sample_tokens = SAMPLE_TOKENS
     reference: str = BASE
+    shares_passes = True
 
     # --- rows to batches --------------------------------------------------------------------
 
@@ -136,6 +139,8 @@ class Kto(Objective):
     def count(self, batch: Batch) -> int:
         """The answers."""
         return len(batch["sequence.desirable"])
+
+    has_constants = True
 
     def computes_constants(self, epochs: float) -> bool:
         """As of `PreferencePairs`."""

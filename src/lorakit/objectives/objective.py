@@ -76,11 +76,24 @@ class Loss:
         return as_tensors({**self.metrics, "total": self.total, "count": self.count})
 
 
+EACH = "each."
+"""Begins the names of values of single rows (n, …), which are put together and not added up."""
+
+
 def added(
     sums: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """`Loss.sums` of a batch and those before it together; `sums` is empty before the first."""
-    return {name: sums[name] + value if sums else value for name, value in more.items()}
+    import torch
+
+    return {
+        name: value
+        if not sums
+        else torch.cat([sums[name], value])
+        if name.startswith(EACH)
+        else sums[name] + value
+        for name, value in more.items()
+    }
 
 
 def as_tensors(sums: Mapping[str, torch.Tensor | int]) -> dict[str, torch.Tensor]:
@@ -193,6 +206,12 @@ class Objective:
         sample_tokens: the most tokens of the answers that a finished run gives to sample rows.
         too_long: what becomes of long rows where the recipe's `data.too_long` does not say.
         row_settings: the settings that rows depend on; in a sweep all configurations share them.
+        constant_settings: the settings that `row_constants` depend on.
+        shares_passes: the loss needs of the adapter in training the losses of a batch's tokens
+            alone, beside `row_constants` and `beforehand`. Batches of several adapters, each with
+            settings of its own, can then share a pass, whose losses a forward is given
+            (`Forward.given`).
+        answers: a model that has learned writes answers, which metrics can score.
         labels: the classes, of a classifier that has read its rows.
         reference: the adapter that the one in training is compared with, `BASE` for the bare base;
             None for no reference. A run that starts from an adapter sets it to the start, where
@@ -214,12 +233,15 @@ class Objective:
     shown_metrics: ClassVar[Sequence[str]] = ()
     too_long: ClassVar[TooLong] = "cut"
     row_settings: ClassVar[Sequence[str]] = ()
+    constant_settings: ClassVar[Sequence[str]] = ()
+    shares_passes: ClassVar[bool] = False
     Settings: ClassVar[type[Settings]] = Settings
 
     head: ClassVar[Sequence[str]] = ()
     score_names: Sequence[str] = ()
     lower_is_better: Sequence[str] = ()
     sample_tokens: ClassVar[int] = 96
+    answers: ClassVar[bool] = True
     labels: Labels | None = None
     reference: str | None = None
     compares_with_start: ClassVar[bool] = True
@@ -257,7 +279,10 @@ class Objective:
                     "in common: sweep without it"
                 )
         other = copy(self)
-        other.settings, other.constants = settings, RowConstants()
+        other.settings = settings
+        names = self.constant_settings
+        if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
+            other.constants = RowConstants()
         return other
 
     @property
@@ -398,6 +423,11 @@ class Objective:
         """
         return collate(rows) | self.constants.of(rows)
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether there are values of rows that training does not change (`row_constants`)."""
+        return False
+
     def computes_constants(self, epochs: float) -> bool:
         """Whether `row_constants` of all rows are computed before the first step.
 
@@ -434,8 +464,9 @@ class Objective:
         """Sums that the loss of a batch needs of all batches that are learned or scored together.
 
         They are added up over the batches of an optimizer step in all processes, or over all
-        held-out rows, and each of these batches gets them as `step.NAME`. There are no gradients
-        and no dropout. By default there are none.
+        held-out rows, and each of these batches gets them as `step.NAME`; where the name begins
+        with `EACH`, they are values of single rows (n, …), of which each batch gets all. There are
+        no gradients and no dropout. By default there are none.
         """
         return {}
 
@@ -463,13 +494,6 @@ class Objective:
     def answered(self, batch: Batch, answers: Sequence[Sequence[int]]) -> Sequence[TokenizedRow]:
         """The rows to learn in place of a batch, by the answers' tokens to what it `asked`."""
         raise NotImplementedError(f"{type(self).__name__} asks for no answers")
-
-    def shares_passes(self, rows: Sequence[TokenizedRow]) -> bool:
-        """Whether the loss is the cross-entropy of the labels alone, each weighing as much.
-
-        Batches of several adapters can then share a pass.
-        """
-        return False
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The loss of a batch; without gradients, of held-out rows.

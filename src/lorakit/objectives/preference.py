@@ -35,6 +35,8 @@ SCORES = (
 """TRL's `rewards/accuracies`, `rewards/margins` and so on. Of equal rewards, as before the first
 step, half count as right, so that chance has an accuracy of 0.5; with TRL it is 0."""
 
+LOWER_IS_BETTER = ("rewards/rejected", "logps/rejected")
+
 SAMPLE_TOKENS = 256
 """Long enough to see whether answers become longer, as they do where data has a length bias."""
 
@@ -57,11 +59,14 @@ class Pairs:
         policy: log-probabilities of the answers under the adapter in training, in nats.
         reference: the same of the reference, without gradients; zeros where there is none.
         lengths: supervised tokens of the answers.
+        step: all pairs of the optimizer step, or all held-out ones, without gradients, for losses
+            that compare a pair with others; None for these pairs alone.
     """
 
     policy: torch.Tensor
     reference: torch.Tensor
     lengths: torch.Tensor
+    step: Pairs | None = None
 
     @property
     def log_ratios(self) -> torch.Tensor:
@@ -77,8 +82,8 @@ class Pairs:
 CURE = "Lower training.learning_rate or raise objective.beta."
 
 FALLEN = 0.05
-"""Answers are said to have become less likely when their log-probability has fallen by more than
-this share of what it was, and by a nat at least."""
+"""The warning's threshold: answers have become less likely where their log-probability has fallen
+by more than this share of its first value, and by at least one nat."""
 
 
 def both_fall(
@@ -148,7 +153,9 @@ class PreferencePairs(Objective):
 
     score_names = SCORES
     sample_tokens = SAMPLE_TOKENS
+    lower_is_better = LOWER_IS_BETTER
     reference: str | None = BASE
+    shares_passes = True
     cure_of_falling: ClassVar[str] = CURE
 
     def __init__(self, **settings: Any) -> None:
@@ -175,12 +182,17 @@ class PreferencePairs(Objective):
         """The pairs."""
         return len(supervised_per_sequence(batch)) // 2
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether there is a reference."""
+        return self.reference is not None
+
     def computes_constants(self, epochs: float) -> bool:
         """Whether the reference's log-probabilities are computed once: as the recipe says, or
         where a row is seen more than once.
         """
         wanted: bool | None = getattr(self.settings, "precompute_ref_log_probs", None)
-        return self.reference is not None and (epochs > 1 if wanted is None else wanted)
+        return self.has_constants and (epochs > 1 if wanted is None else wanted)
 
     def row_constants(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """The reference's log-probabilities."""

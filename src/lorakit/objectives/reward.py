@@ -68,8 +68,10 @@ class Reward(Objective):
     epochs: ClassVar[Sequence[tuple[int, int]]] = ((1_000, 3), (5_000, 2))
     Settings = RewardSettings
     head = HEAD
+    answers = False
 
     score_names = ("accuracy", "margin", "rewards/chosen", "rewards/rejected")
+    lower_is_better = ("rewards/rejected",)
     shown_metrics: ClassVar[Sequence[str]] = ("accuracy", "margin")
 
     # --- rows to batches --------------------------------------------------------------------

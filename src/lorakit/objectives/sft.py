@@ -31,6 +31,7 @@ class Sft(Objective):
 
     name = "sft"
     row_settings: ClassVar[Sequence[str]] = ("learn",)
+    shares_passes = True
 
     class Settings(contract.Settings):
         """Which answers are learned.
@@ -73,10 +74,6 @@ class Sft(Objective):
         return {**batch, _WEIGHTS: token_weights(rows, collate)}
 
     # --- loss -------------------------------------------------------------------------------
-
-    def shares_passes(self, rows: Sequence[TokenizedRow]) -> bool:
-        """Whether no row has weights."""
-        return not any(isinstance(row, WeightedRow) for row in rows)
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The summed negative log-likelihood of the supervised tokens, in nats."""

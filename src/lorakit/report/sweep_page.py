@@ -61,7 +61,7 @@ def _key_figures(table: dict[str, Any]) -> list[tuple[str, str, str]]:
     found = [
         ("Winner", winner["name"], f"of {len(table['configurations'])} configurations"),
         (named, mean, f"{low} to {high} in 95 % of draws"),
-        ("Gain over the base", numbers.figures(gain), f"nats a token, from {base}"),
+        ("Gain over the base", numbers.figures(gain), f"{table['loss_unit']}, from {base}"),
         ("Steps saved", numbers.share(steps["saved"], 1), trained),
     ]
     if ranks and (chosen := ranks["chosen"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +21,7 @@ from lorakit.engine.resident import ResidentModel
 from lorakit.engine.shared_pass import AdapterBatch, passes
 from lorakit.errors import InputError
 from lorakit.lora.model import LoraModel
-from lorakit.lora.routing import Route
+from lorakit.lora.routing import Route, Routing
 from lorakit.lora.saving import save_adapter, write_card
 from lorakit.objectives.objective import TrainingInputs
 from lorakit.sweeps.records import Progress
@@ -57,7 +58,8 @@ def advance_alone(
     try:
         trainer = SweepTrainer(base, configuration, setup, to, interrupt)
         trainer.train_alone()
-        return trainer.finish({} if trainer.diverged else base.losses(setup.model))
+        objective = setup.inputs.objective
+        return trainer.finish(None if trainer.diverged else base.held_out(setup.model, objective))
     finally:
         base.stop_checkpointing()
         setup.model.unload()
@@ -95,9 +97,9 @@ def advance_group(
             for name, own in named.items()
         }
         _train(resident, trainers, pass_size)
-        healthy = [name for name, trainer in trainers.items() if trainer.diverged is None]
-        losses = base.losses_of_each(resident, healthy) if healthy else {}
-        return {named[n].name: trainer.finish(losses.get(n, {})) for n, trainer in trainers.items()}
+        healthy = {n: t.objective for n, t in trainers.items() if t.diverged is None}
+        found = base.held_out_of_each(resident, healthy) if healthy else {}
+        return {named[n].name: trainer.finish(found.get(n)) for n, trainer in trainers.items()}
 
 
 def _train(
@@ -106,6 +108,8 @@ def _train(
     """Trains all up to their targets; where stopping is asked for, each finishes its step."""
     waiting = [trainer for trainer in trainers.values() if not trainer.is_done]
     tokens = None
+    for trainer in waiting:  # of rows that all of them learn from, once
+        trainer.compute_constants(len(waiting))
     if len(waiting) > 1:
         for trainer in waiting:
             enable_checkpointing(trainer.setup.model, trainer.args)
@@ -146,9 +150,10 @@ def _setup(
     base: SweepBase, configuration: Configuration, resident: ResidentModel, adapter: str
 ) -> Setup:
     """A run on an adapter of a shared model, which is ready to begin."""
-    recipe, inputs = configuration.recipe, _without_evaluation(base.inputs)
+    recipe = configuration.recipe
+    inputs = _without_evaluation(base.inputs_for(recipe))
     _require_one_process(recipe)
-    batching, notices = base.batching(recipe)
+    batching, notices = base.batching(recipe, inputs.objective)
     arguments = training_arguments(recipe, held_out=False)
     return Setup(
         recipe=recipe,
@@ -203,6 +208,24 @@ class AdapterView(nn.Module):
                     place = place._modules[parent]  # type: ignore[assignment]
                 place.register_parameter(last, parameter)
 
+    @property
+    def routing(self) -> Routing:
+        """The whole model's: what it computes is decided by the route in force (`in_force`)."""
+        return self.whole.routing
+
+    @property
+    def adapters(self) -> list[str]:
+        """Its one adapter."""
+        return [self.active_adapter]
+
+    def require(self, name: str) -> None:
+        """Raises InputError where the whole model has no such adapter."""
+        self.whole.require(name)
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Within the block every row has this adapter."""
+        return self.routing.using(Route(shared=(self.active_adapter,)))
+
     def get_base_model(self) -> nn.Module:
         """The base model, with all adapters beside its layers."""
         return self.whole.get_base_model()
@@ -213,9 +236,8 @@ class AdapterView(nn.Module):
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, with this adapter for every row."""
-        with self.whole.routing.using(Route(shared=(self.active_adapter,))):
-            return self.whole(*args, **kwargs)
+        """The whole model's, under the route in force."""
+        return self.whole(*args, **kwargs)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any

@@ -1,7 +1,8 @@
 """Which configuration wins, and which are no different: a sweep's table, in `leaderboard.json`.
 
 Configurations are chosen by the selection rows and reported on the report rows. One that was
-stopped is compared with the winner by the loss, at the same share of their runs.
+stopped is compared with the winner at the same share of their runs: by the same score, or by the
+loss where the winner is chosen by answers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lorakit.sweeps.criterion import Criterion
 from lorakit.sweeps.ranks import RankChoice
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.space.sweep_settings import SweepSettings
-from lorakit.sweeps.sweep_base import REPORT, SELECTION, SweepBase
+from lorakit.sweeps.sweep_base import REPORT, SELECTION
 from lorakit.sweeps.sweep_folder import LEADERBOARD_NAME
 from lorakit.version import __version__
 
@@ -32,7 +33,8 @@ class Standing:
 
     Attributes:
         share: of its run, where its values were taken; None where it diverged.
-        selection, report: the criterion's value on these rows; of one that was stopped, the loss.
+        selection, report: the criterion's value on these rows; of one that was stopped the loss,
+            where the criterion is of answers.
         behind: its value less the winner's at the same share, on the report rows; None of the
             winner, and of one that diverged.
     """
@@ -91,15 +93,15 @@ def standings(records: Sequence[Record], criterion: Criterion) -> list[Standing]
         for i, record in enumerate(finished)
     ]
     stopped = [r for r in healthy if not r.finished]
-    stopped.sort(key=lambda r: (-r.last.share, r.last.means[SELECTION]))
-    found += [_stopped(record, winner, criterion.base) for record in stopped]
+    stopped.sort(key=lambda r: (-r.last.share, criterion.cost(r.last)))
+    found += [_stopped(record, winner, criterion) for record in stopped]
     return found + [Standing(r, "diverged") for r in records if r.diverged is not None]
 
 
-def _stopped(record: Record, winner: Record, base: SweepBase) -> Standing:
+def _stopped(record: Record, winner: Record, criterion: Criterion) -> Standing:
     last, other = record.last, winner.at(record.last.share)
-    selection, report = (base.interval(last.losses, split) for split in (SELECTION, REPORT))
-    behind = base.interval(last.losses, REPORT, minus=other.losses) if other else None
+    selection, report = (criterion.at_rung(last, split) for split in (SELECTION, REPORT))
+    behind = criterion.at_rung(last, REPORT, minus=other) if other else None
     return Standing(record, "stopped", last.share, selection, report, behind)
 
 
@@ -108,9 +110,7 @@ def verdict(found: Sequence[Standing], criterion: Criterion) -> str:
     winner, *others = found
     assert winner.report is not None
     rows = criterion.base.splits[REPORT]
-    unit = criterion.base.inputs.objective.unit
-    loss = "nats a token" if unit == "supervised token" else f"per {unit}"
-    what = loss if criterion.name == "loss" else criterion.name
+    what = _unit(criterion) if criterion.name == "loss" else criterion.name
     text = (
         f"{winner.record.name} wins: {winner.report.mean:.4g} {what} "
         f"[{winner.report.low:.4g}, {winner.report.high:.4g}] on {len(rows.rows)} rows that "
@@ -121,6 +121,12 @@ def verdict(found: Sequence[Standing], criterion: Criterion) -> str:
         more = f" and {len(alike) - 4} more" if len(alike) > 4 else ""
         return f"{text} No difference was found to {names}{more}."
     return f"{text} All others are worse by more than chance." if others else text
+
+
+def _unit(criterion: Criterion) -> str:
+    """What the loss is measured in."""
+    unit = criterion.base.inputs.objective.unit
+    return "nats a token" if unit == "supervised token" else f"per {unit}"
 
 
 def _difference_to(other: Standing) -> str:
@@ -144,6 +150,7 @@ def leaderboard(
         "model": base.recipe.model,
         "sweep": settings.model_dump(mode="json"),
         "objective": criterion.name,
+        "loss_unit": _unit(criterion),
         "verdict": verdict(found, criterion),
         "winner": found[0].record.name,
         "rows": {

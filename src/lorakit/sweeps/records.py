@@ -6,11 +6,12 @@ A record is written when a configuration has reached a rung.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, PrivateAttr
 
 from lorakit import atomic
@@ -18,6 +19,9 @@ from lorakit.errors import InputError
 from lorakit.evaluation.bootstrap import mean_loss
 from lorakit.evaluation.held_out import RowLosses
 from lorakit.sweeps.space.configurations import Configuration
+
+Metrics = dict[str, list[Any]]
+"""By name, the metric of each row: a number, or nested lists of them."""
 
 RECORD_NAME = "sweep-progress.json"
 _NEW: dict[str, Any] = {
@@ -36,7 +40,10 @@ class Progress:
 
     Attributes:
         step, planned: optimizer steps done, and those of the whole run.
-        losses: by split, for each held-out row its summed nats and its supervised tokens.
+        losses: by split, for each held-out row its summed nats and its supervised tokens, by the
+            objective of the sweep's recipe.
+        metrics: by split, the metrics of `Loss` of each held-out row, by the same objective.
+        scores: `loss` and scores of all held-out rows, by the configuration's own objective.
         diverged: what was NaN or Inf and at which step, else None.
         train_losses: step and mean nats per supervised token, since the start.
         seconds: its share of the time that training took since the start.
@@ -48,6 +55,8 @@ class Progress:
     diverged: str | None
     train_losses: list[tuple[int, float]]
     seconds: float
+    metrics: Mapping[str, Metrics] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class Rung(BaseModel):
@@ -56,6 +65,13 @@ class Rung(BaseModel):
     share: int | float
     step: int
     losses: dict[str, RowLosses]
+    metrics: dict[str, Metrics] = {}
+
+    def sums(self, split: str) -> dict[str, torch.Tensor]:
+        """Of each row of a split its `Loss.sums`, by name (rows, …)."""
+        totals, counts = zip(*self.losses[split], strict=True)
+        columns = {"total": totals, "count": counts, **self.metrics.get(split, {})}
+        return {name: torch.tensor(c, dtype=torch.float64) for name, c in columns.items()}
 
     @property
     def means(self) -> dict[str, float]:
@@ -76,6 +92,7 @@ class Record(BaseModel):
     seconds: int | float
     rungs: list[Rung]
     train_losses: list[tuple[int, float]]
+    scores: dict[str, float] = {}
     _configuration: Configuration = PrivateAttr()
 
     @property
@@ -112,7 +129,9 @@ class Record(BaseModel):
         for name in ("planned", "step", "diverged", "seconds", "train_losses"):
             setattr(self, name, getattr(progress, name))
         if progress.diverged is None:
-            self.rungs.append(Rung(share=share, step=progress.step, losses=dict(progress.losses)))
+            self.scores = dict(progress.scores)
+            losses, metrics = dict(progress.losses), dict(progress.metrics)
+            self.rungs.append(Rung(share=share, step=progress.step, losses=losses, metrics=metrics))
         atomic.write_file(self.path, json.dumps(self.model_dump(), ensure_ascii=False) + "\n")
 
 
@@ -129,15 +148,6 @@ def read_record(configuration: Configuration) -> Record:
         ) from error
     record._configuration = configuration
     return record
-
-
-def mean_at(records: Sequence[Record], share: float, split: str) -> dict[str, float]:
-    """The mean loss on a split, by name, of those that reached `share`."""
-    return {
-        record.name: rung.means[split]
-        for record in records
-        if record.diverged is None and (rung := record.at(share)) is not None
-    }
 
 
 def _path(configuration: Configuration) -> Path:

@@ -108,6 +108,7 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
             return table
         base = load_base(recipe, settings.selection, seed)
         check_objective(settings.objective, base)
+        criterion = Criterion(settings.objective, base)
 
         def make(draws: Sequence[Changes], taken: Sequence[Configuration]) -> list[Configuration]:
             return configurations(recipe, draws, base.complete, taken)
@@ -121,18 +122,18 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
         for line in _description(base, total, shares):
             say(line)
         held.enter_context(named_failures(folder))
-        notices = _few_prompts(base)
+        notices = [*_few_prompts(base), *_one_yardstick(settings.over, base)]
         for line in notices:
             say(line)
         with _runner(settings, base, say) as runner:
-            search = Search(sampler, make, runner, shares, settings.reduction_factor, say)
+            factor, cost, shown = settings.reduction_factor, criterion.cost, criterion.shown
+            search = Search(sampler, make, runner, shares, factor, say, cost, shown)
             records = search.run()
         finished = [record for record in records if record.finished]
         if not any(record.diverged is None for record in finished):
             raise LorakitError(
                 "every configuration diverged: lower the learning rates, or max_grad_norm"
             )
-        criterion = Criterion(settings.objective, base)
         for record in records:
             for line in publish(record, base):
                 say(line)
@@ -165,6 +166,7 @@ def _check_each(configurations: Sequence[Configuration], base: SweepBase) -> Non
         try:
             training_arguments(configuration.recipe, held_out=False)
             base.trained_parameters(configuration.recipe)
+            base.inputs_for(configuration.recipe)
         except InputError as error:
             raise InputError(f"{configuration.name}: {error}") from error
 
@@ -180,6 +182,20 @@ def _description(base: SweepBase, total: int, shares: Sequence[float]) -> Iterab
     if len(shares) > 1:
         listed = ", ".join(f"{share:.0%}" for share in shares[:-1])
         yield f"losers are stopped after {listed} of their steps"
+
+
+def _one_yardstick(over: Iterable[str], base: SweepBase) -> list[str]:
+    """A notice where settings of the objective are swept, and so what the loss is."""
+    if not any(key.partition(".")[0] == "objective" for key in over):
+        return []
+    settings = base.inputs.objective.settings
+    swept = [key.partition(".")[2] for key in over if key.startswith("objective.")]
+    own = ", ".join(f"{name}={getattr(settings, name)}" for name in swept)
+    return [
+        "losses and scores of all configurations are taken with the objective of the recipe"
+        f"{f' ({own})' if own else ''}, so that they can be compared; the record of each has those "
+        "of its own"
+    ]
 
 
 def _few_prompts(base: SweepBase) -> list[str]:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lorakit.progress import task
-from lorakit.sweeps.records import Progress, Record, mean_at, read_record
+from lorakit.sweeps.records import Progress, Record, Rung, read_record
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.space.samplers import Changes, Outcome, Sampler
-from lorakit.sweeps.sweep_base import SELECTION
 
 Make = Callable[[Sequence[Changes], Sequence[Configuration]], list[Configuration]]
 """Makes configurations of draws, beside those that there are."""
@@ -40,6 +39,8 @@ class Search:
     Args:
         shares: the rungs, as shares of a whole run; the last one is 1.
         reduction_factor: one in this many is promoted at each rung.
+        cost: what configurations are compared by at a rung; smaller is better.
+        shown: a cost in words.
     """
 
     sampler: Sampler
@@ -48,6 +49,8 @@ class Search:
     shares: Sequence[float]
     reduction_factor: int
     say: Callable[[str], None]
+    cost: Callable[[Rung], float]
+    shown: Callable[[float], str]
 
     def run(self) -> list[Record]:
         """The records of all configurations, in the order in which they were drawn."""
@@ -61,7 +64,7 @@ class Search:
         return records
 
     def _next_draws(self, records: Sequence[Record]) -> list[Changes]:
-        known = [Outcome(r.changes, r.last.means[SELECTION]) for r in records if r.diverged is None]
+        known = [Outcome(r.changes, self.cost(r.last)) for r in records if r.diverged is None]
         return self.sampler.draw([r.changes for r in records], known)
 
     def _climb(self, entrants: Sequence[Record], records: Sequence[Record], start: int = 0) -> None:
@@ -71,15 +74,23 @@ class Search:
             entrants = [record for record in entrants if record.diverged is None]
             if share == 1 or not entrants:
                 return
-            losses = mean_at(records, share, SELECTION)
+            costs = self._costs(records, share)
             names = [record.name for record in entrants]
-            chosen = promoted(losses, names, self.reduction_factor)
-            best = min(names, key=losses.__getitem__)
+            chosen = promoted(costs, names, self.reduction_factor)
+            best = min(names, key=costs.__getitem__)
             self.say(
                 f"after {share:.0%} of the steps {len(chosen)} of {len(entrants)} continue; "
-                f"the best is {best} with a loss of {losses[best]:.4f}"
+                f"the best is {best} with {self.shown(costs[best])}"
             )
             entrants = [r for r in entrants if r.name in chosen]
+
+    def _costs(self, records: Sequence[Record], share: float) -> dict[str, float]:
+        """By name, the cost of those that reached `share`."""
+        return {
+            record.name: self.cost(rung)
+            for record in records
+            if record.diverged is None and (rung := record.at(share)) is not None
+        }
 
     def _train(self, records: Sequence[Record], share: float) -> None:
         waiting = [record for record in records if record.diverged is None]
@@ -101,8 +112,8 @@ class Search:
             if not left:
                 return
             furthest = max(record.last.share for record in left)
-            losses = mean_at(left, furthest, SELECTION)
-            best = min(losses, key=losses.__getitem__)
+            costs = self._costs(left, furthest)
+            best = min(costs, key=costs.__getitem__)
             self.say(f"{best} continues instead of those that were dropped")
             entrants = [record for record in left if record.name == best]
             self._climb(entrants, entrants, self.shares.index(furthest) + 1)
@@ -121,14 +132,14 @@ def rungs(configurations: int, reduction_factor: int) -> list[float]:
 
 
 def promoted(
-    losses: Mapping[str, float], candidates: Sequence[str], reduction_factor: int
+    costs: Mapping[str, float], candidates: Sequence[str], reduction_factor: int
 ) -> list[str]:
     """Those of `candidates` that continue, in their order.
 
     Args:
-        losses: at this rung, of all that ever reached it and did not diverge, by name.
-        candidates: those of this round that are in `losses`.
+        costs: at this rung, of all that ever reached it and did not diverge, by name.
+        candidates: those of this round that are in `costs`.
     """
-    ranked = sorted(losses, key=losses.__getitem__)  # stable: the earlier one wins a tie
+    ranked = sorted(costs, key=costs.__getitem__)  # stable: the earlier one wins a tie
     best = set(ranked[: max(1, round(len(ranked) / reduction_factor))])
     return [name for name in candidates if name in best]

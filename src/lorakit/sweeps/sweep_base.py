@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ from lorakit.engine.resident import ResidentModel
 from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import InputError
 from lorakit.evaluation.bootstrap import Interval, loss_interval
-from lorakit.evaluation.held_out import RowLosses, batch_losses, row_losses
+from lorakit.evaluation.held_out import (
+    Judge,
+    RowLosses,
+    Sums,
+    batch_losses,
+    know_constants,
+    row_sums,
+    sums_beforehand,
+)
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
+from lorakit.lora.routing import Route
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.models.loss import SupervisedLoss
-from lorakit.objectives.objective import TrainingInputs
+from lorakit.objectives.objective import Objective, TrainingInputs, added, with_sums
 from lorakit.progress import task
 from lorakit.sweeps.space.configurations import changed
 from lorakit.training.advice import advised
@@ -47,6 +57,39 @@ FEWEST = 8  # held-out prompts of a split: a bootstrap of fewer says nothing
 
 SplitLosses = dict[str, RowLosses]
 """By split, the losses of its rows."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the held-out rows gave with one adapter.
+
+    Args:
+        sums: by split, of each row its `Loss.sums`, by the objective of the sweep's recipe.
+        scores: `loss` and scores of all rows, by the configuration's own settings.
+    """
+
+    sums: dict[str, list[Sums]]
+    scores: dict[str, float]
+
+    @property
+    def losses(self) -> SplitLosses:
+        """By split, the losses of its rows."""
+        return {
+            split: [(float(row["total"]), int(row["count"])) for row in rows]
+            for split, rows in self.sums.items()
+        }
+
+    @property
+    def metrics(self) -> dict[str, dict[str, list[Any]]]:
+        """By split and name, the metric of each row beside its loss, as plain numbers."""
+        return {
+            split: {
+                name: [row[name].tolist() for row in rows]
+                for name in rows[0]
+                if name not in ("total", "count")
+            }
+            for split, rows in self.sums.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -102,8 +145,7 @@ class SweepBase:
     def shares_passes(self) -> bool:
         """Whether configurations of this task can share a pass."""
         inputs = self.inputs
-        plain = inputs.objective.shares_passes(inputs.data.train)
-        return plain and not (inputs.start or inputs.own_tokenizer)
+        return inputs.objective.shares_passes and not (inputs.start or inputs.own_tokenizer)
 
     def complete(self, recipe: Recipe) -> Recipe:
         """`recipe` with what it leaves open filled in, and the rows of the sweep held out."""
@@ -126,11 +168,17 @@ class SweepBase:
             return inputs
         return replace(inputs, objective=inputs.objective.with_settings(settings))
 
-    def batching(self, recipe: Recipe) -> tuple[Batching, list[str]]:
-        """How rows become batches, with a notice where that is not as the recipe has it."""
+    def batching(
+        self, recipe: Recipe, objective: Objective | None = None
+    ) -> tuple[Batching, list[str]]:
+        """How rows become batches, with a notice where that is not as the recipe has it.
+
+        Args:
+            objective: whose tensors are added to those of the rows; None for the sweep's.
+        """
         inputs = self.inputs
         batching, notices = choose_batching(recipe, self._lines, self.pad_token_id, inputs.collator)
-        return replace(batching, to_batch=inputs.objective.to_batch), notices
+        return replace(batching, to_batch=(objective or inputs.objective).to_batch), notices
 
     def steps(self, recipe: Recipe, args: TrainingArguments) -> int:
         """The optimizer steps of a run of `recipe`."""
@@ -185,14 +233,26 @@ class SweepBase:
     # --- held-out rows ----------------------------------------------------------------------
 
     @cached_property
+    def bare(self) -> HeldOut:
+        """What the held-out rows give without an adapter."""
+        with self._without_adapter() as model:
+            return self.held_out(model)
+
+    @property
     def bare_losses(self) -> SplitLosses:
         """The losses of the held-out rows without an adapter."""
+        return self.bare.losses
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[nn.Module]:
+        """The base without an adapter, beside a teacher where there is one."""
         if self.inputs.teacher is None:
-            return self.losses(self.inputs.model)
+            yield self.inputs.model
+            return
         model = LoraModel(self.inputs.model, None)
         load_beside(model, self.inputs.objective, None)
         try:
-            return self.losses(model)
+            yield model
         finally:
             model.unload()
 
@@ -205,53 +265,146 @@ class SweepBase:
 
     def losses(self, model: nn.Module) -> SplitLosses:
         """The losses of the held-out rows, with the adapters that are active in `model`."""
-        if not self.shares_passes:
-            return {name: self._one_by_one(model, part.rows) for name, part in self.splits.items()}
-        loss = SupervisedLoss(model)
-        [found] = self._in_batches(model, lambda batch: [loss.of_tokens(model, batch)], 1)
-        return found
+        return self.held_out(model).losses
 
-    def losses_of_each(
-        self, resident: ResidentModel, names: Sequence[str]
-    ) -> dict[str, SplitLosses]:
-        """The losses of the held-out rows with each of these adapters.
+    def held_out(self, model: nn.Module, own: Objective | None = None) -> HeldOut:
+        """Losses and scores of the held-out rows, with the adapters that are active in `model`.
+
+        Args:
+            own: the objective of a configuration; None for the sweep's.
+        """
+        objectives = self._objectives(own)
+        if not self.shares_passes:
+            return self._put_together([self._one_by_one(model, one) for one in objectives], own)
+        loss = SupervisedLoss(model)
+        judges = [self._judge(one, model) for one in objectives]
+        return self._put_together(
+            self._judged(model, lambda b: [loss.of_tokens(model, b)] * len(judges), judges), own
+        )
+
+    def held_out_of_each(
+        self, resident: ResidentModel, own: Mapping[str, Objective]
+    ) -> dict[str, HeldOut]:
+        """The same with each of these adapters, by the name of which there is its objective.
 
         As many of them share a pass as fit into `AT_ONCE` tokens.
         """
+        names, judges = list(own), []
+        for name, objective in own.items():
+            with resident.model.routing.using(Route(shared=(name,))):
+                judges.append([self._judge(o, resident.model) for o in self._objectives(objective)])
 
         def token_losses(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
             several = max(1, AT_ONCE // batch["input_ids"].numel())
-            return [
+            found = [
                 losses
                 for at in range(0, len(names), several)
                 for losses in resident.token_losses(
                     [AdapterBatch(name, batch) for name in names[at : at + several]]
                 )
             ]
+            return [losses for i, losses in enumerate(found) for _ in judges[i]]
 
-        found = self._in_batches(resident.model, token_losses, len(names))
-        return dict(zip(names, found, strict=True))
+        flat = [judge for several in judges for judge in several]
+        found = iter(self._judged(resident.model, token_losses, flat))
+        return {
+            name: self._put_together([*islice(found, len(judges[i]))], own[name])
+            for i, name in enumerate(names)
+        }
 
-    def _in_batches(self, model: nn.Module, token_losses: Any, several: int) -> list[SplitLosses]:
-        batching, _ = self.batching(self.recipe)
-        collate = batching.collator(learning=False)
-        found: list[SplitLosses] = [{} for _ in range(several)]
-        for split, part in self.splits.items():
-            batches = batching.held_out_batches(part.rows)
-            by_name = row_losses(model, part.rows, batches, collate, token_losses, several)
-            for own, losses in zip(found, by_name, strict=True):
-                own[split] = losses
+    def bare_scores(self, own: Objective) -> dict[str, float]:
+        """Loss and scores of all held-out rows without an adapter, by these settings."""
+        if self._objectives(own) == [self.inputs.objective]:
+            return self.bare.scores
+        if not self.shares_passes:
+            with self._without_adapter() as model:
+                return self.held_out(model, own).scores
+        judge, tokens = self._judge(own, self.inputs.model), self._bare_tokens
+        sums: Sums = {}
+        with torch.no_grad():
+            for row in self._rows:
+                sums = added(sums, judge(row, tokens[id(row)]))
+        return own.held_out(sums)
+
+    @cached_property
+    def _bare_tokens(self) -> dict[int, torch.Tensor]:
+        """The losses of the supervised tokens of each held-out row, by the row's id."""
+        found: dict[int, torch.Tensor] = {}
+        model = self.inputs.model
+        loss = SupervisedLoss(model)
+
+        def keep(row: TokenizedRow, losses: torch.Tensor) -> Sums:
+            found[id(row)] = losses
+            return {}
+
+        self._judged(model, lambda batch: [loss.of_tokens(model, batch)], [keep])
         return found
 
-    def _one_by_one(self, model: nn.Module, rows: Sequence[TokenizedRow]) -> RowLosses:
+    @cached_property
+    def _rows(self) -> list[TokenizedRow]:
+        return [row for part in self.splits.values() for row in part.rows]
+
+    def _objectives(self, own: Objective | None) -> list[Objective]:
+        """The sweep's objective, which all are compared by, and one with other settings."""
+        common = self.inputs.objective
+        other = own is not None and own.settings != common.settings
+        return [common, own] if other and own is not None else [common]
+
+    def _judged(
+        self,
+        model: nn.Module,
+        token_losses: Callable[[dict[str, torch.Tensor]], list[torch.Tensor]],
+        judges: Sequence[Judge],
+    ) -> list[list[Sums]]:
+        """What each of `judges` makes of each held-out row; see `evaluation.held_out.row_sums`."""
+        batching, _ = self.batching(self.recipe)
+        collate, rows = batching.collator(learning=False), self._rows
+        batches = [
+            [begin + i for i in batch]
+            for begin, part in zip(self._begins, self.splits.values(), strict=True)
+            for batch in batching.held_out_batches(part.rows)
+        ]
+        return row_sums(model, rows, batches, collate, token_losses, judges)
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """Where the rows of each split begin in those of all."""
+        return [*accumulate((len(part.rows) for part in self.splits.values()), initial=0)][:-1]
+
+    def _judge(self, objective: Objective, model: nn.Module) -> Judge:
+        """How a row is judged by the losses of its tokens under the adapter in force."""
+        batching, _ = self.batching(self.recipe, objective)
+        rows, collate = self._rows, batching.collator(learning=False)
+        batches = batching.held_out_batches(rows)
+        know_constants(objective, model, rows, batches, collate)
+        before = sums_beforehand(objective, model, rows, batches, collate)
+        forward = objective.forward(model)
+        of_base = forward.is_base
+
+        def judge(row: TokenizedRow, losses: torch.Tensor) -> Sums:
+            batch = with_sums(collate([row]), before)
+            return objective.loss(forward.given(batch, losses, of_base), batch).sums()
+
+        return judge
+
+    def _one_by_one(self, model: nn.Module, objective: Objective) -> list[Sums]:
         """Losses of other tasks are sums over a batch, so that each row is one."""
-        collate = self.batching(self.recipe)[0].collator(learning=False)
+        collate = self.batching(self.recipe, objective)[0].collator(learning=False)
+        rows = self._rows
         each = [[i] for i in range(len(rows))]
         with task("evaluating rows", len(rows)):
-            return [
-                (float(loss.total), int(loss.count))
-                for _, loss in batch_losses(self.inputs.objective, model, rows, each, collate)
-            ]
+            found = batch_losses(objective, model, rows, each, collate)
+            return [loss.sums() for _, loss in found]
+
+    def _put_together(self, found: list[list[Sums]], own: Objective | None) -> HeldOut:
+        """Of the rows' sums by each of `_objectives(own)`."""
+        objective = own or self.inputs.objective
+        whole: Sums = {}
+        for sums in found[-1]:
+            whole = added(whole, sums)
+        rows = iter(found[0])
+        by_split = {name: [*islice(rows, len(part.rows))] for name, part in self.splits.items()}
+        return HeldOut(by_split, objective.held_out(whole))
 
 
 def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:

@@ -148,7 +148,8 @@ def check_disk(
 def publish(record: Record, base: SweepBase) -> list[str]:
     """Makes the folder of a configuration one that `chat`, `eval` and `merge` take.
 
-    One that has diverged leaves no adapter. Losses in its record are those of all held-out rows.
+    One that has diverged leaves no adapter. Loss and scores in its record are those of all held-out
+    rows by its own objective, as `lorakit train` has them.
 
     Returns: the warnings of its training, a line each.
     """
@@ -165,6 +166,9 @@ def publish(record: Record, base: SweepBase) -> list[str]:
                 atomic.write_file(folder / name, (checkpoint / name).read_bytes())
     counts = read_counts(checkpoint)
     inputs, start = base.inputs, base.inputs.start
+    objective = base.inputs_for(recipe).objective
+    after, before = dict(record.scores), dict(base.bare_scores(objective))
+    after.setdefault("loss", mean_loss(*record.last.losses.values()))
     warnings = [x for x in StepLines(folder / METRICS_NAME).read() if "warning" in x]
     _write_curves(folder, record)
     if inputs.own_tokenizer:
@@ -189,8 +193,10 @@ def publish(record: Record, base: SweepBase) -> list[str]:
             supervised_tokens=counts.supervised_tokens,
             tokens_per_second=round(counts.train_tokens / max(counts.seconds, 1e-9), 1),
             peak_memory_mb=peak_memory_mb(),
-            eval_loss=mean_loss(*record.last.losses.values()),
-            base_eval_loss=mean_loss(*base.bare_losses.values()),
+            eval_loss=after.pop("loss"),
+            base_eval_loss=before.pop("loss"),
+            eval_scores=after or None,
+            base_eval_scores=before or None,
             parent=start.record if start else None,
             stands_on=list(start.frozen) if start else [],
             teacher=inputs.teacher,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import LorakitError
 from lorakit.lora.streams import Stream
+from lorakit.objectives.objective import Batch
 from lorakit.progress import innermost
 from lorakit.sweeps.records import Progress
 from lorakit.sweeps.space.configurations import Configuration
-from lorakit.sweeps.sweep_base import SplitLosses, SweepBase
+from lorakit.sweeps.sweep_base import HeldOut, SweepBase
 from lorakit.training.batching import BatchDataset
 from lorakit.training.checkpoints import newest_whole, step_of
 from lorakit.training.differences import run_identity
@@ -147,9 +150,10 @@ class SweepTrainer(LoraTrainer):
         except DivergedError as error:
             self.diverged = str(error)
 
-    def finish(self, losses: SplitLosses) -> Progress:
-        """How far it has come, with its held-out losses; the adapter of a whole run is written."""
+    def finish(self, found: HeldOut | None) -> Progress:
+        """How far it has come, with what held-out rows gave; a whole run's adapter is written."""
         state = self.state
+        losses = found.losses if found else {}
         for split, rows in losses.items():
             if self.diverged is None and not all(math.isfinite(nats) for nats, _ in rows):
                 where = f"at step {state.global_step}"
@@ -158,14 +162,17 @@ class SweepTrainer(LoraTrainer):
             self.save_adapter(self.folder)
             if self.start is not None:
                 list(warn_of_unchanged(self.start, self.model, state.global_step, self.lines))
-        return Progress(
+        progress = Progress(
             step=state.global_step,
             planned=self.planned,
-            losses={} if self.diverged else losses,
+            losses={},
             diverged=self.diverged,
             train_losses=[(e["step"], e["loss"]) for e in state.log_history if "loss" in e],
             seconds=self.counts.seconds,
         )
+        if self.diverged or found is None:
+            return progress
+        return replace(progress, losses=losses, metrics=found.metrics, scores=found.scores)
 
     def _taken_up(self) -> bool:
         """Whether there is nothing to train; then the state is that of the checkpoint."""
@@ -188,13 +195,33 @@ class SweepTrainer(LoraTrainer):
         """The next batch; None where it has come as far as it goes."""
         if self._step is None:
             return None
+        batch = self._step.batches[len(self._losses)]
         return AdapterBatch(
             self.setup.model.active_adapter,
-            self._step.batches[len(self._losses)],
+            batch,
             self._step.divisor,
             self.stream,
             self.args.label_smoothing_factor,
+            partial(self._loss_of, batch),
         )
+
+    def _loss_of(
+        self, batch: Batch, token_losses: torch.Tensor, *, trial: bool = False
+    ) -> torch.Tensor:
+        """The summed loss of a batch by the configuration's own settings.
+
+        Args:
+            token_losses: of its supervised tokens (n,), out of a pass with other adapters' rows.
+        """
+        loss = self.objective.loss(self.forward.given(batch, token_losses), batch)
+        if not trial:
+            self.take_metrics(loss)
+        return loss.total
+
+    def _measured(self, *args: Any) -> dict[str, torch.Tensor]:
+        in_force = getattr(self.setup.model, "in_force", nullcontext)  # an `AdapterView`'s
+        with in_force():
+            return super()._measured(*args)
 
     def take(self, loss: torch.Tensor, seconds: float) -> None:
         """The gradients of the next batch are there: steps, if it was the last one of a step.
@@ -225,7 +252,8 @@ class SweepTrainer(LoraTrainer):
         largest = max(batches, key=lambda batch: sum(len(rows[i]) for i in batch))
         batch = self._prepare_inputs(BatchDataset(rows, batching, learning=True)[largest])
         supervised = max(1, sum(rows[i].supervised for i in largest))
-        return AdapterBatch(self.setup.model.active_adapter, batch, supervised)
+        loss = partial(self._loss_of, batch, trial=True)
+        return AdapterBatch(self.setup.model.active_adapter, batch, supervised, loss=loss)
 
     def _optimizer_steps(self) -> Iterator[_OptimizerStep]:
         """The steps from the checkpoint on, in Trainer's order and with its callbacks.

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.errors import InputError, did_you_mean, first_line
+from lorakit.evaluation.metrics import score_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -191,7 +192,7 @@ def _of_evaluation(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[st
 
 def greater_is_better(recipe: RecipeSettings, metric: str) -> bool:
     """Whether more of a metric of `training.metric_for_best_model` is better."""
-    name = metric.removeprefix("eval_")
+    name = score_name(metric)
     return not name.endswith("loss") and name not in recipe.make_objective().lower_is_better
 
 
@@ -252,10 +253,11 @@ def check_metric(args: TrainingArguments, known: Collection[str]) -> None:
         known: what an evaluation gives.
     """
     metric = args.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in known:
+    if metric is not None and score_name(metric) not in known:
+        near = did_you_mean(score_name(metric), known)
         raise InputError(
-            f"training.metric_for_best_model: an evaluation of this run gives no '{metric}'; it "
-            f"gives {', '.join(known)}"
+            f"training.metric_for_best_model: an evaluation of this run gives no '{metric}'{near}; "
+            f"it gives {', '.join(known)}"
         )
 
 

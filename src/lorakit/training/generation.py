@@ -72,6 +72,20 @@ class HeldOutAnswers:
         return {name: METRICS[name](in_order, self.wanted) for name in self.names}
 
 
+def by_prompt(objective: Objective, samples: Sequence[Any]) -> list[list[Sample]]:
+    """The samples of each prompt that a model can be asked, with answers to compare with.
+
+    Answers that are judged undesirable are no references; of a pair it is the chosen one.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for sample in objective.prompts(samples):
+        undesirable = isinstance(sample, JudgedSample) and not sample.desirable
+        # The chosen conversation of a pair may have further turns behind its first answer.
+        if not undesirable and sample.learned[-1:] == [len(sample.prompt)]:
+            groups.setdefault(sample.prompt_key, []).append(sample)
+    return [*groups.values()]
+
+
 def held_out_answers(
     settings: GenerateSettings,
     objective: Objective,
@@ -81,18 +95,10 @@ def held_out_answers(
 ) -> HeldOutAnswers:
     """The first `settings.rows` prompts of held-out `samples`, each with all its answers.
 
-    Answers that are judged undesirable are no references; of a pair it is the chosen one.
-
     Raises:
         InputError: the objective writes no answers, or no row has a prompt and a reference.
     """
-    groups: dict[str, list[Sample]] = {}
-    for sample in objective.prompts(samples):
-        undesirable = isinstance(sample, JudgedSample) and not sample.desirable
-        # The chosen conversation of a pair may have further turns behind its first answer.
-        if not undesirable and sample.learned[-1:] == [len(sample.prompt)]:
-            groups.setdefault(sample.prompt_key, []).append(sample)
-    chosen = [*groups.values()][: settings.rows]
+    chosen = by_prompt(objective, samples)[: settings.rows]
     if not chosen:
         raise InputError(
             f"eval.generate: no held-out row has a prompt and an answer to compare with (objective "

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 _LARGEST = 2**31 - 1
 
+_SHORT_FORMS = {"objective": "type", "adapter": "path"}
+"""Sections that may be one value, and the key that it stands for."""
+
 
 def _of_one_line(text: str) -> str:
     if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in text):
@@ -254,12 +257,13 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
-        usual = self.make_objective().too_long
+        objective = self.make_objective()
+        usual = objective.too_long
         if "too_long" not in self.data.model_fields_set and usual != self.data.too_long:
             self.data = self.data.model_copy(update={"too_long": usual})
         continued = self.adapter is not None and self.adapter.mode == "continue"
         if self.objective is not None:
-            wanted = make_objective(self.objective).task_type
+            wanted = objective.task_type
             given = self.lora.get("task_type") or wanted
             if given != wanted:
                 cure = "leave one of them out"
@@ -429,6 +433,8 @@ def _apply(values: dict[str, Any], override: str | tuple[str, Any]) -> None:
     place = values
     for section in sections:
         inner = place.setdefault(section, {})
+        if isinstance(inner, str) and place is values and section in _SHORT_FORMS:
+            inner = place[section] = {_SHORT_FORMS[section]: inner}
         if not isinstance(inner, dict):
             raise InputError(f"{key}: '{section}' is a value, it has no keys below it")
         place = inner

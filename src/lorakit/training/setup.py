@@ -20,6 +20,7 @@ from lorakit.data.dataset import PreparedData
 from lorakit.data.template_clock import Rendering
 from lorakit.engine.sampler import sampled_answers
 from lorakit.errors import InputError
+from lorakit.evaluation.metrics import score_name
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.init_from_data import start_from_data
@@ -368,8 +369,10 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         values |= {"save_strategy": values["eval_strategy"], "save_steps": every}
     if values.get("load_best_model_at_end") or values["save_strategy"] == "best":
         values.setdefault("metric_for_best_model", "loss")
-    if (metric := values.get("metric_for_best_model")) and values.get("greater_is_better") is None:
-        values["greater_is_better"] = greater_is_better(recipe, metric)
+    if metric := values.get("metric_for_best_model"):
+        values["metric_for_best_model"] = score_name(metric)
+        if values.get("greater_is_better") is None:
+            values["greater_is_better"] = greater_is_better(recipe, metric)
     if values.get("deepspeed") and not find_spec("deepspeed"):
         raise InputError("training.deepspeed needs DeepSpeed: pip install deepspeed")
     try:

@@ -38,7 +38,7 @@ from lorakit.lora.model import LoraModel
 from lorakit.lora.vocabulary import split_frozen, trains_new_rows
 from lorakit.models.template_files import Templates, write_templates
 from lorakit.objectives.forward import Forward
-from lorakit.objectives.objective import Batch, Objective, added, as_tensors, with_sums
+from lorakit.objectives.objective import EACH, Batch, Loss, Objective, added, as_tensors, with_sums
 from lorakit.progress import track
 from lorakit.training.batching import (
     BatchDataset,
@@ -177,16 +177,26 @@ class LoraTrainer(Trainer):
         What an optimiser averages for evaluation is then in the weights.
         """
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        batches = len(self.sampler)
-        epochs = planned_steps(self.args, batches) / steps_per_epoch(self.args, batches)
-        if self.objective.computes_constants(epochs) and not self.is_spread:
-            # Rows of a stream are read once, so that nothing would be saved.
-            learned = None if self.streams else self.train_dataset
-            for dataset in filter(None, (learned, self.eval_dataset)):
-                self._compute_constants(dataset.rows)
+        self.compute_constants()
         found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._averaged()
         return found
+
+    def compute_constants(self, runs: int = 1) -> None:
+        """What training does not change of the rows, where that is computed before it begins.
+
+        Args:
+            runs: how many runs learn from these rows and have it in common.
+        """
+        batches = len(self.sampler)
+        epochs = planned_steps(self.args, batches) / steps_per_epoch(self.args, batches)
+        if not self.objective.computes_constants(epochs * runs) or self.is_spread:
+            return
+        # Rows of a stream are read once, so that nothing would be saved.
+        learned = None if self.streams else self.train_dataset
+        for dataset in filter(None, (learned, self.eval_dataset)):
+            if not self.objective.constants.of(dataset.rows):
+                self._compute_constants(dataset.rows)
 
     def _averaged(self) -> None:
         """Lets an optimiser that has other weights to evaluate (schedule-free) put them in place.
@@ -232,11 +242,15 @@ class LoraTrainer(Trainer):
         with self.noise.on(inputs):
             forward = self.forward.calling(model, self.args.label_smoothing_factor)
             loss = self.objective.loss(forward, inputs)
-        if loss.metrics and self.model.training:
-            self._metrics = added(self._metrics, loss.sums())
+        self.take_metrics(loss)
         whole = loss.count if num_items_in_batch is None else num_items_in_batch
         # DDP averages gradients over ranks; the sum is wanted.
         return loss.total * self.accelerator.num_processes / whole
+
+    def take_metrics(self, loss: Loss) -> None:
+        """Adds the metrics of a batch that is learned to those that are logged next."""
+        if loss.metrics and self.model.training:
+            self._metrics = added(self._metrics, loss.sums())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the objective's metrics since the last time beside the loss."""
@@ -278,7 +292,10 @@ class LoraTrainer(Trainer):
             batch = self._prepare_inputs(self.eval_dataset[batches[mine % len(batches)]])
             found = self._measured(measure, [batch])
             if mine >= len(batches):
-                found = {name: torch.zeros_like(value) for name, value in found.items()}
+                found = {
+                    name: value[:0] if name.startswith(EACH) else torch.zeros_like(value)
+                    for name, value in found.items()
+                }
             sums = added(sums, found)
         return self._over_processes(sums)
 
@@ -327,9 +344,14 @@ class LoraTrainer(Trainer):
         """These sums, added up over the processes of the run; on the CPU."""
         if self.args.world_size == 1 or not sums:
             return sums
-        own = {name: value.to(self.args.device) for name, value in sums.items()}
+        own = {k: v.to(self.args.device) for k, v in sums.items() if not k.startswith(EACH)}
         found: dict[str, torch.Tensor] = self.accelerator.reduce(own, "sum")
-        return {name: value.cpu() for name, value in found.items()}
+        together = {
+            name: torch.cat(gather_object([value]))
+            for name, value in sums.items()
+            if name.startswith(EACH)
+        }
+        return {name: value.cpu() for name, value in found.items()} | together
 
     def evaluate(
         self,

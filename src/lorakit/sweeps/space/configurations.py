@@ -88,6 +88,8 @@ def check_keys(recipe: Recipe, keys: Sequence[str]) -> None:
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """`recipe` with other values; what it leaves open stays open."""
     values = recipe.model_dump(mode="json", exclude_unset=True)
+    if any(key.startswith("objective.") for key in changes):
+        values["objective"] = recipe.make_objective().to_dict()
     try:
         return load_recipe(values, changes.items())
     except InputError as error:
@@ -115,6 +117,11 @@ def configurations(
     found = []
     for changes in draws:
         full = complete(changed(recipe, changes))
+        if full.make_objective().name != recipe.make_objective().name:
+            raise InputError(
+                f"--over {_listed(changes)}: all configurations of a sweep have one objective; "
+                "sweep its settings (objective.beta=…), or each objective by itself"
+            )
         own = _identity(full)
         if own in seen:
             raise InputError(

@@ -10,10 +10,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lorakit.errors import InputError, did_you_mean
-from lorakit.evaluation.metrics import METRICS
+from lorakit.evaluation.metrics import METRICS, score_name
+from lorakit.objectives.objective import Objective
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recipe_errors import in_one_line
 from lorakit.training.yaml_file import parse_yaml, read_yaml
@@ -66,7 +74,8 @@ class SweepSettings(BaseModel):
         trials: configurations that are drawn; the grid has its own number.
         prune: whether losers are stopped early.
         reduction_factor: at each rung one in this many is promoted.
-        objective: what the best is chosen by: `loss`, or a metric of `lorakit eval`.
+        objective: what the best is chosen by: `loss`, a held-out score of what is learned
+            (`accuracy`, `margin`, …), or a metric of `lorakit eval`.
         selection: the share of the held-out rows that choosing sees; the others are reported on.
         seed: of draws and of the split of held-out rows; None for the recipe's.
         engine: `together` trains groups in shared batches, `solo` one after the other, `ray` groups
@@ -81,7 +90,7 @@ class SweepSettings(BaseModel):
     trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
     prune: bool = True
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
-    objective: str = "loss"
+    objective: Annotated[str, AfterValidator(score_name)] = "loss"
     selection: Annotated[float, Field(gt=0, lt=1)] = 0.5
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     engine: Engine = "together"
@@ -89,10 +98,11 @@ class SweepSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        for name, names in (("sampler", SAMPLERS), ("objective", ("loss", *METRICS))):
-            if (value := getattr(self, name)) not in names:
-                near = did_you_mean(value, names)
-                raise ValueError(f"sweep.{name} cannot be '{value}'{near}: {', '.join(names)}")
+        if self.sampler not in SAMPLERS:
+            near = did_you_mean(self.sampler, SAMPLERS)
+            raise ValueError(
+                f"sweep.sampler cannot be '{self.sampler}'{near}: {', '.join(SAMPLERS)}"
+            )
         if self.sampler == "grid" and self.trials is not None:
             raise ValueError("sweep.trials is for a sampler that draws: add --sampler random")
         if self.sampler != "grid" and self.trials is None:
@@ -140,12 +150,34 @@ def load_sweep(
     except ValidationError as error:
         raise InputError(_one_line(error)) from error
     try:
-        return load_recipe(values, overrides), settings
+        recipe = load_recipe(values, overrides)
     except InputError as error:
         if isinstance(source, (str, Path)):
             named = str(error).replace("recipe: ", f"{source}: ", 1)
             raise InputError(named) from error
         raise
+    objective = recipe.make_objective()
+    if objective.answers or objective.score_names:  # else its rows decide what it is scored by
+        check_criterion(settings.objective, objective)
+    return recipe, settings
+
+
+def criteria(objective: Objective) -> list[str]:
+    """What configurations of an objective can be chosen by: loss, its scores, and of answers."""
+    answers = METRICS if objective.answers else ()
+    return ["loss", *objective.score_names, *answers]
+
+
+def check_criterion(name: str, objective: Objective) -> None:
+    """Raises InputError unless configurations of an objective can be chosen by `name`."""
+    known = criteria(objective)
+    if name in known:
+        return
+    if name in METRICS:
+        why = f"{objective.name} writes no answers, which {name} scores"
+    else:
+        why = f"there is no '{name}'{did_you_mean(name, known)}"
+    raise InputError(f"sweep.objective: {why}; {objective.name} has {', '.join(known)}")
 
 
 def parse_over(text: str) -> tuple[str, Any]:
