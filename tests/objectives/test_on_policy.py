@@ -1,5 +1,7 @@
 """Distillation from another adapter, and on answers that the student samples as it learns."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorakit
+from command import run_lorakit
+from lorakit.adapters.inspect import inspect
 from lorakit.adapters.lineage import digest
+from lorakit.adapters.manifest import read_manifest
+from lorakit.data.batches import Collator
 from lorakit.data.samples import Sample
+from lorakit.errors import InputError
+from lorakit.lora import LoraModel
 from lorakit.objectives.distill import Distill
+from lorakit.training.on_policy import StudentAnswers
 from small_runs import weights
 from tiny import make_attentive
 
@@ -125,3 +134,168 @@ def test_the_same_seed_samples_the_same_answers_and_another_one_others(
     first, same, other = found
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_run_that_has_stopped_resumes_to_the_same_bytes(
+    base: Path, teacher: Path, tmp_path: Path
+):
+    made = recipe(base, tmp_path / "run", {"teacher": str(teacher), "lmbda": 0.5})
+    made["training"] |= {"save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    made["training"]["per_device_train_batch_size"] = 2
+    made["lora"]["lora_dropout"] = 0.1
+    made["data"]["packing"] = True
+    lorakit.train(made, data=ROWS, quiet=True)
+    folder = tmp_path / "run"
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    for name in ("lorakit.json", "adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    for file in (folder / "checkpoint-4").iterdir():
+        file.unlink()
+    lorakit.train(made, data=ROWS, resume=True, quiet=True)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_answers_are_the_same_however_a_step_is_divided_over_batches_and_processes(
+    base: Path, teacher: Path
+):
+    objective = Distill(teacher=str(teacher), lmbda=1.0, max_new_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = LoraModel(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), None).eval()
+    rows = [objective.tokenize(_sample(row), tokenizer, 200) for row in PROMPTS[:4]]
+
+    def collate(some: Any) -> dict[str, torch.Tensor]:
+        return objective.to_batch(some, Collator(258))
+
+    batches = [collate(rows[:2]), collate(rows[2:])]
+    student = StudentAnswers(objective, tokenizer, collate)
+    whole = student.put_into(batches, model, step=3)
+    for process in (0, 1):
+        [own] = student.put_into([batches[process]], model, 3, process, 2)
+        assert torch.equal(own["input_ids"], whole[process]["input_ids"])
+        assert objective.count(own) > 0
+    [later] = student.put_into(batches[:1], model, step=4)
+    assert not torch.equal(later["labels"], whole[0]["labels"])
+    counts = [len(objective.asked(batches[0], step, 0)) for step in range(20)]
+    assert counts == [2] * 20
+    half = Distill(teacher=str(teacher), lmbda=0.5)
+    drawn = [len(half.asked(batches[0], step, 0)) for step in range(40)]
+    assert {*drawn} == {0, 2}
+    assert 10 < drawn.count(2) < 30
+
+
+def _sample(row: dict[str, str]) -> Sample:
+    answer = {"role": "assistant", "content": row.get("completion", "")}
+    return Sample(({"role": "user", "content": row["prompt"]}, answer), None, "x")
+
+
+def test_a_student_on_top_of_a_frozen_adapter_learns_from_a_teacher_without_it(
+    base: Path, teacher: Path, tmp_path: Path
+):
+    start = {"path": str(teacher), "mode": "freeze"}
+    found = {}
+    for name, own in (("same", str(teacher)), ("bare", None)):
+        made = recipe(base, tmp_path / name, {"teacher": own, "lmbda": 1.0}, adapter=start)
+        found[name] = lorakit.train(made, data=PROMPTS, quiet=True).manifest
+        assert len(found[name].stands_on) == 1
+    scores = {name: run.start_eval_scores for name, run in found.items()}
+    assert scores["same"] is not None
+    assert scores["bare"] is not None
+    assert scores["same"]["kl"] == pytest.approx(0, abs=1e-9), "teacher and start are the same"
+    assert scores["bare"]["kl"] > 0.01
+    bare = found["bare"].eval_scores
+    assert bare is not None
+    assert bare["kl"] < scores["bare"]["kl"], "the new adapter leads back to the base"
+
+
+def test_a_distilled_adapter_is_evaluated_inspected_and_reproduced_with_its_teacher(
+    base: Path, teacher: Path, tmp_path: Path
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n")
+    beside = tmp_path / "teacher"
+    shutil.copytree(teacher, beside)
+    made = recipe(base, tmp_path / "run", {"teacher": str(beside), "lmbda": 1.0})
+    made["data"] = {"train": str(rows), "eval": str(rows)}
+    found = lorakit.train(made, quiet=True).manifest
+    assert found.eval_scores is not None
+    again = run_lorakit(tmp_path, "reproduce", "run", "-o", "again")
+    assert again.returncode == 0, again.stderr
+    assert read_manifest(tmp_path / "again").teacher == found.teacher  # type: ignore[union-attr]
+    scores = tmp_path / "scores.json"
+    asked = (
+        "eval",
+        "run",
+        f"--data={rows}",
+        "--metrics=loss",
+        f"--json={scores}",
+        "--dtype=float64",
+    )
+    assert run_lorakit(tmp_path, *asked).returncode == 0
+    own = json.loads(scores.read_text())["scores"]["kl"]["tuned"]
+    assert own == pytest.approx(found.eval_scores["kl"], rel=1e-6)
+    assert inspect(tmp_path / "run").teacher.state == "unchanged"  # type: ignore[union-attr]
+    shutil.rmtree(beside)
+    for command in (asked, ("reproduce", "run", "-o", "third")):
+        done = run_lorakit(tmp_path, *command)
+        assert done.returncode == 2
+        assert "missing" in done.stderr
+    done = run_lorakit(tmp_path, "inspect", "run")
+    assert done.returncode == 0
+    assert "missing" in done.stdout
+
+
+def test_a_sweep_over_an_objectives_setting_learns_from_the_teacher_too(
+    base: Path, teacher: Path, tmp_path: Path
+):
+    made = recipe(base, tmp_path / "swept", {"teacher": str(teacher), "lmbda": 1.0})
+    made["data"] = {"eval": 0.5}
+    rows = [{"prompt": f"{n}, what is it?"} for n in range(40)]
+    found = lorakit.sweep(made, over={"objective.beta": [0.0, 1.0]}, data=rows, quiet=True)
+    records = [read_manifest(one["folder"]) for one in found]
+    assert len(records) == 2
+    for record in records:
+        assert record is not None
+        assert record.teacher is not None
+        assert record.eval_loss is not None
+        assert record.base_eval_loss is not None
+        assert record.eval_loss < record.base_eval_loss
+
+
+def other_base(base: Path, folder: Path) -> Path:
+    """An adapter that was trained on other weights."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    model.model.norm.weight.data *= 1.1
+    model.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
+    made = recipe(folder / "base", folder / "a", {"type": "sft"})
+    made["objective"] = "sft"
+    made["training"]["max_steps"] = 1
+    return lorakit.train(made, data=ROWS, quiet=True).output_dir
+
+
+def other_size(folder: Path) -> Path:
+    """An adapter of PEFT's for a model of another size."""
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=99))
+    get_peft_model(model, PeftConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_training(
+    base: Path, teacher: Path, tmp_path: Path
+):
+    biased = tmp_path / "biased"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, PeftConfig(r=2, bias="all")).save_pretrained(biased)
+    for folder, named in (
+        (other_base(base, tmp_path), "other weights"),
+        (other_size(tmp_path / "small"), "objective.teacher"),
+        (tmp_path / "nowhere", "objective.teacher"),
+        (biased, "bias"),
+    ):
+        made = recipe(base, tmp_path / "run", {"teacher": str(folder)})
+        with pytest.raises(InputError, match=named):
+            lorakit.train(made, data=ROWS, quiet=True)
+        assert not (tmp_path / "run").exists()
+    made = recipe(base, tmp_path / "run", {"teacher": str(teacher)})
+    with pytest.raises(InputError, match=r"bias.*reference"):
+        lorakit.train(made | {"lora": {"r": 4, "bias": "all"}}, data=ROWS, quiet=True)

@@ -249,7 +249,7 @@ class SweepBase:
         if self.inputs.teacher is None:
             yield self.inputs.model
             return
-        model = LoraModel(self.inputs.model, None)
+        model = LoraModel(self.inputs.model, None).eval()
         load_beside(model, self.inputs.objective, None)
         try:
             yield model
