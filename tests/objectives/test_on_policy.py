@@ -31,6 +31,8 @@ ROWS = [
     for n in range(16)
 ]
 PROMPTS = [{"prompt": row["prompt"]} for row in ROWS]
+TURNS = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+"""The same prompts as conversations that end before an answer."""
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_another_adapter_may_be_the_teacher(base: Path, teacher: Path, tmp_path:
     assert student < bare
 
 
-@pytest.mark.parametrize("rows", [ROWS, PROMPTS], ids=["answers", "prompts"])
+@pytest.mark.parametrize("rows", [ROWS, TURNS], ids=["answers", "prompts"])
 def test_the_same_seed_samples_the_same_answers_and_another_one_others(
     base: Path, teacher: Path, tmp_path: Path, rows: Any
 ):
@@ -261,6 +263,17 @@ def test_a_sweep_over_an_objectives_setting_learns_from_the_teacher_too(
         assert record.eval_loss < record.base_eval_loss
 
 
+def test_prompts_without_room_for_an_answer_are_left_out(base: Path, teacher: Path, tmp_path: Path):
+    long = [{"prompt": "again " * 30}, {"prompt": "again " * 200}]
+    made = recipe(base, tmp_path / "run", {"teacher": str(teacher), "lmbda": 1.0})
+    made["data"] = {"max_length": 60}
+    data = {"train": [*PROMPTS, *long], "eval": [*PROMPTS[:3], *long]}
+    found = lorakit.train(made, data=data, quiet=True).manifest
+    assert found.data_statistics["train"]["rows"] == 16
+    assert found.data_statistics["eval"]["rows"] == 3
+    assert not any("without an answer" in line for line in found.notices)
+
+
 def other_base(base: Path, folder: Path) -> Path:
     """An adapter that was trained on other weights."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
@@ -280,6 +293,15 @@ def other_size(folder: Path) -> Path:
     return folder
 
 
+def more_tokens(base: Path, folder: Path) -> Path:
+    """An adapter of PEFT's for a model with two tokens more."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(261)
+    adapted = get_peft_model(model, PeftConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(folder, save_embedding_layers=True)
+    return folder
+
+
 def test_a_teacher_that_does_not_fit_is_refused_before_training(
     base: Path, teacher: Path, tmp_path: Path
 ):
@@ -291,6 +313,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(
         (other_size(tmp_path / "small"), "objective.teacher"),
         (tmp_path / "nowhere", "objective.teacher"),
         (biased, "bias"),
+        (more_tokens(base, tmp_path / "more"), "same vocabulary"),
     ):
         made = recipe(base, tmp_path / "run", {"teacher": str(folder)})
         with pytest.raises(InputError, match=named):

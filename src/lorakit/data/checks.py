@@ -6,7 +6,7 @@ read. These are the ones that can be used and may not be meant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ def statistics(samples: Sequence[AnySample], rows: Sequence[TokenizedRow]) -> Ro
         supervised=sum(row.supervised for row in rows),
         truncated=sum(row.truncated for row in rows),
         duplicates=len(_repeated(samples)),
-        empty_answers=len(_without_answer(samples)),
+        empty_answers=len(_without_answer(zip(samples, rows, strict=True))),
         lengths=_percentiles(lengths),
         histogram=_histogram(lengths),
     )
@@ -116,7 +116,7 @@ def findings(
         ),
         finding(
             "without an answer's text",
-            _without_answer([sample for sample, _ in everything]),
+            _without_answer(everything),
             len(everything),
             "they teach the model to say nothing: fill or drop them",
         ),
@@ -185,8 +185,9 @@ def _repeated(samples: Sequence[AnySample]) -> list[AnySample]:
     return [s for s in samples if first.setdefault(_key(s), s.where) != s.where]
 
 
-def _without_answer(samples: Sequence[AnySample]) -> list[AnySample]:
-    return [s for s in samples if s.messages and not s.reference.strip()]
+def _without_answer(pairs: Iterable[tuple[AnySample, TokenizedRow]]) -> list[AnySample]:
+    """Those that teach to say nothing; a prompt alone teaches nothing by itself."""
+    return [s for s, row in pairs if s.messages and row.supervised and not s.reference.strip()]
 
 
 def _two_bos(row: TokenizedRow, bos: int | None) -> bool:

@@ -62,7 +62,7 @@ def to_sample(
     """
     refuse_other_objectives(row, columns or {}, kinds)
     form, row = recognise(row, columns or {}, kinds)
-    return form.sample(row)
+    return form.sample(row, asks="prompt" in kinds)
 
 
 def recognise(

@@ -149,17 +149,23 @@ def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: i
         InputError: the template refuses the conversation or cannot be masked, no token is left
             to learn, or the tokenizer lacks offsets or an end-of-sequence token.
     """
-    reading = read(sample, tokenizer)
-    encoded = next(encode([reading], tokenizer))
-    row = label(reading, encoded, tokenizer, max_length)
+    row = tokenized(sample, tokenizer, max_length)
     if row.supervised == 0:
-        whole = label(reading, encoded, tokenizer, len(row) + row.cut)
+        whole = tokenized(sample, tokenizer, len(row) + row.cut)
         first = next(i for i, token in enumerate(whole.labels) if token != IGNORE)
         raise InputError(
             f"{row.where}: the answer begins at token {first + 1} of {len(whole)}, beyond "
             f"data.max_length {max_length}; raise it to {len(whole)} or shorten the row"
         )
     return row
+
+
+def tokenized(
+    sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> TokenizedRow:
+    """As `tokenize`; there may be nothing to learn before the cut."""
+    reading = read(sample, tokenizer)
+    return label(reading, next(encode([reading], tokenizer)), tokenizer, max_length)
 
 
 def read(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Reading:

@@ -189,7 +189,7 @@ def _samples(
     def read(row: Row) -> Sample:
         refuse_other_objectives(row, columns, kinds)
         form, row = recognise(row, columns, kinds)
-        sample = as_learned(form.sample(row))
+        sample = as_learned(form.sample(row, asks="prompt" in kinds))
         formats[form.label].add(row)
         known.update(form.columns)
         for name, value in row.values.items():

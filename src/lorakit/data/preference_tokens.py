@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorakit.data.judged_rows import JudgedSample
-from lorakit.data.masking import IGNORE, RowGroup, TokenizedRow, encode, label, read
+from lorakit.data.masking import IGNORE, RowGroup, TokenizedRow, tokenized
 from lorakit.data.preference_rows import PairSample
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
@@ -55,7 +55,7 @@ def tokenize_pair(
     Raises:
         InputError: the template cannot be masked, or writes both answers in the same way.
     """
-    chosen, rejected = (_tokens(part, tokenizer, max_length) for part in sample.parts)
+    chosen, rejected = (tokenized(part, tokenizer, max_length) for part in sample.parts)
     row = replace(PairRow.of(chosen, rejected), margin=sample.margin)
     if not row.truncated and not row.supervised:
         raise InputError(
@@ -74,7 +74,7 @@ def tokenize_judged(
         judged = (_judged(part, i == 0) for i, part in enumerate(pair.parts))
         return replace(PairRow.of(*judged), margin=pair.margin)
     assert isinstance(sample, JudgedSample)
-    return _judged(_tokens(sample, tokenizer, max_length), sample.desirable)
+    return _judged(tokenized(sample, tokenizer, max_length), sample.desirable)
 
 
 def with_mismatched(rows: Sequence[TokenizedRow], max_length: int) -> list[TokenizedRow]:
@@ -105,12 +105,6 @@ def with_mismatched(rows: Sequence[TokenizedRow], max_length: int) -> list[Token
         parts, found = found[: len(row.sequences)], found[len(row.sequences) :]
         made.append(replace(row, parts=tuple(parts)) if isinstance(row, PairRow) else parts[0])
     return made
-
-
-def _tokens(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedRow:
-    """As `masking.tokenize`; there may be nothing to learn before the cut."""
-    reading = read(sample, tokenizer)
-    return label(reading, next(encode([reading], tokenizer)), tokenizer, max_length)
 
 
 def _judged(row: TokenizedRow, desirable: bool) -> JudgedRow:

@@ -219,8 +219,11 @@ class RowFormat:
         """All columns that it reads."""
         return frozenset({*self.required, *self.optional})
 
-    def sample(self, row: Row) -> Any:
+    def sample(self, row: Row, asks: bool = False) -> Any:
         """The sample in a row of this form: a `Sample`, or the own one of another kind.
+
+        Args:
+            asks: a conversation that ends before an answer is a prompt, and its answer empty.
 
         Raises:
             InputError: a value cannot be used.
@@ -230,6 +233,8 @@ class RowFormat:
             return Sample((), found, row.where)
         if self.kind != "conversation":
             return found
+        if asks and found and found[-1]["role"] != "assistant":
+            found = [*found, {"role": "assistant", "content": ""}]
         messages, unlearned, weights = marks_of(row, [*system_message(row), *found])
         check_conversation(row, messages)
         sample = Sample(

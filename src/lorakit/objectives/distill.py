@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from lorakit.data.batches import taken_from, under
-from lorakit.data.masking import IGNORE, RowWithSecond, TokenizedRow, tokenize
+from lorakit.data.masking import IGNORE, RowWithSecond, TokenizedRow, tokenized
 from lorakit.data.samples import Sample
 from lorakit.data.too_long import WHOLE, Limit
 from lorakit.errors import InputError
@@ -143,10 +143,16 @@ class Distill(Objective):
             )
         if request.answer is None:
             raise InputError(f"{samples[waiting[0]].where}: has no answer to learn")
+        tokenizer, most = loaded.tokenizer, self._limit.tokens
+        waiting = [
+            i
+            for i in waiting  # others are too long, and left out
+            if not self._tokenize_prompt(samples[i], tokenizer, most).truncated
+        ]
         asked = [self.for_teacher(samples[i]) for i in waiting]
         limits = (self.settings.max_new_tokens, self.settings.seed, self.teacher)
         completed = list(samples)
-        answers = request.answer(loaded.model, loaded.tokenizer, asked, *limits)
+        answers = request.answer(loaded.model, tokenizer, asked, *limits)
         for i, answer in zip(waiting, answers, strict=True):
             if not answer:
                 raise InputError(f"{samples[i].where}: the teacher's answer is empty: drop the row")
@@ -160,7 +166,8 @@ class Distill(Objective):
     ) -> TokenizedRow:
         """The student's row, and the teacher's beside it with the same answer tokens.
 
-        Of a sample without an answer it is the prompt, and no token is learned.
+        Of a sample without an answer it is the prompt, and no token is learned. Where nothing to
+        learn is left before the cut, there is no teacher's row.
 
         Raises:
             InputError: the chat template writes the answer otherwise behind the longer prompt, or
@@ -168,8 +175,10 @@ class Distill(Objective):
         """
         if sample.learned and not sample.reference:
             return self._tokenize_prompt(sample, tokenizer, max_length)
-        row = tokenize(sample, tokenizer, max_length)
-        taught = tokenize(self.for_teacher(sample), tokenizer, sys.maxsize)
+        row = tokenized(sample, tokenizer, max_length)
+        if not row.supervised:
+            return row  # which is cut before its answer and left out
+        taught = tokenized(self.for_teacher(sample), tokenizer, sys.maxsize)
         at = [i for i, label in enumerate(taught.labels) if label != IGNORE][: row.supervised]
         if [taught.labels[i] for i in at] != [x for x in row.labels if x != IGNORE]:
             raise InputError(
@@ -188,14 +197,13 @@ class Distill(Objective):
         last = sample.learned[-1]
         own = {"role": "assistant", "content": _ANYTHING}
         asked = replace(sample, messages=(*sample.messages[:last], own))
-        row = tokenize(asked, tokenizer, sys.maxsize)
+        row = tokenized(asked, tokenizer, sys.maxsize)
         prompt = row.input_ids[: _last_answer(row)]
-        if len(prompt) >= max_length:
-            raise InputError(
-                f"{row.where}: the prompt has {len(prompt)} tokens, which leaves no room for an "
-                f"answer in data.max_length {max_length}: raise it or shorten the prompt"
-            )
-        taught = tokenize(self.for_teacher(asked), tokenizer, sys.maxsize)
+        if len(prompt) >= max_length:  # no room for an answer
+            cut = len(prompt) + 1 - max_length
+            ids = prompt[:max_length]
+            return TokenizedRow(ids, [IGNORE] * len(ids), row.where, cut)
+        taught = tokenized(self.for_teacher(asked), tokenizer, sys.maxsize)
         longer = taught.input_ids[: _last_answer(taught)]
         self._require_room(len(longer) + 1, row.where)
         first, second = (

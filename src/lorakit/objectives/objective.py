@@ -309,7 +309,7 @@ class Objective:
             tokenizer.chat_template = rendering.templates
         teacher = None
         if self.teacher is not None:
-            teacher = read_teacher(self.teacher, request.model, base.fingerprint)
+            teacher = read_teacher(self.teacher, request.model, model, base.fingerprint)
         clock = StandingClock(rendering.time)
         with at(clock):
             data = self.read(request, loaded)

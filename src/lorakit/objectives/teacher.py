@@ -12,16 +12,22 @@ from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.lineage import digest, require_complete
 from lorakit.adapters.manifest import FrozenRecord
 from lorakit.errors import InputError
+from lorakit.lora.vocabulary import embeddings, rows_in_file, vocabulary_size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
 
-def read_teacher(folder: str | Path, base: str, fingerprint: str | None) -> FrozenRecord:
+
+def read_teacher(
+    folder: str | Path, base: str, model: nn.Module, fingerprint: str | None
+) -> FrozenRecord:
     """What the record of a run says of the adapter in `folder`.
 
     Args:
         base: the name of the run's base model.
+        model: it, with the tokens that the run adds.
         fingerprint: of its weights.
 
     Raises:
@@ -42,6 +48,12 @@ def read_teacher(folder: str | Path, base: str, fingerprint: str | None) -> Froz
         raise InputError(
             f"objective.teacher: {folder} is an adapter for {files.task_type}: give one for "
             "CAUSAL_LM"
+        )
+    rows = max(filter(None, (rows_in_file(files.tensors, p) for p in embeddings(model))), default=0)
+    if rows > (tokens := vocabulary_size(model)):
+        raise InputError(
+            f"objective.teacher: {folder} is for {rows} tokens, and the run's model has {tokens}: "
+            "teacher and student need the same vocabulary (tokens in the recipe adds some)"
         )
     if files.config.bias != "none":
         raise InputError(
