@@ -286,6 +286,26 @@ def test_two_processes_learn_preferences_as_one_does(tiny_model: Path, tmp_path:
         assert_same_run(tmp_path / f"{name}1", tmp_path / f"{name}2")
 
 
+@pytest.mark.exhaustive
+def test_two_processes_distill_as_one_does(tiny_model: Path, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} + {n}?", "completion": f"It is {2 * n}."} for n in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = []
+    for name, lmbda, shares in (("sampled", 0.5, {}), ("given", 0.0, FSDP)):
+        own = [recipe(tiny_model, path, tmp_path / f"{name}{n}", n, **shares) for n in (1, 2)]
+        for values in own:
+            values["objective"] = {"type": "distill", "system": "Shout.", "lmbda": lmbda}
+            values["objective"]["max_new_tokens"] = 6
+        lorakit.train(own[0], quiet=True)
+        runs.append((own[1], None))
+    listed = tmp_path / "runs.json"
+    listed.write_text(json.dumps(runs))
+    in_two_processes(listed)
+    for name in ("sampled", "given"):
+        assert_same_run(tmp_path / f"{name}1", tmp_path / f"{name}2")
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_killed_processes_resume_to_the_bytes_of_undisturbed_ones(
     how: str, several: tuple[Path, Path]

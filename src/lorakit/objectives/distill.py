@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -75,7 +76,8 @@ class Distill(Objective):
             system: text in front of the teacher's system message.
             beta: 0 is the forward KL, 1 the reverse KL, between them the generalised
                 Jensen-Shannon divergence.
-            lmbda: the probability with which the answers of a batch are sampled from the student.
+            lmbda: the probability with which the answers of an optimizer step are sampled from the
+                student.
             temperature: of these answers, and what the logits of both are divided by (as in TRL's
                 `DistillationTrainer`; its `GKDTrainer` samples with it and no more).
             top_k: compare the teacher's so many likeliest tokens, and the others as one.
@@ -246,22 +248,24 @@ class Distill(Objective):
         """Whether there are answers of the student."""
         return bool(self.settings.lmbda > 0)
 
-    def asked(self, batch: Batch, step: int, number: int) -> list[AskedPrompt]:
+    def asked(self, batch: Batch, step: int) -> list[AskedPrompt]:
         """The prompts of all rows with the probability `lmbda`, else none.
 
-        What is drawn depends on `seed` and the batch's place alone, so that a resumed run draws
-        the same.
+        What is drawn depends on `seed`, the step and the prompt alone: a step is the same however
+        it is divided into batches, and a resumed run draws the same.
         """
-        draws = random.Random(f"{self.settings.seed} {step} {number}")
-        if draws.random() >= self.settings.lmbda:
+        place = f"{self.settings.seed} {step}"
+        if random.Random(place).random() >= self.settings.lmbda:
             return []
+        times: Counter[tuple[int, ...]] = Counter()
         most, limit = self.settings.max_new_tokens, self._limit
         found = []
         for own, longer in _pairs_of(batch):
             room = limit.tokens - len(own)
             if limit.positions:
                 room = min(room, limit.positions - len(longer))
-            seed = draws.getrandbits(32)
+            times[tuple(own)] += 1  # the same prompt again gets another answer
+            seed = random.Random(f"{place} {times[tuple(own)]} {own}").getrandbits(32)
             found.append(AskedPrompt(own, max(1, min(most, room)), self.settings.temperature, seed))
         return found
 

@@ -480,12 +480,11 @@ class Objective:
         """Whether the model in training answers prompts at each step (`asked`)."""
         return False
 
-    def asked(self, batch: Batch, step: int, number: int) -> list[AskedPrompt]:
+    def asked(self, batch: Batch, step: int) -> list[AskedPrompt]:
         """The prompts of a batch that the model answers as it is at this step.
 
         Args:
             step: optimizer steps so far.
-            number: of the batch within the step, over all processes.
 
         Returns: none where the batch is learned as it is.
         """

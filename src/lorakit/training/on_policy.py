@@ -44,23 +44,17 @@ class StudentAnswers:
         batches: Sequence[Tensors],
         model: LoraModel,
         step: int,
-        process: int = 0,
-        processes: int = 1,
     ) -> list[Tensors]:
         """The batches of an optimizer step, those that ask for answers with the model's.
 
         Args:
             model: under the route that is in force.
             step: optimizer steps so far.
-            process, processes: which one of how many, each with batches of its own.
 
         Raises:
             LorakitError: the model failed.
         """
-        asked = [
-            self._objective.asked(batch, step, number * processes + process)
-            for number, batch in enumerate(batches)
-        ]
+        asked = [self._objective.asked(batch, step) for batch in batches]
         prompts = [prompt for several in asked for prompt in several]
         if not prompts:
             return [*batches]

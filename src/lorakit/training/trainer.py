@@ -415,9 +415,8 @@ class LoraTrainer(Trainer):
         """
         if self.student is None:
             return batches
-        place = (self.args.process_index, self.args.world_size)
         step = self.state.global_step if step is None else step
-        return self.student.put_into(batches, self._lora_model(), step, *place)
+        return self.student.put_into(batches, self._lora_model(), step)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as `batching` makes them; to the dataloader each is one item."""
