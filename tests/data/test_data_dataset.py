@@ -146,9 +146,9 @@ def test_rows_of_one_prompt_cannot_be_split(tokenizer: Any, write_rows: WriteRow
 
 def test_facts_and_rows_are_plain_values(tokenizer: Any, write_rows: WriteRows) -> None:
     data = prepare(tokenizer, write_rows(numbered(2)), 0)
-    assert set(dataclasses.asdict(data.facts[0])) == {"path", "rows", "sha256", "weight"}
+    assert set(data.facts[0].to_dict()) == {"path", "rows", "sha256", "weight"}
     assert set(dataclasses.asdict(data.train[0])) == {
-        *("input_ids", "labels", "where", "cut", "unshown", "apart")
+        *("input_ids", "labels", "where", "cut", "unshown", "apart", "pictures")
     }
 
 

@@ -75,7 +75,7 @@ def test_judged_answers_are_refused_by_name(values: dict[str, Any], label: Any) 
     [
         ({"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}, "reward model"),
         ({"message_id": "1", "parent_id": None, "role": "prompter", "text": "Q"}, "tree"),
-        ({"prompt": "<image>Q", "completion": "A", "images": ["a.png"]}, "'images'"),
+        ({"prompt": "<image>Q", "completion": "A", "videos": ["a.mp4"]}, "'videos'"),
         ({"messages": TALK, "audios": ["a.wav"]}, "'audios'"),
     ],
 )

@@ -23,6 +23,7 @@ from lorakit.lora.routing import FROZEN
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_for_task, torch_dtype
+from lorakit.models.picture_reader import pass_reader
 from lorakit.models.quantization.prepare import dequantized_model
 from lorakit.models.quantization.settings import UNQUANTIZED, Quantization, as_quantization
 
@@ -128,7 +129,9 @@ def fit_base(model: Any, tokenizer: Any, files: AdapterFiles) -> tuple[Any, int,
         where its chat template is not the base's, or "".
     """
     added, present = add_rows(model, files), tokenizer.chat_template
-    tokenizer = own_tokenizer(files.folder, tokenizer, vocabulary_size(model)) or tokenizer
+    if own := own_tokenizer(files.folder, tokenizer, vocabulary_size(model)):
+        pass_reader(tokenizer, own)
+        tokenizer = own
     return tokenizer, added, use_template(tokenizer, files.folder, files.base_model, present)
 
 

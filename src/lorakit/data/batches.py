@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.masking import IGNORE, TokenizedRow, sequences_of
+from lorakit.data.picture_rows import tensors_of
 from lorakit.data.prefixes import Segment, in_segments
 
 if TYPE_CHECKING:
@@ -31,12 +32,18 @@ class Collator:
     pad_to_multiple_of: int = 8
 
     def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
-        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq)."""
+        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, seq).
+
+        Beside them what the model is given of the rows' pictures, if there are any.
+        """
         rows, multiple = sequences_of(rows), self.pad_to_multiple_of
+        pictures, kinds = tensors_of(rows)
         return {
             "input_ids": _padded([row.input_ids for row in rows], self.pad_token_id, multiple),
             "attention_mask": _padded([[1] * len(row) for row in rows], 0, multiple),
             "labels": _padded([row.labels for row in rows], IGNORE, multiple),
+            **{name: _padded(own, 0, multiple) for name, own in kinds.items()},
+            **pictures,
         }
 
 
@@ -95,13 +102,15 @@ class LineCollator:
         `cu_seq_lens_q` and `cu_seq_lens_k` (segments + 1,), int32, say where each segment begins
         and the last one ends: a row, or a part of one behind a shared prefix. Where there are
         prefixes, `parents` (segments,), int32, says behind which segment each goes on, -1 for
-        none. The first label of a segment is ignored: none predicts the next.
+        none. The first label of a segment is ignored: none predicts the next. Beside them is what
+        the model is given of the rows' pictures, if there are any.
         """
         import torch
 
         from lorakit.models.lines import in_a_line
 
         rows = sequences_of(rows)
+        pictures, kinds = tensors_of(rows)
         if self.share_prefixes:
             segments = in_segments(rows)
         else:
@@ -110,7 +119,12 @@ class LineCollator:
         labels = [x for i, begin, end, _ in segments for x in _learned(rows[i], begin, end)]
         shared = any(segment.parent is not None for segment in segments)
         parents = [segment.parent for segment in segments] if shared else None
-        return {**in_a_line(ids, parents), "labels": torch.tensor([labels])}
+        line = {**in_a_line(ids, parents), "labels": torch.tensor([labels])}
+        of_tokens = {
+            name: torch.tensor([[x for i, begin, end, _ in segments for x in own[i][begin:end]]])
+            for name, own in kinds.items()
+        }
+        return {**line, **of_tokens, **pictures}
 
 
 def _learned(row: TokenizedRow, begin: int, end: int) -> list[int]:

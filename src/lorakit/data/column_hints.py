@@ -31,6 +31,8 @@ _MEANINGS = {
     "system": "system system_prompt system_message 系统 系统提示 系统提示词 系统消息",
     "history": "history chat_history dialog_history 历史 历史对话 对话历史 历史记录",
     "tools": "tools functions function_definitions 工具 函数",
+    "images": "images pictures photos 图片 图像",
+    "image": "image picture photo img 图",
     "talk": "messages conversations conversation dialog dialogue chat turns msgs 对话 会话 消息",
     "better": (
         "chosen chosen_response response_chosen chosen_messages preferred preferred_response "

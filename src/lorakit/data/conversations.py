@@ -10,15 +10,22 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.data import strict_json
+from lorakit.data.pictures import source_of
 from lorakit.data.sources import Row
 from lorakit.errors import InputError, did_you_mean, listed
 
 Message = dict[str, Any]
 """`{"role": ..., "content": ...}`, `tool_calls`, and what else a template may read (`name`).
 
-`content` is a string, also where a call is all that the assistant says. A call is
-`{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its `id` if it has one.
+`content` is a string, also where a call is all that the assistant says. Where pictures stand in a
+message it is a list of parts, `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`
+with a picture as `lorakit.data.pictures` keeps it; None is one that the row's column still gives.
+A call is `{"type": "function", "function": {"name": ..., "arguments": {...}}}`, with its `id` if it
+has one.
 """
+
+IMAGE = "image"
+"""The type of a part that is a picture, and the key that holds it."""
 
 ROLES = {
     "system": "system",
@@ -86,12 +93,16 @@ def list_of(row: Row, value: object, what: str, of: str) -> list[Any]:
 
 
 def conversation(
-    row: Row, column: str, keys: tuple[str, str] = ("role", "content"), named_roles: bool = False
+    row: Row,
+    column: str,
+    keys: tuple[str, str] = ("role", "content"),
+    named_roles: bool = False,
+    pictures: bool = False,
 ) -> list[Message]:
     """The messages in a column: a list of objects, whose keys for role and content are `keys`.
 
     With `named_roles`, sharegpt's roles are known too, and a message may have `role` and
-    `content` all the same.
+    `content` all the same. Without `pictures` a message with one is refused.
     """
     of = f"{{{', '.join(keys)}}} objects"
     items = list_of(row, row.values[column], f"'{column}'", of)
@@ -106,6 +117,11 @@ def conversation(
                 raise row.error(f"{what} has both 'from' and 'role'; remove one")
             own = ("role", "content")
         messages.append(_message(row, item, what, own, roles))
+        if not pictures and pictures_of(messages[-1]["content"]):
+            raise row.error(
+                f"{what} has a picture, and pictures are learned from with objective sft alone: "
+                "remove it or drop the row"
+            )
     return messages
 
 
@@ -150,21 +166,60 @@ def _lacks(row: Row, item: Mapping[str, Any], what: str, key: str, keys: tuple[s
     )
 
 
-def _text(row: Row, value: object, what: str) -> str:
-    """Content as one string: itself, or its text parts put together."""
+def _text(row: Row, value: object, what: str) -> Any:
+    """Content as one string, itself or its text parts put together; parts where it has pictures."""
     if not isinstance(value, list):
         return string(row, value, what)
-    texts = []
+    parts: list[dict[str, Any]] = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        own = f"{what}[{i}]"
+        if kind in (IMAGE, "image_url"):
+            parts.append({"type": IMAGE, IMAGE: _picture(row, part, own)})
+        elif kind == "text":
+            parts.append({"type": "text", "text": string(row, part.get("text"), f"{own}.text")})
+        else:
             found = f"of the type {kind!r:.40}" if kind else kind_of_value(part)
             raise row.error(
-                f"{what}[{i}] is {found}, and only text is supported; expected "
-                "{type: text, text: ...}: remove other parts or drop the row"
+                f"{own} is {found}, and only text and pictures are read; expected "
+                "{type: text, text: ...} or {type: image, path: ...}: remove other parts or drop "
+                "the row"
             )
-        texts.append(string(row, part.get("text"), f"{what}[{i}].text"))
-    return "".join(texts)
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+_PICTURE_KEYS = ("image", "path", "url", "image_url", "bytes", "base64")
+
+
+def _picture(row: Row, part: dict[str, Any], what: str) -> str | None:
+    """What a part shows, in OpenAI's or transformers' form; None for one without a picture."""
+    given = {key: part[key] for key in _PICTURE_KEYS if part.get(key) is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise row.error(f"{what} names several pictures ({', '.join(given)}); leave one")
+    [(key, value)] = given.items()
+    if key == "image_url" and isinstance(value, dict):
+        value = value.get("url")
+    if key == "base64" and isinstance(value, str):
+        value = f"data:image;base64,{value}"
+    return source_of(row, value, f"{what}.{key}")
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, without its pictures."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or () if part["type"] == "text")
+
+
+def pictures_of(content: Any) -> list[Any]:
+    """The pictures of a message's content, in order."""
+    if not isinstance(content, list):
+        return []
+    return [part[IMAGE] for part in content if part["type"] == IMAGE]
 
 
 def _calls(row: Row, others: dict[str, Any], role: str, what: str) -> list[dict[str, Any]]:
@@ -331,5 +386,6 @@ def check_conversation(row: Row, messages: list[Message]) -> None:
     if roles.index("assistant") == 0 and roles.count("assistant") == 1:
         raise row.error("nothing comes before the answer; add a user message")
     for message in messages:
-        if message["role"] == "user" and not message["content"].strip():
+        content = message["content"]
+        if message["role"] == "user" and not (text_of(content).strip() or pictures_of(content)):
             raise row.error("a user message is empty; fill it or drop the row")

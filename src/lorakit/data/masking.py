@@ -7,15 +7,17 @@ and each is labelled (`label`). `tokenize` does all of it for one.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Self
 
 from lorakit.data.boundaries import Encoded, encode_apart, encode_texts
+from lorakit.data.picture_rows import RowPictures, expanded, placed
 from lorakit.data.samples import Sample
 from lorakit.data.spans import Answers, find_answers
 from lorakit.errors import InputError
 from lorakit.models.loss import IGNORE
+from lorakit.models.picture_reader import reader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,7 @@ class TokenizedRow:
 
     `cut` tokens were behind the largest length and are gone. `unshown` names what the chat
     template left out, as in `lorakit.data.spans.Answers`. `apart` tells that it was tokenised in
-    parts, as in `lorakit.data.boundaries.Encoded`.
+    parts, as in `lorakit.data.boundaries.Encoded`. `pictures` are those that stand in the tokens.
     """
 
     input_ids: list[int]
@@ -39,6 +41,7 @@ class TokenizedRow:
     cut: int = 0
     unshown: tuple[str, ...] = ()
     apart: bool = False
+    pictures: RowPictures | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -83,7 +86,7 @@ class RowGroup(TokenizedRow):
             sum(part.cut for part in parts),
             tuple(dict.fromkeys(name for part in parts for name in part.unshown)),
             any(part.apart for part in parts),
-            parts,
+            parts=parts,
         )
 
     @property
@@ -110,7 +113,7 @@ class RowWithSecond(TokenizedRow):
     @classmethod
     def of(cls, row: TokenizedRow, second: TokenizedRow) -> "RowWithSecond":
         """`row` with `second` beside it."""
-        facts = (row.where, row.cut, row.unshown, row.apart)
+        facts = (row.where, row.cut, row.unshown, row.apart, row.pictures)
         return cls(row.input_ids, row.labels, *facts, second)
 
 
@@ -131,12 +134,15 @@ class Reading:
     """A sample as text: a conversation with its answers found, or plain text (`answers` None).
 
     `weights` has what the loss of each of its answers is scaled by; none where that is 1 for all.
+    `sources` are its pictures, and `places` the characters of each; `text` has their tokens in it.
     """
 
     where: str
     text: str
     answers: Answers | None
     weights: tuple[float, ...] = ()
+    sources: tuple[str, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
 
 
 def tokenize(sample: Sample, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedRow:
@@ -184,7 +190,18 @@ def read(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Reading:
         raise InputError(f"{sample.where}: {error}") from error
     scaled = dict(sample.weights)
     weights = tuple(scaled.get(i, 1.0) for i in sample.learned) if scaled else ()
-    return Reading(sample.where, answers.text, answers, weights)
+    reading = Reading(sample.where, answers.text, answers, weights)
+    if not (sources := sample.pictures):
+        return reading
+    found = expanded(answers.text, sources, tokenizer, sample.where)
+    spans = [(found.moved(start), found.moved(end)) for start, end in answers.spans]
+    return replace(
+        reading,
+        text=found.text,
+        answers=replace(answers, text=found.text, spans=spans),
+        sources=tuple(sources),
+        places=tuple(found.places),
+    )
 
 
 def encode(readings: Sequence[Reading], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Encoded]:
@@ -238,13 +255,18 @@ def label(
     labels[0] = IGNORE
     if all(token == IGNORE for token in labels):
         raise InputError(f"{reading.where}: no token to learn; give it an answer or drop it")
+    pictures, kept = None, min(max_length, len(ids))
+    if reading.sources and (reader := reader_of(tokenizer)):
+        there = placed(reading.sources, reading.places, encoded.starts)
+        pictures, kept = RowPictures(there, reader).within(kept)
     row = TokenizedRow(
-        ids[:max_length],
-        labels[:max_length],
+        ids[:kept],
+        labels[:kept],
         reading.where,
-        max(0, len(ids) - max_length),
+        len(ids) - kept,
         answers.unshown if answers else (),
         encoded.apart,
+        pictures,
     )
     if not reading.weights:
         return row
@@ -254,7 +276,7 @@ def label(
         for stretch, end, weight in zip(stretches, ends, reading.weights, strict=True)
         if weight != 1
     ]
-    facts = (row.where, row.cut, row.unshown, row.apart)
+    facts = (row.where, row.cut, row.unshown, row.apart, row.pictures)
     return WeightedRow(row.input_ids, row.labels, *facts, tuple(weights))
 
 

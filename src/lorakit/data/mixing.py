@@ -5,6 +5,7 @@ them, drawn once by the seed, so that the other half is never seen.
 """
 
 import dataclasses
+import hashlib
 import math
 import random
 from collections import Counter, defaultdict
@@ -16,6 +17,7 @@ from typing import Any
 from lorakit.data.column_hints import unread_cure
 from lorakit.data.formats import SUPERVISED, check_columns, recognise
 from lorakit.data.other_objectives import refuse_other_objectives
+from lorakit.data.pictures import digest, label
 from lorakit.data.samples import Sample
 from lorakit.data.sources import Contents, Row, read_source
 from lorakit.data.splits import LEARNED, MEASURED
@@ -53,13 +55,22 @@ Sources = str | Path | Sequence[str | Path | Source]
 class DataFacts:
     """A source that was read: how many of its rows are used, how often, and a hash of its bytes.
 
-    Of a folder it is the hash over the names and hashes of its files.
+    Of a folder it is the hash over the names and hashes of its files. `pictures_sha256` is the hash
+    over those of the pictures of its rows, None where these have none.
     """
 
     path: str
     rows: int
     sha256: str
     weight: float = 1.0
+    pictures_sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types, without what there is not."""
+        values = dataclasses.asdict(self)
+        if self.pictures_sha256 is None:
+            del values["pictures_sha256"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -131,11 +142,32 @@ def mix(
         mixture.samples.extend(used)
         if contents.held_out:
             mixture.held_out.append(Source(contents.held_out, columns=part.columns))
-        mixture.facts.append(DataFacts(part.path, len(used), contents.sha256, part.weight))
+        pictures = _hash_of_pictures(samples)
+        fact = DataFacts(part.path, len(used), contents.sha256, part.weight, pictures)
+        mixture.facts.append(fact)
         mixture.notices.extend(
             [*contents.notices, *(f"{part.path}: {x}" for x in divisions), *notices, *drawn]
         )
     return mixture
+
+
+def _hash_of_pictures(samples: Sequence[Any]) -> str | None:
+    """SHA-256 over the hashes of the samples' pictures, in order; None where there are none."""
+    named = [
+        (sample.where, source)
+        for sample in samples
+        if isinstance(sample, Sample)
+        for source in sample.pictures
+    ]
+    if not named:
+        return None
+    whole = hashlib.sha256()
+    for where, source in named:
+        try:
+            whole.update(digest(source).encode())
+        except InputError as error:
+            raise InputError(f"{where}: the picture {label(source)} {error}") from error
+    return whole.hexdigest()
 
 
 def as_sources(sources: Sources) -> list[Source]:

@@ -1,6 +1,6 @@
 """Rows that are made for other objectives than learning one answer, recognised by their columns.
 
-Preference pairs, single judgements (KTO), steps with labels, message trees and pictures would all
+Preference pairs, single judgements (KTO), steps with labels, message trees and sounds would all
 fit a format by half, and the wrong text would be learned. They are refused with what they are.
 """
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from lorakit.data.column_hints import as_yaml, named_for
+from lorakit.data.picture_columns import COLUMNS
 from lorakit.data.sources import Row
 from lorakit.data.text_files import is_text_file
 from lorakit.errors import listed
@@ -21,7 +22,7 @@ _CONVERSATION = (
 )
 _ANSWERS = frozenset({"completion", "response", "output", "answer"})
 _JUDGEMENTS = ("label", "kto_tag")
-_PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA = ("video", "videos", "audio", "audios")
 
 
 def refuse_other_objectives(
@@ -72,11 +73,11 @@ def refuse_other_objectives(
             "is one message of a tree (message_id, parent_id, as OpenAssistant has "
             "them): write each path from a root to an answer as one row with 'messages'"
         )
-    for name in _PICTURES:
+    for name in _MEDIA if "conversation" in kinds else (*_MEDIA, *COLUMNS):
         if name in given and name not in own:
             raise row.error(
-                f"has '{name}', and text alone is learned here: drop the row, or "
-                "remove the column if the text makes sense without"
+                f"has '{name}', which this objective does not learn from (sft reads pictures): "
+                "drop the row, or remove the column if the text makes sense without"
             )
 
 

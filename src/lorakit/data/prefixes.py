@@ -74,8 +74,13 @@ def _laid_out(
 
 
 def _head(row: TokenizedRow) -> list[int]:
-    """What of `row` may be shared: all before the token whose output is first learned from."""
+    """What of `row` may be shared: all before the token whose output is first learned from.
+
+    Other pictures have the same tokens, so that it ends before the first of them.
+    """
     first = next((t for t, x in enumerate(row.labels) if t and x != IGNORE), len(row))
+    if row.pictures is not None and row.pictures.placed:
+        first = min(first, row.pictures.placed[0].begin + 1)
     return row.input_ids[: max(0, first - 1)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lorakit.console import piped_text
 from lorakit.data.conversations import Message, tools
 from lorakit.data.formats import recognise
+from lorakit.data.picture_columns import with_pictures
 from lorakit.data.prompt_rows import asked_messages
 from lorakit.data.samples import system_message, take_marks
 from lorakit.data.sources import Row, read_rows
@@ -79,7 +80,8 @@ def _asked(row: Row, columns: Mapping[str, str]) -> list[Message]:
     form, row = recognise(row, columns)
     if form.kind != "conversation":
         raise row.error("plain text has no prompt; give the column 'prompt'")
-    return [*system_message(row), *_without_answer(form.read(row))]
+    asked = [*system_message(row), *form.read(row)]
+    return _without_answer(with_pictures(row, asked))
 
 
 def _without_answer(messages: list[Message]) -> list[Message]:

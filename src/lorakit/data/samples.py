@@ -7,6 +7,7 @@ The forms themselves are in `supervised_rows` and `labelled`, and registered in 
 How a conversation becomes text is the template's business (`lorakit.data.templates`).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorakit.data.conversations import Message, check_conversation, string, tools
+from lorakit.data.conversations import (
+    IMAGE,
+    Message,
+    check_conversation,
+    pictures_of,
+    string,
+    tools,
+)
+from lorakit.data.picture_columns import with_pictures
 from lorakit.data.sources import Row
 from lorakit.errors import InputError
 
@@ -84,8 +93,13 @@ class Sample:
         """Equal for samples that ask the same with the same tools; for plain text, the text."""
         if self.text is not None:
             return self.text
-        asked = [self.prompt, *([self.tools] if self.tools else [])]
+        asked = [_keyed(self.prompt), *([self.tools] if self.tools else [])]
         return json.dumps(asked, sort_keys=True, ensure_ascii=False)
+
+    @property
+    def pictures(self) -> list[str]:
+        """The pictures of all messages up to the last answer that is learned, in order."""
+        return [p for m in self.messages[: self._last_answer] for p in pictures_of(m["content"])]
 
     @property
     def marked(self) -> bool:
@@ -105,6 +119,24 @@ class Sample:
     @property
     def _last_answer(self) -> int:
         return max(self.learned, default=0)
+
+
+def _keyed(messages: Sequence[Message]) -> list[Message]:
+    """The messages with hashes in the place of pictures that stand in them whole."""
+    if not any(pictures_of(message["content"]) for message in messages):
+        return list(messages)
+    return [
+        {**message, "content": [_key(part) for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def _key(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != IMAGE or len(part[IMAGE]) < 4096:
+        return part
+    return {**part, IMAGE: hashlib.sha256(part[IMAGE].encode()).hexdigest()}
 
 
 def take_marks(row: Row, messages: Sequence[Message]) -> tuple[list[Message], frozenset[int]]:
@@ -230,12 +262,14 @@ class RowFormat:
         """
         found = self.read(row)
         if self.kind == "text":
+            with_pictures(row, ())
             return Sample((), found, row.where)
         if self.kind != "conversation":
             return found
         if asks and found and found[-1]["role"] != "assistant":
             found = [*found, {"role": "assistant", "content": ""}]
-        messages, unlearned, weights = marks_of(row, [*system_message(row), *found])
+        found = with_pictures(row, [*system_message(row), *found])
+        messages, unlearned, weights = marks_of(row, found)
         check_conversation(row, messages)
         sample = Sample(
             tuple(messages),

@@ -16,10 +16,11 @@ from lorakit.data.conversations import (
     kind_of_value,
     string,
 )
+from lorakit.data.picture_columns import COLUMNS
 from lorakit.data.samples import RowFormat
 from lorakit.data.sources import Row
 
-_BESIDE = ("system", "history", "tools")
+_BESIDE = ("system", "history", "tools", *COLUMNS)
 
 
 def _read_alpaca(row: Row) -> list[Message]:
@@ -35,7 +36,8 @@ def _read_pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
     def read(row: Row) -> list[Message]:
         asked, answered = row.values[prompt], row.values[completion]
         if isinstance(asked, list) and isinstance(answered, list):
-            return [*history(row), *conversation(row, prompt), *conversation(row, completion)]
+            before = conversation(row, prompt, pictures=True)
+            return [*history(row), *before, *conversation(row, completion, pictures=True)]
         if isinstance(asked, list) or isinstance(answered, list):
             raise row.error(
                 f"'{prompt}' is {kind_of_value(asked)} and '{completion}' is "
@@ -103,11 +105,21 @@ def _column_for(value: object) -> str | None:
 
 
 MESSAGES = RowFormat(
-    ("messages",), partial(conversation, column="messages"), propose=_proposed_chat
+    ("messages",),
+    partial(conversation, column="messages", pictures=True),
+    ("system", "tools", *COLUMNS),
+    propose=_proposed_chat,
 )
 SHAREGPT = RowFormat(
     ("conversations",),
-    partial(conversation, column="conversations", keys=("from", "value"), named_roles=True),
+    partial(
+        conversation,
+        column="conversations",
+        keys=("from", "value"),
+        named_roles=True,
+        pictures=True,
+    ),
+    ("system", "tools", *COLUMNS),
 )
 
 

@@ -19,9 +19,10 @@ from lorakit.data.bounded_templates import (
     apply_template,
     free_variables,
 )
-from lorakit.data.conversations import Message
+from lorakit.data.conversations import IMAGE, Message
 from lorakit.data.template_clock import show_clock
 from lorakit.errors import InputError, LorakitError, listed
+from lorakit.models.picture_reader import reader_of
 from lorakit.models.template_files import default_of, digest
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def render(
             **(variables or {}),
         )
 
-    for conversation in _spellings(messages):
+    for conversation in _spellings(messages, tokenizer):
         try:
             text = write(conversation)
         except LorakitError:  # it takes too long, or nothing can be rendered
@@ -90,6 +91,40 @@ def render(
     ) from refusal
 
 
+def as_shown(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", token: str
+) -> list[Message]:
+    """Messages as the template of a model that reads pictures takes their content.
+
+    Most of them go through parts, also of a text alone; one that reads texts gets `token` in the
+    place of each picture.
+    """
+    if _reads_parts(template_source(tokenizer)):
+        return [
+            {**message, "content": [{"type": "text", "text": content}]}
+            if isinstance(content := message.get("content"), str)
+            else message
+            for message in messages
+        ]
+    return [
+        {
+            **message,
+            "content": "".join(
+                token if part["type"] == IMAGE else part["text"] for part in message["content"]
+            ),
+        }
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+@lru_cache(maxsize=64)
+def _reads_parts(template: str) -> bool:
+    """Whether a template looks at the types of a content's parts."""
+    return bool(re.search(r"""\[?['".]type\b""", template)) and IMAGE in template
+
+
 def template_source(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] = ()) -> str:
     """Of templates with names, the one that transformers takes; empty where there is none."""
     templates: Any = tokenizer.chat_template
@@ -98,8 +133,12 @@ def template_source(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any] =
     return default_of(templates) or ""
 
 
-def _spellings(messages: Sequence[Message]) -> Iterator[list[Message]]:
+def _spellings(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[list[Message]]:
     """The conversation, and as long as none is taken, its tool calls written otherwise."""
+    if (reader := reader_of(tokenizer)) is not None:
+        messages = as_shown(messages, tokenizer, reader.token)
     yield list(messages)
     if any(message.get("tool_calls") for message in messages):
         yield _with_ids(messages)

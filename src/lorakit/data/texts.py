@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lorakit.data.conversations import IMAGE
 from lorakit.data.findings import Finding, finding
 from lorakit.data.samples import MARKS, Sample
 from lorakit.data.spans import REASONING
@@ -125,6 +126,8 @@ def _texts(sample: Sample) -> Iterator[str]:
 def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    elif isinstance(value, dict) and value.get("type") == IMAGE:
+        return  # its name is no text that is learned
     elif isinstance(value, dict):
         yield from _strings([*value, *value.values()])
     elif isinstance(value, (list, tuple)):

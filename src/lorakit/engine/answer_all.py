@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.data.prompts import Prompt
-from lorakit.engine.bounded_tokens import tokens_within
 from lorakit.engine.engine import Engine
+from lorakit.engine.picture_prompt import prompt_row
 from lorakit.engine.requests import Ticket
 from lorakit.engine.sampling import Sampling
 from lorakit.engine.shown import shown_text
@@ -62,12 +61,14 @@ def answer_all(
             try:
                 tokenizer = engine.tokenizer_of(model)
                 text = shown_text(prompt.messages, tokenizer, prompt.tools, variables, notices)
-                tokens = tokens_within(text, tokenizer, sys.maxsize)
-                asked.append((prompt, model, engine.submit(tokens, model, sampling)))
+                row = prompt_row(text, prompt.messages, tokenizer, where=prompt.where)
+                ticket = engine.submit(row.input_ids, model, sampling, row.pictures)
+                asked.append((prompt, model, ticket))
             except InputError as error:
                 for *_, ticket in asked:
                     ticket.cancel()
-                raise InputError(f"{prompt.where}: {error}") from error
+                named = str(error).startswith(prompt.where)
+                raise InputError(str(error) if named else f"{prompt.where}: {error}") from error
     for prompt, model, ticket in asked:
         pieces = list(ticket)
         last = pieces[-1]

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.engine.cache import RowCache
+from lorakit.engine.picture_prompt import picture_inputs
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.lora.routing import Route, Routing
 from lorakit.models.loaded import copied_once
@@ -30,7 +31,9 @@ CHUNK = 512
 class Batch(Protocol):
     """Rows that are computed together, in the two forms that there are."""
 
-    rows: list[AnswerRow]
+    @property
+    def rows(self) -> Sequence[AnswerRow]:
+        """Those that are not finished."""
 
     def has_room(self) -> bool:
         """Whether another row may join now."""
@@ -87,7 +90,12 @@ class ContinuousBatch:
         budget = CHUNK
         while budget > 0 and self._writing < len(self.rows):
             first = self._writing
-            if rows := self._whole_prompts(budget):
+            if self.rows[first].pictures is not None:
+                rows = self.rows[first : first + 1]
+                rows[0].read = len(rows[0].prompt)
+                budget -= rows[0].read
+                self._forward(first, rows, self._with_pictures)
+            elif rows := self._whole_prompts(budget):
                 budget -= len(rows) * max(len(row.prompt) for row in rows)
                 for row in rows:
                     row.read = len(row.prompt)
@@ -106,7 +114,7 @@ class ContinuousBatch:
         longest = 0
         for row in self.rows[self._writing :]:
             longest = max(longest, len(row.prompt))
-            if row.read or longest * (len(rows) + 1) > budget:
+            if row.read or row.pictures or longest * (len(rows) + 1) > budget:
                 break
             if rows and (self._cache.keeps_states or not self._cache.are_alike(0, longest)):
                 break
@@ -149,6 +157,12 @@ class ContinuousBatch:
     def _whole(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         prompts = [row.prompt for row in rows]
         return self._cache.whole_prompts(first, prompts, self._model.device)
+
+    def _with_pictures(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
+        """Prompts with pictures are read whole and alone, as no picture may be divided."""
+        asked = [row.asked() for row in rows]
+        given = self._whole(first, rows)
+        return given | picture_inputs(asked, max(map(len, asked)), self._model.device)
 
     def _part(self, at: int, rows: Sequence[AnswerRow], start: int) -> dict[str, Any]:
         tokens = rows[0].prompt[start : rows[0].read]

@@ -11,6 +11,7 @@ import torch
 
 from lorakit.engine.batch import Batch, ContinuousBatch
 from lorakit.engine.cache import RowCache, argument
+from lorakit.engine.pictures_apart import PicturesApart, tells_pictures_apart
 from lorakit.engine.plain_batch import PlainBatch
 from lorakit.errors import first_line
 from lorakit.lora.routing import Route, Routing
@@ -49,7 +50,10 @@ class Carried:
         """An empty batch of answers; arguments as in `ContinuousBatch`."""
         if self.why_not:
             return PlainBatch(model, routing, most, route)
-        return ContinuousBatch(model, routing, most, length, route, self.in_parts)
+        batch = ContinuousBatch(model, routing, most, length, route, self.in_parts)
+        if tells_pictures_apart(model):
+            return PicturesApart(batch, PlainBatch(model, routing, most, route), most)
+        return batch
 
 
 def how_carried(model: PreTrainedModel) -> Carried:

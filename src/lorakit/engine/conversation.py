@@ -6,26 +6,29 @@ test serve as well as a keyboard. The answers are an engine's.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.conversations import Message
-from lorakit.engine.bounded_tokens import tokens_within
+from lorakit.data.conversations import IMAGE, Message
+from lorakit.data.masking import TokenizedRow
+from lorakit.data.pictures import open_picture
 from lorakit.engine.engine import Engine
+from lorakit.engine.picture_prompt import prompt_row
 from lorakit.engine.requests import Ticket
 from lorakit.engine.sampling import Sampling
 from lorakit.engine.shown import shown_text
 from lorakit.errors import InputError, LorakitError, did_you_mean, listed
 from lorakit.folder_name import folder_name
+from lorakit.models.picture_reader import reader_of, why_unread
 
 HELP = """\
 /reset          forget the conversation
 /adapter NAME   answer with another adapter, by its name or folder; without one, show them
 /base           answer without the adapter, and again with it
+/image FILE     show a picture with the next message
 /help           show this
 /quit           end the chat, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -62,6 +65,7 @@ class ChatSession:
         self._opening = [{"role": "system", "content": system}] if system else []
         self._variables = variables
         self._answers = 0  # since the conversation began
+        self._shown: list[str] = []  # pictures for the next message
 
     @property
     def adapters(self) -> list[str]:
@@ -70,7 +74,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forgets the conversation; with a seed, the next one is answered as this one was."""
-        self.history = []
+        self.history, self._shown = [], []
         self._answers = 0
 
     # --- answering ------------------------------------------------------------------------
@@ -85,14 +89,23 @@ class ChatSession:
             InputError: `text` alone is longer than the model reads, or the template refuses it.
             LorakitError: the model failed.
         """
-        question = {"role": "user", "content": text}
+        question = {"role": "user", "content": self._content(text)}
         self.notices = []
         prompt = self._fit(question)
         sampling = self.sampling
         if sampling.seed is not None:  # no two turns draw the same numbers
             sampling = replace(sampling, seed=(sampling.seed + self._answers) % 2**63)
         self._answers += 1
-        return self._stream(question, self._engine.submit(prompt, self._who(), sampling))
+        self._shown = []
+        given = prompt.input_ids, self._who(), sampling, prompt.pictures
+        return self._stream(question, self._engine.submit(*given))
+
+    def _content(self, text: str) -> Any:
+        """What a message of the user says and shows."""
+        if not self._shown:
+            return text
+        pictures = [{"type": IMAGE, IMAGE: source} for source in self._shown]
+        return [*pictures, {"type": "text", "text": text}]
 
     def _stream(self, question: Message, ticket: Ticket) -> Generator[str]:
         written: list[str] = []
@@ -112,8 +125,8 @@ class ChatSession:
     def _who(self) -> str | None:
         return None if self.use_base else self.adapter
 
-    def _fit(self, question: Message) -> list[int]:
-        """Token ids of the conversation with `question`, after dropping what leaves no room.
+    def _fit(self, question: Message) -> TokenizedRow:
+        """The tokens of the conversation with `question`, after dropping what leaves no room.
 
         Room is `max_new_tokens`, or half of the context where that is less.
         """
@@ -135,11 +148,11 @@ class ChatSession:
             )
         return prompt
 
-    def _tokens(self, question: Message) -> list[int]:
+    def _tokens(self, question: Message) -> TokenizedRow:
         tokenizer = self._engine.tokenizer_of(self._who())
         messages = [*self._opening, *self.history, question]
         text = shown_text(messages, tokenizer, variables=self._variables)
-        return tokens_within(text, tokenizer, sys.maxsize)
+        return prompt_row(text, messages, tokenizer, where="the message")
 
     # --- commands -------------------------------------------------------------------------
 
@@ -150,6 +163,7 @@ class ChatSession:
             "/reset": self._reset,
             "/adapter": self._adapter,
             "/base": self._base,
+            "/image": self._image,
             "/help": lambda _: HELP,
             "/quit": lambda _: None,
         }
@@ -160,6 +174,20 @@ class ChatSession:
     def _reset(self, _: str) -> str:
         self.reset()
         return "the conversation is forgotten"
+
+    def _image(self, name: str) -> str:
+        """Keeps a picture for the next message; the user may name any file of theirs."""
+        file = Path(name).expanduser()
+        if not name or not file.is_file():
+            return f"no such picture: {name}" if name else "name a picture, as in /image cat.png"
+        if reader_of(self._engine.tokenizer_of(self._who())) is None:
+            return why_unread(self._engine.tokenizer_of(self._who()))
+        try:
+            open_picture(str(file.resolve()))
+        except InputError as error:
+            return f"the picture {name} {error}"
+        self._shown.append(str(file.resolve()))
+        return f"{name} is shown with the next message"
 
     def _base(self, _: str) -> str:
         if self.adapter is None:

@@ -31,6 +31,8 @@ from lorakit.models.loaded import take_into_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lorakit.data.picture_rows import RowPictures
+
 POOL_BYTES = 2 << 30
 
 
@@ -98,6 +100,7 @@ class Engine:
         prompt: Sequence[int],
         adapter: str | None = None,
         sampling: Sampling | None = None,
+        pictures: RowPictures | None = None,
     ) -> Ticket:
         """Hands in a request, from any thread. An adapter that is not in memory is read here.
 
@@ -106,6 +109,7 @@ class Engine:
             adapter: a name in the pool; None is the base alone. A reward model's only piece has
                 the score of `prompt`.
             sampling: None is greedy. `max_new_tokens` is cut to what the context has room for.
+            pictures: those that stand in the prompt.
 
         Raises:
             InputError: there is no such adapter, or the prompt is empty, too long, or has numbers
@@ -120,7 +124,7 @@ class Engine:
             version = self.pool.version(adapter)
             loaded = self.pool.loaded(version)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        ticket = Ticket(tuple(prompt), adapter, sampling)
+        ticket = Ticket(tuple(prompt), adapter, sampling, pictures)
         with self._changed:
             if self._closing:
                 raise LorakitError("the engine is closed and takes no more requests")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from lorakit.engine.picture_prompt import picture_inputs
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import generate, pad_left
 
@@ -78,6 +79,7 @@ class PlainBatch:
                     settings,
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
+                    **picture_inputs([row.asked() for row in rows], ids.shape[1], device),
                     logits_processor=[self._choose],
                     stopping_criteria=[self._ended],
                 )

@@ -46,6 +46,7 @@ from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.vocabulary import embeddings, rows_in_adapter, split_frozen, vocabulary_size
 from lorakit.lora.wrapping import wrapped_modules
+from lorakit.models.picture_reader import pass_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -285,6 +286,7 @@ class AdapterPool:
         own = own_tokenizer(folder, self._tokenizer, rows)
         if own is not None:
             require_same_pipeline(folder, own, self._tokenizer)
+            pass_reader(self._tokenizer, own)
         tokenizer: PreTrainedTokenizerBase = own or copy.copy(self._tokenizer)
         present: Any = self._tokenizer.chat_template
         return tokenizer, use_template(tokenizer, folder, self._base_model, present)

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any, Literal
 
+from lorakit.data.picture_rows import RowPictures
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 
@@ -62,6 +63,7 @@ class Ticket:
     prompt: tuple[int, ...]
     adapter: str | None
     sampling: Sampling
+    pictures: RowPictures | None = None
     cancelled: Event = field(default_factory=Event)
     _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)
     _lock: Lock = field(default_factory=Lock)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.data.masking import TokenizedRow
 from lorakit.engine.choosing import Chooser
 from lorakit.engine.requests import AnswerPiece, ChosenToken, FinishReason, Ticket, TokenLogprob
 from lorakit.engine.sampling import Ending
@@ -28,6 +29,7 @@ class AnswerRow:
 
     Attributes:
         adapter: its adapter's name in the bank, or `"__base__"`.
+        pictures: those that stand in its prompt.
         read: how many tokens of the prompt the model has seen.
         tokens: the answer's tokens.
         finished: whether the last piece has been handed over.
@@ -43,7 +45,7 @@ class AnswerRow:
         device: torch.device,
     ) -> None:
         self.ticket, self.adapter = ticket, adapter
-        self.prompt = ticket.prompt
+        self.prompt, self.pictures = ticket.prompt, ticket.pictures
         self.read = 0
         self.tokens: list[int] = []
         self.finished = self.failed = False
@@ -58,6 +60,10 @@ class AnswerRow:
         """Whether the prompt ends as the chat template asks for an answer."""
         tail = self.prompt[-len(how.encode()) - 1 :]
         return bool(how) and self._read(*tail).endswith(how)
+
+    def asked(self) -> TokenizedRow:
+        """Its prompt as a row, with its pictures."""
+        return TokenizedRow([*self.prompt], [], "the prompt", pictures=self.pictures)
 
     @property
     def is_plain(self) -> bool:

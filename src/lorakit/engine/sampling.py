@@ -40,10 +40,23 @@ def prompt_tokens(
         InputError: the chat template refuses the conversation, or there is no template.
         TooManyTokensError: there are more than `limit`.
     """
-    with isolated_templates():
-        text = render(messages, tokenizer, add_generation_prompt=True, tools=tools)
+    text = prompt_text(messages, tokenizer, tools)
     # The template has written the special tokens, a BOS among them.
     return tokens_within(text, tokenizer, sys.maxsize if limit is None else limit)
+
+
+def prompt_text(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The conversation up to where the model's answer begins; arguments as of `prompt_tokens`.
+
+    Raises:
+        InputError: the chat template refuses the conversation, or there is no template.
+    """
+    with isolated_templates():
+        return render(messages, tokenizer, add_generation_prompt=True, tools=tools)
 
 
 @dataclass(frozen=True, slots=True)

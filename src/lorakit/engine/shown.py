@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.bounded_templates import isolated_templates
-from lorakit.data.conversations import Message
+from lorakit.data.conversations import Message, text_of
 from lorakit.data.spans import REASONING
 from lorakit.data.templates import check_variables, render, template_source
 from lorakit.errors import InputError
@@ -144,7 +144,7 @@ def _doubtful(messages: Sequence[Message], text: str) -> set[int]:
     """
     doubtful, at, misses = set[int](), 0, 0
     for number, message in enumerate(messages):
-        content = str(message.get("content") or "").strip()
+        content = text_of(message.get("content")).strip()
         if not content:
             continue
         found = text.find(content, at) if misses < _MISSES else -1

@@ -14,14 +14,16 @@ from lorakit.data.answer_form import AnswerForm, answer_form
 from lorakit.data.batches import LabelCollator
 from lorakit.data.conversations import Message
 from lorakit.data.label_rows import LabelledRow
+from lorakit.data.masking import TokenizedRow
 from lorakit.data.samples import Sample
 from lorakit.data.seq2seq import prompt_tokens as encoder_tokens
+from lorakit.engine.picture_prompt import picture_inputs, prompt_row
 from lorakit.engine.sampling import (
     end_tokens,
     generate,
     greedy_settings,
     pad_left,
-    prompt_tokens,
+    prompt_text,
     stops_at,
 )
 from lorakit.evaluation.held_out import evaluating, longest_first
@@ -94,11 +96,15 @@ def write_answers(
     ends = frozenset(end_tokens(model, tokenizer))
     positions, work = positions_of(model), innermost()
     shown = tools or [()] * len(prompts)
-    rows = [prompt_tokens(p, tokenizer, own) for p, own in zip(prompts, shown, strict=True)]
+    rows = [
+        prompt_row(prompt_text(p, tokenizer, own), p, tokenizer)
+        for p, own in zip(prompts, shown, strict=True)
+    ]
 
-    def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        input_ids, mask = pad_left(rows, int(settings.pad_token_id))
-        return {"input_ids": input_ids, "attention_mask": mask}
+    def collate(rows: list[TokenizedRow]) -> dict[str, torch.Tensor]:
+        input_ids, mask = pad_left([row.input_ids for row in rows], int(settings.pad_token_id))
+        pictures = picture_inputs(rows, input_ids.shape[1])
+        return {"input_ids": input_ids, "attention_mask": mask, **pictures}
 
     def answers(batch: dict[str, torch.Tensor]) -> list[Written]:
         (several, width), begun = batch["input_ids"].shape, work.done

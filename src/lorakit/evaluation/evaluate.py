@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lorakit.data.answer_form import answer_form, taught_answer
 from lorakit.data.conversations import Message
 from lorakit.data.samples import Sample
-from lorakit.engine.sampling import prompt_tokens
+from lorakit.engine.picture_prompt import prompt_row
+from lorakit.engine.sampling import prompt_text
 from lorakit.errors import InputError, each
 from lorakit.errors import count as count_of
 from lorakit.evaluation.answers import Written, answer_samples
@@ -205,7 +206,8 @@ def _check_room(
         return []
 
     def length(sample: Sample) -> int:
-        tokens = len(prompt_tokens(sample.prompt, tokenizer, sample.tools))
+        text = prompt_text(sample.prompt, tokenizer, sample.tools)
+        tokens = len(prompt_row(text, sample.prompt, tokenizer, where=sample.where))
         if tokens >= positions:
             raise InputError(
                 f"{sample.where}: the prompt has {tokens:,} tokens and the model reads "

@@ -7,7 +7,7 @@ from torch import nn
 from lorakit.errors import InputError
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.layers import LoraEmbedding, LoraTiedEmbedding, LoraTiedHead, unwrapped
-from lorakit.lora.presets import PRESETS, fused_targets
+from lorakit.lora.presets import fused_targets, is_preset
 from lorakit.lora.routing import Routing
 from lorakit.lora.targets import (
     resolve_modules_to_save,
@@ -87,7 +87,7 @@ def inject(
         remove(model, adapter_name)
         raise
     names = config.target_modules
-    if names is None or names in PRESETS or (isinstance(names, list) and len(names) >= _MANY):
+    if names is None or is_preset(names) or (isinstance(names, list) and len(names) >= _MANY):
         config.target_modules = written_targets(targets, model)
     if config.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)

@@ -6,12 +6,14 @@ preset leaves out of a model, and why.
 """
 
 import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
+from lorakit.errors import InputError, did_you_mean
 from lorakit.lora.architecture import expert_parameters, language_part, reads_weights
+from lorakit.lora.parts import DEFAULT, PARTS, in_parts, part_prefixes
 
 PRESETS = ("attention-minimal", "attention", "all-linear")
 
@@ -46,13 +48,17 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
     """The modules that `preset` means in `model`.
 
     Args:
+        preset: its name, and in brackets the parts of a vision-language model that are meant;
+            without any it is the language part.
         linear: the paths of its linear modules without its head.
     """
-    names, notices = list(linear), []
+    (preset, parts), names, notices = split(preset), list(linear), []
     mixers = {name for name, m in model.named_modules() if reads_weights(m)}
-    split = {name: name.rpartition(".") for name in names}  # the parent's path, and its own name
-    names = [n for n in names if split[n][0] not in mixers or split[n][2] == "in_proj"]
-    if part := language_part(model):
+    places = {name: name.rpartition(".") for name in names}  # the parent's path, and its own name
+    names = [n for n in names if places[n][0] not in mixers or places[n][2] == "in_proj"]
+    if parts:
+        names = in_parts(names, parts, model)
+    elif part := language_part(model):
         inside = [name for name in names if name.startswith(f"{part}.")]
         if len(inside) < len(names):
             notices.append(
@@ -69,9 +75,68 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
             )
         return PresetTargets(names, notices)
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
-    found = [name for name in names if split[name][2] in wanted and _in_attention(name)]
+    found = [name for name in names if places[name][2] in wanted and _in_attention(name)]
     # Without attention the mixers do its work.
-    return PresetTargets(found or [name for name in names if split[name][0] in mixers], notices)
+    return PresetTargets(found or [name for name in names if places[name][0] in mixers], notices)
+
+
+def with_parts(
+    targets: list[str] | str | None, parts: Sequence[str] | None, model: nn.Module, pictures: bool
+) -> list[str] | str | None:
+    """`target_modules` with the parts that a preset is to mean, as `split` reads it.
+
+    Args:
+        targets: of a recipe.
+        parts: `lora.parts`; None is the language model, with its projector where rows have
+            pictures.
+        pictures: whether rows have any.
+
+    Raises:
+        InputError: the model has no such part.
+    """
+    if not isinstance(targets, str) or targets not in PRESETS:
+        return targets
+    there = part_prefixes(model)
+    if parts is None:
+        if not pictures or not there["projector"]:
+            return targets
+        parts = DEFAULT
+    for part in parts:
+        if not there[part]:
+            known = [name for name in PARTS if there[name]]
+            raise InputError(
+                f"lora.parts: the model has no part '{part}' that is known here; it has "
+                f"{', '.join(known) or 'none'}: name modules in lora.target_modules"
+            )
+    return f"{targets}[{','.join(parts)}]"
+
+
+def is_preset(targets: Any) -> TypeGuard[str]:
+    """Whether `target_modules` is a preset, perhaps with parts behind it."""
+    return isinstance(targets, str) and split(targets)[0] in PRESETS
+
+
+def split(targets: str) -> tuple[str, tuple[str, ...]]:
+    """A preset and the parts behind it: `all-linear[language,vision]`."""
+    preset, bracket, rest = targets.partition("[")
+    return preset, tuple(rest.removesuffix("]").split(",")) if bracket else ()
+
+
+def check_parts(parts: Any, targets: Any) -> None:
+    """Raises InputError for `lora.parts` that are none, or beside targets that are no preset."""
+    if parts is None:
+        return
+    if not isinstance(parts, list) or not parts:
+        raise InputError(f"lora.parts should be a list of {', '.join(PARTS)}, not {parts!r}")
+    for part in parts:
+        if part not in PARTS:
+            hint = did_you_mean(str(part), PARTS)
+            raise InputError(f"lora.parts: '{part}' is none of {', '.join(PARTS)}{hint}")
+    if targets not in PRESETS:
+        raise InputError(
+            "lora.parts chooses among the modules of a preset, and lora.target_modules names "
+            f"others: leave one of them out (the presets are {', '.join(PRESETS)})"
+        )
 
 
 def _in_attention(name: str) -> bool:

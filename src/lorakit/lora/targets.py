@@ -27,8 +27,9 @@ from lorakit.lora.layers import (
     layer_class,
     unwrapped,
 )
+from lorakit.lora.parts import part_prefixes
 from lorakit.lora.patterns import endings, layer_index, matches_whole, without_match
-from lorakit.lora.presets import FUSED, PRESETS, choose
+from lorakit.lora.presets import FUSED, PRESETS, choose, is_preset
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -60,7 +61,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     targets = "attention-minimal" if config.target_modules is None else config.target_modules
     if not targets:
         return []  # only parameters are adapted
-    if isinstance(targets, str) and targets in PRESETS:
+    if is_preset(targets):
         head = output_head(model)
         linear = [name for name, m in candidates.items() if _is_linear(m) and m is not head]
         chosen = choose(targets, linear, model)
@@ -333,9 +334,18 @@ def written_targets(found: list[str], model: nn.Module) -> list[str] | str:
     if part is None or not any("." in suffix for suffix in suffixes):
         return suffixes
     kinds = dict.fromkeys(map(_leaf, found))
-    expression = rf"{re.escape(part)}\..*\.({'|'.join(map(re.escape, kinds))})"
+    parts = [part, *(p for p in part_prefixes(model)["projector"] if _any_in(p, found))]
+    inside = "|".join(map(re.escape, parts))
+    if len(parts) == 1:
+        expression = rf"{inside}\..*\.({'|'.join(map(re.escape, kinds))})"
+    else:
+        expression = rf"({inside})\.(.*\.)?({'|'.join(map(re.escape, kinds))})"
     same = [name for name, _ in base_modules(model) if re.fullmatch(expression, name)] == found
     return expression if same else suffixes
+
+
+def _any_in(part: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(f"{part}.") for name in names)
 
 
 def suffixes_for(found: list[str], model: nn.Module) -> list[str]:

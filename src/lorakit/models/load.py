@@ -20,6 +20,7 @@ from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_optio
 from lorakit.models.layouts.layout import Layout
 from lorakit.models.loaded import base_model
 from lorakit.models.names import resolve
+from lorakit.models.picture_reader import PictureReader, give_reader, picture_reader
 from lorakit.models.quantization.packed import packed_settings
 from lorakit.models.quantization.prepare import keep_exact
 from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options
@@ -114,6 +115,8 @@ def load_for_task(
                     options = loading_options(wanted, chosen, device, whole)
                 model, lacking = _load_form(layout, task_type, chosen, labels, seed, options)
             tokenizer = layout.tokenizer()
+            if task_type == "CAUSAL_LM":
+                give_reader(tokenizer, _picture_reader(layout, model))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config._name_or_path = str(name)
@@ -127,6 +130,19 @@ def load_for_task(
         if getattr(model, "hf_quantizer", None) is None:
             model = model.to(device)
         return LoadedModel(keep_exact(model).eval(), tokenizer, new)
+
+
+def _picture_reader(layout: Layout, model: Any) -> PictureReader | str | None:
+    """How the model reads pictures, or why it cannot; None for a model of text alone."""
+    if not hasattr(base_model(model), "get_image_features"):
+        return None
+    try:
+        processor = layout.processor()
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        return f"the model's processor cannot be loaded: {_first_line(error)}"
+    if processor is None:
+        return "the model's files hold no processor (preprocessor_config.json)"
+    return picture_reader(processor)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ several processes and the record are the same for all of them and know none by n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -18,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorakit.data.dataset import PreparedData, prepare
 from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, tokenize
+from lorakit.data.picture_rows import counting, has_pictures
+from lorakit.data.pictures import pictures_in
 from lorakit.data.samples import Sample, refused_weight
 from lorakit.data.template_clock import StandingClock, at, notices_of_rendering, time_in
 from lorakit.data.templates import render
 from lorakit.data.text_files import SampleBy
 from lorakit.data.too_long import Limit, TooLong
-from lorakit.errors import InputError, did_you_mean, listed
+from lorakit.errors import InputError, count, did_you_mean, listed
+from lorakit.lora.presets import with_parts
 from lorakit.models.load import positions_of
 from lorakit.models.loss import LabelLoss, SupervisedLoss
 from lorakit.models.sequence_scores import SequenceScores
@@ -154,9 +158,17 @@ class TrainingInputs:
     own_tokenizer: bool = False
     token_rows: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a row has a picture."""
+        return any(map(has_pictures, (*self.data.train, *self.data.eval)))
+
     def lora_config(self, recipe: Any) -> Any:
         """The recipe's `LoraConfig`, with new modules trained whole, and the rows of tokens."""
         config = recipe.lora_config()
+        config.target_modules = with_parts(
+            config.target_modules, recipe.lora.get("parts"), self.model, self.has_pictures
+        )
         if self.token_rows:
             whole = config.modules_to_save or []
             rows = {
@@ -310,10 +322,11 @@ class Objective:
         teacher = None
         if self.teacher is not None:
             teacher = read_teacher(self.teacher, request.model, model, base.fingerprint)
-        clock = StandingClock(rendering.time)
-        with at(clock):
+        clock, done = StandingClock(rendering.time), Counter[str]()
+        with at(clock), pictures_in(request.media_dir), counting(done):
             data = self.read(request, loaded)
         data.notices.extend(base.notices)
+        data.notices.extend(f"{count(n, 'picture')} {what}" for what, n in done.items())
         inputs = TrainingInputs(
             model,
             tokenizer,

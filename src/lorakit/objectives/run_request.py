@@ -38,6 +38,7 @@ class RunRequest:
             called with model, tokenizer, samples, the most new tokens, and a seed.
         start: the adapter that the run starts from, whose tokens and chat templates are taken over.
         tokens: whose rows of embedding and head are trained; those that are new are added.
+        media_dir: where pictures are looked for; None is the folder of the data.
     """
 
     model: str
@@ -57,6 +58,7 @@ class RunRequest:
     answer: Callable[..., list[str]] | None = None
     start: Start | None = None
     tokens: tuple[str, ...] = ()
+    media_dir: str | None = None
 
     def load(self, task_type: str, labels: Sequence[str] = ()) -> LoadedBase:
         """The base model in its form for `task_type`, with what the start says of it.

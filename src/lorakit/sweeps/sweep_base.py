@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
@@ -127,7 +127,7 @@ class SweepBase:
         pad = inputs.tokenizer.pad_token_id
         self.pad_token_id: int = pad if isinstance(pad, int) else 0
         self.parameters = count_parameters(inputs.model)[1]
-        self.facts = [asdict(fact) for fact in inputs.data.facts]
+        self.facts = [fact.to_dict() for fact in inputs.data.facts]
         self.notices = [*inputs.data.notices, *(f.line for f in inputs.data.findings if f.count)]
         self._lines = Lines(inputs.model)
         self._seed = recipe.training.seed  # a new head's values are drawn with it
@@ -145,7 +145,8 @@ class SweepBase:
     def shares_passes(self) -> bool:
         """Whether configurations of this task can share a pass."""
         inputs = self.inputs
-        return inputs.objective.shares_passes and not (inputs.start or inputs.own_tokenizer)
+        alone = inputs.start or inputs.own_tokenizer or inputs.has_pictures
+        return inputs.objective.shares_passes and not alone
 
     def complete(self, recipe: Recipe) -> Recipe:
         """`recipe` with what it leaves open filled in, and the rows of the sweep held out."""

@@ -148,21 +148,26 @@ class Batching:
 
 
 def choose_batching(
-    recipe: Recipe, lines: Lines, pad_token_id: int, own_collator: Collate | None = None
+    recipe: Recipe,
+    lines: Lines,
+    pad_token_id: int,
+    own_collator: Collate | None = None,
+    why_padded: Callable[[], str | None] = lambda: None,
 ) -> tuple[Batching, list[str]]:
     """How rows become batches, with what to say where that is not as the recipe has it.
 
     Args:
         lines: what the model takes.
         own_collator: the objective's, where rows are not sequences of tokens.
+        why_padded: says why these rows are not put in lines by a model that takes them.
     """
     size = recipe.training.per_device_eval_batch_size
     pack_length = recipe.data.max_length if recipe.data.packing and not own_collator else None
     padded = Batching(pad_token_id, pack_length, own_collator, eval_rows=size)
     if own_collator or not recipe.data.padding_free:
         return padded, []
-    if lines.refused:
-        return padded, [f"rows are padded, those of like length together: {lines.refused}"]
+    if refused := lines.refused or why_padded():
+        return padded, [f"rows are padded, those of like length together: {refused}"]
     noise = (recipe.training.model_extra or {}).get("neftune_noise_alpha")
     return Batching(
         None,

@@ -112,6 +112,7 @@ class DataRecipe(_Strict):
     packing: bool = False
     streaming: bool = False
     buffer_size: Annotated[int, Field(ge=1, le=2**24)] = 1000
+    media_dir: Name | None = None
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -278,6 +279,10 @@ class Recipe(_Strict):
             if self.objective == default_objective(wanted).to_dict():
                 self.objective = None  # as where a recipe does not say
         self.lora = {"target_modules": "all-linear", **self.lora}
+        if "parts" in self.lora:
+            from lorakit.lora.presets import check_parts
+
+            check_parts(self.lora["parts"], self.lora["target_modules"])
         self.lora_config()
         self._check_lora_types()
         if self.tokens and self.lora.get("trainable_token_indices") and not continued:
@@ -318,13 +323,13 @@ class Recipe(_Strict):
             f"lora.{name} is not a recipe key"
             + (key_hint(name, known) or "; known are the fields of LoraConfig")
             for name in self.lora
-            if name not in known
+            if name not in known and name != "parts"
         ]
         if unknown:
             raise InputError("; ".join(unknown))
         try:
             return LoraConfig(
-                **{"r": 16, "lora_alpha": 32, **self.lora, "task_type": self.task_type}
+                **{"r": 16, "lora_alpha": 32, **_of_config(self.lora), "task_type": self.task_type}
             )
         except InputError as error:
             raise InputError(f"lora: {error}") from error
@@ -337,7 +342,7 @@ class Recipe(_Strict):
         from lorakit.lora.config import LoraConfig
 
         types = get_type_hints(LoraConfig)
-        for name, value in self.lora.items():
+        for name, value in _of_config(self.lora).items():
             if not name.endswith("_config"):
                 _check_argument(f"lora.{name}", value, types[name])
 
@@ -347,9 +352,16 @@ class Recipe(_Strict):
         absent: dict[str, Any] = {name: True for name in optional if not getattr(self, name)}
         if self.eval.generate is None:  # nothing beside the held-out loss
             absent["eval"] = True
-        if not self.data.streaming:
-            absent["data"] = {"streaming", "buffer_size"}
+        unset = set[str]() if self.data.streaming else {"streaming", "buffer_size"}
+        unset |= {"media_dir"} if self.data.media_dir is None else set()
+        if unset:
+            absent["data"] = unset
         return self.model_dump(mode="json", exclude=absent)
+
+
+def _of_config(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe's `lora` is a field of `LoraConfig`: all but the parts of a model."""
+    return {name: value for name, value in lora.items() if name != "parts"}
 
 
 SECTIONS.update(

@@ -118,7 +118,7 @@ def _elsewhere(name: str) -> str | None:
     from lorakit.lora.config import LoraConfig
 
     lora = {f.name for f in dataclasses.fields(LoraConfig)} - {"revision", "inference_mode"}
-    for section, keys in {**SECTIONS, "lora.": lora}.items():
+    for section, keys in {**SECTIONS, "lora.": lora | {"parts"}}.items():
         if name in keys:
             return f"use {section}{name}"
     if argument := ARGUMENTS.get(name):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ from lorakit.training.effects import (
 )
 from lorakit.training.generation import HeldOutAnswers, held_out_answers
 from lorakit.training.machine import settle_in
+from lorakit.training.picture_lines import why_padded
 from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe, TrainingRecipe
 from lorakit.training.schedule import check_schedule
@@ -102,7 +104,7 @@ class Setup:
     @property
     def data_facts(self) -> list[dict[str, Any]]:
         """The files that were read, as plain JSON types."""
-        return [asdict(fact) for fact in self.data.facts]
+        return [fact.to_dict() for fact in self.data.facts]
 
     def trainer(self) -> LoraTrainer:
         """What trains the model on the rows."""
@@ -189,7 +191,11 @@ def set_up(
     check_metric(arguments, ["loss", *inputs.objective.score_names, *more])
     check_fsdp(arguments, inputs.lora_config(recipe))
     batching, notices = choose_batching(
-        recipe, Lines(adapted), tokenizer.pad_token_id, inputs.collator
+        recipe,
+        Lines(adapted),
+        tokenizer.pad_token_id,
+        inputs.collator,
+        partial(why_padded, adapted, [*data.train, *data.eval]),
     )
     batching = replace(batching, to_batch=inputs.objective.to_batch)
     batches = len(batching.train_batches(data.train, arguments, epoch=0))
@@ -267,6 +273,7 @@ def load_inputs(
         answer=sampled_answers,
         start=start,
         tokens=tuple(recipe.tokens),
+        media_dir=data.media_dir,
     )
     objective = objective or recipe.make_objective()
     set_reference(objective, start)

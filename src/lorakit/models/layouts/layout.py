@@ -43,6 +43,7 @@ HUB_OPTIONS = (
 _CAUSAL = "AutoModelForCausalLM"
 # What goes with a model's weights; the rest of a folder is for other frameworks, or tells of it.
 _SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _NOT_COPIED = {"config.json", "adapter_config.json", "lorakit.json"}
 # What tools for quantised weights wrote beside them: a merged model is not quantised.
 _NOT_COPIED |= {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
@@ -107,6 +108,14 @@ class Layout:
         if not tokenizer.chat_template and "chat_template" not in options:
             tokenizer.chat_template = read_templates(self.path)  # it may be the processor's
         return tokenizer
+
+    def processor(self) -> Any:
+        """The processor of a model that reads pictures; None where the files hold none."""
+        if not any((self.path / name).is_file() for name in _PROCESSORS):
+            return None
+        from transformers import AutoProcessor
+
+        return self._loaded(AutoProcessor, {})
 
     def _loaded(self, kind: Any, options: dict[str, Any]) -> Any:
         with needed_code_refused(self.path):

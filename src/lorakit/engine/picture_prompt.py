@@ -1,0 +1,65 @@
+"""A prompt as tokens, with the pictures that stand in it; and what a model is given of several."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorakit.data.boundaries import encode_texts
+from lorakit.data.conversations import Message, pictures_of
+from lorakit.data.masking import TokenizedRow
+from lorakit.data.picture_rows import RowPictures, expanded, placed, tensors_of
+from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
+from lorakit.models.picture_reader import reader_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+def prompt_row(
+    text: str,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int = sys.maxsize,
+    where: str = "the prompt",
+) -> TokenizedRow:
+    """A rendered conversation's tokens and pictures, with nothing to learn.
+
+    Args:
+        text: as the chat template writes `messages`.
+        limit: how many tokens there may be.
+
+    Raises:
+        TooManyTokensError: there are more.
+        InputError: a picture cannot be used, or the model reads none.
+    """
+    sources = [source for message in messages for source in pictures_of(message.get("content"))]
+    if not sources:
+        return TokenizedRow(tokens_within(text, tokenizer, limit), [], where)
+    found = expanded(text, sources, tokenizer, where)
+    [encoded] = encode_texts([found.text], tokenizer)
+    if len(encoded.ids) > limit:
+        raise TooManyTokensError(len(encoded.ids), limit, counted=True)
+    reader = reader_of(tokenizer)
+    assert reader is not None
+    pictures = RowPictures(placed(sources, found.places, encoded.starts), reader)
+    return TokenizedRow(encoded.ids, [], where, pictures=pictures)
+
+
+def picture_inputs(
+    rows: Sequence[TokenizedRow], width: int, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """What the model is given of the pictures of prompts that are padded on the left to `width`.
+
+    Beside their tokens; nothing where no prompt has a picture.
+    """
+    import torch
+
+    tensors, kinds = tensors_of(rows)
+    padded: dict[str, Any] = {
+        name: torch.tensor([[0] * (width - len(row)) + row for row in own])
+        for name, own in kinds.items()
+    }
+    return {name: x.to(device) for name, x in {**padded, **tensors}.items()}
