@@ -235,6 +235,10 @@ def test_a_distilled_adapter_is_evaluated_inspected_and_reproduced_with_its_teac
     assert run_lorakit(tmp_path, *asked).returncode == 0
     own = json.loads(scores.read_text())["scores"]["kl"]["tuned"]
     assert own == pytest.approx(found.eval_scores["kl"], rel=1e-6)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    done = run_lorakit(tmp_path, "eval", "run", "--data=prompts.jsonl", "--metrics=loss")
+    assert done.returncode == 2
+    assert "no answer" in done.stderr
     assert inspect(tmp_path / "run").teacher.state == "unchanged"  # type: ignore[union-attr]
     shutil.rmtree(beside)
     for command in (asked, ("reproduce", "run", "-o", "third")):

@@ -76,6 +76,8 @@ def rows_of(
             whole = objective.tokenize(sample, tokenizer, WHOLE)
             return divided(whole, max_length, objective.overlap)
         made = objective.tokenize(sample, tokenizer, max_length)
+        if not made.supervised and not made.truncated:
+            raise InputError(f"{made.where}: has no answer to score: give the row one")
         if made.truncated and not made.supervised:
             raise InputError(
                 f"{made.where}: nothing to score is left before data.max_length {max_length}; "

@@ -163,7 +163,9 @@ def _measured(
         )
         for row in rows
     ]
-    tokenized = [objective.tokenize(s, tokenizer, recipe.data.max_length) for s in samples]
+    rows_of = [objective.tokenize(s, tokenizer, recipe.data.max_length) for s in samples]
+    kept = [i for i, row in enumerate(rows_of) if row.supervised]  # others are too long
+    samples, tokenized = [samples[i] for i in kept], [rows_of[i] for i in kept]
     tuned = _sums(objective, model, tokenizer, tokenized)
     with model.disable_adapter():
         base = _sums(objective, model, tokenizer, tokenized)
