@@ -10,6 +10,7 @@ import pytest
 import lorakit
 from command import run_lorakit
 from lorakit.errors import InputError
+from lorakit.training.recipe import load_recipe
 from small_runs import lines, recipe, weights
 
 PAIRS = [
@@ -139,6 +140,14 @@ def test_eval_scores_an_adapter_on_rows_beside_its_base(kind: str, make: Any, tm
         ({"type": "dpo", "ld_alpha": 1.5}, "ld_alpha"),
         ({"type": "simpo", "gamma": 1}, "simpo_gamma"),
         ({"type": "kto", "loss_type": "sigmoid"}, "loss_type"),
+        ({"type": "dpo", "loss_type": "kto_pair"}, "objective: kto"),
+        (
+            {"type": "dpo", "loss_type": "apo_down", "f_divergence_type": "js_divergence"},
+            r"^recipe: objective.f_divergence_type js_divergence has no meaning with loss_type apo",
+        ),
+        ({"type": "dpo", "discopop_tau": 0.1}, "loss_type discopop alone"),
+        ({"type": "dpo", "f_alpha_divergence_coef": 2}, "f_divergence_type=alpha_divergence"),
+        ({"type": "orpo", "orpo_beta": 0.1}, "did you mean 'beta'"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(objective: dict[str, Any], named: str, make: Any):
@@ -176,3 +185,19 @@ def test_kto_says_where_the_kinds_are_out_of_balance(make: Any, tmp_path: Path):
         values["output_dir"] = str(tmp_path / f"run{sum(labels)}")
         record = lorakit.train(values, quiet=True).manifest
         assert any(said in notice for notice in record.notices), record.notices
+
+
+def test_a_loss_whose_gradient_begins_against_the_preference_is_noticed(make: Any):
+    for tau, turns in ((0.05, True), (0.2, False)):
+        objective = {"type": "dpo", "loss_type": "discopop", "discopop_tau": tau}
+        record = lorakit.train(make(f"run{tau}", objective), quiet=True).manifest
+        assert record.eval_scores is not None
+        assert (record.eval_scores["accuracy"] < 0.5) == turns
+        assert any("discopop_tau=0.05" in notice for notice in record.notices) == turns
+
+
+def test_settings_are_given_beside_a_name_alone(make: Any):
+    """As in `objective: dpo` of a file and `objective.beta=0.3` of a command line."""
+    found = load_recipe(make("run", "dpo"), ["objective.beta=0.3"])
+    assert found.make_objective().to_dict()["type"] == "dpo"
+    assert found.make_objective().settings.beta == 0.3

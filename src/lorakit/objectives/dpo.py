@@ -7,7 +7,7 @@ Names, defaults and losses are those of TRL's `DPOConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log, log1p
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,9 +21,14 @@ from lorakit.objectives.preference import Pairs, PreferencePairs
 if TYPE_CHECKING:
     import torch
 
+    from lorakit.data.masking import TokenizedRow
     from lorakit.objectives.forward import Forward
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+_DISCOPOP_TURNS = (1 - log(2)) / 3
+"""The temperature below which the slope of `discopop` is positive at a margin of 0: there it is
+(1 - log 2) / (4 tau) - 3/4."""
 
 _LARGEST_EXPONENT = 80.0  # as TRL: exp of more is no float32
 
@@ -123,6 +128,18 @@ class Dpo(PreferencePairs):
             place = torch.arange(len(tokens), device=tokens.device) - begins
             tokens = torch.where(place < shorter, tokens, alpha * tokens)
         return super().of_answers(tokens, lengths)
+
+    def notices(self, rows: Sequence[TokenizedRow]) -> list[str]:
+        """Where the gradient of `discopop` goes against the preference at the reference."""
+        found, settings = super().notices(rows), self.settings
+        if "discopop" in settings.losses and settings.discopop_tau < _DISCOPOP_TURNS:
+            found.append(
+                f"discopop with discopop_tau={settings.discopop_tau:g} is not monotonic: where the "
+                "adapter equals its reference, its gradient favours the rejected answer. Start "
+                "from an adapter that prefers the chosen ones already, or raise discopop_tau above "
+                f"{_DISCOPOP_TURNS:.2f}"
+            )
+        return found
 
     @property
     def needs_all_batches(self) -> bool:

@@ -270,9 +270,12 @@ class Objective:
             known = list(self.Settings.model_fields)
             if found["type"] == "extra_forbidden":
                 others = listed(["type", *known])
-                reason = f"is not a setting of {self.name}{did_you_mean(key, known)}; it has"
+                short = next((name for name in known if key.endswith(f"_{name}")), key)
+                reason = f"is not a setting of {self.name}{did_you_mean(short, known)}; it has"
                 raise InputError(f"objective.{key} {reason} {others}") from error
             message = found["msg"].removeprefix("Value error, ")
+            if not key:  # settings that do not fit together
+                raise InputError(f"objective.{message}") from error
             raise InputError(
                 f"objective.{key}: {message[0].lower()}{message[1:]}, not {found['input']!r}"
             ) from error

@@ -21,6 +21,7 @@ _SHORT = {
     "lora.use_rslora": "rs-",
     "lora.use_dora": "dora-",
     "lora.target_modules": "",
+    "objective.loss_type": "",
     "training.learning_rate": "lr",
     "training.lr_scheduler_type": "",
     "training.seed": "seed",
