@@ -11,6 +11,7 @@ from lorakit.adapters.manifest import read_manifest
 from lorakit.errors import InputError
 from lorakit.sweeps.sweep_base import REPORT, SELECTION
 from lorakit.training.recipe import load_recipe
+from matrix import few
 from small_runs import recipe, weights
 from sweeps.shared_sweeps import configurations, distance, runner_for, solo
 
@@ -60,12 +61,21 @@ def made(model: Path, folder: Path, objective: Any, rows: Any = PAIRS, **trainin
     return values | {"objective": objective, "dtype": "float64", "compile": False}
 
 
-@pytest.mark.parametrize("kind", list(SWEPT))
+LINES = [(kind, "lines") for kind in SWEPT]
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    few([*LINES, ("dpo", "padded and checkpointed"), ("kto", "padded and checkpointed")], *LINES),
+)
 def test_configurations_beside_each_other_give_the_weights_of_their_solo_runs(
-    kind: str, tiny_model: Path, tmp_path: Path
+    kind: str, form: str, tiny_model: Path, tmp_path: Path
 ):
     rows = JUDGED if kind == "kto" else PAIRS
     values = made(tiny_model, tmp_path, kind, rows, eval_strategy="no")
+    if form == "padded and checkpointed":
+        values["data"]["padding_free"] = False
+        values["training"]["activation_checkpointing"] = True
     sweep = configurations(values, tmp_path / "sweep", [*SWEPT[kind], *OTHERS])
     runner = runner_for(values, at_once=len(sweep))
     [(_, group)], alone = runner._groups(sweep)
