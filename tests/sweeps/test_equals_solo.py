@@ -1,10 +1,12 @@
 """Every adapter trained beside others is the one that `lorakit train` gives."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakit.adapters.manifest import read_manifest
 from matrix import few
 from small_runs import weights
 from sweeps.shared_sweeps import configurations, distance, runner_for, small, solo
@@ -73,3 +75,25 @@ def test_dora_embeddings_and_noise_beside_plain_adapters_give_the_weights_of_the
         own = weights(Path(configuration.recipe.output_dir))
         wanted = solo(configuration, tmp_path / "solo")
         assert distance(own, wanted) < 1e-9, configuration.changes
+
+
+def test_rows_with_weights_share_passes(tiny_model: Path, tmp_path: Path):
+    rows = tmp_path / "weighted.jsonl"
+    with rows.open("w") as file:
+        for n in range(20):
+            answer = {"role": "assistant", "content": f"{n}!", "weight": 0.5 + n % 3}
+            messages = [{"role": "user", "content": f"{n}?"}, answer]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    values = small(tiny_model, rows, tmp_path / "base", max_steps=2) | {"dtype": "float64"}
+    sweep = configurations(values, tmp_path / "sweep", [{"lora.r": 2}, {"lora.r": 3}])
+    runner = runner_for(values, at_once=2)
+    assert [len(group) for _, group in runner._groups(sweep)[0]] == [2]
+    found = runner.advance(sweep, 1.0)
+    for configuration in sweep:
+        wanted = solo(configuration, tmp_path / "solo")
+        own = weights(Path(configuration.recipe.output_dir))
+        assert distance(own, wanted) < 1e-9
+        record = read_manifest(tmp_path / "solo" / configuration.name)
+        assert record is not None
+        loss = found[configuration.name].scores["loss"]
+        assert loss == pytest.approx(record.eval_loss, abs=1e-9)
