@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import (
     Regex,
     Tokenizer,
@@ -51,6 +53,9 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_O200K = _TEKKEN.replace("]+|[^", "]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^").replace(
+    "]*|\\p{N}", "]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\\p{N}{1,3}"
+)
 RULES: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": lambda: pre_tokenizers.Sequence(
@@ -59,6 +64,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: _split(_WORDS.replace("{1,3}", "")),
     "dbrx": lambda: _split(_WORDS),
     "tekken": lambda: _split(_TEKKEN),
+    "gpt-4o": lambda: _split(_O200K),
 }
 """Rules that cut text into words."""
 
@@ -136,6 +142,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "dbrx": lambda: merging_tokenizer("dbrx"),
     "llama-bpe": lambda: merging_tokenizer("dbrx", ignore_merges=True),
     "tekken": lambda: merging_tokenizer("tekken", ignore_merges=True),
+    "gpt-4o": lambda: merging_tokenizer("gpt-4o"),
     "default": piece_tokenizer,
 }
 """A tokenizer of every kind, by llama.cpp's name for the rule that cuts its words."""
@@ -162,6 +169,64 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LAYERS = {"num_hidden_layers": 7, "sliding_window": 8, "head_dim": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ROPES = {"sliding_attention": _ROPE, "full_attention": {**_ROPE, "rope_theta": 50000.0}}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "gemma2": ("Gemma2", {**_LAYERS, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("Gemma3", {**_LAYERS, "query_pre_attn_scalar": 16, "rope_parameters": _ROPES}),
+    "phi3": ("Phi3", {}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {**_LAYERS, "rope_parameters": dict.fromkeys(_ROPES, _ROPE)}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
+    "seed_oss": ("SeedOss", {"head_dim": 16}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 16}),
+    "qwen3, yarn": (
+        "Qwen3",
+        {
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **_LAYERS,
+            "num_hidden_layers": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": _ROPE,
+        },
+    ),
+}
+"""Further families: the beginnings of their classes' names, and settings beside `SIZES`."""
+
+
+def _made(kind: str, settings: dict[str, Any]) -> Any:
+    name = {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config")
+    config = getattr(transformers, name)(**{**SIZES, **settings})
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
@@ -184,10 +249,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             eos_token_id=2,
         )
     ),
+    **{name: partial(_made, *made) for name, made in MORE.items()},
     "glm": lambda: GlmForCausalLM(GlmConfig(**SIZES, head_dim=16, attention_bias=True)),
     "glm4": lambda: Glm4ForCausalLM(Glm4Config(**SIZES, head_dim=16, attention_bias=True)),
 }
-UNREAD = ("glm", "glm4", "llama with biases", "llama 3")
+UNREAD = ("glm", "glm4", "llama with biases", "llama 3", *MORE)
 """What transformers does not read from GGUF, or without biases or rotary factors."""
 
 
@@ -199,7 +265,7 @@ def save_family(folder: Path, family: str, tokenizer: str = "gpt-2") -> Path:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-                assert "norm" in name or "ln_" in name or name.endswith("bias")
+                assert "norm" in name or "ln_" in name or name.endswith(("bias", "sinks"))
     model.save_pretrained(folder)
     TOKENIZERS[tokenizer]().save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Which models can be written as GGUF, and what of theirs is called and laid out otherwise there.
+"""What of a model is called and laid out otherwise in GGUF, and its settings there.
 
 Names come from the `gguf` package's own tables. What a table does not say is here: rotary halves
 that llama.cpp wants interleaved, GPT-2's transposed weights, hyperparameters, and what llama.cpp
@@ -7,46 +7,17 @@ computes otherwise than transformers, which is refused or named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
 
+from lorakit.adapters.export.gguf_families import FAMILIES, GgufFamily
 from lorakit.errors import InputError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-
-@dataclass(frozen=True)
-class GgufFamily:
-    """How one of transformers' model types stands in llama.cpp.
-
-    `interleaves` is whether llama.cpp rotates neighbouring pairs where transformers rotates
-    halves, so that the rows of the query and key projections change places.
-    """
-
-    arch: gguf.MODEL_ARCH
-    activations: tuple[str, ...] = ("silu",)
-    interleaves: bool = False
-
-    @property
-    def name(self) -> str:
-        """llama.cpp's word for it."""
-        return str(gguf.MODEL_ARCH_NAMES[self.arch])
-
-
-FAMILIES = {
-    "llama": GgufFamily(gguf.MODEL_ARCH.LLAMA, interleaves=True),  # SmolLM2 too
-    "mistral": GgufFamily(gguf.MODEL_ARCH.LLAMA, interleaves=True),
-    "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2),
-    "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3),
-    "gpt2": GgufFamily(gguf.MODEL_ARCH.GPT2, ("gelu_new", "gelu_pytorch_tanh")),
-    "glm": GgufFamily(gguf.MODEL_ARCH.CHATGLM),
-    "glm4": GgufFamily(gguf.MODEL_ARCH.GLM4),
-}
-"""By `config.model_type`."""
 
 _TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2's Conv1D
 
@@ -61,15 +32,20 @@ def family_of(config: PreTrainedConfig, model: str) -> GgufFamily:
     if family is None:
         raise InputError(
             f"{model} is a {config.model_type} model, which lorakit cannot write as GGUF: it knows "
-            f"{listed(FAMILIES)}. llama.cpp's own convert_hf_to_gguf.py may: merge first"
+            f"{listed(FAMILIES, 40)}. llama.cpp's own convert_hf_to_gguf.py may: merge first"
         )
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next((own for name in names if (own := getattr(config, name, None))), "")
     unlike = [
         f"the activation {activation}" if activation not in family.activations else "",
         "scale_attn_by_inverse_layer_idx"
         if getattr(config, "scale_attn_by_inverse_layer_idx", False)
         else "",
-        f"the rotary scaling {_rope_type(config)}" if not _rotates_alike(config, family) else "",
+        f"the rotary scaling {_rope_type(config)}"
+        if _rope_type(config) not in family.ropes
+        else "",
+        family.unlike(config),
+        _other_yarn(_rope(config)),
     ]
     if found := [what for what in unlike if what]:
         raise InputError(f"{model} uses {found[0]}, which llama.cpp does not for {family.name}")
@@ -94,6 +70,8 @@ def laid_out(
     """The model's tensor as llama.cpp has it: (d_out, d_in), rotary rows interleaved."""
     if family.arch == gguf.MODEL_ARCH.GPT2 and name.endswith(_TRANSPOSED):
         return tensor.T
+    if family.norm_offset and name.endswith("norm.weight"):
+        return tensor.float() + family.norm_offset
     return interleaved(family, config, name.rpartition(".")[0], tensor)
 
 
@@ -130,16 +108,24 @@ def add_hyperparameters(
     if family.arch == gguf.MODEL_ARCH.GPT2:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
+    family.settings(writer, config)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope: dict[str, Any] = config.rope_parameters
+    rope = _rope(config)
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if _rope_type(config) == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if _rope_type(config) == "yarn":
+        before = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(before)
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
 
 
 def extra_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -150,27 +136,44 @@ def extra_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = 2 * len(scaled)
-    theta: float = config.rope_parameters["rope_theta"]
+    theta: float = _rope(config)["rope_theta"]
     plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return {"rope_freqs.weight": plain / scaled}
 
 
-def differences(config: PreTrainedConfig, model: str) -> list[str]:
+def differences(family: GgufFamily, config: PreTrainedConfig, model: str) -> list[str]:
     """What llama.cpp computes otherwise than transformers, in lines for the user."""
+    found = []
+    if _rope_type(config) == "yarn" and not _rope(config).get("truncate", True):
+        found.append(
+            f"{model} scales rotary positions between dimensions that are not whole (truncate: "
+            "false), llama.cpp between whole ones: logits differ a little"
+        )
     window = getattr(config, "sliding_window", None)
-    if not window or window >= config.max_position_embeddings:
-        return []
+    if not window or family.windows or window >= config.max_position_embeddings:
+        return found
     return [
-        f"{model} attends to the last {window} tokens, llama.cpp to all: the same up to that length"
+        *found,
+        f"{model} attends to the last {window} tokens, llama.cpp to all: the same up to that "
+        "length",
     ]
 
 
+def _other_yarn(rope: dict[str, Any]) -> str:
+    """What llama.cpp's YaRN does not have: factors of attention other than 0.1 ln(factor) + 1."""
+    if rope.get("rope_type") != "yarn":
+        return ""
+    for name in ("attention_factor", "mscale", "mscale_all_dim", "llama_4_scaling_beta"):
+        if rope.get(name):
+            return f"the rotary scaling yarn with {name}"
+    return ""
+
+
 def _rope_type(config: PreTrainedConfig) -> str:
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return str(_rope(config).get("rope_type", "default"))
 
 
-def _rotates_alike(config: PreTrainedConfig, family: GgufFamily) -> bool:
-    known = {"default", "linear"}
-    if family.arch == gguf.MODEL_ARCH.LLAMA:
-        known.add("llama3")
-    return _rope_type(config) in known
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary settings: of layers with full attention, where others have their own."""
+    found: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return found.get("full_attention", found)

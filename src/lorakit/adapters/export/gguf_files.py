@@ -7,11 +7,13 @@ merged and checked by `lorakit.adapters.merge`, and written tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -22,8 +24,8 @@ from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.derived import origin
 from lorakit.adapters.export.export_formats import Exported
+from lorakit.adapters.export.gguf_families import GgufFamily
 from lorakit.adapters.export.gguf_family import (
-    GgufFamily,
     add_hyperparameters,
     differences,
     extra_tensors,
@@ -242,7 +244,7 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
             writer.write_tensor_data(quantized(tensor, written[own]))
         writer.close()
     size = Path(output).stat().st_size
-    notices = (*differences(config, name), *forms.notices())
+    notices = (*differences(family, config, name), *forms.notices())
     return GgufFile(str(output), family.name, dtype, len(written), size, notices)
 
 
@@ -263,11 +265,28 @@ def _tensors(
     folder: Path, family: GgufFamily, config: PreTrainedConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's tensors, one at a time, in an order that is always the same."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                if name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue  # GPT-2's causal mask, in old files
-                own = tensor_name(family, config, name)
-                yield own, laid_out(family, config, name, file.get_tensor(name))
+    with ExitStack() as opened:
+        where: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            where |= dict.fromkeys(file.keys(), file)
+        for name, several in _stacked(where).items():
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # GPT-2's causal mask, in old files
+            tensors = [where[one].get_tensor(one) for one in several]
+            tensor = tensors[0] if len(several) == 1 else torch.stack(tensors)
+            for part, values in (
+                family.divided(name, tensor) if family.divided else [(name, tensor)]
+            ):
+                yield tensor_name(family, config, part), laid_out(family, config, part, values)
     yield from extra_tensors(config).items()
+
+
+def _stacked(names: Iterable[str]) -> dict[str, list[str]]:
+    """`names` in order; those of a layer's experts are under one name, which llama.cpp stacks."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(
+        names, key=lambda one: [int(p) if p.isdigit() else -1 for p in one.split(".")]
+    ):
+        found.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(name)
+    return dict(sorted(found.items()))

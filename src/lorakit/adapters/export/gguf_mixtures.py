@@ -17,7 +17,10 @@ import gguf
 _T = gguf.GGMLQuantizationType
 _NARROWER = {_T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
 """What takes the place of forms of 256 values where rows are no multiple of it."""
-_NOT_ROUNDED = ("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight")
+_NOT_ROUNDED = (
+    *("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight"),
+    *("ffn_gate_inp_shexp.weight", "exps.bias"),
+)
 _MORE = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down|ffn_down_exps|ffn_down_shexp)\.weight")
 
 
@@ -83,9 +86,7 @@ class Forms:
 
         llama.cpp computes with vectors, positions and the routers of experts in float32 only.
         """
-        if len(shape) < 2 or name in _NOT_ROUNDED[:2]:
-            return _T.F32
-        if name.endswith(_NOT_ROUNDED) and self.mixture.rounds:
+        if len(shape) < 2 or name.endswith(_NOT_ROUNDED):
             return _T.F32
         wanted = form = self._wanted(name)
         if shape[-1] % gguf.GGML_QUANT_SIZES[form][0]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lorakit.adapters.export.gguf_family import GgufFamily
+from lorakit.adapters.export.gguf_families import GgufFamily
 from lorakit.errors import InputError
 from lorakit.models.template_files import Templates
 
@@ -29,6 +29,13 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 _GLM = (gguf.MODEL_ARCH.CHATGLM, gguf.MODEL_ARCH.GLM4)
@@ -122,13 +129,16 @@ def _pre_tokenizer(rules: dict[str, Any], family: GgufFamily, model: str) -> str
         (_ONE_DIGIT,): "qwen2",
         (_THREE_DIGITS,): "llama-bpe" if whole_first else "dbrx",
         (_TEKKEN,): "tekken",
+        (_O200K,): "gpt-4o",  # gpt-oss
     }
     if family.arch in _GLM:
         names[(_THREE_DIGITS,)] = "glm4" if whole_first else "chatglm-bpe"
     own = rules.get("pre_tokenizer") or {}
     steps = own["pretokenizers"] if own.get("type") == "Sequence" else [own]
     name = names.get(tuple(step for step in map(_step, steps) if step))
-    if name is None or whole_first != (name in ("llama-bpe", "tekken", "glm4")):
+    # Ranks made from tiktoken's, as OpenAI's are, build every token: whole words change nothing.
+    expected = whole_first if name == "gpt-4o" else name in ("llama-bpe", "tekken", "glm4")
+    if name is None or whole_first != expected:
         raise InputError(
             f"the tokenizer of {model} cuts text into words by a rule that lorakit has no "
             "llama.cpp name for: lorakit merge, then llama.cpp's convert_hf_to_gguf.py"
