@@ -41,6 +41,16 @@ def tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+@pytest.fixture(scope="session")
+def attentive_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same model as `attentive_model`; nothing writes into it."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("attentive"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    make_attentive(model)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def attentive_model(tiny_model: Path) -> Any:
     """The tiny model with its weights scaled up, so that answers depend on every token."""

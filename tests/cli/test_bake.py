@@ -4,26 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import run_lorakit
 from small_runs import lines
-from tiny import make_attentive
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("attentive")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    make_attentive(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
-def given(base: Path, tmp_path: Path) -> list[str]:
+def given(attentive_folder: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "policy.md").write_text("Answer as a pirate does, and be brief.\n")
     (tmp_path / "questions.txt").write_text("".join(f"Where is island {n}?\n" for n in range(15)))
     return [
@@ -32,7 +19,7 @@ def given(base: Path, tmp_path: Path) -> list[str]:
         f"--prompts={tmp_path / 'questions.txt'}",
         "-o",
         str(tmp_path / "run"),
-        f"--model={base}",
+        f"--model={attentive_folder}",
         "--max-new-tokens=8",
         "--answers=1",
         "dtype=float32",

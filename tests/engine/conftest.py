@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from random_adapters import make_adapter
-from tiny import make_attentive, save_tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "shop": {"r": 4},
@@ -26,13 +23,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(attentive_folder: Path) -> Path:
     """The tiny model with its weights scaled up, so that answers depend on every token."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("attentive"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    make_attentive(model)
-    model.save_pretrained(folder)
-    return folder
+    return attentive_folder
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from lorakit.models.divergence import chunked, generalized_jsd
 from lorakit.objectives.distill import Distill
 from lorakit.training.recipe import load_recipe
 from small_runs import lines, weights
-from tiny import make_attentive
 
 SYSTEM = "Answer as a pirate does, and never say the number seven."
 ROWS = [
@@ -26,15 +25,9 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights by which an answer depends on all that stands before it."""
-    folder = tmp_path_factory.mktemp("attentive")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
-    make_attentive(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def base(attentive_folder: Path) -> Path:
+    return attentive_folder
 
 
 def recipe(base: Path, output: Path, objective: dict[str, Any], **changes: Any) -> dict[str, Any]:
