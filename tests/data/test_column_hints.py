@@ -190,6 +190,12 @@ def test_columns_of_other_objectives_are_proposed_and_work(
     assert to_sample(row, expected, [kinds]).where == row.where
 
 
+def test_columns_whose_values_cannot_be_read_are_not_proposed() -> None:
+    judged = {name: {"answer": name, "score": 1.0} for name in ("pos_answer", "neg_answer")}
+    with pytest.raises(InputError, match="chosen: YOUR_CHOSEN"):
+        to_sample(Row({"question": "q", **judged}, Path("rows.jsonl"), 1), kinds=["preference"])
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -170,7 +170,7 @@ def proposed(
 def _fits_nothing(row: Row, kinds: Collection[str]) -> str:
     own = list(row.values)
     hint = proposed(row.values, kinds)
-    if hint and len(_fitting(renamed(row, hint).values, hint, kinds)) == 1:
+    if hint and _can_be_read(renamed(row, hint), hint, kinds):
         example = f"e.g. data.columns: {as_yaml(hint)}"
     elif "conversation" not in kinds:
         first = formats_of(kinds)[0].required
@@ -183,6 +183,15 @@ def _fits_nothing(row: Row, kinds: Collection[str]) -> str:
         f"{row.where}: its columns ({listed(map(_shown, own)) or 'none'}) fit no format; accepted "
         f"are {_labels(kinds)}; name yours in the recipe, {example} (lorakit eval: --columns)"
     )
+
+
+def _can_be_read(row: Row, columns: Mapping[str, str], kinds: Collection[str]) -> bool:
+    """Whether a sample comes out of this row, which has the columns' names already."""
+    fitting = _fitting(row.values, columns, kinds)
+    try:
+        return len(fitting) == 1 and bool(fitting[0].sample(row))
+    except InputError:
+        return False
 
 
 def _shown(name: str) -> str:
