@@ -45,13 +45,15 @@ class LlamaCpp:
 
     def logprobs(self, ids: Sequence[int], vocabulary: int) -> np.ndarray:
         """The log-probability of each token after `ids` (vocabulary,)."""
-        (step,) = self._next(list(ids), vocabulary)["completion_probabilities"]
+        # It tells nothing of a token that ends a turn or is half a letter: `"` is written instead.
+        answer = self._next(list(ids), vocabulary, logit_bias=[['"', 1000.0]])
+        (step,) = answer["completion_probabilities"]
         found = np.full(vocabulary, np.nan)
         for token in step["top_logprobs"]:
             found[token["id"]] = token["logprob"]
         return found
 
-    def _next(self, ids: list[int], probabilities: int) -> Any:
+    def _next(self, ids: list[int], probabilities: int, **options: Any) -> Any:
         return self._post(
             "/completion",
             prompt=ids,
@@ -61,6 +63,7 @@ class LlamaCpp:
             n_probs=probabilities,
             return_tokens=True,
             cache_prompt=True,
+            **options,
         )
 
 
