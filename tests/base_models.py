@@ -31,6 +31,25 @@ LATENT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+SPARSE = {**LATENT, "mlp_layer_types": ["dense", "sparse"]}
+INDEXED = {**SPARSE, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
+DELTA_NET = {
+    "head_dim": 8,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MAMBA_2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_d_conv": 2,
+    "mamba_chunk_size": 4,
+}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -110,6 +129,17 @@ def _decoder(name: str, stem: str, **values: Any) -> BaseModel:
     return _causal(name, stem, **{**SIZES, **HEADS, **values})
 
 
+def _text(name: str, stem: str, **values: Any) -> BaseModel:
+    """The language part of a family that has pictures too, with its own configuration."""
+    kind, config = f"{stem}ForCausalLM", f"{stem}TextConfig"
+    return BaseModel(name, kind, config, {**SIZES, **HEADS, **IDS, **values}, words)
+
+
+def _with_pictures(name: str, stem: str, text: dict[str, Any], **values: Any) -> BaseModel:
+    kind, config = f"{stem}ForConditionalGeneration", f"{stem}Config"
+    return BaseModel(name, kind, config, {"text_config": {**LLAMA, **text}, **values}, words)
+
+
 def _encoder(name: str, stem: str, **values: Any) -> BaseModel:
     return BaseModel(
         name,
@@ -139,12 +169,182 @@ BASE_MODELS = [
         {**LLAMA, "head_dim": 4},
         words,
     ),
+    _text(
+        "Gemma 3n",
+        "Gemma3n",
+        head_dim=4,
+        num_hidden_layers=4,
+        vocab_size_per_layer_input=TOKENS,
+        hidden_size_per_layer_input=4,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        altup_correct_scale=False,  # its scale is zero at first: layers behind it would not learn
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    _text(
+        "Gemma 4",
+        "Gemma4",
+        head_dim=4,
+        global_head_dim=8,
+        num_hidden_layers=4,
+        vocab_size_per_layer_input=TOKENS,
+        hidden_size_per_layer_input=4,
+        num_kv_shared_layers=2,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    _text(
+        "Gemma 4 MoE",
+        "Gemma4",
+        head_dim=4,
+        global_head_dim=8,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=8,
+        **SLIDING,
+    ),
+    _text("Qwen 3.5", "Qwen3_5", **DELTA_NET),
+    _text(
+        "Qwen 3.5 MoE",
+        "Qwen3_5Moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        **DELTA_NET,
+    ),
+    _decoder(
+        "Qwen3-Next",
+        "Qwen3Next",
+        num_experts=4,
+        shared_expert_intermediate_size=8,
+        **EXPERTS,
+        **DELTA_NET,
+    ),
+    _decoder(
+        "gpt-oss", "GptOss", head_dim=4, num_local_experts=4, num_experts_per_tok=2, **SLIDING
+    ),
+    _text(
+        "Llama 4",
+        "Llama4",
+        head_dim=4,
+        intermediate_size_mlp=24,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=4,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+    ),
+    _decoder("Ministral", "Ministral", head_dim=4, **SLIDING),
+    _decoder("Ministral 3", "Ministral3", head_dim=4),
     _decoder("Phi 3, Phi 4", "Phi3"),
+    _decoder("Phi 3.5 MoE", "Phimoe", num_local_experts=4),
     _decoder("Phi 2", "Phi"),
     _decoder("GLM-4-9B, ChatGLM 2 and 3", "Glm", head_dim=4),
     _decoder("GLM-4-0414", "Glm4", head_dim=4),
+    _decoder(
+        "GLM-4.5, GLM-4.6",
+        "Glm4Moe",
+        head_dim=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        use_qk_norm=True,
+    ),
+    _decoder("GLM-4.7-Flash", "Glm4MoeLite", **SPARSE),
+    _decoder("GLM-5", "GlmMoeDsa", **INDEXED),
     _decoder("DeepSeek V2", "DeepseekV2", **LATENT),
-    _decoder("DeepSeek V3", "DeepseekV3", **LATENT),
+    _decoder("DeepSeek V3, Kimi K2", "DeepseekV3", **LATENT),
+    _decoder("DeepSeek V3.2", "DeepseekV32", **INDEXED),
+    _decoder(
+        "DeepSeek V4",
+        "DeepseekV4",
+        head_dim=8,
+        q_lora_rank=12,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        moe_intermediate_size=8,
+        hc_mult=2,
+        sliding_window=4,
+        o_groups=2,
+        o_lora_rank=4,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+        layer_types=["compressed_sparse_attention", "sliding_attention"],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    ),
+    _decoder(
+        "Kimi Linear",
+        "KimiLinear",
+        **{
+            **LATENT,
+            "q_lora_rank": None,
+            "num_local_experts": 4,
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_head_dim": 4,
+            "linear_num_heads": 4,
+            "linear_conv_kernel_dim": 2,
+        },
+    ),
+    _decoder(
+        "MiniMax",
+        "MiniMax",
+        head_dim=4,
+        num_local_experts=4,
+        layer_types=["linear_attention", "full_attention"],
+        block_size=4,
+    ),
+    _decoder("MiniMax M2", "MiniMaxM2", head_dim=4, num_local_experts=4, num_experts_per_tok=2),
+    _decoder("Granite 3", "Granite"),
+    _decoder(
+        "Granite 4",
+        "GraniteMoeHybrid",
+        num_local_experts=0,
+        shared_intermediate_size=24,
+        layer_types=["mamba", "attention"],
+        **MAMBA_2,
+    ),
+    _decoder(
+        "Granite 4 MoE",
+        "GraniteMoeHybrid",
+        num_local_experts=4,
+        shared_intermediate_size=8,
+        layer_types=["mamba", "attention"],
+        **MAMBA_2,
+    ),
+    _decoder("Falcon-H1", "FalconH1", head_dim=4, mamba_d_ssm=32, **MAMBA_2),
+    _decoder("SmolLM3", "SmolLM3", no_rope_layers=[1, 0]),
+    _decoder("OLMo 2", "Olmo2"),
+    _decoder("OLMo 3", "Olmo3", **SLIDING),
+    _decoder("Hunyuan", "HunYuanDenseV1", head_dim=4),
+    _decoder("Hunyuan MoE", "HunYuanMoEV1", head_dim=4, num_experts=4, moe_topk=2),
+    _decoder("ERNIE 4.5", "Ernie4_5", head_dim=4),
+    _decoder(
+        "ERNIE 4.5 MoE",
+        "Ernie4_5_Moe",
+        moe_intermediate_size=8,
+        moe_k=2,
+        moe_num_experts=4,
+        moe_num_shared_experts=1,
+    ),
+    _decoder("Seed-OSS", "SeedOss", head_dim=4, attention_dropout=0.0, residual_dropout=0.0),
+    _decoder("LFM2", "Lfm2", layer_types=["conv", "full_attention"]),
+    _decoder(
+        "LFM2 MoE",
+        "Lfm2Moe",
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    ),
     BaseModel(
         "GPT-2",
         "GPT2LMHeadModel",
@@ -239,6 +439,20 @@ BASE_MODELS = [
             "image_token_index": 3,
         },
         words,
+    ),
+    _with_pictures(
+        "Mistral Small 3.1, Ministral 3 (with vision)",
+        "Mistral3",
+        {"model_type": "ministral3", "head_dim": 4},
+        vision_config={"model_type": "pixtral", **VISION, "head_dim": 8},
+        image_token_index=3,
+    ),
+    _with_pictures(
+        "Mistral Small 4 (with vision)",
+        "Mistral3",
+        {"model_type": "mistral4", **LATENT},
+        vision_config={"model_type": "pixtral", **VISION, "head_dim": 8},
+        image_token_index=3,
     ),
     BaseModel(
         "Llava",

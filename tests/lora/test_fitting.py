@@ -16,9 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     GPT2Config,
     LlamaConfig,
-    MixtralConfig,
     Qwen2_5_VLConfig,
-    Qwen3MoeConfig,
 )
 
 import lorakit
@@ -123,51 +121,6 @@ def test_an_adapter_of_the_body_fits_the_model_with_its_head_and_back(
         adapted(body, tmp_path / "body", target_modules=["q_proj", "embed_tokens"]), inside
     )
     assert torch.equal(logits(LoraModel.from_pretrained(whole, tmp_path / "body")), expected)
-
-
-@pytest.mark.filterwarnings("ignore:.*other names in this model")
-@pytest.mark.parametrize("spelling", ["qwen", "mixtral", "only down"])
-def test_experts_one_by_one_are_read_as_stacked_ones(spelling: str, tmp_path: Path):
-    torch.manual_seed(0)
-    if spelling == "mixtral":
-        mixture = MixtralConfig(**TEXT | {"intermediate_size": 24}, num_local_experts=3)
-    else:
-        mixture = Qwen3MoeConfig(
-            **TEXT, num_experts=3, moe_intermediate_size=24, num_experts_per_tok=2
-        )
-    model = AutoModelForCausalLM.from_config(mixture).eval()
-    adapted(model, tmp_path, target_modules=["q_proj"])
-    tensors = load_file(tmp_path / WEIGHTS)
-    layers = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    updates: dict[str, torch.Tensor] = {}
-    for number in range(3):
-        if number == 1 and spelling == "qwen":
-            continue  # an expert that was not adapted
-        for layer, short in layers.items():
-            if spelling == "only down" and layer != "down_proj":
-                continue
-            d_in, d_out = (24, 32) if layer == "down_proj" else (32, 24)
-            A, B = torch.randn(4, d_in), torch.randn(d_out, 4)
-            block, own = ("mlp", layer) if spelling != "mixtral" else ("block_sparse_moe", short)
-            key = f"base_model.model.model.layers.1.{block}.experts.{number}.{own}"
-            tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
-            updates[f"{number}.{layer}"] = 2.0 * B @ A
-    save_file(tensors, tmp_path / WEIGHTS)
-    targets = ["q_proj", *layers, *layers.values()]
-    rename(tmp_path, lambda key: key, target_modules=targets, lora_alpha=8, lora_dropout=0.1)
-    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
-    experts = "model.layers.1.mlp.experts."
-    for place, delta in updates.items():
-        number, layer = place.split(".")
-        if layer == "down_proj":
-            expected[f"{experts}down_proj"][int(number)] += delta
-        else:
-            rows = slice(0, 24) if layer == "gate_proj" else slice(24, 48)
-            expected[f"{experts}gate_up_proj"][int(number), rows] += delta
-    merged = LoraModel.from_pretrained(model, tmp_path).merge_and_unload()
-    for name, parameter in merged.named_parameters():
-        if "experts" in name:
-            torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_names_that_could_mean_two_modules_are_not_guessed(tmp_path: Path):

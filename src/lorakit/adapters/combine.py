@@ -20,6 +20,7 @@ import torch
 from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joined
 from lorakit.adapters.lineage import require_complete, standing_on
 from lorakit.adapters.manifest import Derivation
+from lorakit.adapters.stacked_updates import MatrixUpdate, stacked, with_matrices
 from lorakit.adapters.updates import AdapterUpdates, read_updates
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.folder_lock import reserves
@@ -88,6 +89,8 @@ def combine(
         require_complete(folder, adapters, "combined")
     files = [read_updates(folder) for folder in adapters]
     notices: list[str] = []
+    named = (origin(file.folder, file.config).base_model for file in files)
+    files = with_matrices(files, base or next(filter(None, named), None))
     _require_combinable(files)
     base_model, base_fingerprint = _common_base(files, base)
     whole = _whole_tensors(files, notices)
@@ -148,8 +151,10 @@ def combine(
         base_fingerprint=base_fingerprint,
         labels=origin(files[0].folder, files[0].config).labels,
     )
+    known = {path: update for file in files for path, update in file.updates.items()}
+    tensors, ranks = stacked(tensors, cut.ranks, (known[path] for path in paths))
     tensors |= whole
-    config = _config(files, paths, base_model).with_ranks(cut.ranks, inference_mode=True)
+    config = _config(files, paths, base_model).with_ranks(ranks, inference_mode=True)
     write_joined(output, [file.folder for file in files], config, tensors, derivation)
     return CombineReport(
         str(output),
@@ -258,11 +263,6 @@ def _require_combinable(files: Sequence[AdapterUpdates]) -> None:
                 f"{file.folder} trains biases of the base itself (bias={file.config.bias}), "
                 "which do not add up"
             )
-        if file.config.target_parameters:
-            raise InputError(
-                f"{file.folder} adapts parameters themselves (target_parameters), which is not "
-                "combined yet: merge it with lorakit merge"
-            )
         file.require_updates()
     first = files[0]
     stacked = bool(standing_on(first.folder))  # a reward model on a frozen adapter that writes
@@ -282,6 +282,13 @@ def _require_combinable(files: Sequence[AdapterUpdates]) -> None:
                     f"{biased[0].folder} has lora_bias, which embeddings cannot have, and "
                     f"{file.folder} adapts {embedding}: no one adapter can hold both"
                 )
+    owners = {u.owner: f for f in files for u in f.updates.values() if isinstance(u, MatrixUpdate)}
+    for file in files:
+        if both := next((path for path in file.updates if path in owners), None):
+            raise InputError(
+                f"{file.folder} adapts the layer {both}, and {owners[both].folder} a parameter of "
+                "it (target_parameters): no one adapter can hold both"
+            )
     known: dict[str, tuple[AdapterUpdates, tuple[torch.Size, torch.Size]]] = {}
     for file in files:
         for path, update in file.updates.items():
@@ -357,8 +364,11 @@ def _config(files: Sequence[AdapterUpdates], paths: list[str], base: str | None)
     first = configs[0]
     saved = [name for config in configs for name in config.modules_to_save or []]
     tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
+    parameters = [name for config in configs for name in config.target_parameters or []]
+    layers = {p for f in files for p, u in f.updates.items() if not isinstance(u, MatrixUpdate)}
     return LoraConfig(
-        **_targets(configs, paths),
+        **_targets(configs, [path for path in paths if path in layers]),
+        target_parameters=list(dict.fromkeys(parameters)) or None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         lora_bias=any(config.lora_bias for config in configs),
         modules_to_save=list(dict.fromkeys(saved)) or None,

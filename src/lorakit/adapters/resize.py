@@ -15,6 +15,7 @@ from lorakit.adapters.derived import KindRanks, Truncations, origin, write_joine
 from lorakit.adapters.lineage import require_complete
 from lorakit.adapters.manifest import Derivation
 from lorakit.adapters.spectrum import spectrum
+from lorakit.adapters.stacked_updates import stacked, with_matrices
 from lorakit.adapters.updates import COPY, read_updates
 from lorakit.errors import InputError
 from lorakit.folder_lock import reserves
@@ -58,10 +59,8 @@ def resize(
     check_size(rank, energy)
     require_complete(adapter, verb="resized")
     file = read_updates(adapter)
-    if file.config.target_parameters:
-        raise InputError(
-            f"{adapter} adapts parameters themselves (target_parameters), which is not resized yet"
-        )
+    known = origin(file.folder, file.config)
+    (file,) = with_matrices([file], known.base_model)
     file.require_updates()
     if not file.updates:
         raise InputError(
@@ -89,7 +88,7 @@ def resize(
         bias = None if update.bias is None else update.scaling * update.bias
         tensors |= update.tensors(found.A, found.B, bias)
         cut.add(path, found)
-    known = origin(file.folder, file.config)
+    tensors, ranks = stacked(tensors, cut.ranks, file.updates.values())
     derivation = Derivation(
         made_by="resize",
         options={"rank": rank} if rank is not None else {"energy": energy},
@@ -99,7 +98,7 @@ def resize(
         labels=known.labels,
         notices=notices,
     )
-    config = file.config.with_ranks(cut.ranks, init_lora_weights=True, inference_mode=True)
+    config = file.config.with_ranks(ranks, init_lora_weights=True, inference_mode=True)
     write_joined(output, [file.folder], config, tensors, derivation)
     return ResizeReport(
         str(output),

@@ -3,7 +3,8 @@
 Rows that have come are computed as one batch, each with its own adapter and its own sampling, until
 the last of them is at its end; those that come meanwhile wait. What `generate` asks to process the
 logits chooses every row's token here, so that an answer is made by the same rules as in
-`ContinuousBatch`. Where `generate` fails, each row that is not at its end is computed alone.
+`ContinuousBatch`. Where `generate` fails, each row that is not at its end is computed alone. A
+model whose answers change behind padding gets rows of one length at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import GenerationConfig
 from lorakit.engine.picture_prompt import picture_inputs
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import generate, pad_left
+from lorakit.models.padding import takes_left_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,11 +59,11 @@ class PlainBatch:
 
     def _together(self) -> list[list[AnswerRow]]:
         """The rows that one `generate` writes: all, or those of one length where padding counts."""
-        if not getattr(self._model, "_is_stateful", False):
-            return [self.rows]
         groups: dict[int, list[AnswerRow]] = {}
         for row in self.rows:
             groups.setdefault(len(row.prompt), []).append(row)
+        if len(groups) == 1 or takes_left_padding(self._model):
+            return [self.rows]
         return list(groups.values())
 
     def _generate(self, rows: list[AnswerRow]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.answer_form import AnswerForm, answer_form
@@ -29,6 +29,7 @@ from lorakit.engine.sampling import (
 from lorakit.evaluation.held_out import evaluating, longest_first
 from lorakit.models.load import positions_of
 from lorakit.models.loaded import base_model
+from lorakit.models.padding import takes_left_padding
 from lorakit.progress import innermost
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def write_answers(
 ) -> list[Written]:
     """The model's greedy answer to each conversation, in the order of `prompts`.
 
-    Prompts of like length share a batch, padded on the left. A batch runs until its longest answer
-    ends.
+    Prompts of like length share a batch, padded on the left, or prompts of one length where a
+    model's answers change behind padding. A batch runs until its longest answer ends.
 
     Args:
         tools: of each conversation, those that the model is shown; none when left out.
@@ -119,7 +120,14 @@ def write_answers(
         output = generate(model, settings, stopping_criteria=stops, **batch)
         return [_read(tokens, tokenizer, form, ends) for tokens in output[:, width:].tolist()]
 
-    return _in_batches(model, rows, batch_size, on_batch, collate, answers)
+    batches = longest_first(rows, batch_size)
+    if len({len(row) for row in rows}) > 1 and not takes_left_padding(model):
+        batches = [
+            list(alike)
+            for batch in batches
+            for _, alike in groupby(batch, key=lambda i: len(rows[i]))
+        ]
+    return _in_batches(model, rows, batches, on_batch, collate, answers)
 
 
 def _write_targets(
@@ -147,19 +155,19 @@ def _write_targets(
         lengths = (~torch.isin(output, special)).sum(1).tolist()
         return [Written(t, t, tokens=n) for t, n in zip(texts, lengths, strict=True)]
 
-    return _in_batches(model, rows, batch_size, on_batch, collate, answers)
+    return _in_batches(model, rows, longest_first(rows, batch_size), on_batch, collate, answers)
 
 
 def _in_batches(
     model: nn.Module,
     rows: Sequence[Any],
-    batch_size: int,
+    batches: Sequence[list[int]],
     on_batch: Callable[[int], None] | None,
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     answers: Callable[[dict[str, torch.Tensor]], list[Written]],
 ) -> list[Written]:
     found = [Written("", "")] * len(rows)
-    for chosen, batch in evaluating(model, rows, longest_first(rows, batch_size), collate):
+    for chosen, batch in evaluating(model, rows, batches, collate):
         for i, written in zip(chosen, answers(batch), strict=True):
             found[i] = written
         if on_batch:

@@ -63,6 +63,25 @@ def expert_parameters(model: nn.Module) -> list[str]:
     ]
 
 
+def mixes_tokens(module: nn.Module) -> bool:
+    """Whether this is a token mixer without attention: a state space, a delta rule, a convolution.
+
+    Mamba, Gated DeltaNet (Qwen 3.5) and short convolutions (LFM2) have a decay of their state or a
+    convolution along the tokens beside their projections.
+    """
+    has_decay = isinstance(getattr(module, "A_log", None), nn.Parameter)
+    return has_decay or any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
+def only_selects(module: nn.Module) -> bool:
+    """Whether this is an indexer of sparse attention (DeepSeek V3.2, GLM-5).
+
+    It chooses which tokens are seen. Its scores reach no output, so that nothing in it has a
+    gradient, and adapters there would stay what they were at the start.
+    """
+    return "Indexer" in type(module).__name__
+
+
 def reads_weights(module: nn.Module) -> bool:
     """Whether this is a mixer of Mamba's kind.
 

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,10 @@ from lorakit.lora.targets import base_modules
 
 _EXPERT = re.compile(
     re.escape(PREFIX)
-    + r"(?P<parent>.+\.experts)\.(?P<number>\d+)\.(?P<layer>\w+)\.(?P<factor>lora_[AB])\.weight"
+    + r"(?P<parent>.+\.experts)\."
+    # `experts.3.up_proj`, or `experts.gate_up_projs.3` of gpt-oss with 4-bit layers.
+    + r"(?:(?P<number>\d+)\.(?P<layer>\w+)|(?P<whole>gate_up_proj|down_proj)s\.(?P<place>\d+))"
+    + r"\.(?P<factor>lora_[AB])\.weight"
 )
 _LINEAR = re.compile(re.escape(PREFIX) + r"(.+?)\.(?:lora_A\.weight|lora_embedding_A)")
 # What the layers are called, in the order of the rows of the stacked parameter.
@@ -31,6 +35,7 @@ _STACKED = {
     "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
     "down_proj": (("down_proj", "w2"),),
 }
+_WHOLE = {"gate_up_proj": (("gate_up_proj",),), "down_proj": (("down_proj",),)}
 
 Factors = dict[str, torch.Tensor]
 
@@ -53,7 +58,7 @@ def stack_experts(
         if match is None or not _is_stacked(parents.get(match["parent"])):
             rest[key] = tensor
             continue
-        place = int(match["number"]), match["layer"]
+        place = int(match["number"] or match["place"]), match["layer"] or match["whole"]
         experts.setdefault(match["parent"], {}).setdefault(place, {})[match["factor"]] = tensor
     if not experts:
         return None
@@ -92,6 +97,13 @@ def _is_stacked(module: nn.Module | None) -> bool:
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in _STACKED)
 
 
+def _inputs_first(module: Any) -> bool:
+    """Whether stacked weights are (experts, in, out), said or not (Llama 4 does not say it)."""
+    up, down = module.gate_up_proj.shape, module.down_proj.shape
+    plain = up[2] == down[1]  # (…, 2 m, d) and (…, d, m): both are d
+    return bool(getattr(module, "is_transposed", False)) or not plain
+
+
 def _stack(
     module: nn.Module,
     parent: str,
@@ -100,7 +112,8 @@ def _stack(
     folder: str | Path,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, int, float]]:
     """A, B, rank and scaling of each stacked parameter of `module` that experts adapt."""
-    known = {layer for rows in _STACKED.values() for names in rows for layer in names}
+    spelt = _WHOLE if any(layer in _WHOLE["gate_up_proj"][0] for _, layer in found) else _STACKED
+    known = {layer for rows in spelt.values() for names in rows for layer in names}
     scalings = {config.scaling_for(f"{parent}.{n}.{layer}") for n, layer in found}
     ranks = {factors["lora_A"].shape[0] for factors in found.values() if "lora_A" in factors}
     whole = all(factors.keys() == {"lora_A", "lora_B"} for factors in found.values())
@@ -111,14 +124,14 @@ def _stack(
             "transformers that it was trained with"
         )
     (r,), (scaling,) = ranks, scalings
+    turned = _inputs_first(module)
     stacked = {}
-    for name, rows in _STACKED.items():
+    for name, rows in spelt.items():
         parts = [part for part in rows if any(layer in part for _, layer in found)]
         if not parts:
             continue
         W = getattr(module, name)
-        transposed = bool(getattr(module, "is_transposed", False))
-        experts, d_out, d_in = (W.mT if transposed else W).shape
+        experts, d_out, d_in = (W.mT if turned else W).shape
         size, R = d_out // len(rows), r * len(parts)
         dtype = next(iter(found.values()))["lora_A"].dtype
         A = torch.zeros(experts, R, d_in, dtype=dtype)
@@ -136,7 +149,13 @@ def _stack(
                     f"experts of {(size, d_in)}"
                 )
             A[number, begin : begin + r] = factors["lora_A"]
-            B[number, size * place : size * (place + 1), begin : begin + r] = factors["lora_B"]
+            own = slice(size * place, size * (place + 1))
+            if not getattr(module, "is_concatenated", True):  # gates and ups take turns
+                own = slice(place, None, len(rows))
+            B[number, own, begin : begin + r] = factors["lora_B"]
+        if turned != bool(getattr(module, "is_transposed", False)):
+            # PEFT takes the inputs for the outputs here: W'ᵀ = Aᵀ Bᵀ.
+            A, B, d_in, d_out = B.mT, A.mT, d_out, d_in
         # As PEFT has them: (experts r, d_in), and (d_out, r experts) with the expert's number last.
         flat = B.permute(1, 2, 0).reshape(d_out, R * experts).contiguous()
         stacked[name] = A.reshape(experts * R, d_in), flat, R, scaling

@@ -102,8 +102,8 @@ def renamed_modules(
 
 
 def _expert_parent(path: str) -> str | None:
-    """`…mlp.experts` of `…mlp.experts.3.up_proj`."""
-    match = re.fullmatch(r"(.+\.experts)\.\d+\.\w+", path)
+    """`…mlp.experts` of `…mlp.experts.3.up_proj`, and of `…mlp.experts.down_projs.3`."""
+    match = re.fullmatch(r"(.+\.experts)\.(?:\d+\.\w+|\w+\.\d+)", path)
     return match[1] if match else None
 
 

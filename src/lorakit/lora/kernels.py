@@ -43,7 +43,7 @@ class LoraLinearFunction(torch.autograd.Function):
         xA, mask = add_update(y, rows, A, B, scaling, p)
         ctx.save_for_backward(x, xA, *keep_weight(ctx, W), A, B, mask)
         ctx.scaling, ctx.kept = scaling, 1 - p
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped_as(y, x)
 
     @staticmethod
     @once_differentiable
@@ -55,6 +55,14 @@ class LoraLinearFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:5]
         dA, dB = gradients(dx, G, rows, xA, A, B, mask, ctx.scaling, ctx.kept, needed)
         return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None
+
+
+def shaped_as(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`y` (n, d_out) in the shape of x (..., d_in): (..., d_out).
+
+    Not as a view: autograd forbids a model to change a view of a custom function's output in place.
+    """
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def unpacked(W: Weight) -> torch.Tensor:

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple, TypeGuard
 from torch import nn
 
 from lorakit.errors import InputError, did_you_mean
-from lorakit.lora.architecture import expert_parameters, language_part, reads_weights
+from lorakit.lora.architecture import (
+    expert_parameters,
+    language_part,
+    mixes_tokens,
+    only_selects,
+    reads_weights,
+)
 from lorakit.lora.parts import DEFAULT, PARTS, in_parts, part_prefixes
 
 PRESETS = ("attention-minimal", "attention", "all-linear")
@@ -24,17 +30,24 @@ FUSED = {
 """The name of the one layer, and those of its parts in most models."""
 
 # The names of the projections of attention in transformers' models.
-_FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj"})
+_FUSED = frozenset(
+    {"c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"}
+    # What other mixers of tokens (Mamba, Gated DeltaNet, short convolutions) read their input by.
+    | {"in_proj", "in_proj_qkv", "in_proj_qkvz"}
+)
 _QUERY = frozenset({"q_proj", "query", "q_lin", "query_proj", "q", "q_attn", "to_q", "wq"})
 _KEY = frozenset({"k_proj", "key", "k_lin", "key_proj", "k", "to_k", "wk"})
 _VALUE = frozenset({"v_proj", "value", "v_lin", "value_proj", "v", "to_v", "wv"})
 _OUTPUT = frozenset({"o_proj", "out_proj", "out_lin", "dense", "c_proj", "o", "to_out", "Wo", "wo"})
+# Gates and decays of Gated DeltaNet, beside what it makes queries, keys and values of.
+_GATES = frozenset({"in_proj_z", "in_proj_b", "in_proj_a", "in_proj_ba"})
 # DeepSeek's latent attention projects in two steps.
 _LATENT_QUERY = frozenset({"q_a_proj", "q_b_proj"})
-_LATENT_KEY_VALUE = frozenset({"kv_a_proj_with_mqa", "kv_b_proj"})
+_LATENT_KEY_VALUE = frozenset({"kv_a_proj_with_mqa", "kv_b_proj", "kv_proj"})
+_LATENT_OUTPUT = frozenset({"o_a_proj", "o_b_proj"})
 
 _MINIMAL = _QUERY | _VALUE | _FUSED | _LATENT_QUERY | _LATENT_KEY_VALUE
-_ATTENTION = _MINIMAL | _KEY | _OUTPUT
+_ATTENTION = _MINIMAL | _KEY | _OUTPUT | _GATES | _LATENT_OUTPUT
 
 
 class PresetTargets(NamedTuple):
@@ -53,9 +66,13 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
         linear: the paths of its linear modules without its head.
     """
     (preset, parts), names, notices = split(preset), list(linear), []
-    mixers = {name for name, m in model.named_modules() if reads_weights(m)}
+    modules = dict(model.named_modules())
+    reading = {name for name, m in modules.items() if reads_weights(m)}
+    mixers = {name for name, m in modules.items() if mixes_tokens(m)}
+    indexers = {name for name, m in modules.items() if only_selects(m)}
     places = {name: name.rpartition(".") for name in names}  # the parent's path, and its own name
-    names = [n for n in names if places[n][0] not in mixers or places[n][2] == "in_proj"]
+    names = [n for n in names if places[n][0] not in reading or places[n][2] == "in_proj"]
+    names = [n for n in names if not indexers.intersection(_parents(n))]
     if parts:
         names = in_parts(names, parts, model)
     elif part := language_part(model):
@@ -75,9 +92,18 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
             )
         return PresetTargets(names, notices)
     wanted = _MINIMAL if preset == "attention-minimal" else _ATTENTION
-    found = [name for name in names if places[name][2] in wanted and _in_attention(name)]
-    # Without attention the mixers do its work.
-    return PresetTargets(found or [name for name in names if places[name][0] in mixers], notices)
+    found = [
+        name
+        for name in names
+        if places[name][2] in wanted and (_in_attention(name) or places[name][0] in mixers)
+    ]
+    return PresetTargets(found, notices)
+
+
+def _parents(name: str) -> list[str]:
+    """The paths of the modules that the one at `name` stands in."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def with_parts(

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from lorakit.lora.kernels import Weight, add_update, gradients, keep_weight, kept_weight, unpacked
+from lorakit.lora.kernels import (
+    Weight,
+    add_update,
+    gradients,
+    keep_weight,
+    kept_weight,
+    shaped_as,
+    unpacked,
+)
 from lorakit.lora.streams import Stream
 
 
@@ -81,7 +89,7 @@ class LoraSpansFunction(torch.autograd.Function):
             span.put(part, y)
         ctx.save_for_backward(x, *keep_weight(ctx, W), *factors, *kept)
         ctx.spans = spans
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped_as(y, x)
 
     @staticmethod
     @once_differentiable
@@ -168,7 +176,7 @@ class LoraBatchedSpansFunction(torch.autograd.Function):
         ctx.save_for_backward(x, *keep_weight(ctx, W), A, B, xA)
         ctx.layout = layout
         ctx.like = [(factor.shape, factor.dtype) for factor in factors]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped_as(y, x)
 
     @staticmethod
     @once_differentiable

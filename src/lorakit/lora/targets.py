@@ -15,6 +15,7 @@ from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.architecture import (
     input_embedding,
     language_part,
+    only_selects,
     output_head,
     reads_weights,
     without_wrappers,
@@ -110,6 +111,14 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"target_modules matches {name}, whose weight Mamba reads without calling the "
                 "layer, so that an adapter there would do nothing: in_proj is called"
             )
+    indexers = [name for name, m in modules.items() if only_selects(m)]
+    if still := [name for name in found if _inside(name, indexers)]:
+        warnings.warn(
+            f"target_modules matches {len(still)} layers of indexers ({listed(still, 2)}), which "
+            "only choose the tokens that attention sees: nothing there has a gradient, and these "
+            "adapters stay as they start",
+            stacklevel=6,
+        )
     return found
 
 

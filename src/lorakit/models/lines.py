@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.errors import listed
+from lorakit.lora.architecture import mixes_tokens, only_selects
 from lorakit.models.loaded import base_model, has_dropout
 from lorakit.models.row_attention import NAME, rows_apart
 
@@ -48,10 +50,8 @@ def take_lines(model: nn.Module) -> str | None:
     base = base_model(model)
     name = type(base).__name__
     config = base.config.get_text_config()
-    if not (base._supports_attention_backend and base._supports_flash_attn):
-        return f"{name} has an attention of its own"
-    if getattr(config, "attention_chunk_size", None):
-        return f"{name} attends in chunks"
+    if known := _known_reason(base):
+        return f"{name} {known}"
     before = base.config._attn_implementation
     was_training = model.training
     model.eval()
@@ -65,6 +65,20 @@ def take_lines(model: nn.Module) -> str | None:
     if reason:
         base.set_attn_implementation(before)
     return reason
+
+
+def _known_reason(base: Any) -> str | None:
+    """Why a model cannot take rows in one line, where its modules tell it."""
+    if getattr(base.config.get_text_config(), "attention_chunk_size", None):
+        return "attends in chunks"
+    if any(only_selects(module) for module in base.modules()):
+        return "chooses the tokens that it sees, of the whole line"
+    if base._supports_attention_backend and base._supports_flash_attn:
+        return None  # it is tried
+    mixers = dict.fromkeys(type(m).__name__ for m in base.modules() if mixes_tokens(m))
+    if mixers:
+        return f"has {listed(mixers)}, whose state runs on into the next row"
+    return "has an attention of its own"
 
 
 def take_prefixes(model: nn.Module) -> bool:

@@ -55,7 +55,12 @@ def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> TrainedRows
     pieces = {t: tokenizer(t, add_special_tokens=False).input_ids for t in added}
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     number = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
-    if max(number.values()) >= vocabulary_size(model):
+    if max(number.values()) >= (size := vocabulary_size(model)):
+        if tables := [n for n, b in model.named_buffers() if len(b.shape) and b.shape[0] == size]:
+            raise InputError(
+                f"tokens: {type(model).__name__} has a table of its vocabulary ({tables[0]}), to "
+                "which no token can be added: leave tokens out"
+            )
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     rows: dict[str, list[int]] = {}
     weights: list[torch.Tensor] = []

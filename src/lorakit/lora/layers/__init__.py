@@ -10,7 +10,7 @@ from lorakit.lora.layers.attention import LoraMultiheadAttention
 from lorakit.lora.layers.conv import LoraConv
 from lorakit.lora.layers.embedding import LoraEmbedding
 from lorakit.lora.layers.layer import LoraLayer
-from lorakit.lora.layers.linear import LoraLinear
+from lorakit.lora.layers.linear import LoraLinear, is_product
 from lorakit.lora.layers.parameter import LoraParameter
 from lorakit.lora.layers.quantized import LoraQuantizedLinear
 from lorakit.lora.layers.saved import ModulesToSaveWrapper
@@ -62,7 +62,7 @@ def register_layer(
 register_layer(LoraMultiheadAttention, nn.MultiheadAttention)
 register_layer(LoraConv, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 register_layer(LoraEmbedding, nn.Embedding)
-register_layer(LoraLinear, nn.Linear)
+register_layer(LoraLinear, test=is_product)
 register_layer(LoraLinear, test=is_conv1d)
 register_layer(LoraQuantizedLinear, test=is_quantized)
 

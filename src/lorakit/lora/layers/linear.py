@@ -15,6 +15,29 @@ from lorakit.lora.packed import Family
 from lorakit.lora.routing import Route, Routing
 from lorakit.lora.spans import Span, lora_spans
 
+_PRODUCTS: dict[type[nn.Module], bool] = {nn.Linear: True}
+"""Whether layers of a class compute their product and nothing else, as far as it is known."""
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether an `nn.Linear` gives (…, d_out) for (…, d_in).
+
+    Not believed but tried where a subclass computes by itself: routers of mixtures (Llama 4, Phi
+    3.5) return more than a product, and grouped layers (DeepSeek V4) take inputs of another shape.
+    """
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    if kind not in _PRODUCTS:
+        x = module.weight.new_zeros(2, module.in_features)
+        try:
+            with torch.no_grad():
+                y = module(x)
+            _PRODUCTS[kind] = isinstance(y, torch.Tensor) and y.shape == (2, module.out_features)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            _PRODUCTS[kind] = False
+    return _PRODUCTS[kind]
+
 
 class LoraLinear(LoraLayer):
     """`y = x W^T + b + scaling * dropout(x) A^T B^T` beside a frozen linear layer.

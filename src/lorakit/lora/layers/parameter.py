@@ -1,5 +1,6 @@
 """LoRA on a parameter itself, such as the stacked weights of a mixture's experts."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,8 +134,8 @@ class LoraParameter(LoraLayer):
     def _with_rows(
         self, names: list[str], route: Route, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        index = route.row_index(x, names)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        index = self._row_index(given, names, route)
         outputs = []
         for name in names:
             with self.routing.using(Route(shared=(name,))):  # those inside have the adapter too
@@ -142,7 +143,21 @@ class LoraParameter(LoraLayer):
         if not set(route.rows or ()) <= set(names):
             with self.routing.using(Route()):
                 outputs.append(self._with([], args, kwargs))
-        return torch.stack(outputs)[index, torch.arange(len(index), device=x.device)]
+        return torch.stack(outputs)[index, torch.arange(len(index), device=index.device)]
+
+    def _row_index(
+        self, given: Sequence[torch.Tensor], names: Sequence[str], route: Route
+    ) -> torch.Tensor:
+        """`Route.row_index` of the module's input.
+
+        A stack that is given nothing but tokens has a batched product, for which every expert gets
+        all of them, expert after expert (Llama 4).
+        """
+        x = given[0]
+        tokens = math.prod(route.shape or (0,))
+        if len(given) == 1 and self.num_experts > 1 and len(x) == self.num_experts * tokens:
+            return route.row_index(x[:tokens], names).repeat(self.num_experts)
+        return route.row_index(x, names)
 
 
 def by_matrix(A: torch.Tensor, B: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
