@@ -32,7 +32,7 @@ LATENT = {
     "num_key_value_heads": 4,
 }
 SPARSE = {**LATENT, "mlp_layer_types": ["dense", "sparse"]}
-INDEXED = {**SPARSE, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
+INDEXED = {**SPARSE, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}
 DELTA_NET = {
     "head_dim": 8,
     "linear_key_head_dim": 4,
@@ -273,7 +273,7 @@ BASE_MODELS = [
         sliding_window=4,
         o_groups=2,
         o_lora_rank=4,
-        index_n_heads=2,
+        index_n_heads=16,
         index_head_dim=8,
         index_topk=4,
         layer_types=["compressed_sparse_attention", "sliding_attention"],

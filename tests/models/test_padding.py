@@ -11,7 +11,7 @@ from matrix import few
 from tiny import byte_tokenizer, make_attentive
 
 BY_NAME = {base.name: base for base in BASE_MODELS}
-CHANGED = ("DeepSeek V3.2", "DeepSeek V4", "GLM-5", "MiniMax")
+CHANGED = ("DeepSeek V4", "MiniMax")
 
 
 def build(name: str) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Whether rows may be padded on the left to be computed together. Not believed but tried.
 
 Attention hides padding. Other mixers of tokens may not: lightning attention (MiniMax) and layers
-that first choose which tokens they see (DeepSeek V3.2, GLM-5) answer otherwise behind it.
+that compress windows of tokens (DeepSeek V4) answer otherwise behind it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,13 @@ _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def takes_left_padding(model: nn.Module) -> bool:
     """Whether a causal model answers a row behind padding as it answers the row alone.
 
-    Models of nothing but attention do. Indexers do not: what they choose of a long row depends on
-    what stands before it. Others are tried when this is first asked.
+    Models of nothing but attention do; others are tried when this is first asked of them.
     """
     base = base_model(model)
     if base not in _known:
-        modules = list(base.modules())
         layers = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
-        if any(only_selects(module) for module in modules):
-            _known[base] = False
-        elif layers <= _ATTENTION and not any(mixes_tokens(module) for module in modules):
-            _known[base] = True
-        else:
-            _known[base] = _answers_alike(base)
+        special = any(mixes_tokens(module) or only_selects(module) for module in base.modules())
+        _known[base] = (layers <= _ATTENTION and not special) or _answers_alike(base)
     return _known[base]
 
 
