@@ -24,15 +24,15 @@ from lorakit.models.skeleton import skeleton
 DENSITY = 0.2
 
 
-def make(folder: Path, count: int, rank: int) -> list[Path]:
-    """Writes random adapters that fit the bundled model, which is never loaded.
+def make(folder: Path, count: int, rank: int, base: str = ALIAS) -> list[Path]:
+    """Writes random adapters that fit a base, which is never loaded.
 
     Those that are there already stay as they are.
     """
     config = lorakit.LoraConfig(
-        r=rank, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=ALIAS
+        r=rank, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=base
     )
-    model = LoraModel(skeleton(resolve(ALIAS).path), config, initialize=False)
+    model = LoraModel(skeleton(resolve(base).path), config, initialize=False)
     made = [folder / f"a{seed}" for seed in range(count)]
     for seed, path in enumerate(made):
         if path.is_dir():

@@ -5,6 +5,11 @@ one length. `switching` is what serving many adapters is without any of this: PE
 after the other, the adapter switched before each.
 
     python -m benchmarks.serve [--tokens 64] [--rounds 5] [--adapters DIR]
+
+With `--family` the base is a small random one, most of whose layers have a window or a state; its
+prompts are longer than the window.
+
+    python -m benchmarks.serve --parts peers --family gemma3_text
 """
 
 import argparse
@@ -24,7 +29,7 @@ from unittest.mock import patch
 
 import httpx
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lorakit
 from benchmarks.combine import make
@@ -32,6 +37,7 @@ from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Ending, Sampling, pad_left, prompt_tokens
 from lorakit.models.bundled import ALIAS as MODEL
+from lorakit.models.names import resolve
 from lorakit.server.options import Limits, ServerOptions
 from lorakit.server.run import listen, make_server
 
@@ -47,9 +53,59 @@ QUESTIONS = [
 ]
 
 
-def save_adapters(folder: Path) -> list[Path]:
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+WINDOW = {"sliding_window": 16}
+DELTA = {
+    "head_dim": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": WINDOW,
+    "gemma3_text": {**WINDOW, "head_dim": 64, "query_pre_attn_scalar": 64},
+    "qwen3_5_text": DELTA,
+    "falcon_h1": {
+        "head_dim": 64,
+        "mamba_d_ssm": 512,
+        "mamba_n_heads": 16,
+        "mamba_d_head": 32,
+        "mamba_d_state": 32,
+        "mamba_n_groups": 1,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 4},
+}
+
+
+def save_random(family: str, folder: Path) -> str:
+    """Writes a random model of a family with the bundled model's tokenizer; returns its path."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL).path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        **SIZES,
+        **FAMILIES[family],
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_adapters(folder: Path, base: str = MODEL) -> list[Path]:
     """Eight random adapters of rank 16 on all linear layers, made once."""
-    return make(folder, 8, 16)
+    return make(folder, 8, 16, base)
 
 
 @contextmanager
@@ -70,14 +126,14 @@ def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 class Sides:
     """What takes turns; each returns how many tokens it wrote."""
 
-    def __init__(self, folders: Sequence[Path], tokens: int) -> None:
+    def __init__(self, folders: Sequence[Path], tokens: int, model: str = MODEL) -> None:
         import peft
 
         self.tokens = tokens
         self.names = [path.name for path in folders]
         with endless():
             self.engine = open_engine(
-                MODEL,
+                model,
                 dict(zip(self.names, folders, strict=True)),
                 dtype="bfloat16",
                 max_rows=8,
@@ -88,13 +144,13 @@ class Sides:
         self.settings = GenerationConfig(
             max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
         )
-        self.base, _ = lorakit.load_model(MODEL, "bfloat16")
-        other, _ = lorakit.load_model(MODEL, "bfloat16")
+        self.base, _ = lorakit.load_model(model, "bfloat16")
+        other, _ = lorakit.load_model(model, "bfloat16")
         self.peft: Any = peft.PeftModel.from_pretrained(other, folders[0], self.names[0])
         for name, path in zip(self.names[1:], folders[1:], strict=True):
             self.peft.load_adapter(path, name)
-        for model in (self.base.eval(), self.peft.eval().get_base_model()):
-            model.generation_config = self.settings
+        for plain in (self.base.eval(), self.peft.eval().get_base_model()):
+            plain.generation_config = self.settings
 
     def peers(self) -> dict[str, Callable[[], int]]:
         return {
@@ -262,6 +318,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--adapters", type=Path, help="where the adapters lie, or are made")
+    parser.add_argument("--family", choices=FAMILIES, help="a random base of this family")
     parser.add_argument("--parts", default="peers,http,registered")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--names", help=argparse.SUPPRESS)
@@ -270,8 +327,11 @@ def main() -> None:
         asyncio.run(be_client(args.client, args.tokens, args.names.split(",")))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folders = save_adapters(args.adapters or Path(temporary))
-        sides = Sides(folders, args.tokens)
+        base = save_random(args.family, Path(temporary) / "base") if args.family else MODEL
+        folders = save_adapters(args.adapters or Path(temporary), base)
+        sides = Sides(folders, args.tokens, base)
+        for notice in sides.engine.notices:
+            print(notice, file=sys.stderr)
         if "peers" in args.parts:
             show("8 prompts, 8 adapters", take_turns(sides.peers(), args.rounds))
         if "http" in args.parts:
@@ -285,7 +345,7 @@ def main() -> None:
                 show("8 requests at once", take_turns(over, args.rounds))
                 client.close()
         sides.engine.close()
-        if "registered" in args.parts:
+        if "registered" in args.parts and not args.family:
             show("8 rows, of", registered(folders, sides.prompts, args.tokens))
 
 

@@ -40,17 +40,17 @@ def save(family: str, folder: Path) -> Path:
     return folder
 
 
-def opened(family: str, folder: Path, **options: Any) -> tuple[Engine, list[list[int]]]:
+def opened(family: str, folder: Path, **config: Any) -> tuple[Engine, list[list[int]]]:
     """An engine over two adapters, and what `generate` answers to `ASKED` with each alone."""
     base = save(family, folder / "base")
     # Llama 4's routers are linear layers that return two tensors.
     targets = ["q_proj", "o_proj", "gate_proj"] if family == "llama4_text" else "all-linear"
     adapters = {
-        name: make_adapter(base, folder / name, seed, target_modules=targets)
+        name: make_adapter(base, folder / name, seed, target_modules=targets, **config)
         for seed, name in enumerate("ab")
     }
     expected = [alone(base, adapters.get(name or ""), ids, NEW, [257]) for ids, name in ASKED]
-    return open_engine(str(base), adapters, dtype="float32", max_rows=3, **options), expected
+    return open_engine(str(base), adapters, dtype="float32", max_rows=3), expected
 
 
 CHOSEN = ["gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "falcon_h1"]
@@ -70,6 +70,20 @@ def test_rows_that_come_and_go_are_answered_as_generate_answers_each_alone(
         ids, _ = ASKED[4]
         others = [tokens(engine.submit(ids, name, GREEDY)) for name in ("a", None)]
     assert len({tuple(answer) for answer in (*others, expected[4])}) > 1
+
+
+STATES = ["qwen3_next", "granitemoehybrid", "lfm2", "kimi_linear", "jamba", "nemotron_h"]
+
+
+@pytest.mark.parametrize("family", few(STATES, "granitemoehybrid", "lfm2"))
+def test_padding_of_prompts_that_are_read_together_becomes_no_part_of_a_state(
+    family: str, tmp_path: Path
+):
+    engine, expected = opened(family, tmp_path, lora_bias=True)  # it answers zeros too
+    with closing(engine):
+        assert engine._batch._padded  # type: ignore[attr-defined]
+        tickets = [engine.submit(ids, name, GREEDY) for ids, name in ASKED]
+        assert [tokens(ticket) for ticket in tickets] == expected
 
 
 def test_layers_with_a_window_keep_no_more_than_it_holds(tmp_path: Path):

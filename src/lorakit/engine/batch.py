@@ -55,6 +55,7 @@ class ContinuousBatch:
         length: how many tokens a row may have.
         route: of all rows; None where each has the adapter that it names.
         in_parts: whether a long prompt is read in parts, so that others go on meanwhile.
+        padded: whether short prompts are read together.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class ContinuousBatch:
         length: int,
         route: Route | None = None,
         in_parts: bool = True,
+        padded: bool = True,
     ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
         self._routing, self._most, self._route = routing, most, route
-        self._in_parts = in_parts
+        self._in_parts, self._padded = in_parts, padded
         self._writing = 0  # the first so many rows have read their prompts
         self._cache = RowCache(model, most, length)
 
@@ -116,7 +118,7 @@ class ContinuousBatch:
             longest = max(longest, len(row.prompt))
             if row.read or row.pictures or longest * (len(rows) + 1) > budget:
                 break
-            if rows and (self._cache.keeps_states or not self._cache.are_alike(0, longest)):
+            if rows and not (self._padded and self._cache.are_alike(0, longest)):
                 break
             rows.append(row)
         return rows

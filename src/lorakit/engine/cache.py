@@ -25,8 +25,7 @@ class RowCache(Cache):
     """What at most `rows` rows of at most `length` tokens have of the past.
 
     Attributes:
-        keeps_states: a forward cannot be repeated, and prompts are read one by one, since padding
-            would become part of a state.
+        keeps_states: a forward that failed cannot be repeated, since it may have changed them.
 
     Raises:
         ValueError: a layer of the model keeps something that is not known here.

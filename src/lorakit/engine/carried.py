@@ -34,10 +34,12 @@ class Carried:
     Attributes:
         why_not: why only `generate` can do it; empty where it need not.
         in_parts: whether a prompt may be read in parts.
+        padded: whether prompts may be read together, the shorter ones behind padding.
     """
 
     why_not: str = ""
     in_parts: bool = True
+    padded: bool = True
 
     def batch(
         self,
@@ -50,7 +52,8 @@ class Carried:
         """An empty batch of answers; arguments as in `ContinuousBatch`."""
         if self.why_not:
             return PlainBatch(model, routing, most, route)
-        batch = ContinuousBatch(model, routing, most, length, route, self.in_parts)
+        ways = {"in_parts": self.in_parts, "padded": self.padded}
+        batch = ContinuousBatch(model, routing, most, length, route, **ways)
         if tells_pictures_apart(model):
             return PicturesApart(batch, PlainBatch(model, routing, most, route), most)
         return batch
@@ -63,11 +66,12 @@ def how_carried(model: PreTrainedModel) -> Carried:
     if argument(model) is None:
         return Carried("it takes no cache")
     with _narrow_windows(model.config.get_text_config()):
-        if not (reason := _disproof(model, in_parts=True)):
+        if not (reason := _disproof(model)):
             return Carried()
-        # Scans of the first Mamba begin at zero whenever they read more than one token.
-        if not _disproof(model, in_parts=False):
-            return Carried(in_parts=False)
+        # A state may begin at zero whenever more than one token is read, and count padding.
+        for in_parts, padded in ((False, True), (True, False), (False, False)):
+            if not _disproof(model, in_parts, padded):
+                return Carried("", in_parts, padded)
     return Carried(reason)
 
 
@@ -86,11 +90,12 @@ def _narrow_windows(config: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _disproof(model: PreTrainedModel, in_parts: bool) -> str:
+def _disproof(model: PreTrainedModel, in_parts: bool = True, padded: bool = True) -> str:
     """Computes two rows together, and compares each with the row alone in the model's own cache.
 
     Args:
         in_parts: the prompt of the first one is read in two parts.
+        padded: their prompts are read together.
     """
     size = model.config.get_text_config().vocab_size
     device = model.device
@@ -101,11 +106,11 @@ def _disproof(model: PreTrainedModel, in_parts: bool) -> str:
         at_once = torch.stack([_at_once(model, row) for row in (one, other)])
         cache = RowCache(model, rows=2, length=16)
         read = 3 if in_parts else 8
-        if cache.keeps_states:
+        if padded:
+            forward(**cache.whole_prompts(0, [one[:read], other[:2]], device))
+        else:
             forward(**cache.whole_prompts(0, [one[:read]], device))
             forward(**cache.whole_prompts(1, [other[:2]], device))
-        else:
-            forward(**cache.whole_prompts(0, [one[:read], other[:2]], device))
         if in_parts:
             forward(**cache.part_of_row(0, one[read:8], read, device))
         forward(**cache.newest_tokens([one[8], other[2]], [8, 2], device))

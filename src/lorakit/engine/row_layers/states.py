@@ -42,10 +42,20 @@ class StateRows(LinearAttentionLayer):
         if before is not None:
             whole = torch.cat([before, conv_states], dim=-1)
         else:
+            conv_states = self._without_padding(conv_states)
             missing = max(0, kernel - conv_states.shape[-1])
             whole = torch.nn.functional.pad(conv_states, (missing, 0))
         kept[self.place.rows] = whole[..., -kernel:]
         return whole
+
+    def _without_padding(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Zeros where prompts are padded, which a bias before the convolution would fill."""
+        width, lengths = inputs.shape[-1], self.place.prompts
+        if min(lengths, default=width) == width:
+            return inputs
+        begins = width - torch.tensor(lengths, device=inputs.device)
+        padding = torch.arange(width, device=inputs.device) < begins[:, None]
+        return inputs.masked_fill(padding[:, None], 0)
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any
