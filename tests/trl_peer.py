@@ -8,7 +8,8 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorakit.lora import LoraModel
-from lorakit.objectives.objective import Objective, added, with_sums
+from lorakit.objectives.batch_sums import added, with_sums
+from lorakit.objectives.objective import Objective
 from tiny import CHATML
 
 Gradients = dict[str, torch.Tensor]

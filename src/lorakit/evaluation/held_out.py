@@ -11,7 +11,8 @@ from lorakit.data.batches import Collator
 from lorakit.data.grouping import cut
 from lorakit.data.too_long import WHOLE, divided
 from lorakit.errors import InputError, each
-from lorakit.objectives.objective import Loss, Objective, added, as_tensors, with_sums
+from lorakit.objectives.batch_sums import Loss, added, as_tensors, with_sums
+from lorakit.objectives.objective import Objective
 from lorakit.objectives.registry import default_objective
 from lorakit.progress import innermost, task
 

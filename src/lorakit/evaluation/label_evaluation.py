@@ -18,7 +18,7 @@ from lorakit.data.scores import ClassScore, LabelScorer
 from lorakit.errors import InputError
 from lorakit.evaluation.held_out import evaluating, longest_first
 from lorakit.models.load import most_tokens
-from lorakit.objectives.objective import Loss, added
+from lorakit.objectives.batch_sums import Loss, added
 from lorakit.objectives.registry import default_objective
 
 if TYPE_CHECKING:

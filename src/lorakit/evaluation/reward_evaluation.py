@@ -20,7 +20,7 @@ from lorakit.errors import InputError
 from lorakit.evaluation.bootstrap import score_interval
 from lorakit.evaluation.held_out import evaluating, longest_first, rows_of
 from lorakit.models.load import most_tokens
-from lorakit.objectives.objective import added
+from lorakit.objectives.batch_sums import added
 
 if TYPE_CHECKING:
     import torch

@@ -29,7 +29,8 @@ from lorakit.data.too_long import Limit, fit
 from lorakit.errors import InputError, listed
 from lorakit.models.load import positions_of
 from lorakit.models.loss import IGNORE, LabelLoss
-from lorakit.objectives.objective import Batch, Loss, Objective, TrainingInputs
+from lorakit.objectives.batch_sums import Loss
+from lorakit.objectives.objective import Batch, Objective, TrainingInputs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -29,8 +29,9 @@ from lorakit.models.divergence import chunked, generalized_jsd
 from lorakit.models.load import positions_of
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import objective as contract
+from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import BASE, TEACHER, Forward
-from lorakit.objectives.objective import AskedPrompt, Batch, Collate, Loss, Objective
+from lorakit.objectives.objective import AskedPrompt, Batch, Collate, Objective
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lorakit.objectives.objective import EACH, Batch, Settings
+from lorakit.objectives.batch_sums import EACH
+from lorakit.objectives.objective import Batch, Settings
 from lorakit.objectives.optimal_transport import aot, aot_unpaired
 from lorakit.objectives.preference import Pairs, PreferencePairs
 

@@ -21,8 +21,9 @@ from pydantic import Field
 
 from lorakit.data.batches import taken_from, under
 from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
+from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
-from lorakit.objectives.objective import Batch, Collate, Loss, Objective, Settings
+from lorakit.objectives.objective import Batch, Collate, Objective, Settings
 from lorakit.objectives.preference import (
     CURE,
     EPOCHS,

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lorakit.data.labelled import Labels
     from lorakit.models.load import LoadedModel
     from lorakit.models.template_files import Templates
+    from lorakit.objectives.batch_sums import Loss
     from lorakit.objectives.run_request import RunRequest
 
 Batch = Mapping[str, "torch.Tensor"]
@@ -58,58 +59,6 @@ class Settings(BaseModel):
     """An objective's settings: the keys beside `type` in the recipe's `objective`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss of a batch as a sum, so that batches, accumulated steps and processes add up.
-
-    Args:
-        total: the summed loss, with its graph in training.
-        count: what `total` is divided by: the batch's supervised tokens, pairs, completions.
-        metrics: sums beside the loss, of any shape and without a graph; by the same names in
-            every batch. Those of training are logged, those of held-out rows become scores.
-    """
-
-    total: torch.Tensor
-    count: torch.Tensor | int
-    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def sums(self) -> dict[str, torch.Tensor]:
-        """All of it by name, float64 on the CPU, to be added up over batches."""
-        return as_tensors({**self.metrics, "total": self.total, "count": self.count})
-
-
-EACH = "each."
-"""Begins the names of values of single rows (n, …), which are put together and not added up."""
-
-
-def added(
-    sums: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """`Loss.sums` of a batch and those before it together; `sums` is empty before the first."""
-    import torch
-
-    return {
-        name: value
-        if not sums
-        else torch.cat([sums[name], value])
-        if name.startswith(EACH)
-        else sums[name] + value
-        for name, value in more.items()
-    }
-
-
-def as_tensors(sums: Mapping[str, torch.Tensor | int]) -> dict[str, torch.Tensor]:
-    """Sums of a batch, float64 on the CPU, to be added up over batches."""
-    import torch
-
-    return {k: torch.as_tensor(value).detach().cpu().double() for k, value in sums.items()}
-
-
-def with_sums(batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch with the sums of all (`Objective.beforehand`)."""
-    return {**batch, **{f"step.{name}": value for name, value in sums.items()}}
 
 
 @dataclass(frozen=True)
@@ -219,16 +168,13 @@ class Objective:
         too_long: what becomes of long rows where the recipe's `data.too_long` does not say.
         row_settings: the settings that rows depend on; in a sweep all configurations share them.
         constant_settings: the settings that `row_constants` depend on.
-        shares_passes: the loss needs of the adapter in training the losses of a batch's tokens
-            alone, beside `row_constants` and `beforehand`. Batches of several adapters, each with
-            settings of its own, can then share a pass, whose losses a forward is given
-            (`Forward.given`).
+        shares_passes: the loss needs, beside `row_constants` and `beforehand`, the losses of tokens
+            alone (`Forward.given`), so that adapters with settings of their own share a pass.
         answers: a model that has learned writes answers, which metrics can score.
         labels: the classes, of a classifier that has read its rows.
         reference: the adapter that the one in training is compared with, `BASE` for the bare base;
-            None for no reference. A run that starts from an adapter sets it to the start, where
-            it is compared with that.
-        compares_with_start: whether it is.
+            None for no reference.
+        compares_with_start: a run that starts from an adapter sets `reference` to the start.
         sample_by, overlap: how plain text is read, as in `data.dataset.prepare`.
     """
 
@@ -295,8 +241,7 @@ class Objective:
                 )
         other = copy(self)
         other.settings = settings
-        names = self.constant_settings
-        if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
+        if any(getattr(settings, k) != getattr(self.settings, k) for k in self.constant_settings):
             other.constants = RowConstants()
         return other
 
@@ -479,10 +424,9 @@ class Objective:
     def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
         """Sums that the loss of a batch needs of all batches that are learned or scored together.
 
-        They are added up over the batches of an optimizer step in all processes, or over all
-        held-out rows, and each of these batches gets them as `step.NAME`; where the name begins
-        with `EACH`, they are values of single rows (n, …), of which each batch gets all. There are
-        no gradients and no dropout. By default there are none.
+        They are added up (values of single rows put together, where the name begins with `EACH`)
+        over the batches of an optimizer step in all processes, or over all held-out rows, and each
+        batch gets them as `step.NAME`. There are no gradients and no dropout.
         """
         return {}
 
@@ -524,10 +468,7 @@ class Objective:
         return supervised_per_sequence(batch).sum()
 
     def count(self, batch: Batch) -> torch.Tensor | int:
-        """`Loss.count` of a batch, known before its loss: a step divides by that of all batches.
-
-        By default the supervised labels.
-        """
+        """`Loss.count` of a batch, known before its loss; by default the supervised labels."""
         return self.supervised(batch)
 
     def held_out(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lorakit.data.preference_tokens import tokenize_pair
+from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
-from lorakit.objectives.objective import Batch, Loss, Objective
+from lorakit.objectives.objective import Batch, Objective
 
 if TYPE_CHECKING:
     import torch

@@ -18,15 +18,9 @@ from lorakit.data.preference_rows import PairSample
 from lorakit.data.preference_tokens import PairRow, tokenize_pair
 from lorakit.errors import listed
 from lorakit.models.sequence_scores import SequenceScores
+from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import supervised_per_sequence
-from lorakit.objectives.objective import (
-    Batch,
-    Collate,
-    Loss,
-    Objective,
-    Settings,
-    TrainingInputs,
-)
+from lorakit.objectives.objective import Batch, Collate, Objective, Settings, TrainingInputs
 
 if TYPE_CHECKING:
     import torch

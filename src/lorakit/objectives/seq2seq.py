@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from lorakit.data.batches import LabelCollator
 from lorakit.data.seq2seq import tokenize_pair
 from lorakit.models.loss import IGNORE, LabelLoss
-from lorakit.objectives.objective import Batch, Loss, Objective
+from lorakit.objectives.batch_sums import Loss
+from lorakit.objectives.objective import Batch, Objective
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lorakit.data.masking import IGNORE, WeightedRow
 from lorakit.errors import InputError
 from lorakit.objectives import objective as contract
+from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import Forward
-from lorakit.objectives.objective import Batch, Collate, Loss, Objective
+from lorakit.objectives.objective import Batch, Collate, Objective
 
 if TYPE_CHECKING:
     import torch

@@ -40,7 +40,8 @@ from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.models.loss import SupervisedLoss
-from lorakit.objectives.objective import Objective, TrainingInputs, added, with_sums
+from lorakit.objectives.batch_sums import added, with_sums
+from lorakit.objectives.objective import Objective, TrainingInputs
 from lorakit.progress import task
 from lorakit.sweeps.space.configurations import changed
 from lorakit.training.advice import advised

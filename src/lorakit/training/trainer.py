@@ -37,8 +37,9 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapt
 from lorakit.lora.model import LoraModel
 from lorakit.lora.vocabulary import split_frozen, trains_new_rows
 from lorakit.models.template_files import Templates, write_templates
+from lorakit.objectives.batch_sums import EACH, Loss, added, as_tensors, with_sums
 from lorakit.objectives.forward import Forward
-from lorakit.objectives.objective import EACH, Batch, Loss, Objective, added, as_tensors, with_sums
+from lorakit.objectives.objective import Batch, Objective
 from lorakit.progress import track
 from lorakit.training.batching import (
     BatchDataset,
