@@ -1,5 +1,6 @@
 """Tiny random models that read pictures, with a processor each, and pictures to read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,104 @@ def save_pictures(folder: Path, several: int = 1) -> list[Path]:
             Image.new("RGB", (12 + 7 * n, 16), color).save(file)
             files.append(file)
     return files
+
+
+_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def save_tiny_qwen2_5_vl(folder: Path) -> Path:
+    """A random Qwen2.5-VL, whose files name its processor as published ones do."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    torch.manual_seed(0)
+    shown = "<|vision_start|><|image_pad|><|vision_end|>"
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML.replace("<image>", shown)
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **_TEXT,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "fullatt_block_indexes": [1],
+            "window_size": 16,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, min_pixels=64, max_pixels=256, temporal_patch_size=2
+    )
+    images.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) | {"processor_class": "Qwen2_5_VLProcessor"}
+    file.write_text(json.dumps(values))
+    return folder
+
+
+def save_tiny_llava(folder: Path) -> Path:
+    """A random LLaVA: a CLIP tower and a Llama; pictures of 16 pixels, of 16 tokens each."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config = LlavaConfig(
+        text_config={
+            **_TEXT,
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHATML,
+    ).save_pretrained(folder)
+    return folder

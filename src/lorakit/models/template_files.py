@@ -61,7 +61,7 @@ def read_templates(folder: str | Path) -> Templates | None:
     if not found:
         for name in (_SETTINGS, PROCESSOR_NAME):
             if (path := folder / name).is_file():
-                found = _named(_json_object(path).get("chat_template"))
+                found = _named(read_object(path).get("chat_template"))
             if found:
                 break
     return found[DEFAULT] if found.keys() == {DEFAULT} else found or None
@@ -108,7 +108,7 @@ def _remove_templates(folder: Path) -> None:
     (folder / PROCESSOR_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder / ADDITIONAL, ignore_errors=True)
     if (path := folder / _SETTINGS).is_file():
-        values = _json_object(path)
+        values = read_object(path)
         if values.pop("chat_template", None) is not None:
             atomic.write_file(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
@@ -132,7 +132,7 @@ def _text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.errors import InputError
+from lorakit.models.layouts.processors import has_processor, load_processor
 from lorakit.models.remote_code import needed_code_refused, trusted
 from lorakit.models.shards import (
     NewTensor,
@@ -43,7 +44,6 @@ HUB_OPTIONS = (
 _CAUSAL = "AutoModelForCausalLM"
 # What goes with a model's weights; the rest of a folder is for other frameworks, or tells of it.
 _SMALL = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
-_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _NOT_COPIED = {"config.json", "adapter_config.json", "lorakit.json"}
 # What tools for quantised weights wrote beside them: a merged model is not quantised.
 _NOT_COPIED |= {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
@@ -111,11 +111,9 @@ class Layout:
 
     def processor(self) -> Any:
         """The processor of a model that reads pictures; None where the files hold none."""
-        if not any((self.path / name).is_file() for name in _PROCESSORS):
+        if not has_processor(self.path):
             return None
-        from transformers import AutoProcessor
-
-        return self._loaded(AutoProcessor, {})
+        return load_processor(self.path, lambda kind: self._loaded(kind, {}))
 
     def _loaded(self, kind: Any, options: dict[str, Any]) -> Any:
         with needed_code_refused(self.path):
