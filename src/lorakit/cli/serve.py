@@ -11,6 +11,9 @@ from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOpti
 from lorakit.console import say, say_all
 from lorakit.errors import InputError
 
+_TRAINING_BODY = 32 << 20
+"""Rows of a batch to train on, which the SDK sends in parts of about 5 MB."""
+
 
 class EngineName(StrEnum):
     """The inference engine."""
@@ -83,6 +86,14 @@ def serve(
     request_timeout: Annotated[
         float, typer.Option(min=0.1, help="Maximum seconds for an answer, in the queue included.")
     ] = 600,
+    training: Annotated[
+        bool,
+        typer.Option("--training", help="Offer the training service: the Tinker SDK's API."),
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="With --training: the folder of checkpoints. Default: runs/service."),
+    ] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="On SIGTERM, seconds for running answers to finish.")
     ] = 30,
@@ -125,6 +136,10 @@ def serve(
         raise InputError("--dry-run prints vLLM's command: give --engine vllm too")
     if merged and adapter_root is not None:
         raise InputError("--merged serves a single adapter: leave --adapter-root out")
+    if state is not None and not training:
+        raise InputError("--state is the training service's folder: give --training too")
+    if merged and training:
+        raise InputError("--merged serves a single adapter and trains none: leave --training out")
     try:
         from lorakit.server.options import Limits, ServerOptions
         from lorakit.server.run import run
@@ -143,8 +158,9 @@ def serve(
         adapter_root=adapter_root,
         allowed_hosts=tuple(allowed_host or ()),
         drain=drain,
+        training_state=(state or Path("runs/service")) if training else None,
         limits=Limits(
-            body_bytes=max_body,
+            body_bytes=max(max_body, _TRAINING_BODY) if training else max_body,
             waiting=max_waiting,
             requests=max_requests,
             connections=max_connections,

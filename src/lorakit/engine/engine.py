@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from threading import Condition, Thread
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_l
 from lorakit.engine.resident import ResidentModel
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
-from lorakit.engine.scoring import score
+from lorakit.engine.scoring import prompt_logprobs, score
+from lorakit.engine.training_queue import TrainingQueue
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.vocabulary import vocabulary_size
@@ -48,7 +50,8 @@ class Engine:
 
     Attributes:
         pool: the adapters that are registered.
-        resident: the base, with those of them that answer now.
+        resident: the base, with those of them that answer now, and those that are trained.
+        training: where operations on the latter are handed in.
         notices: what a user should know about how this model is computed.
 
     Raises:
@@ -74,7 +77,8 @@ class Engine:
         self._model = model.eval()
         self._ending = ending(model, tokenizer)
         self.pool = AdapterPool(model, tokenizer, model_name, fingerprint(model), pool_bytes)
-        self.resident = ResidentModel(model)
+        pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+        self.resident = ResidentModel(model, pad, stays_wrapped=True)
         self.resident.pack()
         self._bank = self.resident.model
         if self.resident.generate_only:
@@ -88,6 +92,7 @@ class Engine:
         self._used: dict[str, None] = {}  # adapters in the bank, the latest used last
         self._queue: deque[tuple[Ticket, Version | None, Loaded | None]] = deque()
         self._changed = Condition()
+        self.training = TrainingQueue(self.resident, self._wake)
         self._closing = False
         self._deadline = 0.0
         self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
@@ -132,6 +137,29 @@ class Engine:
             self._changed.notify()
         return ticket
 
+    def score_prompt(
+        self, prompt: Sequence[int], adapter: str | None = None, top: int = 0
+    ) -> Future[tuple[list[float], list[list[tuple[int, float]]]]]:
+        """The log-probabilities of a prompt's tokens (`scoring.prompt_logprobs`), from any thread.
+
+        Raises:
+            InputError: as `submit`.
+        """
+        check_prompt(prompt, self.context_length, self._vocabulary)
+        version = loaded = None
+        if adapter is not None:
+            version = self.pool.version(adapter)
+            loaded = self.pool.loaded(version)
+
+        def work() -> tuple[list[float], list[list[tuple[int, float]]]]:
+            self._bring(version, loaded)
+            self.resident.answering()
+            key = BASE if version is None else version.key
+            with torch.inference_mode():
+                return prompt_logprobs(self._model, self._bank.routing, key, prompt, top)
+
+        return self.training.call(f"prompt-{id(prompt)}", work)
+
     def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template that the adapter was trained with.
 
@@ -167,6 +195,10 @@ class Engine:
         self._thread.join(None if wait is None else drain + wait)
         return not self._thread.is_alive()
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
     # --- the thread that computes -----------------------------------------------------------
 
     def _work(self) -> None:
@@ -179,11 +211,17 @@ class Engine:
     def _answer(self) -> None:
         while True:
             with self._changed:
-                while not (self._queue or self._batch.rows or self._closing):
+                while not (
+                    self._queue or self._batch.rows or self.training.waiting() or self._closing
+                ):
                     self._changed.wait()
                 done = not (self._queue or self._batch.rows)
                 if self._closing and (done or time.monotonic() > self._deadline):
                     return
+            if self.training.waiting():
+                with torch.inference_mode(False):
+                    self.training.tick()
+                self.resident.answering()
             self._let_go()
             self._admit()
             if self._batch.rows:
@@ -258,6 +296,7 @@ class Engine:
         with self._changed:
             self._closing = True
             left, self._queue = self._queue, deque()
+        self.training.close()
         for row in self._batch.rows:
             row.finish("cancelled")
         for ticket, _, _ in left:

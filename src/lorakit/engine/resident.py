@@ -69,10 +69,15 @@ class ResidentModel:
     Args:
         base: the base model; it is wrapped in place while there is an adapter.
         pad_token_id: what shorter rows are filled with, where the model takes no lines.
+        stays_wrapped: the base is answered from too, and wrapped for good; adapters that change
+            it are refused then.
     """
 
-    def __init__(self, base: nn.Module, pad_token_id: int = 0) -> None:
+    def __init__(
+        self, base: nn.Module, pad_token_id: int = 0, *, stays_wrapped: bool = False
+    ) -> None:
         self.base: Any = base
+        self._stays_wrapped = stays_wrapped
         self.pad_token_id = pad_token_id
         self.device: torch.device = next(base.parameters()).device
         self._base_draws = has_dropout(base)
@@ -108,44 +113,46 @@ class ResidentModel:
         """
         self._require_new(name)
         reason = why_not_shared(self.base, config)
-        if self.adapters and config.init.kind.changes_base:
+        beside = self.adapters or self._stays_wrapped
+        if beside and config.init.kind.changes_base:
             raise InputError(f"adapter {name} cannot be created beside others: {reason}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if self.adapters:
+            if beside:
                 self.model.add_adapter(name, config)
             else:  # the first one may change the base itself
                 self._unwrap()
                 self._model = LoraModel(self.base, config, name)
         self._added(name, seed, reason)
 
-    def load(self, name: str, folder: str | Path, seed: int = 0) -> None:
+    def load(self, name: str, folder: str | Path, seed: int = 0, *, optimizer: bool = True) -> None:
         """Adds the adapter in `folder`, with its optimizer's state if `save` has left one there.
 
         Args:
             seed: of its dropout.
+            optimizer: False begins with a new optimizer.
 
         Raises:
             InputError: the name is taken, or the folder holds no adapter that fits the base.
         """
         self._require_new(name)
-        if self.adapters:
+        if self.adapters or self._stays_wrapped:
             self.model.load_adapter(folder, name, is_trainable=True)
         else:
             self._unwrap()
             self._model = LoraModel.from_pretrained(self.base, folder, name, is_trainable=True)
         self._added(name, seed, why_not_shared(self.base, self.model.peft_config[name]))
         state = Path(folder) / OPTIMIZER_NAME
-        if state.is_file():
+        if optimizer and state.is_file():
             load_optimizer(self._optimizer(name), self.trained(name), state)
 
-    def save(self, name: str, folder: str | Path) -> None:
+    def save(self, name: str, folder: str | Path, *, optimizer: bool = True) -> None:
         """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
         self._require(name)
         save_adapter(self.model, Path(folder), name)
         write_card(folder, self.base)
         state = Path(folder) / OPTIMIZER_NAME
-        if name in self._optimizers:
+        if optimizer and name in self._optimizers:
             save_optimizer(self._optimizers[name], self.trained(name), state)
         else:
             state.unlink(missing_ok=True)
@@ -153,7 +160,7 @@ class ResidentModel:
     def remove(self, name: str) -> None:
         """Forgets an adapter; without any the base is as it was."""
         self._require(name)
-        if self.adapters == [name]:
+        if self.adapters == [name] and not self._stays_wrapped:
             self._unwrap()
         else:
             self.model.delete_adapter(name)
@@ -308,7 +315,25 @@ class ResidentModel:
         unpack_adapter(self.model, name)
         return {"grad_norm": float(norm)}
 
+    def gradients_are_finite(self, name: str) -> bool:
+        """Whether no gradient that an adapter has accumulated is NaN or Inf."""
+        own = (p.grad for p in self.trained(name).values() if p.grad is not None)
+        return all(bool(grad.isfinite().all()) for grad in own)
+
+    def drop_gradients(self, name: str) -> None:
+        """Forgets the gradients that an adapter has accumulated."""
+        for parameter in self.trained(name).values():
+            parameter.grad = None
+
+    def shares_passes(self, name: str) -> bool:
+        """Whether rows of an adapter, or of the bare base, share a pass with other adapters'."""
+        return name not in self._alone
+
     # --- sampling -------------------------------------------------------------------------
+
+    def answering(self) -> None:
+        """Prepares the model to answer, as it may have been trained meanwhile."""
+        self._train(False)
 
     @property
     def generate_only(self) -> str:
@@ -433,11 +458,11 @@ class ResidentModel:
         """Every adapter is trained, and none serves rows that do not ask for it."""
         self._alone |= {name} if alone or self._base_draws else set()
         self.model.set_adapter([])
-        self.model.set_requires_grad(self.adapters)
         self._loss = self._collate = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._streams[name] = Stream(self.device)
+        self.model.set_requires_grad(self._streams)
 
     def _require_new(self, name: str) -> None:
         if name in (*self.adapters, BASE):

@@ -49,9 +49,11 @@ class AnswerRow:
         self.read = 0
         self.tokens: list[int] = []
         self.finished = self.failed = False
-        self._tokenizer, self._ends = tokenizer, ending.tokens
+        given = ticket.sampling.end_tokens
+        self._tokenizer, self._ends = tokenizer, ending.tokens if given is None else given
+        end_text = ending.text if given is None else ""
         self._chooser = Chooser(ticket.sampling, self.prompt, device)
-        stop = (*ticket.sampling.stop, *([ending.text] if ending.text else []))
+        stop = (*ticket.sampling.stop, *([end_text] if end_text else []))
         before = ending.before if ending.before and self._is_asked(ending.prompt) else ""
         self._text = AnswerText(tokenizer, stop, before)
         self._logprobs: list[ChosenToken] = []
@@ -125,11 +127,16 @@ class AnswerRow:
     def _chosen(self, logits: torch.Tensor) -> int:
         asked = self.ticket.sampling.logprobs
         # Kept before the choice, which may change the logits.
-        logs = None if asked is None else logits.log_softmax(-1)
+        logs = None if asked is None else self._scaled(logits).log_softmax(-1)
         token = self._chooser.choose(logits)
         if logs is not None:
             self._logprobs.append(self._logprob(logs, token, asked or 0))
         return token
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        sampling = self.ticket.sampling
+        scales = sampling.scaled_logprobs and sampling.temperature > 0
+        return logits / sampling.temperature if scales else logits
 
     def _took(self, token: int) -> None:
         self.tokens.append(token)

@@ -76,6 +76,8 @@ class Sampling:
         frequency_penalty: as many times as the answer has them, in [-2, 2].
         stop: texts that end an answer, and are no part of it.
         logprobs: log-probabilities of each token, and of so many of its likeliest rivals.
+        end_tokens: what ends an answer; None for the end tokens of the model and its template.
+        scaled_logprobs: log-probabilities are of logits / temperature, before anything else.
 
     Raises:
         InputError: a value is out of its range.
@@ -92,6 +94,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    end_tokens: frozenset[int] | None = None
+    scaled_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

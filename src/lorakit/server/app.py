@@ -173,6 +173,12 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     async def description() -> JSONResponse:
         return JSONResponse(app.openapi())
 
+    if options.training_state is not None:
+        from lorakit.server.training.routes import TrainingRoutes
+        from lorakit.server.training.service import TrainingService
+
+        service = TrainingService(engine, options.training_state)
+        app.state.training = TrainingRoutes(app, service)
     page.install(app)
     return app, desk
 

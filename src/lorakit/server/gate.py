@@ -95,7 +95,7 @@ def _name_of_origin(origin: str) -> str:
 
 
 class Keys:
-    """The server's keys, in `Authorization: Bearer KEY`, compared in constant time.
+    """The server's keys, as requests bring them (`key_of`), compared in constant time.
 
     Args:
         api_key: for all routes but those of adapters; None lets everyone in.
@@ -118,7 +118,7 @@ class Keys:
                 "and --adapter-root",
                 code="admin_key_required",
             )
-        given = _bearer(headers)
+        given = key_of(headers)
         wanted = self._admin_key if admin else self._api_key
         if wanted is None or _equal(given, wanted):
             return
@@ -136,11 +136,14 @@ class Keys:
         )
 
 
-def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The key that a request brings, in `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
     for name, value in headers:
         if name == b"authorization":
             scheme, _, key = value.partition(b" ")
             return key.strip() if scheme.lower() == b"bearer" else b""
+        if name == b"x-api-key":
+            return value.strip()
     return None
 
 

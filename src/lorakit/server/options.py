@@ -105,6 +105,7 @@ class ServerOptions:
         adapter_root: the folder that adapters are loaded from; None forbids loading.
         allowed_hosts: names that the server is reached by, beside loopback ones (`gate.py`).
         drain: on SIGTERM, seconds that running answers have to finish.
+        training_state: the folder of the training service's checkpoints; None is no service.
 
     Raises:
         InputError: the values do not go together.
@@ -117,6 +118,7 @@ class ServerOptions:
     adapter_root: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     drain: float = 30.0
+    training_state: Path | None = None
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

@@ -1,0 +1,226 @@
+"""Training operations of many tenants on one resident base: each one's in order, rows together.
+
+A tenant is an adapter. Its operations are executed in the order in which they were handed in; rows
+that several tenants wait for with share a pass, as many tokens of each as of the others. Whoever
+computes calls `tick` between other work, on the one thread that uses the model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+
+from lorakit.engine.resident import ResidentModel
+from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss
+from lorakit.errors import InputError, LorakitError
+
+T = TypeVar("T")
+
+PASS_TOKENS = 2048
+"""How many tokens of all tenants together go through the model at a time."""
+
+
+@dataclass(eq=False)
+class _Call:
+    work: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Pass:
+    rows: Sequence[AdapterRow]
+    loss: TokenLoss
+    learning: bool
+    future: Future[Any] = field(default_factory=Future)
+    logprobs: list[torch.Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        return len(self.logprobs)
+
+
+class TrainingQueue:
+    """Operations that wait for the thread that computes.
+
+    Args:
+        resident: the base and its adapters.
+        wake: is called when there is something new to do, from any thread.
+        pass_tokens: the most tokens of a pass; a longer row has one of its own.
+
+    Attributes:
+        passes: how many passes there were.
+        shared: in how many of them rows of several tenants were.
+        tokens: how many tokens have gone through, by tenant.
+    """
+
+    def __init__(
+        self,
+        resident: ResidentModel,
+        wake: Callable[[], None] = lambda: None,
+        pass_tokens: int = PASS_TOKENS,
+    ) -> None:
+        self._resident, self._wake, self._pass_tokens = resident, wake, pass_tokens
+        self._queues: dict[str, deque[_Call | _Pass]] = {}
+        self._lock = Lock()
+        self._closed = False
+        self.passes = self.shared = 0
+        self.tokens: dict[str, int] = {}
+
+    # --- for those who ask, from any thread -------------------------------------------------
+
+    def call(self, tenant: str, work: Callable[[], T]) -> Future[T]:
+        """Has `work` executed on the computing thread, behind what the tenant handed in before."""
+        return self._add(tenant, _Call(work))
+
+    def forward_backward(
+        self, tenant: str, rows: Sequence[AdapterRow], loss: TokenLoss, *, learning: bool = True
+    ) -> Future[PassResult]:
+        """`ResidentModel.forward_backward` of rows; without `learning`, `forward`.
+
+        Where it fails, the gradients that the tenant has accumulated are dropped.
+        """
+        return self._add(tenant, _Pass(list(rows), loss, learning))
+
+    def waiting(self) -> bool:
+        """Whether there is something to do."""
+        return any(self._queues.values())
+
+    def waiting_tokens(self) -> int:
+        """How many tokens wait, of all tenants."""
+        with self._lock:
+            passes = [op for q in self._queues.values() for op in q if isinstance(op, _Pass)]
+        return sum(len(row.input_ids) for op in passes for row in op.rows[op.done :])
+
+    def close(self) -> None:
+        """Fails what waits, and takes nothing more."""
+        with self._lock:
+            self._closed = True
+            left = [op for queue in self._queues.values() for op in queue]
+            self._queues.clear()
+        for op in left:
+            op.future.set_exception(LorakitError("the engine is closed"))
+
+    def _add(self, tenant: str, op: _Call | _Pass) -> Future[Any]:
+        with self._lock:
+            if self._closed:
+                raise LorakitError("the engine is closed and takes no more operations")
+            self._queues.setdefault(tenant, deque()).append(op)
+        self._wake()
+        return op.future
+
+    # --- on the thread that computes --------------------------------------------------------
+
+    def tick(self) -> None:
+        """Executes each tenant's next call, then one pass of rows with and one without gradients.
+
+        Nothing is raised: an operation that fails has the error in its future.
+        """
+        for tenant, call in self._heads(_Call).items():
+            self._end(tenant, call, call.work)
+        for learning in (True, False):
+            waiting = self._heads(_Pass)
+            some = {tenant: op for tenant, op in waiting.items() if op.learning is learning}
+            for group in self._groups(some):
+                self._pass(group, learning)
+
+    def _heads(self, kind: type[Any]) -> dict[str, Any]:
+        with self._lock:
+            firsts = {tenant: queue[0] for tenant, queue in self._queues.items() if queue}
+        return {tenant: op for tenant, op in firsts.items() if isinstance(op, kind)}
+
+    def _end(self, tenant: str, op: _Call | _Pass, result: Callable[[], Any]) -> None:
+        """The first operation of a tenant has ended, as `result` says."""
+        with self._lock:
+            queue = self._queues.get(tenant)
+            if queue is None:  # closed meanwhile
+                return
+            queue.popleft()
+            if not queue:
+                del self._queues[tenant]
+        try:
+            found = result()
+        except BaseException as error:  # whatever it is, it is the tenant's own
+            op.future.set_exception(error)
+        else:
+            op.future.set_result(found)
+
+    def _groups(self, some: Mapping[str, _Pass]) -> list[dict[str, _Pass]]:
+        """The tenants that may share a pass, and each other one by itself."""
+        together = {t: op for t, op in some.items() if self._resident.shares_passes(t)}
+        alone = [{t: op} for t, op in some.items() if t not in together]
+        return [group for group in (together, *alone) if group]
+
+    def _pass(self, group: Mapping[str, _Pass], learning: bool) -> None:
+        counts = self._share(group)
+        try:
+            self._compute(group, counts, learning)
+        except InputError:  # found before any gradient was added
+            for tenant, op in group.items() if len(group) > 1 else ():
+                self._pass({tenant: op}, learning)
+            if len(group) == 1:
+                self._fail(group)
+        except BaseException:
+            self._fail(group)
+
+    def _share(self, group: Mapping[str, _Pass]) -> dict[str, int]:
+        """How many rows of each are in the next pass: the tenant with the fewest tokens is next."""
+        taken = dict.fromkeys(group, 0)
+        counts = dict.fromkeys(group, 0)
+        left = set(group)
+        while left:
+            tenant = min(left, key=lambda t: (taken[t], t))
+            op, count = group[tenant], counts[tenant]
+            if op.done + count == len(op.rows):
+                left.discard(tenant)
+                continue
+            size = len(op.rows[op.done + count].input_ids)
+            if any(counts.values()) and sum(taken.values()) + size > self._pass_tokens:
+                left.discard(tenant)
+                continue
+            counts[tenant] += 1
+            taken[tenant] += size
+        return counts
+
+    def _compute(
+        self, group: Mapping[str, _Pass], counts: Mapping[str, int], learning: bool
+    ) -> None:
+        pieces = [
+            (tenant, op, op.rows[op.done : op.done + counts[tenant]])
+            for tenant, op in group.items()
+        ]
+        losses = {id(row): op.loss for _, op, rows in pieces for row in rows}
+        compute = self._resident.forward_backward if learning else self._resident.forward
+        rows = [row for _, _, some in pieces for row in some]
+        if rows:
+            result = compute(rows, lambda logprobs, row: losses[id(row)](logprobs, row))
+            self.passes += 1
+            self.shared += sum(bool(count) for count in counts.values()) > 1
+        begin = 0
+        for tenant, op, some in pieces:
+            end = begin + len(some)
+            if some:
+                op.logprobs += result.logprobs[begin:end]
+                op.losses += result.losses[begin:end]
+                size = sum(len(row.input_ids) for row in some)
+                self.tokens[tenant] = self.tokens.get(tenant, 0) + size
+            begin = end
+            if op.done == len(op.rows):
+                self._end(tenant, op, lambda op=op: PassResult(op.logprobs, op.losses))  # type: ignore[misc]
+
+    def _fail(self, group: Mapping[str, _Pass]) -> None:
+        """Ends these operations with the error that is being handled."""
+        for tenant, op in group.items():
+            if op.learning:
+                self._resident.drop_gradients(tenant)
+            self._end(tenant, op, _reraised)
+
+
+def _reraised() -> Any:
+    raise

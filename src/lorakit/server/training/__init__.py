@@ -1,0 +1,1 @@
+"""The training service: the routes that the Tinker SDK speaks, over the resident engine."""
