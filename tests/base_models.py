@@ -208,6 +208,14 @@ BASE_MODELS = [
         moe_intermediate_size=8,
         **SLIDING,
     ),
+    _text(
+        "Gemma 4 12B (unified)",
+        "Gemma4Unified",
+        head_dim=4,
+        global_head_dim=8,
+        hidden_size_per_layer_input=0,
+        **SLIDING,
+    ),
     _text("Qwen 3.5", "Qwen3_5", **DELTA_NET),
     _text(
         "Qwen 3.5 MoE",

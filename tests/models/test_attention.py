@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -36,6 +38,13 @@ def build(kind: str) -> Any:
     if kind == "gemma2":  # softcapped scores, and a window in every other layer
         config = Gemma2Config(**SMALL, head_dim=4, sliding_window=3, attn_logit_softcapping=2.0)
         return Gemma2ForCausalLM(config).double()
+    if kind == "gpt-oss":  # sinks, and a window in every other layer
+        config = GptOssConfig(**SMALL, head_dim=4, sliding_window=3, num_local_experts=4)
+        config._experts_implementation = "eager"
+        model = GptOssForCausalLM(config).double()
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.sinks)
+        return model
     config = GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=4, n_positions=32)
     return GPT2LMHeadModel(config).double().eval()  # it has dropout
 
@@ -62,7 +71,7 @@ def losses_and_gradients(model: Any, batches: list[dict]) -> tuple[torch.Tensor,
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "gpt-oss"])
 def test_a_line_a_padded_batch_and_single_rows_have_one_loss_and_one_gradient(kind: str):
     model = build(kind)
     if kind == "gemma2":  # SDPA has no softcapping: the plain form is the reference
@@ -96,8 +105,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(totals[0], totals[1])
 
 
-def test_without_boundaries_the_model_answers_as_before():
-    model = build("llama")
+@pytest.mark.parametrize("kind", ["llama", "gpt-oss"])
+def test_without_boundaries_the_model_answers_as_before(kind: str):
+    model = build(kind)
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     before = model(input_ids=ids, attention_mask=mask).logits
@@ -179,7 +189,7 @@ TREE = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2", "gpt-oss"])
 def test_rows_behind_a_shared_prefix_have_the_loss_and_the_gradient_of_whole_rows(kind: str):
     model = build(kind)
     assert take_lines(model) is None

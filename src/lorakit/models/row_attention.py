@@ -66,6 +66,7 @@ def row_attention(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     parents: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row of a line, in the registry's form.
@@ -78,17 +79,23 @@ def row_attention(
             shared prefixes.
         sliding_window: a position sees so many positions, itself among them.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        s_aux: (heads,), the scores of attention sinks (gpt-oss): a position more to attend to,
+            without a value.
     """
     if cu_seq_lens_q is None:
+        if s_aux is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            hidden = _hidden_by(attention_mask, query.shape[2], key.shape[2], query.device)
+            return _sunk(query, key, value, hidden, scale, dropout, s_aux).transpose(1, 2), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks are not computed row by row")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
         if parents is not None:
             raise NotImplementedError("prefixes are shared on a CPU only")
+        if s_aux is not None:
+            raise NotImplementedError("attention sinks are computed row by row on a CPU only")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = all_rows(q, k, v, cu_seq_lens_q, scale, sliding_window, softcap, dropout)
         return out[None], None
@@ -100,7 +107,11 @@ def row_attention(
     rows = []
     for q, k, v in zip(queries, keys, values, strict=True):
         window = sliding_window if sliding_window and sliding_window < k.shape[1] else None
-        rows.append(_one_row(q, k, v, scale, dropout, window, softcap))
+        if s_aux is not None:
+            hidden = _hidden(q.shape[1], k.shape[1], window, q.device)
+            rows.append(_sunk(q, k, v, hidden, scale, dropout, s_aux))
+        else:
+            rows.append(_one_row(q, k, v, scale, dropout, window, softcap))
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 
 
@@ -203,6 +214,35 @@ def _softcapped(
     scores = scores.masked_fill(_hidden(q.shape[1], k.shape[1], window, q.device), -torch.inf)
     P = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return F.dropout(P, dropout) @ v
+
+
+def _sunk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    dropout: float,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Attention with a sink for each head, which takes its share of the probabilities.
+
+    Shapes: q (…, heads, T, d), k and v (…, kv_heads, S, d), hidden (…, T, S), sinks (heads,).
+    """
+    group = q.shape[-3] // k.shape[-3]
+    k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
+    scores = (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
+    sunk = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    P = torch.cat([scores, sunk], dim=-1)
+    P = P.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return F.dropout(P[..., :-1], dropout) @ v
+
+
+def _hidden_by(mask: torch.Tensor | None, T: int, S: int, device: torch.device) -> torch.Tensor:
+    """What transformers' mask hides; without one attention is causal."""
+    if mask is None:
+        return _hidden(T, S, None, device)
+    return ~mask if mask.dtype == torch.bool else mask < 0
 
 
 @lru_cache(maxsize=32)
