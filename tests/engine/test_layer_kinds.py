@@ -114,6 +114,14 @@ def test_a_step_that_fails_midway_leaves_what_rows_have_of_the_past_right(
     assert len(failed) == 2
 
 
+@pytest.mark.parametrize("family", few(FAMILIES.keys(), "mamba", "jamba", "qwen3_5_text"))
+def test_what_a_model_takes_is_seen_in_half_precision_too(family: str):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).to(torch.bfloat16).eval()
+    # The scan of the first Mamba begins at zero whenever it reads more than one token.
+    assert how_carried(model) == Carried(in_parts=family not in ("mamba", "falcon_mamba", "jamba"))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
 def test_windows_are_seen_through_every_attention_on_a_cpu(attention: str):
     model = AutoModelForCausalLM.from_config(tiny_config("mistral")).eval()

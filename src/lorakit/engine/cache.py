@@ -130,6 +130,10 @@ class RowCache(Cache):
         for layer in self.layers:
             layer.move(source, target, length)
 
+    def first_states(self) -> list[torch.Tensor]:
+        """The states of all rows in the first layer that has some, (rows, ...)."""
+        return next((layer.states() for layer in self.layers if hasattr(layer, "conv_states")), [])
+
     # --- what models and their masks ask ----------------------------------------------------
 
     @property
