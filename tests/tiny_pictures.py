@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+from transformers import (
+    AutoTokenizer,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+)
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from tiny import byte_tokenizer
@@ -175,4 +180,98 @@ def save_tiny_llava(folder: Path) -> Path:
         num_additional_image_tokens=1,
         chat_template=CHATML,
     ).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_qwen3_vl(folder: Path) -> Path:
+    """A random Qwen3-VL, with features of its first vision layer in the first text layer."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    save_tiny_qwen2_5_vl(folder)
+    tokenizer = byte_tokenizer()
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks)
+    config = Qwen3VLConfig(
+        text_config={
+            **_TEXT,
+            "head_dim": 8,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) | {"processor_class": "Qwen3VLProcessor"}
+    file.write_text(json.dumps(values))
+    return folder
+
+
+def save_tiny_gemma3(folder: Path) -> Path:
+    """A random Gemma 3, whose pictures' tokens see each other."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    torch.manual_seed(0)
+    template = CHATML.replace("<image>", "<start_of_image>")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    marks = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks.values()]})
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text()) | {"extra_special_tokens": marks}
+    file.write_text(json.dumps(values))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begin, end, image = tokenizer.convert_tokens_to_ids([*marks.values()])
+    config = Gemma3Config(
+        text_config={
+            **_TEXT,
+            "head_dim": 8,
+            "vocab_size": len(tokenizer),
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=begin,
+        eoi_token_index=end,
+        image_token_index=image,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16}, do_pan_and_scan=False)
+    Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template).save_pretrained(
+        folder
+    )
     return folder

@@ -21,11 +21,19 @@ from lorakit.models.lines import Lines
 from lorakit.models.load import load_for_task
 from lorakit.objectives.registry import make_objective
 from lorakit.training.picture_lines import why_padded
-from tiny_pictures import save_pictures, save_tiny_llava, save_tiny_qwen2_5_vl
+from tiny_pictures import (
+    save_pictures,
+    save_tiny_gemma3,
+    save_tiny_llava,
+    save_tiny_qwen2_5_vl,
+    save_tiny_qwen3_vl,
+)
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "Qwen2.5-VL": save_tiny_qwen2_5_vl,
     "LLaVA": save_tiny_llava,
+    "Qwen3-VL": save_tiny_qwen3_vl,
+    "Gemma 3": save_tiny_gemma3,
 }
 IN_LINES = {"LLaVA"}
 """Those whose rows with pictures lie in one line."""
