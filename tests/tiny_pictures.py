@@ -275,3 +275,52 @@ def save_tiny_gemma3(folder: Path) -> Path:
         folder
     )
     return folder
+
+
+def save_tiny_internvl(folder: Path) -> Path:
+    """A random InternVL with a Qwen 2."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    torch.manual_seed(0)
+    template = CHATML.replace("<image>", "<IMG_CONTEXT>")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    marks = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks.values()]})
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"extra_special_tokens": marks}))
+    config = InternVLConfig(
+        text_config={
+            **_TEXT,
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [16, 16],
+            "patch_size": [4, 4],
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=False)
+    images.save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) | {"processor_class": "InternVLProcessor"}
+    file.write_text(json.dumps(values))
+    settings = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder

@@ -24,6 +24,7 @@ from lorakit.training.picture_lines import why_padded
 from tiny_pictures import (
     save_pictures,
     save_tiny_gemma3,
+    save_tiny_internvl,
     save_tiny_llava,
     save_tiny_qwen2_5_vl,
     save_tiny_qwen3_vl,
@@ -34,8 +35,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "LLaVA": save_tiny_llava,
     "Qwen3-VL": save_tiny_qwen3_vl,
     "Gemma 3": save_tiny_gemma3,
+    "InternVL": save_tiny_internvl,
 }
-IN_LINES = {"LLaVA"}
+IN_LINES = {"LLaVA", "InternVL"}
 """Those whose rows with pictures lie in one line."""
 
 
