@@ -122,9 +122,12 @@ def test_what_a_model_takes_is_seen_in_half_precision_too(family: str):
     assert how_carried(model) == Carried(in_parts=family not in ("mamba", "falcon_mamba", "jamba"))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", NAME])
-def test_windows_are_seen_through_every_attention_on_a_cpu(attention: str):
-    model = AutoModelForCausalLM.from_config(tiny_config("mistral")).eval()
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("mistral", "sdpa"), ("mistral", "eager"), ("mistral", NAME), ("gemma2", NAME)],
+)
+def test_windows_are_seen_through_every_attention_on_a_cpu(family: str, attention: str):
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     model.set_attn_implementation(attention)
     assert how_carried(model) == Carried()
     assert model.config.sliding_window == WINDOW

@@ -105,7 +105,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(totals[0], totals[1])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
 def test_without_boundaries_the_model_answers_as_before(kind: str):
     model = build(kind)
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
@@ -113,7 +113,8 @@ def test_without_boundaries_the_model_answers_as_before(kind: str):
     before = model(input_ids=ids, attention_mask=mask).logits
     assert take_lines(model) is None
     after = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+    rounding = 1e-6 if kind == "gemma2" else 1e-12  # its own attention has a softmax in float32
+    torch.testing.assert_close(after, before, rtol=rounding, atol=rounding)
 
 
 def test_a_model_with_its_own_attention_is_refused_and_left_as_it_was():

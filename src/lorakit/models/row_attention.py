@@ -82,15 +82,19 @@ def row_attention(
         s_aux: (heads,), the scores of attention sinks (gpt-oss): a position more to attend to,
             without a value.
     """
-    if cu_seq_lens_q is None:
-        if s_aux is not None:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            hidden = _hidden_by(attention_mask, query.shape[2], key.shape[2], query.device)
-            return _sunk(query, key, value, hidden, scale, dropout, s_aux).transpose(1, 2), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cu_seq_lens_q is None:
+        if s_aux is None and softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling=scaling, **kwargs
+            )
+        hidden = _hidden_by(attention_mask, query.shape[2], key.shape[2], query.device)
+        if s_aux is not None:
+            out = _sunk(query, key, value, hidden, scale, dropout, s_aux)
+        else:
+            assert softcap is not None
+            out = _softcapped(query, key, value, hidden, scale, dropout, softcap)
+        return out.transpose(1, 2), None
     if query.is_cuda:
         if parents is not None:
             raise NotImplementedError("prefixes are shared on a CPU only")
@@ -137,7 +141,7 @@ def _one_row(
     """q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d) to (heads, T, d)."""
     T, S = q.shape[1], k.shape[1]
     if softcap is not None:
-        return _softcapped(q, k, v, scale, dropout, window, softcap)
+        return _softcapped(q, k, v, _hidden(T, S, window, q.device), scale, dropout, softcap)
     if (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -203,15 +207,17 @@ def _softcapped(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    hidden: torch.Tensor,
     scale: float,
     dropout: float,
-    window: int | None,
     softcap: float,
 ) -> torch.Tensor:
-    group = q.shape[0] // k.shape[0]
-    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+    """Attention whose scores are softcapped. Shapes as in `_sunk`."""
+    group = q.shape[-3] // k.shape[-3]
+    k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
     scores = torch.tanh(q @ k.mT * (scale / softcap)) * softcap
-    scores = scores.masked_fill(_hidden(q.shape[1], k.shape[1], window, q.device), -torch.inf)
+    # Padding sees nothing, and must not become NaN.
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     P = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return F.dropout(P, dropout) @ v
 
