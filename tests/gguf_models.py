@@ -135,6 +135,25 @@ def piece_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """The same as Gemma has it, in a tokenizer.json alone: no space is put in front."""
+    made = json.loads(piece_tokenizer().backend_tokenizer.to_str())
+    made["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    made["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    made["decoder"]["decoders"] = made["decoder"]["decoders"][:-1]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "gpt-2": lambda: merging_tokenizer("gpt-2"),
     "smollm": lambda: merging_tokenizer("smollm"),
@@ -144,6 +163,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "tekken": lambda: merging_tokenizer("tekken", ignore_merges=True),
     "gpt-4o": lambda: merging_tokenizer("gpt-4o"),
     "default": piece_tokenizer,
+    "gemma": gemma_tokenizer,
 }
 """A tokenizer of every kind, by llama.cpp's name for the rule that cuts its words."""
 

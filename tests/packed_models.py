@@ -149,6 +149,19 @@ def ct_nvfp4(W: torch.Tensor) -> Packed:
     return {"weight_packed": q, "weight_scale": scales, "weight_global_scale": whole}, What
 
 
+def nv_fp8(W: torch.Tensor) -> Packed:
+    scale = W.abs().max() / 448
+    q = (W / scale).to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, q.float() * scale
+
+
+def nv_fp4(W: torch.Tensor) -> Packed:
+    whole = W.abs().max() / (448 * 6)
+    scales = (W.unflatten(1, (-1, 16)).abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+    q, What = e2m1(W, scales.float() * whole)
+    return {"weight": q, "weight_scale": scales, "weight_scale_2": whole}, What
+
+
 def mxfp4(experts: torch.Tensor) -> Packed:
     """gpt-oss's form of stacked experts (experts, d_in, d_out)."""
     W = experts.transpose(1, 2).contiguous()
@@ -206,6 +219,8 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], Packed], dict[str, Any]]] = {
         ct_nvfp4,
         _ct("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group"),
     ),
+    "modelopt-fp8": (nv_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "modelopt-nvfp4": (nv_fp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
 }
 """How each form packs a weight, and what `config.json` says of it."""
 

@@ -225,6 +225,7 @@ def test_a_classifier_is_trained_on_a_packed_base(tmp_path: Path):
         ("awq", {"version": "gemv"}, "the version gemv"),
         ("ct-pack", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
         ("ct-pack", {"transform_config": {"config_groups": {"R1": {}}}}, "rotated"),
+        ("fp8", {"quant_method": "someday"}, "quantised by someday, which is not read"),
     ],
 )
 def test_what_cannot_be_unpacked_is_refused(
@@ -235,6 +236,15 @@ def test_what_cannot_be_unpacked_is_refused(
     config["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=said):
+        lorakit.load_model(str(tmp_path))
+
+
+def test_packed_weights_without_a_word_on_them_are_not_read_as_plain_ones(tmp_path: Path):
+    save_packed("fp8", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]  # as beside ModelOpt's hf_quant_config.json
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"stored as F8_E4M3, and config\.json has no"):
         lorakit.load_model(str(tmp_path))
 
 

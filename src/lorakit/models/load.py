@@ -21,7 +21,7 @@ from lorakit.models.layouts.layout import Layout
 from lorakit.models.loaded import base_model
 from lorakit.models.names import resolve
 from lorakit.models.picture_reader import PictureReader, give_reader, picture_reader
-from lorakit.models.quantization.packed import packed_settings
+from lorakit.models.quantization.from_files import from_files, require_known
 from lorakit.models.quantization.prepare import keep_exact
 from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options
 from lorakit.models.skeleton import kept_whole, stored_quantization
@@ -100,7 +100,8 @@ def load_for_task(
         wanted = as_quantization(quantization)
         options = loading_options(wanted, chosen, device)
         with _failures_named(name, task_type):
-            if not layout.packing and stored_quantization(layout.config()):
+            if not layout.packing and (stored := stored_quantization(layout.config())):
+                require_known(name, str(stored.get("quant_method")))
                 if wanted:
                     raise InputError(
                         f"quantization: the weights of {name} are quantised already, and are used "
@@ -172,7 +173,7 @@ def _failures_named(name: str, task_type: str) -> Iterator[None]:
 
 def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
     form = FORMS["CAUSAL_LM"] if layout.packing else causal_form(layout.config())
-    model, info = _from_files(layout, form, dtype=dtype, **options)
+    model, info = from_files(layout, form, dtype=dtype, **options)
     if info["missing_keys"]:  # which are random now
         raise InputError(
             f"model: {name} lacks {listed(sorted(info['missing_keys']), 3)} in its files: copy or "
@@ -185,16 +186,6 @@ def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping
             stacklevel=4,
         )
     return model
-
-
-def _from_files(layout: Layout, form: str, **options: Any) -> tuple[Any, Any]:
-    """The model, and what `from_pretrained` tells of its files."""
-    if not layout.packing and (packed := packed_settings(layout.config())):
-        from lorakit.models.quantization.packed_loading import load_packed
-
-        return load_packed(layout, form, *packed, **options)
-    loaded: tuple[Any, Any] = layout.model(form, output_loading_info=True, **options)
-    return loaded
 
 
 def _load_form(
@@ -217,7 +208,7 @@ def _load_form(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, info = _from_files(layout, FORMS[task_type], dtype=dtype, **options)
+            model, info = from_files(layout, FORMS[task_type], dtype=dtype, **options)
     finally:
         logging.set_verbosity(before)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}

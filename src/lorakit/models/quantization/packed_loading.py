@@ -44,6 +44,8 @@ class _Files:
         self.reader = ShardReader(tensor.path for tensor in tensors.values())
         self.packed = packed
         self.kept: dict[str, Packing] = {}
+        self.unpacked: list[Packing] = []
+        """Those that the model holds unpacked."""
         self.sources: dict[str, TensorSource] = {
             name: TensorSource(tensor, partial(self.reader.read, tensor))
             for name, tensor in tensors.items()
@@ -59,6 +61,7 @@ class _Files:
 
     def values(self, packing: Packing, turned: bool = False) -> torch.Tensor:
         """An unpacked weight in float32."""
+        self.unpacked.append(packing)
         parts = {role: self.reader.read(part) for role, part in packing.parts.items()}
         W = packing.backend.values(parts, packing, torch.float32)
         return (W.T if turned else W).contiguous()
@@ -93,11 +96,6 @@ class _Files:
         for path, packing in self.kept.items():
             parts = {r: self.reader.read(p).to(device) for r, p in packing.parts.items()}
             model.get_submodule(path).weight = PackedWeight.of(parts, packing)
-
-    def unpacked(self) -> list[Packing]:
-        """The packed weights that the model holds unpacked."""
-        kept = {id(packing) for packing in self.kept.values()}
-        return [packing for packing in self.packed.values() if id(packing) not in kept]
 
 
 @register_quantization_config(METHOD)
@@ -187,7 +185,7 @@ def load_packed(
         )
     if (layout.path / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(layout.path)
-    if unpacked := files.unpacked():
+    if unpacked := files.unpacked:
         numbers = sum(prod(packing.shape) for packing in unpacked)
         before = sum(packing.bytes for packing in unpacked)
         warnings.warn(
