@@ -90,7 +90,7 @@ def test_every_recipe_key_is_placed_and_nothing_else_is():
         *(f"training.{name}" for name in {*TrainingRecipe.model_fields, *(honoured & installed)}),
     }
     assert not keys - set(CHANGES)
-    beside = {"data", "base", "template", "processes", "parent", "teacher"}
+    beside = {"data", "base", "template", "processes", "parent", "teacher", "lora.parts"}
     older = {f"training.{name}" for name in honoured - installed}
     assert not set(CHANGES) - keys - beside - older
     assert change_of("training.newer_than_this").effect == "refused"

@@ -21,6 +21,7 @@ from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.objectives import objective as contract
 from lorakit.objectives import registry
+from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import ACTIVE, BASE, Forward, supervised_per_sequence
 from lorakit.training.check import shown_row
 from lorakit.training.recipe import load_recipe
@@ -47,11 +48,11 @@ class ToyPreference(contract.Objective):
     def count(self, batch: contract.Batch) -> int:
         return len(supervised_per_sequence(batch)) // 2
 
-    def loss(self, forward: Forward, batch: contract.Batch) -> contract.Loss:
+    def loss(self, forward: Forward, batch: contract.Batch) -> Loss:
         policy, reference = forward.log_probabilities(batch, (ACTIVE, BASE))
         margin = self.settings.beta * (policy - reference).view(-1, 2).diff(dim=1).neg()
         metrics = {"accuracy": (margin > 0).sum().double(), "margin": margin.detach().sum()}
-        return contract.Loss(-logsigmoid(margin).sum(), self.count(batch), metrics)
+        return Loss(-logsigmoid(margin).sum(), self.count(batch), metrics)
 
     def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
         if logs.get("eval_accuracy") == 1:

@@ -60,6 +60,7 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
     },
     _WITHOUT: {
         "": "compile samples output_dir eval",
+        "data.": "media_dir",
         "lora.": "runtime_config auto_mapping peft_version",
         "training.": """
             eval_on_start per_device_eval_batch_size
@@ -89,7 +90,7 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
     _refused("it decides which tensors the adapter has"): {
         "": "tokens",
         "lora.": """
-            peft_type target_modules exclude_modules fan_in_fan_out bias modules_to_save
+            peft_type target_modules parts exclude_modules fan_in_fan_out bias modules_to_save
             layers_to_transform layers_pattern rank_pattern task_type use_dora lora_bias
             trainable_token_indices target_parameters layer_replication ensure_weight_tying
         """,
