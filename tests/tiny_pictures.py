@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -323,4 +324,28 @@ def save_tiny_internvl(folder: Path) -> Path:
     file.write_text(json.dumps(values))
     settings = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
     (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def save_tiny_smolvlm(folder: Path) -> Path:
+    """`save_tiny_idefics3` as a SmolVLM, whose processor asks for num2words."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    pytest.importorskip("num2words")
+    save_tiny_idefics3(folder)
+    values = json.loads((folder / "config.json").read_text())
+    given = {k: values[k] for k in ("text_config", "scale_factor", "image_token_id")}
+    vision = values["vision_config"] | {"model_type": "smolvlm_vision"}
+    torch.manual_seed(0)
+    config = SmolVLMConfig(**given, vision_config=vision)
+    SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
+    )
+    images.save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    named = {"processor_class": "SmolVLMProcessor"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    (folder / "processor_config.json").write_text(json.dumps(named | {"image_seq_len": 4}))
     return folder

@@ -28,16 +28,18 @@ from tiny_pictures import (
     save_tiny_llava,
     save_tiny_qwen2_5_vl,
     save_tiny_qwen3_vl,
+    save_tiny_smolvlm,
 )
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "Qwen2.5-VL": save_tiny_qwen2_5_vl,
+    "SmolVLM": save_tiny_smolvlm,
     "LLaVA": save_tiny_llava,
     "Qwen3-VL": save_tiny_qwen3_vl,
     "Gemma 3": save_tiny_gemma3,
     "InternVL": save_tiny_internvl,
 }
-IN_LINES = {"LLaVA", "InternVL"}
+IN_LINES = {"SmolVLM", "LLaVA", "InternVL"}
 """Those whose rows with pictures lie in one line."""
 
 
