@@ -249,12 +249,13 @@ def test_a_run_on_pictures_is_trained_evaluated_generated_and_merged(
     recipe = {
         "model": str(folder / "base"),
         "dtype": "float32",
-        "data": {"train": str(folder / "rows.jsonl"), "eval": 0.25},
+        "data": {"train": "rows.jsonl", "eval": 0.25, "media_dir": str(folder)},
         "lora": {"r": 4},
         "training": {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2},
         "samples": 1,
         "output_dir": "run",
     }
+    (tmp_path / "rows.jsonl").write_text((folder / "rows.jsonl").read_text())
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     done = run_lorakit(tmp_path, "train", "recipe.json")
     assert done.returncode == 0, done.stderr
@@ -274,7 +275,7 @@ def test_a_run_on_pictures_is_trained_evaluated_generated_and_merged(
         "eval",
         "run",
         "--data",
-        folder / "rows.jsonl",
+        "rows.jsonl",
         "--metrics",
         "loss",
         "--limit",

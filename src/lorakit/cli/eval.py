@@ -57,6 +57,7 @@ def evaluate(
     from lorakit.adapters.open import open_adapter
     from lorakit.data.formats import SUPERVISED
     from lorakit.data.mixing import mix
+    from lorakit.data.pictures import pictures_in
     from lorakit.data.splits import MEASURED
     from lorakit.evaluation.metrics import parse_metrics
     from lorakit.lora.checkpoint import read_config
@@ -111,16 +112,17 @@ def evaluate(
         kinds = objective.row_kinds if objective else SUPERVISED
         usual = "loss" if {*kinds} <= {"text", "document"} else "exact_match,bleu,rouge,loss"
         chosen = parse_metrics(usual if metrics is None else metrics)
-        mixture = mix(
-            data,
-            mapping,
-            limit,
-            key="--data",
-            wanted=MEASURED,
-            kinds=kinds,
-            sample_by=learned_by.sample_by,
-            as_learned=learned_by.as_learned,
-        )
+        with pictures_in(learned.get("media_dir")):
+            mixture = mix(
+                data,
+                mapping,
+                limit,
+                key="--data",
+                wanted=MEASURED,
+                kinds=kinds,
+                sample_by=learned_by.sample_by,
+                as_learned=learned_by.as_learned,
+            )
         say_all(mixture.notices)
         samples = mixture.samples
         opened = open_adapter(adapter, **options)

@@ -60,6 +60,11 @@ def pictures_in(folder: str | Path | None) -> Iterator[None]:
         _media_dir.reset(token)
 
 
+def media_dir() -> Path | None:
+    """The folder that `pictures_in` names here."""
+    return _media_dir.get()
+
+
 def source_of(row: Row, value: Any, what: str) -> str:
     """The picture that a value in a row means, as an absolute path or a `data:` URL.
 
