@@ -24,6 +24,7 @@ from matrix import few
 from random_adapters import make_adapter
 from tiny import byte_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NEW = 12
 LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 30, 11]
 ASKED = [
