@@ -119,6 +119,19 @@ def ct_pack(W: torch.Tensor, shuffled: bool = False) -> Packed:
     return parts, What
 
 
+def ct_symmetric(W: torch.Tensor) -> Packed:
+    """Without zero points, as the experts of Kimi K2."""
+    grouped = W.unflatten(1, (-1, 16))
+    scales = (grouped.abs().amax(-1) / 7).bfloat16()
+    q = (grouped / scales.float().unsqueeze(-1)).round().clamp(-8, 7)
+    parts = {
+        "weight_packed": words((q + 8).flatten(1).long(), 4),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(W.shape, dtype=torch.int32),
+    }
+    return parts, (q * scales.float().unsqueeze(-1)).flatten(1)
+
+
 def ct_channel(dtype: torch.dtype) -> Callable[[torch.Tensor], Packed]:
     def pack(W: torch.Tensor) -> Packed:
         most = 127 if dtype == torch.int8 else 448
@@ -207,6 +220,7 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], Packed], dict[str, Any]]] = {
         lambda W: ct_pack(W, shuffled=True),
         _ct("pack-quantized", **_INT4, actorder="group"),
     ),
+    "ct-symmetric": (ct_symmetric, _ct("pack-quantized", **{**_INT4, "symmetric": True})),
     "ct-int8": (
         ct_channel(torch.int8),
         _ct("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),

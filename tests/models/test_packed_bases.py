@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GptOssConfig,
     GptOssForCausalLM,
     Qwen3MoeConfig,
@@ -201,6 +203,38 @@ def test_experts_packed_one_by_one_are_stacked(pack: Any, tmp_path: Path):
     torch.testing.assert_close(logits(model), logits(twin), rtol=1e-5, atol=1e-6)
 
 
+def test_the_language_part_of_a_model_for_pictures_is_packed(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config={
+            **sizes,
+            "vocab_size": 259,
+            "intermediate_size": 96,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+        vision_config={**sizes, "intermediate_size": 32, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=200,
+    )
+    base = tmp_path / "base"
+    Gemma3ForConditionalGeneration(config).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    settings = {**FORMS["gptq"][1], "dynamic": {"-:.*vision_tower.*": {}}}
+    stands_for = replace_weights(
+        base, gptq, settings, lambda n: n.endswith("_proj.weight") and "vision" not in n
+    )
+    model, _ = lorakit.load_model(str(base), "float32")
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert len(packed) == len(stands_for) == 7
+    for name, layer in packed.items():  # whose names in the files are older ones
+        (own,) = [
+            value for file, value in stands_for.items() if file.endswith(f"{name[-14:]}.weight")
+        ]
+        assert torch.equal(dequantized(layer.weight, layer), own)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_integers_of_every_width_are_read_back(bits: int):
     values = torch.randint(0, 2**bits, (3, 50), generator=torch.Generator().manual_seed(bits))
@@ -265,7 +299,7 @@ def test_compressed_tensors_itself_unpacks_the_same(tmp_path: Path):
     base = pytest.importorskip("compressed_tensors.compressors.base")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    for form in ("ct-pack", "ct-int8", "ct-float8", "ct-nvfp4"):
+    for form in ("ct-pack", "ct-symmetric", "ct-int8", "ct-float8", "ct-nvfp4"):
         pack, settings = FORMS[form]
         torch.manual_seed(3)
         parts, stands_for = pack(torch.randn(32, 64))

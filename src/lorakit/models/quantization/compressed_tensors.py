@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.errors import InputError
-from lorakit.models.quantization.bits import floats, integers, powers_of_two
+from lorakit.models.quantization.bits import floats, integers, numbers, powers_of_two
 from lorakit.models.quantization.fp8 import block_shape, blockwise
 from lorakit.models.quantization.gptq import scaled
 from lorakit.models.quantization.packed import PackedBackend, Packing, Roles
@@ -90,7 +90,7 @@ class CompressedTensors(PackedBackend):
             W = floats(q, dtype)
             return W.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1)).flatten(-2)
         if stored.code != "I32":
-            W = q.view(stored.dtype).to(dtype)
+            W = numbers(q, stored.dtype, dtype)
             if "zeros" in parts:
                 ones = torch.ones_like(W)
                 W.sub_(blockwise(ones, parts["zeros"].to(dtype), packing.details))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorakit.models.quantization.bits import powers_of_two
+from lorakit.models.quantization.bits import numbers, powers_of_two
 from lorakit.models.quantization.packed import PackedBackend, Packing, Roles
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class FP8(PackedBackend):
         scales = parts["scales"]
         if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
             scales = powers_of_two(scales.view(torch.uint8), dtype)
-        stored = packing.parts["q"].dtype
-        return blockwise(parts["q"].view(stored).to(dtype), scales.to(dtype), packing.details)
+        W = numbers(parts["q"], packing.parts["q"].dtype, dtype)
+        return blockwise(W, scales.to(dtype), packing.details)
 
 
 class FbgemmFP8(FP8):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorakit.models.quantization.bits import floats
+from lorakit.models.quantization.bits import floats, numbers
 from lorakit.models.quantization.fp8 import block_shape, blockwise
 from lorakit.models.quantization.packed import PackedBackend, Packing, Roles
 
@@ -44,7 +44,7 @@ class ModelOpt(PackedBackend):
     ) -> torch.Tensor:
         stored, scales = packing.parts["q"], parts["scales"].to(dtype)
         if stored.code != "U8":
-            return blockwise(parts["q"].view(stored.dtype).to(dtype), scales, packing.details)
+            return blockwise(numbers(parts["q"], stored.dtype, dtype), scales, packing.details)
         scales = scales * parts["whole"].to(dtype)
         W = floats(parts["q"], dtype).unflatten(-1, (scales.shape[-1], -1))
         return W.mul_(scales.unsqueeze(-1)).flatten(-2)
