@@ -68,6 +68,7 @@ class AdapterInfo:
         loaded: whether it is in memory now.
         notice: what its user should know; mostly empty.
         scores: it is a reward model, which scores sequences and writes none.
+        owner: whose it is alone; empty where it is everyone's.
     """
 
     name: str
@@ -79,6 +80,7 @@ class AdapterInfo:
     loaded: bool = True
     notice: str = ""
     scores: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +144,14 @@ class AdapterPool:
         self.closed_because = ""
         """Why no adapter can be registered, if none can."""
 
-    def register(self, name: str, folder: str | Path, root: Path | None = None) -> AdapterInfo:
+    def register(
+        self, name: str, folder: str | Path, root: Path | None = None, owner: str = ""
+    ) -> AdapterInfo:
         """Makes the adapter in `folder` available as `name`, in a new version if there is one.
 
         Args:
             root: what the folder, relative to it or absolute, and its files must lie below.
+            owner: whose it is alone.
 
         Raises:
             InputError: the folder holds no adapter, or one that this base cannot serve.
@@ -171,6 +176,7 @@ class AdapterPool:
             size=loaded.size,
             notice=notice,
             scores=loaded.head is not None,
+            owner=owner,
         )
         with self._lock:
             number = self._registered[name] = self._registered.get(name, 0) + 1
@@ -210,7 +216,8 @@ class AdapterPool:
             InputError: there is none.
         """
         with self._lock:
-            found, names = self._versions.get(name), list(self._versions)
+            found = self._versions.get(name)
+            names = [n for n, v in self._versions.items() if not v.info.owner]
         if found is None:
             raise InputError(
                 f"there is no model {name!r}{did_you_mean(name, names)}; there are: "

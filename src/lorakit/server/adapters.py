@@ -28,11 +28,13 @@ class Shelf:
         self._loaded: dict[str, int] = {}
         self._one_at_a_time = asyncio.Lock()
 
-    def models(self) -> ModelList:
-        """The base, then each adapter with the base as its parent."""
+    def models(self, owner: str) -> ModelList:
+        """The base, then each adapter with the base as its parent: everyone's and the owner's."""
         base = self._engine.model_name
         cards = [self._card(base, base, None, self._started)]
         for info in self._engine.pool.infos():
+            if info.owner not in ("", owner):
+                continue
             created = self._loaded.get(info.name, self._started)
             card = self._card(info.name, str(info.folder), base, created)
             if info.notice:
@@ -40,14 +42,14 @@ class Shelf:
             cards.append(card)
         return {"object": "list", "data": cards}
 
-    def model(self, name: str) -> ModelCard:
-        """The model of this name.
+    def model(self, name: str, owner: str) -> ModelCard:
+        """The model of this name, if `owner` may use it.
 
         Raises:
             ApiError: 404, there is none.
         """
-        name = adapter_named(self._engine, name) or self._engine.model_name
-        return next(card for card in self.models()["data"] if card["id"] == name)
+        name = adapter_named(self._engine, name, owner) or self._engine.model_name
+        return next(card for card in self.models(owner)["data"] if card["id"] == name)
 
     async def load(self, asked: LoadAdapterRequest) -> str:
         """Loads an adapter, or a new version of one, and says so.
@@ -117,17 +119,22 @@ class Shelf:
         }
 
 
-def adapter_named(engine: Engine, model: str) -> str | None:
+def adapter_named(engine: Engine, model: str, owner: str | None = None) -> str | None:
     """The adapter that a request means by `model`; None for the base.
 
+    Args:
+        owner: whose request it is; None where that has been checked before.
+
     Raises:
-        ApiError: 404, it is neither.
+        ApiError: 404, it is neither, or another's.
     """
     if model == engine.model_name:
         return None
     name = composed(model)
     try:
-        engine.pool.version(name)
+        info = engine.pool.version(name).info
+        if owner is not None and info.owner not in ("", owner):
+            raise InputError(f"there is no model {name!r}")
     except InputError as error:
         raise ApiError(404, str(error), code="model_not_found", param="model") from error
     return name

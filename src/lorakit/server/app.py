@@ -14,7 +14,7 @@ from lorakit.server.chat import chat
 from lorakit.server.completions import complete
 from lorakit.server.errors import ApiError
 from lorakit.server.fair_turns import Turns
-from lorakit.server.gate import Gate, Hosts, Keys
+from lorakit.server.gate import Gate, Hosts, Keys, owner_of
 from lorakit.server.guarded_routes import Guard, Level, needs
 from lorakit.server.open_answers import Desk
 from lorakit.server.options import ServerOptions
@@ -112,18 +112,18 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         return await pool(request, asked, desk, prompts)
 
     @app.get("/v1/models", responses=_errors(401, 429, 503), dependencies=needs(Level.API_KEY))
-    async def models() -> ModelList:
+    async def models(request: Request) -> ModelList:
         """The base and its adapters."""
-        return shelf.models()
+        return shelf.models(owner_of(request))
 
     @app.get(
         "/v1/models/{model:path}",
         responses=_errors(401, 404, 429, 503),
         dependencies=needs(Level.API_KEY),
     )
-    async def model(model: str) -> ModelCard:
+    async def model(request: Request, model: str) -> ModelCard:
         """One of them."""
-        return shelf.model(model)
+        return shelf.model(model, owner_of(request))
 
     @app.post(
         "/v1/load_lora_adapter",

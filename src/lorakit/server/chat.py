@@ -12,6 +12,7 @@ from lorakit.engine.requests import AnswerPiece, ChosenToken, TokenLogprob
 from lorakit.server.adapters import adapter_named
 from lorakit.server.bodies import client_of
 from lorakit.server.event_streams import Kind, respond, while_wanted
+from lorakit.server.gate import owner_of
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -31,7 +32,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = adapter_named(desk.engine, asked.model)
+    adapter = adapter_named(desk.engine, asked.model, owner_of(request))
     deadline = desk.deadline()
     desk.require_room(asked.choices)
     size = len(await request.body())

@@ -12,6 +12,7 @@ from lorakit.server.adapters import adapter_named
 from lorakit.server.bodies import client_of
 from lorakit.server.chat import finite
 from lorakit.server.event_streams import Kind, respond, while_wanted
+from lorakit.server.gate import owner_of
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import CompletionRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -28,7 +29,7 @@ async def complete(
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = adapter_named(desk.engine, asked.model)
+    adapter = adapter_named(desk.engine, asked.model, owner_of(request))
     deadline, texts = desk.deadline(), asked.prompts()
     desk.require_room(len(texts) * asked.choices)
     work = prompts.of_texts(adapter, texts, client_of(request))

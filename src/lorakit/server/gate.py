@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from urllib.parse import urlsplit
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_response
@@ -145,6 +146,11 @@ def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         if name == b"x-api-key":
             return value.strip()
     return None
+
+
+def owner_of(request: Request) -> str:
+    """What stands for the key of a request in files and comparisons."""
+    return sha256(key_of(request.scope["headers"]) or b"").hexdigest()[:32]
 
 
 def _digest(key: str | None) -> bytes | None:

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from lorakit.server.adapters import adapter_named
 from lorakit.server.bodies import client_of
 from lorakit.server.event_streams import while_wanted
+from lorakit.server.gate import owner_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payloads import PoolingRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -22,7 +23,7 @@ async def pool(request: Request, asked: PoolingRequest, desk: Desk, prompts: Pro
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = adapter_named(desk.engine, asked.model)
+    adapter = adapter_named(desk.engine, asked.model, owner_of(request))
     deadline, texts = desk.deadline(), asked.inputs()
     desk.require_room(len(texts))
     work = prompts.of_scored(adapter, texts, client_of(request))

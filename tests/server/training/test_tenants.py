@@ -172,3 +172,20 @@ def test_a_key_sees_and_changes_nothing_of_another_s(connect: Callable[..., Any]
     theirs.create_training_client_from_state(path).result()
     with pytest.raises(Exception, match=r"there is no|404"):
         rest.unpublish_checkpoint_from_tinker_path(path).result()
+
+
+def test_openai_s_routes_show_and_serve_a_checkpoint_to_its_owner_alone(
+    connect: Callable[..., Any], service: Running
+):
+    run = connect("tml-mine").create_lora_training_client("base", rank=1).result()
+    path = run.save_weights_for_sampler("chatted").result().path
+    connect("tml-mine").create_sampling_client(model_path=path).result()
+    body = {"model": path, "prompt": "hello", "max_tokens": 2}
+    for key, status in (("tml-mine", 200), ("tml-theirs", 404)):
+        headers = {"X-API-Key": key}
+        listed = service.http.get("/v1/models", headers=headers).text
+        answer = service.post("/v1/completions", body, headers=headers)
+        assert answer.status_code == status
+        assert (path in listed) is (status == 200)
+        unknown = service.post("/v1/completions", body | {"model": "x"}, headers=headers)
+        assert "sample" not in unknown.text

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 
 from lorakit.errors import InputError
 from lorakit.server.errors import ApiError
-from lorakit.server.gate import key_of
+from lorakit.server.gate import owner_of
 from lorakit.server.guarded_routes import Level, needs
 from lorakit.server.training import messages as m
 from lorakit.server.training.checkpoints import KINDS, Checkpoint, Run, expiry
 from lorakit.server.training.futures import Promises, Result
-from lorakit.server.training.service import TrainingService, owner_of
+from lorakit.server.training.service import TrainingService
 from lorakit.server.training.wire import CONTENT_TYPE, head_of, read_pass
 
 _PREFIX = "/api/v1"
@@ -111,28 +111,28 @@ class TrainingRoutes:
 
     async def _create_session(self, request: Request) -> Response:
         asked = await _read(m.CreateSession, request)
-        session_id = self._service.create_session(asked, _owner(request))
+        session_id = self._service.create_session(asked, owner_of(request))
         return JSONResponse({"type": "create_session", "session_id": session_id})
 
     async def _heartbeat(self, request: Request) -> Response:
         asked = await _read(m.OfSession, request)
         try:
-            self._service.session(asked.session_id, _owner(request))
+            self._service.session(asked.session_id, owner_of(request))
         except InputError as error:
             raise ApiError(410, str(error)) from error
         return JSONResponse({"type": "session_heartbeat"})
 
     async def _finish_session(self, request: Request) -> Response:
         session_id = request.path_params["session_id"]
-        await _found(self._service.finish_session(session_id, _owner(request)))
+        await _found(self._service.finish_session(session_id, owner_of(request)))
         return JSONResponse({})
 
     async def _sessions(self, request: Request) -> Response:
-        return JSONResponse({"sessions": self._service.sessions(_owner(request))})
+        return JSONResponse({"sessions": self._service.sessions(owner_of(request))})
 
     async def _session(self, request: Request) -> Response:
         session = _there(
-            lambda: self._service.session(request.path_params["session_id"], _owner(request))
+            lambda: self._service.session(request.path_params["session_id"], owner_of(request))
         )
         return JSONResponse(
             {
@@ -147,7 +147,7 @@ class TrainingRoutes:
 
     async def _create_model(self, request: Request) -> Response:
         asked = await _read(m.CreateModel, request)
-        owner = _owner(request)
+        owner = owner_of(request)
 
         async def work() -> Result:
             model_id = await self._service.create_model(asked, owner)
@@ -157,11 +157,11 @@ class TrainingRoutes:
 
     async def _info(self, request: Request) -> Response:
         asked = await _read(m.OfModel, request)
-        return JSONResponse(_there(lambda: self._service.info(asked.model_id, _owner(request))))
+        return JSONResponse(_there(lambda: self._service.info(asked.model_id, owner_of(request))))
 
     async def _unload(self, request: Request) -> Response:
         asked = await _read(m.OfModel, request)
-        owner = _owner(request)
+        owner = owner_of(request)
 
         async def work() -> Result:
             await self._service.unload(asked.model_id, owner)
@@ -170,7 +170,7 @@ class TrainingRoutes:
         return self._promise(f"{asked.model_id}:unload", owner, work())
 
     async def _forward_backward(self, request: Request) -> Response:
-        body, owner = await request.body(), _owner(request)
+        body, owner = await request.body(), owner_of(request)
         try:
             model_id, seq_id, _ = head_of(body)
         except InputError as error:
@@ -191,7 +191,7 @@ class TrainingRoutes:
         """A route of requests that have their place in a model's sequence."""
 
         async def route(request: Request) -> Response:
-            data, owner = await request.json(), _owner(request)
+            data, owner = await request.json(), owner_of(request)
             try:
                 asked = kind.model_validate(data)
             except ValidationError as error:
@@ -217,7 +217,7 @@ class TrainingRoutes:
         return await self._service.run(model_id, owner).in_order(seq_id, fail)
 
     async def _load(self, request: Request) -> Response:
-        asked, owner = await _read(m.LoadWeights, request), _owner(request)
+        asked, owner = await _read(m.LoadWeights, request), owner_of(request)
         if asked.model_id is not None:
             request_id = f"{asked.model_id}:{asked.seq_id}"
         else:
@@ -226,12 +226,14 @@ class TrainingRoutes:
 
     async def _create_sampler(self, request: Request) -> Response:
         asked = await _read(m.CreateSampler, request)
-        sampler_id = await _found(self._service.create_sampler(asked, _owner(request)))
+        sampler_id = await _found(self._service.create_sampler(asked, owner_of(request)))
         return JSONResponse({"type": "create_sampling_session", "sampling_session_id": sampler_id})
 
     async def _sampler(self, request: Request) -> Response:
         sampler = _there(
-            lambda: self._service.samplers.find(request.path_params["sampler_id"], _owner(request))
+            lambda: self._service.samplers.find(
+                request.path_params["sampler_id"], owner_of(request)
+            )
         )
         return JSONResponse(
             {
@@ -242,7 +244,7 @@ class TrainingRoutes:
         )
 
     async def _sample(self, request: Request) -> Response:
-        owner = _owner(request)
+        owner = owner_of(request)
         data = await request.json()
         request_id = uuid.uuid4().hex
         try:
@@ -266,7 +268,7 @@ class TrainingRoutes:
 
     async def _retrieve(self, request: Request) -> Response:
         asked = await _read(m.Retrieve, request)
-        promise = self._promises.find(asked.request_id, _owner(request))
+        promise = self._promises.find(asked.request_id, owner_of(request))
         if promise is None:
             raise ApiError(404, f"there is no request {asked.request_id!r}, or its result is gone")
         result = await self._promises.poll(promise)
@@ -279,7 +281,7 @@ class TrainingRoutes:
 
     async def _cancel(self, request: Request) -> Response:
         asked = await _read(m.Retrieve, request)
-        promise = self._promises.find(asked.request_id, _owner(request))
+        promise = self._promises.find(asked.request_id, owner_of(request))
         if promise is not None:
             promise.task.cancel()
         return JSONResponse({})
@@ -287,7 +289,7 @@ class TrainingRoutes:
     # --- runs and checkpoints -----------------------------------------------------------------
 
     async def _runs(self, request: Request) -> Response:
-        runs = self._service.store.runs(_owner(request))
+        runs = self._service.store.runs(owner_of(request))
         some, cursor = _page(runs, request)
         return JSONResponse({"training_runs": [self._shown_run(r) for r in some], "cursor": cursor})
 
@@ -300,14 +302,14 @@ class TrainingRoutes:
 
     async def _checkpoints(self, request: Request) -> Response:
         store = self._service.store
-        every = [c for run in store.runs(_owner(request)) for c in store.checkpoints(run.run_id)]
+        every = [c for run in store.runs(owner_of(request)) for c in store.checkpoints(run.run_id)]
         some, cursor = _page(sorted(every, key=lambda c: c.created, reverse=True), request)
         shown = [self._shown_checkpoint(each) for each in some]
         return JSONResponse({"checkpoints": shown, "cursor": cursor})
 
     async def _weights_info(self, request: Request) -> Response:
         asked, store = await _read(m.WeightsInfo, request), self._service.store
-        found = _there(lambda: store.find(asked.tinker_path, _owner(request)))
+        found = _there(lambda: store.find(asked.tinker_path, owner_of(request)))
         run = store.run(found.run_id, None)
         parts = {name: run.lora[name] for name in ("train_unembed", "train_mlp", "train_attn")}
         return JSONResponse(
@@ -338,12 +340,12 @@ class TrainingRoutes:
 
     def _run_of(self, request: Request) -> Run:
         run_id = request.path_params["run_id"]
-        return _there(lambda: self._service.store.run(run_id, _owner(request)))
+        return _there(lambda: self._service.store.run(run_id, owner_of(request)))
 
     def _checkpoint_of(self, request: Request) -> Checkpoint:
         run, name = self._run_of(request), request.path_params["checkpoint_id"]
         path = f"tinker://{run.run_id}/{name}"
-        return _there(lambda: self._service.store.find(path, _owner(request)))
+        return _there(lambda: self._service.store.find(path, owner_of(request)))
 
     def _shown_run(self, run: Run) -> dict[str, Any]:
         found = self._service.store.checkpoints(run.run_id)
@@ -392,10 +394,6 @@ class TrainingRoutes:
             response_model=None,
             include_in_schema=False,
         )
-
-
-def _owner(request: Request) -> str:
-    return owner_of(key_of(request.scope["headers"]) or b"")
 
 
 async def _read(kind: type[Asked], request: Request) -> Asked:

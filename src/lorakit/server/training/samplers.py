@@ -74,7 +74,7 @@ class Samplers:
 
     async def add(self, sampler_id: str, owner: str, folder: Path) -> None:
         """A sampler of the weights in a `new_folder`."""
-        await asyncio.to_thread(self.engine.pool.register, sampler_id, folder)
+        await asyncio.to_thread(self.engine.pool.register, sampler_id, folder, owner=owner)
         self._samplers[sampler_id] = Sampler(sampler_id, owner, sampler_id, ephemeral=True)
 
     async def create(self, sampler_id: str, asked: m.CreateSampler, owner: str) -> None:
@@ -92,7 +92,8 @@ class Samplers:
             self.engine.pool.version(path)
         except InputError:
             folder = self._store.folder(checkpoint)
-            await asyncio.to_thread(self.engine.pool.register, path, folder)
+            whose = "" if checkpoint.public else self._store.run(checkpoint.run_id, None).owner
+            await asyncio.to_thread(self.engine.pool.register, path, folder, owner=whose)
         return path
 
     def find(self, sampler_id: str, owner: str) -> Sampler:

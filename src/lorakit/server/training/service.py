@@ -6,7 +6,6 @@ Everything here runs on the server's event loop; what computes is handed to the 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 import uuid
@@ -421,8 +420,3 @@ def _short(paths: list[str], every: list[str]) -> list[str]:
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     same = [path for path in every if path.rpartition(".")[2] in names]
     return names if sorted(same) == sorted(paths) else paths
-
-
-def owner_of(key: bytes) -> str:
-    """What stands for a key in files and comparisons."""
-    return hashlib.sha256(key).hexdigest()[:32]
