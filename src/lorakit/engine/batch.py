@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorakit.engine.cache import RowCache
 from lorakit.engine.picture_prompt import picture_inputs
 from lorakit.engine.rows import AnswerRow, reason
+from lorakit.errors import LorakitError
 from lorakit.lora.routing import Route, Routing
 from lorakit.models.loaded import copied_once
 
@@ -175,6 +176,8 @@ class ContinuousBatch:
         if len(rows) < self._writing:
             [row] = rows
             if self._cache.keeps_states:  # a forward of all failed, which may have changed them
+                if row.pictures:
+                    raise LorakitError("another row's step failed, and its pictures are not reread")
                 return self._cache.part_of_row(first, [*row.prompt, *row.tokens], 0, device)
             return self._cache.part_of_row(first, [row.last], row.length, device)
         tokens, lengths = [row.last for row in rows], [row.length for row in rows]
