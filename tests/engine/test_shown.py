@@ -181,8 +181,8 @@ def test_a_chat_has_variables_and_says_what_its_template_leaves_out(engine: Engi
     engine.tokenizer.chat_template = THINKING
     thinking = ChatSession(engine, sampling=SHORT, variables={"enable_thinking": False})
     plain = ChatSession(engine, sampling=SHORT)
-    assert thinking._tokens(ASKS) == engine.tokenizer("ano thoughts")["input_ids"]
-    assert plain._tokens(ASKS) == engine.tokenizer("a")["input_ids"]
+    assert thinking._tokens(ASKS).input_ids == engine.tokenizer("ano thoughts")["input_ids"]
+    assert plain._tokens(ASKS).input_ids == engine.tokenizer("a")["input_ids"]
     wrong = ChatSession(engine, sampling=SHORT, variables={"thinking": False})
     with pytest.raises(InputError, match="it reads enable_thinking"):
         wrong.answer(said[0])
