@@ -132,8 +132,11 @@ def merge_loaded(
 
 
 def _require_finite(model: Any) -> None:
-    """Raises InputError for NaN or Inf in the base where no adapter changes it."""
-    for key, stored in model.state_dict().items():
+    """Raises InputError for NaN or Inf in the base's parameters where no adapter changes them.
+
+    Buffers may have them: limits that do not limit (Gemma 4) are infinite.
+    """
+    for key, stored in model.named_parameters():
         tensor = torch.atleast_1d(stored)
         if tensor.is_floating_point() and not all(
             tensor[rows].isfinite().all() for rows in row_blocks(tensor.shape)

@@ -58,11 +58,15 @@ class ParameterChange:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: from the base's file, from an adapter, or from both."""
+    """A tensor to be written: from the base's file, from an adapter, or from both.
+
+    Buffers may hold Inf, as limits that do not limit (Gemma 4).
+    """
 
     new: NewTensor
     source: StoredTensor | None
     change: ParameterChange | None
+    is_buffer: bool = False
 
 
 @dataclass
@@ -238,7 +242,9 @@ def finish_plan(
                 continue
             key = keys.get(name, name)
             shape = tuple(own[key].shape) if key in own else tensor.shape
-            entry = Entry(_as_written(tensor, shape, dtype), tensor, plan.changes.get(key))
+            buffer = not shape or (key in own and not isinstance(own[key], nn.Parameter))
+            written = _as_written(tensor, shape, dtype)
+            entry = Entry(written, tensor, plan.changes.get(key), buffer)
             entries[key if renamed else name] = entry
         if entries:
             plan.shards[file] = entries

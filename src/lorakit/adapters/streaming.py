@@ -45,7 +45,7 @@ from lorakit.models.fingerprint import fingerprint_of_files
 from lorakit.models.layouts import layout_of
 from lorakit.models.load import set_padding
 from lorakit.models.shards import ShardReader, StoredTensor, all_tensors, new_shard, write_index
-from lorakit.models.skeleton import file_names, skeleton
+from lorakit.models.skeleton import FileNames, file_names, read_base_config, skeleton
 from lorakit.progress import task
 
 _MOST_THREADS = 8
@@ -93,13 +93,38 @@ def stream(job: MergeJob, folder: Path) -> MergedFiles:
         )
     usual = plan.usual_dtype
     config.dtype, config.architectures = usual, [type(model).__name__]
+    whole = _whole_config(job, model, plan, stored)
     if added:
         plan.notices.append(added_tokens_notice(added, job.first))
     tokenizer = copy_others(job, folder, vocabulary_size(model))
     if tokenizer is not None:
         set_padding(model, tokenizer.pad_token_id)
-    config.save_pretrained(folder)
+    _save_config(config, whole, folder)
     return MergedFiles(type(model), usual, plan.modules, survival, plan.notices)
+
+
+def _whole_config(job: MergeJob, model: Any, plan: MergePlan, stored: FileNames) -> Any:
+    """The base's own configuration, where the model is only a part of what its files hold.
+
+    A model for pictures too is merged as its language part. The other parts' tensors go along, and
+    so does what makes a model of them. None where nothing goes along.
+    """
+    config = read_base_config(job.path)
+    written = {name for entries in plan.shards.values() for name in entries}
+    part = type(config.get_text_config()) is type(model.config) is not type(config)
+    return config if part and stored.unused & written else None
+
+
+def _save_config(config: Any, whole: Any, folder: Path) -> None:
+    """Writes a model's configuration; into the one of the `whole` that it is a part of, if any."""
+    if whole is None:
+        config.save_pretrained(folder)
+        return
+    text = whole.get_text_config()
+    for field in ("vocab_size", "pad_token_id", "tie_word_embeddings", "dtype"):
+        setattr(text, field, getattr(config, field))
+    whole.dtype, whole.tie_word_embeddings = config.dtype, config.tie_word_embeddings
+    whole.save_pretrained(folder)
 
 
 def write_merged(folder: Path, plan: MergePlan, reader: ShardReader) -> Survival:
@@ -297,6 +322,8 @@ def _round(name: str, entry: Entry, part: _Part) -> _Rounded:
 
 def _require_finite(name: str, entry: Entry, values: torch.Tensor) -> None:
     if values.dtype.itemsize == 1 or not values.is_floating_point() or _is_finite(values):
+        return
+    if entry.is_buffer and entry.change is None:
         return
     if entry.source is not None:
         with ShardReader([entry.source.path]) as reader:

@@ -101,9 +101,11 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         if not _adaptable(candidates[name]):
             kind = type(candidates[name]).__name__
             there = listed(leaf_names(candidates), 8) or "none in this model"
+            others = any(_adaptable(candidates[other]) for other in found)
+            cure = ". exclude_modules leaves it out, a preset means the others" if others else ""
             raise InputError(
                 f"target_modules matches {name}, a {kind}: LoRA applies to linear, "
-                f"embedding, convolution and attention layers here ({there})"
+                f"embedding, convolution and attention layers here ({there}){cure}"
             )
         above, _, own = name.rpartition(".")
         if own == "dt_proj" and reads_weights(modules[above]):
