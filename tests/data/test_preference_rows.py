@@ -153,7 +153,7 @@ def test_system_messages_tools_and_marks_are_read_as_in_other_rows():
         ({"input": [Q], "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "'input'"),
         ({"prompt": "Q", "completion": "A"}, r"chosen\+rejected"),
         ({"prompt": "Q", "completion": "A", "label": True}, "objective: kto"),
-        ({"q": "Q", "pos_answer": "A", "neg_answer": "B"}, "chosen: pos_answer"),
+        ({"question": "Q", "pos_answer": "A", "neg_answer": "B"}, "chosen: pos_answer"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_named_with_its_place(values: dict[str, Any], named: str):

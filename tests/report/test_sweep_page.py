@@ -48,6 +48,7 @@ def table(count: int = 9) -> dict[str, Any]:
         "model": "smollm2",
         "sweep": {"over": {"lora.r": [1, 2, 4], "training.learning_rate": [1e-4]}},
         "objective": "loss",
+        "loss_unit": "nats a token",
         "verdict": f"{rows[0]['name']} wins {EVIL}.",
         "winner": rows[0]["name"],
         "rows": {"train": 100, "selection": 20, "report": 20},
