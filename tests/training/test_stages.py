@@ -176,6 +176,8 @@ def test_a_checkpoint_of_a_stage_is_opened_with_what_it_is_added_to(chained: Pat
     finished = open_adapter(chained / "top", dtype="float64")
     assert torch.equal(logits(top.model), logits(finished.model))
     assert inspect(chained / "top" / "checkpoint-4").stands_on == (str(chained / "dpo"),)
+    for folder in (chained / "top", chained / "top" / "checkpoint-4"):
+        assert str(chained / "dpo") in (folder / "README.md").read_text()
 
 
 def test_a_reward_model_is_trained_on_top_of_an_adapter_that_writes(first: Path, tmp_path: Path):

@@ -28,6 +28,8 @@ Mode = Literal["continue", "freeze"]
 STAGE_NAME = "lorakit_stage.json"
 """What a checkpoint is added to; a finished adapter's record says it itself."""
 
+_ADDED = "This adapter is added to the frozen adapter"
+
 State = Literal["unchanged", "changed", "missing"]
 _RECORDS = TypeAdapter(list[FrozenRecord])
 
@@ -117,6 +119,19 @@ def write_stage(folder: Path, below: Sequence[FrozenRecord]) -> None:
     """Records in a checkpoint's folder which frozen adapters it is added to."""
     records = [record.model_dump(mode="json") for record in below]
     atomic.write_file(folder / STAGE_NAME, json.dumps(records, indent=1) + "\n")
+
+
+def name_frozen(folder: Path, below: Sequence[FrozenRecord]) -> None:
+    """Says in an adapter's card which frozen adapters it is added to."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if text and _ADDED not in text:
+        names = ", ".join(f"`{record.path}`" for record in below)
+        said = (
+            f"{_ADDED} {names}, without which it is another model: lorakit loads both, and "
+            "`lorakit combine THIS FROZEN --weights 1,1 --method cat` makes one of them."
+        )
+        atomic.write_file(card, f"{text.rstrip()}\n\n{said}\n")
 
 
 def frozen_below(folder: str | Path) -> list[Path]:

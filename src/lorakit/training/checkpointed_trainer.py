@@ -24,7 +24,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints, set_seed
 from transformers.training_args import TrainingArguments
 
-from lorakit.adapters.lineage import write_stage
+from lorakit.adapters.lineage import name_frozen, write_stage
 from lorakit.adapters.manifest import FrozenRecord
 from lorakit.errors import LorakitError
 from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapter
@@ -192,6 +192,8 @@ class CheckpointedTrainer(Trainer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the base had .* tokens")
             model.save_pretrained(folder, **options)
+        if self.stands_on and self.args.should_save:
+            name_frozen(folder, self.stands_on)
         if self.own_tokenizer is not None and self.args.should_save:
             self.own_tokenizer.save_pretrained(folder)
 

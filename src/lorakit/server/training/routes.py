@@ -120,6 +120,7 @@ class TrainingRoutes:
             self._service.session(asked.session_id, owner_of(request))
         except InputError as error:
             raise ApiError(410, str(error)) from error
+        await self._service.tidy()
         return JSONResponse({"type": "session_heartbeat"})
 
     async def _finish_session(self, request: Request) -> Response:

@@ -40,6 +40,7 @@ ALPHA = 32
 """LoRA's alpha, for all ranks: W + (alpha / r) B A ("LoRA Without Regret", Thinking Machines)."""
 
 _SESSION_SECONDS = 3600.0
+_TIDY_SECONDS = 60.0
 
 
 class TrainingService:
@@ -54,6 +55,7 @@ class TrainingService:
         self._sessions: dict[str, Session] = {}
         self._runs: dict[str, LiveRun] = {}
         self._numbers = count()
+        self._tidied = time.monotonic()
         self.samplers = Samplers(engine, self.store)
         self._vocabulary = vocabulary_size(engine.resident.base)
         self._targets = _targets(engine.resident.base)
@@ -97,8 +99,13 @@ class TrainingService:
         for run_id in session.runs:
             await self.unload(run_id, owner)
 
-    async def end_idle_sessions(self) -> None:
-        """Finishes sessions whose client has not been heard of for an hour."""
+    async def tidy(self) -> None:
+        """Finishes sessions whose client has not been heard of for an hour, and removes expired
+        checkpoints; at most once a minute, whenever a client is heard of.
+        """
+        if time.monotonic() - self._tidied < _TIDY_SECONDS:
+            return
+        self._tidied = time.monotonic()
         late = time.monotonic() - _SESSION_SECONDS
         for session in [s for s in self._sessions.values() if s.seen < late]:
             await self.finish_session(session.session_id, session.owner)
