@@ -102,7 +102,7 @@ class PolicyLoss:
 
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
-    "cross_entropy": PolicyLoss(lambda lp, row, _: cross_entropy(lp, row), (), ("weights",)),
+    "cross_entropy": PolicyLoss(lambda lp, row, settings: cross_entropy(lp, row), (), ("weights",)),
     "importance_sampling": PolicyLoss(importance_sampling),
     "ppo": PolicyLoss(ppo, optional=(LOW, HIGH), settings={LOW: 0.8, HIGH: 1.2}),
     "cispo": PolicyLoss(cispo, optional=(LOW, HIGH), settings={LOW: 0.0, HIGH: 4.0}),
@@ -142,7 +142,7 @@ def policy_loss(name: str, settings: Mapping[str, float | str] | None = None) ->
     per_row = [key for key in missing if key in found.optional]
     if missing and missing != per_row:
         raise InputError(f"the loss {name} needs {listed(missing)}: its default is not known")
-    return partial(_of_row, found, name, values)  # type: ignore[arg-type]
+    return partial(found.compute, settings=values)  # type: ignore[call-arg]
 
 
 def require_inputs(name: str, row: AdapterRow) -> None:
@@ -158,9 +158,3 @@ def require_inputs(name: str, row: AdapterRow) -> None:
     unread = [each for each in row.inputs if each not in (*found.inputs, *found.optional)]
     if unread:
         raise InputError(f"the loss {name} does not read loss_fn_inputs {listed(unread)}")
-
-
-def _of_row(
-    loss: PolicyLoss, name: str, settings: Settings, lp: torch.Tensor, row: AdapterRow
-) -> torch.Tensor:
-    return loss.compute(lp, row, settings)

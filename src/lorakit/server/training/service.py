@@ -31,10 +31,7 @@ from lorakit.server.training import messages as m
 from lorakit.server.training.checkpoints import Checkpoint, Run, Store, expiry, now
 from lorakit.server.training.samplers import Samplers
 from lorakit.server.training.tenants import LiveRun, Session
-from lorakit.server.training.wire import (
-    PassRequest,
-    write_pass,
-)
+from lorakit.server.training.wire import PassRequest, write_pass
 
 ALPHA = 32
 """LoRA's alpha, for all ranks: W + (alpha / r) B A ("LoRA Without Regret", Thinking Machines)."""
@@ -276,7 +273,6 @@ class TrainingService:
             return resident.optim_step(run.adapter, step)
 
         found = await run.in_order(asked.seq_id, lambda: self._call(run, work))
-        run.steps += 1
         return {"type": "optim_step", "metrics": {f"{k}:mean": v for k, v in found.items()}}
 
     # --- saving and loading -------------------------------------------------------------------

@@ -39,14 +39,10 @@ class LiveRun:
     Args:
         record: what its file says.
         adapter: its name in the resident model.
-
-    Attributes:
-        steps: how many optimizer steps it has made since it was created or loaded.
     """
 
     def __init__(self, record: Run, adapter: str) -> None:
         self.record, self.adapter = record, adapter
-        self.steps = 0
         self._next = 1
         self._turns: dict[int, asyncio.Future[None]] = {}
 
