@@ -124,10 +124,7 @@ class Engine:
         sampling = sampling or Sampling()
         check_prompt(prompt, self.context_length, self._vocabulary)
         room = self.context_length - len(prompt)
-        version = loaded = None
-        if adapter is not None:
-            version = self.pool.version(adapter)
-            loaded = self.pool.loaded(version)
+        version, loaded = self._found(adapter)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         ticket = Ticket(tuple(prompt), adapter, sampling, pictures)
         with self._changed:
@@ -146,10 +143,7 @@ class Engine:
             InputError: as `submit`.
         """
         check_prompt(prompt, self.context_length, self._vocabulary)
-        version = loaded = None
-        if adapter is not None:
-            version = self.pool.version(adapter)
-            loaded = self.pool.loaded(version)
+        version, loaded = self._found(adapter)
 
         def work() -> tuple[list[float], list[list[tuple[int, float]]]]:
             self._bring(version, loaded)
@@ -194,6 +188,13 @@ class Engine:
             self._changed.notify()
         self._thread.join(None if wait is None else drain + wait)
         return not self._thread.is_alive()
+
+    def _found(self, adapter: str | None) -> tuple[Version | None, Loaded | None]:
+        """An adapter of the pool and its values; neither for the base."""
+        if adapter is None:
+            return None, None
+        version = self.pool.version(adapter)
+        return version, self.pool.loaded(version)
 
     def _wake(self) -> None:
         with self._changed:
