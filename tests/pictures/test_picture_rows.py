@@ -145,7 +145,7 @@ REFUSED = {
     "absolute": ({"image": "/etc/passwd"}, "outside"),
     "a link outside": ({"image": "pictures/link.png"}, "outside"),
     "a file URL outside": ({"image": "file:///etc/passwd"}, "outside"),
-    "the web": ({"image": "https://example.com/a.png"}, "nothing is fetched"),
+    "the web": ({"image": "https://example.com/a.png"}, "data.fetch_images"),
     "a number": ({"image": 3}, "expected the path"),
     "NUL": ({"image": "a\0b.png"}, "NUL"),
     "a name without an end": ({"image": "a" * 5000}, "cannot be looked for"),
@@ -241,6 +241,24 @@ def test_a_picture_stands_upright_as_its_exif_data_says(tmp_path: Path) -> None:
     assert upright.size == (4, 8)
     assert upright.getpixel((0, 0)) == (255, 0, 0)
     assert upright.getpixel((0, 7)) == (0, 0, 255)
+
+
+def test_a_file_that_is_cut_off_behind_its_last_pixel_is_read_and_counted(tmp_path: Path) -> None:
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+    whole, done = png(image), Counter[str]()
+    for cut in range(1, 13):  # a chunk of 12 bytes ends it
+        with counting(done):
+            [found] = opened([of(tmp_path, whole[:-cut])])
+        assert found.tobytes() == image.tobytes()
+    [(what, times)] = done.items()
+    assert times == 12
+    assert "cut off" in what
+    with pytest.raises(InputError, match="damaged"):
+        opened([of(tmp_path, whole[:-60])])
+    buffer = BytesIO()
+    image.save(buffer, "JPEG")
+    with pytest.raises(InputError, match="damaged"):
+        opened([of(tmp_path, buffer.getvalue()[:-1])])
 
 
 def bomb() -> bytes:

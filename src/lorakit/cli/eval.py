@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOption
+from lorakit.cli.shared_options import (
+    BaseOption,
+    DtypeOption,
+    FetchImagesOption,
+    QuantizationOption,
+)
 from lorakit.cli.tables import print_table
 from lorakit.console import say_all
 from lorakit.progress import task
@@ -45,6 +50,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    fetch_images: FetchImagesOption = False,
 ) -> None:
     """Score an adapter on rows, beside its base model.
 
@@ -71,6 +77,8 @@ def evaluate(
     mapping = (_mapping(columns) if columns else learned.get("columns")) or None
     most = learned.get("max_length", 1024)
     options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
+    allowed = fetch_images or learned.get("fetch_images", False)
+    pictures = pictures_in(learned.get("media_dir"), allowed)
     result: Evaluation | LabelEvaluation | RewardEvaluation
     recorded = manifest.recipe.get("objective") if manifest else None
     objective = make_objective(recorded) if recorded else None
@@ -78,7 +86,8 @@ def evaluate(
         from lorakit.evaluation.reward_evaluation import evaluate_rewards
 
         kinds: tuple[str, ...] = (*objective.row_kinds, *SUPERVISED)
-        mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
+        with pictures:
+            mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
         say_all(mixture.notices)
         names = parse_metrics(metrics, (*objective.score_names, "loss")) if metrics else []
         opened = open_adapter(adapter, **options)
@@ -112,7 +121,7 @@ def evaluate(
         kinds = objective.row_kinds if objective else SUPERVISED
         usual = "loss" if {*kinds} <= {"text", "document"} else "exact_match,bleu,rouge,loss"
         chosen = parse_metrics(usual if metrics is None else metrics)
-        with pictures_in(learned.get("media_dir")):
+        with pictures:
             mixture = mix(
                 data,
                 mapping,

@@ -13,6 +13,7 @@ from lorakit.cli.shared_options import (
     BaseOption,
     ChatTemplateKwargsOption,
     DtypeOption,
+    FetchImagesOption,
     QuantizationOption,
     chat_template_kwargs,
 )
@@ -62,12 +63,14 @@ def generate(
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,
+    fetch_images: FetchImagesOption = False,
 ) -> None:
     """Answer a file of prompts with each adapter, as rows of JSON.
 
     One line for each answer, in the file's order.
     """
     from lorakit import atomic
+    from lorakit.data.pictures import pictures_in
     from lorakit.data.prompts import read_prompts
     from lorakit.engine.adapter_names import named_adapters
     from lorakit.engine.answer_all import answer_all
@@ -82,7 +85,8 @@ def generate(
         temperature, top_p, max_new_tokens, seed, top_k=top_k, stop=tuple(stop or ())
     )
     variables, hidden = chat_template_kwargs(template_kwargs), Counter[str]()
-    asked = [prompt.opened_by(system) for prompt in read_prompts(prompts)]
+    with pictures_in(fetch=fetch_images):
+        asked = [prompt.opened_by(system) for prompt in read_prompts(prompts)]
     if len(named) == 1 and not with_base:
         ((name, folder),) = named.items()
         engine = open_with(

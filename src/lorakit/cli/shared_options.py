@@ -31,6 +31,14 @@ ChatTemplateKwargsOption = Annotated[
     ),
 ]
 
+FetchImagesOption = Annotated[
+    bool,
+    typer.Option(
+        "--fetch-images",
+        help="Fetch pictures that rows name by http(s) addresses, of public hosts.",
+    ),
+]
+
 
 def chat_template_kwargs(text: str | None) -> dict[str, Any]:
     """The value of `--chat-template-kwargs`.

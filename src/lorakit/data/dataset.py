@@ -19,7 +19,7 @@ from lorakit.data.mixing import (
     mix,
     notice_of_own,
 )
-from lorakit.data.pictures import media_dir, pictures_in
+from lorakit.data.pictures import pictures_in, reachable
 from lorakit.data.preference_checks import findings_of_preferences, preference_figures
 from lorakit.data.samples import Sample
 from lorakit.data.sources import Row, read_source
@@ -156,12 +156,12 @@ def prepare(
             lambda pair: label(*pair, tokenizer, length),
         )
 
-    folder = media_dir()
+    pictures = reachable()
 
     def parts_of(
         row: Row, names: Mapping[str, str]
     ) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
-        with pictures_in(folder):  # rows of a stream are read later
+        with pictures_in(pictures.folder, pictures.fetch):  # rows of a stream are read later
             sample = as_learned(to_sample(row, names, kinds))
         length = WHOLE if too_long == "split" else most.tokens
         if to_row is not None:

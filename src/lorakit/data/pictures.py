@@ -2,7 +2,8 @@
 
 A picture is kept as a text, an absolute path or a `data:` URL, so that a message with it stays
 plain JSON; it is decoded when its pixels are needed. Files are read in the folder of the data
-alone, or in the one that `data.media_dir` names, whatever `..` and symbolic links say.
+alone, or in the one that `data.media_dir` names, whatever `..` and symbolic links say; addresses
+of the web become files where `data.fetch_images` allows it (`data.fetched_pictures`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import binascii
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from lorakit.data.fetched_pictures import is_address, kept, shown
 from lorakit.errors import InputError, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -34,18 +37,37 @@ MOST_PIXELS = 100_000_000
 """Of a picture: a few kilobytes of PNG can claim billions."""
 
 _DATA_URL = re.compile(r"data:[^,]{0,200}?(;base64)?,", re.IGNORECASE)
-_FIRST_FRAME, _TRANSPARENT, _DEEP = (
+_FIRST_FRAME, _TRANSPARENT, _DEEP, _CUT_OFF = (
     "animated: their first frame is read",
     "transparent: they are laid on white",
     "of 16 bits a channel: they are read with 8",
+    "cut off at the end of the file: all pixels are there, and they are read",
 )
 
-_media_dir: ContextVar[Path | None] = ContextVar("media_dir", default=None)
+
+@dataclass(frozen=True)
+class Reachable:
+    """Where pictures of rows may be.
+
+    Attributes:
+        folder: where files are looked for; None is the folder of each data file.
+        fetch: whether addresses of the web are fetched; or the hosts that alone are asked.
+    """
+
+    folder: Path | None = None
+    fetch: bool | Sequence[str] = False
+
+
+_BESIDE_DATA = Reachable()
+
+_reachable: ContextVar[Reachable] = ContextVar("reachable_pictures", default=_BESIDE_DATA)
 
 
 @contextmanager
-def pictures_in(folder: str | Path | None) -> Iterator[None]:
-    """Within the block, pictures are looked for in `folder`; None is that of each data file.
+def pictures_in(
+    folder: str | Path | None = None, fetch: bool | Sequence[str] = False
+) -> Iterator[None]:
+    """Within the block, pictures are where `Reachable` says.
 
     Raises:
         InputError: it is no folder.
@@ -53,16 +75,16 @@ def pictures_in(folder: str | Path | None) -> Iterator[None]:
     place = None if folder is None else Path(folder).expanduser()
     if place is not None and not place.is_dir():
         raise InputError(f"data.media_dir: {place} is not a folder; check the path")
-    token = _media_dir.set(place)
+    token = _reachable.set(Reachable(place, fetch))
     try:
         yield
     finally:
-        _media_dir.reset(token)
+        _reachable.reset(token)
 
 
-def media_dir() -> Path | None:
-    """The folder that `pictures_in` names here."""
-    return _media_dir.get()
+def reachable() -> Reachable:
+    """What `pictures_in` says here."""
+    return _reachable.get()
 
 
 def source_of(row: Row, value: Any, what: str) -> str:
@@ -88,19 +110,30 @@ def source_of(row: Row, value: Any, what: str) -> str:
         if not _DATA_URL.match(value):
             raise row.error(f"{what} is a data URL without a comma; expected data:image/…;base64,…")
         return value
-    if re.match(r"https?://", value, re.IGNORECASE):
-        raise row.error(
-            f"{what} is an address of the web ({value[:80]}), and nothing is fetched while data "
-            "is read: save the picture beside the data, and give its path"
-        )
+    if is_address(value):
+        return _from_web(row, value, what)
     return str(_inside(row, value, what))
+
+
+def _from_web(row: Row, url: str, what: str) -> str:
+    """The file of a picture of the web, which is fetched if `fetch_images` allows it."""
+    fetch = _reachable.get().fetch
+    if fetch is False:
+        raise row.error(
+            f"{what} is an address of the web ({shown(url)}), and none is fetched unless asked: "
+            "set data.fetch_images=true (--fetch-images), or give the path of a file"
+        )
+    try:
+        return str(kept(url, () if fetch is True else fetch, check=decoded))
+    except InputError as error:
+        raise row.error(f"{what} ({shown(url)}) {error}") from error
 
 
 def _inside(row: Row, value: str, what: str) -> Path:
     """The file that a path means, if it lies in the folder of the data or in `media_dir`."""
     if value[:7].lower() == "file://":
         value = unquote(urlsplit(value).path)
-    root = _media_dir.get() or row.path.parent
+    root = _reachable.get().folder or row.path.parent
     name = one_line(value[:120])
     if "\0" in value:
         raise row.error(f"{what} holds a NUL character; remove it")
@@ -170,10 +203,19 @@ def label(source: str) -> str:
 
 
 def open_picture(source: str) -> tuple[Image, list[str]]:
+    """A picture as `decoded`, from its file or `data:` URL."""
+    return decoded(bytes_of(source))
+
+
+def decoded(data: bytes) -> tuple[Image, list[str]]:
     """A picture in RGB, upright as its EXIF data says, and what was done to it beside that.
 
     Transparent pixels are laid on white, 16 bits become 8, and of an animation the first frame is
-    read; CMYK and palettes are converted.
+    read; CMYK and palettes are converted. A file that is cut off behind its last pixel is read,
+    one that lacks pixels is damaged.
+
+    Args:
+        data: of a picture's file.
 
     Raises:
         InputError: it is damaged, no picture, or too large; or Pillow is not installed.
@@ -182,7 +224,7 @@ def open_picture(source: str) -> tuple[Image, list[str]]:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise InputError("pictures need Pillow: pip install 'lorakit[pictures]'") from error
-    data, done = bytes_of(source), list[str]()
+    done = list[str]()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow warns of is looked at below
@@ -195,6 +237,8 @@ def open_picture(source: str) -> tuple[Image, list[str]]:
                     )
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     done.append(_FIRST_FRAME)
+                if _is_cut_off(data, image.format):
+                    done.append(_CUT_OFF)
                 upright = ImageOps.exif_transpose(image)
                 return _in_rgb(upright, done), done
     except InputError:
@@ -207,6 +251,17 @@ def open_picture(source: str) -> tuple[Image, list[str]]:
         raise InputError(f"is damaged ({one_line(str(error))[:100]}); save it again") from error
     except Exception as error:  # readers of rare formats raise errors of their own
         raise InputError(f"cannot be read ({type(error).__name__}); save it again") from error
+
+
+def _is_cut_off(data: bytes, format: str | None) -> bool:
+    """Whether a file lacks the mark of its end.
+
+    Of these formats Pillow stops at the last pixel and looks for none behind it; others that lack
+    a byte are damaged to it.
+    """
+    if format == "PNG":
+        return b"IEND\xaeB`\x82" not in data  # with its check sum
+    return format == "GIF" and not data.rstrip(b"\0").endswith(b";")
 
 
 def _in_rgb(image: Image, done: list[str]) -> Image:

@@ -271,7 +271,8 @@ class Objective:
         if self.teacher is not None:
             teacher = read_teacher(self.teacher, request.model, model, base.fingerprint)
         clock, done = StandingClock(rendering.time), Counter[str]()
-        with at(clock), pictures_in(request.media_dir), counting(done):
+        places = pictures_in(request.media_dir, request.fetch_images)
+        with at(clock), places, counting(done):
             data = self.read(request, loaded)
         data.notices.extend(base.notices)
         data.notices.extend(f"{count(n, 'picture')} {what}" for what, n in done.items())

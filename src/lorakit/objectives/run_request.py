@@ -39,6 +39,7 @@ class RunRequest:
         start: the adapter that the run starts from, whose tokens and chat templates are taken over.
         tokens: whose rows of embedding and head are trained; those that are new are added.
         media_dir: where pictures are looked for; None is the folder of the data.
+        fetch_images: whether pictures of the web are fetched, or the hosts that alone are asked.
     """
 
     model: str
@@ -59,6 +60,7 @@ class RunRequest:
     start: Start | None = None
     tokens: tuple[str, ...] = ()
     media_dir: str | None = None
+    fetch_images: bool | Sequence[str] = False
 
     def load(self, task_type: str, labels: Sequence[str] = ()) -> LoadedBase:
         """The base model in its form for `task_type`, with what the start says of it.

@@ -113,6 +113,7 @@ class DataRecipe(_Strict):
     streaming: bool = False
     buffer_size: Annotated[int, Field(ge=1, le=2**24)] = 1000
     media_dir: Name | None = None
+    fetch_images: bool | Annotated[list[Name], Field(min_length=1)] = False
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -353,7 +354,7 @@ class Recipe(_Strict):
         if self.eval.generate is None:  # nothing beside the held-out loss
             absent["eval"] = True
         unset = set[str]() if self.data.streaming else {"streaming", "buffer_size"}
-        unset |= {"media_dir"} if self.data.media_dir is None else set()
+        unset |= {name for name in ("media_dir", "fetch_images") if not getattr(self.data, name)}
         if unset:
             absent["data"] = unset
         return self.model_dump(mode="json", exclude=absent)

@@ -274,6 +274,7 @@ def load_inputs(
         start=start,
         tokens=tuple(recipe.tokens),
         media_dir=data.media_dir,
+        fetch_images=data.fetch_images,
     )
     objective = objective or recipe.make_objective()
     set_reference(objective, start)
