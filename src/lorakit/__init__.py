@@ -11,6 +11,7 @@ from lorakit.version import __version__
 
 if TYPE_CHECKING:
     from lorakit.adapters.merge import merge as merge
+    from lorakit.engine.engine import Engine as Engine
     from lorakit.lora.config import LoraConfig as LoraConfig
     from lorakit.lora.init.corda import CordaConfig as CordaConfig
     from lorakit.lora.init.eva import EvaConfig as EvaConfig
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 _BY_MODULE = {
     "lorakit.adapters.merge": "merge",
+    "lorakit.engine.engine": "Engine",
     "lorakit.lora.config": "LoraConfig",
     "lorakit.lora.init.corda": "CordaConfig",
     "lorakit.lora.init.eva": "EvaConfig",

@@ -76,7 +76,10 @@ def test_who_cannot_share_batches_trains_by_itself_and_gives_the_weights_of_its_
     values = small(tiny_model, rows, tmp_path / "base", max_steps=3) | {"dtype": "float64"}
     reasons = {
         "it sets trainable_token_indices": {"lora.trainable_token_indices": [5, 6]},
-        "it adapts the output layer lm_head": {"lora.target_modules": ["lm_head", "q_proj"]},
+        "it adapts the output layer lm_head by more than two plain factors": {
+            "lora.target_modules": ["lm_head", "q_proj"],
+            "lora.use_dora": True,
+        },
         "init_lora_weights=loftq quantises the base": {"lora.init_lora_weights": "loftq"},
         "init_lora_weights=corda starts from data": {"lora.init_lora_weights": "corda"},
         "it keeps its best weights by evaluations of its own": {

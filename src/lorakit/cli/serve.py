@@ -167,6 +167,10 @@ def serve(
             request_seconds=request_timeout,
         ),
     )
+    if training:
+        from lorakit.training.machine import settle_in
+
+        settle_in()
     opened = open_engine(
         model,
         named,

@@ -50,5 +50,5 @@ def load_optimizer(
         if key not in parameters:
             raise InputError(f"{path} is of another adapter: it has {key}")
         parameter = parameters[key]
-        own = value if name == "step" else value.to(parameter)
+        own = value.to(parameter.device if name == "step" else parameter)
         optimizer.state[parameter][name] = own

@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from threading import Condition, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from lorakit.engine.adapter_optimizer import AdamW
+from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
-from lorakit.engine.resident import ResidentModel
+from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.scoring import prompt_logprobs, score
+from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, LorakitError, listed
+from lorakit.lora.config import LoraConfig
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
+from lorakit.models.load import load_model
 from lorakit.models.loaded import take_into_memory
 
 if TYPE_CHECKING:
@@ -39,11 +46,18 @@ POOL_BYTES = 2 << 30
 
 
 class Engine:
-    """One resident base model that answers with any of its adapters.
+    """One resident base model that answers with any of its adapters, and trains them.
+
+    `with Engine("smollm2-135m-instruct") as engine: …` is a training loop's own engine; the server
+    has the same one. Operations on one adapter are executed in the order in which they are called;
+    rows of adapters that several threads train at once share passes.
 
     Args:
-        model: a causal language model without adapters; it is the engine's from here on.
+        model: a causal language model without adapters, which is the engine's from here on; or
+            the name or the folder of one.
+        tokenizer: of a model that is given itself.
         model_name: how users call it.
+        dtype: in which a named model is loaded; None for the fastest.
         max_rows: how many answers are written at once; further ones wait.
         context_length: the most tokens of prompt and answer together; None is the model's own.
         pool_bytes: how much memory adapters may take that are not in use.
@@ -60,16 +74,24 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        model_name: str,
+        model: PreTrainedModel | str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        model_name: str = "",
         *,
+        dtype: str | None = None,
         max_rows: int = 16,
         context_length: int | None = None,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows must be at least 1, not {max_rows}")
+        if isinstance(model, str | Path):
+            model_name = model_name or str(model)
+            model, own_tokenizer = load_model(str(model), dtype)
+            tokenizer = tokenizer or own_tokenizer
+        if tokenizer is None:
+            raise InputError("a model that is not given by its name needs its tokenizer")
+        model_name = model_name or str(model.config.name_or_path)
         self.model_name, self.tokenizer, self.max_rows = model_name, tokenizer, max_rows
         self.notices: list[str] = []
         self.context_length = context_length_of(model, context_length)
@@ -199,6 +221,163 @@ class Engine:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
+
+    # --- for training loops -----------------------------------------------------------------
+
+    def create_adapter(
+        self, name: str, config: LoraConfig | None = None, *, seed: int = 0, **options: Any
+    ) -> None:
+        """Adds a new adapter, which changes nothing yet.
+
+        Args:
+            config: by default one of all linear layers, with the `options`.
+            seed: of its first values and its dropout.
+            options: fields of `LoraConfig`, such as `r` and `lora_alpha`.
+
+        Raises:
+            InputError: the name is taken, or the configuration does not fit the model.
+        """
+        if config is None:
+            config = LoraConfig(**{"target_modules": "all-linear", **options})
+        elif options:
+            raise InputError(f"give a config, or {listed([*options])}, not both")
+        self.training.call(name, lambda: self.resident.create(name, config, seed)).result()
+
+    def load(self, name: str, folder: str | Path, *, optimizer: bool = True) -> None:
+        """Adds the adapter in `folder`, with the optimizer's state if `save` has left one there.
+
+        Raises:
+            InputError: as `ResidentModel.load`.
+        """
+        work = partial(self.resident.load, name, folder, optimizer=optimizer)
+        self.training.call(name, work).result()
+
+    def save(self, name: str, folder: str | Path, *, optimizer: bool = True) -> None:
+        """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
+        work = partial(self.resident.save, name, folder, optimizer=optimizer)
+        self.training.call(name, work).result()
+
+    @staticmethod
+    def row(
+        adapter: str,
+        prompt: Sequence[int],
+        answer: Sequence[int],
+        **inputs: Sequence[float] | float,
+    ) -> AdapterRow:
+        """A row of which the answer is learned.
+
+        Args:
+            prompt, answer: tokens.
+            inputs: numbers that the loss reads, one for each token of the answer, or one for all.
+        """
+        return answer_row(adapter, prompt, answer, **inputs)
+
+    def forward_backward(
+        self,
+        rows: Sequence[AdapterRow],
+        loss: str | TokenLoss = "cross_entropy",
+        **settings: float,
+    ) -> PassResult:
+        """Adds the gradients of the rows' losses, summed, to those of their adapters.
+
+        Args:
+            rows: of one adapter or several.
+            loss: a name of `POLICY_LOSSES`, or a function of a row's log-probabilities.
+            settings: of a loss that is given by its name.
+
+        Raises:
+            InputError: there is no such adapter, loss or setting, or a row does not fit the loss.
+        """
+        return self._over_rows(rows, loss, settings, learning=True)
+
+    def forward(
+        self,
+        rows: Sequence[AdapterRow],
+        loss: str | TokenLoss = "cross_entropy",
+        **settings: float,
+    ) -> PassResult:
+        """As `forward_backward`, without dropout and gradients."""
+        return self._over_rows(rows, loss, settings, learning=False)
+
+    def optim_step(
+        self, name: str, learning_rate: float = 1e-4, **settings: Any
+    ) -> dict[str, float]:
+        """Applies the gradients of an adapter, and clears them.
+
+        Args:
+            settings: further fields of `AdamW`, such as `max_grad_norm`.
+
+        Returns: `grad_norm`, before clipping.
+
+        Raises:
+            InputError: there is no such adapter, or its gradients are missing, NaN or Inf.
+        """
+        step = AdamW(learning_rate, **settings)
+        return self.training.call(name, lambda: self.resident.optim_step(name, step)).result()
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], adapter: str | None = None, **settings: Any
+    ) -> list[Sample]:
+        """Answers to prompts by an adapter as it is now.
+
+        Args:
+            prompts: the tokens of each.
+            adapter: one that is trained here; None is the base.
+            settings: fields of `Sampling`, such as `temperature`, `max_new_tokens` and `seed`; by
+                default each token is the likeliest. Prompt number i draws from `seed + i`.
+
+        Returns: in the order of the prompts.
+
+        Raises:
+            InputError: there is no such adapter, or a prompt is empty or too long.
+        """
+        sampling = Sampling(**settings)
+        ends = self._ending.tokens if sampling.end_tokens is None else sampling.end_tokens
+        name = adapter or BASE
+        work = partial(
+            self.resident.sample,
+            prompts,
+            [name] * len(prompts),
+            replace(sampling, end_tokens=None),
+            ends=ends,
+            max_rows=self.max_rows,
+        )
+        return self.training.call(name, work).result()
+
+    def _over_rows(
+        self,
+        rows: Sequence[AdapterRow],
+        loss: str | TokenLoss,
+        settings: Mapping[str, float],
+        *,
+        learning: bool,
+    ) -> PassResult:
+        if isinstance(loss, str):
+            name, loss = loss, policy_loss(loss, settings)
+            for row in rows:
+                require_inputs(name, row)
+        elif settings:
+            raise InputError("settings are for losses that are given by their names")
+        own: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            own.setdefault(row.adapter, []).append(i)
+        handed_in = self.training.forward_backward
+        futures = [
+            handed_in(adapter, [rows[i] for i in places], loss, learning=learning)
+            for adapter, places in own.items()
+        ]
+        found = [future.result() for future in futures]
+        logprobs, losses = [torch.empty(0)] * len(rows), [0.0] * len(rows)
+        for places, part in zip(own.values(), found, strict=True):
+            for i, row_logprobs, value in zip(places, part.logprobs, part.losses, strict=True):
+                logprobs[i], losses[i] = row_logprobs, value
+        return PassResult(logprobs, losses)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     # --- the thread that computes -----------------------------------------------------------
 

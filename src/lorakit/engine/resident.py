@@ -8,7 +8,8 @@ engine compute on this too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,8 +33,15 @@ from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.sampler import write_rows
 from lorakit.engine.sampling import Ending, Sampling, end_tokens
-from lorakit.engine.shared_pass import AdapterBatch, side_by_side, why_not_shared
-from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, cross_entropy
+from lorakit.engine.shared_pass import AdapterBatch, all_targets, side_by_side, why_not_shared
+from lorakit.engine.token_losses import (
+    AdapterRow,
+    PassResult,
+    TokenLoss,
+    cross_entropy,
+    row_passes,
+    targets_of,
+)
 from lorakit.errors import InputError, LorakitError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.joining import pack_adapter, unpack_adapter
@@ -43,6 +51,7 @@ from lorakit.lora.routing import BASE, Route
 from lorakit.lora.saving import save_adapter, write_card
 from lorakit.lora.streams import Stream
 from lorakit.lora.vocabulary import vocabulary_size
+from lorakit.models.fused import fused_forwards, in_use
 from lorakit.models.lines import Lines
 from lorakit.models.loaded import has_dropout
 from lorakit.models.loss import SupervisedLoss
@@ -81,6 +90,7 @@ class ResidentModel:
         self.pad_token_id = pad_token_id
         self.device: torch.device = next(base.parameters()).device
         self._base_draws = has_dropout(base)
+        self._fused = fused_forwards(base)
         self._model: LoraModel | None = None
         self._loss: SupervisedLoss | None = None
         self._collate: Collator | LineCollator | None = None
@@ -232,26 +242,33 @@ class ResidentModel:
         logprobs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         losses = [0.0] * len(rows) if loss else []
         self._train(learning)
-        for by_adapter in self._passes(rows, max_tokens):
-            batches = [
-                AdapterBatch(
-                    name,
-                    {k: t.to(self.device) for k, t in collate([tokenized[i] for i in own]).items()},
-                    stream=self._streams.get(name) if learning else None,
-                )
-                for name, own in by_adapter.items()
-            ]
-            total: list[torch.Tensor] = []
-            for own, nats in zip(by_adapter.values(), self.token_losses(batches), strict=True):
-                parts = nats.neg().split([tokenized[i].supervised for i in own])
-                for i, part in zip(own, parts, strict=True):
-                    logprobs[i] = part.detach()
-                    if loss:
-                        value = loss(part, rows[i])
-                        losses[i] = float(value.detach())
-                        total.append(value)
-            if learning:
-                torch.stack(total).sum().backward()
+        with in_use(self._fused if learning else []):
+            for by_adapter in row_passes(rows, self._alone, max_tokens):
+                batches = [
+                    AdapterBatch(
+                        name,
+                        {
+                            k: t.to(self.device)
+                            for k, t in collate([tokenized[i] for i in own]).items()
+                        },
+                        stream=self._streams.get(name) if learning else None,
+                        targets=targets_of([rows[i] for i in own], self.device),
+                    )
+                    for name, own in by_adapter.items()
+                ]
+                total: list[torch.Tensor] = []
+                for own, nats in zip(by_adapter.values(), self.token_losses(batches), strict=True):
+                    shapes = [rows[i].shape for i in own]
+                    parts = nats.neg().split([math.prod(shape) for shape in shapes])
+                    for i, flat, shape in zip(own, parts, shapes, strict=True):
+                        part = flat.view(shape)
+                        logprobs[i] = part.detach()
+                        if loss:
+                            value = loss(part, rows[i])
+                            losses[i] = float(value.detach())
+                            total.append(value)
+                if learning:
+                    torch.stack(total).sum().backward()
         return PassResult(logprobs, losses)
 
     def backward(self, batches: Sequence[AdapterBatch]) -> list[torch.Tensor]:
@@ -282,7 +299,8 @@ class ResidentModel:
                 drawing = one.stream.drawing() if one.stream else nullcontext()
                 route = Route(shared=() if one.adapter == BASE else (one.adapter,))
                 with self.model.routing.using(route), drawing:
-                    return [loss.of_tokens(self.model, one.tensors, one.smoothing)]
+                    found = loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)
+                    return [found]
         whole, route = side_by_side(batches, self.pad_token_id)
         counts = torch.stack([loss.count(batch.tensors["labels"]) for batch in batches]).tolist()
         smoothing: float | torch.Tensor = 0.0
@@ -290,8 +308,12 @@ class ResidentModel:
             own = torch.tensor([batch.smoothing for batch in batches], dtype=torch.float64)
             smoothing = own.repeat_interleave(torch.tensor(counts)).to(self.device)
         with self.model.routing.using(route):
-            losses = loss.of_tokens(self.model, whole, smoothing)
-        return list(losses.split(counts))
+            losses = loss.of_tokens(self.model, whole, smoothing, all_targets(batches))
+        own_counts = [
+            count if batch.targets is None else len(batch.targets.tokens)
+            for batch, count in zip(batches, counts, strict=True)
+        ]
+        return list(losses.split(own_counts))
 
     def optim_step(self, name: str, step: AdamW) -> dict[str, float]:
         """Applies the gradients of an adapter, and clears them.
@@ -299,7 +321,8 @@ class ResidentModel:
         Returns: `grad_norm`, before clipping.
 
         Raises:
-            InputError: there is no such adapter, or it has no gradients.
+            InputError: there is no such adapter, or it has no gradients, or some are NaN or Inf;
+                these are dropped.
         """
         parameters = list(self.trained(name).values())
         if all(parameter.grad is None for parameter in parameters):
@@ -308,17 +331,19 @@ class ResidentModel:
         for group in optimizer.param_groups:
             group["lr"], group["betas"], group["eps"] = step.learning_rate, step.betas, step.eps
             group["weight_decay"] = step.weight_decay
-        limit = step.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
+            optimizer.zero_grad()
+            raise InputError(
+                "the gradients are NaN or Inf, so no step was made: load the last checkpoint, and "
+                "lower the learning rate"
+            )
+        if step.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, step.max_grad_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
         unpack_adapter(self.model, name)
         return {"grad_norm": float(norm)}
-
-    def gradients_are_finite(self, name: str) -> bool:
-        """Whether no gradient that an adapter has accumulated is NaN or Inf."""
-        own = (p.grad for p in self.trained(name).values() if p.grad is not None)
-        return all(bool(grad.isfinite().all()) for grad in own)
 
     def drop_gradients(self, name: str) -> None:
         """Forgets the gradients that an adapter has accumulated."""
@@ -424,28 +449,9 @@ class ResidentModel:
         if not self.model.training == self.base.training == learning:
             self.model.train(learning)
 
-    def _passes(
-        self, rows: Sequence[AdapterRow], most: int | None
-    ) -> Iterator[dict[str, list[int]]]:
-        """The positions of rows by adapter, at most `most` tokens a pass, but at least a row."""
-        groups: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(row.adapter if row.adapter in self._alone else "", []).append(i)
-        for group in groups.values():
-            filled: dict[str, list[int]] = {}
-            tokens = 0
-            for i in group:
-                length = len(rows[i].input_ids)
-                if filled and most is not None and tokens + length > most:
-                    yield filled
-                    filled, tokens = {}, 0
-                filled.setdefault(rows[i].adapter, []).append(i)
-                tokens += length
-            yield filled
-
     def _optimizer(self, name: str) -> torch.optim.AdamW:
         if name not in self._optimizers:
-            self._optimizers[name] = torch.optim.AdamW(self.trained(name).values())
+            self._optimizers[name] = torch.optim.AdamW(self.trained(name).values(), fused=True)
         return self._optimizers[name]
 
     def _collator(self) -> Collator | LineCollator:

@@ -19,6 +19,7 @@ from lorakit.lora.layers import LoraEmbedding, LoraLinear, LoraQuantizedLinear, 
 from lorakit.lora.routing import Route
 from lorakit.lora.streams import Stream
 from lorakit.lora.targets import resolve_targets
+from lorakit.models.adapted_head import Targets
 from lorakit.models.loaded import base_model
 from lorakit.models.loss import IGNORE
 
@@ -41,6 +42,7 @@ class AdapterBatch:
             default their sum.
         stream: what the adapter's dropout is drawn from; None is PyTorch's own generator.
         smoothing: label smoothing, from 0 to 1.
+        targets: tokens whose losses are taken in the place of the labels; None for the labels.
     """
 
     adapter: str
@@ -49,6 +51,7 @@ class AdapterBatch:
     stream: Stream | None = None
     smoothing: float = 0.0
     loss: Callable[[torch.Tensor], torch.Tensor] = torch.sum
+    targets: Targets | None = None
 
     @property
     def size(self) -> int:
@@ -103,6 +106,23 @@ def side_by_side(
     return whole, route
 
 
+def all_targets(batches: Sequence[AdapterBatch]) -> Targets | None:
+    """The targets of all batches, one behind the other; None where every batch has its labels."""
+    if all(batch.targets is None for batch in batches):
+        return None
+    found: list[Targets] = []
+    begin = 0
+    for batch in batches:
+        labels = batch.tensors["labels"][:, 1:]
+        labels = labels[labels != IGNORE]
+        own = batch.targets or Targets.one_each(labels)
+        found.append(Targets(own.positions + begin, own.tokens))
+        begin += len(labels)
+    return Targets(
+        torch.cat([own.positions for own in found]), torch.cat([own.tokens for own in found])
+    )
+
+
 def _in_blocks(batches: Sequence[Tensors], pad_token_id: int) -> dict[str, torch.Tensor]:
     width = max(batch["input_ids"].shape[1] for batch in batches)
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE}
@@ -136,9 +156,11 @@ def why_not_shared(base: nn.Module, config: LoraConfig) -> str | None:
     head = get_head() if callable(get_head) else None
     for path in resolve_targets(base, config):
         module = base.get_submodule(path)
-        if module is head:
-            return f"it adapts the output layer {path}"
-        kind = layer_class(getattr(module, "base_layer", module))
+        inside = getattr(module, "base_layer", module)
+        plain = type(inside) is nn.Linear and not (config.use_dora or config.lora_bias)
+        if module is head and not plain:
+            return f"it adapts the output layer {path} by more than two plain factors"
+        kind = layer_class(inside)
         if kind is None or not issubclass(kind, _SHARE_PASSES):
             return f"it adapts {path}, a {type(module).__name__}"
     return None

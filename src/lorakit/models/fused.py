@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * u, g), F.silu(g).mul_(grad)
 
 
+Forwards = list[tuple[nn.Module, Forward]]
+"""Modules, and what is called in the place of their own forward."""
+
+
 @contextmanager
 def fused(model: nn.Module) -> Iterator[int]:
     """Within this block the modules of `model` that can are computed as above; gives their number.
@@ -70,20 +74,36 @@ def fused(model: nn.Module) -> Iterator[int]:
     A class is taken where one of its modules gives the same to the bit; its trained weights, hooks
     and replaced forwards keep a module as it is.
     """
+    forwards = fused_forwards(model)
+    with in_use(forwards):
+        yield len(forwards)
+
+
+def fused_forwards(model: nn.Module) -> Forwards:
+    """The modules of `model` that can be computed as above, for `in_use`."""
     taken: dict[type[nn.Module], bool] = {}
-    count = 0
-    with ExitStack() as undo:
-        for module in model.modules():
-            made = _untouched(module) and (_norm(module) or _mlp(module))
-            if not made:
-                continue
-            if type(module) not in taken:
-                taken[type(module)] = _same(module, *made)
-            if taken[type(module)]:
-                module.forward = made[0]
-                undo.callback(module.__dict__.pop, "forward")
-                count += 1
-        yield count
+    found: Forwards = []
+    for module in model.modules():
+        made = _untouched(module) and (_norm(module) or _mlp(module))
+        if not made:
+            continue
+        if type(module) not in taken:
+            taken[type(module)] = _same(module, *made)
+        if taken[type(module)]:
+            found.append((module, made[0]))
+    return found
+
+
+@contextmanager
+def in_use(forwards: Forwards) -> Iterator[None]:
+    """Within this block the modules are computed by these."""
+    for module, forward in forwards:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in forwards:
+            vars(module).pop("forward", None)
 
 
 def _norm(module: nn.Module) -> tuple[Forward, int] | None:

@@ -1,8 +1,9 @@
 """Cross-entropy of the supervised tokens of a batch, and of labels that logits answer in place.
 
-Of a causal model no other logits are computed: where it ends in a plain frozen linear layer, its
-forward is stopped before that layer and the loss is taken in chunks (`cross_entropy.py`). Classes,
-tags and a decoder's tokens are labels of the model's own logits.
+Of a causal model no other logits are computed: where it ends in a frozen linear layer, its forward
+is stopped before that layer and the loss is taken in chunks (`cross_entropy.py`; `adapted_head.py`
+where adapters stand beside that layer). Classes, tags and a decoder's tokens are labels of the
+model's own logits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lorakit.lora.spans import Span
+    from lorakit.models.adapted_head import Targets
+
 IGNORE = -100
 """The label of a position that is read but not learned (PyTorch's and transformers' value)."""
 
@@ -33,9 +37,12 @@ class OutputLayer:
     """What a model does behind its last hidden state: `post(linear(h))`.
 
     `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap.
+
+    Attributes:
+        linear: a frozen `nn.Linear`, or a `LoraLinear` around one.
     """
 
-    linear: nn.Linear
+    linear: nn.Module
     scale: float = 1.0
     softcap: float | None = None
 
@@ -43,7 +50,7 @@ class OutputLayer:
         """The logits (…, V) of hidden states (…, d)."""
         import torch
 
-        z = self.linear(h) * self.scale
+        z: torch.Tensor = self.linear(h) * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
 
@@ -54,10 +61,19 @@ class SupervisedLoss:
         model: the model that will be called, or what is inside its wrappers.
         own_logits: the model computes its own logits, as it must where its weights are spread
             over machines.
+
+    Attributes:
+        output: how the model gets its logits, where that is a frozen linear layer.
+        adapted: the same where adapters stand beside that layer.
     """
 
     def __init__(self, model: nn.Module, own_logits: bool = False) -> None:
-        self.output = None if own_logits else output_layer(model)
+        from torch import nn
+
+        found = None if own_logits else output_layer(model)
+        plain = found is not None and type(found.linear) is nn.Linear
+        self.output = found if plain else None
+        self.adapted = None if plain else found
         forward = inspect.signature(base_model(model).forward)
         self.keeps_logits = "logits_to_keep" in forward.parameters
 
@@ -76,6 +92,7 @@ class SupervisedLoss:
         model: nn.Module,
         batch: Mapping[str, torch.Tensor],
         smoothing: float | torch.Tensor = 0.0,
+        several: Targets | None = None,
     ) -> torch.Tensor:
         """The loss of every supervised token (n,), row after row, in float32 or wider.
 
@@ -84,20 +101,43 @@ class SupervisedLoss:
                 A position predicts the label after it. Names with a dot are an objective's own.
             smoothing: with e the target is (1 - e) of the label and e / V of each of V tokens
                 (Szegedy et al. 2016, arXiv:1512.00567); a tensor (n,) has one for each token.
+            several: m targets in the place of the labels, which say only which n positions are
+                supervised; (m,) is returned then, and nothing is smoothed.
         """
         import torch
 
+        from lorakit.models.adapted_head import (
+            Head,
+            Targets,
+            adapted_cross_entropy,
+            spans_on_route,
+        )
         from lorakit.models.cross_entropy import chunked_cross_entropy
 
-        h, targets = self.states(model, batch)
-        if self.output is None:
+        output = self.output
+        spans: tuple[Span, ...] = ()
+        factors: list[torch.Tensor] = []
+        if self.adapted is not None:
+            keep = batch["labels"][:, 1:] != IGNORE
+            linear: Any = self.adapted.linear
+            if (found := spans_on_route(linear, batch["input_ids"], keep)) is not None:
+                output, spans, factors = self.adapted, tuple(found[0]), found[1]
+        h, targets = self._states(model, batch, output)
+        if output is None:
+            if several is not None:
+                losses: torch.Tensor = -h.log_softmax(-1)[several.positions, several.tokens]
+                return losses
             return smoothed(h, targets, smoothing)
-        linear, scale, softcap = self.output.linear, self.output.scale, self.output.softcap
+        frozen: Any = getattr(output.linear, "base_layer", output.linear)
         even = None
         if isinstance(smoothing, torch.Tensor) or smoothing:
             wide = torch.promote_types(h.dtype, torch.float32)
             even = torch.as_tensor(smoothing, dtype=wide, device=h.device).expand(targets.shape)
-        return chunked_cross_entropy(h, linear.weight, linear.bias, targets, scale, softcap, even)
+        W, b, scale, softcap = frozen.weight, frozen.bias, output.scale, output.softcap
+        if not spans and several is None:
+            return chunked_cross_entropy(h, W, b, targets, scale, softcap, even)
+        head = Head(W, b, scale, softcap, spans)
+        return adapted_cross_entropy(h, head, several or Targets.one_each(targets), factors, even)
 
     def states(
         self, model: nn.Module, batch: Mapping[str, torch.Tensor]
@@ -110,13 +150,18 @@ class SupervisedLoss:
         Returns: hidden states (n, d), of which `logits` makes logits; where the model must compute
             its own, these (n, V), in float32 or wider.
         """
+        return self._states(model, batch, self.output)
+
+    def _states(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], output: OutputLayer | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from lorakit.models.row_attention import rows_apart
 
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE
         inputs = {k: tensor for k, tensor in batch.items() if k != "labels" and "." not in k}
         with rows_apart() if "cu_seq_lens_q" in batch else nullcontext():
-            if self.output is None:
+            if output is None:
                 if self.keeps_logits:
                     columns = keep.any(dim=0).nonzero().squeeze(1)
                     targets, keep = targets[:, columns], keep[:, columns]
@@ -125,7 +170,7 @@ class SupervisedLoss:
                     logits = model(**inputs, use_cache=False).logits[:, :-1]
                 logits = logits[keep]
                 return logits.float() if logits.element_size() < 4 else logits, targets[keep]
-            with _stopped_before(self.output.linear) as reached:
+            with _stopped_before(output.linear) as reached:
                 model(**inputs, use_cache=False)
         [h] = reached
         return h[:, :-1][keep], targets[keep]
@@ -137,7 +182,7 @@ class SupervisedLoss:
 
     def classes(self, states: torch.Tensor) -> int:
         """The size V of the vocabulary of `logits`."""
-        return states.shape[-1] if self.output is None else self.output.linear.out_features
+        return states.shape[-1] if self.output is None else int(self.output.linear.out_features)  # type: ignore[arg-type]
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """How many of `labels` (batch, seq) the loss is taken on."""
@@ -213,16 +258,21 @@ def smoothed(
 def output_layer(model: nn.Module) -> OutputLayer | None:
     """How `model` gets its logits, None where that is not a frozen linear layer and a factor.
 
+    There may be adapters beside the layer (`LoraLinear`).
+
     What the configuration suggests is tried against the model's own logits, and only what gives
     the same is returned.
     """
     import torch
     from torch import nn
 
+    from lorakit.lora.layers.linear import LoraLinear
+
     base = base_model(model)
     get_output_embeddings = getattr(base, "get_output_embeddings", None)
-    linear = get_output_embeddings() if callable(get_output_embeddings) else None
-    if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
+    linear: Any = get_output_embeddings() if callable(get_output_embeddings) else None
+    frozen = linear.base_layer if type(linear) is LoraLinear else linear
+    if type(frozen) is not nn.Linear or any(p.requires_grad for p in frozen.parameters()):
         return None
     config = base.config.get_text_config()
     softcap = next((s for name in _SOFTCAPS if (s := getattr(config, name, None))), None)
@@ -233,7 +283,7 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
     was_training = model.training
     model.eval()
     try:
-        ids = torch.arange(2, 8, device=linear.weight.device)[None]
+        ids = torch.arange(2, 8, device=frozen.weight.device)[None]
         with torch.no_grad():
             wanted = model(input_ids=ids, use_cache=False).logits
             if len(reached) != 1:
@@ -258,7 +308,7 @@ def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _stopped_before(linear: nn.Linear) -> Iterator[list[torch.Tensor]]:
+def _stopped_before(linear: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects what `linear` is given, and lets the model end with one column in its place."""
     reached: list[torch.Tensor] = []
 
@@ -267,13 +317,13 @@ def _stopped_before(linear: nn.Linear) -> Iterator[list[torch.Tensor]]:
         return h[..., :1]
 
     before = vars(linear).get("forward")
-    linear.forward = stand_in  # type: ignore[method-assign, assignment]
+    linear.forward = stand_in
     try:
         yield reached
     finally:
         del linear.forward
         if before is not None:
-            linear.forward = before  # type: ignore[method-assign]
+            linear.forward = before
 
 
 def _shift(model: Any) -> Callable[..., torch.Tensor]:

@@ -172,7 +172,7 @@ def _train(
         trainer.say = say
         trainer.forget_evaluations = changes_evaluation(changed)
         reader = trainer.forward.reader
-        if isinstance(reader, SupervisedLoss) and reader.output is None:
+        if isinstance(reader, SupervisedLoss) and not (reader.output or reader.adapted):
             say("the loss is taken of the model's own logits, at learned tokens alone")
         with _callbacks(trainer, setup, metrics, console, callbacks), setup.fast():
             steps = planned_steps(trainer.args, len(trainer.sampler))

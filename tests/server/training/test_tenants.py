@@ -25,6 +25,8 @@ CONFIGS = {
     "middle": LoraConfig(r=8, target_modules="all-linear"),
     "large": LoraConfig(r=32, target_modules=["gate_proj", "up_proj"]),
     "head": LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
+    "unembed alone": LoraConfig(r=32, target_modules=["lm_head"]),
+    "all": LoraConfig(r=1, target_modules=["q_proj", "gate_proj", "lm_head"]),
 }
 
 

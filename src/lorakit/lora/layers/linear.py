@@ -146,9 +146,9 @@ class LoraLinear(LoraLayer):
     def _forward_shared(
         self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if len(names) != 1 or not self._fusable(x, names[0]):
+        if len(names) != 1 or not self.is_plain(x, names[0]):
             return super()._forward_shared(x, names, *args, **kwargs)
-        scaling, p = self.scaling[names[0]], self._share_dropped(names[0])
+        scaling, p = self.scaling[names[0]], self.share_dropped(names[0])
         factors = self.factors(names[0])
         return lora_linear(x, self._frozen_weight(x), self.base_layer.bias, *factors, scaling, p)
 
@@ -156,7 +156,7 @@ class LoraLinear(LoraLayer):
         self, x: torch.Tensor, route: Route, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         names = [name for name in route.row_names if name in self.r]
-        if not all(self._fusable(x, name) for name in names):
+        if not all(self.is_plain(x, name) for name in names):
             return super()._forward_parts(x, route, *args, **kwargs)
         dim, parts = route.parts(x)
         # Parts of rows are as many positions as the rows have; a line has one each.
@@ -168,7 +168,7 @@ class LoraLinear(LoraLayer):
             begin, end = end, end + each * size
             if name in self.r:
                 rows = None if width is None or route.shape is None else (route.shape[1], width)
-                scaling, p = self.scaling[name], self._share_dropped(name)
+                scaling, p = self.scaling[name], self.share_dropped(name)
                 spans.append(Span(begin, end, scaling, p, stream, rows))
                 factors += self.factors(name)
         return lora_spans(x, self._frozen_weight(x), self.base_layer.bias, spans, factors)
@@ -177,7 +177,8 @@ class LoraLinear(LoraLayer):
         """The weight (d_out, d_in) for products with x."""
         return self.base_layer.weight
 
-    def _share_dropped(self, name: str) -> float:
+    def share_dropped(self, name: str) -> float:
+        """The share of its input's entries that adapter `name` does not see now."""
         dropout = self.lora_dropout[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -193,8 +194,8 @@ class LoraLinear(LoraLayer):
         bias = self.base_bias
         return y if bias is None else y - bias
 
-    def _fusable(self, x: torch.Tensor, name: str) -> bool:
-        """Whether the fused function computes what the plain formula would."""
+    def is_plain(self, x: torch.Tensor, name: str) -> bool:
+        """Whether the fused function computes what the plain formula would, for x's dtype."""
         base = self.base_layer
         bias = getattr(base, "bias", None)
         return (

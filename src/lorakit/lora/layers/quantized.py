@@ -57,12 +57,12 @@ class LoraQuantizedLinear(LoraLinear):
     def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         return dequantized(self.base_weight, self.base_layer, dtype)
 
-    def _fusable(self, x: torch.Tensor, name: str) -> bool:
+    def is_plain(self, x: torch.Tensor, name: str) -> bool:
         if x.is_cuda and not torch.is_grad_enabled():
             stored = format_of(self.base_weight)
             if stored is not None and stored.fast_without_gradients:
                 return False
-        return super()._fusable(x, name)
+        return super().is_plain(x, name)
 
     def _plain_products(self, x: torch.Tensor) -> bool:
         compute = getattr(self.base_layer, "compute_dtype", None)

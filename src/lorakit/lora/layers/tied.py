@@ -49,7 +49,7 @@ class LoraTiedHead(LoraLinear):
     def bias_update(self, name: str) -> None:
         return None
 
-    def _fusable(self, x: torch.Tensor, name: str) -> bool:
+    def is_plain(self, x: torch.Tensor, name: str) -> bool:
         return False
 
 

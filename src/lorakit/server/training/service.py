@@ -6,7 +6,6 @@ Everything here runs on the server's event loop; what computes is handed to the 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 import uuid
 from collections.abc import Callable
@@ -16,12 +15,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorakit.engine.adapter_optimizer import AdamW
 from lorakit.engine.engine import Engine
-from lorakit.engine.policy_losses import policy_loss, require_inputs
-from lorakit.engine.token_losses import AdapterRow
+from lorakit.engine.policy_losses import policy_loss
 from lorakit.errors import InputError
 from lorakit.lora.architecture import output_head
 from lorakit.lora.config import LoraConfig
@@ -29,6 +25,7 @@ from lorakit.lora.targets import resolve_targets
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.server.training import messages as m
 from lorakit.server.training.checkpoints import Checkpoint, Run, Store, expiry, now
+from lorakit.server.training.rows import rows_of
 from lorakit.server.training.samplers import Samplers
 from lorakit.server.training.tenants import LiveRun, Session
 from lorakit.server.training.wire import PassRequest, write_pass
@@ -121,7 +118,7 @@ class TrainingService:
         self.samplers.require_base(asked.base_model)
         lora = asked.lora_config
         config = self._config(lora)
-        seed = secrets.randbits(31) if lora.seed is None else lora.seed
+        seed = lora.seed or 0  # two runs of one recipe are the same run
         record = Run(
             f"{session.session_id}:train:{asked.model_seq_id}",
             owner,
@@ -206,7 +203,7 @@ class TrainingService:
 
         async def start() -> bytes:
             loss = policy_loss(asked.loss, asked.settings)
-            rows = [self._row(run, asked, at) for at in range(len(asked.data))]
+            rows = rows_of(run.adapter, asked, self._vocabulary, self.engine.context_length)
             found = await asyncio.wrap_future(
                 self.engine.training.forward_backward(
                     run.adapter, rows, loss, learning=not asked.forward_only
@@ -216,38 +213,6 @@ class TrainingService:
             return write_pass(logprobs, {"loss:sum": sum(found.losses)})
 
         return await run.in_order(asked.seq_id, start)
-
-    def _row(self, run: LiveRun, asked: PassRequest, at: int) -> AdapterRow:
-        """A datum, in which position i predicts target i, as a row that predicts its next token."""
-        datum = asked.data[at]
-        where = f"datum {at}"
-        inputs = dict(datum.inputs)
-        targets = inputs.pop("target_tokens", None)
-        if targets is None:
-            raise InputError(f"{where}: loss_fn_inputs has no target_tokens")
-        if targets.ndim != 1:
-            raise InputError(f"{where}: target_tokens must be (N,): one target a token")
-        length, context = len(datum.tokens), self.engine.context_length
-        if not 1 <= length < context:
-            raise InputError(
-                f"{where}: {length} tokens; from 1 to {context - 1} are taken of a datum"
-            )
-        for name, tokens in (("model_input", datum.tokens), ("target_tokens", targets.tolist())):
-            if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-                raise InputError(f"{where}: {name} must be tokens from 0 to {self._vocabulary - 1}")
-        numbers = {}
-        for name, values in inputs.items():
-            if values.ndim != 1 or not np.isfinite(values).all():
-                raise InputError(f"{where}: {name} must be {length} finite numbers")
-            numbers[name] = [0.0, *values.astype(float).tolist()]
-        last = int(targets[-1])
-        labels = [-100, *targets.tolist()]
-        row = AdapterRow(run.adapter, [*datum.tokens, last], labels, numbers)
-        try:
-            require_inputs(asked.loss, row)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        return row
 
     async def optim_step(self, asked: m.OptimStep, owner: str) -> dict[str, Any]:
         """Applies and clears a run's gradients."""
@@ -263,16 +228,9 @@ class TrainingService:
 
         resident = self.engine.resident
 
-        def work() -> dict[str, float]:
-            if not resident.gradients_are_finite(run.adapter):
-                resident.drop_gradients(run.adapter)
-                raise InputError(
-                    "the gradients are NaN or Inf, so no step was made: load the last checkpoint, "
-                    "and lower the learning rate"
-                )
-            return resident.optim_step(run.adapter, step)
-
-        found = await run.in_order(asked.seq_id, lambda: self._call(run, work))
+        found = await run.in_order(
+            asked.seq_id, lambda: self._call(run, lambda: resident.optim_step(run.adapter, step))
+        )
         return {"type": "optim_step", "metrics": {f"{k}:mean": v for k, v in found.items()}}
 
     # --- saving and loading -------------------------------------------------------------------

@@ -6,6 +6,7 @@ plain tokens and numbers here, and results become bytes; nothing else knows of p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,7 @@ _DTYPES = {1: "<f4", 2: "<i8", 3: "<i4"}
 _BFLOAT16 = 4
 _FLOAT32, _INT64 = 1, 2
 _WIDEST = 1024  # targets of a token
+_MOST_CELLS = 2**24  # of a request's sparse tensors: a few bytes may stand for very many
 EMPTY_LOGPROB = -99999.0
 """The log-probability in a cell that holds no token."""
 
@@ -114,6 +116,17 @@ def read_pass(body: bytes) -> PassRequest:
     settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         settings[name] = value.text if value.text else value.number
+    sparse = [
+        math.prod(tensor.shape)
+        for datum in message.data
+        for tensor in datum.loss_fn_inputs.values()
+        if tensor.HasField("sparse_csr")
+    ]
+    if sum(sparse) > _MOST_CELLS:
+        raise InputError(
+            f"the sparse tensors have {sum(sparse)} cells, and {_MOST_CELLS} are taken of a "
+            "request: send fewer rows at a time"
+        )
     return PassRequest(
         message.model_id,
         message.seq_id,
@@ -205,15 +218,16 @@ def _datum(message: Any, at: int) -> Datum:
 def _array(tensor: Any, what: str, tokens: int) -> np.ndarray:
     """A tensor, dense, as float32 or int64: (tokens,) or (tokens, K)."""
     shape = tuple(tensor.shape)
-    if len(shape) not in (1, 2) or shape[0] != tokens or not 1 <= shape[-1] <= _WIDEST + tokens:
+    wide = len(shape) == 2 and not 1 <= shape[1] <= _WIDEST
+    if len(shape) not in (1, 2) or shape[0] != tokens or wide:
         raise InputError(
-            f"{what} has shape {list(shape)}: ({tokens},) or ({tokens}, K) fit a model_input of "
-            f"{tokens} tokens"
+            f"{what} has shape {list(shape)}: ({tokens},) or ({tokens}, K), K up to {_WIDEST}, "
+            f"fit a model_input of {tokens} tokens"
         )
     try:
         if tensor.HasField("sparse_csr"):
             csr = tensor.sparse_csr
-            rows, _ = shape
+            rows, _columns = shape
             dense = np.zeros(shape, dtype=_numbers(b"", tensor.dtype).dtype)
             starts = np.frombuffer(csr.crow_indices, dtype="<i8")
             at = np.frombuffer(csr.col_indices, dtype="<i8")
