@@ -138,9 +138,19 @@ def tensors_of(rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
         if row.pictures is not None
         for image in opened([one.source for one in row.pictures.placed], row.where)
     ]
-    kinds = [reader.kinds(row.input_ids) for row in rows]
-    by_name = {name: [kind[name] for kind in kinds] for name in kinds[0]}
-    return reader.tensors(images), by_name
+    return reader.tensors(images), kinds_of(rows)
+
+
+def kinds_of(rows: Sequence[Any]) -> dict[str, list[list[int]]]:
+    """By the model's name for it, of each row a number for each token: whether it is of a picture.
+
+    Empty where the model does not ask for it, and where no row has a picture.
+    """
+    having = [row.pictures for row in rows if row.pictures is not None and row.pictures.placed]
+    if not having:
+        return {}
+    kinds = [having[0].reader.kinds(row.input_ids) for row in rows]
+    return {name: [kind[name] for kind in kinds] for name in kinds[0]}
 
 
 def has_pictures(row: Any) -> bool:

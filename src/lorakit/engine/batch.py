@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lorakit.engine.picture_features import PictureFeatures
+
 _Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
 
 CHUNK = 512
@@ -57,6 +59,7 @@ class ContinuousBatch:
         route: of all rows; None where each has the adapter that it names.
         in_parts: whether a long prompt is read in parts, so that others go on meanwhile.
         padded: whether short prompts are read together.
+        features: those of pictures; None computes them for each prompt.
     """
 
     def __init__(
@@ -68,9 +71,11 @@ class ContinuousBatch:
         route: Route | None = None,
         in_parts: bool = True,
         padded: bool = True,
+        features: PictureFeatures | None = None,
     ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
+        self._features = features
         self._routing, self._most, self._route = routing, most, route
         self._in_parts, self._padded = in_parts, padded
         self._writing = 0  # the first so many rows have read their prompts
@@ -164,8 +169,10 @@ class ContinuousBatch:
     def _with_pictures(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         """Prompts with pictures are read whole and alone, as no picture may be divided."""
         asked = [row.asked() for row in rows]
-        given = self._whole(first, rows)
-        return given | picture_inputs(asked, max(map(len, asked)), self._model.device)
+        given, width = self._whole(first, rows), max(map(len, asked))
+        if self._features is not None:
+            return given | self._features.inputs(rows, width)
+        return given | picture_inputs(asked, width, self._model.device)
 
     def _part(self, at: int, rows: Sequence[AnswerRow], start: int) -> dict[str, Any]:
         tokens = rows[0].prompt[start : rows[0].read]

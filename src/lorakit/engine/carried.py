@@ -19,6 +19,8 @@ from lorakit.lora.routing import Route, Routing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lorakit.engine.picture_features import PictureFeatures
+
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _NARROW = 4
 """The tokens of a window while it is tried, so that a few tokens are more than it holds."""
@@ -48,14 +50,16 @@ class Carried:
         most: int,
         length: int,
         route: Route | None = None,
+        features: PictureFeatures | None = None,
     ) -> Batch:
         """An empty batch of answers; arguments as in `ContinuousBatch`."""
         if self.why_not:
-            return PlainBatch(model, routing, most, route)
-        ways = {"in_parts": self.in_parts, "padded": self.padded}
-        batch = ContinuousBatch(model, routing, most, length, route, **ways)
+            return PlainBatch(model, routing, most, route, features)
+        ways = self.in_parts, self.padded
+        batch = ContinuousBatch(model, routing, most, length, route, *ways, features)
         if tells_pictures_apart(model):
-            return PicturesApart(batch, PlainBatch(model, routing, most, route), most)
+            pictures = PlainBatch(model, routing, most, route, features)
+            return PicturesApart(batch, pictures, most)
         return batch
 
 

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorakit.engine.adapter_optimizer import AdamW
+from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
+from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
 from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
@@ -61,6 +63,7 @@ class Engine:
         max_rows: how many answers are written at once; further ones wait.
         context_length: the most tokens of prompt and answer together; None is the model's own.
         pool_bytes: how much memory adapters may take that are not in use.
+        feature_bytes: how much memory features of pictures may take that are kept.
 
     Attributes:
         pool: the adapters that are registered.
@@ -82,6 +85,7 @@ class Engine:
         max_rows: int = 16,
         context_length: int | None = None,
         pool_bytes: int = POOL_BYTES,
+        feature_bytes: int = FEATURE_BYTES,
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows must be at least 1, not {max_rows}")
@@ -110,10 +114,14 @@ class Engine:
                 "together, later ones wait for them"
             )
         self._vocabulary = vocabulary_size(model)
-        self._batch = self.resident.answers(max_rows, self.context_length)
+        self._features = picture_features(model, self._bank.routing, feature_bytes)
+        self._batch = self.resident.answers(max_rows, self.context_length, self._features)
         self._used: dict[str, None] = {}  # adapters in the bank, the latest used last
-        self._queue: deque[tuple[Ticket, Version | None, Loaded | None]] = deque()
+        self._queue: deque[Asked] = deque()
         self._changed = Condition()
+        self._preparing = Preparing(
+            self._features, lambda asked: self._queue.appendleft(asked), self._changed
+        )
         self.training = TrainingQueue(self.resident, self._wake)
         self._closing = False
         self._deadline = 0.0
@@ -185,8 +193,8 @@ class Engine:
         return self.tokenizer if adapter is None else self.pool.version(adapter).tokenizer
 
     def waiting(self) -> int:
-        """How many requests wait for room."""
-        return len(self._queue)
+        """How many requests wait for room, or for their pictures to be decoded."""
+        return len(self._queue) + len(self._preparing)
 
     def running(self) -> int:
         """How many answers are being written."""
@@ -392,10 +400,13 @@ class Engine:
         while True:
             with self._changed:
                 while not (
-                    self._queue or self._batch.rows or self.training.waiting() or self._closing
+                    (self._queue and self._has_room())
+                    or self._batch.rows
+                    or self.training.waiting()
+                    or self._closing
                 ):
                     self._changed.wait()
-                done = not (self._queue or self._batch.rows)
+                done = not (self._queue or self._preparing or self._batch.rows)
                 if self._closing and (done or time.monotonic() > self._deadline):
                     return
             if self.training.waiting():
@@ -415,7 +426,7 @@ class Engine:
             # The batch ends rows that fail by themselves: this is beyond any one of them.
             for row in rows:
                 row.fail(f"the model failed while answering: {reason(error)}")
-            self._batch = self.resident.answers(self.max_rows, self.context_length)
+            self._batch = self.resident.answers(self.max_rows, self.context_length, self._features)
 
     def _let_go(self) -> None:
         """Ends requests that were cancelled while they waited, so that they take no room there."""
@@ -432,9 +443,11 @@ class Engine:
     def _admit(self) -> None:
         """Lets waiting requests join, in their order, and scores those of reward models."""
         for _ in range(self.max_rows):
-            if not (self._queue and self._batch.has_room()):
+            if not (self._queue and self._has_room()):
                 break
-            ticket, version, loaded = self._queue.popleft()
+            ticket, version, loaded = asked = self._queue.popleft()
+            if self._preparing.takes(asked, BASE if version is None else version.key):
+                continue
             try:
                 self._bring(version, loaded)
                 if version is not None and loaded is not None and loaded.head is not None:
@@ -444,6 +457,11 @@ class Engine:
                     self._batch.add(self._row(ticket, version))
             except BaseException as error:
                 ticket.put(AnswerPiece(finish_reason="error", error=reason(error)))
+
+    def _has_room(self) -> bool:
+        """Whether another request may join, beside those whose pictures are being decoded."""
+        taken = len(self._batch.rows) + len(self._preparing)
+        return taken < self.max_rows and self._batch.has_room()
 
     def _score(self, ticket: Ticket, version: Version, head: torch.Tensor) -> float:
         """What a reward model gives to a prompt."""
@@ -475,7 +493,7 @@ class Engine:
     def _end_all(self) -> None:
         with self._changed:
             self._closing = True
-            left, self._queue = self._queue, deque()
+            left, self._queue = [*self._queue, *self._preparing.close()], deque()
         self.training.close()
         for row in self._batch.rows:
             row.finish("cancelled")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.data.boundaries import encode_texts
 from lorakit.data.conversations import Message, pictures_of
 from lorakit.data.masking import TokenizedRow
-from lorakit.data.picture_rows import RowPictures, expanded, placed, tensors_of
+from lorakit.data.picture_rows import RowPictures, expanded, kinds_of, placed, tensors_of
 from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.models.picture_reader import reader_of
 
@@ -38,6 +38,8 @@ def prompt_row(
     sources = [source for message in messages for source in pictures_of(message.get("content"))]
     if not sources:
         return TokenizedRow(tokens_within(text, tokenizer, limit), [], where)
+    if len(text) // 8 > limit:  # far too long, which is told without its pictures
+        tokens_within(text, tokenizer, limit)
     found = expanded(text, sources, tokenizer, where)
     [encoded] = encode_texts([found.text], tokenizer)
     if len(encoded.ids) > limit:
@@ -55,11 +57,18 @@ def picture_inputs(
 
     Beside their tokens; nothing where no prompt has a picture.
     """
+    tensors, _ = tensors_of(rows)
+    given = {name: x.to(device) for name, x in tensors.items()}
+    return {**picture_kinds(rows, width, device), **given}
+
+
+def picture_kinds(
+    rows: Sequence[TokenizedRow], width: int, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """Which tokens of such prompts are of pictures, where the model asks for it."""
     import torch
 
-    tensors, kinds = tensors_of(rows)
-    padded: dict[str, Any] = {
-        name: torch.tensor([[0] * (width - len(row)) + row for row in own])
-        for name, own in kinds.items()
+    return {
+        name: torch.tensor([[0] * (width - len(row)) + row for row in own], device=device)
+        for name, own in kinds_of(rows).items()
     }
-    return {name: x.to(device) for name, x in {**padded, **tensors}.items()}

@@ -23,6 +23,7 @@ from lorakit.models.padding import takes_left_padding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lorakit.engine.picture_features import PictureFeatures
     from lorakit.lora.routing import Route, Routing
 
 
@@ -30,9 +31,15 @@ class PlainBatch:
     """Rows that begin together. Arguments as in `ContinuousBatch`."""
 
     def __init__(
-        self, model: PreTrainedModel, routing: Routing, most: int, route: Route | None = None
+        self,
+        model: PreTrainedModel,
+        routing: Routing,
+        most: int,
+        route: Route | None = None,
+        features: PictureFeatures | None = None,
     ) -> None:
         self.rows: list[AnswerRow] = []
+        self._features = features
         self._model, self._routing, self._most, self._route = model, routing, most, route
         self._computed: list[AnswerRow] = []  # by the `generate` that runs
         self._written = 0  # tokens of each that it has written
@@ -81,7 +88,7 @@ class PlainBatch:
                     settings,
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
-                    **picture_inputs([row.asked() for row in rows], ids.shape[1], device),
+                    **self._pictures(rows, ids.shape[1]),
                     logits_processor=[self._choose],
                     stopping_criteria=[self._ended],
                 )
@@ -89,6 +96,11 @@ class PlainBatch:
             self._failure = reason(error)
             return False
         return True
+
+    def _pictures(self, rows: list[AnswerRow], width: int) -> dict[str, Any]:
+        if self._features is not None:
+            return self._features.inputs(rows, width)
+        return picture_inputs([row.asked() for row in rows], width, self._model.device)
 
     def _chosen(self, rows: list[AnswerRow]) -> AbstractContextManager[None]:
         if self._route is not None:

@@ -10,11 +10,14 @@ from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.picture_rows import RowPictures
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
+
+if TYPE_CHECKING:
+    from lorakit.engine.picture_features import Prepared
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -58,12 +61,17 @@ class AnswerPiece:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request in an engine's hands. One listener may take the pieces of its answer."""
+    """A request in an engine's hands. One listener may take the pieces of its answer.
+
+    Attributes:
+        prepared: its pictures as the model is given them, until their features are computed.
+    """
 
     prompt: tuple[int, ...]
     adapter: str | None
     sampling: Sampling
     pictures: RowPictures | None = None
+    prepared: tuple[Prepared, ...] | None = None
     cancelled: Event = field(default_factory=Event)
     _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)
     _lock: Lock = field(default_factory=Lock)

@@ -29,6 +29,7 @@ from lorakit.engine.adapter_optimizer import (
 )
 from lorakit.engine.batch import Batch
 from lorakit.engine.carried import Carried, how_carried
+from lorakit.engine.picture_features import PictureFeatures
 from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_length_of
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.sampler import write_rows
@@ -371,12 +372,15 @@ class ResidentModel:
         with self.model.routing.using(Route()):
             return how_carried(self.base)
 
-    def answers(self, rows: int, length: int) -> Batch:
+    def answers(self, rows: int, length: int, features: PictureFeatures | None = None) -> Batch:
         """An empty batch of answers, for so many rows of so many tokens at most.
 
         A row's adapter is one of this model, packed (`pack`) or not.
+
+        Args:
+            features: of pictures, under adapters that are not trained.
         """
-        return self._carried.batch(self.base, self.model.routing, rows, length)
+        return self._carried.batch(self.base, self.model.routing, rows, length, features=features)
 
     def pack(self, names: Iterable[str] = ()) -> None:
         """Lays the factors of these adapters out for sampling, as they are now."""
