@@ -44,6 +44,16 @@ def running(
     base: Path, adapters: Mapping[str, Path], options: ServerOptions, max_rows: int
 ) -> Iterator[Running]:
     engine = open_engine(str(base), adapters, dtype="float32", max_rows=max_rows)
+    try:
+        with serving(engine, options) as server:
+            yield server
+    finally:
+        engine.close()
+
+
+@contextmanager
+def serving(engine: Engine, options: ServerOptions) -> Iterator[Running]:
+    """A server over an engine that stays open."""
     addresses: list[str] = []
     started = threading.Event()
 
@@ -61,7 +71,6 @@ def running(
         finally:
             server.should_exit = True
             thread.join(60)
-            engine.close()
     assert not thread.is_alive()
 
 

@@ -1,6 +1,6 @@
 """`lorakit serve`: adapters and their base behind OpenAI's API."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +11,9 @@ from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOpti
 from lorakit.console import say, say_all
 from lorakit.errors import InputError
 
-_TRAINING_BODY = 32 << 20
-"""Rows of a batch to train on, which the SDK sends in parts of about 5 MB."""
+_TEXT_BODY = 4 << 20
+_LARGE_BODY = 32 << 20
+"""For pictures, and rows of a batch to train on, which the SDK sends in parts of about 5 MB."""
 
 
 class EngineName(StrEnum):
@@ -76,8 +77,35 @@ def serve(
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Maximum bytes of a request's body.")] = 4
-    << 20,
+    max_body: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum bytes of a request's body. Default: 4 MiB, 32 MiB with pictures.",
+            show_default=False,
+        ),
+    ] = None,
+    max_images: Annotated[
+        int, typer.Option(min=0, help="Maximum pictures in a request; 0 takes none.")
+    ] = 16,
+    max_image_bytes: Annotated[
+        int, typer.Option(min=1, help="Maximum bytes of a picture's file.")
+    ] = 20 << 20,
+    max_image_pixels: Annotated[
+        int, typer.Option(min=1, help="Maximum pixels of a request's pictures together.")
+    ] = 40_000_000,
+    fetch_images: Annotated[
+        bool,
+        typer.Option(
+            "--fetch-images", help="Fetch pictures at public web addresses that requests name."
+        ),
+    ] = False,
+    image_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --fetch-images: fetch from this host alone, also a private one; repeatable."
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Maximum answers in the queue for the batch.")
     ] = 256,
@@ -138,6 +166,8 @@ def serve(
         raise InputError("--merged serves a single adapter: leave --adapter-root out")
     if state is not None and not training:
         raise InputError("--state is the training service's folder: give --training too")
+    if image_host and not fetch_images:
+        raise InputError("--image-host says where pictures are fetched: give --fetch-images too")
     if merged and training:
         raise InputError("--merged serves a single adapter and trains none: leave --training out")
     try:
@@ -148,6 +178,7 @@ def serve(
             f"lorakit serve needs {error.name}: pip install 'lorakit[serve]'"
         ) from error
     from lorakit.engine.open_engine import open_engine
+    from lorakit.models.picture_reader import reader_of
 
     # Refused before a model is loaded.
     server_options = ServerOptions(
@@ -159,12 +190,16 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         drain=drain,
         training_state=(state or Path("runs/service")) if training else None,
+        fetch_from=tuple(image_host or ()) if fetch_images else None,
         limits=Limits(
-            body_bytes=max(max_body, _TRAINING_BODY) if training else max_body,
+            body_bytes=max_body or _TEXT_BODY,
             waiting=max_waiting,
             requests=max_requests,
             connections=max_connections,
             request_seconds=request_timeout,
+            images=max_images,
+            image_bytes=max_image_bytes,
+            image_pixels=max_image_pixels,
         ),
     )
     if training:
@@ -180,6 +215,11 @@ def serve(
         context_length=context_length,
         merged=merged,
     )
+    pictured = reader_of(opened.tokenizer) is not None and max_images > 0
+    if training or (pictured and max_body is None):
+        body = max(server_options.limits.body_bytes, _LARGE_BODY)
+        limits = replace(server_options.limits, body_bytes=body)
+        server_options = replace(server_options, limits=limits)
     say_all(opened.notices)
     names = ", ".join(named) if named and not merged else ""
 

@@ -179,7 +179,9 @@ def bytes_of(source: str) -> bytes:
                 raise InputError(f"more than {MOST_BYTES >> 20} MiB; make it smaller")
             content = source[match.end() :]
             if match[1]:
-                return base64.b64decode(unquote(content), validate=True)
+                # Encoders break lines, and some leave the padding out.
+                digits = "".join(unquote(content).split()).rstrip("=")
+                return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
             return unquote_to_bytes(content)
         with Path(source).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -197,9 +199,14 @@ def digest(source: str) -> str:
     return hashlib.sha256(bytes_of(source)).hexdigest()
 
 
+def is_data_url(source: str) -> bool:
+    """Whether a picture stands in its source itself."""
+    return _DATA_URL.match(source) is not None
+
+
 def label(source: str) -> str:
     """What a picture is called in messages."""
-    return "a data URL" if _DATA_URL.match(source) else one_line(Path(source).name)
+    return "a data URL" if is_data_url(source) else one_line(Path(source).name)
 
 
 def open_picture(source: str) -> tuple[Image, list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorakit.engine.adapter_names import check_name, composed
 from lorakit.engine.engine import Engine
 from lorakit.errors import InputError
+from lorakit.models.picture_reader import reader_of
 from lorakit.server.errors import ApiError, bad_field
 from lorakit.server.payloads import LoadAdapterRequest, UnloadAdapterRequest
 from lorakit.server.replies import ModelCard, ModelList
@@ -19,10 +20,12 @@ class Shelf:
 
     Args:
         root: the folder that adapters are loaded from; None forbids it.
+        images: whether requests may have pictures, where the model reads some.
     """
 
-    def __init__(self, engine: Engine, root: Path | None) -> None:
+    def __init__(self, engine: Engine, root: Path | None, images: bool = True) -> None:
         self._engine = engine
+        self._pictures = images and reader_of(engine.tokenizer) is not None
         self._root = None if root is None else root.absolute()
         self._started = int(time.time())
         self._loaded: dict[str, int] = {}
@@ -116,6 +119,7 @@ class Shelf:
             "root": root,
             "parent": parent,
             "max_model_len": self._engine.context_length,
+            "input_modalities": ["text", "image"] if self._pictures else ["text"],
         }
 
 

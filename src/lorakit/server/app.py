@@ -16,6 +16,7 @@ from lorakit.server.errors import ApiError
 from lorakit.server.fair_turns import Turns
 from lorakit.server.gate import Gate, Hosts, Keys, owner_of
 from lorakit.server.guarded_routes import Guard, Level, needs
+from lorakit.server.images import Images
 from lorakit.server.open_answers import Desk
 from lorakit.server.options import ServerOptions
 from lorakit.server.payloads import (
@@ -66,8 +67,8 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     """The application over `engine`, and the desk where its requests lie."""
     metrics = Metrics(engine)
     desk = Desk(engine, options.limits, metrics)
-    prompts = Prompts(engine)
-    shelf = Shelf(engine, options.adapter_root)
+    prompts = Prompts(engine, Images(options.limits, options.fetch_from))
+    shelf = Shelf(engine, options.adapter_root, images=options.limits.images > 0)
     app = FastAPI(
         title="lorakit serve",
         version=__version__,

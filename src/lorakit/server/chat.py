@@ -38,7 +38,8 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     size = len(await request.body())
     work = prompts.of_chat(adapter, asked, client_of(request), size)
     prompt = await while_wanted(request, work, deadline, desk.late())
-    answers = await desk.hand_in([prompt], adapter, asked, deadline)
+    given = [prompt.input_ids], adapter, asked, deadline, prompt.pictures
+    answers = await desk.hand_in(*given)
 
     def logprobs(tokens: Iterable[ChosenToken]) -> ChatLogprobs | None:
         return None if asked.rivals is None else _logprobs(tokens)

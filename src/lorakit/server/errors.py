@@ -129,8 +129,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         return bad_field(f"{where} {message}", param, "unknown_parameter")
     if kind == "none_required" or (kind == "too_long" and given.get("max_length") == 0):
         return bad_field(f"{where} is not supported: leave it out", param, "unsupported_parameter")
-    if kind == "literal_error":
-        message = f"only {given['expected']} is supported"
+    if kind in ("literal_error", "union_tag_invalid"):
+        wanted = given["expected" if kind == "literal_error" else "expected_tags"]
+        message = f"only {wanted} is supported"
         return bad_field(f"{where}: {message}", param, "unsupported_value")
     if kind == "value_error":  # our own words
         message = message.removeprefix("Value error, ")

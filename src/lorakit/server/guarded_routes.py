@@ -108,11 +108,18 @@ class Guard:
             ApiError: it may not, or its body cannot be taken.
         """
         self.admit(scope, access)
-        self._desk.inside += 1
+        desk = self._desk
+        held = min(int(dict(scope["headers"]).get(b"content-length", 0)), desk.limits.body_bytes)
+        self._require_memory(held)
+        desk.inside += 1
+        desk.body_bytes += held
         try:
-            body = await read_body(scope, receive, self._desk.limits)
+            body = await read_body(scope, receive, desk.limits)
             if body is None:  # the client has left
                 return
+            self._require_memory(len(body) - held)  # where its length was not told before
+            desk.body_bytes += len(body) - held
+            held = len(body)
             waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def given_on() -> Message:
@@ -120,7 +127,18 @@ class Guard:
 
             await handle(scope, given_on, send)
         finally:
-            self._desk.inside -= 1
+            desk.inside -= 1
+            desk.body_bytes -= held
+
+    def _require_memory(self, size: int) -> None:
+        """Raises ApiError, 429, where bodies under way would take too much memory with this one."""
+        if self._desk.body_bytes + size > self._desk.limits.bodies_bytes:
+            raise ApiError(
+                429,
+                "the requests under way take all memory that there is for them: ask again later",
+                code="rate_limit_exceeded",
+                retry_after=1,
+            )
 
     async def nowhere(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What a request gets that matches no route: 404, and only with the API key.

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from lorakit.data.picture_rows import RowPictures
 from lorakit.engine.engine import Engine
 from lorakit.engine.requests import AnswerPiece, ChosenToken, Ticket
 from lorakit.errors import InputError
@@ -158,12 +159,13 @@ class Desk:
     Attributes:
         draining: whether the server ends and takes nothing new.
         inside: how many requests are under way, from their head to the end of the reply.
+        body_bytes: how much the bodies of these take.
     """
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
         self.engine, self.limits, self.metrics = engine, limits, metrics
         self.draining = False
-        self.inside = 0
+        self.inside = self.body_bytes = 0
         self._stopped: ApiError | None = None
         self._open: set[OpenAnswers] = set()
         self._rows = 0
@@ -204,11 +206,13 @@ class Desk:
         adapter: str | None,
         asked: SamplingFields | PoolingRequest,
         deadline: float,
+        pictures: RowPictures | None = None,
     ) -> OpenAnswers:
         """Hands `asked.choices` requests a prompt to the engine.
 
         Args:
             deadline: of `deadline()`, when the request came.
+            pictures: those in the prompt, which is the only one then.
 
         Raises:
             ApiError: 400 when a prompt does not fit the context or the model does not do what is
@@ -226,7 +230,7 @@ class Desk:
                 for prompt, limit in zip(prompts, limits, strict=True):
                     for choice in range(asked.choices):
                         sampling = asked.sampling(limit, choice)
-                        tickets.append(self.engine.submit(prompt, adapter, sampling))
+                        tickets.append(self.engine.submit(prompt, adapter, sampling, pictures))
             except BaseException:
                 for ticket in tickets:
                     ticket.cancel()

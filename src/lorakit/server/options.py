@@ -74,6 +74,10 @@ class Limits:
         header_seconds: until a connection has sent the head of a request (it is closed), and
             until the body has come (408).
         write_seconds: how long a client may take nothing of its answer (it is left).
+        bodies_bytes: the bodies of all requests under way together (429).
+        images: pictures of a request (400); 0 takes none.
+        image_bytes: the file of a picture (400).
+        image_pixels: all pictures of a request together (400).
 
     Raises:
         InputError: a limit is not above zero.
@@ -86,10 +90,15 @@ class Limits:
     request_seconds: float = 600.0
     header_seconds: float = 20.0
     write_seconds: float = 60.0
+    bodies_bytes: int = 2 * 1024**3
+    images: int = 16
+    image_bytes: int = 20 * 1024 * 1024
+    image_pixels: int = 40_000_000
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            value, least = getattr(self, limit.name), 0 if limit.name == "waiting" else 1e-3
+            none = limit.name in ("waiting", "images")
+            value, least = getattr(self, limit.name), 0 if none else 1e-3
             if not least <= value < float("inf"):
                 raise InputError(f"the limit {limit.name} must be above 0, not {value}")
 
@@ -106,6 +115,8 @@ class ServerOptions:
         allowed_hosts: names that the server is reached by, beside loopback ones (`gate.py`).
         drain: on SIGTERM, seconds that running answers have to finish.
         training_state: the folder of the training service's checkpoints; None is no service.
+        fetch_from: the hosts that pictures of requests are fetched from, which may be private ones;
+            empty for every public host, None for none at all.
 
     Raises:
         InputError: the values do not go together.
@@ -119,6 +130,7 @@ class ServerOptions:
     allowed_hosts: tuple[str, ...] = ()
     drain: float = 30.0
     training_state: Path | None = None
+    fetch_from: tuple[str, ...] | None = None
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from lorakit.data import strict_json
+from lorakit.data.conversations import IMAGE
 from lorakit.data.spans import REASONING
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import did_you_mean
@@ -229,11 +230,34 @@ class CompletionRequest(SamplingFields):
 
 
 class TextPart(Replayed):
-    """A part of a message; only text can be read."""
+    """A part of a message that is text."""
 
     type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = None
+
+
+class ImageUrl(Replayed):
+    """Where a picture is: a data URL, or an address where the server fetches some."""
+
+    url: Text
+    detail: Literal["auto", "high"] | None = None
+
+
+class ImagePart(Replayed):
+    """A part of a message that is a picture, for models that read pictures."""
+
+    type: Literal["image_url"]
+    image_url: Text | ImageUrl
+    cache_control: dict[str, Any] | None = None
+
+    @property
+    def url(self) -> str:
+        """The address itself."""
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(Replayed):
@@ -274,7 +298,7 @@ class ChatMessage(Replayed):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Items[TextPart] | None = None
+    content: str | Items[Part] | None = None
     name: str | None = None
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -298,20 +322,39 @@ class ChatMessage(Replayed):
                     raise ValueError(f"a message of the role {self.role} cannot have {key}")
         if self.content is None and not self.tool_calls:
             raise ValueError("content is missing")
+        if self.role == "assistant" and self.pictures:
+            raise ValueError("an answer has no pictures: they are read, not written")
         return self
+
+    @property
+    def pictures(self) -> list[str]:
+        """The addresses of its pictures."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.url for part in parts if isinstance(part, ImagePart)]
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates know it, and as training gives it to them."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": text}
+        message: dict[str, Any] = {"role": role, "content": self._content()}
         for key in ("name", "tool_call_id", *REASONING):
             if value := getattr(self, key):
                 message[key] = value
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
+
+    def _content(self) -> str | list[dict[str, Any]]:
+        parts = self.content or ""
+        if isinstance(parts, str):
+            return parts
+        if not self.pictures:
+            return "".join(part.text for part in parts if isinstance(part, TextPart))
+        return [
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": IMAGE, IMAGE: part.url}
+            for part in parts
+        ]
 
 
 class ToolFunction(Payload):
@@ -416,6 +459,8 @@ class PoolingRequest(Ignored):
             raise ValueError("give input or messages, one of the two")
         if self.messages is not None and self.messages[-1].role != "assistant":
             raise ValueError("messages end with the answer that is scored, an assistant message")
+        if any(message.pictures for message in self.messages or ()):
+            raise ValueError("conversations with pictures are not scored: leave the pictures out")
         return self
 
     def inputs(self) -> list[str | list[int] | list[dict[str, Any]]]:

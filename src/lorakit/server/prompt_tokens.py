@@ -13,44 +13,57 @@ from functools import partial
 from typing import Any
 
 from lorakit.data.bounded_templates import TemplateTimeoutError
+from lorakit.data.conversations import Message
+from lorakit.data.masking import TokenizedRow
 from lorakit.data.samples import Sample
 from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.engine.engine import Engine
+from lorakit.engine.picture_prompt import prompt_row
 from lorakit.engine.scoring import scored_tokens
 from lorakit.engine.shown import NotShownError, shown_text
+from lorakit.errors import InputError
+from lorakit.models.picture_reader import reader_of, why_unread
 from lorakit.server.errors import ApiError, bad_field, in_words
 from lorakit.server.fair_turns import Turns
+from lorakit.server.images import Images, broken, places_of, without_pictures
 from lorakit.server.payloads import ChatRequest
 
 
 class Prompts:
     """Prompts for one engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, images: Images) -> None:
+        self._engine, self._images = engine, images
         self._turns = Turns("lorakit-prompts")
         self._of_templates: dict[str, Turns] = {}
 
     async def of_chat(
         self, adapter: str | None, asked: ChatRequest, client: str, characters: int
-    ) -> list[int]:
+    ) -> TokenizedRow:
         """The conversation in the template of the adapter, up to where the answer begins.
 
         Args:
             client: who asks, for a fair order.
-            characters: about how long the conversation is.
+            characters: about how long the conversation is, with its pictures.
 
         Raises:
             InputError: the template refuses it.
-            ApiError: 400, the template takes too long for it, or it leaves no room in the context
-                for an answer.
+            ApiError: 400, the template takes too long for it, it leaves no room in the context
+                for an answer, or it has a picture that the model cannot be shown.
         """
         tokenizer = self._engine.tokenizer_of(adapter)
+        messages, pixels = [message.for_template() for message in asked.messages], 0
+        if places := places_of(messages):
+            if reader_of(tokenizer) is None:
+                why = why_unread(tokenizer)
+                raise places[0].error(f"pictures cannot be read: {why}", "unsupported_value")
+            characters -= sum(len(place.url) for place in places)
+            messages, pixels = await self._images.taken(messages, client)
 
         def written() -> str:
-            messages = [message.for_template() for message in asked.messages]
             variables = asked.chat_template_kwargs
-            return shown_text(messages, tokenizer, asked.shown_tools(), variables)
+            shown = without_pictures(messages)
+            return shown_text(shown, tokenizer, asked.shown_tools(), variables)
 
         template = str(tokenizer.chat_template)
         turns = self._of_templates.setdefault(template, Turns("lorakit-template"))
@@ -63,8 +76,23 @@ class Prompts:
         finally:
             if turns.idle:
                 self._of_templates.pop(template, None)
+        if places:
+            return await self._with_pictures(text, messages, tokenizer, pixels, client)
         work = partial(tokens_within, text, tokenizer, self._limit)
-        return await self._in_turn(work, len(text), client, "messages")
+        return TokenizedRow(await self._in_turn(work, len(text), client, "messages"), [], "")
+
+    async def _with_pictures(
+        self, text: str, messages: Sequence[Message], tokenizer: Any, pixels: int, client: str
+    ) -> TokenizedRow:
+        work = partial(prompt_row, text, messages, tokenizer, self._limit)
+        try:
+            row: TokenizedRow = await self._images.in_turn(work, pixels, client)
+        except TooManyTokensError as error:
+            raise self._too_long(error, "messages") from error
+        except InputError as error:
+            found = partial(broken, messages, error)
+            raise await self._images.in_turn(found, pixels, client) from error
+        return row
 
     async def of_texts(
         self,

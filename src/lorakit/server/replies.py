@@ -152,7 +152,8 @@ class Pooling(TypedDict):
 class ModelCard(TypedDict):
     """The base, or an adapter: `parent` is its base, `root` where it comes from.
 
-    `notice` is there where its user should know something: other weights, another chat template.
+    `input_modalities` are `text`, and `image` where pictures are read. `notice` is there where its
+    user should know something: other weights, another chat template.
     """
 
     id: str
@@ -162,6 +163,7 @@ class ModelCard(TypedDict):
     root: str
     parent: str | None
     max_model_len: int
+    input_modalities: list[str]
     notice: NotRequired[str]
 
 
