@@ -22,13 +22,17 @@ export function setKey(value) {
   remember("sessionStorage", "key", key);
 }
 
-/** The served models: `[{id, base, label}]`, the base first; `label` is what people are shown. */
+/**
+ * The served models: `[{id, base, label, pictures}]`, the base first; `label` is what people are
+ * shown, `pictures` whether the model reads some.
+ */
 export async function listModels() {
   const response = await ask("v1/models", {});
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new Trouble("The server's list of models can't be read.");
-  const models = data.map(({ id, parent = null }) => ({
+  const models = data.map(({ id, parent = null, input_modalities: reads = [] }) => ({
     id,
+    pictures: reads.includes("image"),
     base: parent === null,
     // A base that is a folder of the server's goes by the folder's name.
     label: parent === null ? `${/^([./~]|\w:)/.test(id) ? id.match(/[^/\\]*[/\\]*$/)[0] : id} (base)` : id,

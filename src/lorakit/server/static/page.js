@@ -4,13 +4,18 @@
 import { Answer } from "./answer.js";
 import { listModels, setKey } from "./api.js";
 import { Columns } from "./columns.js";
+import { contentOf, imageOf, Pictures } from "./pictures.js";
 import { Settings } from "./settings.js";
 
 const $ = (selector) => document.querySelector(selector);
 const prompt = $("#prompt");
 const settings = new Settings($("#settings-form"), $("#settings-button"), $("#settings-set"));
 const columns = new Columns($("#columns"), $("#add"), columnsChanged);
-let turns = []; // {prompt, element, answers: column → Answer}
+const pictures = new Pictures(
+  { list: $("#pictures"), button: $("#add-picture"), input: $("#picture-file"), composer: $("#composer") },
+  { changed: follow, say },
+);
+let turns = []; // {prompt, pictures, element, answers: column → Answer}
 let following = true; // whether the end of the page is kept in view
 
 function say(words) {
@@ -21,10 +26,10 @@ function say(words) {
 
 function send() {
   if (busy()) return say("Answers are still coming. Escape stops them.");
-  if (prompt.value.trim() === "") return prompt.focus();
+  if (prompt.value.trim() === "" && pictures.waiting.length === 0) return prompt.focus();
   if (columns.columns.length === 0) return loadModels();
   if (!settings.check()) return undefined;
-  const turn = addTurn(prompt.value);
+  const turn = addTurn(prompt.value, pictures.take());
   prompt.value = "";
   fitPrompt();
   following = true;
@@ -33,12 +38,14 @@ function send() {
   return undefined;
 }
 
-function addTurn(text) {
+function addTurn(text, shown) {
   const element = $("#turn-template").content.firstElementChild.cloneNode(true);
   element.querySelector("h2").textContent = `Prompt ${turns.length + 1}`;
   element.querySelector(".prompt").textContent = text;
+  element.querySelector(".prompt").hidden = text === "";
+  element.querySelector(".shown").append(...shown.map(imageOf));
   $("#turns").append(element);
-  const turn = { prompt: text, element, answers: new Map() };
+  const turn = { prompt: text, pictures: shown, element, answers: new Map() };
   turns.push(turn);
   return turn;
 }
@@ -66,10 +73,10 @@ function messagesOf(turn, column) {
   for (const earlier of turns.slice(0, turns.indexOf(turn))) {
     const answer = earlier.answers.get(column);
     if (!answer?.usable) continue;
-    messages.push({ role: "user", content: earlier.prompt });
+    messages.push({ role: "user", content: contentOf(earlier.prompt, earlier.pictures) });
     messages.push({ role: "assistant", content: answer.text });
   }
-  return [...messages, { role: "user", content: turn.prompt }];
+  return [...messages, { role: "user", content: contentOf(turn.prompt, turn.pictures) }];
 }
 
 const answers = () => turns.flatMap((turn) => [...turn.answers.values()]);
@@ -158,7 +165,9 @@ function fitPrompt() {
 
 async function loadModels() {
   try {
-    columns.serve(await listModels());
+    const models = await listModels();
+    columns.serve(models);
+    pictures.allow(models.some((model) => model.pictures));
     $("#key-form").hidden = true;
     $("#trouble").hidden = true;
   } catch (trouble) {
