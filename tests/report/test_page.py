@@ -70,7 +70,8 @@ def test_nothing_on_the_page_can_load_or_run(tmp_path: Path):
     page = Page(write_report(save_run(tmp_path / "run")))
     policies = [a["content"] for tag, a in page.tags if a.get("http-equiv")]
     assert policies == [
-        "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
     ]
     assert not {"script", "iframe", "img", "object"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?://|url\(|@import", page.html)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorakit.data.checks import RowStatistics
+    from lorakit.data.picture_figures import PictureFigures
     from lorakit.lora.status import ModuleKind
     from lorakit.training.check import ShownPiece
 
@@ -35,21 +37,31 @@ def check(
     forecast: Annotated[
         bool, typer.Option(help="Measure time and memory on a few training batches.")
     ] = True,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(help="Draw the first pictures beside their questions and answers: an .html."),
+    ] = None,
+    contact_sheet_rows: Annotated[
+        int, typer.Option(min=1, help="How many rows the contact sheet shows.")
+    ] = 60,
 ) -> None:
     """Show a recipe's rows, trainable parameters, time and memory.
 
-    Nothing is written.
+    Nothing is written but the contact sheet.
     """
     options = {"model": model, "data.train": data}
     recipe = recipe_from(arguments, options, {"output_dir": "not-written"})
 
-    from lorakit.errors import InputError, one_line
+    from lorakit.errors import InputError, count, one_line
+    from lorakit.report.contact_sheet import require_sheet_place, write_contact_sheet
     from lorakit.training.check import check as run
     from lorakit.training.check import shown_row
     from lorakit.training.processes import process_count
 
     if process_count() > 1:
         raise InputError("lorakit check looks at one process: start it without torchrun")
+    if contact_sheet is not None:
+        require_sheet_place(contact_sheet)
     console = open_console(soft_wrap=True)
     result = run(recipe, with_forecast=forecast)
     setup = result.setup
@@ -57,6 +69,7 @@ def check(
         _show_row(console, setup.data.train[index].where, shown_row(setup, index))
     _show_rows(console, result.statistics)
     _show_preferences(result.statistics)
+    _show_pictures(result.pictures)
     for finding in setup.data.findings:
         line = f"! {finding.line}" if finding.count else f"✓ no row is {finding.what}"
         style = "yellow" if finding.count else ""
@@ -66,6 +79,19 @@ def check(
     lines = [f"chosen: {advice.line}" for advice in setup.advice] + setup.notices
     for line in [*lines, *([result.forecast.line] if result.forecast else [])]:
         console.print(one_line(line))
+    if contact_sheet is None:
+        return
+    if "train" not in result.pictures:
+        raise InputError("--contact-sheet: no row to learn from has a picture; leave it out")
+    shown = write_contact_sheet(
+        contact_sheet,
+        recipe.model,
+        Path(result.setup.data_facts[0]["path"]),
+        list(zip(setup.data.train_samples, setup.data.train, strict=True)),
+        result.pictures["train"],
+        contact_sheet_rows,
+    )
+    console.print(f"wrote {contact_sheet}: the pictures of {count(shown, 'row')}")
 
 
 def _show_row(console: Console, where: str, pieces: list[ShownPiece]) -> None:
@@ -133,6 +159,25 @@ def _show_preferences(statistics: dict[str, RowStatistics]) -> None:
     if rows:
         columns = ("", "chosen", "rejected", "median tokens", "rejected", "chosen is longer")
         print_table("chosen (desirable) and rejected (undesirable) answers", columns, rows)
+
+
+def _show_pictures(pictures: dict[str, PictureFigures]) -> None:
+    """How many pictures there are, their sizes and their tokens; nothing without any."""
+    rows = [
+        (
+            part,
+            f"{figures.pictures:,}",
+            f"{figures.files:,}",
+            *(f"{tokens:,}" for tokens in figures.tokens),
+            f"{figures.share:.0%}",
+            *(f"{width} × {height}" for width, height in figures.sizes),
+        )
+        for part, figures in pictures.items()
+    ]
+    if rows:
+        tokens = ("tokens: min", "p50", "max", "of all")
+        columns = ("", "pictures", "files", *tokens, "pixels: min", "p50", "max")
+        print_table("pictures", columns, rows)
 
 
 def _show_modules(modules: list[ModuleKind], trained: int, total: int) -> None:

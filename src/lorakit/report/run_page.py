@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,21 @@ from typing import Any
 import yaml
 
 from lorakit.adapters.lineage import chain, whereabouts
-from lorakit.errors import InputError
+from lorakit.data.conversations import IMAGE
+from lorakit.data.thumbnails import THUMBNAIL, is_thumbnail
 from lorakit.folder_name import folder_name
 from lorakit.report import findings, numbers
 from lorakit.report.charts import Chart, Line, histogram, line_chart, smoothed
 from lorakit.report.heat_map import LEVELS, heat_maps
-from lorakit.report.page_templates import write_page
+from lorakit.report.page_templates import require_place, write_page
 from lorakit.report.preferences import fall_of_both, preference_charts, preference_figures
 from lorakit.report.read import RecordedSample, RunRecord, read_run
 
 REPORT_NAME = "report.html"
-_MARK = b'<meta name="generator" content="lorakit report">'
 _SMOOTH_FROM = 50  # logged steps from which a curve gets a smoothed one
 _LONGEST_TEXT = 3000  # characters of a sample's text that are shown
 _MOST_SAMPLES = 20
+_MOST_PICTURES = 8  # of a message
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,9 @@ def write_report(adapter: str | Path, output: str | Path | None = None) -> Repor
     """
     path = Path(output) if output is not None else Path(adapter) / REPORT_NAME
     run = read_run(adapter)
-    _check_place(path)
+    require_place(path, "report", REPORT_NAME, "give another name with -o")
     write_page(path, "report", _content(run))
     return Report(path, run.notices)
-
-
-def _check_place(path: Path) -> None:
-    """Raises InputError unless `path` is free, or holds a report, in a folder to write into."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file, such as {path / REPORT_NAME}")
-    if path.exists() and not _is_report(path):
-        raise InputError(f"{path} exists and is not a report: give another name with -o")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
-        raise InputError(f"{path}: {parent} {why}: give another place with -o")
-
-
-def _is_report(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return _MARK in file.read(2000)
-    return False
 
 
 def _content(run: RunRecord) -> dict[str, Any]:
@@ -171,7 +152,7 @@ def _data(run: RunRecord) -> list[dict[str, Any]]:
 def _sample(sample: RecordedSample) -> dict[str, Any]:
     """One sample's texts, the long ones cut and the cut counted."""
     return {
-        "prompt": [(turn.role, _shown(turn.content)) for turn in sample.prompt],
+        "prompt": [(turn.role, *_turn(turn.content)) for turn in sample.prompt],
         "answers": [
             ("Before", "the base", _shown(sample.base), sample.base.strip()),
             ("After", "with the adapter", _shown(sample.tuned), sample.tuned.strip()),
@@ -179,6 +160,26 @@ def _sample(sample: RecordedSample) -> dict[str, Any]:
         ],
         "reference": sample.reference.strip(),
     }
+
+
+def _turn(content: Any) -> tuple[str, list[dict[str, str]]]:
+    """A message's text, and the thumbnails of its pictures with their names."""
+    kinds = {"text", IMAGE}
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict) and part.get("type") in kinds for part in content
+    ):
+        return _shown(content), []
+    texts, pictures = [], []
+    for part in content:
+        if part["type"] == "text":
+            texts.append(str(part.get("text", "")))
+            continue
+        name = Path(str(part.get(IMAGE))[:200]).name
+        if is_thumbnail(url := part.get(THUMBNAIL)) and len(pictures) < _MOST_PICTURES:
+            pictures.append({"name": name, "url": url})
+        else:
+            texts.append(f"[picture {name}]")
+    return _shown(" ".join(texts)), pictures
 
 
 def _shown(text: Any) -> str:

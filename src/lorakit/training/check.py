@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorakit.data.checks import RowStatistics
 from lorakit.data.label_rows import LabelledRow
 from lorakit.data.masking import IGNORE, TokenizedRow
+from lorakit.data.picture_figures import PictureFigures, picture_figures
 from lorakit.lora.status import ModuleKind, parameter_table
 from lorakit.training.forecast import Forecast, forecast
 from lorakit.training.recipe import Recipe
@@ -32,10 +33,15 @@ class ShownPiece:
 
 @dataclass(frozen=True)
 class Check:
-    """A run that could begin, in numbers; `forecast` is None where none was wanted."""
+    """A run that could begin, in numbers; `forecast` is None where none was wanted.
+
+    Attributes:
+        pictures: of the parts of the data that have some.
+    """
 
     setup: Setup
     statistics: dict[str, RowStatistics]
+    pictures: dict[str, PictureFigures]
     modules: list[ModuleKind]
     forecast: Forecast | None
 
@@ -54,7 +60,10 @@ def check(recipe: Recipe, *, with_forecast: bool = True) -> Check:
             setup.arguments.output_dir = elsewhere  # Trainer makes its folder at once
             expected = forecast(setup.trainer())
     modules = parameter_table(setup.model, setup.model.active_adapter)
-    return Check(setup, setup.data.statistics(), modules, expected)
+    parts = {"train": setup.data.train, "eval": setup.data.eval}
+    figures = {name: picture_figures(rows) for name, rows in parts.items()}
+    pictures = {name: found for name, found in figures.items() if found is not None}
+    return Check(setup, setup.data.statistics(), pictures, modules, expected)
 
 
 def shown_row(setup: Setup, index: int) -> list[ShownPiece]:

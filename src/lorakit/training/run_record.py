@@ -13,6 +13,7 @@ import torch
 
 from lorakit import atomic
 from lorakit.adapters.manifest import SAMPLES_NAME, Manifest
+from lorakit.data.thumbnails import recorded
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import Written, answer_samples
 from lorakit.progress import task
@@ -120,7 +121,7 @@ def write_samples(folder: Path, setup: Setup) -> list[str]:
     samples: list[dict[str, Any]] = [
         {
             "where": sample.where,
-            "prompt": sample.prompt,
+            "prompt": recorded(sample.prompt),
             "reference": sample.reference,
             "base": before.text,
             "tuned": after.text,
