@@ -57,7 +57,7 @@ def test_check_shows_pictures_tokens_and_sizes_and_draws_them(folder: Path, tmp_
     page = sheet.read_text()
     assert page.count("<article>") == 5
     assert "11 more rows have pictures" in page
-    assert page.count('src="data:image/jpeg;base64,') == 8  # of 5 rows, three of which have two
+    assert page.count('src="data:image/jpeg;base64,') == 7  # of 5 rows, two of which have two
     assert "<script>" not in page
     assert "img-src data:" in page
     assert "rows.jsonl:1 " in page

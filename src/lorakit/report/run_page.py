@@ -169,7 +169,8 @@ def _turn(content: Any) -> tuple[str, list[dict[str, str]]]:
         isinstance(part, dict) and part.get("type") in kinds for part in content
     ):
         return _shown(content), []
-    texts, pictures = [], []
+    texts: list[str] = []
+    pictures: list[dict[str, str]] = []
     for part in content:
         if part["type"] == "text":
             texts.append(str(part.get("text", "")))
