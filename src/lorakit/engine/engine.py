@@ -460,9 +460,8 @@ class Engine:
 
     def _has_room(self) -> bool:
         """Whether another request may join, beside those whose pictures are being decoded."""
-        return (
-            len(self._batch.rows) + len(self._preparing) < self.max_rows and self._batch.has_room()
-        )
+        taken = len(self._batch.rows) + len(self._preparing)
+        return taken < self.max_rows and self._batch.has_room()
 
     def _score(self, ticket: Ticket, version: Version, head: torch.Tensor) -> float:
         """What a reward model gives to a prompt."""
