@@ -13,7 +13,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from lorakit.data.picture_rows import opened
 from lorakit.data.pictures import digest
-from lorakit.engine.picture_prompt import picture_kinds
+from lorakit.engine.picture_prompt import Prepared, picture_kinds
 from lorakit.lora.architecture import output_head, without_wrappers
 from lorakit.lora.parts import part_prefixes
 from lorakit.lora.routing import BASE, Route, Routing
@@ -41,21 +40,6 @@ _READ = ("pooler_output", "deepstack_features")
 _PIXELS = "pixel_"
 _JOINTLY = "batch_num_images"
 """Models with this argument (LLaVA-OneVision) look at pictures of one prompt together."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Pictures that are looked at together, mostly one.
-
-    Attributes:
-        key: the hash of their files.
-        sources: where they are.
-        tensors: what the processor makes of them; None where their features are known.
-    """
-
-    key: str
-    sources: tuple[str, ...]
-    tensors: dict[str, torch.Tensor] | None
 
 
 def picture_features(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.boundaries import encode_texts
@@ -16,6 +17,21 @@ from lorakit.models.picture_reader import reader_of
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures that are looked at together, mostly one.
+
+    Attributes:
+        key: the hash of their files.
+        sources: where they are.
+        tensors: what the processor makes of them; None where their features are known.
+    """
+
+    key: str
+    sources: tuple[str, ...]
+    tensors: dict[str, torch.Tensor] | None
 
 
 def prompt_row(

@@ -15,7 +15,8 @@ from lorakit.engine.requests import AnswerPiece, Ticket
 from lorakit.engine.rows import reason
 
 if TYPE_CHECKING:
-    from lorakit.engine.picture_features import PictureFeatures, Prepared
+    from lorakit.engine.picture_features import PictureFeatures
+    from lorakit.engine.picture_prompt import Prepared
 
 Asked = tuple[Ticket, Any, Any]
 """A request as it waits in the engine's queue."""

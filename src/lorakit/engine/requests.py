@@ -17,7 +17,7 @@ from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
-    from lorakit.engine.picture_features import Prepared
+    from lorakit.engine.picture_prompt import Prepared
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
