@@ -30,6 +30,8 @@ STAGE_NAME = "lorakit_stage.json"
 
 _ADDED = "This adapter is added to the frozen adapter"
 
+ON_TOP = "was trained on top of"
+
 State = Literal["unchanged", "changed", "missing"]
 _RECORDS = TypeAdapter(list[FrozenRecord])
 
@@ -140,21 +142,42 @@ def frozen_below(folder: str | Path) -> list[Path]:
     Raises:
         InputError: one of them is missing, or is not the one that it was.
     """
-    found = []
-    for record in standing_on(folder):
-        place, state = whereabouts(record, folder)
-        if state != "unchanged":
-            raise unusable(record, folder, state)
-        found.append(place)
-    return found
+    return [require_unchanged(record, folder) for record in standing_on(folder)]
 
 
-def unusable(record: FrozenRecord, child: str | Path, state: State) -> InputError:
-    """The error where the recorded adapter below `child` is missing, or is not what it was."""
+def require_unchanged(
+    record: FrozenRecord, child: str | Path, relation: str = ON_TOP, otherwise: str = ""
+) -> Path:
+    """Where a recorded adapter lies now; it must be as it was.
+
+    Args:
+        relation: what `child` has to do with it, as a verb.
+        otherwise: another cure than to put it back.
+
+    Raises:
+        InputError: it is missing, or is not the one that it was.
+    """
+    place, state = whereabouts(record, child)
+    if state != "unchanged":
+        raise unusable(record, child, state, relation, otherwise)
+    return place
+
+
+def unusable(
+    record: FrozenRecord,
+    child: str | Path,
+    state: State,
+    relation: str = ON_TOP,
+    otherwise: str = "",
+) -> InputError:
+    """The error where an adapter that `child` needs is missing, or is not what it was.
+
+    Arguments as in `require_unchanged`.
+    """
     cure = "is missing: put its folder back there, or beside this one"
     if state == "changed":
         cure = f"is another one now (sha256 of its files): put back that of {record.sha256[:12]}"
-    return InputError(f"{child} was trained on top of the adapter {record.path}, which {cure}")
+    return InputError(f"{child} {relation} the adapter {record.path}, which {cure}{otherwise}")
 
 
 def places(record: FrozenRecord, child: str | Path) -> list[Path]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lorakit.adapters.chat_template import adapter_template, template_notice
-from lorakit.adapters.lineage import whereabouts
-from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, ParentRecord, read_manifest
+from lorakit.adapters.lineage import require_unchanged, whereabouts
+from lorakit.adapters.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lorakit.data.template_clock import Rendering, draws_at_random
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_adapter
@@ -23,7 +23,7 @@ from lorakit.training.differences import moved
 from lorakit.training.recipe import load_recipe
 from lorakit.training.run import train
 from lorakit.training.run_record import versions
-from lorakit.training.stages import teacher_of
+from lorakit.training.stages import LEARNED_FROM
 
 SAME_GAIN = 0.1  # of what was learned: another machine or another release may change as much
 
@@ -92,10 +92,12 @@ def reproduce(
     _, old = read_adapter(adapter)
     values = _moved(before, model, data) | {"output_dir": str(output_dir)}
     if before.parent is not None:
-        place = _parent_of(adapter, before.parent) if start is None else start
+        place = start or require_unchanged(
+            before.parent, adapter, "started from", ", or make it again first (--chain)"
+        )
         values["adapter"] = {"path": str(place), "mode": before.parent.mode}
     if before.teacher is not None:
-        place = teacher_of(adapter, before.teacher)
+        place = require_unchanged(before.teacher, adapter, LEARNED_FROM)
         values["objective"] = {**values["objective"], "teacher": str(place)}
     recipe = load_recipe(values)
     rendering = _rendering(adapter, before)
@@ -160,21 +162,6 @@ def reproduce_chain(
         one = reproduce(place, folder, quiet=quiet, model=model, data=own, start=start)
         found.append((folder, one))
     return found
-
-
-def _parent_of(adapter: str | Path, parent: ParentRecord) -> Path:
-    """Where the adapter that a run started from lies now.
-
-    Raises:
-        InputError: it is not as it was.
-    """
-    place, state = whereabouts(parent, adapter)
-    if state != "unchanged":
-        raise InputError(
-            f"{adapter} started from {parent.path}, which is {state}: put it back (sha256 "
-            f"{parent.sha256[:12]}), or make it again first (--chain)"
-        )
-    return place
 
 
 def _is_idle(entry: Mapping[str, Any]) -> bool:

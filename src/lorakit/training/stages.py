@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.derived import base_of
 from lorakit.adapters.inspect import fit
-from lorakit.adapters.lineage import whereabouts
+from lorakit.adapters.lineage import require_unchanged, whereabouts
 from lorakit.adapters.manifest import read_manifest
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
@@ -26,12 +26,14 @@ from lorakit.objectives.objective import TrainingInputs
 
 if TYPE_CHECKING:
     from lorakit.adapters.lineage import Mode, Start
-    from lorakit.adapters.manifest import FrozenRecord
     from lorakit.objectives.objective import Objective
 
 TRAINED = "default"
 REFERENCE = "reference"
 """A frozen copy of the start, which preference objectives compare with."""
+
+LEARNED_FROM = "learned from"
+"""What an adapter has to do with its teacher."""
 
 _NOT_OF_RECIPES = (
     *("other_fields", "inference_mode", "base_model_name_or_path", "revision"),
@@ -228,7 +230,7 @@ def compare_with_start(model: LoraModel, folder: Path, objective: Objective) -> 
     manifest = read_manifest(folder)
     if not objective.compares_with_start:
         if manifest is not None and manifest.teacher is not None:
-            teacher = str(teacher_of(folder, manifest.teacher))
+            teacher = str(require_unchanged(manifest.teacher, folder, LEARNED_FROM))
             objective.settings = objective.settings.model_copy(update={"teacher": teacher})
             load_beside(model, objective, None)
         return ""
@@ -246,21 +248,6 @@ def compare_with_start(model: LoraModel, folder: Path, objective: Objective) -> 
     objective.reference = REFERENCE
     load_beside(model, objective, place)
     return ""
-
-
-def teacher_of(folder: str | Path, teacher: FrozenRecord) -> Path:
-    """Where the adapter that the one in `folder` learned from lies now.
-
-    Raises:
-        InputError: it is not as it was.
-    """
-    place, state = whereabouts(teacher, folder)
-    if state != "unchanged":
-        raise InputError(
-            f"{folder} learned from the adapter {teacher.path}, which is {state}: put it back "
-            f"there or beside it (sha256 {teacher.sha256[:12]})"
-        )
-    return place
 
 
 def without_dropout(folder: Path) -> LoraConfig:
