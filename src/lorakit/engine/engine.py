@@ -182,7 +182,7 @@ class Engine:
             with torch.inference_mode():
                 return prompt_logprobs(self._model, self._bank.routing, key, prompt, top)
 
-        return self.training.call(f"prompt-{id(prompt)}", work)
+        return self.training.call(None, work)
 
     def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template that the adapter was trained with.
@@ -363,7 +363,7 @@ class Engine:
         if isinstance(loss, str):
             name, loss = loss, policy_loss(loss, settings)
             for row in rows:
-                require_inputs(name, row)
+                require_inputs(name, row, settings)
         elif settings:
             raise InputError("settings are for losses that are given by their names")
         own: dict[str, list[int]] = {}

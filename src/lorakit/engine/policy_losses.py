@@ -93,12 +93,14 @@ class PolicyLoss:
         inputs: what a row must bring.
         optional: what it may bring.
         settings: their defaults; None where one must be given.
+        usual: what those that must be given are in the paper.
     """
 
     compute: Callable[[torch.Tensor, AdapterRow, Settings], torch.Tensor]
     inputs: tuple[str, ...] = ("logprobs", "advantages")
     optional: tuple[str, ...] = ()
     settings: Mapping[str, float | None] = field(default_factory=dict)
+    usual: str = ""
 
 
 POLICY_LOSSES: Mapping[str, PolicyLoss] = {
@@ -108,7 +110,10 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
     "cispo": PolicyLoss(cispo, optional=(LOW, HIGH), settings={LOW: 0.0, HIGH: 4.0}),
     "dro": PolicyLoss(dro, settings={"beta": None}),
     "gspo": PolicyLoss(
-        gspo, optional=(LOW, HIGH, "sequence_ratio_mask"), settings={LOW: None, HIGH: None}
+        gspo,
+        optional=(LOW, HIGH, "sequence_ratio_mask"),
+        settings={LOW: None, HIGH: None},
+        usual="; the paper has 1 - 3e-4 and 1 + 4e-4",
     ),
 }
 
@@ -119,6 +124,8 @@ _NEAREST = {
 
 def policy_loss(name: str, settings: Mapping[str, float | str] | None = None) -> TokenLoss:
     """The loss `name` of `POLICY_LOSSES` with these settings.
+
+    A setting without default that rows may bring is asked of them (`require_inputs`).
 
     Raises:
         InputError: there is no such loss or setting, or one that it needs is missing.
@@ -145,8 +152,11 @@ def policy_loss(name: str, settings: Mapping[str, float | str] | None = None) ->
     return partial(found.compute, settings=values)  # type: ignore[call-arg]
 
 
-def require_inputs(name: str, row: AdapterRow) -> None:
+def require_inputs(name: str, row: AdapterRow, settings: Mapping[str, float | str] | None) -> None:
     """Whether a row has what the loss `name` needs, and nothing that it does not read.
+
+    Args:
+        settings: as given to `policy_loss`.
 
     Raises:
         InputError: it has not.
@@ -155,6 +165,13 @@ def require_inputs(name: str, row: AdapterRow) -> None:
     missing = [each for each in found.inputs if each not in row.inputs]
     if missing:
         raise InputError(f"the loss {name} needs loss_fn_inputs {listed(missing)}")
+    known = {key for key, default in found.settings.items() if default is not None}
+    unset = [key for key in found.settings if key not in {*known, *(settings or {}), *row.inputs}]
+    if unset:
+        raise InputError(
+            f"the loss {name} needs {listed(unset)}, whose default is not known: as loss_fn_config "
+            f"or, of each token, in loss_fn_inputs{found.usual}"
+        )
     unread = [each for each in row.inputs if each not in (*found.inputs, *found.optional)]
     if unread:
         raise InputError(f"the loss {name} does not read loss_fn_inputs {listed(unread)}")

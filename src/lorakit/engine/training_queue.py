@@ -7,6 +7,7 @@ computes calls `tick` between other work, on the one thread that uses the model.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -67,7 +68,8 @@ class TrainingQueue:
         pass_tokens: int = PASS_TOKENS,
     ) -> None:
         self._resident, self._wake, self._pass_tokens = resident, wake, pass_tokens
-        self._queues: dict[str, deque[_Call | _Pass]] = {}
+        self._queues: dict[str | int, deque[_Call | _Pass]] = {}
+        self._alone = itertools.count()
         self._lock = Lock()
         self._closed = False
         self.passes = self.shared = 0
@@ -75,9 +77,12 @@ class TrainingQueue:
 
     # --- for those who ask, from any thread -------------------------------------------------
 
-    def call(self, tenant: str, work: Callable[[], T]) -> Future[T]:
-        """Has `work` executed on the computing thread, behind what the tenant handed in before."""
-        return self._add(tenant, _Call(work))
+    def call(self, tenant: str | None, work: Callable[[], T]) -> Future[T]:
+        """Has `work` executed on the computing thread, behind what the tenant handed in before.
+
+        Without a tenant it is behind nothing.
+        """
+        return self._add(next(self._alone) if tenant is None else tenant, _Call(work))
 
     def forward_backward(
         self, tenant: str, rows: Sequence[AdapterRow], loss: TokenLoss, *, learning: bool = True
@@ -107,7 +112,7 @@ class TrainingQueue:
         for op in left:
             op.future.set_exception(LorakitError("the engine is closed"))
 
-    def _add(self, tenant: str, op: _Call | _Pass) -> Future[Any]:
+    def _add(self, tenant: str | int, op: _Call | _Pass) -> Future[Any]:
         with self._lock:
             if self._closed:
                 raise LorakitError("the engine is closed and takes no more operations")
@@ -130,12 +135,12 @@ class TrainingQueue:
             for group in self._groups(some):
                 self._pass(group, learning)
 
-    def _heads(self, kind: type[Any]) -> dict[str, Any]:
+    def _heads(self, kind: type[Any]) -> dict[Any, Any]:
         with self._lock:
             firsts = {tenant: queue[0] for tenant, queue in self._queues.items() if queue}
         return {tenant: op for tenant, op in firsts.items() if isinstance(op, kind)}
 
-    def _end(self, tenant: str, op: _Call | _Pass, result: Callable[[], Any]) -> None:
+    def _end(self, tenant: str | int, op: _Call | _Pass, result: Callable[[], Any]) -> None:
         """The first operation of a tenant has ended, as `result` says."""
         with self._lock:
             queue = self._queues.get(tenant)

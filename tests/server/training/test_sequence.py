@@ -15,8 +15,14 @@ ROW = [11, 7, 90, 33, 52]
 KEY = {"X-API-Key": "tml-local"}
 
 
-def body(model_id: str, seq_id: int, tokens: list[int] = ROW, loss: Any = "cross_entropy") -> bytes:
-    given = types.ForwardBackwardInput(data=[datum(tokens)], loss_fn=loss)
+def body(
+    model_id: str,
+    seq_id: int,
+    tokens: list[int] = ROW,
+    loss: Any = "cross_entropy",
+    **inputs: list[float],
+) -> bytes:
+    given = types.ForwardBackwardInput(data=[datum(tokens, **inputs)], loss_fn=loss)
     request = types.ForwardBackwardRequest(
         model_id=model_id, seq_id=seq_id, forward_backward_input=given
     )
@@ -69,6 +75,8 @@ def test_requests_that_arrive_in_another_order_or_twice_are_executed_in_theirs(
         (lambda m: body(m, 1, tokens=[1, 2, 99999]), "forward_backward"),
         (lambda m: body(m, 1, tokens=[5] * 9000), "forward_backward"),
         (lambda m: body(m, 1, loss="ppo"), "forward_backward"),
+        (lambda m: body(m, 1, loss="gspo", logprobs=[-1.0] * 4, advantages=[1.0] * 4),
+         "forward_backward"),
         (lambda m: {"model_id": m, "seq_id": 1, "adam_params": {"eps": -1}}, "optim_step"),
         (lambda m: {"model_id": m, "seq_id": 1, "optimizer_params": {}}, "optim_step"),
         (lambda m: {"model_id": m, "seq_id": 1, "path": "../../etc"}, "save_weights"),
@@ -93,6 +101,9 @@ def test_the_sdk_tells_a_user_error_from_others(client: Any):
         run.forward_backward([datum(ROW)], "nonsense").result()
     with pytest.raises(Exception, match="advantages"):
         run.forward_backward([datum(ROW)], "ppo").result()
+    sampled = datum(ROW, logprobs=[-1.0] * 4, advantages=[1.0] * 4)
+    with pytest.raises(Exception, match=r"datum 0.*clip_high_threshold"):
+        run.forward_backward([sampled], "gspo", {"clip_low_threshold": 0.8}).result()
     assert len(logprobs(run.forward([datum(ROW)], "cross_entropy").result())[0]) == 4
 
 

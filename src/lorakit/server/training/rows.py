@@ -31,7 +31,9 @@ def rows_of(
     found = []
     for at, datum in enumerate(asked.data):
         try:
-            found.append(_row(adapter, asked.loss, datum, vocabulary, context_length))
+            row = _row(adapter, asked.loss, datum, vocabulary, context_length)
+            require_inputs(asked.loss, row, asked.settings)
+            found.append(row)
         except InputError as error:
             raise InputError(f"datum {at}: {error}") from error
     return found
@@ -59,15 +61,13 @@ def _row(adapter: str, loss: str, datum: Datum, vocabulary: int, context: int) -
             shape = ", ".join(map(str, targets.shape))
             raise InputError(f"{name} must be finite numbers of shape ({shape})")
     labels = targets[:, 0] if several else targets
-    row = AdapterRow(
+    return AdapterRow(
         adapter,
         [*datum.tokens, int(labels[-1])],
         [IGNORE, *labels.tolist()],
         {name: _one_later(values) for name, values in inputs.items()},
         _one_later(targets) if several else None,
     )
-    require_inputs(loss, row)
-    return row
 
 
 def _one_later(values: np.ndarray) -> torch.Tensor:
