@@ -5,17 +5,59 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.turns import Figures, synchronize
+from benchmarks.turns import Figures, synchronize, take_turns
 from lorakit.training.schedule import warm_from_first
 
 FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+SIDES = ("trl", "trl_plain", "lorakit")
+
+
+def parser_of(description: str | None, batch: int, learning_rate: float) -> argparse.ArgumentParser:
+    """The options of every such benchmark, with some defaults of its own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(
+    module: str,
+    options: argparse.Namespace,
+    measure: Callable[[str, argparse.Namespace], Figures],
+    title: str,
+    columns: Mapping[str, str],
+) -> None:
+    """Takes turns, prints a table, and last one line of JSON; one side's figures with `--side`.
+
+    Args:
+        module: the benchmark's, which is run again for each side.
+        columns: as in `compare`, beside those that all have.
+    """
+    if options.side:
+        print(json.dumps(measure(options.side, options)))
+        return
+    given = {k: v for k, v in vars(options).items() if k not in ("rounds", "sides", "side")}
+    case = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    found = take_turns(module, options.sides, case, options.rounds)
+    common = {"tokens/s": "tokens_per_second", "MB": "memory_mb"}
+    last = {"held-out loss": "held_out_loss", "steps": "steps"}
+    compare(f"{title} of {options.data.name}, {options.dtype}", found, common | columns | last)
 
 
 def one_epoch(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,10 +23,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import FIELDS, clock_of, compare, one_epoch, warmed
-from benchmarks.turns import Figures, peak_memory_mb, take_turns
+from benchmarks.peers import FIELDS, clock_of, one_epoch, parser_of, run, warmed
+from benchmarks.turns import Figures, peak_memory_mb
 
-SIDES = ("trl", "trl_plain", "lorakit")
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -175,30 +174,14 @@ def _scores(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float]
 
 
 def main() -> None:
-    """Takes turns, prints a table, and last one line of JSON with the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    """Compares the sides."""
+    parser = parser_of(__doc__, batch=4, learning_rate=5e-5)
     parser.add_argument("--objective", choices=("dpo", "kto"), default="dpo")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        print(json.dumps(measure(options.side, options)))
-        return
-    names = ("data", "objective", "rows", "held_out", "batch", "length", "learning_rate", "dtype")
-    case = [f"--{n.replace('_', '-')}={getattr(options, n)}" for n in (*names, "model")]
-    found = take_turns("benchmarks.preferences", options.sides, case, options.rounds)
-    title = f"{options.objective}, {options.rows} rows of {options.data.name}, {options.dtype}"
-    columns = {"real tokens/s": "tokens_per_second", "MB": "memory_mb", "accuracy": "accuracy"}
-    compare(title, found, columns | {"held-out loss": "held_out_loss", "steps": "steps"})
+    title = f"{options.objective}, {options.rows} rows"
+    run("benchmarks.preferences", options, measure, title, {"accuracy": "accuracy"})
 
 
 if __name__ == "__main__":

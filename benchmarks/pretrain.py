@@ -22,10 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import FIELDS, clock_of, compare, one_epoch, warmed
-from benchmarks.turns import Figures, peak_memory_mb, take_turns
-
-SIDES = ("trl", "trl_plain", "lorakit")
+from benchmarks.peers import FIELDS, clock_of, one_epoch, parser_of, run, warmed
+from benchmarks.turns import Figures, peak_memory_mb
 
 
 def measure(side: str, options: argparse.Namespace) -> Figures:
@@ -127,29 +125,12 @@ def _scores(folder: Path, options: argparse.Namespace) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Takes turns, prints a table, and last one line of JSON with the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="text, a document a line")
+    """Compares the sides."""
+    parser = parser_of(__doc__, batch=2, learning_rate=2e-4)
     parser.add_argument("--documents", type=int, default=6)
     parser.add_argument("--held-out", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        print(json.dumps(measure(options.side, options)))
-        return
-    names = ("data", "documents", "held_out", "batch", "length", "learning_rate", "dtype", "model")
-    case = [f"--{n.replace('_', '-')}={getattr(options, n)}" for n in names]
-    found = take_turns("benchmarks.pretrain", options.sides, case, options.rounds)
-    title = f"{options.documents} documents of {options.data.name}, {options.dtype}"
-    columns = {"tokens/s": "tokens_per_second", "MB": "memory_mb"}
-    compare(title, found, columns | {"held-out loss": "held_out_loss", "steps": "steps"})
+    run("benchmarks.pretrain", options, measure, f"{options.documents} documents", {})
 
 
 if __name__ == "__main__":

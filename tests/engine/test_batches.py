@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from answered import alone, text, tokens
+from answered import each_alone, text, tokens
 from lorakit.engine import batch
 from lorakit.engine.engine import Engine
 from lorakit.engine.sampling import Sampling
@@ -32,9 +32,7 @@ def requests() -> list[tuple[list[int], str | None]]:
 @pytest.fixture(scope="module")
 def expected(base: Path, adapters: dict[str, Path]) -> list[list[int]]:
     """What each of `requests` is answered by its adapter alone."""
-    return [
-        alone(base, adapters[name] if name else None, ids, 24, [257]) for ids, name in requests()
-    ]
+    return each_alone(base, adapters, requests(), 24)
 
 
 def test_each_row_of_a_mixed_batch_is_answered_as_its_adapter_alone_answers(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedTokenizerFast
 
-from answered import alone, tokens
+from answered import each_alone, tokens
 from lorakit.engine import batch
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
@@ -41,10 +41,8 @@ class Panic(BaseException):
 
 @pytest.fixture(scope="module")
 def expected(base: Path, adapters: dict[str, Path]) -> dict[str | None, list[int]]:
-    return {
-        name: alone(base, adapters[name] if name else None, ids, 16, [257])
-        for name, ids in PROMPTS.items()
-    }
+    found = each_alone(base, adapters, ((ids, name) for name, ids in PROMPTS.items()), 16)
+    return dict(zip(PROMPTS, found, strict=True))
 
 
 def pieces(ticket: Ticket) -> list[AnswerPiece]:
@@ -247,7 +245,8 @@ def uncarried(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fault", ["decode", "forward", "NaN"])
 def test_a_row_that_fails_ends_alone_where_generate_computes(uncarried: Path, fault: str):
     asked = {number: [40 + number, 41, 42] for number in range(3)}
-    right = {number: alone(uncarried, None, ids, 12, [257]) for number, ids in asked.items()}
+    answers_alone = each_alone(uncarried, {}, ((ids, None) for ids in asked.values()), 12)
+    right = dict(zip(asked, answers_alone, strict=True))
     others = {token for number in (1, 2) for token in right[number] + asked[number]}
     bad = next(token for token in right[0][2:] if token not in others | set(asked[0]))
     engine = open_engine(str(uncarried), {}, dtype="float32")

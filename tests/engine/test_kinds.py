@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from answered import alone
+from answered import each_alone
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Sampling
 from random_adapters import make_adapter
@@ -87,11 +87,9 @@ def test_each_row_of_a_mixed_batch_answers_as_its_adapter_alone(
         for seed, (name, kind) in enumerate(kinds.items())
     }
     who: list[str | None] = [*folders, None]
-    expected = {
-        (name, at): alone(base, folders[name] if name else None, PROMPTS[at], 8, [257])
-        for number, name in enumerate(who)
-        for at in {number % 4, (number + 1) % 4}
-    }
+    everyone = [(name, (number + n) % 4) for number, name in enumerate(who) for n in (0, 1)]
+    answers = each_alone(base, folders, ((PROMPTS[at], name) for name, at in everyone), 8)
+    expected = dict(zip(everyone, answers, strict=True))
     assert len({str(tokens) for tokens in expected.values()}) > len(who)
     sampling = Sampling(max_new_tokens=8, logprobs=0)
     # All at once, and then with adapters that come and go while others answer.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from answered import alone, tokens
+from answered import each_alone, tokens
 from layer_kinds import FAMILIES, WINDOW, tiny_config
 from lorakit.engine import batch
 from lorakit.engine.carried import Carried, how_carried
@@ -50,7 +50,7 @@ def opened(family: str, folder: Path, **config: Any) -> tuple[Engine, list[list[
         name: make_adapter(base, folder / name, seed, target_modules=targets, **config)
         for seed, name in enumerate("ab")
     }
-    expected = [alone(base, adapters.get(name or ""), ids, NEW, [257]) for ids, name in ASKED]
+    expected = each_alone(base, adapters, ASKED, NEW)
     return open_engine(str(base), adapters, dtype="float32", max_rows=3), expected
 
 

@@ -1,5 +1,6 @@
 """Models whose attention a cache of rows carries, and those that plain `generate` computes."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,15 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from answered import alone, tokens
+import layer_kinds
+from answered import each_alone, tokens
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.sampling import Sampling
 from matrix import few
 from random_adapters import make_adapter
 from tiny import byte_tokenizer
 
-SIZES = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
+SIZES = layer_kinds.SIZES | {"num_hidden_layers": 2}
 NAMES = {key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 GPT2 = {**NAMES, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
 CARRIED: dict[str, PreTrainedConfig] = {
@@ -97,10 +87,7 @@ def answered(folder: Path, tmp_path: Path) -> tuple[list[str], list[list[int]], 
         found = [tokens(ticket) for ticket in tickets]
     finally:
         engine.close()
-    expected = [
-        alone(folder, adapters[name] if name else None, ids, 12, [257])
-        for ids, name in zip(PROMPTS, WHO, strict=True)
-    ]
+    expected = each_alone(folder, adapters, zip(PROMPTS, WHO, strict=True), 12)
     return engine.notices, found, expected
 
 
@@ -144,11 +131,9 @@ def test_adapters_of_experts_answer_beside_others(config: PreTrainedConfig, tmp_
         name: make_adapter(base, tmp_path / name, seed, r=3, **kind)
         for seed, (name, kind) in enumerate(kinds.items())
     }
-    expected = {
-        (who, at): alone(base, folders.get(who or ""), prompt, 8, [257])
-        for who in (*folders, None)
-        for at, prompt in enumerate(PROMPTS)
-    }
+    everyone = [*product([*folders, None], range(len(PROMPTS)))]
+    answers = each_alone(base, folders, ((PROMPTS[at], who) for who, at in everyone), 8)
+    expected = dict(zip(everyone, answers, strict=True))
     assert len({str(tokens) for tokens in expected.values()}) > 12
     engine = open_engine(str(base), folders, dtype="float32", max_rows=4)
     try:

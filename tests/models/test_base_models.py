@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as CONVERTED
 
-from answered import alone, tokens
+from answered import each_alone, tokens
 from base_models import BASE_MODELS, BaseModel, Inputs
 from lorakit import LoraConfig, LoraModel, get_peft_model
 from lorakit.adapters.merge import merge
@@ -263,9 +263,9 @@ def test_an_engine_answers_rows_of_several_adapters_as_generate_does_each(
         found = {who: tokens(ticket) for who, ticket in tickets.items()}
     finally:
         engine.close()
-    for who, ids in prompts.items():
-        ends = [BY_NAME[name].values["eos_token_id"]]
-        assert found[who] == alone(folder, adapters.get(who or ""), ids, 6, ends), who
+    ends = [BY_NAME[name].values["eos_token_id"]]
+    answers = each_alone(folder, adapters, ((ids, who) for who, ids in prompts.items()), 6, ends)
+    assert [*found.values()] == answers
 
 
 def test_a_model_with_a_table_of_its_vocabulary_takes_no_new_tokens():
