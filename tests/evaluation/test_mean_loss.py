@@ -1,15 +1,28 @@
 """The mean loss: per supervised token over all rows, whatever the batches."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lorakit.data.formats import to_sample
 from lorakit.data.masking import tokenize
 from lorakit.data.samples import Sample
+from lorakit.data.sources import Row
 from lorakit.errors import InputError
-from lorakit.evaluation.held_out import mean_loss
+from lorakit.evaluation.held_out import (
+    batch_losses,
+    collator_of,
+    held_out_scores,
+    longest_first,
+    mean_loss,
+    rows_of,
+)
+from lorakit.lora import LoraModel
+from lorakit.objectives.batch_sums import added
+from lorakit.objectives.registry import make_objective
 
 
 @pytest.fixture
@@ -52,3 +65,32 @@ def test_plain_text_has_a_loss_too(model: Any, tokenizer: Any) -> None:
 def test_no_rows_have_no_loss(model: Any, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="no rows"):
         mean_loss(model, tokenizer, [])
+
+
+def test_pairs_in_lines_have_the_scores_of_padded_ones_and_fewer_tokens(
+    tuned: LoraModel, tokenizer: Any
+) -> None:
+    tuned.double()
+    objective = make_objective("dpo")
+    rows = []
+    for n in range(5):
+        row = {"prompt": "why? " * (9 - n), "chosen": "yes" * (1 + 3 * n), "rejected": "no"}
+        sample = to_sample(Row(row, Path("pairs"), n), {}, objective.row_kinds)
+        rows += rows_of(objective, tokenizer, [sample], 512)
+    widths: list[int] = []
+
+    def note(module: Any, inputs: Any, given: dict[str, Any]) -> None:
+        widths.append(given["input_ids"].numel())
+
+    hook = tuned.get_base_model().register_forward_pre_hook(note, with_kwargs=True)
+    padded = longest_first(rows, 3), collator_of(objective, tokenizer)
+    sums: Any = {}
+    for _, loss in batch_losses(objective, tuned, rows, *padded):
+        sums = added(sums, loss.sums())
+    wanted, of_padded = objective.held_out(sums), sum(widths)
+    for batch_size in (1, 3, 8):
+        widths.clear()
+        found = held_out_scores(objective, tuned, tokenizer, rows, batch_size)
+        assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    hook.remove()
+    assert sum(widths) < of_padded / 2

@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorakit.data.batches import Collator
-from lorakit.data.grouping import cut
+from lorakit.data.batches import Collator, LineCollator
+from lorakit.data.grouping import by_beginning, cut
+from lorakit.data.masking import sequences_of
+from lorakit.data.picture_rows import has_pictures
 from lorakit.data.too_long import WHOLE, divided
 from lorakit.errors import InputError, each
 from lorakit.objectives.batch_sums import Loss, added, as_tensors, with_sums
@@ -48,7 +50,7 @@ def mean_loss(
 
     Args:
         max_length: longer rows are cut to this many tokens, as in training.
-        batch_size: rows at a time, of like length; the result does not depend on it.
+        batch_size: rows at a time; the result does not depend on it.
         on_batch: called after each batch with the number of its rows.
 
     Raises:
@@ -98,15 +100,37 @@ def held_out_scores(
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """The `loss` of `rows` and the objective's scores; rows of like length share a batch."""
+    """The `loss` of `rows` and the objective's scores; see `planned` for what shares a batch."""
     sums: dict[str, torch.Tensor] = {}
-    batches = longest_first(rows, batch_size)
-    collate = collator_of(objective, tokenizer)
+    batches, collate = planned(objective, model, tokenizer, rows, batch_size)
     for chosen, loss in batch_losses(objective, model, rows, batches, collate):
         sums = added(sums, loss.sums())
         if on_batch:
             on_batch(len(chosen))
     return objective.held_out(sums)
+
+
+def planned(
+    objective: Objective,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    batch_size: int,
+) -> tuple[list[list[int]], Callable[[list[TokenizedRow]], dict[str, torch.Tensor]]]:
+    """Batches of so many rows, by their positions, and what makes their tensors.
+
+    As in training rows lie in one line where the model takes that, those together that begin
+    alike; else rows of like length are padded, and those with pictures.
+    """
+    from lorakit.models.lines import Lines
+
+    if objective.collator(tokenizer) is None and not any(map(has_pictures, sequences_of(rows))):
+        lines = Lines(model)
+        if lines.refused is None:
+            line = LineCollator(lines.prefixes)
+            alike = by_beginning([row.input_ids for row in rows], batch_size)
+            return alike, lambda some: objective.to_batch(some, line)
+    return longest_first(rows, batch_size), collator_of(objective, tokenizer)
 
 
 def collator_of(

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.batches import Collator
 from lorakit.data.preference_checks import preference_figures
 from lorakit.data.preference_rows import PairSample
 from lorakit.errors import InputError
 from lorakit.evaluation.bootstrap import score_interval
-from lorakit.evaluation.held_out import evaluating, longest_first, rows_of
+from lorakit.evaluation.held_out import evaluating, planned, rows_of
 from lorakit.models.load import most_tokens
 from lorakit.objectives.batch_sums import added
 
@@ -74,7 +73,7 @@ def evaluate_rewards(
     Args:
         objective: what it has learned by.
         samples: all of them pairs, or none.
-        batch_size: rows at a time, of like length; the result does not depend on it.
+        batch_size: rows at a time; the result does not depend on it.
         max_length: tokens of a conversation that are read.
 
     Raises:
@@ -115,15 +114,11 @@ def _scored(
 ) -> tuple[list[ScoredRow], dict[str, torch.Tensor]]:
     """The scores of each row, and of pairs the sums of the objective's loss."""
     model, tokenizer = opened.model, opened.tokenizer
-    forward, collate = objective.forward(model), Collator(int(tokenizer.pad_token_id))
+    forward = objective.forward(model)
+    batches, collate = planned(objective, model, tokenizer, rows, batch_size)
     found: list[list[float]] = [[] for _ in rows]
     sums: dict[str, torch.Tensor] = {}
-    for chosen, batch in evaluating(
-        model,
-        rows,
-        longest_first(rows, batch_size),
-        lambda some: objective.to_batch(some, collate),
-    ):
+    for chosen, batch in evaluating(model, rows, batches, collate):
         scores = forward.sequence_scores(batch)
         if pairs:
             sums = added(sums, objective.loss_of(scores, batch).sums())
