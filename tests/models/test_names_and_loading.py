@@ -54,12 +54,14 @@ def test_a_folder_is_loaded_in_the_dtype_that_is_asked_for(tiny: Path):
 
 
 def test_the_fingerprint_is_that_of_the_weights_and_not_of_the_dtype(tiny: Path, tmp_path: Path):
-    prints = {fingerprint(lorakit.load_model(tiny, d)[0]) for d in ("float32", "bfloat16")}
+    dtypes = ("float32", "bfloat16", "float16")
+    prints = {fingerprint(lorakit.load_model(tiny, dtype)[0]) for dtype in dtypes}
     assert len(prints) == 1
-    model, _ = lorakit.load_model(tiny, "float32")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    assert fingerprint(model) not in prints
+    for dtype in ("float32", "float16"):
+        model, _ = lorakit.load_model(tiny, dtype)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+        assert fingerprint(model) not in prints
 
 
 def test_names_that_lead_nowhere_are_told_apart(tiny: Path, tmp_path: Path):
