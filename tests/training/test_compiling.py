@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
 import lorakit
 from lorakit.data.batches import LineCollator
@@ -19,6 +19,7 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.training import compiling
 from lorakit.training.compiling import choose, compile_blocks, run_flops
 from matrix import few
+from small_runs import recipe, save_sums
 
 
 def adapted(folder: Path, targets: Any = "all-linear") -> Any:
@@ -96,6 +97,26 @@ def test_what_cannot_be_compiled_is_an_error_where_asked_for_and_else_a_notice(
     single = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(InputError, match="BloomForCausalLM"):
         choose(True, single, 1)
+
+
+class GraphsAtTheEnd(TrainerCallback):
+    """How many graphs there are when training ends."""
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_sample_answers_of_a_compiled_run_compile_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = partialmethod(nn.Module.compile, backend="eager")
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    values = recipe(tiny_model, save_sums(tmp_path / "rows.jsonl"), tmp_path / "run", max_steps=1)
+    values |= {"compile": True, "samples": 2, "lora": {"r": 2, "target_modules": ["v_proj"]}}
+    seen = GraphsAtTheEnd()
+    lorakit.train(values, callbacks=[seen])
+    assert len(json.loads((tmp_path / "run" / "samples.json").read_text())) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen.count > 0
 
 
 @pytest.mark.exhaustive

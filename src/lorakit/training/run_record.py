@@ -112,7 +112,11 @@ def write_samples(folder: Path, setup: Setup) -> list[str]:
         return answer_samples(model, tokenizer, chosen, max_new_tokens=most)
 
     try:
-        with task("answering sample rows", 2 * len(chosen)):
+        # Compiled for training, the blocks would be compiled again for every length.
+        with (
+            torch.compiler.set_stance("force_eager"),
+            task("answering sample rows", 2 * len(chosen)),
+        ):
             tuned = answers()
             with model.disable_adapter():
                 base = answers()
