@@ -61,7 +61,8 @@ class ExactHead:
         logits = torch.nn.functional.linear(h, weight, bias)
         log_probs = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
         zero = torch.zeros_like(log_probs.detach())
-        return log_probs, zero, zero, zero, zero.bool()
+        squares = logits.detach().softmax(-1).square().sum(-1).log()
+        return log_probs, zero, squares, zero, zero.bool()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,11 @@ def make(
 @pytest.fixture(scope="module")
 def dpo(make: Callable[..., Any]) -> Any:
     return make(trl.DPOTrainer, trl.DPOConfig, PAIRS)
+
+
+@pytest.fixture(scope="module")
+def wpo(make: Callable[..., Any]) -> Any:
+    return make(trl.DPOTrainer, trl.DPOConfig, PAIRS, use_weighting=True)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +253,31 @@ def test_dpo_has_trls_loss_and_gradients(
     for size in (4, 1) if objective.needs_all_batches else (4,):
         batches = batches_of(objective, pairs_of(dpo), "shared prefixes", size)
         assert_same(loss_of_lorakit(ours, objective, batches), theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "sigmoid"},
+        # TRL weighs in place, which hinge's gradient does not survive.
+        {"loss_type": ["sigmoid_norm", "apo_zero"], "loss_weights": [0.8, 0.3], "ld_alpha": 0.5},
+    ],
+    ids=str,
+)
+def test_weighted_pairs_have_trls_loss_and_gradients(
+    settings: dict[str, Any], wpo: Any, ours: LoraModel
+):
+    names = settings["loss_type"]
+    wpo.loss_types = [names] if isinstance(names, str) else names
+    wpo.loss_weights = settings.get("loss_weights", [1.0])
+    wpo.ld_alpha = settings.get("ld_alpha")
+    theirs = loss_of_trl(wpo, batch_of(wpo))
+    objective = make_objective({"type": "dpo", "use_weighting": True, **settings})
+    plain = make_objective({"type": "dpo", **settings})
+    for layout, size in (("shared prefixes", 4), ("padded", 2)):
+        batches = batches_of(objective, pairs_of(wpo), layout, size)
+        assert_same(loss_of_lorakit(ours, objective, batches), theirs)
+    assert abs(loss_of_lorakit(ours, plain, batches)[0] - theirs[0]) > 1e-3
 
 
 def test_the_cross_entropy_beside_dpo_is_trls_of_one_pair(dpo: Any, ours: LoraModel):

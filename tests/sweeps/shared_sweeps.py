@@ -10,7 +10,8 @@ import lorakit
 from lorakit.models.load import best_device, torch_dtype
 from lorakit.sweeps.local import LocalRunner
 from lorakit.sweeps.space.configurations import Configuration
-from lorakit.sweeps.sweep_base import SweepBase, whole_split
+from lorakit.sweeps.splits import whole_split
+from lorakit.sweeps.sweep_base import SweepBase
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import load_inputs
 from small_runs import recipe, weights

@@ -12,7 +12,7 @@ from lorakit.evaluation.bootstrap import (
     score_interval,
 )
 from lorakit.sweeps.search import promoted, rungs
-from lorakit.sweeps.sweep_base import REPORT, SELECTION, split
+from lorakit.sweeps.splits import REPORT, SELECTION, split
 
 
 def test_rungs_leave_one_or_a_few_at_the_end():

@@ -9,7 +9,7 @@ import pytest
 import lorakit
 from lorakit.adapters.manifest import read_manifest
 from lorakit.errors import InputError
-from lorakit.sweeps.sweep_base import REPORT, SELECTION
+from lorakit.sweeps.splits import REPORT, SELECTION
 from lorakit.training.recipe import load_recipe
 from matrix import few
 from small_runs import recipe, weights
@@ -112,6 +112,53 @@ def test_the_reference_is_computed_once_for_all_configurations(
     sweep = configurations(values, tmp_path, [{"objective.beta": beta} for beta in (0.1, 0.3, 1)])
     runner_for(values, at_once=3).advance(sweep, 1.0)
     assert sum(rows) == 2 * len(PAIRS), "both answers of each pair, learned or held out"
+
+
+@pytest.mark.parametrize("objective", [{"type": "kto"}, {"type": "dpo", "loss_type": "aot"}])
+def test_what_a_loss_needs_of_all_rows_is_computed_in_passes_that_configurations_share(
+    objective: dict[str, Any], tiny_model: Path, tmp_path: Path
+):
+    objective |= {"precompute_ref_log_probs": True}
+    rows = JUDGED if objective["type"] == "kto" else PAIRS
+    values = made(tiny_model, tmp_path, objective, rows[:20])
+    values["training"] |= {"eval_strategy": "no", "per_device_train_batch_size": 4}
+    passes: list[int] = []
+
+    def note(module: Any, inputs: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].numel() > 50:  # fewer are trials of what a model takes
+            passes.append(given["input_ids"].numel())
+
+    found = []
+    for number in (1, 3):
+        passes.clear()
+        changes = [{"objective.beta": 0.1 * n} for n in range(1, 1 + number)]
+        sweep = configurations(values, tmp_path / str(number), changes)
+        runner = runner_for(values, at_once=number)
+        runner.base.inputs.model.register_forward_pre_hook(note, with_kwargs=True)
+        runner.advance(sweep, 1.0)
+        found.append(list(passes))
+    assert len(found[1]) == len(found[0])
+    assert sum(found[1]) > 1.5 * sum(found[0])
+
+
+def test_weighted_pairs_are_trained_and_scored_beside_a_sweep_that_shares_passes(
+    tiny_model: Path, tmp_path: Path
+):
+    values = made(tiny_model, tmp_path, "dpo", eval_strategy="no")
+    sweep = configurations(
+        values, tmp_path / "sweep", [{"objective.use_weighting": True}, {"objective.beta": 0.3}]
+    )
+    runner = runner_for(values, at_once=2)
+    [(_, [other])], [weighted] = runner._groups(sweep)
+    assert (weighted.name, other.name) == ("c00", "c01")
+    progress = runner.advance(sweep, 1.0)[weighted.name]
+    wanted = solo(weighted, tmp_path / "solo")
+    assert distance(weights(Path(weighted.recipe.output_dir)), wanted) < 1e-9
+    record = read_manifest(tmp_path / "solo" / weighted.name)
+    assert record is not None
+    assert progress.scores["loss"] == pytest.approx(record.eval_loss, abs=1e-9)
+    bare = runner.base.bare_scores(weighted.recipe.make_objective())
+    assert bare["loss"] == pytest.approx(record.base_eval_loss, abs=1e-9)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from lorakit.sweeps.records import Progress, Rung, read_record
 from lorakit.sweeps.search import Search
 from lorakit.sweeps.space.configurations import Configuration
-from lorakit.sweeps.sweep_base import REPORT, SELECTION
+from lorakit.sweeps.splits import REPORT, SELECTION
 from lorakit.training.recipe import load_recipe
 
 

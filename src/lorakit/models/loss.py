@@ -139,6 +139,34 @@ class SupervisedLoss:
         head = Head(W, b, scale, softcap, spans)
         return adapted_cross_entropy(h, head, several or Targets.one_each(targets), factors, even)
 
+    def with_collisions(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of every supervised token as in `of_tokens`, and log sum_v p_v^2 (n,) of the
+        distribution over tokens that it is of, without gradients.
+
+        sum_v p_v^2 is how likely two draws are the same token.
+        """
+        import torch
+
+        from lorakit.models.cross_entropy import CHUNK_ELEMENTS, chunked_cross_entropy
+
+        h, targets = self.states(model, batch)
+        if self.output is None:
+            losses = smoothed(h, targets)
+        else:
+            linear: Any = self.output.linear
+            scale, softcap = self.output.scale, self.output.softcap
+            losses = chunked_cross_entropy(
+                h, linear.weight, linear.bias, targets, scale, softcap, None
+            )
+        found = []
+        with torch.no_grad():
+            for part in h.detach().split(max(1, CHUNK_ELEMENTS // self.classes(h))):
+                z = self.logits(part)
+                found.append((2 * z).logsumexp(-1) - 2 * z.logsumexp(-1))
+        return losses, torch.cat(found)
+
     def states(
         self, model: nn.Module, batch: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log, log1p
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from lorakit.objectives.batch_sums import EACH
+from lorakit.objectives.forward import per_sequence, supervised_per_sequence
 from lorakit.objectives.objective import Batch, Settings
 from lorakit.objectives.optimal_transport import aot, aot_unpaired
 from lorakit.objectives.preference import Pairs, PreferencePairs
@@ -50,6 +51,8 @@ class DpoSettings(Settings):
         discopop_tau: temperature of `discopop`.
         ld_alpha: what tokens count that are behind the length of the shorter answer, from 0 to 1
             (LD-DPO, Liu et al. 2024, arXiv:2409.06411); None for as much as others.
+        use_weighting: each pair's loss counts as much as both answers are likely to be the
+            policy's own (WPO, Zhou et al. 2024, arXiv:2406.11827, equation 2).
         precompute_ref_log_probs: compute the reference before the first step (again where a run
             is resumed) instead of in each; None where rows are seen more than once.
     """
@@ -62,6 +65,7 @@ class DpoSettings(Settings):
     f_divergence_type: Divergence = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = Field(0.05, gt=0)
+    use_weighting: bool = False
     precompute_ref_log_probs: bool | None = None
 
     @field_validator("loss_type")
@@ -96,6 +100,11 @@ class DpoSettings(Settings):
             )
         if self.f_divergence_type != "alpha_divergence":
             self._only_by_default("f_alpha_divergence_coef", "f_divergence_type=alpha_divergence")
+        if self.use_weighting and (sorting := SORTING & set(given)):
+            raise ValueError(
+                f"use_weighting weighs pairs, and loss_type {sorted(sorting)[0]} compares answers "
+                "of different pairs: leave one of them out"
+            )
         if "discopop" not in given:
             self._only_by_default("discopop_tau", "loss_type discopop")
         if "exo_pair" in given and not self.label_smoothing:
@@ -117,6 +126,28 @@ class Dpo(PreferencePairs):
         "Add the cross-entropy of chosen answers (objective.loss_type=[sigmoid,sft], TRL's former "
         "rpo_alpha), lower training.learning_rate, or raise objective.beta."
     )
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.shares_passes = not self.settings.use_weighting
+
+    def with_settings(self, settings: Any) -> Self:
+        """As in `PreferencePairs`; weights need more than the losses of tokens."""
+        other = super().with_settings(settings)
+        other.shares_passes = not settings.use_weighting
+        return other
+
+    def of_policy(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in `PreferencePairs`; with `use_weighting` a pair's weight is w(y+) w(y-).
+
+        log w(y) is the mean over the tokens t of log p(t) - log sum_v p(v)^2.
+        """
+        if not self.settings.use_weighting:
+            return super().of_policy(forward, batch)
+        tokens, collisions = forward.with_collisions(batch)
+        lengths = supervised_per_sequence(batch)
+        means = per_sequence(tokens.detach() - collisions, lengths) / lengths
+        return tokens, means.view(-1, 2).sum(1).exp()
 
     def of_answers(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """As in `PreferencePairs`; with `ld_alpha` tokens behind the shorter answer count less."""
@@ -152,6 +183,10 @@ class Dpo(PreferencePairs):
         pairs = super().pairs(forward, batch)
         return {f"{EACH}policy": pairs.policy, f"{EACH}reference": pairs.reference}
 
+    def read_beforehand(self, batch: Batch) -> Batch | None:
+        """The pairs themselves."""
+        return batch if self.needs_all_batches else None
+
     def pairs(self, forward: Forward, batch: Batch) -> Pairs:
         """As in `PreferencePairs`, with those of the whole step where they are known."""
         found = super().pairs(forward, batch)
@@ -167,7 +202,8 @@ class Dpo(PreferencePairs):
             w * LOSSES[name](pairs, self.settings) for name, w in self.settings.losses.items()
         )
         first = next(weighted)
-        return sum(weighted, first)
+        total = sum(weighted, first)
+        return total if pairs.weights is None else pairs.weights * total
 
 
 # --- the losses of pairs --------------------------------------------------------------------------

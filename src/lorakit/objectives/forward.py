@@ -173,6 +173,16 @@ class Forward:
             found = -self.reader.of_tokens(self.module, several)
         return list(found.chunk(len(adapters)))
 
+    def with_collisions(
+        self, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probability of every supervised token (n,), and log sum_v p_v^2 of the
+        distribution that it is of (n,), without gradients; under the adapter in force.
+        """
+        assert isinstance(self.reader, SupervisedLoss)
+        losses, collisions = self.reader.with_collisions(self.module, batch)
+        return -losses, collisions
+
     def log_probabilities(
         self, batch: Mapping[str, torch.Tensor], adapters: Sequence[str] = ()
     ) -> list[torch.Tensor]:

@@ -169,6 +169,10 @@ class Kto(Objective):
         ratios = self._log_ratios(forward, taken_from(batch, _MISMATCHED), known)[1]
         return {"kl": ratios.sum(), "answers": ratios.new_tensor(len(ratios))}
 
+    def read_beforehand(self, batch: Batch) -> Batch | None:
+        """The mismatched answers."""
+        return taken_from(batch, _MISMATCHED) if self.settings.loss_type == "kto" else None
+
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The summed loss of the answers, with the rewards that it implies."""
         import torch

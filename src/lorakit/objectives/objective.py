@@ -192,9 +192,9 @@ class Objective:
     too_long: ClassVar[TooLong] = "cut"
     row_settings: ClassVar[Sequence[str]] = ()
     constant_settings: ClassVar[Sequence[str]] = ()
-    shares_passes: ClassVar[bool] = False
     Settings: ClassVar[type[Settings]] = Settings
 
+    shares_passes: bool = False
     head: ClassVar[Sequence[str]] = ()
     score_names: Sequence[str] = ()
     lower_is_better: Sequence[str] = ()
@@ -430,6 +430,12 @@ class Objective:
         batch gets them as `step.NAME`. There are no gradients and no dropout.
         """
         return {}
+
+    def read_beforehand(self, batch: Batch) -> Batch | None:
+        """The batch of whose tokens' losses (`Forward.given`) `beforehand` makes its sums, so that
+        several adapters can share the pass; None where it needs none, or more than that.
+        """
+        return None
 
     @property
     def needs_all_batches(self) -> bool:

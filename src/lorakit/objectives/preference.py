@@ -62,12 +62,14 @@ class Pairs:
         lengths: supervised tokens of the answers.
         step: all pairs of the optimizer step, or all held-out ones, without gradients, for losses
             that compare a pair with others; None for these pairs alone.
+        weights: what each pair's loss counts (pairs,), without gradients; None for 1.
     """
 
     policy: torch.Tensor
     reference: torch.Tensor
     lengths: torch.Tensor
     step: Pairs | None = None
+    weights: torch.Tensor | None = None
 
     @property
     def log_ratios(self) -> torch.Tensor:
@@ -204,7 +206,8 @@ class PreferencePairs(Objective):
         import torch
 
         lengths = supervised_per_sequence(batch)
-        policy = self.of_answers(forward.token_log_probabilities(batch)[0], lengths)
+        tokens, weights = self.of_policy(forward, batch)
+        policy = self.of_answers(tokens, lengths)
         if self.reference is None:
             reference = torch.zeros_like(policy)
         elif self.reference == BASE and forward.is_base:
@@ -213,7 +216,11 @@ class PreferencePairs(Objective):
             reference = known.to(policy).view(-1, 2)
         else:
             reference = self._of_reference(forward, batch)
-        return Pairs(policy, reference, lengths.view(-1, 2))
+        return Pairs(policy, reference, lengths.view(-1, 2), weights=weights)
+
+    def of_policy(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The policy's log-probabilities of a batch's tokens (n,), and `Pairs.weights`."""
+        return forward.token_log_probabilities(batch)[0], None
 
     def _of_reference(self, forward: Forward, batch: Batch) -> torch.Tensor:
         assert self.reference is not None

@@ -24,7 +24,8 @@ from lorakit.evaluation.metrics import METRICS
 from lorakit.progress import task
 from lorakit.sweeps.records import Record, Rung
 from lorakit.sweeps.space.sweep_settings import check_criterion
-from lorakit.sweeps.sweep_base import SELECTION, SweepBase
+from lorakit.sweeps.splits import SELECTION
+from lorakit.sweeps.sweep_base import SweepBase
 from lorakit.training.generation import by_prompt
 
 ANSWERS_NAME = "sweep-answers.json"

@@ -59,7 +59,9 @@ def advance_alone(
         trainer = SweepTrainer(base, configuration, setup, to, interrupt)
         trainer.train_alone()
         objective = setup.inputs.objective
-        return trainer.finish(None if trainer.diverged else base.held_out(setup.model, objective))
+        return trainer.finish(
+            None if trainer.diverged else base.held_out.of(setup.model, objective)
+        )
     finally:
         base.stop_checkpointing()
         setup.model.unload()
@@ -98,7 +100,7 @@ def advance_group(
         }
         _train(resident, trainers, pass_size)
         healthy = {n: t.objective for n, t in trainers.items() if t.diverged is None}
-        found = base.held_out_of_each(resident, healthy) if healthy else {}
+        found = base.held_out.of_each(resident, healthy) if healthy else {}
         return {named[n].name: trainer.finish(found.get(n)) for n, trainer in trainers.items()}
 
 
@@ -118,7 +120,7 @@ def _train(
     for trainer in trainers.values():
         trainer.begin()
     stopped: StoppedError | None = None
-    while batches := [batch for t in trainers.values() if (batch := t.next_batch) is not None]:
+    while batches := _next_batches(resident, [*trainers.values()], tokens):
         for some in passes(batches, tokens):
             began = time.perf_counter()
             losses = resident.backward(some)
@@ -131,6 +133,26 @@ def _train(
                     stopped = error
     if stopped is not None:
         raise stopped
+
+
+def _next_batches(
+    resident: ResidentModel, trainers: Sequence[SweepTrainer], tokens: int | None
+) -> list[AdapterBatch]:
+    """Each configuration's next batch, with what its loss needs of the other batches of its step.
+
+    What they need is computed in passes that they share, without gradients.
+    """
+    asked = [trainer.read_beforehand for trainer in trainers]
+    if any(asked):
+        resident.model.eval()
+        with torch.no_grad():
+            together = passes([batch for own in asked for batch in own], tokens)
+            losses = [each for some in together for each in resident.token_losses(some)]
+        found = iter(losses)
+        for trainer, own in zip(trainers, asked, strict=True):
+            if own:
+                trainer.take_beforehand([next(found) for _ in own])
+    return [batch for trainer in trainers if (batch := trainer.next_batch) is not None]
 
 
 def _try(resident: ResidentModel, batches: Sequence[AdapterBatch]) -> None:

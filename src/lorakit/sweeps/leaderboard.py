@@ -20,7 +20,7 @@ from lorakit.sweeps.criterion import Criterion
 from lorakit.sweeps.ranks import RankChoice
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.space.sweep_settings import SweepSettings
-from lorakit.sweeps.sweep_base import REPORT, SELECTION
+from lorakit.sweeps.splits import REPORT, SELECTION
 from lorakit.sweeps.sweep_folder import LEADERBOARD_NAME
 from lorakit.version import __version__
 

@@ -152,6 +152,8 @@ def why_alone(
         return f"{args.report_to[0]} follows one run of a process at a time"
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         return "use_reentrant recomputes without the route of a shared pass"
+    if not recipe.make_objective().shares_passes:
+        return "its loss needs more than the log-probabilities of tokens"
     return evaluates_itself(recipe, args) or why_not_shared(base, config)
 
 

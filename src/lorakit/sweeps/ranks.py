@@ -17,7 +17,8 @@ from lorakit.adapters.resize import resize
 from lorakit.errors import InputError
 from lorakit.evaluation.bootstrap import Interval, mean_loss
 from lorakit.sweeps.records import Record
-from lorakit.sweeps.sweep_base import REPORT, SELECTION, SweepBase
+from lorakit.sweeps.splits import REPORT, SELECTION
+from lorakit.sweeps.sweep_base import SweepBase
 
 KEPT = 0.99  # the share of the gain that a smaller rank has to keep
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -81,7 +82,7 @@ def rank_choice(winner: Record, base: SweepBase, say: Callable[[str], None]) -> 
         small = Path(place) / f"r{r}"
         resize(folder, small, rank=r)
         with base.with_adapter(small, recipe) as model:
-            found = base.losses(model)
+            found = base.held_out.of(model).losses
         kept = {n: (bare[n] - mean_loss(found[n])) / gains[n] for n in gains}
         difference = base.interval(found, REPORT, minus=last.losses)
         results[r] = RankResult(r, kept, mean_loss(found[REPORT]), difference)

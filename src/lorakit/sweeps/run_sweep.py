@@ -23,7 +23,8 @@ from lorakit.sweeps.search import Runner, Search, rungs
 from lorakit.sweeps.space.configurations import Configuration, check_keys, configurations
 from lorakit.sweeps.space.samplers import Changes, sampler_of
 from lorakit.sweeps.space.sweep_settings import SweepSettings, load_sweep
-from lorakit.sweeps.sweep_base import SELECTION, SweepBase, load_base
+from lorakit.sweeps.splits import SELECTION
+from lorakit.sweeps.sweep_base import SweepBase, load_base
 from lorakit.sweeps.sweep_folder import (
     check_disk,
     check_folder,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,18 @@ from torch import nn
 from transformers import TrainingArguments
 
 from lorakit.adapters.open import with_frozen
-from lorakit.data.findings import AnySample
-from lorakit.data.grouping import AT_ONCE
-from lorakit.data.masking import TokenizedRow
 from lorakit.engine.resident import ResidentModel
-from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import InputError
 from lorakit.evaluation.bootstrap import Interval, loss_interval
-from lorakit.evaluation.held_out import (
-    Judge,
-    RowLosses,
-    Sums,
-    batch_losses,
-    know_constants,
-    row_sums,
-    sums_beforehand,
-)
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
-from lorakit.lora.routing import Route
 from lorakit.models.fused import fused
 from lorakit.models.lines import Lines
 from lorakit.models.load import best_device, torch_dtype
-from lorakit.models.loss import SupervisedLoss
-from lorakit.objectives.batch_sums import added, with_sums
 from lorakit.objectives.objective import Objective, TrainingInputs
-from lorakit.progress import task
+from lorakit.sweeps.held_out_rows import HeldOut, HeldOutRows, SplitLosses, TokenLosses
 from lorakit.sweeps.space.configurations import changed
+from lorakit.sweeps.splits import Split, split
 from lorakit.training.advice import advised
 from lorakit.training.batching import Batching, choose_batching
 from lorakit.training.machine import settle_in
@@ -51,60 +34,6 @@ from lorakit.training.position import planned_steps
 from lorakit.training.recipe import Recipe
 from lorakit.training.setup import load_inputs, wished_device
 from lorakit.training.stages import load_beside
-
-SELECTION, REPORT = "selection", "report"
-
-FEWEST = 8  # held-out prompts of a split: a bootstrap of fewer says nothing
-
-SplitLosses = dict[str, RowLosses]
-"""By split, the losses of its rows."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the held-out rows gave with one adapter.
-
-    Args:
-        sums: by split, of each row its `Loss.sums`, by the objective of the sweep's recipe.
-        scores: `loss` and scores of all rows, by the configuration's own settings.
-    """
-
-    sums: dict[str, list[Sums]]
-    scores: dict[str, float]
-
-    @property
-    def losses(self) -> SplitLosses:
-        """By split, the losses of its rows."""
-        return {
-            split: [(float(row["total"]), int(row["count"])) for row in rows]
-            for split, rows in self.sums.items()
-        }
-
-    @property
-    def metrics(self) -> dict[str, dict[str, list[Any]]]:
-        """By split and name, the metric of each row beside its loss, as plain numbers."""
-        return {
-            split: {
-                name: [row[name].tolist() for row in rows]
-                for name in rows[0]
-                if name not in ("total", "count")
-            }
-            for split, rows in self.sums.items()
-        }
-
-
-@dataclass(frozen=True)
-class Split:
-    """Held-out rows with their samples; `units[i]` numbers the prompt of row i."""
-
-    rows: list[TokenizedRow]
-    samples: list[AnySample]
-    units: list[int]
-
-    @property
-    def prompts(self) -> int:
-        """How many different prompts there are."""
-        return max(self.units, default=-1) + 1
 
 
 class SweepBase:
@@ -235,15 +164,39 @@ class SweepBase:
     # --- held-out rows ----------------------------------------------------------------------
 
     @cached_property
+    def held_out(self) -> HeldOutRows:
+        """The held-out rows, under any adapter."""
+        objective = self.inputs.objective
+        return HeldOutRows(
+            self.splits,
+            objective,
+            lambda own: self.batching(self.recipe, own)[0],
+            self.shares_passes,
+        )
+
+    @cached_property
     def bare(self) -> HeldOut:
         """What the held-out rows give without an adapter."""
         with self._without_adapter() as model:
-            return self.held_out(model)
+            return self.held_out.of(model)
 
     @property
     def bare_losses(self) -> SplitLosses:
         """The losses of the held-out rows without an adapter."""
         return self.bare.losses
+
+    def bare_scores(self, own: Objective) -> dict[str, float]:
+        """Loss and scores of all held-out rows without an adapter, by these settings."""
+        if self.held_out.is_common(own):
+            return self.bare.scores
+        if not self.held_out.by_tokens(own):
+            with self._without_adapter() as model:
+                return self.held_out.of(model, own).scores
+        return self.held_out.scores(self.inputs.model, own, self._bare_tokens)
+
+    @cached_property
+    def _bare_tokens(self) -> TokenLosses:
+        return self.held_out.tokens(self.inputs.model)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[nn.Module]:
@@ -264,149 +217,6 @@ class SweepBase:
         """The mean loss of a split's rows, less that of others of the same rows."""
         others = minus[split] if minus else None
         return loss_interval(losses[split], self.splits[split].units, self.seed, others)
-
-    def losses(self, model: nn.Module) -> SplitLosses:
-        """The losses of the held-out rows, with the adapters that are active in `model`."""
-        return self.held_out(model).losses
-
-    def held_out(self, model: nn.Module, own: Objective | None = None) -> HeldOut:
-        """Losses and scores of the held-out rows, with the adapters that are active in `model`.
-
-        Args:
-            own: the objective of a configuration; None for the sweep's.
-        """
-        objectives = self._objectives(own)
-        if not self.shares_passes:
-            return self._put_together([self._one_by_one(model, one) for one in objectives], own)
-        loss = SupervisedLoss(model)
-        judges = [self._judge(one, model) for one in objectives]
-        return self._put_together(
-            self._judged(model, lambda b: [loss.of_tokens(model, b)] * len(judges), judges), own
-        )
-
-    def held_out_of_each(
-        self, resident: ResidentModel, own: Mapping[str, Objective]
-    ) -> dict[str, HeldOut]:
-        """The same with each of these adapters, by the name of which there is its objective.
-
-        As many of them share a pass as fit into `AT_ONCE` tokens.
-        """
-        names, judges = list(own), []
-        for name, objective in own.items():
-            with resident.model.routing.using(Route(shared=(name,))):
-                judges.append([self._judge(o, resident.model) for o in self._objectives(objective)])
-
-        def token_losses(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-            several = max(1, AT_ONCE // batch["input_ids"].numel())
-            found = [
-                losses
-                for at in range(0, len(names), several)
-                for losses in resident.token_losses(
-                    [AdapterBatch(name, batch) for name in names[at : at + several]]
-                )
-            ]
-            return [losses for i, losses in enumerate(found) for _ in judges[i]]
-
-        flat = [judge for several in judges for judge in several]
-        found = iter(self._judged(resident.model, token_losses, flat))
-        return {
-            name: self._put_together([*islice(found, len(judges[i]))], own[name])
-            for i, name in enumerate(names)
-        }
-
-    def bare_scores(self, own: Objective) -> dict[str, float]:
-        """Loss and scores of all held-out rows without an adapter, by these settings."""
-        if self._objectives(own) == [self.inputs.objective]:
-            return self.bare.scores
-        if not self.shares_passes:
-            with self._without_adapter() as model:
-                return self.held_out(model, own).scores
-        judge, tokens = self._judge(own, self.inputs.model), self._bare_tokens
-        sums: Sums = {}
-        with torch.no_grad():
-            for row in self._rows:
-                sums = added(sums, judge(row, tokens[id(row)]))
-        return own.held_out(sums)
-
-    @cached_property
-    def _bare_tokens(self) -> dict[int, torch.Tensor]:
-        """The losses of the supervised tokens of each held-out row, by the row's id."""
-        found: dict[int, torch.Tensor] = {}
-        model = self.inputs.model
-        loss = SupervisedLoss(model)
-
-        def keep(row: TokenizedRow, losses: torch.Tensor) -> Sums:
-            found[id(row)] = losses
-            return {}
-
-        self._judged(model, lambda batch: [loss.of_tokens(model, batch)], [keep])
-        return found
-
-    @cached_property
-    def _rows(self) -> list[TokenizedRow]:
-        return [row for part in self.splits.values() for row in part.rows]
-
-    def _objectives(self, own: Objective | None) -> list[Objective]:
-        """The sweep's objective, which all are compared by, and one with other settings."""
-        common = self.inputs.objective
-        other = own is not None and own.settings != common.settings
-        return [common, own] if other and own is not None else [common]
-
-    def _judged(
-        self,
-        model: nn.Module,
-        token_losses: Callable[[dict[str, torch.Tensor]], list[torch.Tensor]],
-        judges: Sequence[Judge],
-    ) -> list[list[Sums]]:
-        """What each of `judges` makes of each held-out row; see `evaluation.held_out.row_sums`."""
-        batching, _ = self.batching(self.recipe)
-        collate, rows = batching.collator(learning=False), self._rows
-        batches = [
-            [begin + i for i in batch]
-            for begin, part in zip(self._begins, self.splits.values(), strict=True)
-            for batch in batching.held_out_batches(part.rows)
-        ]
-        return row_sums(model, rows, batches, collate, token_losses, judges)
-
-    @cached_property
-    def _begins(self) -> list[int]:
-        """Where the rows of each split begin in those of all."""
-        return [*accumulate((len(part.rows) for part in self.splits.values()), initial=0)][:-1]
-
-    def _judge(self, objective: Objective, model: nn.Module) -> Judge:
-        """How a row is judged by the losses of its tokens under the adapter in force."""
-        batching, _ = self.batching(self.recipe, objective)
-        rows, collate = self._rows, batching.collator(learning=False)
-        batches = batching.held_out_batches(rows)
-        know_constants(objective, model, rows, batches, collate)
-        before = sums_beforehand(objective, model, rows, batches, collate)
-        forward = objective.forward(model)
-        of_base = forward.is_base
-
-        def judge(row: TokenizedRow, losses: torch.Tensor) -> Sums:
-            batch = with_sums(collate([row]), before)
-            return objective.loss(forward.given(batch, losses, of_base), batch).sums()
-
-        return judge
-
-    def _one_by_one(self, model: nn.Module, objective: Objective) -> list[Sums]:
-        """Losses of other tasks are sums over a batch, so that each row is one."""
-        collate = self.batching(self.recipe, objective)[0].collator(learning=False)
-        rows = self._rows
-        each = [[i] for i in range(len(rows))]
-        with task("evaluating rows", len(rows)):
-            found = batch_losses(objective, model, rows, each, collate)
-            return [loss.sums() for _, loss in found]
-
-    def _put_together(self, found: list[list[Sums]], own: Objective | None) -> HeldOut:
-        """Of the rows' sums by each of `_objectives(own)`."""
-        objective = own or self.inputs.objective
-        whole: Sums = {}
-        for sums in found[-1]:
-            whole = added(whole, sums)
-        rows = iter(found[0])
-        by_split = {name: [*islice(rows, len(part.rows))] for name, part in self.splits.items()}
-        return HeldOut(by_split, objective.held_out(whole))
 
 
 def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
@@ -431,37 +241,3 @@ def _load(recipe: Recipe) -> TrainingInputs:
     device = wished_device(recipe)
     dtype = torch_dtype(recipe.dtype, device or best_device(), training=True)
     return load_inputs(recipe, dtype, device)
-
-
-def split(
-    rows: Sequence[TokenizedRow], samples: Sequence[AnySample], share: float, seed: int
-) -> dict[str, Split]:
-    """Held-out rows as `selection` (about `share` of the prompts) and `report`.
-
-    Rows with the same prompt stay together: what is reported was not chosen by.
-    """
-    whole = whole_split(rows, samples)
-    order = list(range(whole.prompts))
-    random.Random(seed).shuffle(order)
-    chosen = set(order[: round(share * len(order))])
-    if min(len(chosen), len(order) - len(chosen)) < FEWEST:
-        raise InputError(
-            f"data.eval: {len(rows)} rows with {len(order)} prompts are too few to tell settings "
-            f"apart: a sweep chooses by some of them and reports on the others, at least {FEWEST} "
-            f"prompts each; hold out {2 * FEWEST} or more"
-        )
-    sides = {
-        name: [i for i, unit in enumerate(whole.units) if (unit in chosen) == (name == SELECTION)]
-        for name in (SELECTION, REPORT)
-    }
-    return {
-        name: whole_split([rows[i] for i in own], [samples[i] for i in own])
-        for name, own in sides.items()
-    }
-
-
-def whole_split(rows: Sequence[TokenizedRow], samples: Sequence[AnySample]) -> Split:
-    """All of these rows as one split."""
-    numbers: dict[str, int] = {}
-    units = [numbers.setdefault(sample.prompt_key, len(numbers)) for sample in samples]
-    return Split([*rows], [*samples], units)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +25,14 @@ from lorakit.adapters.manifest import METRICS_NAME
 from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import LorakitError
 from lorakit.lora.streams import Stream
+from lorakit.objectives.batch_sums import with_sums
+from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch
 from lorakit.progress import innermost
+from lorakit.sweeps.held_out_rows import HeldOut
 from lorakit.sweeps.records import Progress
 from lorakit.sweeps.space.configurations import Configuration
-from lorakit.sweeps.sweep_base import HeldOut, SweepBase
+from lorakit.sweeps.sweep_base import SweepBase
 from lorakit.training.batching import BatchDataset
 from lorakit.training.checkpoints import newest_whole, step_of
 from lorakit.training.differences import run_identity
@@ -49,11 +52,15 @@ class DivergedError(LorakitError):
 
 @dataclass(frozen=True)
 class _OptimizerStep:
-    """Batches of a step, what their summed loss is divided by, and the epoch after it."""
+    """Batches of a step, what their summed loss is divided by, and the epoch after it.
+
+    `unread` is what the sums that they still lack are made of, batch by batch.
+    """
 
     batches: list[dict[str, torch.Tensor]]
     divisor: torch.Tensor
     epoch: float
+    unread: list[Batch]
 
 
 class SweepTrainer(LoraTrainer):
@@ -124,6 +131,7 @@ class SweepTrainer(LoraTrainer):
         self._steps: Iterator[_OptimizerStep] = iter(())
         self._step: _OptimizerStep | None = None
         self._losses: list[torch.Tensor] = []
+        self._in_group = False
         self.remove_callback(PrinterCallback)
         self.add_callback(Recorder(self.lines, self.counts))
         if patience := recipe.early_stopping_patience:
@@ -185,10 +193,41 @@ class SweepTrainer(LoraTrainer):
 
     def begin(self) -> None:
         """Gets ready for the first step, or takes up what is there already."""
+        self._in_group = True
         with self.stream.drawing():
             if not self._taken_up():
                 self._steps = self._optimizer_steps()
                 self._step = next(self._steps, None)
+
+    def with_all_sums(
+        self, batches: Sequence[dict[str, torch.Tensor]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """LoraTrainer's; in a group those that can be made in a shared pass come later."""
+        return [*batches] if self._unread(batches) else super().with_all_sums(batches)
+
+    def _unread(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[Batch]:
+        if not (self._in_group and self.objective.needs_all_batches):
+            return []
+        read = [self.objective.read_beforehand(batch) for batch in batches]
+        return [batch for batch in read if batch is not None]
+
+    @property
+    def read_beforehand(self) -> list[AdapterBatch]:
+        """What the next step needs the losses of before its first batch (`take_beforehand`)."""
+        unread = self._step.unread if self._step is not None else []
+        return [AdapterBatch(self.setup.model.active_adapter, batch) for batch in unread]
+
+    def take_beforehand(self, losses: Sequence[torch.Tensor]) -> None:
+        """Makes the sums that the next step lacks of the token losses of `read_beforehand`."""
+        assert self._step is not None
+        step, known = self._step, iter(zip(self._step.unread, losses, strict=True))
+
+        def measure(forward: Forward, batch: Batch) -> Mapping[str, torch.Tensor]:
+            return self.objective.beforehand(forward.given(*next(known)), batch)
+
+        sums = self._measured(measure, step.batches)
+        summed = [with_sums(batch, sums) for batch in step.batches]
+        self._step = replace(step, batches=summed, unread=[])
 
     @property
     def next_batch(self) -> AdapterBatch | None:
@@ -294,7 +333,8 @@ class SweepTrainer(LoraTrainer):
                 inputs = [self._prepare_inputs(batch) for batch in samples]
                 for batch in inputs:
                     self._track_num_input_tokens(batch)
-                yield _OptimizerStep(inputs, divisor, epoch + done / in_epoch)
+                unread = self._unread(inputs)
+                yield _OptimizerStep(inputs, divisor, epoch + done / in_epoch, unread)
             self._tell("epoch_end")
             self._log_and_save()
             if self.control.should_training_stop:

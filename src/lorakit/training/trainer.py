@@ -341,11 +341,7 @@ class LoraTrainer(CheckpointedTrainer):
         """
         batches = self.with_answers(list(islice(epoch_iterator, num_batches)))
         if self.objective.needs_all_batches:
-            self.model.eval()  # nothing is drawn, so that a run resumes to the same numbers
-            own = [self._prepare_inputs(batch) for batch in batches]
-            sums = self._over_processes(self._measured(self.objective.beforehand, own))
-            self.model.train()
-            batches = [with_sums(batch, sums) for batch in own]
+            batches = self.with_all_sums([self._prepare_inputs(batch) for batch in batches])
         tokens = torch.zeros(4, dtype=torch.int64, device=device)
         tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:
@@ -358,6 +354,15 @@ class LoraTrainer(CheckpointedTrainer):
         if self.interrupt:
             self.interrupt.agreed = bool(tokens[2])
         return batches, tokens[3]
+
+    def with_all_sums(
+        self, batches: Sequence[dict[str, torch.Tensor]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Batches of an optimizer step with the sums that each needs of all of them."""
+        self.model.eval()  # nothing is drawn, so that a run resumes to the same numbers
+        sums = self._over_processes(self._measured(self.objective.beforehand, batches))
+        self.model.train()
+        return [with_sums(batch, sums) for batch in batches]
 
     def with_answers(
         self, batches: list[dict[str, torch.Tensor]], step: int | None = None
