@@ -116,6 +116,15 @@ def test_an_adapter_alone_has_a_page_that_says_what_is_missing(tmp_path: Path):
         assert name in page.text
 
 
+@pytest.mark.parametrize(("samples", "told"), [(0, 0), (5, 1)])
+def test_samples_are_missed_only_where_the_recipe_asked_for_them(
+    tmp_path: Path, samples: int, told: int
+):
+    folder = save_run(tmp_path / "run", recipe={"samples": samples})
+    (folder / "samples.json").unlink()
+    assert len(write_report(folder).notices) == told
+
+
 def test_damaged_lines_are_left_out_and_counted(tmp_path: Path):
     folder = save_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:

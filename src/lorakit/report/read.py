@@ -199,7 +199,7 @@ def read_run(folder: str | Path) -> RunRecord:
         run_notices=part("notices", list[str]) or [],
         metrics=_read_metrics(folder, notices),
         movement=_read_movement(folder, notices),
-        samples=_read_samples(folder, notices),
+        samples=_read_samples(folder, notices, asked=said.get("recipe", {}).get("samples") != 0),
         notices=notices,
     )
 
@@ -241,10 +241,11 @@ def _read_movement(folder: Path, notices: list[str]) -> Movement | None:
     return Movement(names, weights, kept) if kept else None
 
 
-def _read_samples(folder: Path, notices: list[str]) -> list[RecordedSample]:
+def _read_samples(folder: Path, notices: list[str], *, asked: bool) -> list[RecordedSample]:
     path = folder / SAMPLES_NAME
     if not path.is_file():
-        notices.append(f"There is no {SAMPLES_NAME}: no answers before and after.")
+        if asked:
+            notices.append(f"There is no {SAMPLES_NAME}: no answers before and after.")
         return []
     try:
         return TypeAdapter(list[RecordedSample]).validate_json(path.read_bytes())
