@@ -1,0 +1,154 @@
+"""`lorakit serve --training` under load: many clients of the Tinker SDK that train and sample.
+
+A real server in a process of its own, and clients with a key each: most wait for every step, and
+one in eight keeps several batches of four times the size waiting. What is printed: how requests
+ended, tokens a second, each client's share of what was trained, and the server's memory.
+
+    python -m benchmarks.training_load [--minutes 10] [--clients 32]
+"""
+
+import argparse
+import collections
+import logging
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tinker
+from tinker import types
+
+from benchmarks.serve import MODEL
+
+RANKS = (1, 8, 32)
+
+
+@dataclass
+class Seen:
+    """What all clients met: ends of requests, and tokens of each client."""
+
+    ends: collections.Counter[str] = field(default_factory=collections.Counter)
+    trained: collections.Counter[int] = field(default_factory=collections.Counter)
+    sampled: collections.Counter[int] = field(default_factory=collections.Counter)
+    memory: list[float] = field(default_factory=list)
+
+
+def rows(chance: random.Random, number: int, length: int) -> list[types.Datum]:
+    made = []
+    for _ in range(number):
+        ids = [chance.randrange(1000, 40000) for _ in range(length + 1)]
+        target = types.TensorData(data=ids[1:], dtype="int64", shape=[length])
+        prompt = types.ModelInput.from_ints(ids[:-1])
+        made.append(types.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": target}))
+    return made
+
+
+def be_client(address: str, number: int, end: float, seen: Seen) -> None:
+    """Trains steps of 4 rows of 64 tokens, and samples after every fourth."""
+    chance = random.Random(number)
+    greedy = number % 8 == 7
+    with tinker.ServiceClient(base_url=address, api_key=f"tml-{number}") as service:
+        run = service.create_lora_training_client(
+            MODEL, rank=chance.choice(RANKS), seed=number, train_unembed=chance.random() < 0.5
+        ).result()
+        turn = 0
+        while time.monotonic() < end:
+            turn += 1
+            batches = [rows(chance, 16, 64) for _ in range(4)] if greedy else [rows(chance, 4, 64)]
+            losses = [run.forward_backward(batch, "cross_entropy") for batch in batches]
+            step = run.optim_step(types.AdamParams(learning_rate=1e-4))
+            for batch, loss in zip(batches, losses, strict=True):
+                note(seen, "trained", loss)
+                seen.trained[number] += 64 * len(batch) * (time.monotonic() < end)
+            note(seen, "step", step)
+            if turn % 4 == 0 and time.monotonic() < end:
+                sample(run, chance, number, seen)
+
+
+def sample(run: Any, chance: random.Random, number: int, seen: Seen) -> None:
+    prompt = types.ModelInput.from_ints([chance.randrange(1000, 40000) for _ in range(32)])
+    wanted = types.SamplingParams(max_tokens=16, temperature=1.0, stop=[])
+    answers = run.save_weights_and_get_sampling_client().result()
+    found = note(seen, "sampled", answers.sample(prompt, 2, wanted))
+    seen.sampled[number] += sum(len(one.tokens) for one in found.sequences) if found else 0
+
+
+def note(seen: Seen, kind: str, future: Any) -> Any:
+    """The result of a request, whose end is counted."""
+    try:
+        result = future.result(timeout=600)
+    except Exception as error:
+        seen.ends[f"{kind}: {type(error).__name__}: {str(error)[:80]}"] += 1
+        return None
+    seen.ends[kind] += 1
+    return result
+
+
+def watch(process: int, end: float, seen: Seen) -> None:
+    while time.monotonic() < end:
+        time.sleep(5)
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        assert found
+        seen.memory.append(int(found[1]) * 1024 / 1e6)
+
+
+def load(address: str, process: int, args: argparse.Namespace) -> Seen:
+    seen, end = Seen(), time.monotonic() + 60 * args.minutes
+    threads = [
+        threading.Thread(target=be_client, args=(address, number, end, seen))
+        for number in range(args.clients)
+    ]
+    threads.append(threading.Thread(target=watch, args=(process, end, seen)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=32)
+    args = parser.parse_args()
+    logging.getLogger("tinker").setLevel(logging.ERROR)  # it logs each answer that is not there yet
+    with tempfile.TemporaryDirectory() as state:
+        command = [sys.executable, "-m", "lorakit", "serve", "--model", MODEL, "--port", "0"]
+        command += ["--training", "--state", state, "--dtype", "bfloat16"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout
+            address = None
+            while not address:
+                address = re.search(r"(http://[\d.]+:\d+)", server.stdout.readline())
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            seen = load(address[1], server.pid, args)
+            server.send_signal(signal.SIGTERM)
+            code = server.wait()
+    print(f"ends: {dict(sorted(seen.ends.items()))}; the server's exit code: {code}")
+    seconds = 60 * args.minutes
+    print(f"trained {seen.trained.total() / seconds:.0f} tokens a second")
+    print(f"sampled {seen.sampled.total() / seconds:.1f} tokens a second")
+    equal = seen.trained.total() / args.clients
+    shares = sorted(seen.trained[number] / equal for number in range(args.clients))
+    print(
+        f"share of an equal one: slowest {shares[0]:.2f}, median {statistics.median(shares):.2f}, "
+        f"fastest {shares[-1]:.2f}"
+    )
+    if len(seen.memory) >= 10:
+        # The first fifth fills what grows with use: the cache's rows, the adapters in memory.
+        settled = seen.memory[len(seen.memory) // 5 :]
+        half = len(settled) // 2
+        early, late = (statistics.median(part) for part in (settled[:half], settled[half:]))
+        print(f"memory: {early:.0f} MB, then {late:.0f} MB ({late / early - 1:+.1%})")
+
+
+if __name__ == "__main__":
+    main()
