@@ -9,18 +9,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorakit import LoraConfig, LoraModel
 from lorakit.lora.routing import BASE, Route
 from lorakit.lora.spans import Span
-from lorakit.models import cross_entropy
+from lorakit.models import adapted_head, cross_entropy
 from lorakit.models.adapted_head import Head, Targets, adapted_cross_entropy
 from lorakit.models.loss import IGNORE, SupervisedLoss
 from models.small import SMALL
 
 
-@pytest.mark.parametrize("chunk", [200, 2**20])
+@pytest.mark.parametrize(("chunk", "kept"), [(200, 0), (200, 2**20), (2**20, 2**20)])
 @pytest.mark.parametrize("bent", [False, True])
 def test_losses_and_gradients_are_those_of_all_logits(
-    bent: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+    bent: bool, chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(adapted_head, "KEPT_BYTES", kept)
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:

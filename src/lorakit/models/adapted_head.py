@@ -2,8 +2,8 @@
 
 Beside the frozen `h Wᵀ + b` each span of positions has low-rank updates of its own, so that rows of
 several adapters, of any ranks, take one product with the vocabulary's matrix. A position may have
-several targets. The forward pass keeps no logits: the backward pass computes again those that have
-a gradient, a chunk at a time (`cross_entropy.py` has the faster form for a frozen head).
+several targets. Logits are kept for the backward pass where they are few, else those that have a
+gradient are computed again, a chunk at a time (`cross_entropy.py` is the form for a frozen head).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from lorakit.lora.layers.linear import LoraLinear
 from lorakit.lora.spans import Span
 from lorakit.lora.streams import Stream
 from lorakit.models import cross_entropy
+
+KEPT_BYTES = 2**28
+"""The most memory that the logits of a pass may take until its gradients are computed."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,13 @@ class AdaptedCrossEntropy(torch.autograd.Function):
         inner, masks = _inner(h, head.spans, factors)
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.empty(len(targets.tokens), dtype=wide, device=h.device)
+        size = len(h) * head.W.shape[0] * h.element_size()
+        keeps = any(ctx.needs_input_grad) and head.softcap is None and size <= KEPT_BYTES
+        kept = h.new_empty(len(h), head.W.shape[0]) if keeps else None
         for at, end, own in _chunks(len(h), head, targets):
             logits, _ = _logits(h, head, factors, inner, at, end)
+            if kept is not None:
+                kept[at:end] = logits
             largest = torch.softmax(logits, dim=-1, dtype=wide).amax(-1)
             log_sums = logits.amax(-1).to(wide) - largest.log_()
             local, tokens = targets.positions[own] - at, targets.tokens[own]
@@ -150,66 +158,121 @@ class AdaptedCrossEntropy(torch.autograd.Function):
                 even = smoothing[at:end][local]
                 wanted = (1 - even) * wanted + even * logits.mean(-1, dtype=wide)[local]
             losses[own] = log_sums[local] - wanted
-        ctx.head, ctx.targets = head, targets
+        ctx.head, ctx.targets, ctx.kept = head, targets, kept
         ctx.save_for_backward(h, smoothing, *factors, *inner, *masks)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        h, smoothing, *saved = ctx.saved_tensors
+        whole_h, smoothing, *saved = ctx.saved_tensors
         count = len(ctx.head.spans)
         factors, inner, masks = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
-        whole_h = h
-        h, head, targets, grad, kept = _with_gradient(h, ctx.head, ctx.targets, grad)
-        if kept is not None:
-            smoothing = None if smoothing is None else smoothing[kept]
+        h, head, targets, grad, rows = _with_gradient(whole_h, ctx.head, ctx.targets, grad)
+        logits, ctx.kept = ctx.kept, None  # its memory becomes that of the gradients
+        if rows is not None:
+            smoothing = None if smoothing is None else smoothing[rows]
             own = [
-                kept[span.begin : span.end] - before.begin
+                rows[span.begin : span.end] - before.begin
                 for span, before in zip(head.spans, ctx.head.spans, strict=True)
             ]
-            inner = [x[rows] for x, rows in zip(inner, own, strict=True)]
-            masks = [m if m is None else m[rows] for m, rows in zip(masks, own, strict=True)]
+            inner = [x[i] for x, i in zip(inner, own, strict=True)]
+            masks = [m if m is None else m[i] for m, i in zip(masks, own, strict=True)]
+            logits = None if logits is None else logits[rows]
         dh = torch.empty_like(h)
-        found: list[torch.Tensor | None] = [None] * len(factors)
-        needed = ctx.needs_input_grad[4:]
+        found = _Sums(head, h, factors, inner, masks, ctx.needs_input_grad[4:])
         for at, end, own_targets in _chunks(len(h), head, targets):
-            logits, slope = _logits(h, head, factors, inner, at, end)
-            G = torch.softmax(logits, dim=-1, dtype=grad.dtype)
-            local, g = targets.positions[own_targets] - at, grad[own_targets]
-            total = g.new_zeros(end - at).index_add_(0, local, g)
-            G *= total[:, None]
-            if smoothing is not None:
-                even = smoothing[at:end]
-                G -= (total * even / G.shape[1])[:, None]
-                g = g * (1 - even[local])
-            G.index_put_((local, targets.tokens[own_targets]), -g, accumulate=True)
+            slope = None
+            if logits is None:
+                z, slope = _logits(h, head, factors, inner, at, end)
+            else:
+                z = logits[at:end]
+            even = None if smoothing is None else smoothing[at:end]
+            G = _gradient(z, targets, own_targets, at, grad[own_targets], even)
             if slope is not None:
                 G *= slope
             if head.scale != 1:
                 G *= head.scale
-            narrow = G.to(h.dtype)
-            torch.matmul(narrow, head.W, out=dh[at:end])
-            for i, span in enumerate(head.spans):
-                a, b = max(at, span.begin), min(end, span.end)
-                if a >= b:
-                    continue
-                A, B = factors[2 * i : 2 * i + 2]
-                rows = slice(a - span.begin, b - span.begin)
-                mask = None if masks[i] is None else masks[i][rows]
-                parts = gradients(
-                    dh[a:b], narrow[a - at : b - at], h[a:b], inner[i][rows], A, B, mask,
-                    span.scaling, 1 - span.p, needed[2 * i : 2 * i + 2],
-                )  # fmt: skip
-                for k, part in enumerate(parts, 2 * i):
-                    there = found[k]
-                    found[k] = part if there is None or part is None else there.add_(part)
-        for k, (factor, value) in enumerate(zip(factors, found, strict=True)):
-            if value is None and needed[k]:
-                found[k] = torch.zeros_like(factor)
-        if kept is not None:
-            dh = torch.zeros_like(whole_h).index_copy_(0, kept, dh)
-        return dh if ctx.needs_input_grad[0] else None, None, None, None, *found
+            if logits is not None:
+                logits[at:end] = G
+            else:
+                narrow = G.to(h.dtype)
+                torch.matmul(narrow, head.W, out=dh[at:end])
+                found.add(narrow, dh, at, end)
+        if logits is not None:
+            torch.matmul(logits, head.W, out=dh)
+            found.add(logits, dh, 0, len(h))
+        if rows is not None:
+            dh = torch.zeros_like(whole_h).index_copy_(0, rows, dh)
+        return dh if ctx.needs_input_grad[0] else None, None, None, None, *found.gradients()
+
+
+def _gradient(
+    logits: torch.Tensor,
+    targets: Targets,
+    own: slice,
+    at: int,
+    grad: torch.Tensor,
+    smoothing: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of logits (n, V) behind `at`, of the losses of their `own` targets."""
+    G = torch.softmax(logits, dim=-1, dtype=grad.dtype)
+    local = targets.positions[own] - at
+    total = grad.new_zeros(len(G)).index_add_(0, local, grad)
+    G *= total[:, None]
+    if smoothing is not None:
+        G -= (total * smoothing / G.shape[1])[:, None]
+        grad = grad * (1 - smoothing[local])
+    return G.index_put_((local, targets.tokens[own]), -grad, accumulate=True)
+
+
+class _Sums:
+    """The gradients of the factors, summed over chunks; what the updates add to `dh` is added."""
+
+    def __init__(
+        self,
+        head: Head,
+        h: torch.Tensor,
+        factors: Sequence[torch.Tensor],
+        inner: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None],
+        needed: Sequence[bool],
+    ) -> None:
+        self._head, self._h, self._factors, self._needed = head, h, factors, needed
+        self._inner, self._masks = inner, masks
+        self._found: list[torch.Tensor | None] = [None] * len(factors)
+
+    def add(self, G: torch.Tensor, dh: torch.Tensor, at: int, end: int) -> None:
+        """Adds what the gradient G (end - at, V) of the logits gives."""
+        for i, span in enumerate(self._head.spans):
+            a, b = max(at, span.begin), min(end, span.end)
+            if a >= b:
+                continue
+            rows, mask = slice(a - span.begin, b - span.begin), self._masks[i]
+            A, B = self._factors[2 * i : 2 * i + 2]
+            parts = gradients(
+                dh[a:b],
+                G[a - at : b - at],
+                self._h[a:b],
+                self._inner[i][rows],
+                A,
+                B,
+                None if mask is None else mask[rows],
+                span.scaling,
+                1 - span.p,
+                self._needed[2 * i : 2 * i + 2],
+            )
+            for k, part in enumerate(parts, 2 * i):
+                there = self._found[k]
+                self._found[k] = part if there is None or part is None else there.add_(part)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Of each factor; None where none is needed."""
+        found = zip(self._found, self._factors, self._needed, strict=True)
+        return [
+            torch.zeros_like(factor) if value is None and needed else value
+            for value, factor, needed in found
+        ]
 
 
 def _inner(

@@ -39,7 +39,8 @@ _MESSAGES: Mapping[str, str] = {
     "EncodedTextChunk": "1 tokens bytes",
     "OtherChunk": "",
     "Chunk": "1 encoded_text EncodedTextChunk; 2 image OtherChunk; 3 dmel OtherChunk",
-    "Datum": "1 model_input Chunk*; 2 loss_fn_inputs <Tensor>; 3 model_input_spans OtherChunk*",
+    # Where tokens come from (model_input_spans) changes nothing in the losses that there are.
+    "Datum": "1 model_input Chunk*; 2 loss_fn_inputs <Tensor>",
     "LossConfigValue": "1 number double; 2 text string",
     "ForwardBackwardRequest": (
         "1 model_id string; 2 seq_id int32; 3 data Datum*; 4 loss_fn string; "
@@ -206,8 +207,6 @@ def _datum(message: Any, at: int) -> Datum:
         if len(raw) % 4:
             raise InputError(f"datum {at}: a text chunk is not made of int32 tokens")
         tokens += np.frombuffer(raw, dtype="<i4").tolist()
-    if message.model_input_spans:
-        raise InputError(f"datum {at}: provenance spans are not read; leave them out")
     inputs = {
         name: _array(tensor, f"datum {at}: {name}", len(tokens))
         for name, tensor in message.loss_fn_inputs.items()
