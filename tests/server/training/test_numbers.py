@@ -256,6 +256,15 @@ def test_a_row_in_several_chunks_is_the_row(client: Any):
     assert found.tolist() == pytest.approx(wanted.tolist())
 
 
+def test_where_tokens_come_from_changes_nothing(client: Any):
+    run = client.create_lora_training_client("base", rank=1, seed=1).result()
+    plain = datum(SHORT, logprobs=Q, advantages=A)
+    span = types.SampledProvenanceSpan(sequence_id="session:sample:0:1:0", length=4)
+    told = plain.with_provenance(model_input=[span], loss_fn_inputs=[span])
+    found = [run.forward_backward([row], "ppo").result() for row in (plain, told)]
+    assert found[0].metrics["loss:sum"] == found[1].metrics["loss:sum"]
+
+
 def test_soft_targets_that_do_not_fit_are_refused(client: Any):
     run = client.create_lora_training_client("base", rank=1).result()
     two = types.TensorData.from_torch(torch.ones(4, 2, dtype=torch.int64))
