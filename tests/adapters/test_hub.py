@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from command import run_lorakit
 from hub_in_memory import Hub, use_hub
 from lorakit.adapters.hub import pull, push, selection
 from lorakit.errors import InputError
+from matrix import few
 from plain_adapters import save_adapter, updates
 
 MANIFEST = {
@@ -84,11 +86,13 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     return run
 
 
+@pytest.mark.parametrize("apart", few([False, True], False))
 def test_what_is_uploaded_comes_back_and_nothing_else_went(
-    hub: Hub, adapter: Path, tiny_model: Path, tmp_path: Path
+    apart: bool, hub: Hub, adapter: Path, tiny_model: Path, command: Any, tmp_path: Path
 ):
+    run = partial(process, tmp_path) if apart else command
     where = f"http://127.0.0.1:{hub.server_port}"
-    pushed = process(tmp_path, where, "push", adapter, "ada/orders", "--private", "--yes")
+    pushed = run(where, "push", adapter, "ada/orders", "--private", "--yes")
     assert pushed.returncode == 0, pushed.stderr
     assert "stays here: checkpoint-5/, lorakit.json, metrics.jsonl, samples.json" in pushed.stdout
     assert "/home/ada/secret/rows.jsonl" in pushed.stdout  # it is said what the record has
@@ -97,7 +101,7 @@ def test_what_is_uploaded_comes_back_and_nothing_else_went(
     assert hub.private is True
     assert not any(b"secret" in content for content in hub.files.values())
 
-    pulled = process(tmp_path, where, "pull", "ada/orders", "-o", "back")
+    pulled = run(where, "pull", "ada/orders", "-o", "back")
     assert pulled.returncode == 0, pulled.stderr
     assert {path.name for path in (tmp_path / "back").iterdir()} == names
     for name in names:

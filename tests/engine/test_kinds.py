@@ -74,8 +74,15 @@ def save_base(folder: Path, tied: bool) -> Path:
 
 @pytest.mark.parametrize(
     ("tied", "kinds"),
-    [(False, KINDS | WHOLE), (False, dict(reversed((KINDS | WHOLE).items()))), (True, TIED)],
-    ids=["untied", "in reverse", "tied"],
+    [
+        pytest.param(False, KINDS | WHOLE, id="untied"),
+        pytest.param(
+            *(False, dict(reversed((KINDS | WHOLE).items()))),
+            id="in reverse",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(True, TIED, id="tied"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_each_row_of_a_mixed_batch_answers_as_its_adapter_alone(

@@ -54,10 +54,11 @@ def opened(family: str, folder: Path, **config: Any) -> tuple[Engine, list[list[
     return open_engine(str(base), adapters, dtype="float32", max_rows=3), expected
 
 
-CHOSEN = ["gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "falcon_h1"]
+# Windows with sinks, chunks, latent attention, linear attention.
+CHOSEN = ["gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next"]
 
 
-@pytest.mark.parametrize("family", few(FAMILIES.keys(), *CHOSEN, "mamba", "lfm2"))
+@pytest.mark.parametrize("family", few(FAMILIES.keys(), *CHOSEN))
 def test_rows_that_come_and_go_are_answered_as_generate_answers_each_alone(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -95,7 +96,7 @@ def test_layers_with_a_window_keep_no_more_than_it_holds(tmp_path: Path):
     assert kept == [WINDOW, 128] * 2
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "mistral"])
+@pytest.mark.parametrize("family", few(["qwen3_next", "mistral"], "mistral"))
 def test_a_step_that_fails_midway_leaves_what_rows_have_of_the_past_right(
     family: str, tmp_path: Path
 ):
@@ -115,7 +116,7 @@ def test_a_step_that_fails_midway_leaves_what_rows_have_of_the_past_right(
     assert len(failed) == 2
 
 
-@pytest.mark.parametrize("family", few(FAMILIES.keys(), "mamba", "jamba", "qwen3_5_text"))
+@pytest.mark.parametrize("family", few(FAMILIES.keys(), "jamba", "qwen3_5_text"))
 def test_what_a_model_takes_is_seen_in_half_precision_too(family: str):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(tiny_config(family)).to(torch.bfloat16).eval()

@@ -417,16 +417,30 @@ record = {{"argv": sys.argv, "environment": dict(os.environ), "pid": os.getpid()
 json.dump(record, open(os.environ["RECORD"], "w"))
 sys.exit(7)
 """
-SERVE = """
-import json, sys
-from pathlib import Path
-from lorakit.server.vllm import VllmOptions, serve
-values = json.loads(sys.argv[1])
-for key in ("workspace", "adapter_root"):
-    values[key] = values.get(key) and Path(values[key])
-values["adapters"] = {k: Path(v) for k, v in values["adapters"].items()}
-serve(VllmOptions(**values), dry_run=sys.argv[2] == "dry")
-"""
+
+
+def become(options: VllmOptions, folder: Path, environment: dict[str, str]) -> tuple[int, Any]:
+    """Starts vLLM as `serve` does, in the place of a process of its own in `folder`.
+
+    Returns: the process' number, and it when it has ended.
+    """
+    out, err = folder / "stdout.txt", folder / "stderr.txt"
+    if not (child := os.fork()):  # which has everything imported
+        try:
+            os.chdir(folder)
+            for number, path in ((1, out), (2, err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+                name = ("stdout", "stderr")[number - 1]
+                setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            os.environ.clear()
+            os.environ.update(environment)
+            serve(options)
+        finally:
+            os._exit(99)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child, subprocess.CompletedProcess("", code, out.read_text(), err.read_text())
+
+
 HOSTILE = (
     "two words",
     "a=b,c",
@@ -451,41 +465,42 @@ def surroundings(tmp_path: Path) -> dict[str, str]:
 
 
 def test_what_is_started_is_what_is_printed_even_with_hostile_names(
-    base: Path, adapter: Adapters, surroundings: dict[str, str], tmp_path: Path
+    base: Path,
+    adapter: Adapters,
+    surroundings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     hostile = Path(shutil.copytree(base, tmp_path / "-b=$(touch hacked), 'x'"))
     folder = adapter("an adapter's = $HOME, folder", alpha_pattern={"q_proj": 5})
-    values = {
-        "model": str(hostile.relative_to(tmp_path)),
-        "adapters": dict.fromkeys(HOSTILE, str(folder)),
-        "api_key": "s3cret$key'",
-        "workspace": str(tmp_path / "my $(copies)"),
-    }
-    call = [sys.executable, "-c", SERVE, json.dumps(values)]
-    where: dict[str, Any] = {"cwd": tmp_path, "text": True}
-    dry = subprocess.run([*call, "dry"], capture_output=True, env=surroundings, **where)
-    assert dry.returncode == 0, dry.stderr
-    assert "s3cret" not in dry.stdout + dry.stderr
+    monkeypatch.chdir(tmp_path)
+    options = VllmOptions(
+        model=str(hostile.relative_to(tmp_path)),
+        adapters=dict.fromkeys(HOSTILE, folder),
+        api_key="s3cret$key'",
+        workspace=tmp_path / "my $(copies)",
+    )
+    serve(options, dry_run=True)
+    dry = capsys.readouterr()
+    assert "s3cret" not in dry.out + dry.err
     record = tmp_path / "record.json"
     assert not record.exists()
 
-    process = subprocess.Popen(
-        [*call, "start"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=surroundings, **where
-    )
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 7, stderr  # the program's own
+    number, ended = become(options, tmp_path, surroundings)
+    assert ended.returncode == 7, ended.stderr  # the program's own
     started = json.loads(record.read_text())
-    assert started["pid"] == process.pid
-    assert (stdout, stderr) == ("", dry.stdout)
+    assert started["pid"] == number
+    assert (ended.stdout, ended.stderr) == ("", dry.out)
     assert "s3cret" not in " ".join(started["argv"])
     assert started["environment"]["VLLM_API_KEY"] == "s3cret$key'"
 
     record.unlink()
     line = subprocess.run(
-        ["sh", "-c", dry.stdout],
+        ["sh", "-c", dry.out],
         capture_output=True,
         env={**surroundings, "VLLM_API_KEY": "s3cret$key'"},
-        **where,
+        text=True,
     )
     assert line.returncode == 7, line.stderr
     by_hand = json.loads(record.read_text())

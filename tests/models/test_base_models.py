@@ -52,9 +52,8 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 FIXED = ("DeepSeek V4",)
 """The experts of its first layers are chosen by a table of all tokens."""
 
-VARIED = ("Llama", "Qwen 3.5", "Gemma 3n", "Llama 4", "GLM-5", "Granite 4 MoE", "LFM2", "gpt-oss")
-"""One family of each kind: attention, linear, shared keys, chunks, indexers, Mamba, convolutions,
-sinks."""
+USUAL = ("Llama", "gpt-oss", "Qwen 3.5")
+"""Those that every change runs: attention alone, experts and sinks, linear attention."""
 
 # A model that differs between the two by more than rounding: float32 inside, in float64 outside.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -131,7 +130,7 @@ def misread(base: BaseModel) -> list[str]:
     ("name", "preset"),
     few(
         list(product(BY_NAME, PRESETS)),
-        *product(BY_NAME, ["all-linear"]),
+        *product([*USUAL, "BERT", "T5"], ["all-linear"]),
         *product(["Llama"], set(PRESETS) - {"all-linear"}),
     ),
 )
@@ -169,7 +168,7 @@ def test_a_preset_adapts_trains_saves_loads_merges_and_agrees_with_peft(
     torch.testing.assert_close(logits(merged, inputs), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", few(CAUSAL, *VARIED))
+@pytest.mark.parametrize("name", few(CAUSAL, *USUAL))
 def test_rows_of_two_adapters_and_of_none_are_what_each_is_alone(name: str):
     base = BY_NAME[name]
     fields = {"target_modules": "all-linear", "init_lora_weights": False}
@@ -194,7 +193,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", few(CAUSAL, *VARIED))
+@pytest.mark.parametrize("name", few(CAUSAL, *USUAL))
 def test_rows_in_a_line_or_padded_have_the_loss_and_gradients_of_single_rows(name: str):
     """A model that takes no lines is given padded rows, and its padding changes nothing."""
     model = adapted(BY_NAME[name], target_modules="all-linear", init_lora_weights=False)
@@ -231,7 +230,7 @@ def saved(base: BaseModel, folder: Path, scale: float = 1.0) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", few(CAUSAL, *VARIED, "GLM-4.5, GLM-4.6"))
+@pytest.mark.parametrize("name", few(CAUSAL, *USUAL))
 def test_files_merged_one_by_one_are_the_adapted_model(name: str, tmp_path: Path):
     base = BY_NAME[name]
     folder = saved(base, tmp_path / "base")
@@ -249,7 +248,7 @@ def test_files_merged_one_by_one_are_the_adapted_model(name: str, tmp_path: Path
     torch.testing.assert_close(found, logits(ours, base.inputs()), **STORED)
 
 
-@pytest.mark.parametrize("name", few(CAUSAL, "Qwen 3.5", "gpt-oss", "DeepSeek V3.2"))
+@pytest.mark.parametrize("name", few(CAUSAL, "gpt-oss"))
 def test_an_engine_answers_rows_of_several_adapters_as_generate_does_each(
     name: str, tmp_path: Path
 ):
@@ -274,7 +273,7 @@ def test_a_model_with_a_table_of_its_vocabulary_takes_no_new_tokens():
         add_tokens(BY_NAME[FIXED[0]].build(), tokenizer, ["<new>"])
 
 
-@pytest.mark.parametrize("name", few([n for n in CAUSAL if n not in FIXED], *VARIED))
+@pytest.mark.parametrize("name", few([n for n in CAUSAL if n not in FIXED], *USUAL))
 def test_tokens_that_are_new_are_trained_and_come_back(name: str, tmp_path: Path):
     base = BY_NAME[name]
 
@@ -312,7 +311,7 @@ def test_tokens_that_are_new_are_trained_and_come_back(name: str, tmp_path: Path
     torch.testing.assert_close(logits(merged, inputs), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", few(MIXTURES, "Mixtral", "Llama 4", "gpt-oss", "GLM-4.5, GLM-4.6"))
+@pytest.mark.parametrize("name", few(MIXTURES, "gpt-oss"))
 def test_experts_are_named_and_adapted_where_they_are_asked_for(name: str, tmp_path: Path):
     base = BY_NAME[name]
     plain, inputs = wide(base)
@@ -334,7 +333,7 @@ def test_experts_are_named_and_adapted_where_they_are_asked_for(name: str, tmp_p
     torch.testing.assert_close(logits(back.merge_and_unload(), inputs), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", few(list(BY_NAME), "Llama", "Qwen3-Next"))
+@pytest.mark.parametrize("name", few(list(BY_NAME), "Qwen3-Next"))
 def test_what_peft_makes_of_all_linear_layers_is_read_as_it_is(name: str, tmp_path: Path):
     """Also where PEFT takes names of linear layers for those of experts (`misread`)."""
     base = BY_NAME[name]
@@ -479,6 +478,23 @@ def row(base: BaseModel) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def written_table() -> str:
+    _, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    found, end, _ = rest.partition(END)
+    assert begin, f"{DOCUMENT} has lost its marks"
+    assert end, f"{DOCUMENT} has lost its marks"
+    return found
+
+
+def test_the_table_in_the_documents_names_every_family_and_is_what_was_found_of_some():
+    lines = written_table().splitlines()
+    named = [line.split(" | ")[0].removeprefix("| ") for line in lines if " | `" in line]
+    assert named == [*BY_NAME], "write it anew with LORAKIT_WRITE_TABLES=1"
+    for name in USUAL:
+        assert row(BY_NAME[name]) in lines, "write it anew with LORAKIT_WRITE_TABLES=1"
+
+
+@pytest.mark.exhaustive
 def test_the_table_in_the_documents_is_what_was_found():
     headings = (
         "| model | class | attention-minimal | attention: and | all-linear: and | padding-free "

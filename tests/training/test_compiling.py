@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM
 
 import lorakit
 from lorakit.data.batches import LineCollator
@@ -18,6 +18,9 @@ from lorakit.models.lines import take_lines
 from lorakit.models.loss import SupervisedLoss
 from lorakit.training import compiling
 from lorakit.training.compiling import choose, compile_blocks, run_flops
+from lorakit.training.recipe import load_recipe
+from lorakit.training.run_record import write_samples
+from lorakit.training.setup import set_up
 from matrix import few
 from small_runs import recipe, save_sums
 
@@ -99,24 +102,20 @@ def test_what_cannot_be_compiled_is_an_error_where_asked_for_and_else_a_notice(
         choose(True, single, 1)
 
 
-class GraphsAtTheEnd(TrainerCallback):
-    """How many graphs there are when training ends."""
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def test_sample_answers_of_a_compiled_run_compile_nothing(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compiled = partialmethod(nn.Module.compile, backend="eager")
-    monkeypatch.setattr(nn.Module, "compile", compiled)
-    values = recipe(tiny_model, save_sums(tmp_path / "rows.jsonl"), tmp_path / "run", max_steps=1)
-    values |= {"compile": True, "samples": 2, "lora": {"r": 2, "target_modules": ["v_proj"]}}
-    seen = GraphsAtTheEnd()
-    lorakit.train(values, callbacks=[seen])
-    assert len(json.loads((tmp_path / "run" / "samples.json").read_text())) == 2
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen.count > 0
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a block is compiled")
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=refused))
+    values = recipe(tiny_model, save_sums(tmp_path / "rows.jsonl"), tmp_path / "run")
+    setup = set_up(load_recipe(values | {"compile": True, "samples": 2}))
+    with setup.fast():
+        assert write_samples(tmp_path, setup) == []
+        assert len(json.loads((tmp_path / "samples.json").read_text())) == 2
+        with pytest.raises(Exception, match="a block is compiled"):
+            setup.model(**batch(5), use_cache=False)
 
 
 @pytest.mark.exhaustive

@@ -20,7 +20,7 @@ LONG = [{"text": "".join(f"{n} and {k} make {n + k}. " for k in range(12))} for 
 def test_whenever_a_run_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_one(
     tiny_model: Path, rows: Path, tmp_path: Path
 ):
-    values = recipe(tiny_model, rows, tmp_path / "killed", max_steps=40, save_steps=1)
+    values = recipe(tiny_model, rows, tmp_path / "killed", max_steps=20, save_steps=1)
     values["lora"]["lora_dropout"] = 0.1
     killed, undisturbed = assert_resumes_to_the_same_bytes(values)
     for file in ("metrics.jsonl", "monitor.jsonl"):

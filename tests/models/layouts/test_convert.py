@@ -1,5 +1,6 @@
 """`lorakit convert` writes what plain transformers loads, with the same values and tokens."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -21,6 +22,14 @@ from plain_chatglm import PlainChatGLM
 from tiny import save_tiny_model
 
 
+def said(folder: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, token numbers and weights of the model in `folder`, by transformers alone."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = AutoTokenizer.from_pretrained(folder)("低秩 rank", return_tensors="pt").input_ids
+    return model.float()(ids).logits.detach(), ids, model.state_dict()
+
+
 @pytest.mark.parametrize(
     ("form", "shards"), few(list(product(["safetensors", "bin"], [1, 3])), ("bin", 3))
 )
@@ -36,23 +45,30 @@ def test_plain_transformers_loads_what_was_written(tmp_path: Path, form: str, sh
     assert {"config.json", "generation_config.json", "tokenizer.json", "MODEL_LICENSE"} <= files
     assert len([name for name in files if name.endswith(".safetensors")]) == shards
     assert not [name for name in files if name.endswith((".py", ".bin"))]
-    # A process that knows nothing of lorakit.
-    code = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model, info = AutoModelForCausalLM.from_pretrained('native', output_loading_info=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained('native')\n"
-        "ids = tokenizer('低秩 rank', return_tensors='pt').input_ids\n"
-        "torch.save((model.float()(ids).logits.detach(), ids, model.state_dict()), 'said')\n"
-        "assert not any(info.values()), info\nassert 'lorakit' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    logits, ids, state = torch.load(tmp_path / "said")
+    logits, ids, state = said(native)
     expected = PlainChatGLM(config(), tensors(config(), torch.float16))(ids)[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     direct, tokenizer = lorakit.load_model(str(source), "float32")
     for name, tensor in direct.state_dict().items():
         assert torch.equal(state[name], tensor), name
     assert tokenizer("低秩 rank", return_tensors="pt").input_ids.tolist() == ids.tolist()
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_knows_nothing_of_lorakit_loads_what_was_written(tmp_path: Path):
+    convert(write_original(tmp_path / "original"), tmp_path / "native")
+    code = (
+        "from __future__ import annotations\nimport sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"{inspect.getsource(said)}\n"
+        "torch.save(said('native'), 'said')\nassert 'lorakit' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    logits, ids, state = torch.load(tmp_path / "said")
+    expected = said(tmp_path / "native")
+    assert torch.equal(logits, expected[0])
+    assert torch.equal(ids, expected[1])
+    assert state.keys() == expected[2].keys()
 
 
 def test_every_value_keeps_its_dtype_and_the_model_its_class(tmp_path: Path):
