@@ -258,7 +258,7 @@ def label(
     pictures, kept = None, min(max_length, len(ids))
     if reading.sources and (reader := reader_of(tokenizer)):
         there = placed(reading.sources, reading.places, encoded.starts)
-        pictures, kept = RowPictures(there, reader).within(kept)
+        pictures, kept = RowPictures(there, reader).within(kept, reading.where)
     row = TokenizedRow(
         ids[:kept],
         labels[:kept],

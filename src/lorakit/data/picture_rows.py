@@ -43,12 +43,23 @@ class RowPictures:
     placed: tuple[PlacedPicture, ...]
     reader: PictureReader
 
-    def within(self, tokens: int) -> tuple[RowPictures, int]:
+    def within(self, tokens: int, where: str) -> tuple[RowPictures, int]:
         """The pictures that the first `tokens` tokens have whole, and how many tokens are left.
 
         A row that would end inside of a picture ends before it.
+
+        Raises:
+            InputError: these pictures would have other tokens without the rest of the row's.
         """
         whole = tuple(one for one in self.placed if one.end <= tokens)
+        if 0 < len(whole) < len(self.placed):
+            images = opened([one.source for one in self.placed], where)
+            if not self.reader.reads_alone(images, len(whole)):
+                raise InputError(
+                    f"{where}: is cut behind {len(whole)} of {len(self.placed)} pictures, which "
+                    "this model reads in another form without the others: raise data.max_length, "
+                    "or drop the row"
+                )
         partly = [one.begin for one in self.placed if one.begin < tokens < one.end]
         return RowPictures(whole, self.reader), min([tokens, *partly])
 
@@ -133,10 +144,9 @@ def tensors_of(rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
         return {}, {}
     reader = having[0].reader
     images = [
-        image
+        opened([one.source for one in row.pictures.placed], row.where)
         for row in rows
-        if row.pictures is not None
-        for image in opened([one.source for one in row.pictures.placed], row.where)
+        if row.pictures is not None and row.pictures.placed
     ]
     return reader.tensors(images), kinds_of(rows)
 

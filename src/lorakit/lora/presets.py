@@ -95,7 +95,7 @@ def choose(preset: str, linear: Iterable[str], model: nn.Module) -> PresetTarget
     found = [
         name
         for name in names
-        if places[name][2] in wanted and (_in_attention(name) or places[name][0] in mixers)
+        if _meant(name) in wanted and (_in_attention(name) or places[name][0] in mixers)
     ]
     return PresetTargets(found, notices)
 
@@ -163,6 +163,12 @@ def check_parts(parts: Any, targets: Any) -> None:
             "lora.parts chooses among the modules of a preset, and lora.target_modules names "
             f"others: leave one of them out (the presets are {', '.join(PRESETS)})"
         )
+
+
+def _meant(name: str) -> str:
+    """What a layer is called, or the wrapper that clips what it reads (`q_proj.linear`)."""
+    above, _, own = name.rpartition(".")
+    return above.rpartition(".")[2] if own == "linear" else own
 
 
 def _in_attention(name: str) -> bool:

@@ -17,12 +17,12 @@ CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def causal_form(config: Any) -> str:
-    """The class that loads a model which writes text: one for pictures too has another."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """The class that loads a model which writes text: with its part for pictures, if it has one."""
+    from transformers import AutoModelForImageTextToText
 
-    pictures = type(config) in AutoModelForImageTextToText._model_mapping
-    alone = type(config) in AutoModelForCausalLM._model_mapping
-    return "AutoModelForImageTextToText" if pictures and not alone else FORMS["CAUSAL_LM"]
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return "AutoModelForImageTextToText"
+    return FORMS["CAUSAL_LM"]
 
 
 def label_options(labels: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from struct import error as StructError
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, first_line, listed
+from lorakit.lora.architecture import expert_parameters
 from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_options
 from lorakit.models.layouts.layout import Layout
 from lorakit.models.loaded import base_model
@@ -143,7 +144,7 @@ def _picture_reader(layout: Layout, model: Any) -> PictureReader | str | None:
         return f"the model's processor cannot be loaded: {_first_line(error)}"
     if processor is None:
         return "the model's files hold no processor (preprocessor_config.json)"
-    return picture_reader(processor)
+    return picture_reader(processor, model.dtype)
 
 
 @contextmanager
@@ -185,6 +186,8 @@ def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping
             f"left out: {listed(left, 3)}",
             stacklevel=4,
         )
+    if dtype.itemsize == 8 and expert_parameters(model):  # the grouped product takes no float64
+        model.set_experts_implementation("eager")
     return model
 
 

@@ -46,14 +46,17 @@ class PictureReader:
 
     Args:
         processor: transformers', with an `image_processor` and an `image_token`.
+        dtype: of the model; pixels are given in it. None leaves them as the processor makes them.
 
     Attributes:
         token: what a chat template writes where a picture stands.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, dtype: torch.dtype | None = None) -> None:
+        self.processor, self._dtype = processor, dtype
         self.token = str(processor.image_token)
+        if processor.tokenizer.pad_token is None:  # texts of several rows are padded
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
     def expand(self, text: str, images: Sequence[Image]) -> Expanded:
         """`text` with the tokens of `images` in the place of each `token`.
@@ -61,7 +64,7 @@ class PictureReader:
         Raises:
             InputError: the processor cannot use a picture.
         """
-        made = self._run(text, images, return_text_replacement_offsets=True)
+        made = self._run([text], [images], return_text_replacement_offsets=True)
         [found] = made[_PLACES]
         pieces, at = [], 0
         for one in found:
@@ -71,10 +74,27 @@ class PictureReader:
         before, places = ([tuple(one[key]) for one in found] for key in ("span", "new_span"))
         return Expanded("".join([*pieces, text[at:]]), before, places)
 
-    def tensors(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """What the model is given of `images` beside the tokens, such as `pixel_values`."""
-        made = self._run(self.token * len(images), images, return_tensors="pt")
-        return {name: x for name, x in made.items() if name not in (*_OF_TEXT, _PLACES)}
+    def reads_alone(self, images: Sequence[Image], first: int) -> bool:
+        """Whether the first pictures of a row become the same tokens without the others."""
+        whole, part = (
+            self.expand(self.token * len(some), some).text for some in (images, images[:first])
+        )
+        return whole.startswith(part)
+
+    def tensors(self, rows: Sequence[Sequence[Image]]) -> dict[str, torch.Tensor]:
+        """What the model is given of the pictures of rows beside tokens, such as `pixel_values`.
+
+        Args:
+            rows: of each row its pictures, at least one: LLaVA-OneVision cuts a row's only picture
+                into tiles, and none of several.
+        """
+        texts = [self.token * len(images) for images in rows]
+        made = self._run(texts, rows, return_tensors="pt", padding=True)
+        return {
+            name: x.to(self._dtype) if self._dtype and x.is_floating_point() else x
+            for name, x in made.items()
+            if name not in (*_OF_TEXT, _PLACES)
+        }
 
     def kinds(self, input_ids: Sequence[int]) -> dict[str, list[int]]:
         """Which tokens are of pictures, by the name that the model gives it; empty if it does not.
@@ -88,22 +108,22 @@ class PictureReader:
         name = "token_type_ids" if "token_type_ids" in names else "mm_token_type_ids"
         return {name: [int(kind) for kind in own]}
 
-    def _run(self, text: str, images: Sequence[Image], **options: Any) -> Any:
+    def _run(self, texts: list[str], rows: Sequence[Sequence[Image]], **options: Any) -> Any:
         try:
-            return self.processor(text=[text], images=list(images), **options)
+            return self.processor(text=texts, images=[list(one) for one in rows], **options)
         except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
             kind = type(self.processor).__name__
             raise InputError(f"{kind} cannot use the picture: {first_line(error)}") from error
 
 
-def picture_reader(processor: Any) -> PictureReader | str:
-    """The reader of a processor, or why there is none."""
+def picture_reader(processor: Any, dtype: torch.dtype | None = None) -> PictureReader | str:
+    """The reader of a processor, or why there is none; arguments as in `PictureReader`."""
     kind = type(processor).__name__
     if not hasattr(processor, "get_text_with_replacements"):
         return "the installed transformers does not say where pictures' tokens are: upgrade it"
     if getattr(processor, "image_token", None) is None or not hasattr(processor, "image_processor"):
         return f"{kind} has no token that stands for a picture"
-    return PictureReader(processor)
+    return PictureReader(processor, dtype)
 
 
 def reader_of(tokenizer: Any) -> PictureReader | None:
