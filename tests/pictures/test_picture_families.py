@@ -103,6 +103,13 @@ def in_transformers(base: Path, **options: Any) -> Any:
     return model
 
 
+def attends(model: nn.Module, part: str) -> bool:
+    """Whether a part of the model has attention; Gemma 3n's vision tower has convolutions."""
+    paths = tuple(part_prefixes(model)[part])
+    found = (name for name, _ in model.named_modules() if name.startswith(paths))
+    return any("attn" in name or "attention" in name for name in found)
+
+
 def linear_in(model: nn.Module, part: str) -> bool:
     """Whether a part of the model has linear layers; Gemma 3's projector has a bare weight."""
     paths = tuple(part_prefixes(model)[part])
@@ -151,6 +158,8 @@ def test_a_preset_adapts_the_parts_that_are_named_and_peft_finds_the_same(
             with pytest.raises(InputError, match="finds nothing in this model"):
                 get_peft_model(fresh, LoraConfig(r=2, target_modules=preset))
             continue
+        if preset.startswith("attention") and not attends(fresh, part):
+            continue
         model = get_peft_model(fresh, LoraConfig(r=2, target_modules=preset))
         found = set(model.targeted_module_names)
         assert found, preset
@@ -184,7 +193,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(adapted: Adapted)
     }
     objective = make_objective("sft")
     takes_lines = Lines(model).refused is None and why_padded(model, rows) is None
-    ways = [(Collator(0), False), (Collator(0), True), *[(LineCollator(), False)] * takes_lines]
+    ways = [(Collator(0), True), (Collator(0), False), *[(LineCollator(), False)] * takes_lines]
     for collate, checkpointed in ways:
         model.zero_grad()
         base = model.get_base_model()
@@ -203,7 +212,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(adapted: Adapted)
             if gradient is None or p.grad is None:  # a last layer of the tower that nothing reads
                 assert p.grad is None or not p.grad.any()
                 continue
-            allowed = 1e-9 * float(gradient.abs().max()) + 1e-15
+            allowed = 1e-8 * float(gradient.abs().max()) + 1e-15  # norms round to float32
             assert float((p.grad - gradient).abs().max()) <= allowed, name
             compared += bool(gradient.any())
         assert compared > 8
@@ -274,26 +283,25 @@ def test_a_row_is_not_cut_where_its_first_pictures_would_be_read_in_another_form
             tokenize(two, tokenizer, length)
 
 
-def row(model: LoraModel, rows: list[TokenizedRow], family: PictureFamily) -> str:
+def row(adapted: Adapted) -> str:
     """A family's line in the table."""
-    base = model.get_base_model()
+    model: Any = loaded_here(adapted.base).model
     parts = [
-        ", ".join(f"`{path}`" for path in part_prefixes(base)[part])
-        + ("" if linear_in(base, part) else " (no linear layer)")
+        ", ".join(f"`{path}`" for path in part_prefixes(model)[part])
+        + ("" if linear_in(model, part) else " (no linear layer)")
         for part in PARTS
     ]
-    if (reason := Lines(model).refused or why_padded(model, rows)) is None:
-        reason = "yes"
-    reason = reason.removeprefix(f"{family.model} ")
-    batch = how_carried(base).batch(base, Routing(), 2, 64)
+    batch = how_carried(model).batch(model, Routing(), 2, 64)
     beside = "yes" if isinstance(batch, ContinuousBatch) else "by `generate`"
-    needs = ", ".join(f"`{name}`" for name in family.needs)
-    cells = [family.name, f"`{family.model}`", *parts, reason, beside, needs or "–"]
+    reason = Lines(model).refused or why_padded(model, adapted.rows) or "yes"
+    reason = reason.removeprefix(f"{adapted.family.model} ")
+    needs = ", ".join(f"`{name}`" for name in adapted.family.needs) or "–"
+    cells = [adapted.family.name, f"`{adapted.family.model}`", *parts, reason, beside, needs]
     return f"| {' | '.join(cells)} |"
 
 
 def test_the_row_of_the_table_in_the_documents_is_what_was_found(adapted: Adapted) -> None:
-    found = row(adapted.ours, adapted.rows, adapted.family)
+    found = row(adapted)
     text = DOCUMENT.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     written, end, after = rest.partition(END)

@@ -43,7 +43,7 @@ class RowPictures:
     placed: tuple[PlacedPicture, ...]
     reader: PictureReader
 
-    def within(self, tokens: int, where: str) -> tuple[RowPictures, int]:
+    def within(self, tokens: int, where: str = "the row") -> tuple[RowPictures, int]:
         """The pictures that the first `tokens` tokens have whole, and how many tokens are left.
 
         A row that would end inside of a picture ends before it.

@@ -101,9 +101,8 @@ class PictureFeatures:
         if not found:
             return {}
         outputs = [output for output, _ in found]
-        image = type(outputs[0])(
-            **{name: _joined([o[name] for o in outputs]) for name in outputs[0]}
-        )
+        joined = {name: _joined([o[name] for o in outputs]) for name in outputs[0]}
+        image = _output(type(outputs[0]), joined)
         others = {name: torch.cat([o[name] for _, o in found]) for name in found[0][1]}
         kinds = picture_kinds([row.asked() for row in rows], width, device)
         return {**kinds, **others, "mm_encoder_outputs": {"image": image}}
@@ -113,7 +112,7 @@ class PictureFeatures:
     def _one(self, group: tuple[str, ...], pictures: RowPictures, adapter: str) -> Prepared:
         key = hashlib.sha256("".join(map(digest, group)).encode()).hexdigest()
         known = adapter in self._changes and self._key(key, adapter) in self._kept
-        tensors = None if known else pictures.reader.tensors(opened(group))
+        tensors = None if known else pictures.reader.tensors([opened(group)])
         return Prepared(key, group, tensors)
 
     def _features(self, one: Prepared, pictures: RowPictures, adapter: str) -> tuple[Any, Any]:
@@ -123,7 +122,7 @@ class PictureFeatures:
             return kept
         tensors = one.tensors
         if tensors is None:  # dropped since it was prepared
-            tensors = pictures.reader.tensors(opened(one.sources))
+            tensors = pictures.reader.tensors([opened(one.sources)])
         tensors = {name: x.to(self._model.device) for name, x in tensors.items()}
         given = {name: x for name, x in tensors.items() if name in self._arguments}
         with self._routing.using(Route.of_rows((adapter,))), self._tower_once(one.key, adapter):
@@ -131,7 +130,7 @@ class PictureFeatures:
         read = {name: output[name] for name in _READ if output.get(name) is not None}
         read = read or {"last_hidden_state": output["last_hidden_state"]}
         others = {name: x for name, x in tensors.items() if not name.startswith(_PIXELS)}
-        return self._put(key, (type(output)(**read), others))
+        return self._put(key, (_output(type(output), read), others))
 
     @contextmanager
     def _tower_once(self, picture: str, adapter: str) -> Iterator[None]:
@@ -215,6 +214,11 @@ class PictureFeatures:
                 oldest, _ = self._kept.popitem(last=False)
                 del self._sizes[oldest]
         return value
+
+
+def _output(kind: Any, values: dict[str, Any]) -> Any:
+    """A model's output with these values alone; some classes ask for a last hidden state."""
+    return kind(**{"last_hidden_state": None, **values})
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "picture_reader"
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _PLACES = "text_replacement_offsets"
+_JOINTLY = "batch_num_images"
+"""Processors with this output (LLaVA-OneVision) cut a row's only picture into tiles, and none of
+several."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,10 @@ class PictureReader:
         """What the model is given of the pictures of rows beside tokens, such as `pixel_values`.
 
         Args:
-            rows: of each row its pictures, at least one: LLaVA-OneVision cuts a row's only picture
-                into tiles, and none of several.
+            rows: of each row its pictures, at least one.
         """
+        if _JOINTLY not in self.processor.image_processor.model_input_names:
+            rows = [[image for images in rows for image in images]]
         texts = [self.token * len(images) for images in rows]
         made = self._run(texts, rows, return_tensors="pt", padding=True)
         return {
