@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from lorakit.server.options import ApiKey
 from served import Running, in_background, until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -149,7 +150,10 @@ def test_an_error_is_of_the_clients_own_class(served: Running) -> None:
 
 def test_keys_and_limits_are_of_the_clients_own_classes(serve: Any) -> None:
     server = serve(
-        {"body_bytes": 2000, "waiting": 0}, max_rows=1, api_key="secret", admin_key="other"
+        {"body_bytes": 2000, "waiting": 0},
+        max_rows=1,
+        api_keys=(ApiKey("secret"),),
+        admin_key="other",
     )
     with pytest.raises(openai.AuthenticationError) as unknown:
         server.openai.models.list()

@@ -14,7 +14,7 @@ import pytest
 from browsers import started_browser
 from lorakit.errors import InputError
 from lorakit.server.gate import Hosts
-from lorakit.server.options import ServerOptions
+from lorakit.server.options import ApiKey, ServerOptions
 from served import Running, address, all_of, running
 
 TEXT = {"model": "shop", "prompt": "a", "max_tokens": 1}
@@ -97,7 +97,7 @@ def test_a_page_of_another_origin_cannot_use_a_server_without_a_key(
 
 def test_a_key_or_the_pages_name_lets_a_page_of_another_origin_pass(serve: Any) -> None:
     lines = ["Origin: https://ui.example.org", "Sec-Fetch-Site: cross-site"]
-    keyed = serve(api_key="k")
+    keyed = serve(api_keys=(ApiKey("k"),))
     assert status(keyed, "localhost", *lines, "Authorization: Bearer k", method="POST") == 200
     assert status(keyed, "localhost", *lines, method="POST") == 401
     assert status(serve(allowed_hosts=("ui.example.org",)), "localhost", *lines, method="POST") == (

@@ -2,13 +2,13 @@
 
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from lorakit.engine.adapter_names import named_adapters
 from lorakit.errors import InputError
-from lorakit.server.options import Limits, ServerOptions, is_loopback
+from lorakit.server.options import ApiKey, Limits, ServerOptions, is_loopback, read_keys
 from served import Running, address, refused
 
 TEXT = {"model": "shop", "prompt": "a", "max_tokens": 2}
@@ -18,7 +18,7 @@ KEYED = {"Authorization": "Bearer api-key"}
 
 @pytest.fixture
 def guarded(serve: Any, root: Path) -> Running:
-    server: Running = serve(api_key="api-key", admin_key="admin-key", adapter_root=root)
+    server: Running = serve(api_keys=(ApiKey("api-key"),), admin_key="admin-key", adapter_root=root)
     return server
 
 
@@ -42,7 +42,6 @@ WRONG_KEYS = [
     "Bearer",
     "Basic api-key",
     "api-key",
-    "Bearer admin-key",
     "Bearer \xff",
 ]
 
@@ -74,7 +73,7 @@ def test_adapters_need_the_admin_key_and_not_the_other(guarded: Running) -> None
 def test_an_address_that_others_reach_needs_a_key(host: str) -> None:
     with pytest.raises(InputError, match="give --api-key"):
         ServerOptions(host=host)
-    assert ServerOptions(host=host, api_key="k").host == host
+    assert ServerOptions(host=host, api_keys=(ApiKey("k"),)).host == host
 
 
 def test_loopback_addresses_need_none() -> None:
@@ -83,15 +82,14 @@ def test_loopback_addresses_need_none() -> None:
 
 @pytest.mark.parametrize("key", ["", "a b", "käse", "a\n", "\u200b"])
 def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
-    for name in ("api_key", "admin_key"):
-        fields: Any = {name: key}
+    for fields in ({"api_keys": (ApiKey(key),)}, {"admin_key": key}):
         with pytest.raises(InputError, match="must be printable ASCII"):
-            ServerOptions(**fields)
+            ServerOptions(**cast(Any, fields))
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must differ"):
-        ServerOptions(api_key="k", admin_key="k")
+        ServerOptions(api_keys=(ApiKey("k"),), admin_key="k")
     with pytest.raises(InputError, match="is not a folder"):
         ServerOptions(adapter_root=tmp_path / "none")
     with pytest.raises(InputError, match="needs --admin-key"):
@@ -122,3 +120,25 @@ def test_adapters_are_named_by_their_folder_or_as_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="name"):
             named_adapters(wrong)
+
+
+def test_several_keys_are_let_in_and_come_from_a_file_too(serve: Any, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# who may\nann tml-ann  # a name\n\ntml-bob\n")
+    keys = tuple(read_keys(tmp_path / "keys"))
+    assert keys == (ApiKey("tml-ann", "ann"), ApiKey("tml-bob"))
+    server = serve(api_keys=(*keys, ApiKey("third")), admin_key="admin")
+    for key in ("tml-ann", "tml-bob", "third", "admin"):
+        for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
+            assert server.http.get("/v1/models", headers=headers).status_code == 200
+    refused(server.http.get("/v1/models", headers={"X-API-Key": "tml-an"}), 401)
+
+
+@pytest.mark.parametrize("text", ["", "# none\n", "a b c\n"])
+def test_a_file_of_keys_without_keys_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(InputError, match="--api-keys"):
+        read_keys(tmp_path / "keys")
+    with pytest.raises(InputError, match="cannot read"):
+        read_keys(tmp_path / "none")
+    with pytest.raises(InputError, match="given twice"):
+        ServerOptions(api_keys=(ApiKey("k"), ApiKey("k", "name")))

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.responses import PlainTextResponse
 
 from lorakit.server.guarded_routes import GuardedRoute, Level, needs
-from lorakit.server.options import ServerOptions
+from lorakit.server.options import ApiKey, ServerOptions
 from served import Running, address, all_of, running
 
 LEVELS = {
@@ -32,7 +32,7 @@ REFUSED = {401, 403}
 
 
 def opens(key: str | None, level: Level) -> bool:
-    return level in (Level.ANYONE, KEYS[key])
+    return KEYS[key] >= level
 
 
 BODY = json.dumps({"lora_name": "shop", "lora_path": "poet"}).encode()
@@ -40,7 +40,7 @@ BODY = json.dumps({"lora_name": "shop", "lora_path": "poet"}).encode()
 
 @pytest.fixture(scope="module")
 def guarded(base: Any, root: Any) -> Iterator[Running]:
-    options = ServerOptions(port=0, api_key="api", admin_key="admin", adapter_root=root)
+    options = ServerOptions(port=0, api_keys=(ApiKey("api"),), admin_key="admin", adapter_root=root)
     with running(base, {"shop": root / "shop"}, options, 2) as server:
         yield server
 
@@ -165,7 +165,7 @@ def test_a_route_that_declares_nothing_cannot_be_added(guarded: Running) -> None
 def test_a_final_newline_is_no_part_of_any_path(guarded: Running) -> None:
     for path in ("/v1/unload_lora_adapter%0A", "/v1/load_lora_adapter%0a", "/v1/completions%0A"):
         assert ask(guarded, "POST", path, "api") == 404
-        assert ask(guarded, "POST", path, "admin") == 401  # which opens its own routes alone
+        assert ask(guarded, "POST", path, "admin") == 404
         assert ask(guarded, "POST", path, None) == 401
 
 

@@ -47,18 +47,22 @@ def serve(
         int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")
     ] = 8000,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             envvar="LORAKIT_API_KEY",
-            help="The API key that requests must send.",
+            help="An API key that requests may send; repeatable.",
             show_default=False,
         ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of API keys: a line each, KEY or NAME KEY."),
     ] = None,
     admin_key: Annotated[
         str | None,
         typer.Option(
             envvar="LORAKIT_ADMIN_KEY",
-            help="The key for loading and unloading adapters.",
+            help="The key for loading and unloading adapters, and for what all API keys have.",
             show_default=False,
         ),
     ] = None,
@@ -122,6 +126,25 @@ def serve(
         Path | None,
         typer.Option(help="With --training: the folder of checkpoints. Default: runs/service."),
     ] = None,
+    max_models: Annotated[
+        int, typer.Option(min=1, help="With --training: maximum models of an API key at once.")
+    ] = 64,
+    max_tokens_in_flight: Annotated[
+        int,
+        typer.Option(min=1, help="With --training: maximum tokens of a key's pending requests."),
+    ] = 4 << 20,
+    max_disk: Annotated[
+        int,
+        typer.Option(min=0, help="With --training: maximum bytes of a key's checkpoints; 0 = any."),
+    ] = 0,
+    max_adapter_memory: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="With --training: maximum bytes of adapters in memory, gradients and optimizer "
+            "state included; the others wait on disk.",
+        ),
+    ] = 4 << 30,
     drain: Annotated[
         float, typer.Option(min=0, help="On SIGTERM, seconds for running answers to finish.")
     ] = 30,
@@ -147,12 +170,14 @@ def serve(
 
         _refuse_for_vllm(context)
 
+        if api_keys is not None or len(api_key or ()) > 1:
+            raise InputError("vLLM takes one --api-key: several are for --engine lorakit")
         options = vllm.VllmOptions(
             model=model,
             adapters=named,
             host=host,
             port=port,
-            api_key=api_key,
+            api_key=api_key[0] if api_key else None,
             admin_key=admin_key,
             adapter_root=adapter_root,
             context_length=context_length,
@@ -171,8 +196,14 @@ def serve(
     if merged and training:
         raise InputError("--merged serves a single adapter and trains none: leave --training out")
     try:
-        from lorakit.server.options import Limits, ServerOptions
-        from lorakit.server.run import run
+        from lorakit.server.options import (
+            ApiKey,
+            Limits,
+            ServerOptions,
+            TrainingLimits,
+            read_keys,
+        )
+        from lorakit.server.run import run, show_log
     except ModuleNotFoundError as error:
         raise InputError(
             f"lorakit serve needs {error.name}: pip install 'lorakit[serve]'"
@@ -181,16 +212,24 @@ def serve(
     from lorakit.models.picture_reader import reader_of
 
     # Refused before a model is loaded.
+    keys = [ApiKey(value) for value in api_key or ()]
+    keys += read_keys(api_keys) if api_keys is not None else []
     server_options = ServerOptions(
         host=host,
         port=port,
-        api_key=api_key,
+        api_keys=tuple(keys),
         admin_key=admin_key,
         adapter_root=adapter_root,
         allowed_hosts=tuple(allowed_host or ()),
         drain=drain,
         training_state=(state or Path("runs/service")) if training else None,
         fetch_from=tuple(image_host or ()) if fetch_images else None,
+        training_limits=TrainingLimits(
+            models=max_models,
+            tokens=max_tokens_in_flight,
+            disk_bytes=max_disk,
+            memory_bytes=max_adapter_memory,
+        ),
         limits=Limits(
             body_bytes=max_body or _TEXT_BODY,
             waiting=max_waiting,
@@ -221,6 +260,8 @@ def serve(
         limits = replace(server_options.limits, body_bytes=body)
         server_options = replace(server_options, limits=limits)
     say_all(opened.notices)
+    if training:
+        show_log("lorakit.training")
     names = ", ".join(named) if named and not merged else ""
 
     def started(address: str) -> None:

@@ -8,7 +8,6 @@ and its own settings. The model and its adapters are `resident.py`'s, how rows a
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorakit.engine.adapter_optimizer import AdamW
+from lorakit.engine.fair_share import FairQueue
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
@@ -117,10 +117,10 @@ class Engine:
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self._batch = self.resident.answers(max_rows, self.context_length, self._features)
         self._used: dict[str, None] = {}  # adapters in the bank, the latest used last
-        self._queue: deque[Asked] = deque()
+        self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
         self._preparing = Preparing(
-            self._features, lambda asked: self._queue.appendleft(asked), self._changed
+            self._features, lambda asked: self._queue.push_first(asked), self._changed
         )
         self.training = TrainingQueue(self.resident, self._wake)
         self._closing = False
@@ -136,6 +136,7 @@ class Engine:
         adapter: str | None = None,
         sampling: Sampling | None = None,
         pictures: RowPictures | None = None,
+        owner: str = "",
     ) -> Ticket:
         """Hands in a request, from any thread. An adapter that is not in memory is read here.
 
@@ -145,6 +146,7 @@ class Engine:
                 the score of `prompt`.
             sampling: None is greedy. `max_new_tokens` is cut to what the context has room for.
             pictures: those that stand in the prompt.
+            owner: whose it is: where several wait, the one with the fewest tokens so far is next.
 
         Raises:
             InputError: there is no such adapter, or the prompt is empty, too long, or has numbers
@@ -160,12 +162,13 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise LorakitError("the engine is closed and takes no more requests")
-            self._queue.append((ticket, version, loaded))
+            tokens = len(prompt) + sampling.max_new_tokens
+            self._queue.push((ticket, version, loaded), owner, tokens)
             self._changed.notify()
         return ticket
 
     def score_prompt(
-        self, prompt: Sequence[int], adapter: str | None = None, top: int = 0
+        self, prompt: Sequence[int], adapter: str | None = None, top: int = 0, owner: str = ""
     ) -> Future[tuple[list[float], list[list[tuple[int, float]]]]]:
         """The log-probabilities of a prompt's tokens (`scoring.prompt_logprobs`), from any thread.
 
@@ -182,7 +185,7 @@ class Engine:
             with torch.inference_mode():
                 return prompt_logprobs(self._model, self._bank.routing, key, prompt, top)
 
-        return self.training.call(None, work)
+        return self.training.call(None, work, owner=owner or "prompts", tokens=len(prompt))
 
     def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template that the adapter was trained with.
@@ -430,22 +433,20 @@ class Engine:
 
     def _let_go(self) -> None:
         """Ends requests that were cancelled while they waited, so that they take no room there."""
-        if not any(ticket.cancelled.is_set() for ticket, _, _ in list(self._queue)):
-            return
         with self._changed:
-            waiting, self._queue = self._queue, deque()
-            for ticket, version, loaded in waiting:
-                if ticket.cancelled.is_set():
-                    ticket.put(AnswerPiece(finish_reason="cancelled"))
-                else:
-                    self._queue.append((ticket, version, loaded))
+            left = {t for t, _, _ in self._queue.items() if t.cancelled.is_set()}
+            if left:
+                self._queue.keep(lambda waiting: waiting[0] not in left)
+        for ticket in left:
+            ticket.put(AnswerPiece(finish_reason="cancelled"))
 
     def _admit(self) -> None:
         """Lets waiting requests join, in their order, and scores those of reward models."""
         for _ in range(self.max_rows):
             if not (self._queue and self._has_room()):
                 break
-            ticket, version, loaded = asked = self._queue.popleft()
+            with self._changed:
+                ticket, version, loaded = asked = self._queue.pop()
             if self._preparing.takes(asked, BASE if version is None else version.key):
                 continue
             try:
@@ -493,7 +494,8 @@ class Engine:
     def _end_all(self) -> None:
         with self._changed:
             self._closing = True
-            left, self._queue = [*self._queue, *self._preparing.close()], deque()
+            left = [*self._queue.items(), *self._preparing.close()]
+            self._queue.keep(lambda waiting: False)
         self.training.close()
         for row in self._batch.rows:
             row.finish("cancelled")

@@ -155,7 +155,7 @@ class ResidentModel:
         self._added(name, seed, why_not_shared(self.base, self.model.peft_config[name]))
         state = Path(folder) / OPTIMIZER_NAME
         if optimizer and state.is_file():
-            load_optimizer(self._optimizer(name), self.trained(name), state)
+            load_optimizer(self.made_optimizer(name), self.trained(name), state)
 
     def save(self, name: str, folder: str | Path, *, optimizer: bool = True) -> None:
         """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
@@ -191,6 +191,14 @@ class ResidentModel:
         self._require(name)
         tensors = self.model.adapter_tensors(name)
         return {key: tensor for key, tensor in tensors.items() if tensor.requires_grad}
+
+    def optimizer(self, name: str) -> torch.optim.AdamW | None:
+        """The optimizer of an adapter that has made a step."""
+        return self._optimizers.get(name)
+
+    def stream(self, name: str) -> Stream:
+        """What an adapter's dropout is drawn from."""
+        return self._streams[name]
 
     # --- computing ------------------------------------------------------------------------
 
@@ -328,7 +336,7 @@ class ResidentModel:
         parameters = list(self.trained(name).values())
         if all(parameter.grad is None for parameter in parameters):
             raise InputError(f"adapter {name} has no gradients: call forward_backward first")
-        optimizer = self._optimizer(name)
+        optimizer = self.made_optimizer(name)
         for group in optimizer.param_groups:
             group["lr"], group["betas"], group["eps"] = step.learning_rate, step.betas, step.eps
             group["weight_decay"] = step.weight_decay
@@ -453,14 +461,17 @@ class ResidentModel:
         if not self.model.training == self.base.training == learning:
             self.model.train(learning)
 
-    def _optimizer(self, name: str) -> torch.optim.AdamW:
+    def made_optimizer(self, name: str) -> torch.optim.AdamW:
+        """The optimizer of an adapter, which is made now if there is none yet."""
         if name not in self._optimizers:
             self._optimizers[name] = torch.optim.AdamW(self.trained(name).values(), fused=True)
         return self._optimizers[name]
 
     def _collator(self) -> Collator | LineCollator:
         if self._collate is None:
-            lines = Lines(self.model).refused is None
+            # Answers that are under way leave the route of their rows behind them.
+            with self.model.routing.using(Route()):
+                lines = Lines(self.model).refused is None
             self._collate = LineCollator() if lines else Collator(self.pad_token_id)
         return self._collate
 

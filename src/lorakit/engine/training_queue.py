@@ -1,8 +1,10 @@
 """Training operations of many tenants on one resident base: each one's in order, rows together.
 
-A tenant is an adapter. Its operations are executed in the order in which they were handed in; rows
-that several tenants wait for with share a pass, as many tokens of each as of the others. Whoever
-computes calls `tick` between other work, on the one thread that uses the model.
+A tenant is an adapter, and belongs to an owner. A tenant's operations are executed in the order in
+which they were handed in. Rows that several tenants wait for with share a pass, in which those are
+first whose owners have been served the fewest tokens so far: an owner with many tenants or many
+rows takes nothing from others. Whoever computes calls `tick` between other work, on the one thread
+that uses the model.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lorakit.engine.adapter_memory import AdapterMemory
+from lorakit.engine.fair_share import FairShare
 from lorakit.engine.resident import ResidentModel
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss
 from lorakit.errors import InputError, LorakitError
@@ -30,6 +34,8 @@ PASS_TOKENS = 2048
 @dataclass(eq=False)
 class _Call:
     work: Callable[[], Any]
+    owner: str
+    tokens: int = 0
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -38,6 +44,7 @@ class _Pass:
     rows: Sequence[AdapterRow]
     loss: TokenLoss
     learning: bool
+    owner: str
     future: Future[Any] = field(default_factory=Future)
     logprobs: list[torch.Tensor] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -56,9 +63,10 @@ class TrainingQueue:
         pass_tokens: the most tokens of a pass; a longer row has one of its own.
 
     Attributes:
+        memory: which adapters are in memory; None is all.
         passes: how many passes there were.
         shared: in how many of them rows of several tenants were.
-        tokens: how many tokens have gone through, by tenant.
+        tokens: how many tokens have gone through, by owner.
     """
 
     def __init__(
@@ -72,26 +80,41 @@ class TrainingQueue:
         self._alone = itertools.count()
         self._lock = Lock()
         self._closed = False
+        self._fair = FairShare()
+        self.memory: AdapterMemory | None = None
         self.passes = self.shared = 0
         self.tokens: dict[str, int] = {}
 
     # --- for those who ask, from any thread -------------------------------------------------
 
-    def call(self, tenant: str | None, work: Callable[[], T]) -> Future[T]:
+    def call(
+        self, tenant: str | None, work: Callable[[], T], *, owner: str = "", tokens: int = 0
+    ) -> Future[T]:
         """Has `work` executed on the computing thread, behind what the tenant handed in before.
 
         Without a tenant it is behind nothing.
+
+        Args:
+            owner: whose it is; by default the tenant is its own.
+            tokens: what it costs; it waits for its turn if it costs any.
         """
-        return self._add(next(self._alone) if tenant is None else tenant, _Call(work))
+        place = next(self._alone) if tenant is None else tenant
+        return self._add(place, _Call(work, owner or str(place), tokens))
 
     def forward_backward(
-        self, tenant: str, rows: Sequence[AdapterRow], loss: TokenLoss, *, learning: bool = True
+        self,
+        tenant: str,
+        rows: Sequence[AdapterRow],
+        loss: TokenLoss,
+        *,
+        learning: bool = True,
+        owner: str = "",
     ) -> Future[PassResult]:
         """`ResidentModel.forward_backward` of rows; without `learning`, `forward`.
 
         Where it fails, the gradients that the tenant has accumulated are dropped.
         """
-        return self._add(tenant, _Pass(list(rows), loss, learning))
+        return self._add(tenant, _Pass(list(rows), loss, learning, owner or tenant))
 
     def waiting(self) -> bool:
         """Whether there is something to do."""
@@ -102,6 +125,11 @@ class TrainingQueue:
         with self._lock:
             passes = [op for q in self._queues.values() for op in q if isinstance(op, _Pass)]
         return sum(len(row.input_ids) for op in passes for row in op.rows[op.done :])
+
+    def waiting_operations(self) -> int:
+        """How many operations wait, of all tenants."""
+        with self._lock:
+            return sum(map(len, self._queues.values()))
 
     def close(self) -> None:
         """Fails what waits, and takes nothing more."""
@@ -123,19 +151,40 @@ class TrainingQueue:
     # --- on the thread that computes --------------------------------------------------------
 
     def tick(self) -> None:
-        """Executes each tenant's next call, then one pass of rows with and one without gradients.
+        """Executes each tenant's next call that costs nothing, then what is next of the others.
+
+        That is the operation of the owner that has been served the least; a pass over rows takes
+        along rows of others that wait for the like.
 
         Nothing is raised: an operation that fails has the error in its future.
         """
         for tenant, call in self._heads(_Call).items():
-            self._end(tenant, call, call.work)
-        for learning in (True, False):
-            waiting = self._heads(_Pass)
-            some = {tenant: op for tenant, op in waiting.items() if op.learning is learning}
-            for group in self._groups(some):
-                self._pass(group, learning)
+            if not call.tokens:
+                self._call(tenant, call)
+        waiting = self._heads((_Call, _Pass))
+        ready = {t: op for t, op in waiting.items() if isinstance(op, _Pass) or op.tokens}
+        if not ready:
+            return
+        first = self._fair.first(op.owner for op in ready.values())
+        tenant, op = next(found for found in ready.items() if found[1].owner == first)
+        with self._lock:
+            if tenant in self._queues:  # the owner's other tenants come before it next time
+                self._queues[tenant] = self._queues.pop(tenant)
+        if isinstance(op, _Call):
+            self._fair.charge(first, op.tokens)
+            self._call(tenant, op)
+        else:
+            self._pass(self._group(tenant, op, ready), op.learning)
 
-    def _heads(self, kind: type[Any]) -> dict[Any, Any]:
+    def _call(self, tenant: str | int, call: _Call) -> None:
+        def work() -> Any:
+            if self.memory is not None and isinstance(tenant, str):
+                self.memory.bring(tenant)
+            return call.work()
+
+        self._end(tenant, call, work)
+
+    def _heads(self, kind: type[Any] | tuple[type[Any], ...]) -> dict[Any, Any]:
         with self._lock:
             firsts = {tenant: queue[0] for tenant, queue in self._queues.items() if queue}
         return {tenant: op for tenant, op in firsts.items() if isinstance(op, kind)}
@@ -156,11 +205,27 @@ class TrainingQueue:
         else:
             op.future.set_result(found)
 
-    def _groups(self, some: Mapping[str, _Pass]) -> list[dict[str, _Pass]]:
-        """The tenants that may share a pass, and each other one by itself."""
-        together = {t: op for t, op in some.items() if self._resident.shares_passes(t)}
-        alone = [{t: op} for t, op in some.items() if t not in together]
-        return [group for group in (together, *alone) if group]
+    def _group(self, tenant: str, op: _Pass, ready: Mapping[str, Any]) -> dict[str, _Pass]:
+        """The tenants that share the pass of this one, which is among them, and are in memory."""
+        group = {tenant: op}
+        if self._shares(tenant):
+            for other in sorted(ready, key=lambda t: self._fair.served(ready[t].owner)):
+                its = ready[other]
+                if isinstance(its, _Pass) and its.learning is op.learning and self._shares(other):
+                    group[other] = its
+        if self.memory is None:
+            return group
+        chosen = self.memory.fitting(group)
+        for name in chosen:
+            try:
+                self.memory.bring(name, chosen)
+            except BaseException:  # whatever it is, it is this tenant's own
+                self._fail({name: group[name]})
+        return {t: group[t] for t in chosen if not group[t].future.done()}
+
+    def _shares(self, tenant: str) -> bool:
+        # Of one that rests it is not known, and does not matter: it is asked again.
+        return self._resident.shares_passes(tenant)
 
     def _pass(self, group: Mapping[str, _Pass], learning: bool) -> None:
         counts = self._share(group)
@@ -175,12 +240,13 @@ class TrainingQueue:
             self._fail(group)
 
     def _share(self, group: Mapping[str, _Pass]) -> dict[str, int]:
-        """How many rows of each are in the next pass: the tenant with the fewest tokens is next."""
+        """How many rows of each are in the next pass: the owner with the fewest tokens is next."""
         taken = dict.fromkeys(group, 0)
         counts = dict.fromkeys(group, 0)
+        served = {op.owner: self._fair.served(op.owner) for op in group.values()}
         left = set(group)
         while left:
-            tenant = min(left, key=lambda t: (taken[t], t))
+            tenant = min(left, key=lambda t: (served[group[t].owner], taken[t], t))
             op, count = group[tenant], counts[tenant]
             if op.done + count == len(op.rows):
                 left.discard(tenant)
@@ -191,6 +257,7 @@ class TrainingQueue:
                 continue
             counts[tenant] += 1
             taken[tenant] += size
+            served[op.owner] += size
         return counts
 
     def _compute(
@@ -214,7 +281,8 @@ class TrainingQueue:
                 op.logprobs += result.logprobs[begin:end]
                 op.losses += result.losses[begin:end]
                 size = sum(len(row.input_ids) for row in some)
-                self.tokens[tenant] = self.tokens.get(tenant, 0) + size
+                self.tokens[op.owner] = self.tokens.get(op.owner, 0) + size
+                self._fair.charge(op.owner, size)
             begin = end
             if op.done == len(op.rows):
                 self._end(tenant, op, lambda op=op: PassResult(op.logprobs, op.losses))  # type: ignore[misc]
@@ -222,7 +290,7 @@ class TrainingQueue:
     def _fail(self, group: Mapping[str, _Pass]) -> None:
         """Ends these operations with the error that is being handled."""
         for tenant, op in group.items():
-            if op.learning:
+            if op.learning and tenant in self._resident.adapters:
                 self._resident.drop_gradients(tenant)
             self._end(tenant, op, _reraised)
 

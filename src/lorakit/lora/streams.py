@@ -6,7 +6,7 @@ state in which that generator would be if it were alone, and gets it back when i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,14 @@ class Stream:
         other = object.__new__(Stream)
         other._generators, other._states = self._generators, dict(self._states)
         return other
+
+    def states(self) -> dict[str, torch.Tensor]:
+        """Where it is, by kind of device."""
+        return dict(self._states)
+
+    def restore(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Goes to where `states` was taken."""
+        self._states = {kind: states[kind] for kind in self._generators}
 
     @contextmanager
     def drawing(self, device: torch.device | None = None) -> Iterator[None]:

@@ -11,6 +11,7 @@ from lorakit.engine.engine import Engine
 from lorakit.errors import InputError
 from lorakit.models.picture_reader import reader_of
 from lorakit.server.errors import ApiError, bad_field
+from lorakit.server.keys import Caller
 from lorakit.server.payloads import LoadAdapterRequest, UnloadAdapterRequest
 from lorakit.server.replies import ModelCard, ModelList
 
@@ -31,12 +32,12 @@ class Shelf:
         self._loaded: dict[str, int] = {}
         self._one_at_a_time = asyncio.Lock()
 
-    def models(self, owner: str) -> ModelList:
-        """The base, then each adapter with the base as its parent: everyone's and the owner's."""
+    def models(self, caller: Caller) -> ModelList:
+        """The base, then each adapter with the base as its parent: everyone's and the caller's."""
         base = self._engine.model_name
         cards = [self._card(base, base, None, self._started)]
         for info in self._engine.pool.infos():
-            if info.owner not in ("", owner):
+            if not caller.sees(info.owner):
                 continue
             created = self._loaded.get(info.name, self._started)
             card = self._card(info.name, str(info.folder), base, created)
@@ -45,14 +46,14 @@ class Shelf:
             cards.append(card)
         return {"object": "list", "data": cards}
 
-    def model(self, name: str, owner: str) -> ModelCard:
-        """The model of this name, if `owner` may use it.
+    def model(self, name: str, caller: Caller) -> ModelCard:
+        """The model of this name, if the caller may use it.
 
         Raises:
             ApiError: 404, there is none.
         """
-        name = adapter_named(self._engine, name, owner) or self._engine.model_name
-        return next(card for card in self.models(owner)["data"] if card["id"] == name)
+        name = adapter_named(self._engine, name, caller) or self._engine.model_name
+        return next(card for card in self.models(caller)["data"] if card["id"] == name)
 
     async def load(self, asked: LoadAdapterRequest) -> str:
         """Loads an adapter, or a new version of one, and says so.
@@ -123,11 +124,11 @@ class Shelf:
         }
 
 
-def adapter_named(engine: Engine, model: str, owner: str | None = None) -> str | None:
+def adapter_named(engine: Engine, model: str, caller: Caller | None = None) -> str | None:
     """The adapter that a request means by `model`; None for the base.
 
     Args:
-        owner: whose request it is; None where that has been checked before.
+        caller: who asks; None where that has been checked before.
 
     Raises:
         ApiError: 404, it is neither, or another's.
@@ -137,7 +138,7 @@ def adapter_named(engine: Engine, model: str, owner: str | None = None) -> str |
     name = composed(model)
     try:
         info = engine.pool.version(name).info
-        if owner is not None and info.owner not in ("", owner):
+        if caller is not None and not caller.sees(info.owner):
             raise InputError(f"there is no model {name!r}")
     except InputError as error:
         raise ApiError(404, str(error), code="model_not_found", param="model") from error

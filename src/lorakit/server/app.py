@@ -14,9 +14,10 @@ from lorakit.server.chat import chat
 from lorakit.server.completions import complete
 from lorakit.server.errors import ApiError
 from lorakit.server.fair_turns import Turns
-from lorakit.server.gate import Gate, Hosts, Keys, owner_of
+from lorakit.server.gate import Gate, Hosts
 from lorakit.server.guarded_routes import Guard, Level, needs
 from lorakit.server.images import Images
+from lorakit.server.keys import Keys, caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.options import ServerOptions
 from lorakit.server.payloads import (
@@ -77,9 +78,11 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         redirect_slashes=False,
     )
     errors.install(app)
+    app.state.training = None
     app.state.turns = Turns("lorakit-bodies")
-    guarded_routes.install(app, Guard(desk, Keys(options.api_key, options.admin_key)))
-    hosts = Hosts(options.host, options.allowed_hosts, has_key=options.api_key is not None)
+    keys = app.state.keys = Keys(options.api_keys, options.admin_key)
+    guarded_routes.install(app, Guard(desk, keys))
+    hosts = Hosts(options.host, options.allowed_hosts, has_key=keys.asked_for)
     app.add_middleware(Gate, hosts=hosts, metrics=metrics)
 
     @app.post(
@@ -115,7 +118,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @app.get("/v1/models", responses=_errors(401, 429, 503), dependencies=needs(Level.API_KEY))
     async def models(request: Request) -> ModelList:
         """The base and its adapters."""
-        return shelf.models(owner_of(request))
+        return shelf.models(caller_of(request))
 
     @app.get(
         "/v1/models/{model:path}",
@@ -124,7 +127,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     )
     async def model(request: Request, model: str) -> ModelCard:
         """One of them."""
-        return shelf.model(model, owner_of(request))
+        return shelf.model(model, caller_of(request))
 
     @app.post(
         "/v1/load_lora_adapter",
@@ -166,9 +169,12 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         responses=_errors(401, beside_text=True),
         dependencies=needs(Level.API_KEY, when_busy=True, when_ending=True),
     )
-    async def figures() -> Response:
+    async def figures(request: Request) -> Response:
         """What the server counts, for Prometheus."""
-        return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+        text = metrics.page()
+        if app.state.training is not None:
+            text += app.state.training.figures.page(caller_of(request))
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=needs(Level.API_KEY))
     async def description() -> JSONResponse:
@@ -178,9 +184,11 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         from lorakit.server.training.routes import TrainingRoutes
         from lorakit.server.training.service import TrainingService
 
-        service = TrainingService(engine, options.training_state)
-        app.state.training = TrainingRoutes(app, service)
-    page.install(app)
+        state, most = options.training_state, options.training_limits
+        service = TrainingService(engine, state, most, keys.label)
+        app.state.training = TrainingRoutes(app, service, everyone=not keys.asked_for)
+        desk.find = service.offer
+    page.install(app, training=options.training_state is not None)
     return app, desk
 
 

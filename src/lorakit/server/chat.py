@@ -9,10 +9,9 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from lorakit.engine.requests import AnswerPiece, ChosenToken, TokenLogprob
-from lorakit.server.adapters import adapter_named
 from lorakit.server.bodies import client_of
 from lorakit.server.event_streams import Kind, respond, while_wanted
-from lorakit.server.gate import owner_of
+from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -32,14 +31,15 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = adapter_named(desk.engine, asked.model, owner_of(request))
+    caller = caller_of(request)
+    adapter = await desk.adapter(asked.model, caller)
     deadline = desk.deadline()
     desk.require_room(asked.choices)
     size = len(await request.body())
     work = prompts.of_chat(adapter, asked, client_of(request), size)
     prompt = await while_wanted(request, work, deadline, desk.late())
     given = [prompt.input_ids], adapter, asked, deadline, prompt.pictures
-    answers = await desk.hand_in(*given)
+    answers = await desk.hand_in(*given, owner=caller.owner)
 
     def logprobs(tokens: Iterable[ChosenToken]) -> ChatLogprobs | None:
         return None if asked.rivals is None else _logprobs(tokens)

@@ -8,11 +8,10 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from lorakit.engine.requests import AnswerPiece, ChosenToken
-from lorakit.server.adapters import adapter_named
 from lorakit.server.bodies import client_of
 from lorakit.server.chat import finite
 from lorakit.server.event_streams import Kind, respond, while_wanted
-from lorakit.server.gate import owner_of
+from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import CompletionRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -29,12 +28,13 @@ async def complete(
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = adapter_named(desk.engine, asked.model, owner_of(request))
+    caller = caller_of(request)
+    adapter = await desk.adapter(asked.model, caller)
     deadline, texts = desk.deadline(), asked.prompts()
     desk.require_room(len(texts) * asked.choices)
     work = prompts.of_texts(adapter, texts, client_of(request))
     tokens = await while_wanted(request, work, deadline, desk.late())
-    answers = await desk.hand_in(tokens, adapter, asked, deadline)
+    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
     written = [0] * len(answers)  # characters whose tokens were sent, an answer
 
     def choice(number: int, given: Answer | AnswerPiece) -> CompletionChoice:

@@ -1,20 +1,17 @@
-"""What every request passes: whether the server answers to its names, and which key it brings.
+"""What every request passes: whether the server answers to its names.
 
 A browser on this machine reaches a server on a loopback address, and a page from anywhere runs in
 it. By DNS rebinding such a page gives its own name the address 127.0.0.1: the name in `Host` tells.
 Without that it can still send, but not read: `Sec-Fetch-Site` and `Origin` tell, which no page can
 forge. Neither matters where a key is asked for, as the page does not have it. Which key a request
-needs is its route's to say (`guarded_routes.py`).
+needs is its route's to say (`guarded_routes.py`), what keys there are `keys.py`'s.
 """
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterable, Sequence
-from hashlib import sha256
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_response
@@ -93,73 +90,6 @@ def _name_of_origin(origin: str) -> str:
         return _name(urlsplit(origin).netloc)
     except ValueError:
         return ""
-
-
-class Keys:
-    """The server's keys, as requests bring them (`key_of`), compared in constant time.
-
-    Args:
-        api_key: for all routes but those of adapters; None lets everyone in.
-        admin_key: for loading and unloading adapters; None lets no one.
-    """
-
-    def __init__(self, api_key: str | None, admin_key: str | None) -> None:
-        self._api_key, self._admin_key = _digest(api_key), _digest(admin_key)
-
-    def check(self, headers: Iterable[tuple[bytes, bytes]], admin: bool) -> None:
-        """Lets a request with these headers pass.
-
-        Raises:
-            ApiError: 401 without the right key; 403 where that key does not do.
-        """
-        if admin and self._admin_key is None:
-            raise ApiError(
-                403,
-                "adapters are not loaded or unloaded here: start lorakit serve with --admin-key "
-                "and --adapter-root",
-                code="admin_key_required",
-            )
-        given = key_of(headers)
-        wanted = self._admin_key if admin else self._api_key
-        if wanted is None or _equal(given, wanted):
-            return
-        if admin and self._api_key is not None and _equal(given, self._api_key):
-            raise ApiError(
-                403, "this needs the admin key, not the API key", code="admin_key_required"
-            )
-        name = "admin key" if admin else "API key"
-        fault = "is missing" if given is None else "is not right"
-        raise ApiError(
-            401,
-            f"the {name} {fault}: send it as Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-def key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """The key that a request brings, in `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key.strip() if scheme.lower() == b"bearer" else b""
-        if name == b"x-api-key":
-            return value.strip()
-    return None
-
-
-def owner_of(request: Request) -> str:
-    """What stands for the key of a request in files and comparisons."""
-    return sha256(key_of(request.scope["headers"]) or b"").hexdigest()[:32]
-
-
-def _digest(key: str | None) -> bytes | None:
-    return None if key is None else sha256(key.encode()).digest()
-
-
-def _equal(given: bytes | None, digest: bytes) -> bool:
-    # Of digests, so that the time does not tell the key's length either.
-    return given is not None and hmac.compare_digest(sha256(given).digest(), digest)
 
 
 class Gate:

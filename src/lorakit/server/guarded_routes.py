@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lorakit.server.bodies import StrictRequest, read_body
 from lorakit.server.errors import ApiError
-from lorakit.server.gate import Keys
+from lorakit.server.keys import Keys
 from lorakit.server.open_answers import Desk
 
 
@@ -86,7 +86,7 @@ class Guard:
         if access.level is not Level.ANYONE:
             self._keys.check(scope["headers"], admin=access.level is Level.ADMIN_KEY)
         limit = desk.limits.requests
-        if desk.inside >= limit and not access.when_busy:
+        if desk.busy >= limit and not access.when_busy:
             raise ApiError(
                 429,
                 f"{limit} requests are under way, and no more are taken at once: ask again later",
@@ -111,7 +111,9 @@ class Guard:
         desk = self._desk
         held = min(int(dict(scope["headers"]).get(b"content-length", 0)), desk.limits.body_bytes)
         self._require_memory(held)
+        counts = not access.when_busy
         desk.inside += 1
+        desk.busy += counts
         desk.body_bytes += held
         try:
             body = await read_body(scope, receive, desk.limits)
@@ -128,6 +130,7 @@ class Guard:
             await handle(scope, given_on, send)
         finally:
             desk.inside -= 1
+            desk.busy -= counts
             desk.body_bytes -= held
 
     def _require_memory(self, size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +18,7 @@ from lorakit.engine.requests import AnswerPiece, ChosenToken, Ticket
 from lorakit.errors import InputError
 from lorakit.server.adapters import adapter_named
 from lorakit.server.errors import ApiError, bad_field
+from lorakit.server.keys import Caller
 from lorakit.server.options import Limits
 from lorakit.server.payloads import PoolingRequest, SamplingFields
 from lorakit.server.prometheus import Metrics
@@ -160,15 +161,28 @@ class Desk:
         draining: whether the server ends and takes nothing new.
         inside: how many requests are under way, from their head to the end of the reply.
         body_bytes: how much the bodies of these take.
+        busy: those of them that count against the limit.
+        find: makes a model of the training service available by its name, if there is a service.
     """
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
         self.engine, self.limits, self.metrics = engine, limits, metrics
         self.draining = False
-        self.inside = self.body_bytes = 0
+        self.inside = self.busy = self.body_bytes = 0
+        self.find: Callable[[str, Caller], Awaitable[None]] | None = None
         self._stopped: ApiError | None = None
         self._open: set[OpenAnswers] = set()
         self._rows = 0
+
+    async def adapter(self, model: str, caller: Caller) -> str | None:
+        """The adapter that a request means by `model`; None for the base.
+
+        Raises:
+            ApiError: 404, it is neither, or another's.
+        """
+        if self.find is not None:
+            await self.find(model, caller)
+        return adapter_named(self.engine, model, caller)
 
     def deadline(self) -> float:
         """When a request that comes now must have ended, on the event loop's clock."""
@@ -207,12 +221,14 @@ class Desk:
         asked: SamplingFields | PoolingRequest,
         deadline: float,
         pictures: RowPictures | None = None,
+        owner: str = "",
     ) -> OpenAnswers:
         """Hands `asked.choices` requests a prompt to the engine.
 
         Args:
             deadline: of `deadline()`, when the request came.
             pictures: those in the prompt, which is the only one then.
+            owner: whose it is.
 
         Raises:
             ApiError: 400 when a prompt does not fit the context or the model does not do what is
@@ -230,7 +246,8 @@ class Desk:
                 for prompt, limit in zip(prompts, limits, strict=True):
                     for choice in range(asked.choices):
                         sampling = asked.sampling(limit, choice)
-                        tickets.append(self.engine.submit(prompt, adapter, sampling, pictures))
+                        submit = self.engine.submit
+                        tickets.append(submit(prompt, adapter, sampling, pictures, owner))
             except BaseException:
                 for ticket in tickets:
                     ticket.cancel()

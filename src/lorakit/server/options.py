@@ -10,6 +10,36 @@ from pathlib import Path
 from lorakit.errors import InputError
 
 
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key that requests may bring; `name` is shown in its place in metrics and on pages."""
+
+    value: str = field(repr=False)
+    name: str = ""
+
+
+def read_keys(path: Path) -> list[ApiKey]:
+    """The keys in a file: a line each, `KEY` or `NAME KEY`; `#` begins a comment.
+
+    Raises:
+        InputError: it cannot be read, or a line has more than that.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--api-keys: cannot read {path}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        parts = line.partition("#")[0].split()
+        if len(parts) > 2:
+            raise InputError(f"--api-keys: {path}, line {number}: KEY or NAME KEY, nothing more")
+        if parts:
+            found.append(ApiKey(parts[-1], parts[0] if len(parts) == 2 else ""))
+    if not found:
+        raise InputError(f"--api-keys: {path} has no key")
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a server that listens on `host`."""
     if host == "localhost":
@@ -20,13 +50,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_key(host: str, api_key: str | None) -> None:
+def require_key(host: str, has_key: bool) -> None:
     """Refuses an address that other machines reach, unless there is a key.
 
     Raises:
         InputError: there is none.
     """
-    if api_key is None and not is_loopback(host):
+    if not has_key and not is_loopback(host):
         raise InputError(
             f"--host {host} can be reached from other machines: give --api-key too, or leave "
             "--host out to serve this machine alone"
@@ -104,19 +134,50 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingLimits:
+    """How much the training service keeps and computes at most.
+
+    Args:
+        models: models of a key that are live at once.
+        tokens: of a key's requests to train and to sample that wait or are computed; what a
+            request may have at most, too.
+        disk_bytes: of a key's checkpoints; 0 is no limit.
+        memory_bytes: of all keys' adapters in memory, with gradients and optimizer state; those
+            that are used least recently go to disk, and come back when they are used.
+
+    Raises:
+        InputError: a limit is out of its range.
+    """
+
+    models: int = 64
+    tokens: int = 4 << 20
+    disk_bytes: int = 0
+    memory_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value, least = getattr(self, limit.name), 0 if limit.name == "disk_bytes" else 1
+            if value < least:
+                raise InputError(f"the training limit {limit.name} must be {least} or more")
+
+
+@dataclass(frozen=True, slots=True)
 class ServerOptions:
     """Where and how to serve.
 
     Args:
         port: 0 takes a free one.
-        api_key: what a request must bring; None lets everyone in, from this machine alone.
-        admin_key: what loading and unloading adapters needs in its place; None forbids both.
+        api_keys: of which a request must bring one; without any, everyone is let in, from this
+            machine alone.
+        admin_key: for all that an API key is for, for loading and unloading adapters, and to see
+            what all keys have; None forbids these.
         adapter_root: the folder that adapters are loaded from; None forbids loading.
         allowed_hosts: names that the server is reached by, beside loopback ones (`gate.py`).
         drain: on SIGTERM, seconds that running answers have to finish.
         training_state: the folder of the training service's checkpoints; None is no service.
         fetch_from: the hosts that pictures of requests are fetched from, which may be private ones;
             empty for every public host, None for none at all.
+        training_limits: of that service.
 
     Raises:
         InputError: the values do not go together.
@@ -124,22 +185,27 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
+    api_keys: tuple[ApiKey, ...] = ()
     admin_key: str | None = field(default=None, repr=False)
     adapter_root: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     drain: float = 30.0
     training_state: Path | None = None
     fetch_from: tuple[str, ...] | None = None
+    training_limits: TrainingLimits = TrainingLimits()
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        check_key("--api-key", self.api_key)
+        values = [key.value for key in self.api_keys]
+        for value in values:
+            check_key("--api-key", value)
+        if len(set(values)) < len(values):
+            raise InputError("an API key is given twice")
         check_key("--admin-key", self.admin_key)
-        require_key(self.host, self.api_key)
+        require_key(self.host, bool(values))
         for name in self.allowed_hosts:
             check_host_name("--allowed-host", name)
-        if self.admin_key is not None and self.admin_key == self.api_key:
+        if self.admin_key in values:
             raise InputError("--admin-key must differ from --api-key: users would be admins")
         if self.adapter_root is not None and not self.adapter_root.is_dir():
             raise InputError(f"--adapter-root {self.adapter_root} is not a folder")

@@ -1,4 +1,4 @@
-"""The page: files of the package, which a browser may run nothing beside."""
+"""The pages: files of the package, which a browser may run nothing beside."""
 
 from __future__ import annotations
 
@@ -26,8 +26,12 @@ HEADERS = {
 }
 
 
-def install(app: FastAPI) -> None:
-    """Has `app` serve the page: index.html at `/`, all files below `/page/`."""
+def install(app: FastAPI, training: bool = False) -> None:
+    """Has `app` serve the pages: index.html at `/`, all files below `/page/`.
+
+    Args:
+        training: whether training.html is at `/training`.
+    """
     files = StaticFiles(directory=FOLDER)
     names = frozenset(file.name for file in FOLDER.iterdir() if file.is_file())
     anyone = needs(Level.ANYONE, when_busy=True)  # a busy server's page says that it is busy
@@ -42,6 +46,12 @@ def install(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False, dependencies=anyone)
     async def index(request: Request) -> Response:
         return await sent("index.html", request.scope)
+
+    if training:
+
+        @app.get("/training", include_in_schema=False, dependencies=anyone)
+        async def of_training(request: Request) -> Response:
+            return await sent("training.html", request.scope)
 
     @app.get("/page/{path:path}", include_in_schema=False, dependencies=anyone)
     async def file(path: str, request: Request) -> Response:

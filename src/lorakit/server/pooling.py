@@ -8,10 +8,9 @@ import uuid
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from lorakit.server.adapters import adapter_named
 from lorakit.server.bodies import client_of
 from lorakit.server.event_streams import while_wanted
-from lorakit.server.gate import owner_of
+from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payloads import PoolingRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -23,12 +22,13 @@ async def pool(request: Request, asked: PoolingRequest, desk: Desk, prompts: Pro
     Raises:
         ApiError, InputError: it cannot be.
     """
-    adapter = adapter_named(desk.engine, asked.model, owner_of(request))
+    caller = caller_of(request)
+    adapter = await desk.adapter(asked.model, caller)
     deadline, texts = desk.deadline(), asked.inputs()
     desk.require_room(len(texts))
     work = prompts.of_scored(adapter, texts, client_of(request))
     tokens = await while_wanted(request, work, deadline, desk.late())
-    answers = await desk.hand_in(tokens, adapter, asked, deadline)
+    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
     try:
         made = await while_wanted(request, answers.whole())
     finally:

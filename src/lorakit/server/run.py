@@ -7,6 +7,7 @@ without it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -24,6 +26,9 @@ from lorakit.server.app import create_app
 from lorakit.server.connections import connection_class
 from lorakit.server.open_answers import Desk
 from lorakit.server.options import Limits, ServerOptions
+
+if TYPE_CHECKING:
+    from lorakit.server.training.routes import TrainingRoutes
 
 _LAST_WORDS = 2.0  # seconds in which answers that were cut off are told so
 _SECONDS_TO_END = 5.0  # for what is to be ended after the last answer
@@ -72,6 +77,19 @@ def _exit_stuck() -> None:
     os._exit(1)
 
 
+def show_log(name: str) -> None:
+    """Shows the log of this name on stderr, a line a record with its time."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(self.format(record), err=True)
+
+    handler = Shown()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger(name).addHandler(handler)
+    logging.getLogger(name).setLevel(logging.INFO)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to the address.
 
@@ -103,17 +121,23 @@ def make_server(
         timeout_graceful_shutdown=int(_LAST_WORDS),
     )
     _allow_connections(options.limits)
-    return DrainingServer(config, desk, options.drain, started)
+    return DrainingServer(config, desk, options.drain, started, app.state.training)
 
 
 class DrainingServer(uvicorn.Server):
     """A server that keeps its door open while it drains, to say that it ends."""
 
     def __init__(
-        self, config: uvicorn.Config, desk: Desk, drain: float, started: Callable[[str], None]
+        self,
+        config: uvicorn.Config,
+        desk: Desk,
+        drain: float,
+        started: Callable[[str], None],
+        training: TrainingRoutes | None = None,
     ) -> None:
         super().__init__(config)
         self._desk, self._drain, self._told = desk, drain, started
+        self._training = training
         self._ending: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.on_signal: Callable[[float], None] = lambda _: None
@@ -145,10 +169,19 @@ class DrainingServer(uvicorn.Server):
         self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
+        if self._training is not None:
+            self._training.drain()
         if not await self._quiet(self._drain):
             self._desk.stop()
+            if self._training is not None:
+                self._training.stop()
             await self._quiet(_LAST_WORDS)
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._training is not None:
+            self._training.close()
 
     async def _quiet(self, seconds: float) -> bool:
         """Whether all requests end within so many seconds."""

@@ -7,14 +7,14 @@ from urllib.parse import urlsplit
 from visitor import BASE, LONG, Person, serving, until
 
 from lorakit.engine.engine import Engine
-from lorakit.server.options import Limits
+from lorakit.server.options import ApiKey, Limits
 from taught import CONTEXT, ENDLESS_SAYS, SHOP_SAYS
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(
     visit: Callable[..., Person], engine: Engine
 ):
-    with serving(engine, api_key="right") as (address, _):
+    with serving(engine, api_keys=(ApiKey("right"),)) as (address, _):
         person = visit(address)
         person.expected = "status of 401"
         page = person.page
@@ -37,7 +37,7 @@ def test_a_key_is_asked_for_where_the_server_wants_one(
         kept = page.evaluate("[Object.values(localStorage), Object.values(sessionStorage)]")
         assert "right" not in json.dumps(kept[0])
         assert "right" in json.dumps(kept[1])
-    with serving(engine, api_key="new", port=urlsplit(address).port):
+    with serving(engine, api_keys=(ApiKey("new"),), port=urlsplit(address).port):
         person.ask()
         page.wait_for_selector("#key:focus")
         page.keyboard.type("new")

@@ -105,3 +105,19 @@ def test_checkpoints_are_named_once_deleted_and_expire(
     [one] = rest.list_checkpoints(model_id).result().checkpoints
     assert one.expires_at is not None
     assert one.size_bytes > 1000
+
+
+def test_weights_for_a_sampler_are_trained_on_without_an_optimizer_and_refused_with_one(
+    client: Any,
+):
+    run = client.create_lora_training_client("base", rank=2, seed=8).result()
+    step(run)
+    path = run.save_weights_for_sampler("to-train").result().path
+    again = client.create_training_client_from_state(path).result()
+    assert state_of(again) == pytest.approx(state_of(run), abs=1e-6)
+    with pytest.raises(tinker.RequestFailedError, match="has no optimizer state"):
+        client.create_training_client_from_state_with_optimizer(path).result(timeout=30)
+    other = client.create_lora_training_client("base", rank=3).result()
+    with pytest.raises(tinker.RequestFailedError, match="is of a model with"):
+        other.load_state(path).result(timeout=30)
+    step(other)

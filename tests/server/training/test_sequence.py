@@ -80,7 +80,7 @@ def test_requests_that_arrive_in_another_order_or_twice_are_executed_in_theirs(
         (lambda m: {"model_id": m, "seq_id": 1, "adam_params": {"eps": -1}}, "optim_step"),
         (lambda m: {"model_id": m, "seq_id": 1, "optimizer_params": {}}, "optim_step"),
         (lambda m: {"model_id": m, "seq_id": 1, "path": "../../etc"}, "save_weights"),
-        (lambda m: {"model_id": m, "seq_id": 1, "kind": "inflight",
+        (lambda m: {"model_id": m, "seq_id": 1, "kind": "later",
                     "sampling_session_seq_id": 0}, "save_weights_for_sampler"),
         (lambda m: {"model_id": m, "seq_id": 1, "path": "tinker://x/weights/y",
                     "optimizer": True}, "load_weights"),

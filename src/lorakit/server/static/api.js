@@ -16,10 +16,25 @@ export class Trouble extends Error {
 }
 
 let key = recall("sessionStorage", "key") ?? "";
+let spare = ""; // sent as long as nobody has typed a key
 
 export function setKey(value) {
   key = value;
   remember("sessionStorage", "key", key);
+}
+
+export function setSpareKey(value) {
+  spare = value;
+}
+
+export const hasKey = () => key !== "";
+
+/** What the training service shows to the key: figures, and runs with losses and checkpoints. */
+export async function trainingState() {
+  const response = await ask("training/state", {});
+  const state = await response.json().catch(() => ({}));
+  if (!Array.isArray(state.runs)) throw new Trouble("The server's list of runs can't be read.");
+  return state;
 }
 
 /**
@@ -71,7 +86,7 @@ export async function* answerTo(body, signal) {
 
 async function ask(path, options) {
   const headers = { ...options.headers };
-  if (key) headers.Authorization = `Bearer ${key}`;
+  if (key || spare) headers.Authorization = `Bearer ${key || spare}`;
   let response;
   try {
     response = await fetch(new URL(path, document.baseURI), { ...options, headers });

@@ -3,8 +3,11 @@
     runs/RUN/run.json                      what the run is
     runs/RUN/weights/NAME                  adapter and optimizer, to train on
     runs/RUN/sampler_weights/NAME          adapter, to sample from
+    runs/RUN/external_weights/NAME         adapter, to download
 
-A checkpoint appears in one step, and has `checkpoint.json` beside the adapter's files.
+A checkpoint appears in one step, and has `checkpoint.json` beside the adapter's files. One that is
+overwritten is set aside for the moment in which the new one takes its name; where the server was
+killed in that moment, the old one is back when it starts again.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from typing import Any
 
 from lorakit import atomic
 from lorakit.errors import InputError
+from lorakit.server.keys import Caller
+from lorakit.server.training.quotas import DiskQuota
 
 _RECORD, _RUN = "checkpoint.json", "run.json"
-KINDS = {"weights": "training", "sampler_weights": "sampler"}
+_ASIDE, _FRESH = "aside", "fresh"  # the ends of the names of an old and a new folder
+KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 """A folder's name, and what the SDK calls what is in it."""
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]{0,199}\Z")
 
@@ -32,7 +38,7 @@ class Run:
     """A training run, as its file has it.
 
     Attributes:
-        owner: whose it is: a digest of the key.
+        owner: whose it is (`Caller.owner`).
         lora: rank, seed and what is trained.
         times: ISO 8601.
     """
@@ -51,7 +57,7 @@ class Checkpoint:
     """Saved weights.
 
     Attributes:
-        kind: `weights` or `sampler_weights`.
+        kind: of `KINDS`.
         expires: ISO 8601; None is never.
     """
 
@@ -102,11 +108,19 @@ def parse(path: str) -> tuple[str, str, str]:
 
 
 class Store:
-    """The runs and checkpoints below a folder, which stays theirs over restarts."""
+    """The runs and checkpoints below a folder, which stays theirs over restarts.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "runs"
+    Args:
+        quota: how much of it each owner has.
+    """
+
+    def __init__(self, folder: Path, quota: DiskQuota) -> None:
+        self.state, self._folder, self._quota = folder, folder / "runs", quota
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._recover()
+        for run in self.runs():
+            for checkpoint in self.checkpoints(run.run_id):
+                quota.count(run.owner, self.size(checkpoint))
 
     # --- runs -----------------------------------------------------------------------------
 
@@ -116,22 +130,26 @@ class Store:
         place.mkdir(parents=True, exist_ok=True)
         atomic.write_file(place / _RUN, json.dumps(asdict(run), indent=1))
 
-    def runs(self, owner: str | None) -> list[Run]:
-        """The runs of an owner, of all without one; the newest first."""
+    def runs(self, caller: Caller | None = None) -> list[Run]:
+        """The runs that a caller sees, all without one; the newest first."""
         found = [run for place in self._folder.iterdir() if (run := self._run(place))]
-        own = [run for run in found if owner in (None, run.owner)]
+        own = [run for run in found if caller is None or caller.sees(run.owner)]
         return sorted(own, key=lambda run: run.created, reverse=True)
 
-    def run(self, run_id: str, owner: str | None) -> Run:
-        """A run of an owner's.
+    def run(self, run_id: str, caller: Caller | None = None) -> Run:
+        """A run that a caller sees.
 
         Raises:
             InputError: there is none.
         """
         found = self._run(self._place(run_id))
-        if found is None or owner not in (None, found.owner):
+        if found is None or not (caller is None or caller.sees(found.owner)):
             raise InputError(f"there is no training run {run_id!r}")
         return found
+
+    def history(self, run_id: str) -> Path:
+        """Where a run's losses are."""
+        return self._place(run_id) / "history.jsonl"
 
     # --- checkpoints ----------------------------------------------------------------------
 
@@ -141,17 +159,31 @@ class Store:
         """Adds a checkpoint, whose files `write` writes into a folder.
 
         Raises:
-            InputError: there is one of this name, and it is not to be overwritten.
+            InputError: there is one of this name, and it is not to be overwritten; or its owner
+                has no room for it.
         """
         place = self.folder(checkpoint)
-        if place.exists():
-            if not overwrite:
-                raise InputError(f"{checkpoint.path} exists already: take another name")
-            shutil.rmtree(place)
+        there = place.exists()
+        if there and not overwrite:
+            raise InputError(f"{checkpoint.path} exists already: take another name")
+        owner = self.run(checkpoint.run_id).owner
+        old, taken = _size(place) if there else 0, 0
+        fresh, aside = _beside(place, _FRESH), _beside(place, _ASIDE)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.new_folder(place) as temporary:
-            write(temporary)
-            (temporary / _RECORD).write_text(json.dumps(asdict(checkpoint), indent=1))
+        try:
+            with atomic.new_folder(fresh) as temporary:
+                write(temporary)
+                (temporary / _RECORD).write_text(json.dumps(asdict(checkpoint), indent=1))
+                more = _size(temporary) - old
+                self._quota.take(owner, more)
+                taken = more
+            if there:
+                place.rename(aside)
+            fresh.rename(place)
+        except BaseException:
+            self._quota.count(owner, -taken)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     def change(self, checkpoint: Checkpoint, **values: Any) -> Checkpoint:
         """Sets `public` or `expires`."""
@@ -161,10 +193,12 @@ class Store:
 
     def delete(self, checkpoint: Checkpoint) -> None:
         """Removes a checkpoint's files."""
+        size = self.size(checkpoint)
         shutil.rmtree(self.folder(checkpoint))
+        self._quota.take(self.run(checkpoint.run_id).owner, -size)
 
-    def find(self, path: str, owner: str | None) -> Checkpoint:
-        """The checkpoint at a `tinker://` path, of an owner's or published.
+    def find(self, path: str, caller: Caller) -> Checkpoint:
+        """The checkpoint at a `tinker://` path, of a caller's or published.
 
         Raises:
             InputError: there is none, or no more.
@@ -172,14 +206,14 @@ class Store:
         run_id, kind, name = parse(path)
         found = self._checkpoint(self._place(run_id) / kind / name)
         run = self._run(self._place(run_id))
-        mine = run is not None and owner in (None, run.owner)
+        mine = run is not None and caller.sees(run.owner)
         if found is None or found.is_expired() or not (mine or found.public):
             raise InputError(f"there is no checkpoint {path}")
         return found
 
     def checkpoints(self, run_id: str) -> list[Checkpoint]:
         """Those of a run, the newest first."""
-        places = (p for kind in KINDS for p in (self._place(run_id) / kind).glob("*"))
+        places = [p for kind in KINDS for p in (self._place(run_id) / kind).glob("*")]
         found = [one for place in places if (one := self._checkpoint(place))]
         return sorted((c for c in found if not c.is_expired()), key=lambda c: c.created)[::-1]
 
@@ -196,7 +230,7 @@ class Store:
 
     def size(self, checkpoint: Checkpoint) -> int:
         """How many bytes its files have."""
-        return sum(f.stat().st_size for f in self.folder(checkpoint).iterdir() if f.is_file())
+        return _size(self.folder(checkpoint))
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -212,7 +246,33 @@ class Store:
             return None
 
     def _checkpoint(self, place: Path) -> Checkpoint | None:
+        if not _PART.match(place.name):  # it is being written
+            return None
         try:
             return Checkpoint(**json.loads((place / _RECORD).read_text()))
         except (OSError, ValueError, TypeError):
             return None
+
+    def _recover(self) -> None:
+        """Puts back what was set aside, and removes what was not finished, by a killed server."""
+        for place in self._folder.glob(f"*/*/.*.{_ASIDE}"):
+            name = place.name[1 : -len(_ASIDE) - 1]
+            if place.with_name(name).exists():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.rename(place.with_name(name))
+        for place in (*self._folder.glob(f"*/*/.*.{_FRESH}"), *self._folder.glob("*/*/.*.tmp")):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _beside(place: Path, end: str) -> Path:
+    """A name that no checkpoint has."""
+    return place.with_name(f".{place.name}.{end}")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    except OSError:  # it goes away
+        return 0

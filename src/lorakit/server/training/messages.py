@@ -117,7 +117,18 @@ class SaveForSampler(Step):
     sampling_session_seq_id: int | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
     ttl_seconds: Seconds | None = None
+    overwrite: Literal[False] = False
     user_metadata: dict[str, str] | None = None
+
+
+class SaveExternal(Step):
+    """Saves the weights to be downloaded."""
+
+    path: Name
+    ttl_seconds: Seconds | None = None
+    overwrite: Literal[False] = False
+    user_metadata: dict[str, str] | None = None
+    age_encryption_recipients: Annotated[list[str], Field(max_length=0)] | None = None
 
 
 class LoadWeights(Message):
@@ -194,6 +205,28 @@ class Retrieve(Message):
 
     request_id: str
     allow_metadata_only: bool = False
+
+
+class FuturesTarget(Message):
+    """One client of a sampling session: the requests of clone n begin at n * 1e9."""
+
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+
+
+class RetrieveEnded(Message):
+    """Asks which requests have ended since the one with number `prev_cursor`."""
+
+    target: FuturesTarget
+    prev_cursor: int = 0
+    timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    retrieved_request_ids: list[str] = []
+
+
+class JoinSampler(Message):
+    """Asks for a number for one more client of a sampling session."""
+
+    sampling_session_id: str
 
 
 class WeightsInfo(Message):

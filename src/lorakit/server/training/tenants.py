@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
+from lorakit.server.keys import Caller
 from lorakit.server.training.checkpoints import Run
+from lorakit.server.training.history import History
+from lorakit.server.training.messages import CreateSession
 
 T = TypeVar("T")
 
@@ -31,6 +36,53 @@ class Session:
     display_name: str | None = None
     runs: list[str] = field(default_factory=list)
     samplers: list[str] = field(default_factory=list)
+    ended: bool = False
+
+
+class Sessions:
+    """The sessions of clients that are heard of."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    def create(self, asked: CreateSession, caller: Caller) -> str:
+        """A new session's id."""
+        name, given = asked.display_name, asked.user_metadata
+        session = Session(str(uuid.uuid4()), caller.owner, time.monotonic(), given, name)
+        self._sessions[session.session_id] = session
+        return session.session_id
+
+    def find(self, session_id: str, caller: Caller) -> Session:
+        """A session of this caller's.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = self._sessions.get(session_id)
+        if found is None or not caller.sees(found.owner):
+            raise InputError(f"there is no session {session_id!r}: create one")
+        if caller.owner == found.owner:
+            found.seen = time.monotonic()
+        return found
+
+    def of(self, caller: Caller) -> list[Session]:
+        """Those that a caller sees, the newest first."""
+        return [s for s in self._sessions.values() if caller.sees(s.owner)][::-1]
+
+    def silent(self, seconds: float) -> list[Session]:
+        """Those whose clients have not been heard of for so long."""
+        late = time.monotonic() - seconds
+        return [session for session in self._sessions.values() if session.seen < late]
+
+    def remove(self, session_id: str, caller: Caller) -> Session:
+        """Takes a session of this caller's out.
+
+        Raises:
+            InputError: there is none.
+        """
+        session = self.find(session_id, caller)
+        session.ended = True
+        return self._sessions.pop(session.session_id)
 
 
 class LiveRun:
@@ -39,12 +91,29 @@ class LiveRun:
     Args:
         record: what its file says.
         adapter: its name in the resident model.
+        history: of its losses.
+
+    Attributes:
+        used: when its last request came, on the monotonic clock.
+        changes: how often its weights have changed.
     """
 
-    def __init__(self, record: Run, adapter: str) -> None:
-        self.record, self.adapter = record, adapter
+    def __init__(self, record: Run, adapter: str, history: History) -> None:
+        self.record, self.adapter, self.history = record, adapter, history
+        self.used = time.monotonic()
+        self.changes = 0
         self._next = 1
         self._turns: dict[int, asyncio.Future[None]] = {}
+
+    def is_awaited(self, seq_id: int) -> bool:
+        """Whether later requests wait for this one."""
+        return seq_id == self._next and bool(self._turns)
+
+    def end_waiting(self, why: str) -> None:
+        """Fails the requests that wait for earlier ones."""
+        for turn in self._turns.values():
+            if not turn.done():
+                turn.set_exception(LorakitError(why))
 
     async def in_order(
         self, seq_id: int, start: Callable[[], Coroutine[Any, Any, T] | asyncio.Future[T]]
@@ -56,6 +125,7 @@ class LiveRun:
         Raises:
             InputError: an earlier request does not come, or this one has been passed over.
         """
+        self.used = time.monotonic()
         await self._turn(seq_id)
         try:
             begun = asyncio.ensure_future(start())

@@ -97,14 +97,15 @@ class SampledTokens:
     top: list[list[tuple[int, float]]] | None = None
 
 
-def head_of(body: bytes) -> tuple[str, int, bool]:
-    """The model's id, the place in its sequence, and `forward_only`, of a request to compute.
+def head_of(body: bytes) -> tuple[str, int, int]:
+    """The model's id, the place in its sequence, and the tokens, of a request to compute.
 
     Raises:
         InputError: the bytes are no such message.
     """
     message = _parsed("ForwardBackwardRequest", body)
-    return message.model_id, message.seq_id, message.forward_only
+    chunks = (chunk for datum in message.data for chunk in datum.model_input)
+    return message.model_id, message.seq_id, sum(len(c.encoded_text.tokens) // 4 for c in chunks)
 
 
 def read_pass(body: bytes) -> PassRequest:

@@ -92,7 +92,7 @@ def _require_sound(options: VllmOptions) -> None:
         )
     check_key("--api-key", options.api_key)
     check_key("--admin-key", options.admin_key)
-    require_key(options.host, options.api_key)
+    require_key(options.host, options.api_key is not None)
     if (options.adapter_root is None) != (options.admin_key is None):
         raise InputError("loading adapters later needs both --adapter-root and --admin-key")
     if options.adapter_root is not None and options.api_key is None:
