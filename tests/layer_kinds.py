@@ -126,6 +126,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "short_conv_kernel_size": 4,
         },
     },
+    "minimax": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "block_size": WINDOW,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     # Mamba beside attention, in one layer with it, alone; convolutions.
     "granitemoehybrid": {
         **MAMBA2,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV4Config,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
-    MiniMaxConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
@@ -55,9 +55,25 @@ CARRIED: dict[str, PreTrainedConfig] = {
     "gpt neox": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
 }
 NOT_CARRIED: dict[str, tuple[PreTrainedConfig, str]] = {
-    "minimax": (
-        MiniMaxConfig(**SIZES, head_dim=8, num_local_experts=4, block_size=8),
-        "MiniMax uses cache of its own",
+    "deepseek v4": (
+        DeepseekV4Config(
+            **SIZES,
+            head_dim=8,
+            q_lora_rank=12,
+            num_experts_per_tok=2,
+            n_routed_experts=4,
+            moe_intermediate_size=8,
+            hc_mult=2,
+            sliding_window=4,
+            o_groups=2,
+            o_lora_rank=4,
+            index_n_heads=16,
+            index_head_dim=8,
+            index_topk=4,
+            layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+            compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        ),
+        "its layers keep their past as DeepseekV4",
     ),
     "recurrent gemma": (
         RecurrentGemmaConfig(**SIZES, lru_width=32, block_types=["recurrent", "attention"]),
@@ -98,7 +114,7 @@ def test_a_model_of_plain_attention_is_computed_row_by_row(family: str, tmp_path
     assert found == expected
 
 
-@pytest.mark.parametrize("family", few(list(NOT_CARRIED), "minimax"))
+@pytest.mark.parametrize("family", few(list(NOT_CARRIED), "deepseek v4"))
 def test_another_model_is_computed_by_generate_and_says_why(family: str, tmp_path: Path):
     config, reason = NOT_CARRIED[family]
     notices, found, expected = answered(save(config, tmp_path / "base"), tmp_path)

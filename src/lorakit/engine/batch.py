@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorakit.engine.cache import RowCache
+from lorakit.engine.cache import row_cache
 from lorakit.engine.picture_prompt import picture_inputs
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.errors import LorakitError
@@ -79,7 +79,7 @@ class ContinuousBatch:
         self._routing, self._most, self._route = routing, most, route
         self._in_parts, self._padded = in_parts, padded
         self._writing = 0  # the first so many rows have read their prompts
-        self._cache = RowCache(model, most, length)
+        self._cache = row_cache(model, most, length)
 
     def has_room(self) -> bool:
         return len(self.rows) < self._most

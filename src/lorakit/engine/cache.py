@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
+from sys import modules
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class RowCache(Cache):
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         layers = row_layers(model.config, rows, length)
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)
         self._name = argument(model) or ""
         config = model.config.get_text_config()
         tuned = getattr(config, "attn_temperature_tuning", None)
@@ -163,11 +164,31 @@ class RowCache(Cache):
         layer: Any = self.layers[layer_idx]
         return layer.of_rows(layer.recurrent_states, state_idx)
 
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        """As `get_recurrent_state`, of MiniMax-01's lightning attention."""
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        """Keeps the states of the rows in question."""
+        layer: Any = self.layers[layer_idx]
+        layer.update_recurrent_state(linear_cache)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
         """Whether the rows in question have tokens before the next forward's."""
         return self.layers[layer_idx or 0].place.continues
+
+
+def row_cache(model: Any, rows: int, length: int) -> RowCache:
+    """A `RowCache`; MiniMax-01 takes only caches of a class of its own, so that it is one too."""
+    own = getattr(modules[type(model).__module__], "MiniMaxCache", None)
+    kind = type("RowCache", (RowCache, own), {}) if own is not None else RowCache
+    made: RowCache = kind(model, rows, length)
+    return made
 
 
 def argument(model: Any) -> str | None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.engine.batch import Batch, ContinuousBatch
-from lorakit.engine.cache import RowCache, argument
+from lorakit.engine.cache import RowCache, argument, row_cache
 from lorakit.engine.pictures_apart import PicturesApart, tells_pictures_apart
 from lorakit.engine.plain_batch import PlainBatch
 from lorakit.errors import first_line
 from lorakit.lora.routing import Route, Routing
+from lorakit.models.state_updates import take_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,18 +65,34 @@ class Carried:
 
 
 def how_carried(model: PreTrainedModel) -> Carried:
-    """Tries with two short rows how several rows of this model can be computed."""
+    """Tries with two short rows how several rows of this model can be computed.
+
+    Where that is right, its mixers compute by `state_updates` from here on when they answer.
+    """
     if model.config.is_encoder_decoder:
         return Carried("it has an encoder")
     if argument(model) is None:
         return Carried("it takes no cache")
     with _narrow_windows(model.config.get_text_config()):
-        if not (reason := _disproof(model)):
-            return Carried()
-        # A state may begin at zero whenever more than one token is read, and count padding.
-        for in_parts, padded in ((False, True), (True, False), (False, False)):
-            if not _disproof(model, in_parts, padded):
-                return Carried("", in_parts, padded)
+        try:
+            expected = _Expected(model)
+        except Exception as error:
+            return Carried(_refused(error))
+        undo = take_over(model)
+        found = _ways(model, expected)
+        if found.why_not:
+            undo()
+            found = _ways(model, expected)
+    return found
+
+
+def _ways(model: PreTrainedModel, expected: _Expected) -> Carried:
+    if not (reason := _disproof(model, expected)):
+        return Carried()
+    # A state may begin at zero whenever more than one token is read, and count padding.
+    for in_parts, padded in ((False, True), (True, False), (False, False)):
+        if not _disproof(model, expected, in_parts, padded):
+            return Carried("", in_parts, padded)
     return Carried(reason)
 
 
@@ -93,22 +110,39 @@ def _narrow_windows(config: Any) -> Iterator[None]:
             setattr(config, name, window)
 
 
+class _Expected:
+    """What a model computes of two rows, each alone, by its own cache and without one.
+
+    Attributes:
+        rows: their tokens.
+        logits: of the last token of each (2, vocabulary), by its own cache.
+        rounding: how far these are from those without a cache.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel) -> None:
+        size = model.config.get_text_config().vocab_size
+        self.rows = [[i % size for i in row] for row in (range(1, 11), range(20, 24))]
+        self.logits = torch.stack([_alone(model, row) for row in self.rows]).float()
+        at_once = torch.stack([_at_once(model, row) for row in self.rows]).float()
+        self.rounding = (at_once - self.logits).abs().max().item()
+
+
 @torch.inference_mode()
-def _disproof(model: PreTrainedModel, in_parts: bool = True, padded: bool = True) -> str:
+def _disproof(
+    model: PreTrainedModel, expected: _Expected, in_parts: bool = True, padded: bool = True
+) -> str:
     """Computes two rows together, and compares each with the row alone in the model's own cache.
 
     Args:
         in_parts: the prompt of the first one is read in two parts.
         padded: their prompts are read together.
     """
-    size = model.config.get_text_config().vocab_size
     device = model.device
     forward: Any = model
-    one, other = ([i % size for i in row] for row in (range(1, 11), range(20, 24)))
+    one, other = expected.rows
     try:
-        expected = torch.stack([_alone(model, row) for row in (one, other)]).float()
-        at_once = torch.stack([_at_once(model, row) for row in (one, other)])
-        cache = RowCache(model, rows=2, length=16)
+        cache = row_cache(model, rows=2, length=16)
         read = 6 if in_parts else 8
         if padded:
             forward(**cache.whole_prompts(0, [one[:read], other[:2]], device))
@@ -122,16 +156,20 @@ def _disproof(model: PreTrainedModel, in_parts: bool = True, padded: bool = True
         forward(**cache.newest_tokens([one[8], other[2]], [8, 2], device))
         found = forward(**cache.newest_tokens([one[9], other[3]], [9, 3], device)).logits[:, -1]
     except Exception as error:
-        return f"it does not take a cache of ours: {type(error).__name__}: {first_line(error)}"
+        return _refused(error)
     # Rounding differs between the ways by some steps of the dtype, and by what the model makes of
     # them: as much as between its own two ways, with a cache and without.
-    largest = expected.abs().max().item()
-    own = (at_once.float() - expected).abs().max().item()
-    eps = torch.finfo(found.dtype).eps
-    rounding = max(_tolerance(found.dtype) * largest, 4 * min(own, max(_AMPLIFIED, eps) * largest))
-    if (difference := (found.float() - expected).abs().max().item()) <= rounding:
+    largest = expected.logits.abs().max().item()
+    eps = torch.finfo(model.dtype).eps  # some models give logits in float32
+    own = min(expected.rounding, max(_AMPLIFIED, eps) * largest)
+    rounding = max(_tolerance(model.dtype) * largest, 4 * own)
+    if (difference := (found.float() - expected.logits).abs().max().item()) <= rounding:
         return ""
     return f"beside other rows its logits differ by {difference:.3g}"
+
+
+def _refused(error: Exception) -> str:
+    return f"it does not take a cache of ours: {type(error).__name__}: {first_line(error)}"
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -146,7 +184,7 @@ def _same_states(model: PreTrainedModel, cache: RowCache, prompts: list[list[int
     In half precision logits do not show it: a state is a small part of what makes them.
     """
     forward: Any = model
-    alone = RowCache(model, rows=len(prompts), length=16)
+    alone = row_cache(model, rows=len(prompts), length=16)
     for row, prompt in enumerate(prompts):
         forward(**alone.whole_prompts(row, [prompt], model.device))
     for found, wanted in zip(cache.first_states(), alone.first_states(), strict=True):

@@ -60,10 +60,11 @@ class StateRows(LinearAttentionLayer):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any
     ) -> torch.Tensor:
-        """Keeps the states of the rows in question."""
-        kept = self._states_of(self.recurrent_states, state_idx, recurrent_states)
-        kept[self.place.rows] = recurrent_states
-        return kept[self.place.rows]
+        """Keeps the states of the rows in question, which may have been updated in their places."""
+        kept = self._states_of(self.recurrent_states, state_idx, recurrent_states)[self.place.rows]
+        if kept.data_ptr() != recurrent_states.data_ptr():
+            kept.copy_(recurrent_states)
+        return kept
 
     def _states_of(
         self,
