@@ -365,6 +365,9 @@ def test_only_the_language_part_of_a_model_for_pictures_is_adapted_and_it_is_sai
 def test_a_mixer_of_mambas_kind_is_adapted_where_its_layers_are_called():
     with pytest.raises(InputError, match=r"mixer.dt_proj, whose weight Mamba reads"):
         adapted(BY_NAME["Mamba"], target_modules=["in_proj", "dt_proj"])
+    for name in ("Falcon-H1", "Qwen 3.5"):
+        with pytest.raises(InputError, match=r"conv1d, whose weight its mixer reads"):
+            adapted(BY_NAME[name], target_modules=["q_proj", "conv1d"])
 
 
 def test_layers_of_indexers_are_in_no_preset_and_named_where_they_are_asked_for():

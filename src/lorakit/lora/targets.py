@@ -15,6 +15,7 @@ from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.architecture import (
     input_embedding,
     language_part,
+    mixes_tokens,
     only_selects,
     output_head,
     reads_weights,
@@ -108,9 +109,11 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"embedding, convolution and attention layers here ({there}){cure}"
             )
         above, _, own = name.rpartition(".")
-        if own == "dt_proj" and reads_weights(modules[above]):
+        convolution = isinstance(candidates[name], nn.Conv1d) and mixes_tokens(modules[above])
+        if convolution or (own == "dt_proj" and reads_weights(modules[above])):
+            reader = "its mixer" if convolution else "Mamba"
             raise InputError(
-                f"target_modules matches {name}, whose weight Mamba reads without calling the "
+                f"target_modules matches {name}, whose weight {reader} reads without calling the "
                 "layer, so that an adapter there would do nothing: in_proj is called"
             )
     indexers = [name for name, m in modules.items() if only_selects(m)]
