@@ -68,10 +68,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "encoder and decoder": (make_t5, {"target_modules": ["q", "v", "wo"]}),
 }
 USUAL = (
-    *("linear", "DoRA", "patterns", "all biases and lora_bias", "saved module", "embedding"),
-    *("Conv1D", "tied, both", "tied tokens", "two parameters", "encoder and decoder"),
+    *("DoRA", "patterns", "all biases and lora_bias", "saved module"),
+    *("Conv1D", "tied tokens", "two parameters"),
 )
-"""One of each kind of layer and of file."""
+"""Of each kind of layer and of file one that every change merges."""
 
 LOADED = {
     "experts (out, in)": (make_mixtral, {**SMALL, "target_parameters": ["experts.down_proj"]})

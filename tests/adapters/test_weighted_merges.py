@@ -38,6 +38,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "all biases and lora_bias": (make_llama, {**SMALL, "bias": "all", "lora_bias": True}),
 }
 
+USUAL = ("DoRA", "tied tokens", "all biases and lora_bias")
+
 
 @pytest.fixture(autouse=True)
 def _quietly() -> Any:
@@ -57,7 +59,7 @@ def is_low_rank(name: str, fields: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("weight", few([0.3, -0.7], 0.3))
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(list(CASES), *USUAL))
 def test_both_ways_of_merging_go_the_same_part_of_the_way(
     case: str, dtype: torch.dtype, weight: float, tmp_path: Path
 ):
@@ -92,7 +94,7 @@ def test_both_ways_of_merging_go_the_same_part_of_the_way(
     assert changed
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(list(CASES), *USUAL))
 def test_base_and_adapter_answer_as_the_merged_model_does(case: str, tmp_path: Path):
     make, fields = CASES[case]
     torch.manual_seed(1)

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,22 +18,44 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lorakit.server.options import ServerOptions
 from random_adapters import make_adapter
-from served import Running, in_background, refused, until
+from served import Running, in_background, refused, running, until
 from tiny import save_tiny_model
 
 ADMIN = {"Authorization": "Bearer admin-key"}
 
 
-@pytest.fixture
-def own_root(root: Path, tmp_path: Path) -> Path:
-    """A copy of the adapters' folder, to write into."""
-    return Path(shutil.copytree(root, tmp_path / "adapters"))
+@pytest.fixture(scope="module")
+def shelf(
+    base: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Path]]:
+    """A server that loads adapters from a folder, for all tests of this module."""
+    folder = tmp_path_factory.mktemp("shelf") / "adapters"
+    folder.mkdir()
+    options = ServerOptions(port=0, admin_key="admin-key", adapter_root=folder)
+    with running(base, {"shop": root / "shop"}, options, max_rows=4) as server:
+        yield server, folder
 
 
 @pytest.fixture
-def open_shelf(serve: Any, own_root: Path) -> Running:
-    server: Running = serve(admin_key="admin-key", adapter_root=own_root)
+def own_root(root: Path, shelf: tuple[Running, Path]) -> Path:
+    """A copy of the adapters' folder, to write into; nothing else lies there or beside it."""
+    folder = shelf[1]
+    for path in (*folder.iterdir(), *(one for one in folder.parent.iterdir() if one != folder)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return Path(shutil.copytree(root, folder, dirs_exist_ok=True))
+
+
+@pytest.fixture
+def open_shelf(shelf: tuple[Running, Path], own_root: Path) -> Running:
+    """The server with `shop` alone, as it lies there."""
+    server = shelf[0]
+    for name in names(server):
+        if name != "shop":
+            assert unload(server, name).status_code == 200
+    assert load(server, "shop", "shop", load_inplace=True).status_code == 200
+    assert server.engine.running() == 0
     return server
 
 

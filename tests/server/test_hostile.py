@@ -102,15 +102,15 @@ def test_many_clients_that_do_not_read_are_left_and_hold_up_no_other(serve: Any)
     asked = {"model": "shop", "prompt": "a", "max_tokens": 4000, "stream": True, "logprobs": 20}
     content = json.dumps(asked).encode()
     with ExitStack() as stack:
-        for _ in range(6):
+        for _ in range(3):
             sock = stack.enter_context(socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(address(server))
             sock.sendall(head(len(content)) + content)
-        until(lambda: server.engine.running() == 6)
+        until(lambda: server.engine.running() == 3)
         assert server.complete(max_tokens=20).status_code == 200
         until(lambda: server.engine.running() == 0)
-    assert server.figure("lorakit_generated_tokens_total") < 6 * 4000
+    assert server.figure("lorakit_generated_tokens_total") < 3 * 4000
 
 
 def test_requests_in_one_breath_are_answered_in_turn(served: Running) -> None:

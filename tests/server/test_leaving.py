@@ -157,7 +157,7 @@ def test_a_merged_adapter_is_served_alone_and_answers_as_beside_its_base(
 def test_on_sigterm_running_answers_finish_and_new_requests_are_refused(start: Any) -> None:
     process = start("--drain", "60")
     with httpx.Client(base_url=process.url, timeout=60) as client:
-        body = {**LONG, "max_tokens": 1000, "stream": True}
+        body = {**LONG, "max_tokens": 400, "stream": True}
         with (
             client.stream("POST", "/v1/completions", json=body) as stream,
             httpx.Client(base_url=process.url, timeout=60) as late,

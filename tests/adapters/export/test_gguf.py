@@ -89,7 +89,7 @@ def test_base_file_and_adapter_file_add_up_to_the_merged_file(base: Path, tmp_pa
     assert changed == report.tensors / 2
 
 
-@pytest.mark.parametrize("kind", few(list(KINDS), "plain", "patterns", "pissa"))
+@pytest.mark.parametrize("kind", few(list(KINDS), "patterns"))
 def test_scaling_is_right_whatever_it_was_made_of(kind: str, tmp_path: Path):
     base = save_family(tmp_path / "base", "llama")
     adapter = save_adapter(base, tmp_path / "adapter", **KINDS[kind])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from visitor import BASE, WIDE, Person, serving
 
+from browsers import started_browser
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from taught import save_taught_models
@@ -18,6 +19,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine = open_engine(str(base), adapters, dtype="float32", max_rows=2)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Any]:
+    """One browser for all pages: starting it takes longer than most tests."""
+    yield from started_browser()
 
 
 @pytest.fixture(scope="package")
