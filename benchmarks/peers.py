@@ -113,22 +113,26 @@ def clock_of(trainer: Any) -> dict[str, float]:
     return clock
 
 
-def compare(title: str, found: Mapping[str, Figures], columns: Mapping[str, str]) -> None:
+def compare(
+    title: str,
+    found: Mapping[str, Figures],
+    columns: Mapping[str, str],
+    speed: str = "tokens_per_second",
+) -> None:
     """Prints a table, and last one line of JSON with each figure beside TRL's fastest side.
 
     Args:
         found: the figures of each side; `trl_plain`, or the first, is compared with.
         columns: a figure's name by the heading of its column.
+        speed: the name of the figure that is compared beside the memory.
     """
     peer = found.get("trl_plain") or next(iter(found.values()))
     table = Table(title=title)
-    for heading in ("", *columns, "× tokens/s", "× MB"):
+    for heading in ("", *columns, f"× {speed.partition('_')[0]}/s", "× MB"):
         table.add_column(heading, justify="right")
     results = []
     for side, figures in found.items():
-        ratios = {
-            f"{key}_by_trl": figures[key] / peer[key] for key in ("tokens_per_second", "memory_mb")
-        }
+        ratios = {f"{key}_by_trl": figures[key] / peer[key] for key in (speed, "memory_mb")}
         results.append({"side": side} | figures | ratios)
         shown = [f"{figures[name]:.5g}" for name in columns.values()]
         table.add_row(side, *shown, *(f"{ratio:.2f}" for ratio in ratios.values()))

@@ -17,6 +17,10 @@ def demo(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Install the bundled model if it is missing.")
     ] = False,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="Teach it to see: colors, shapes and digits in pictures."),
+    ] = False,
 ) -> None:
     """Teach the bundled model a task, and measure what it learned.
 
@@ -27,9 +31,15 @@ def demo(
     somebody = sys.stdin.isatty() and sys.stderr.isatty()
     require_model(yes, _ask if somebody else None)
 
-    from lorakit.demo.run import run_demo
+    folder = output or _free_name("lorakit-demo")
+    if images:
+        from lorakit.demo.run_pictures import run_picture_demo
 
-    run_demo(output or _free_name("lorakit-demo"), lambda text: write(f"{text}\n"))
+        run_picture_demo(folder, lambda text: write(f"{text}\n"))
+    else:
+        from lorakit.demo.run import run_demo
+
+        run_demo(folder, lambda text: write(f"{text}\n"))
 
 
 def _ask(question: str) -> bool:

@@ -1,1 +1,1 @@
-"""The task of `lorakit demo`: a customer's free-text order into strict JSON."""
+"""The tasks of `lorakit demo`: orders into strict JSON, and questions about drawn pictures."""

@@ -61,8 +61,8 @@ def _run_demo(
     """`run_demo`, in a folder that no other process writes."""
     began = time.perf_counter()
     learned, held_out = train_and_held_out(train_rows, held_out_rows, SEED)
-    _write_rows(folder / "train.jsonl", learned)
-    _write_rows(folder / "held_out.jsonl", held_out)
+    write_rows(folder / "train.jsonl", learned)
+    write_rows(folder / "held_out.jsonl", held_out)
     recipe = _recipe(folder)
     atomic.write_file(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     say(f"The task: a customer's order into JSON. {train_rows} rows to learn from, for instance:")
@@ -114,8 +114,8 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def _show(result: Evaluation, say: Callable[[str], None]) -> None:
     for example in result.examples[:3]:
         say(f"\n  order   {example.prompt[-1]['content']}")
-        say(f"  before  {_one_line(example.base)}")
-        say(f"  after   {_one_line(example.tuned)}")
+        say(f"  before  {one_line(example.base)}")
+        say(f"  after   {one_line(example.tuned)}")
         say(f"  wanted  {example.references[0]}")
     say("")
 
@@ -132,7 +132,8 @@ def _next_commands(folder: Path, adapter: Path) -> list[str]:
     ]
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as JSON Lines."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic.write_file(path, text)
 
@@ -141,6 +142,7 @@ def _request(row: dict[str, Any]) -> str:
     return row["messages"][-2]["content"]
 
 
-def _one_line(text: str, width: int = 100) -> str:
+def one_line(text: str, width: int = 100) -> str:
+    """`text` without line breaks, cut at `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[:width]}…"
