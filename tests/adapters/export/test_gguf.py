@@ -11,7 +11,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gguf_models import FAMILIES, TEXTS, TOKENIZERS, UNREAD, merging_tokenizer, save_family
+from gguf_models import ADAPTED, FAMILIES, TEXTS, TOKENIZERS, UNREAD, merging_tokenizer, save_family
 from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model, write_gguf
 from lorakit.adapters.open import open_adapter
 from lorakit.errors import InputError
@@ -68,8 +68,10 @@ def test_transformers_loads_the_merged_file_and_computes_the_same(
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_base_file_and_adapter_file_add_up_to_the_merged_file(base: Path, tmp_path: Path):
-    adapter = save_adapter(base, tmp_path / "adapter", **ALL)
+def test_base_file_and_adapter_file_add_up_to_the_merged_file(
+    family: str, base: Path, tmp_path: Path
+):
+    adapter = save_adapter(base, tmp_path / "adapter", **ALL, **ADAPTED.get(family, {}))
     report = export_gguf_adapter(adapter, tmp_path / "adapter.gguf")
     export_gguf_model(adapter, tmp_path / "merged.gguf", dtype="float32")
     write_gguf(base, tmp_path / "base.gguf", "float32", "base")
@@ -236,7 +238,7 @@ def test_an_architecture_without_a_known_form_is_refused_with_those_that_have_on
     merging_tokenizer().save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", r=2)
     for export in (export_gguf_adapter, export_gguf_model):
-        with pytest.raises(InputError, match=r"gpt_neox model.*llama, mistral, mixtral, qwen2"):
+        with pytest.raises(InputError, match=r"gpt_neox model.*llama, mistral, qwen2, qwen3"):
             export(adapter, tmp_path / "a.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 

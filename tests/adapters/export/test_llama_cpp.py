@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gguf_models import FAMILIES, SIZES, TEXTS, TOKENIZERS, merging_tokenizer, save_family
+from gguf_models import ADAPTED, FAMILIES, SIZES, TEXTS, TOKENIZERS, merging_tokenizer, save_family
 from llama_cpp_server import its_quantized, running
 from lorakit.adapters.export.gguf_files import export_gguf_adapter, export_gguf_model, write_gguf
 from lorakit.adapters.export.k_quants import quantized
@@ -20,6 +20,7 @@ from matrix import few
 from plain_adapters import save_adapter
 
 _TOKENS = 12
+CHECKED = ("llama, tied", "gpt_oss", "deepseek_v3", "qwen3_5_text")
 
 
 def answers(model: Path, adapter: Path | None, prompts: list[str]) -> list[Any]:
@@ -52,12 +53,11 @@ def compare(base: Path, adapter: Path, folder: Path, prompts: list[str]) -> None
     assert answers(folder / "base.gguf", None, prompts) != expected
 
 
-@pytest.mark.parametrize("family", few(list(FAMILIES), "llama, tied", "mixtral", "gpt_oss"))
+@pytest.mark.parametrize("family", few(list(FAMILIES), *CHECKED))
 def test_a_tiny_model_of_every_family(family: str, tmp_path: Path):
     base = save_family(tmp_path / "base", family)
-    adapter = save_adapter(
-        base, tmp_path / "adapter", r=3, lora_alpha=5, target_modules="all-linear"
-    )
+    adapted = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **ADAPTED.get(family, {})}
+    adapter = save_adapter(base, tmp_path / "adapter", **adapted)
     compare(base, adapter, tmp_path, list(TEXTS))
 
 

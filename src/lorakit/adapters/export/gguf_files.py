@@ -24,7 +24,6 @@ from lorakit import atomic
 from lorakit.adapters.chat_template import exported_template
 from lorakit.adapters.derived import origin
 from lorakit.adapters.export.export_formats import Exported
-from lorakit.adapters.export.gguf_families import GgufFamily
 from lorakit.adapters.export.gguf_family import (
     add_hyperparameters,
     differences,
@@ -32,8 +31,11 @@ from lorakit.adapters.export.gguf_family import (
     family_of,
     interleaved,
     laid_out,
+    language_name,
+    language_part,
     tensor_name,
 )
+from lorakit.adapters.export.gguf_layout import GgufFamily
 from lorakit.adapters.export.gguf_mixtures import MIXTURES, Forms, Mixture, byte_shape
 from lorakit.adapters.export.gguf_tokenizer import add_templates, add_tokenizer
 from lorakit.adapters.export.k_quants import quantized
@@ -114,7 +116,7 @@ def export_gguf_adapter(
             f"--dtype of an adapter must be float32, float16 or bfloat16, not {dtype!r}"
         )
     plain = read_plain(adapter, "llama.cpp", base)
-    config = read_base_config(resolve(plain.base_model).path)
+    config = language_part(read_base_config(resolve(plain.base_model).path))
     family = family_of(config, plain.base_model)
     plain = fitted_plain(adapter, plain)
     hint = (
@@ -162,18 +164,24 @@ def _factors(
     The token embedding's `lora_a` is (tokens, r), as rows are taken out of it.
     """
     for path, pair in plain.pairs.items():
-        name = tensor_name(family, config, f"{path}.weight")
-        at_the_ends = name in ("token_embd.weight", "output.weight")
-        if at_the_ends and config.tie_word_embeddings:
-            raise InputError(
-                f"the adapter changes {path}, and {plain.base_model} uses one weight as embedding "
-                "and as head, which llama.cpp cannot adapt apart: export with --merged"
-            )
-        if name == "position_embd.weight":
+        own = language_name(f"{path}.weight")
+        if not own or path.endswith(family.not_adapted or "/"):
             raise InputError(f"llama.cpp adapts no {path}: export with --merged")
-        scale = plain.config.lora_alpha / pair.r
-        yield f"{name}.lora_a", pair.A.T if pair.is_embedding else pair.A
-        yield f"{name}.lora_b", interleaved(family, config, path, pair.folded(scale))
+        B = pair.folded(plain.config.lora_alpha / pair.r)
+        for part, rows in family.parts(own, B, config):
+            name = tensor_name(family, config, part)
+            at_the_ends = name in ("token_embd.weight", "output.weight")
+            if at_the_ends and config.tie_word_embeddings:
+                raise InputError(
+                    f"the adapter changes {path}, and {plain.base_model} uses one weight as "
+                    "embedding and as head, which llama.cpp cannot adapt apart: export with "
+                    "--merged"
+                )
+            if name == "position_embd.weight":
+                raise InputError(f"llama.cpp adapts no {path}: export with --merged")
+            A = pair.A.T if pair.is_embedding else family.ordered(part, pair.A, config)
+            yield f"{name}.lora_a", A
+            yield f"{name}.lora_b", interleaved(family, config, part.rpartition(".")[0], rows)
 
 
 @reserves("output")
@@ -197,7 +205,7 @@ def export_gguf_model(
     mixture_of(dtype)
     name = base or origin(adapter, read_config(adapter)).base_model
     if name:  # refuse what cannot be written before anything is merged
-        family_of(read_base_config(resolve(name).path), name)
+        family_of(language_part(read_base_config(resolve(name).path)), name)
     with (
         atomic.replacing_file(output) as path,
         TemporaryDirectory(prefix=f".{Path(output).name}.", dir=path.parent) as folder,
@@ -218,10 +226,11 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
     Raises:
         InputError: its architecture or tokenizer has no known form in llama.cpp.
     """
-    config = read_base_config(folder)
+    whole = read_base_config(folder)
+    config = language_part(whole)
     family = family_of(config, name)
     tokenizer = layout_of(folder).tokenizer()
-    names = [name for tensors in read_shards(folder).values() for name in tensors]
+    names = [language_name(one) for tensors in read_shards(folder).values() for one in tensors]
     forms = Forms(mixture_of(dtype), config.num_hidden_layers, tied=not any(map(_is_head, names)))
     with atomic.replacing_file(output) as path:
         writer = gguf.GGUFWriter(path, family.name)
@@ -244,8 +253,15 @@ def write_gguf(folder: Path, output: str | Path, dtype: str, name: str) -> GgufF
             writer.write_tensor_data(quantized(tensor, written[own]))
         writer.close()
     size = Path(output).stat().st_size
-    notices = (*differences(family, config, name), *forms.notices())
-    return GgufFile(str(output), family.name, dtype, len(written), size, notices)
+    notices = [*differences(family, config, name), *forms.notices()]
+    if further := sum(_predicts_further(one, config) for one in names):
+        notices.append(f"{further} tensors of multi-token prediction are left out")
+    if config is not whole:
+        notices.append(
+            "the file has the language part alone: for pictures llama.cpp takes a second file, "
+            "which its convert_hf_to_gguf.py --mmproj makes of the base"
+        )
+    return GgufFile(str(output), family.name, dtype, len(written), size, tuple(notices))
 
 
 def mixture_of(dtype: str) -> Mixture:
@@ -261,6 +277,13 @@ def _is_head(name: str) -> bool:
     return name in ("lm_head.weight", "embed_out.weight")
 
 
+def _predicts_further(name: str, config: PreTrainedConfig) -> bool:
+    """Whether it is of multi-token prediction, which transformers does not load either."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    behind = layer is not None and int(layer[1]) >= config.num_hidden_layers
+    return behind or name.startswith(("mtp.", "model.mtp_"))
+
+
 def _tensors(
     folder: Path, family: GgufFamily, config: PreTrainedConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -270,14 +293,15 @@ def _tensors(
         for path in sorted(folder.glob("*.safetensors")):
             file = opened.enter_context(safe_open(path, framework="pt"))
             where |= dict.fromkeys(file.keys(), file)
-        for name, several in _stacked(where).items():
+        for stored, several in _stacked(where).items():
+            name = language_name(stored)
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # GPT-2's causal mask, in old files
+            if not name or _predicts_further(name, config):
+                continue
             tensors = [where[one].get_tensor(one) for one in several]
             tensor = tensors[0] if len(several) == 1 else torch.stack(tensors)
-            for part, values in (
-                family.divided(name, tensor) if family.divided else [(name, tensor)]
-            ):
+            for part, values in family.parts(name, tensor, config):
                 yield tensor_name(family, config, part), laid_out(family, config, part, values)
     yield from extra_tensors(config).items()
 

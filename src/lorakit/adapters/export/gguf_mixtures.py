@@ -20,6 +20,7 @@ _NARROWER = {_T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q5_1, _T.Q6_K: _T.Q8_0}
 _NOT_ROUNDED = (
     *("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight"),
     *("ffn_gate_inp_shexp.weight", "exps.bias"),
+    *("ssm_a", "ssm_d", "ssm_conv1d.weight", "ssm_norm.weight", "shortconv.conv.weight"),
 )
 _MORE = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down|ffn_down_exps|ffn_down_shexp)\.weight")
 
@@ -84,7 +85,8 @@ class Forms:
     def of(self, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuantizationType:
         """The form in which the tensor `name` of llama.cpp is written.
 
-        llama.cpp computes with vectors, positions and the routers of experts in float32 only.
+        llama.cpp computes in float32 only with vectors, positions, the routers of experts, and what
+        mixers have beside linear layers.
         """
         if len(shape) < 2 or name.endswith(_NOT_ROUNDED):
             return _T.F32

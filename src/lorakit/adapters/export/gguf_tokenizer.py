@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
-from lorakit.adapters.export.gguf_families import GgufFamily
+from lorakit.adapters.export.gguf_layout import GgufFamily
 from lorakit.errors import InputError
 from lorakit.models.template_files import Templates
 
@@ -25,6 +25,10 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ONE_DIGIT, _THREE_DIGITS = _WORDS.replace("{}", ""), _WORDS.replace("{}", "{1,3}")
+_MARKS = (  # letters with their marks, and a digit at a time
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -128,6 +132,7 @@ def _pre_tokenizer(rules: dict[str, Any], family: GgufFamily, model: str) -> str
         ("digits", "gpt-2"): "smollm",
         (_ONE_DIGIT,): "qwen2",
         (_THREE_DIGITS,): "llama-bpe" if whole_first else "dbrx",
+        (_MARKS,): "qwen35",
         (_TEKKEN,): "tekken",
         (_O200K,): "gpt-4o",  # gpt-oss
     }
