@@ -19,6 +19,7 @@ from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 from lorakit.models.load import load_model
 from lorakit.models.new_tokens import add_tokens
+from matrix import few
 from small_runs import recipe, weights
 from tiny import byte_tokenizer
 
@@ -26,7 +27,7 @@ SIZE = len(byte_tokenizer())
 NEW = ["<|call|>", "<|done|>"]
 
 
-@pytest.fixture(params=["untied", "tied"])
+@pytest.fixture(params=few(["untied", "tied"], "tied"))
 def base(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     if request.param == "tied":

@@ -125,9 +125,7 @@ def in_one_line(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     return rows, undivided(tiny_model, rows, folder / "run", WHOLE)
 
 
-@pytest.mark.parametrize(
-    "name", few(list(DIVIDED), "fours behind prefixes", "pads", "packed", "checkpointed")
-)
+@pytest.mark.parametrize("name", few(list(DIVIDED), "fours behind prefixes", "packed"))
 def test_however_a_step_is_divided_into_batches_it_is_the_same_step(
     name: str, in_one_line: Any, tiny_model: Path, tmp_path: Path
 ):

@@ -417,6 +417,7 @@ def test_a_classifier_is_continued_with_its_head_and_its_labels(tiny_model: Path
         lorakit.train(on | {"output_dir": str(tmp_path / "three")}, data=others, quiet=True)
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_of_new_adapters_on_a_frozen_one(first: Path, tmp_path: Path):
     values = second(first, tmp_path / "sweep", adapter={"path": str(first), "mode": "freeze"})
     values["training"] |= {"max_steps": 2}

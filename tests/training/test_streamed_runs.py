@@ -43,9 +43,13 @@ def cut_back(folder: Path, step: int, into: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "training"),
     [
-        ({}, {"per_device_train_batch_size": 11}),  # more than a pass over the rows
+        # More than a pass over the rows.
+        pytest.param({}, {"per_device_train_batch_size": 11}, marks=pytest.mark.exhaustive),
         ({"packing": True, "max_length": 40}, {"gradient_accumulation_steps": 3}),
-        ({"columns": {"text": "prompt"}, "max_length": 12}, {}),  # stops within long texts
+        # Stops within long texts.
+        pytest.param(
+            {"columns": {"text": "prompt"}, "max_length": 12}, {}, marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_run_resumes_to_the_row_and_once_more(
