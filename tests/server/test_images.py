@@ -167,6 +167,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a bomb": (data_url(bomb(60_000, 60_000)), "image_too_large"),
     "a smaller bomb": (data_url(bomb(9000, 9000)), "image_too_large"),
     "bytes": (data_url(b"\x89PNG" + b"\0" * 150_000), "image_file_too_large"),
+    "scans without end": (
+        data_url(encoded(RED, "JPEG", progressive=True, comment=b"\xff\xda" * 50)),
+        "image_parse_error",
+    ),
     "animated": (
         data_url(encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:])),
         "invalid_image_format",

@@ -13,6 +13,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +128,9 @@ class PictureFeatures:
         given = {name: x for name, x in tensors.items() if name in self._arguments}
         with self._routing.using(Route.of_rows((adapter,))), self._tower_once(one.key, adapter):
             output = self._model.base_model.get_image_features(**given, return_dict=True)
-        read = {name: output[name] for name in _READ if output.get(name) is not None}
-        read = read or {"last_hidden_state": output["last_hidden_state"]}
+        # Attributes, as some models write into an output what is no key of it then.
+        read = {name: x for name in _READ if (x := getattr(output, name, None)) is not None}
+        read = read or {"last_hidden_state": output.last_hidden_state}
         others = {name: x for name, x in tensors.items() if not name.startswith(_PIXELS)}
         return self._put(key, (_output(type(output), read), others))
 
@@ -148,7 +150,7 @@ class PictureFeatures:
             if output is None:
                 output = self._put(key, compute(*args, **kwargs))
             # A new one around the same tensors, as models write into what they get.
-            return type(output)(**output) if isinstance(output, ModelOutput) else output
+            return replace(output) if isinstance(output, ModelOutput) else output
 
         tower.forward = forward
         try:

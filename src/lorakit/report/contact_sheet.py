@@ -55,6 +55,7 @@ def write_contact_sheet(
     shown = [_row(*pair) for pair in track(chosen, "drawing pictures")]
     (least_w, least_h), _, (most_w, most_h) = figures.sizes
     low, middle, high = figures.tokens
+    spread = "all the same" if low == high else f"{low:,} to {high:,}"
     content = {
         "name": folder_name(source),
         "model": model,
@@ -62,7 +63,7 @@ def write_contact_sheet(
         f"{numbers.count(figures.rows)} rows to learn from.",
         "key_figures": [
             ("Pictures", numbers.count(figures.pictures), f"{figures.files:,} different ones"),
-            ("Tokens a picture", numbers.count(middle), f"{low:,} to {high:,}"),
+            ("Tokens a picture", numbers.count(middle), spread),
             ("Share of all tokens", f"{figures.share:.0%}", "read, never learned"),
             ("Largest", f"{most_w} × {most_h}", f"smallest {least_w} × {least_h}"),
         ],

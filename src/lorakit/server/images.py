@@ -27,6 +27,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 """Those of OpenAI's API; readers of rarer formats are not tried on what strangers send."""
 
 _FETCHED_AT_ONCE = 8
+_SCAN = b"\xff\xda"
+_SCANS = 40
+"""Of a JPEG, each of which takes as long to decode as all of a plain one; usual are up to ten."""
+
 _PIXELS_A_CHARACTER = 20
 """Work on so many pixels takes its turn as work on a character of text does."""
 
@@ -172,7 +176,7 @@ def _looked_at(places: Sequence[Place], limits: Limits) -> int:
                 with Image.open(BytesIO(data), formats=FORMATS) as image:
                     (width, height), kind = image.size, image.format
                     pixels += width * height
-                    animated = kind != "MPO" and getattr(image, "n_frames", 1) > 1
+                    animated = kind != "MPO" and getattr(image, "is_animated", False)
         except UnidentifiedImageError as error:
             raise place.error(
                 f"the picture is not of the formats {', '.join(FORMATS)}, or is damaged",
@@ -187,6 +191,10 @@ def _looked_at(places: Sequence[Place], limits: Limits) -> int:
             ) from error
         if pixels > limits.image_pixels:
             raise place.error(_too_many_pixels(limits), "image_too_large")
+        if data.count(_SCAN) > _SCANS:
+            raise place.error(
+                "the picture is a JPEG in too many scans: save it anew", "image_parse_error"
+            )
         if animated:
             raise place.error("the picture is animated: send one frame", "invalid_image_format")
     return pixels
