@@ -37,6 +37,10 @@ _MOVED = (301, 302, 303, 307, 308)
 _TRANSLATED = IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48")  # NAT64 of any IPv4
 
 
+class HostRefusedError(InputError):
+    """A host that is not asked: a private one, or none of those that are named."""
+
+
 def is_address(value: str) -> bool:
     """Whether `value` is an address of the web."""
     return re.match(r"https?://", value, re.IGNORECASE) is not None
@@ -167,9 +171,14 @@ def _connection(url: str, hosts: Collection[str]) -> HTTPConnection:
     named = _is_named(parts, hosts)
     if hosts and not named:
         allowed = ", ".join(sorted(hosts))
-        raise InputError(f"is at {host}, and fetch_images allows {allowed} alone; add the host")
-    kind: Any = _Secure if parts.scheme.lower() == "https" else _Checked
-    connection: HTTPConnection = kind(host, port, timeout=_SILENT)
+        reason = f"is at {host}, and fetch_images allows {allowed} alone; add the host"
+        raise HostRefusedError(reason)
+    secure = parts.scheme.lower() == "https"
+    kind: Any = _Secure if secure else _Checked
+    try:  # without a port, one would be looked for behind the colons of an IPv6 address
+        connection: HTTPConnection = kind(host, port or (443 if secure else 80), timeout=_SILENT)
+    except HTTPException as error:
+        raise InputError(f"is no address of the web ({error})") from error
     connection.may_be_private = named  # type: ignore[attr-defined]
     return connection
 
@@ -195,7 +204,7 @@ class _Secure(HTTPSConnection, _Checked):
 def _socket(host: str, port: int, may_be_private: bool) -> socket.socket:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not may_be_private and (own := [a[4][0] for a in found if not _is_public(str(a[4][0]))]):
-        raise InputError(
+        raise HostRefusedError(
             f"is at {host} ({own[0]}), an address of the own machine or network, which is not "
             f"asked: name the host in fetch_images ([{host}]) to allow it"
         )

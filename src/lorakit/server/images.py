@@ -16,7 +16,7 @@ from io import BytesIO
 from typing import Any
 
 from lorakit.data.conversations import IMAGE, Message, pictures_of
-from lorakit.data.fetched_pictures import fetch, is_address
+from lorakit.data.fetched_pictures import HostRefusedError, fetch, is_address
 from lorakit.data.pictures import as_data_url, bytes_of, open_picture
 from lorakit.errors import InputError
 from lorakit.server.errors import ApiError, bad_field, in_words
@@ -125,6 +125,9 @@ class Images:
         work = partial(fetch, place.url, self._hosts, self._limits.image_bytes)
         try:
             data = await asyncio.get_running_loop().run_in_executor(self._fetching, work)
+        except HostRefusedError as error:  # what names mean in the server's network is not told
+            reason = "the picture is at a host that this server does not ask: send a data URL"
+            raise place.error(reason, "failed_to_download_image") from error
         except InputError as error:
             raise place.error(f"the picture {error}", "failed_to_download_image") from error
         return as_data_url(data)
