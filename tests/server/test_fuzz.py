@@ -45,7 +45,7 @@ CHECKS: list[Any] = [
     checks.response_schema_conformance,
 ]
 ROUTES = [
-    ("POST", "/v1/chat/completions", 60),
+    ("POST", "/v1/chat/completions", 120),
     ("POST", "/v1/completions", 120),
     ("POST", "/pooling", 60),
     ("POST", "/v1/load_lora_adapter", 40),
