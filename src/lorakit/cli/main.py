@@ -193,6 +193,11 @@ def main() -> None:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             sys.exit(_fail_as_one(f"{error.filename}: {error.strerror}", InputError.exit_code))
+        if isinstance(error, (ImportError, RuntimeError)):
+            from lorakit.models.torchvision_build import torchvision_trouble
+
+            if trouble := torchvision_trouble():
+                sys.exit(_fail_as_one(trouble, InputError.exit_code))
         kind = type(error).__name__
         code = _fail_as_one(f"{kind}: {error} (unexpected; --debug shows the traceback)", 1)
     sys.exit(code)

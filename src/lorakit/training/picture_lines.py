@@ -28,14 +28,24 @@ def why_padded(model: nn.Module, rows: Sequence[TokenizedRow]) -> str | None:
 
     Args:
         model: one that takes text in lines, with its adapters.
-        rows: of the run; the two shortest with pictures are tried.
+        rows: of the run; the two shortest with pictures are tried. In half precision rounding
+            may be as large as what a picture's positions and mask change, so that models which
+            are told of pictures' tokens are not tried.
     """
     pictured = [one for one in sequences_of(rows) if has_pictures(one)]
     if not pictured:
         return None
     row, *others = sorted(pictured, key=len)[:2]
     before = others[0] if others else row
-    name = type(base_model(model)).__name__
+    base: Any = base_model(model)
+    name = type(base).__name__
+    assert row.pictures is not None
+    if base.dtype.itemsize < 4 and row.pictures.reader.kinds(row.input_ids):
+        kind = str(base.dtype).removeprefix("torch.")
+        return (
+            f"{name} is told which tokens are of pictures, and {kind} is too coarse to show "
+            "whether rows in one line stay apart"
+        )
     was_training = model.training
     model.eval()
     try:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from lorakit.models.template_files import read_object
+from lorakit.models.torchvision_build import torchvision_trouble
 
 _NAMES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -40,12 +41,9 @@ def load_processor(folder: Path, load: Callable[[Any], Any]) -> Any:
 
         return load(AutoProcessor)
     except (ImportError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        if trouble := torchvision_trouble():
+            raise ImportError(trouble) from error
         if importlib.util.find_spec("torchvision"):
-            if reason := _why_unloaded("torchvision"):
-                raise ImportError(
-                    f"torchvision does not load ({reason}): install the build that belongs to "
-                    "your torch, or uninstall it"
-                ) from error
             raise
         if (kind := _kind(folder)) is None:
             raise
@@ -54,15 +52,6 @@ def load_processor(folder: Path, load: Callable[[Any], Any]) -> Any:
     plain = {k: v for k, v in own.items() if k in parameters and not isinstance(v, dict)}
     parts = {name: _part(name, load) for name in kind.get_attributes()}
     return _without_videos(kind)(**{**plain, **parts})
-
-
-def _why_unloaded(name: str) -> str:
-    """The first line of why a module cannot be imported; empty where it can."""
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        return str(error).partition("\n")[0]
-    return ""
 
 
 def _part(name: str, load: Callable[[Any], Any]) -> Any:
