@@ -231,6 +231,11 @@ def test_what_cannot_be_served_is_said_in_one_line(base: Path, root: Path, tmp_p
             ((root / "shop", root / "shop"), "are both named shop"),
             ((tmp_path / "none",), "none"),
             (("--model", base, "--adapter-root", tmp_path / "none"), "is not a folder"),
+            (("--model", base, "--api-keys", tmp_path / "none"), "--api-keys: cannot read"),
+            (
+                ("--model", base, "--engine", "vllm", "--api-key", "a", "--api-key", "b"),
+                "vLLM takes one --api-key",
+            ),
         ]
         for arguments, words in cases:
             done = run_lorakit(tmp_path, "serve", *arguments)

@@ -128,14 +128,15 @@ def test_the_page_fits_the_screen_and_can_be_read(
     scheme: str,
     tmp_path: Path,
 ):
-    run = train("tml-ann", "a name that goes on for quite a while", steps=6)
+    name = "pirate answers, second try with a lower rate"
+    run = train("tml-ann", name, steps=6)
     run.save_state("kept", ttl_seconds=7200).result()
-    train("tml-bob", "other", steps=1)
+    train("tml-bob", "arithmetic", steps=4)
     person = visit(f"{address}/training", size, scheme)
     person.expected = "status of 401"
     page = person.page
     use_key(person, "tml-admin")
-    page.get_by_role("button", name="a name that goes on for quite a while").click()
+    page.get_by_role("button", name=name, exact=True).click()
     page.locator("#checkpoints .talk").first.click()
     page.fill("#prompt", PROMPT)
     page.press("#prompt", "Enter")

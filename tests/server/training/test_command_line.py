@@ -105,6 +105,21 @@ def test_a_checkpoint_is_downloaded_as_a_peft_folder(
     assert "external" not in tinker_cli("checkpoint", "list", "--limit", "0")
 
 
+def test_a_download_can_be_encrypted_to_keys(service: Running, run: Any, tmp_path: Path):
+    pyrage = pytest.importorskip("pyrage")
+    identity = pyrage.x25519.Identity.generate()
+    recipients = [str(identity.to_public())]
+    saved = run.save_weights_external("secret", age_encryption_recipients=recipients)
+    rest = tinker.RestClient(base_url=service.url, api_key=KEY)
+    urls = rest.get_external_weights_urls(saved.result().path).result().urls
+    assert {name.endswith(".age") for name in urls} == {True}
+    content = service.http.get(urls["adapter_config.json.age"]).content
+    assert json.loads(pyrage.decrypt(content, [identity]))["r"] == 2
+    with pytest.raises(tinker.RequestFailedError, match="neither an age1"):
+        run.save_weights_external("wrong", age_encryption_recipients=["age1no"]).result()
+    assert run.save_weights_external("plain").result().path.endswith("/plain")
+
+
 def test_a_download_needs_the_signature_of_its_own_file(service: Running, run: Any):
     path = run.save_weights_external("signed").result().path
     urls = (

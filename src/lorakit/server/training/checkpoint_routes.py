@@ -166,7 +166,7 @@ class CheckpointRoutes:
         expires = int(time.time()) + _URL_SECONDS
         base = f"{str(request.base_url).rstrip('/')}{PREFIX}/downloads"
         urls = {}
-        for file in sorted(self._store.folder(checkpoint).iterdir()):
+        for file in self._store.files(checkpoint):
             place = f"{checkpoint.run_id}/{checkpoint.checkpoint_id}/{file.name}"
             signature = self._signature(place, expires)
             urls[file.name] = f"{base}/{quote(place)}?expires={expires}&signature={signature}"

@@ -228,6 +228,10 @@ class Store:
         """Where a checkpoint's files are."""
         return self._place(checkpoint.run_id) / checkpoint.kind / checkpoint.name
 
+    def files(self, checkpoint: Checkpoint) -> list[Path]:
+        """Its files, without the record of the checkpoint."""
+        return sorted(f for f in self.folder(checkpoint).iterdir() if f.name != _RECORD)
+
     def size(self, checkpoint: Checkpoint) -> int:
         """How many bytes its files have."""
         return _size(self.folder(checkpoint))

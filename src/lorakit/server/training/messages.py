@@ -128,7 +128,7 @@ class SaveExternal(Step):
     ttl_seconds: Seconds | None = None
     overwrite: Literal[False] = False
     user_metadata: dict[str, str] | None = None
-    age_encryption_recipients: Annotated[list[str], Field(max_length=0)] | None = None
+    age_encryption_recipients: Annotated[list[str], Field(max_length=32)] | None = None
 
 
 class LoadWeights(Message):

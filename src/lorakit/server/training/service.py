@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -30,6 +30,7 @@ from lorakit.server.errors import ApiError
 from lorakit.server.keys import Caller
 from lorakit.server.options import TrainingLimits
 from lorakit.server.training import messages as m
+from lorakit.server.training.age_files import encrypt_files, recipients_of
 from lorakit.server.training.checkpoints import Checkpoint, Run, Store, expiry, now
 from lorakit.server.training.history import History
 from lorakit.server.training.lora_parts import LoraParts
@@ -310,11 +311,14 @@ class TrainingService:
         return {"type": "save_weights", "path": path}
 
     async def save_external(self, asked: m.SaveExternal, caller: Caller) -> dict[str, Any]:
-        """Saves the adapter to be downloaded, as a PEFT folder."""
+        """Saves the adapter to be downloaded, as a PEFT folder, encrypted if that is asked for."""
         run = self.run(asked.model_id, caller)
-        path = await run.in_order(
-            asked.seq_id, lambda: self._save(run, "external_weights", asked.path, asked)
-        )
+
+        async def start() -> str:
+            recipients = recipients_of(asked.age_encryption_recipients or ())
+            return await self._save(run, "external_weights", asked.path, asked, recipients)
+
+        path = await run.in_order(asked.seq_id, start)
         size = self.store.size(self.store.find(path, caller))
         return {"type": "save_weights_external", "path": path, "size_bytes": size}
 
@@ -372,6 +376,7 @@ class TrainingService:
         kind: str,
         name: str,
         asked: m.SaveWeights | m.SaveForSampler | m.SaveExternal,
+        recipients: Sequence[Any] = (),
     ) -> str:
         checkpoint = Checkpoint(
             run.record.run_id,
@@ -384,6 +389,8 @@ class TrainingService:
 
         def write(folder: Path) -> None:
             self.engine.resident.save(run.adapter, folder, optimizer=kind == "weights")
+            if recipients:
+                encrypt_files(folder, recipients)
 
         await self._call(run, lambda: self.store.save(checkpoint, write, asked.overwrite))
         run.record = replace(run.record, last_request=now().isoformat())
