@@ -119,7 +119,13 @@ def test_another_adapter_may_be_the_teacher(base: Path, teacher: Path, tmp_path:
     assert student < bare
 
 
-@pytest.mark.parametrize("rows", [ROWS, TURNS], ids=["answers", "prompts"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(ROWS, id="answers"),
+        pytest.param(TURNS, id="prompts", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_same_seed_samples_the_same_answers_and_another_one_others(
     base: Path, teacher: Path, tmp_path: Path, rows: Any
 ):

@@ -50,7 +50,7 @@ def assert_same_weights(folders: list[Path]) -> None:
             assert (tensor - other[name]).abs().max() < 1e-9, name
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.exhaustive)])
 def test_the_reference_and_the_batches_do_not_change_a_step(kind: str, make: Any):
     variants: list[tuple[Any, Any, Any]] = [
         ({"precompute_ref_log_probs": False}, {}, {}),
