@@ -28,7 +28,15 @@ from lorakit.objectives.forward import ACTIVE, BASE
 from lorakit.objectives.objective import Objective
 from lorakit.objectives.registry import make_objective
 from tiny import byte_tokenizer, make_attentive
-from trl_peer import LORA, TEMPLATE, assert_same, exact_norm, loss_of_lorakit, loss_of_trl
+from trl_peer import (
+    LORA,
+    TEMPLATE,
+    ExactHead,
+    assert_same,
+    exact_norm,
+    loss_of_lorakit,
+    loss_of_trl,
+)
 
 trl = pytest.importorskip("trl")
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
@@ -51,18 +59,6 @@ JUDGED = [
     }
     for n, pair in enumerate(PAIRS)
 ]
-
-
-class ExactHead:
-    """In place of TRL's fused log-probabilities of labels: the same in the precision of `h`."""
-
-    @staticmethod
-    def apply(h: Any, weight: Any, bias: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, ...]:
-        logits = torch.nn.functional.linear(h, weight, bias)
-        log_probs = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-        zero = torch.zeros_like(log_probs.detach())
-        squares = logits.detach().softmax(-1).square().sum(-1).log()
-        return log_probs, zero, squares, zero, zero.bool()
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,10 @@ from lorakit.data.conversations import IMAGE
 from lorakit.data.masking import IGNORE, TokenizedRow, tokenize
 from lorakit.data.samples import Sample
 from lorakit.engine.batch import ContinuousBatch
-from lorakit.engine.carried import how_carried
+from lorakit.engine.carried import how_carried, why_apart
 from lorakit.engine.engine import Engine
 from lorakit.engine.picture_prompt import prompt_row
+from lorakit.engine.pictures_apart import PicturesApart
 from lorakit.engine.sampling import Sampling, prompt_text
 from lorakit.errors import InputError
 from lorakit.lora.architecture import expert_parameters
@@ -212,7 +213,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(adapted: Adapted)
             if gradient is None or p.grad is None:  # a last layer of the tower that nothing reads
                 assert p.grad is None or not p.grad.any()
                 continue
-            allowed = 1e-8 * float(gradient.abs().max()) + 1e-15  # norms round to float32
+            allowed = 3e-8 * float(gradient.abs().max()) + 1e-15  # norms round to float32
             assert float((p.grad - gradient).abs().max()) <= allowed, name
             compared += bool(gradient.any())
         assert compared > 8
@@ -301,7 +302,10 @@ def row(adapted: Adapted) -> str:
         for part in PARTS
     ]
     batch = how_carried(model).batch(model, Routing(), 2, 64)
-    beside = "yes" if isinstance(batch, ContinuousBatch) else "by `generate`"
+    carried = isinstance(batch, ContinuousBatch)
+    if isinstance(batch, PicturesApart):
+        carried = not why_apart(model, adapted.rows[1])
+    beside = "yes" if carried else "by `generate`"
     reason = Lines(model).refused or why_padded(model, adapted.rows) or "yes"
     reason = reason.removeprefix(f"{adapted.family.model} ")
     needs = ", ".join(f"`{name}`" for name in adapted.family.needs) or "–"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.data.label_rows import LabelledRow
+from lorakit.data.line_pictures import joined_pictures, line_pictures
 from lorakit.data.masking import IGNORE, TokenizedRow, sequences_of
 from lorakit.data.picture_rows import tensors_of
 from lorakit.data.prefixes import Segment, in_segments
@@ -99,6 +100,9 @@ class LineCollator:
     def __call__(self, rows: Sequence[TokenizedRow]) -> "dict[str, torch.Tensor]":
         """`input_ids`, `position_ids` and `labels`, each int64 of shape (1, tokens).
 
+        With pictures, a model whose positions have three dimensions is given `position_ids`
+        (4, 1, tokens), the first of them as without pictures.
+
         `cu_seq_lens_q` and `cu_seq_lens_k` (segments + 1,), int32, say where each segment begins
         and the last one ends: a row, or a part of one behind a shared prefix. Where there are
         prefixes, `parents` (segments,), int32, says behind which segment each goes on, -1 for
@@ -110,7 +114,6 @@ class LineCollator:
         from lorakit.models.lines import in_a_line
 
         rows = sequences_of(rows)
-        pictures, kinds = tensors_of(rows)
         if self.share_prefixes:
             segments = in_segments(rows)
         else:
@@ -120,11 +123,7 @@ class LineCollator:
         shared = any(segment.parent is not None for segment in segments)
         parents = [segment.parent for segment in segments] if shared else None
         line = {**in_a_line(ids, parents), "labels": torch.tensor([labels])}
-        of_tokens = {
-            name: torch.tensor([[x for i, begin, end, _ in segments for x in own[i][begin:end]]])
-            for name, own in kinds.items()
-        }
-        return {**line, **of_tokens, **pictures}
+        return line | line_pictures(rows, segments)
 
 
 def _learned(row: TokenizedRow, begin: int, end: int) -> list[int]:
@@ -146,8 +145,12 @@ def joined_lines(batches: "Sequence[Mapping[str, torch.Tensor]]") -> "dict[str, 
         parents.append(torch.where(own < 0, own, own + segments))
         tokens += batch["input_ids"].shape[1]
         segments += len(ends)
-    names = ("input_ids", "position_ids", "labels")
-    line = {name: torch.cat([batch[name] for batch in batches], dim=1) for name in names}
+    line = {name: torch.cat([b[name] for b in batches], dim=1) for name in ("input_ids", "labels")}
+    positions = [batch["position_ids"] for batch in batches]
+    if any(x.ndim == 3 for x in positions):  # rows with pictures among others
+        positions = [x.expand(4, *x.shape[-2:]) for x in positions]
+    line["position_ids"] = torch.cat(positions, dim=-1)
+    line |= joined_pictures(batches, line)
     line["cu_seq_lens_q"] = line["cu_seq_lens_k"] = torch.cat(begins)
     if any("parents" in batch for batch in batches):
         line["parents"] = torch.cat(parents)
@@ -160,7 +163,7 @@ def count_tokens(batch: "Mapping[str, torch.Tensor]") -> "int | torch.Tensor":
     Args:
         batch: as one of these collators makes it.
     """
-    if "attention_mask" in batch:
+    if "attention_mask" in batch and "cu_seq_lens_q" not in batch:
         return batch["attention_mask"].sum()
     if "parents" not in batch:
         return batch["input_ids"].numel()
@@ -170,4 +173,6 @@ def count_tokens(batch: "Mapping[str, torch.Tensor]") -> "int | torch.Tensor":
     ends_a_row = torch.ones_like(parents, dtype=torch.bool)
     ends_a_row[parents[parents >= 0].long()] = False
     last = (begins[1:] - 1).long()[ends_a_row]
-    return (batch["position_ids"][0, last] + 1).sum()
+    positions = batch["position_ids"]
+    numbers = positions[0] if positions.ndim == 3 else positions
+    return (numbers[0, last] + 1).sum()

@@ -97,12 +97,11 @@ def conversation(
     column: str,
     keys: tuple[str, str] = ("role", "content"),
     named_roles: bool = False,
-    pictures: bool = False,
 ) -> list[Message]:
     """The messages in a column: a list of objects, whose keys for role and content are `keys`.
 
     With `named_roles`, sharegpt's roles are known too, and a message may have `role` and
-    `content` all the same. Without `pictures` a message with one is refused.
+    `content` all the same.
     """
     of = f"{{{', '.join(keys)}}} objects"
     items = list_of(row, row.values[column], f"'{column}'", of)
@@ -117,11 +116,6 @@ def conversation(
                 raise row.error(f"{what} has both 'from' and 'role'; remove one")
             own = ("role", "content")
         messages.append(_message(row, item, what, own, roles))
-        if not pictures and pictures_of(messages[-1]["content"]):
-            raise row.error(
-                f"{what} has a picture, and pictures are learned from with objective sft alone: "
-                "remove it or drop the row"
-            )
     return messages
 
 

@@ -7,7 +7,7 @@ They are the rows of supervised fine-tuning with `label` (TRL, ms-swift) or `kto
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorakit.data.conversations import kind_of_value
+from lorakit.data.conversations import kind_of_value, text_of
 from lorakit.data.samples import RowFormat, Sample, refused_weight
 from lorakit.data.sources import Row
 from lorakit.data.supervised_rows import (
@@ -71,7 +71,7 @@ def _judged(form: RowFormat, name: str) -> RowFormat:
             raise row.error(
                 f"the last turn is {found}; it must be the assistant's, as its answer is judged"
             )
-        if not (answer["content"].strip() or answer.get("tool_calls")):
+        if not (text_of(answer["content"]).strip() or answer.get("tool_calls")):
             raise row.error("the answer is empty; fill it or drop the row")
         earlier = {i for i in sample.learned if i != last}
         return JudgedSample(

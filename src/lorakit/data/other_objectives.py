@@ -23,6 +23,7 @@ _CONVERSATION = (
 _ANSWERS = frozenset({"completion", "response", "output", "answer"})
 _JUDGEMENTS = ("label", "kto_tag")
 _MEDIA = ("video", "videos", "audio", "audios")
+_READ_PICTURES = {"conversation", "preference", "unpaired_preference"}
 
 
 def refuse_other_objectives(
@@ -73,10 +74,11 @@ def refuse_other_objectives(
             "is one message of a tree (message_id, parent_id, as OpenAssistant has "
             "them): write each path from a root to an answer as one row with 'messages'"
         )
-    for name in _MEDIA if "conversation" in kinds else (*_MEDIA, *COLUMNS):
+    reads_pictures = not _READ_PICTURES.isdisjoint(kinds)
+    for name in _MEDIA if reads_pictures else (*_MEDIA, *COLUMNS):
         if name in given and name not in own:
             raise row.error(
-                f"has '{name}', which this objective does not learn from (sft reads pictures): "
+                f"has '{name}', which this objective does not learn from: "
                 "drop the row, or remove the column if the text makes sense without"
             )
 

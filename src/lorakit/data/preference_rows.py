@@ -18,9 +18,12 @@ from lorakit.data.conversations import (
     conversation,
     history,
     kind_of_value,
+    pictures_of,
     string,
+    text_of,
     tools,
 )
+from lorakit.data.picture_columns import COLUMNS, with_pictures
 from lorakit.data.samples import RowFormat, Sample, system_message, take_marks
 from lorakit.data.sources import Row
 
@@ -61,6 +64,11 @@ class PairSample(Sample):
         return self, self.rejected
 
     @property
+    def pictures(self) -> list[str]:
+        """The pictures of all messages: those behind the prompt are read too."""
+        return [p for message in self.messages for p in pictures_of(message["content"])]
+
+    @property
     def _last_answer(self) -> int:
         return self.begin
 
@@ -90,7 +98,8 @@ def pair_of(
     functions = tools(row)
     made: list[Sample] = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        messages, unlearned = take_marks(row, [*system_message(row), *prompt, *answer])
+        shown = with_pictures(row, [*system_message(row), *prompt, *answer])
+        messages, unlearned = take_marks(row, shown)
         check_conversation(row, messages)
         begin = len(messages) - len(answer)
         earlier = {i for i in range(begin) if messages[i]["role"] == "assistant"}
@@ -141,7 +150,7 @@ def _check_answer(row: Row, name: str, answer: Sequence[Message]) -> None:
         )
     for message in answer:
         if message["role"] == "assistant" and not (
-            message["content"].strip() or message.get("tool_calls")
+            text_of(message["content"]).strip() or message.get("tool_calls")
         ):
             raise row.error(f"an answer in '{name}' is empty; fill it or drop the row")
 
@@ -222,8 +231,8 @@ def _read(row: Row) -> PairSample:
 def _agrees(name: str, turns: Sequence[Message], chosen: Sequence[Message], begin: int) -> bool:
     """Whether a further column says what whole conversations begin with."""
     if name in _QUESTIONS and len(turns) == 1:
-        asked = turns[0]["content"].strip()
-        return any(asked == message["content"].strip() for message in chosen[:begin])
+        asked = text_of(turns[0]["content"]).strip()
+        return any(asked == text_of(message["content"]).strip() for message in chosen[:begin])
     return list(turns) in (list(chosen), list(chosen[: len(turns)])) and (
         len(turns) <= begin or len(turns) == len(chosen)
     )
@@ -339,7 +348,7 @@ def _read_openai(row: Row) -> PairSample:
     return pair_of(replace(row, values={"tools": given.get("tools")}), prompt, *answers)
 
 
-_BESIDE_TALKS = ("system", "tools", "margin")
+_BESIDE_TALKS = ("system", "tools", "margin", *COLUMNS)
 _BESIDE = (*_BESIDE_TALKS, "history")
 
 PAIR_FORMATS = [

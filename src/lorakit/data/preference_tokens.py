@@ -87,19 +87,23 @@ def with_mismatched(rows: Sequence[TokenizedRow], max_length: int) -> list[Token
     """
     judged = [part for row in rows for part in row.sequences]
     prompts = [tuple(part.input_ids[: _begin(part)]) for part in judged]
+    # Other pictures have the same tokens.
+    asked = [(p, _sources(part)) for p, part in zip(prompts, judged, strict=True)]
     count = len(judged)
     found: list[JudgedRow] = []
     # Of a run of answers to the same prompt, all go back to the one before the run.
-    other = next((i for i in range(count - 1, 0, -1) if prompts[i] != prompts[0]), count - 1)
+    other = next((i for i in range(count - 1, 0, -1) if asked[i] != asked[0]), count - 1)
     for i, part in enumerate(judged):
-        if i and prompts[i] != prompts[i - 1]:
+        if i and asked[i] != asked[i - 1]:
             other = i - 1
         answer = judged[other]
         begin = _begin(answer)
         ids = [*prompts[i], *answer.input_ids[begin:]][:max_length]
         labels = [*[IGNORE] * len(prompts[i]), *answer.labels[begin:]][:max_length]
+        shown = part.pictures and part.pictures.within(len(prompts[i]))[0]
         assert isinstance(part, JudgedRow)
-        found.append(replace(part, mismatched=TokenizedRow(ids, labels, part.where)))
+        mismatched = TokenizedRow(ids, labels, part.where, pictures=shown)
+        found.append(replace(part, mismatched=mismatched))
     made: list[TokenizedRow] = []
     for row in rows:
         parts, found = found[: len(row.sequences)], found[len(row.sequences) :]
@@ -110,6 +114,11 @@ def with_mismatched(rows: Sequence[TokenizedRow], max_length: int) -> list[Token
 def _judged(row: TokenizedRow, desirable: bool) -> JudgedRow:
     fields = {name: getattr(row, name) for name in TokenizedRow.__dataclass_fields__}
     return JudgedRow(**fields, desirable=desirable)
+
+
+def _sources(row: TokenizedRow) -> tuple[str, ...]:
+    """The pictures of a row."""
+    return tuple(one.source for one in row.pictures.placed) if row.pictures else ()
 
 
 def _begin(row: TokenizedRow) -> int:

@@ -4,10 +4,11 @@ Under a chat template every row begins with the same system prompt, and several 
 prompt have all of it in common. A causal model computes the same there for all of them, so their
 batch becomes a tree: a shared prefix is a segment of its own, and the rows go on behind it. What
 the loss is taken on stays in each row, with the token before, whose output predicts it; the
-gradients of all rows meet in the keys and values of their prefix.
+gradients of all rows meet in the keys and values of their prefix. Pictures are shared where rows
+begin with the same ones, all of each row's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ def in_segments(rows: Sequence[TokenizedRow]) -> list[Segment]:
 
     The ends of the rows come in the order of `rows`, each prefix before the first that needs it.
     """
-    heads = [_head(row) for row in rows]
+    shown: dict[Hashable, int] = {}
+    heads = [_head(row, shown) for row in rows]
     # Of each row, where its prefixes end, and by which row each is known, the outermost first.
     cuts: list[list[tuple[int, int]]] = [[] for _ in rows]
     # Sorted, what any rows have in common is what the first and the last of them have.
@@ -52,7 +54,7 @@ def in_segments(rows: Sequence[TokenizedRow]) -> list[Segment]:
 
         for token, several in groupby(group, next_token):
             # Those that have nothing of their own before the loss begins are told apart no further.
-            if token >= 0 and len(further := list(several)) > 1:
+            if token != -1 and len(further := list(several)) > 1:
                 groups.append((further, begin))
     return _laid_out(rows, cuts)
 
@@ -73,15 +75,27 @@ def _laid_out(
     return segments
 
 
-def _head(row: TokenizedRow) -> list[int]:
+def _head(row: TokenizedRow, shown: dict[Hashable, int]) -> list[int]:
     """What of `row` may be shared: all before the token whose output is first learned from.
 
-    Other pictures have the same tokens, so that it ends before the first of them.
+    Other pictures have the same tokens. In the place of these stands a number for all that the row
+    shows and says up to its last picture, so that rows have all of their pictures in common or
+    none; where what is shared ends among the pictures, it ends before the first.
+
+    Args:
+        shown: the numbers so far.
     """
     first = next((t for t, x in enumerate(row.labels) if t and x != IGNORE), len(row))
-    if row.pictures is not None and row.pictures.placed:
-        first = min(first, row.pictures.placed[0].begin + 1)
-    return row.input_ids[: max(0, first - 1)]
+    head = row.input_ids[: max(0, first - 1)]
+    if row.pictures is None or not (placed := row.pictures.placed):
+        return head
+    if (last := placed[-1].end) > len(head):
+        return head[: placed[0].begin]
+    number = shown.setdefault((placed, tuple(head[:last])), len(shown))
+    head = [*head]
+    for one in placed:
+        head[one.begin : one.end] = [-2 - number] * (one.end - one.begin)  # -1 is an end
+    return head
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

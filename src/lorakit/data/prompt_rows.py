@@ -9,7 +9,7 @@ from lorakit.data.sources import Row
 def asked_messages(row: Row) -> list[Message]:
     """The conversation that a row's `prompt` ends, with its `system` and `history`."""
     if isinstance(row.values["prompt"], list):
-        asked = conversation(row, "prompt", pictures=True)
+        asked = conversation(row, "prompt")
     else:
         asked = [
             {"role": "user", "content": string(row, row.values["prompt"], "'prompt'", empty=False)}

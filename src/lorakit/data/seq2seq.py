@@ -27,6 +27,11 @@ def prompt_text(sample: Sample) -> str:
             f"{sample.where}: {what}, and SEQ_2_SEQ_LM learns one answer to one question: "
             "give rows with prompt and completion"
         )
+    if sample.pictures:
+        raise InputError(
+            f"{sample.where}: has pictures, which a SEQ_2_SEQ_LM does not read: remove them, or "
+            "give a vision-language model"
+        )
     return "\n".join(message["content"] for message in sample.prompt)
 
 

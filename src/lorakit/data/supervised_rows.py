@@ -36,8 +36,8 @@ def _read_pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
     def read(row: Row) -> list[Message]:
         asked, answered = row.values[prompt], row.values[completion]
         if isinstance(asked, list) and isinstance(answered, list):
-            before = conversation(row, prompt, pictures=True)
-            return [*history(row), *before, *conversation(row, completion, pictures=True)]
+            before = conversation(row, prompt)
+            return [*history(row), *before, *conversation(row, completion)]
         if isinstance(asked, list) or isinstance(answered, list):
             raise row.error(
                 f"'{prompt}' is {kind_of_value(asked)} and '{completion}' is "
@@ -106,7 +106,7 @@ def _column_for(value: object) -> str | None:
 
 MESSAGES = RowFormat(
     ("messages",),
-    partial(conversation, column="messages", pictures=True),
+    partial(conversation, column="messages"),
     ("system", "tools", *COLUMNS),
     propose=_proposed_chat,
 )
@@ -117,7 +117,6 @@ SHAREGPT = RowFormat(
         column="conversations",
         keys=("from", "value"),
         named_roles=True,
-        pictures=True,
     ),
     ("system", "tools", *COLUMNS),
 )

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.engine.cache import row_cache
-from lorakit.engine.picture_prompt import picture_inputs
+from lorakit.engine.picture_prompt import picture_inputs, place_pictures
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.errors import LorakitError
 from lorakit.lora.routing import Route, Routing
@@ -168,11 +168,14 @@ class ContinuousBatch:
 
     def _with_pictures(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         """Prompts with pictures are read whole and alone, as no picture may be divided."""
-        asked = [row.asked() for row in rows]
-        given, width = self._whole(first, rows), max(map(len, asked))
+        [row] = rows
+        given, width = self._whole(first, rows), len(row.prompt)
         if self._features is not None:
-            return given | self._features.inputs(rows, width)
-        return given | picture_inputs(asked, width, self._model.device)
+            given |= self._features.inputs(rows, width)
+        else:
+            given |= picture_inputs([row.asked()], width, self._model.device)
+        positions, row.moved = place_pictures(row.asked(), given)
+        return given | positions
 
     def _part(self, at: int, rows: Sequence[AnswerRow], start: int) -> dict[str, Any]:
         tokens = rows[0].prompt[start : rows[0].read]
@@ -186,9 +189,10 @@ class ContinuousBatch:
                 if row.pictures:
                     raise LorakitError("another row's step failed, and its pictures are not reread")
                 return self._cache.part_of_row(first, [*row.prompt, *row.tokens], 0, device)
-            return self._cache.part_of_row(first, [row.last], row.length, device)
+            return self._cache.part_of_row(first, [row.last], row.length, device, row.moved)
         tokens, lengths = [row.last for row in rows], [row.length for row in rows]
-        return self._cache.newest_tokens(tokens, lengths, device)
+        moved = [row.moved for row in rows]
+        return self._cache.newest_tokens(tokens, lengths, device, moved)
 
     def _choose(self, rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
         """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""

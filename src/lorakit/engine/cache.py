@@ -75,21 +75,33 @@ class RowCache(Cache):
         return self._arguments(Place(first, prompts=lengths), ids, positions, mask)
 
     def part_of_row(
-        self, row: int, tokens: Sequence[int], start: int, device: torch.device
+        self, row: int, tokens: Sequence[int], start: int, device: torch.device, moved: int = 0
     ) -> dict[str, Any]:
-        """The model's arguments for a row's tokens from its position `start` on."""
+        """The model's arguments for a row's tokens from its position `start` on.
+
+        Args:
+            moved: what is added to their positions as the model counts them.
+        """
         end = start + len(tokens)
         positions = torch.arange(start, end, device=device)
         mask = None
         if start and self._own_mask:
             before = torch.arange(end, device=device)
             mask = (before <= positions[:, None])[None, None]
-        return self._arguments(Place(row, start), [tokens], positions[None], mask)
+        return self._arguments(Place(row, start), [tokens], positions[None] + moved, mask)
 
     def newest_tokens(
-        self, tokens: Sequence[int], lengths: Sequence[int], device: torch.device
+        self,
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device,
+        moved: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """The model's arguments for one token of each row, which have these lengths before it."""
+        """The model's arguments for one token of each row, which have these lengths before it.
+
+        Args:
+            moved: as in `part_of_row`, of each row; none where it is 0 for all.
+        """
         before = torch.tensor(lengths, device=device)
         longest = max(lengths) + 1
         mask = None
@@ -97,7 +109,8 @@ class RowCache(Cache):
             # Also where it hides nothing: with a mask a CPU takes the quicker of two ways.
             mask = (torch.arange(longest, device=device) <= before[:, None])[:, None, None]
         place = Place(lengths=before, longest=longest)
-        return self._arguments(place, [[token] for token in tokens], before[:, None], mask)
+        positions = before + torch.tensor(moved, device=device) if any(moved) else before
+        return self._arguments(place, [[token] for token in tokens], positions[:, None], mask)
 
     def _arguments(
         self,

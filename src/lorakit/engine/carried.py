@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorakit.engine.batch import Batch, ContinuousBatch
 from lorakit.engine.cache import RowCache, argument, row_cache
+from lorakit.engine.picture_prompt import picture_inputs, place_pictures
 from lorakit.engine.pictures_apart import PicturesApart, tells_pictures_apart
 from lorakit.engine.plain_batch import PlainBatch
 from lorakit.errors import first_line
@@ -20,7 +21,9 @@ from lorakit.models.state_updates import take_over
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lorakit.data.masking import TokenizedRow
     from lorakit.engine.picture_features import PictureFeatures
+    from lorakit.engine.rows import AnswerRow
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _NARROW = 4
@@ -58,10 +61,15 @@ class Carried:
             return PlainBatch(model, routing, most, route, features)
         ways = self.in_parts, self.padded
         batch = ContinuousBatch(model, routing, most, length, route, *ways, features)
-        if tells_pictures_apart(model):
-            pictures = PlainBatch(model, routing, most, route, features)
-            return PicturesApart(batch, pictures, most)
-        return batch
+        if not tells_pictures_apart(model):
+            return batch
+
+        def carries(row: AnswerRow) -> bool:
+            with routing.using(Route()):
+                return not why_apart(model, row.asked())
+
+        apart = PlainBatch(model, routing, most, route, features)
+        return PicturesApart(batch, apart, most, carries)
 
 
 def how_carried(model: PreTrainedModel) -> Carried:
@@ -157,13 +165,53 @@ def _disproof(
         found = forward(**cache.newest_tokens([one[9], other[3]], [9, 3], device)).logits[:, -1]
     except Exception as error:
         return _refused(error)
+    return _difference(model, found, expected.logits, expected.rounding)
+
+
+@torch.inference_mode()
+def why_apart(model: PreTrainedModel, asked: TokenizedRow) -> str:
+    """Why a prompt with pictures cannot be computed beside other rows; empty where it can be.
+
+    It is read with two tokens more, and compared with all of it at once.
+    """
+    device, more = model.device, [asked.input_ids[-1], asked.input_ids[0]]
+    forward: Any = model
+    longer = replace(asked, input_ids=[*asked.input_ids, *more])
+    length = len(asked)
+    try:
+        ids = torch.tensor([longer.input_ids], device=device)
+        whole = picture_inputs([longer], len(longer), device)
+        mask = torch.ones_like(ids)
+        expected = forward(input_ids=ids, attention_mask=mask, **whole, use_cache=False)
+        cache = row_cache(model, rows=1, length=len(longer))
+        given = cache.whole_prompts(0, [asked.input_ids], device)
+        given |= picture_inputs([asked], length, device)
+        positions, moved = place_pictures(asked, given)
+        logits = [forward(**given | positions).logits[0, -1]]
+        for i, token in enumerate(more):
+            newest = cache.newest_tokens([token], [length + i], device, [moved])
+            logits.append(forward(**newest).logits[0, -1])
+    except Exception as error:
+        return f"it does not take pictures with a cache of ours: {first_line(error)}"
+    wanted = expected.logits[0, -len(logits) :]
+    return _difference(model, torch.stack(logits), wanted.float())
+
+
+def _difference(
+    model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor, own: float = 0.0
+) -> str:
+    """How logits differ from those that were expected; empty where it is rounding.
+
+    Args:
+        own: how far two of the model's own ways are apart.
+    """
     # Rounding differs between the ways by some steps of the dtype, and by what the model makes of
     # them: as much as between its own two ways, with a cache and without.
-    largest = expected.logits.abs().max().item()
+    largest = expected.abs().max().item()
     eps = torch.finfo(model.dtype).eps  # some models give logits in float32
-    own = min(expected.rounding, max(_AMPLIFIED, eps) * largest)
+    own = min(own, max(_AMPLIFIED, eps) * largest)
     rounding = max(_tolerance(model.dtype) * largest, 4 * own)
-    if (difference := (found.float() - expected.logits).abs().max().item()) <= rounding:
+    if (difference := (found.float() - expected).abs().max().item()) <= rounding:
         return ""
     return f"beside other rows its logits differ by {difference:.3g}"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.data.boundaries import encode_texts
 from lorakit.data.conversations import Message, pictures_of
@@ -88,3 +88,21 @@ def picture_kinds(
         name: torch.tensor([[0] * (width - len(row)) + row for row in own], device=device)
         for name, own in kinds_of(rows).items()
     }
+
+
+def place_pictures(
+    prompt: TokenizedRow, given: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The positions of a prompt whose pictures move them, and by how much those behind are moved.
+
+    Args:
+        given: what the model is given of the pictures of the prompt, alone and without padding.
+
+    Returns: `position_ids` (4, 1, tokens); nothing where positions have one dimension.
+    """
+    positions = None if prompt.pictures is None else prompt.pictures.reader.positions
+    if positions is None:
+        return {}, 0
+    kinds = given["mm_token_type_ids"]
+    found, moved = positions.of_row(prompt.input_ids, kinds[0].tolist(), given[positions.grids])
+    return {"position_ids": found[:, None].to(kinds.device)}, moved

@@ -1,12 +1,14 @@
-"""Rows with pictures computed by `generate` beside rows of text that join and leave freely.
+"""Rows with pictures beside rows of text, where a model tells the tokens of pictures from others.
 
-For models that tell a picture's tokens from others in their attention or positions (Gemma 3, Qwen's
-positions in three dimensions), which a cache of ours does not know.
+Their attention (Gemma 3, whose pictures see themselves whole) or their positions (Qwen's, in three
+dimensions) are other ones. Whether our cache carries such a model is tried with the first prompt
+that has pictures; where it does not, `generate` computes these rows apart.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lorakit.models.loaded import base_model
@@ -27,25 +29,33 @@ class PicturesApart:
     """Two batches as one.
 
     Args:
-        text, pictures: for rows without pictures, and for those with some.
+        carried, apart: for all rows that can be carried, and for the others.
         most: how many rows there may be in both.
+        carries: whether rows with pictures are carried, tried with one of them.
     """
 
-    def __init__(self, text: Batch, pictures: Batch, most: int) -> None:
-        self._text, self._pictures, self._most = text, pictures, most
+    def __init__(
+        self, carried: Batch, apart: Batch, most: int, carries: Callable[[AnswerRow], bool]
+    ) -> None:
+        self._carried, self._apart, self._most = carried, apart, most
+        self._try = carries
+        self._carries: bool | None = None
 
     @property
     def rows(self) -> list[AnswerRow]:
         """Those of both."""
-        return [*self._text.rows, *self._pictures.rows]
+        return [*self._carried.rows, *self._apart.rows]
 
     def has_room(self) -> bool:
         return len(self.rows) < self._most
 
     def add(self, row: AnswerRow) -> None:
-        (self._text if row.pictures is None else self._pictures).add(row)
+        if row.pictures is not None and self._carries is None:
+            self._carries = self._try(row)
+        goes_along = row.pictures is None or self._carries
+        (self._carried if goes_along else self._apart).add(row)
 
     def step(self) -> None:
-        for batch in (self._text, self._pictures):
+        for batch in (self._carried, self._apart):
             if batch.rows:
                 batch.step()

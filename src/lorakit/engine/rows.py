@@ -31,6 +31,7 @@ class AnswerRow:
         adapter: its adapter's name in the bank, or `"__base__"`.
         pictures: those that stand in its prompt.
         read: how many tokens of the prompt the model has seen.
+        moved: by how much positions behind its pictures are moved (`PicturePositions`).
         tokens: the answer's tokens.
         finished: whether the last piece has been handed over.
         failed: whether it ended with an error.
@@ -46,7 +47,7 @@ class AnswerRow:
     ) -> None:
         self.ticket, self.adapter = ticket, adapter
         self.prompt, self.pictures = ticket.prompt, ticket.pictures
-        self.read = 0
+        self.read = self.moved = 0
         self.tokens: list[int] = []
         self.finished = self.failed = False
         given = ticket.sampling.end_tokens

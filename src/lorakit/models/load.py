@@ -144,7 +144,12 @@ def _picture_reader(layout: Layout, model: Any) -> PictureReader | str | None:
         return f"the model's processor cannot be loaded: {_first_line(error)}"
     if processor is None:
         return "the model's files hold no processor (preprocessor_config.json)"
-    return picture_reader(processor, model.dtype)
+    reader = picture_reader(processor, model.dtype)
+    if isinstance(reader, PictureReader):
+        from lorakit.models.picture_positions import picture_positions
+
+        reader.positions = picture_positions(base_model(model))
+    return reader
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +188,7 @@ class SupervisedLoss:
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE
         inputs = {k: tensor for k, tensor in batch.items() if k != "labels" and "." not in k}
-        with rows_apart() if "cu_seq_lens_q" in batch else nullcontext():
+        with rows_apart(batch):
             if output is None:
                 if self.keeps_logits:
                     columns = keep.any(dim=0).nonzero().squeeze(1)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from lorakit.models.picture_positions import PicturePositions
+
 _ATTRIBUTE = "picture_reader"
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _PLACES = "text_replacement_offsets"
@@ -53,7 +55,10 @@ class PictureReader:
 
     Attributes:
         token: what a chat template writes where a picture stands.
+        positions: of the tokens of rows, for models where these have three dimensions.
     """
+
+    positions: PicturePositions | None = None
 
     def __init__(self, processor: Any, dtype: torch.dtype | None = None) -> None:
         self.processor, self._dtype = processor, dtype

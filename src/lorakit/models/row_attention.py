@@ -8,12 +8,13 @@ form is chosen by what was measured (docs/performance.md). A GPU has kernels tha
 once (`varlen.py`). Without boundaries it is transformers' SDPA.
 
 A line may hold a tree (`data/prefixes.py`): segments that continue another one, whose keys and
-values they see before their own.
+values they see before their own. Where tokens of a row see later ones, as a picture's do in
+Gemma 3, the model's own mask of the line says so, of which each row is given its part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -38,15 +39,28 @@ PLAIN_UP_TO = 512
 _rows_apart: ContextVar[bool] = ContextVar("rows_apart", default=False)
 _plain_allowed: ContextVar[bool] = ContextVar("plain_allowed", default=True)
 
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+"""Names under which models are told which tokens are of pictures."""
+
 
 @contextmanager
-def rows_apart(plain: bool = True) -> Iterator[None]:
-    """Within this block no mask is built: the rows' boundaries say all that it would.
+def rows_apart(
+    batch: Mapping[str, torch.Tensor] | None = None, plain: bool = True
+) -> Iterator[None]:
+    """Within this block no mask is built of lines: the rows' boundaries say all that it would.
+
+    One is, where a model is told which tokens are of pictures, unless their positions are all that
+    is done with that.
 
     Args:
+        batch: what the model is given; None is a line without pictures. Without boundaries in it
+            nothing changes.
         plain: False computes with SDPA alone, which rounds as it does without boundaries.
     """
-    tokens = _rows_apart.set(True), _plain_allowed.set(plain)
+    apart = batch is None or "cu_seq_lens_q" in batch
+    if batch is not None and apart and any(name in batch for name in _KINDS):
+        apart = batch["position_ids"].ndim == 3
+    tokens = _rows_apart.set(apart), _plain_allowed.set(plain)
     try:
         yield
     finally:
@@ -72,9 +86,12 @@ def row_attention(
     """Causal attention within each row of a line, in the registry's form.
 
     Shapes: query (1, heads, tokens, d), key and value (1, kv_heads, tokens, d), `cu_seq_lens_q`
-    (rows + 1,): where each row begins, and the end. Returns (1, tokens, heads, d).
+    (rows + 1,): where each row begins, and the end. Returns (1, tokens, heads, d). A module that is
+    not causal has no line, whatever a model hands on to it: it is a vision tower's.
 
     Args:
+        attention_mask: (1, 1, tokens, tokens), True for what is seen in a line of one row; None is
+            causal.
         parents: (rows,), the row that each continues, -1 for none; None for a line without
             shared prefixes.
         sliding_window: a position sees so many positions, itself among them.
@@ -83,7 +100,7 @@ def row_attention(
             without a value.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None or not getattr(module, "is_causal", True):
         if s_aux is None and softcap is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling=scaling, **kwargs
@@ -100,6 +117,8 @@ def row_attention(
             raise NotImplementedError("prefixes are shared on a CPU only")
         if s_aux is not None:
             raise NotImplementedError("attention sinks are computed row by row on a CPU only")
+        if attention_mask is not None:
+            raise NotImplementedError("tokens that see later ones are computed on a CPU only")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = all_rows(q, k, v, cu_seq_lens_q, scale, sliding_window, softcap, dropout)
         return out[None], None
@@ -108,14 +127,18 @@ def row_attention(
     queries, keys, values = (x[0].split(lengths, dim=1) for x in (query, key, value))
     if parents is not None:
         keys, values = (_behind_prefixes(parts, parents) for parts in (keys, values))
-    rows = []
+    rows, begin = [], 0
     for q, k, v in zip(queries, keys, values, strict=True):
         window = sliding_window if sliding_window and sliding_window < k.shape[1] else None
+        own, end = None, begin + q.shape[1]
+        if attention_mask is not None:
+            own = _hidden_in_row(attention_mask[0, 0, begin:end, begin:end], k.shape[1], window)
+        begin = end
         if s_aux is not None:
-            hidden = _hidden(q.shape[1], k.shape[1], window, q.device)
+            hidden = _hidden(q.shape[1], k.shape[1], window, q.device) if own is None else own
             rows.append(_sunk(q, k, v, hidden, scale, dropout, s_aux))
         else:
-            rows.append(_one_row(q, k, v, scale, dropout, window, softcap))
+            rows.append(_one_row(q, k, v, scale, dropout, window, softcap, own))
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 
 
@@ -137,21 +160,29 @@ def _one_row(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d) to (heads, T, d)."""
+    """q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d) to (heads, T, d).
+
+    Args:
+        hidden: (T, S), what is not seen; None is as the window says, causally.
+    """
     T, S = q.shape[1], k.shape[1]
     if softcap is not None:
-        return _softcapped(q, k, v, _hidden(T, S, window, q.device), scale, dropout, softcap)
+        own = _hidden(T, S, window, q.device) if hidden is None else hidden
+        return _softcapped(q, k, v, own, scale, dropout, softcap)
     if (
-        q.device.type == "cpu"
+        hidden is None
+        and q.device.type == "cpu"
         and q.dtype == torch.bfloat16
         and S <= PLAIN_UP_TO
         and not dropout
         and _plain_allowed.get()
     ):
         return RowAttention.apply(q, k, v, scale, window)
-    plain = window is None and T == S
-    mask = None if plain else _hidden(T, S, window, q.device).logical_not()
+    plain = hidden is None and window is None and T == S
+    mask = None if plain else (_hidden(T, S, window, q.device) if hidden is None else hidden)
+    mask = None if mask is None else mask.logical_not()
     return F.scaled_dot_product_attention(
         q[None],
         k[None],
@@ -244,6 +275,17 @@ def _sunk(
     return F.dropout(P[..., :-1], dropout) @ v
 
 
+def _hidden_in_row(seen: torch.Tensor, S: int, window: int | None) -> torch.Tensor:
+    """What a row's last T of S positions do not see (T, S), by what they see of themselves (T, T).
+
+    What comes before them, of a prefix, they see as the window says.
+    """
+    T = seen.shape[0]
+    hidden = _hidden(T, S, window, seen.device).clone()
+    hidden[:, S - T :] = ~seen if seen.dtype == torch.bool else seen < 0
+    return hidden
+
+
 def _hidden_by(mask: torch.Tensor | None, T: int, S: int, device: torch.device) -> torch.Tensor:
     """What transformers' mask hides; without one attention is causal."""
     if mask is None:
@@ -267,7 +309,8 @@ def _additive(T: int, S: int, window: int | None, dtype: torch.dtype) -> torch.T
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return None if _rows_apart.get() else sdpa_mask(*args, **kwargs)
+    in_line = _rows_apart.get() and not kwargs.get("allow_is_bidirectional_skip")  # a tower's
+    return None if in_line else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, row_attention)

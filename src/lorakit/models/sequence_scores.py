@@ -7,7 +7,6 @@ token of each sequence, whether rows are padded, lie in one line, or share a pre
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lorakit.models.loaded import base_model
@@ -57,7 +56,7 @@ class SequenceScores:
             inputs["use_cache"] = False
             handle = self.head.register_forward_hook(lambda *given: of_tokens.append(given[2]))
         try:
-            with rows_apart() if "cu_seq_lens_q" in batch else nullcontext():
+            with rows_apart(batch):
                 logits = model(**inputs).logits
         finally:
             if handle is not None:

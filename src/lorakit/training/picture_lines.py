@@ -28,15 +28,15 @@ def why_padded(model: nn.Module, rows: Sequence[TokenizedRow]) -> str | None:
 
     Args:
         model: one that takes text in lines, with its adapters.
-        rows: of the run; the two shortest with pictures are tried. In half precision rounding
-            may be as large as what a picture's positions and mask change, so that models which
-            are told of pictures' tokens are not tried.
+        rows: of the run; the two shortest with pictures are tried, with the text of one between.
+            In half precision rounding may be as large as what a picture's positions and mask
+            change, so that models which are told of pictures' tokens are not tried.
     """
     pictured = [one for one in sequences_of(rows) if has_pictures(one)]
     if not pictured:
         return None
     row, *others = sorted(pictured, key=len)[:2]
-    before = others[0] if others else row
+    line = [others[0] if others else row, _without_pictures(row), row]
     base: Any = base_model(model)
     name = type(base).__name__
     assert row.pictures is not None
@@ -49,18 +49,31 @@ def why_padded(model: nn.Module, rows: Sequence[TokenizedRow]) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        alone = _logits(model, Collator(0, 1), [row])
-        behind = _logits(model, LineCollator(), [before, row])[len(before) :]
+        together = _logits(model, LineCollator(), line).split([len(one) for one in line])
+        pairs = [
+            (_logits(model, Collator(0, 1), [one]), z)
+            for one, z in zip(line, together, strict=True)
+        ][1:]
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         return f"{name} does not take pictures in one line ({reason})"
     finally:
         model.train(was_training)
-    # Kernels for one row and for several round otherwise.
-    eps = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)
-    if float((alone - behind).abs().max()) <= 16 * eps * float(alone.abs().max()):
+    if all(_same(alone, behind) for alone, behind in pairs):
         return None
     return f"{name} mixes pictures of rows that lie in one line"
+
+
+def _without_pictures(row: TokenizedRow) -> TokenizedRow:
+    assert row.pictures is not None
+    shown = {t for one in row.pictures.placed for t in range(one.begin, one.end)}
+    return TokenizedRow([x for t, x in enumerate(row.input_ids) if t not in shown], [], row.where)
+
+
+def _same(alone: torch.Tensor, behind: torch.Tensor) -> bool:
+    """Equal but for rounding: kernels for one row and for several round otherwise."""
+    eps = max(torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps)
+    return float((alone - behind).abs().max()) <= 16 * eps * float(alone.abs().max())
 
 
 @torch.no_grad()
@@ -68,7 +81,5 @@ def _logits(model: nn.Module, collate: Collate, rows: Sequence[TokenizedRow]) ->
     """The logits of all tokens (tokens, V)."""
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {k: x.to(device) for k, x in collate(rows).items() if k != "labels"}
-    if "cu_seq_lens_q" not in inputs:
-        return model(**inputs, use_cache=False).logits[0]
-    with rows_apart(plain=False):
+    with rows_apart(inputs, plain=False):
         return model(**inputs, use_cache=False).logits[0]
