@@ -268,20 +268,7 @@ class Engine:
         work = partial(self.resident.save, name, folder, optimizer=optimizer)
         self.training.call(name, work).result()
 
-    @staticmethod
-    def row(
-        adapter: str,
-        prompt: Sequence[int],
-        answer: Sequence[int],
-        **inputs: Sequence[float] | float,
-    ) -> AdapterRow:
-        """A row of which the answer is learned.
-
-        Args:
-            prompt, answer: tokens.
-            inputs: numbers that the loss reads, one for each token of the answer, or one for all.
-        """
-        return answer_row(adapter, prompt, answer, **inputs)
+    row = staticmethod(answer_row)
 
     def forward_backward(
         self,

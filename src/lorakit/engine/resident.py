@@ -298,7 +298,9 @@ class ResidentModel:
         Activation checkpointing comes back to the route that is in force here.
         """
         if self._loss is None:
-            self._loss = SupervisedLoss(self.model)
+            # Answers that are under way leave the route of their rows behind them.
+            with self.model.routing.using(Route()):
+                self._loss = SupervisedLoss(self.model)
             # The head takes its parts from all positions where it has an adapter.
             self._loss.keeps_logits &= len(self.adapters) == 1
         loss = self._loss
@@ -308,8 +310,7 @@ class ResidentModel:
                 drawing = one.stream.drawing() if one.stream else nullcontext()
                 route = Route(shared=() if one.adapter == BASE else (one.adapter,))
                 with self.model.routing.using(route), drawing:
-                    found = loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)
-                    return [found]
+                    return [loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)]
         whole, route = side_by_side(batches, self.pad_token_id)
         counts = torch.stack([loss.count(batch.tensors["labels"]) for batch in batches]).tolist()
         smoothing: float | torch.Tensor = 0.0
@@ -318,11 +319,8 @@ class ResidentModel:
             smoothing = own.repeat_interleave(torch.tensor(counts)).to(self.device)
         with self.model.routing.using(route):
             losses = loss.of_tokens(self.model, whole, smoothing, all_targets(batches))
-        own_counts = [
-            count if batch.targets is None else len(batch.targets.tokens)
-            for batch, count in zip(batches, counts, strict=True)
-        ]
-        return list(losses.split(own_counts))
+        found = zip(batches, counts, strict=True)
+        return list(losses.split([len(b.targets.tokens) if b.targets else n for b, n in found]))
 
     def optim_step(self, name: str, step: AdamW) -> dict[str, float]:
         """Applies the gradients of an adapter, and clears them.
@@ -330,8 +328,7 @@ class ResidentModel:
         Returns: `grad_norm`, before clipping.
 
         Raises:
-            InputError: there is no such adapter, or it has no gradients, or some are NaN or Inf;
-                these are dropped.
+            InputError: there is no such adapter, or it has no gradients, or has dropped NaN or Inf.
         """
         parameters = list(self.trained(name).values())
         if all(parameter.grad is None for parameter in parameters):
@@ -344,8 +341,7 @@ class ResidentModel:
         if not norm.isfinite():
             optimizer.zero_grad()
             raise InputError(
-                "the gradients are NaN or Inf, so no step was made: load the last checkpoint, and "
-                "lower the learning rate"
+                "no step, as gradients are NaN or Inf: load a checkpoint, lower the rate"
             )
         if step.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, step.max_grad_norm, norm)
@@ -360,7 +356,7 @@ class ResidentModel:
             parameter.grad = None
 
     def shares_passes(self, name: str) -> bool:
-        """Whether rows of an adapter, or of the bare base, share a pass with other adapters'."""
+        """Whether an adapter's rows, or the bare base's, share a pass with others'."""
         return name not in self._alone
 
     # --- sampling -------------------------------------------------------------------------
@@ -469,8 +465,7 @@ class ResidentModel:
 
     def _collator(self) -> Collator | LineCollator:
         if self._collate is None:
-            # Answers that are under way leave the route of their rows behind them.
-            with self.model.routing.using(Route()):
+            with self.model.routing.using(Route()):  # as for the loss
                 lines = Lines(self.model).refused is None
             self._collate = LineCollator() if lines else Collator(self.pad_token_id)
         return self._collate
