@@ -29,8 +29,8 @@ def why_padded(model: nn.Module, rows: Sequence[TokenizedRow]) -> str | None:
     Args:
         model: one that takes text in lines, with its adapters.
         rows: of the run; the two shortest with pictures are tried, with the text of one between.
-            In half precision rounding may be as large as what a picture's positions and mask
-            change, so that models which are told of pictures' tokens are not tried.
+            In half precision rounding may hide what a picture's positions and mask change; these
+            are the model's own for each row (`line_pictures`, `row_attention`).
     """
     pictured = [one for one in sequences_of(rows) if has_pictures(one)]
     if not pictured:
@@ -39,13 +39,6 @@ def why_padded(model: nn.Module, rows: Sequence[TokenizedRow]) -> str | None:
     line = [others[0] if others else row, _without_pictures(row), row]
     base: Any = base_model(model)
     name = type(base).__name__
-    assert row.pictures is not None
-    if base.dtype.itemsize < 4 and row.pictures.reader.kinds(row.input_ids):
-        kind = str(base.dtype).removeprefix("torch.")
-        return (
-            f"{name} is told which tokens are of pictures, and {kind} is too coarse to show "
-            "whether rows in one line stay apart"
-        )
     was_training = model.training
     model.eval()
     try:
