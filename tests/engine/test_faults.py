@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, RecurrentGemmaConfig
 
 from answered import each_alone, tokens
 from lorakit.engine import batch
@@ -221,18 +221,17 @@ def test_a_listener_whose_loop_is_closed_ends_its_row_alone(start: Start, expect
 def uncarried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uncarried")
     torch.manual_seed(3)
-    config = MiniMaxConfig(
+    config = RecurrentGemmaConfig(
         vocab_size=259,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        head_dim=8,
-        block_size=8,
-        num_local_experts=4,
+        lru_width=32,
+        block_types=["recurrent", "attention"],
+        attention_window_size=128,
+        w_init_variance_scale=16.0,
         bos_token_id=256,
         eos_token_id=257,
         pad_token_id=258,

@@ -73,6 +73,18 @@ def mixes_tokens(module: nn.Module) -> bool:
     return has_decay or any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
+def is_read(convolution: nn.Module) -> bool:
+    """Whether this is the causal, depthwise convolution of a token mixer.
+
+    Mixers hand its weight to a kernel, or to a function that stands for one, and do not call it.
+    """
+    return (
+        isinstance(convolution, nn.Conv1d)
+        and convolution.groups == convolution.in_channels > 1
+        and convolution.padding == (convolution.kernel_size[0] - 1,)
+    )
+
+
 def only_selects(module: nn.Module) -> bool:
     """Whether this is an indexer of sparse attention (DeepSeek V3.2, GLM-5).
 

@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.architecture import (
     input_embedding,
+    is_read,
     language_part,
     mixes_tokens,
     only_selects,
@@ -109,8 +110,9 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"embedding, convolution and attention layers here ({there}){cure}"
             )
         above, _, own = name.rpartition(".")
-        convolution = isinstance(candidates[name], nn.Conv1d) and mixes_tokens(modules[above])
-        if convolution or (own == "dt_proj" and reads_weights(modules[above])):
+        mixer = model.get_submodule(above)
+        convolution = is_read(candidates[name]) and mixes_tokens(mixer)
+        if convolution or (own == "dt_proj" and reads_weights(mixer)):
             reader = "its mixer" if convolution else "Mamba"
             raise InputError(
                 f"target_modules matches {name}, whose weight {reader} reads without calling the "

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 from visitor import BASE, WIDE, Person, serving
 
-from browsers import started_browser
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
 from taught import save_taught_models
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     base, adapters = save_taught_models(tmp_path_factory.mktemp("models"))
     engine = open_engine(str(base), adapters, dtype="float32", max_rows=2)
@@ -21,13 +20,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Any]:
-    """One browser for all pages: starting it takes longer than most tests."""
-    yield from started_browser()
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def address(engine: Engine) -> Iterator[str]:
     with serving(engine) as (address, _):
         yield address
