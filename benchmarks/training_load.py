@@ -11,22 +11,23 @@ import argparse
 import collections
 import logging
 import random
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import tinker
 from tinker import types
 
 from benchmarks.serve import MODEL
+from benchmarks.training_service import (
+    connected,
+    datums,
+    in_threads,
+    resident_mb,
+    rows_of,
+    serving,
+)
 
 RANKS = (1, 8, 32)
 
@@ -41,28 +42,19 @@ class Seen:
     memory: list[float] = field(default_factory=list)
 
 
-def rows(chance: random.Random, number: int, length: int) -> list[types.Datum]:
-    made = []
-    for _ in range(number):
-        ids = [chance.randrange(1000, 40000) for _ in range(length + 1)]
-        target = types.TensorData(data=ids[1:], dtype="int64", shape=[length])
-        prompt = types.ModelInput.from_ints(ids[:-1])
-        made.append(types.Datum(model_input=prompt, loss_fn_inputs={"target_tokens": target}))
-    return made
-
-
-def be_client(address: str, number: int, end: float, seen: Seen) -> None:
+def be_client(model: str, address: str, number: int, end: float, seen: Seen) -> None:
     """Trains steps of 4 rows of 64 tokens, and samples after every fourth."""
     chance = random.Random(number)
     greedy = number % 8 == 7
-    with tinker.ServiceClient(base_url=address, api_key=f"tml-{number}") as service:
+    with connected(address, f"tml-{number}") as service:
         run = service.create_lora_training_client(
-            MODEL, rank=chance.choice(RANKS), seed=number, train_unembed=chance.random() < 0.5
+            model, rank=chance.choice(RANKS), seed=number, train_unembed=chance.random() < 0.5
         ).result()
         turn = 0
         while time.monotonic() < end:
             turn += 1
-            batches = [rows(chance, 16, 64) for _ in range(4)] if greedy else [rows(chance, 4, 64)]
+            size, count = (16, 4) if greedy else (4, 1)
+            batches = [datums(rows_of(size, 64, chance.randrange(2**32))) for _ in range(count)]
             losses = [run.forward_backward(batch, "cross_entropy") for batch in batches]
             step = run.optim_step(types.AdamParams(learning_rate=1e-4))
             for batch, loss in zip(batches, losses, strict=True):
@@ -95,22 +87,15 @@ def note(seen: Seen, kind: str, future: Any) -> Any:
 def watch(process: int, end: float, seen: Seen) -> None:
     while time.monotonic() < end:
         time.sleep(5)
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-        assert found
-        seen.memory.append(int(found[1]) * 1024 / 1e6)
+        seen.memory.append(resident_mb(process))
 
 
 def load(address: str, process: int, args: argparse.Namespace) -> Seen:
     seen, end = Seen(), time.monotonic() + 60 * args.minutes
-    threads = [
-        threading.Thread(target=be_client, args=(address, number, end, seen))
-        for number in range(args.clients)
+    clients = [
+        partial(be_client, args.model, address, number, end, seen) for number in range(args.clients)
     ]
-    threads.append(threading.Thread(target=watch, args=(process, end, seen)))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads([*clients, partial(watch, process, end, seen)])
     return seen
 
 
@@ -118,21 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it logs each answer that is not there yet
-    with tempfile.TemporaryDirectory() as state:
-        command = [sys.executable, "-m", "lorakit", "serve", "--model", MODEL, "--port", "0"]
-        command += ["--training", "--state", state, "--dtype", "bfloat16"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            assert server.stdout
-            address = None
-            while not address:
-                address = re.search(r"(http://[\d.]+:\d+)", server.stdout.readline())
-            threading.Thread(target=server.stdout.read, daemon=True).start()
-            seen = load(address[1], server.pid, args)
-            server.send_signal(signal.SIGTERM)
-            code = server.wait()
-    print(f"ends: {dict(sorted(seen.ends.items()))}; the server's exit code: {code}")
+    with serving(args) as (address, process):
+        seen = load(address, process, args)
+    print(f"ends: {dict(sorted(seen.ends.items()))}")
     seconds = 60 * args.minutes
     print(f"trained {seen.trained.total() / seconds:.0f} tokens a second")
     print(f"sampled {seen.sampled.total() / seconds:.1f} tokens a second")

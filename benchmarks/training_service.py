@@ -8,8 +8,6 @@ client after the other on the same server, and PEFT's loops one after the other 
 "step": one adapter, 4 rows of 256 tokens, over HTTP and as `lorakit train` computes a step.
 "memory": the most resident memory of the server while 8 adapters of rank 32 make steps in turn, and
 while one does: what the others' weights and optimizer states take.
-"load": many clients that train and sample for some minutes: errors, memory, and the tokens of the
-slowest beside an equal share.
 
 The client is the Tinker SDK in a process of its own, on the same cores.
 """
@@ -26,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,18 +199,21 @@ def peft_loops(data: list[list[list[int]]], options: argparse.Namespace) -> floa
 def of_wire(side: str, options: argparse.Namespace) -> Figures:
     """Tokens a second of calls of 4,096 tokens."""
     rows = rows_of(16, 256, 0)
-    times = []
     if side == "in process":
-        for seconds in engine_steps(rows, options):
-            times.append(seconds)
+        times = list(engine_steps(rows, options))
     else:
-        with serving(options) as (url, _), connected(url) as client:
-            run, data = tenant(client, options, 0), datums(rows)
-            for _ in range(options.steps + 1):
-                began = time.perf_counter()
-                steps(run, data, 1)
-                times.append(time.perf_counter() - began)
-    return {"tokens_per_second": 16 * 256 / statistics.median(times[1:])}
+        times = list(service_steps(rows, options))
+    return {"tokens_per_second": 16 * 256 / statistics.median(times[2:])}
+
+
+def service_steps(rows: list[list[int]], options: argparse.Namespace) -> Iterator[float]:
+    """The seconds of each step over HTTP."""
+    with serving(options) as (url, _), connected(url) as client:
+        run, data = tenant(client, options, 0), datums(rows)
+        for _ in range(options.steps + 2):
+            began = time.perf_counter()
+            steps(run, data, 1)
+            yield time.perf_counter() - began
 
 
 def engine_steps(rows: list[list[int]], options: argparse.Namespace) -> Iterator[float]:
@@ -230,7 +230,7 @@ def engine_steps(rows: list[list[int]], options: argparse.Namespace) -> Iterator
             config.target_modules = [*names, "lm_head"]
         engine.create_adapter("one", config)
         made = [engine.row("one", row[:1], row[1:]) for row in rows]
-        for _ in range(options.steps + 1):
+        for _ in range(options.steps + 2):
             began = time.perf_counter()
             engine.forward_backward(made)
             engine.optim_step("one", **ADAM)
@@ -240,16 +240,10 @@ def engine_steps(rows: list[list[int]], options: argparse.Namespace) -> Iterator
 def of_step(side: str, options: argparse.Namespace) -> Figures:
     """Tokens a second of steps of 4 rows of 256 tokens."""
     rows = rows_of(4, 256, 0)
-    times = []
     if side == "lorakit train":
         times = list(train_steps(rows, options))
     else:
-        with serving(options) as (url, _), connected(url) as client:
-            run, data = tenant(client, options, 0), datums(rows)
-            for _ in range(options.steps + 2):
-                began = time.perf_counter()
-                steps(run, data, 1)
-                times.append(time.perf_counter() - began)
+        times = list(service_steps(rows, options))
     return {"tokens_per_second": 4 * 256 / statistics.median(times[2:])}
 
 
@@ -313,58 +307,6 @@ def of_memory(side: str, options: argparse.Namespace) -> Figures:
 MEASURED = {"tenants": of_tenants, "wire": of_wire, "step": of_step, "memory": of_memory}
 
 
-# --- under load -----------------------------------------------------------------------------------
-
-
-def under_load(options: argparse.Namespace) -> dict[str, Any]:
-    """Many clients that train and sample, each with a key of its own."""
-    from tinker import types
-
-    ends: Counter[str] = Counter()
-    served: Counter[int] = Counter()
-    memory: list[float] = []
-    with serving(options) as (url, process):
-        deadline = time.monotonic() + 60 * options.minutes
-
-        def be_client(i: int) -> None:
-            chance = random.Random(i)
-            with connected(url, f"tml-load-{i}") as client:
-                run = client.create_lora_training_client(
-                    options.model, rank=chance.choice([1, 8, 32]), seed=i
-                ).result()
-                sampler = run.save_weights_and_get_sampling_client().result()
-                while time.monotonic() < deadline:
-                    rows = rows_of(chance.choice([1, 4]), chance.choice([32, 64, 128]), i)
-                    try:
-                        if chance.random() < 0.7:
-                            steps(run, datums(rows), 1)
-                            ends["step"] += 1
-                        else:
-                            if chance.random() < 0.2:
-                                sampler = run.save_weights_and_get_sampling_client().result()
-                            prompt = types.ModelInput.from_ints(rows[0][:32])
-                            params = types.SamplingParams(max_tokens=16, temperature=1.0)
-                            sampler.sample(prompt, 1, params).result()
-                            ends["sample"] += 1
-                        served[i] += sum(map(len, rows))
-                    except Exception as error:
-                        ends[f"{type(error).__name__}: {str(error)[:80]}"] += 1
-
-        def watch() -> None:
-            while time.monotonic() < deadline:
-                time.sleep(2)
-                memory.append(resident_mb(process))
-
-        clients = [lambda i=i: be_client(i) for i in range(options.clients)]  # type: ignore[misc]
-        in_threads([watch, *clients])
-    third = max(1, len(memory) // 3)
-    return {
-        "ends": dict(ends),
-        "slowest_share": min(served.values()) / (sum(served.values()) / options.clients),
-        "memory_mb": [round(statistics.mean(memory[-2 * third : -third])), round(memory[-1])],
-    }
-
-
 # --- what is shown --------------------------------------------------------------------------------
 
 
@@ -373,14 +315,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "load"], default=[*CASES])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--tenants", type=int, default=8)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--unembed", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=5, help="measured steps a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=32, help="of the load")
-    parser.add_argument("--minutes", type=float, default=10, help="of the load")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -393,9 +333,6 @@ def main() -> None:
     table = Table("case", "side", "figure", "value")
     ratios: dict[str, Any] = {}
     for case in options.cases:
-        if case == "load":
-            ratios["load"] = under_load(options)
-            continue
         own = [*arguments, f"--cases={case}"]
         found = take_turns("benchmarks.training_service", CASES[case], own, options.rounds)
         for side, figures in found.items():

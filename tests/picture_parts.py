@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from base_models import DELTA_NET
+
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -42,13 +44,7 @@ QWEN_WAY: dict[str, Any] = {
     "fields": QWEN_FIELDS,
 }
 QWEN_3_5 = {
-    "head_dim": 8,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_conv_kernel_dim": 2,
-    "layer_types": ["linear_attention", "full_attention"],
+    **DELTA_NET,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10000.0,

@@ -5,7 +5,6 @@ made of what is found here: `LORAKIT_WRITE_TABLES=1 pytest tests/models/test_bas
 table` writes it.
 """
 
-import os
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -39,9 +38,10 @@ from lorakit.models.new_tokens import add_tokens
 from matrix import few
 from random_adapters import make_adapter
 from tiny import byte_tokenizer
+from written_tables import ANEW, WrittenTable
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = (
+TABLE = WrittenTable(
+    Path(__file__).parents[2] / "docs" / "models.md",
     "<!-- families: written by tests/models/test_base_models.py -->",
     "<!-- families end -->",
 )
@@ -481,20 +481,12 @@ def row(base: BaseModel) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def written_table() -> str:
-    _, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    found, end, _ = rest.partition(END)
-    assert begin, f"{DOCUMENT} has lost its marks"
-    assert end, f"{DOCUMENT} has lost its marks"
-    return found
-
-
 def test_the_table_in_the_documents_names_every_family_and_is_what_was_found_of_some():
-    lines = written_table().splitlines()
+    lines = TABLE.lines()
     named = [line.split(" | ")[0].removeprefix("| ") for line in lines if " | `" in line]
-    assert named == [*BY_NAME], "write it anew with LORAKIT_WRITE_TABLES=1"
+    assert named == [*BY_NAME], ANEW
     for name in USUAL:
-        assert row(BY_NAME[name]) in lines, "write it anew with LORAKIT_WRITE_TABLES=1"
+        assert row(BY_NAME[name]) in lines, ANEW
 
 
 @pytest.mark.exhaustive
@@ -504,12 +496,4 @@ def test_the_table_in_the_documents_is_what_was_found():
         "| besides |"
     )
     rule = "| --- | --- | --- | --- | --- | --- | --- |"
-    table = "\n".join([BEGIN, "", headings, rule, *map(row, BASE_MODELS), "", END])
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    written, end, after = rest.partition(END)
-    assert end, f"{DOCUMENT} has lost its marks"
-    if os.environ.get("LORAKIT_WRITE_TABLES"):
-        DOCUMENT.write_text(before + table + after, encoding="utf-8")
-        return
-    assert BEGIN + written + END == table, "write it anew with LORAKIT_WRITE_TABLES=1"
+    TABLE.is_made_of([headings, rule, *map(row, BASE_MODELS)])

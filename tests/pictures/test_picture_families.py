@@ -4,7 +4,6 @@ The table in docs/images.md is made of what is found here: `LORAKIT_WRITE_TABLES
 tests/pictures/test_picture_families.py -k table` writes it.
 """
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,9 +41,10 @@ from lorakit.training.picture_lines import why_padded
 from matrix import few
 from picture_families import FAMILIES, PictureFamily
 from tiny_pictures import save_pictures, save_tiny
+from written_tables import ANEW, WRITING, WrittenTable
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "images.md"
-BEGIN, END = (
+TABLE = WrittenTable(
+    Path(__file__).parents[2] / "docs" / "images.md",
     "<!-- families: written by tests/pictures/test_picture_families.py -->",
     "<!-- families end -->",
 )
@@ -314,17 +314,11 @@ def row(adapted: Adapted) -> str:
 
 def test_the_row_of_the_table_in_the_documents_is_what_was_found(adapted: Adapted) -> None:
     found = row(adapted)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    written, end, after = rest.partition(END)
-    assert end, f"{DOCUMENT} has lost its marks"
-    lines = [line for line in written.splitlines() if line.startswith("| ")]
+    lines = TABLE.lines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]]
-    if not os.environ.get("LORAKIT_WRITE_TABLES"):
-        assert found in lines, "write it anew with LORAKIT_WRITE_TABLES=1"
+    if not WRITING:
+        assert found in lines, ANEW
         assert names == [*FAMILIES]
         return
     by_name = dict(zip(names, lines[2:], strict=True)) | {adapted.family.name: found}
-    kept = [by_name[name] for name in FAMILIES if name in by_name]
-    table = "\n".join([BEGIN, "", *lines[:2], *kept, "", END])
-    DOCUMENT.write_text(before + table + after, encoding="utf-8")
+    TABLE.write([*lines[:2], *(by_name[name] for name in FAMILIES if name in by_name)])

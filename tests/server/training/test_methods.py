@@ -6,7 +6,6 @@ The table in docs/training-service.md is made of what is found here:
 
 import asyncio
 import inspect
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,13 @@ from tinker import types
 
 from lorakit.errors import one_line
 from served import Running
+from written_tables import WrittenTable
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "training-service.md"
-BEGIN, END = "<!-- table of methods: begin -->", "<!-- table of methods: end -->"
+TABLE = WrittenTable(
+    Path(__file__).parents[3] / "docs" / "training-service.md",
+    "<!-- table of methods: begin -->",
+    "<!-- table of methods: end -->",
+)
 ROW = datum([11, 7, 90, 33, 52])
 PROMPT = types.ModelInput.from_ints([11, 7, 90])
 PARAMS = types.SamplingParams(max_tokens=2)
@@ -199,12 +202,4 @@ def test_the_table_of_methods_is_what_each_of_them_does(
             assert calls.keys() == public(kind), kind
             for name, call in calls.items():
                 rows.append(f"| `{kind.__name__}.{name}` | {outcome(call, names)} |")
-    table = "\n".join([BEGIN, "", "| method | here |", "| --- | --- |", *rows, "", END])
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    written, end, after = rest.partition(END)
-    assert end, f"{DOCUMENT} has lost its marks"
-    if os.environ.get("LORAKIT_WRITE_TABLES"):
-        DOCUMENT.write_text(before + table + after, encoding="utf-8")
-        return
-    assert BEGIN + written + END == table, "write it anew with LORAKIT_WRITE_TABLES=1"
+    TABLE.is_made_of(["| method | here |", "| --- | --- |", *rows])
