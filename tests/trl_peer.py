@@ -26,12 +26,16 @@ class ExactHead:
     """In place of TRL's fused log-probabilities of labels: the same in the precision of `h`."""
 
     @staticmethod
-    def apply(h: Any, weight: Any, bias: Any, labels: Any, *_: Any) -> tuple[torch.Tensor, ...]:
-        logits = torch.nn.functional.linear(h, weight, bias)
-        log_probs = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    def apply(
+        h: Any, weight: Any, bias: Any, labels: Any, temperature: float = 1.0, *_: Any
+    ) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(h, weight, bias) / temperature
+        logs = logits.log_softmax(-1)
+        log_probs = logs.gather(-1, labels[:, None]).squeeze(-1)
         zero = torch.zeros_like(log_probs.detach())
         squares = logits.detach().softmax(-1).square().sum(-1).log()
-        return log_probs, zero, squares, zero, zero.bool()
+        entropies = -(logs.exp() * logs).sum(-1).detach()
+        return log_probs, entropies, squares, zero, zero.bool()
 
 
 def exact_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from lorakit.lora.config import LoraConfig
 from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.objectives.distill import Distill
 from lorakit.objectives.forward import TEACHER
-from lorakit.training.on_policy import StudentAnswers
+from lorakit.rl.rollouts import Rollouts
 from tiny import byte_tokenizer, make_attentive
 from trl_peer import LORA, TEMPLATE, assert_same, exact_norm, loss_of_lorakit, loss_of_trl
 
@@ -185,7 +185,7 @@ def test_sampled_answers_and_their_loss_are_trls(gkd: Any, ours: LoraModel):
     def collate(rows: Any) -> dict[str, torch.Tensor]:
         return objective.to_batch(rows, LineCollator(share_prefixes=True))
 
-    student = StudentAnswers(coldest, tokenizer, collate)
+    student = Rollouts(coldest, tokenizer, collate)
     [own] = student.put_into([collate(rows_of(batch))], ours, step=0)
     found = [answer[1:] for answer in own["labels"].tolist()]
     wanted = [label for row in sampled["labels"].tolist() for label in row if label != -100]

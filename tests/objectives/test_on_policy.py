@@ -22,7 +22,7 @@ from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.objectives.distill import Distill
-from lorakit.training.on_policy import StudentAnswers
+from lorakit.rl.rollouts import Rollouts
 from small_runs import weights
 from tiny import make_attentive
 
@@ -177,7 +177,7 @@ def test_answers_are_the_same_however_a_step_is_divided(base: Path, teacher: Pat
         made = student.put_into([collate(some) for some in batches], model, step)
         return [[x for x in row if x != -100] for one in made for row in one["labels"].tolist()]
 
-    student = StudentAnswers(objective, tokenizer, collate)
+    student = Rollouts(objective, tokenizer, collate)
     whole = learned(3, rows)
     assert learned(3, rows[:2], rows[2:]) == whole
     assert [*learned(3, rows[:1]), *learned(3, rows[1:])] == whole

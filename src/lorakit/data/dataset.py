@@ -87,6 +87,7 @@ def prepare(
     overlap: int = 1,
     as_learned: Callable[[Any], Any] = lambda sample: sample,
     buffer_size: int | None = None,
+    keeps_columns: bool = False,
 ) -> PreparedData:
     """Read, split and tokenize the data of a recipe.
 
@@ -111,6 +112,7 @@ def prepare(
         overlap: of the parts of a long text, as in `data.too_long.divided`.
         as_learned: makes of a row's sample what is learned of it, as in `mix`.
         buffer_size: read the rows to learn from as they come, and shuffle them within so many.
+        keeps_columns: samples keep the columns of their rows, as in `mix`.
 
     Raises:
         InputError: anything in the files or these values that cannot be used.
@@ -120,6 +122,7 @@ def prepare(
     most = Limit(max_length, positions)
     streams = buffer_size is not None
     shared: dict[str, Any] = {"kinds": kinds, "sample_by": sample_by, "as_learned": as_learned}
+    shared["keeps_columns"] = keeps_columns
     source = first_rows if streams else read_source
     learned = mix(train, columns, limit, seed=seed, read=source, **shared)
     facts, notices = learned.facts, learned.notices

@@ -103,6 +103,7 @@ def mix(
     sample_by: SampleBy = "auto",
     as_learned: Callable[[Any], Any] = lambda sample: sample,
     read: Callable[[str, bool, Sequence[str]], Contents] = read_source,
+    keeps_columns: bool = False,
 ) -> Mixture:
     """Reads one source or several.
 
@@ -116,6 +117,7 @@ def mix(
         sample_by: what a document of a plain text file is, as in `data.text_files`.
         as_learned: makes of a row's sample what is learned of it; it may refuse the row.
         read: what reads a source, with the arguments of `read_source`.
+        keeps_columns: samples keep the columns of their rows, so that none counts as unread.
 
     Raises:
         InputError: a source or the columns cannot be used, or rows; of many bad rows of a source
@@ -137,7 +139,7 @@ def mix(
         contents = read(part.path, times[name] > 1, wanted)
         rows, divisions = divided(contents.rows, sample_by)
         own = part.columns if part.columns is not None else columns
-        samples, notices = _samples(part, rows[:limit], own or {}, kinds, as_learned)
+        samples, notices = _samples(part, rows[:limit], own or {}, kinds, as_learned, keeps_columns)
         used, drawn = _weighted(samples, part, seed)
         mixture.samples.extend(used)
         if contents.held_out:
@@ -213,6 +215,7 @@ def _samples(
     columns: Mapping[str, str],
     kinds: Collection[str],
     as_learned: Callable[[Any], Any],
+    keeps_columns: bool,
 ) -> tuple[list[Sample], list[str]]:
     """A source's samples, and what to say of their formats and of columns that no format reads."""
     formats, unread, found = (defaultdict[str, _Rows](_Rows) for _ in range(3))
@@ -220,12 +223,17 @@ def _samples(
 
     def read(row: Row) -> Sample:
         refuse_other_objectives(row, columns, kinds)
+        own = row.values
         form, row = recognise(row, columns, kinds)
         sample = as_learned(form.sample(row, asks="prompt" in kinds))
+        if keeps_columns:
+            sample = dataclasses.replace(sample, columns=own)
         formats[form.label].add(row)
         known.update(form.columns)
         for name, value in row.values.items():
-            if name not in form.columns and value is not None and value not in ("", [], {}):
+            if keeps_columns or name in form.columns:
+                continue
+            if value is not None and value not in ("", [], {}):
                 unread[name].add(row)
         if any(_has_crlf(row.values.get(name)) for name in form.columns):
             found["with \\r\\n line ends, read as \\n"].add(row)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,7 @@ class Sample:
     often an epoch sees the sample. `unlearned` are the positions of answers that are only read,
     `weights` pairs of a position and what the loss of its answer is scaled by, where that is not 1.
     The last `completion` messages are the row's completion; 0 where it does not tell them apart.
+    `columns` are those of the row, under the file's own names, where something reads them later.
     """
 
     messages: tuple[Message, ...]
@@ -55,6 +56,7 @@ class Sample:
     unlearned: frozenset[int] = frozenset()
     weights: tuple[tuple[int, float], ...] = ()
     completion: int = 0
+    columns: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def learned(self) -> list[int]:

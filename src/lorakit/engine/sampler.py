@@ -60,12 +60,15 @@ class Sampler:
         model: a causal language model with its adapters; whoever calls `write` puts it into
             evaluation mode.
         tokenizer: says what ends an answer.
+
+    Attributes:
+        ending: what that is.
     """
 
     def __init__(self, model: LoraModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._base: Any = model.get_base_model()
-        self._ending = ending(self._base, tokenizer)
+        self.ending = ending(self._base, tokenizer)
         self.context_length = context_length_of(self._base)
 
     @cached_property
@@ -94,14 +97,14 @@ class Sampler:
         """
         if not prompts:
             return []
-        reads = as_text or bool(self._ending.text)
+        reads = as_text or bool(self.ending.text)
         rows = []
         for prompt, own in zip(prompts, sampling, strict=True):
             room = min(own.max_new_tokens, self.context_length - len(prompt))
             name = route.shared[0] if route.shared else None
             ticket = Ticket(tuple(prompt), name, replace(own, max_new_tokens=room))
             tokenizer = self._tokenizer if reads else None
-            rows.append(AnswerRow(ticket, name or BASE, tokenizer, self._ending, self._base.device))
+            rows.append(AnswerRow(ticket, name or BASE, tokenizer, self.ending, self._base.device))
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
         routing, most = self._model.routing, min(MAX_ROWS, len(rows))
         batch = self._carried.batch(self._base, routing, most, longest, route)

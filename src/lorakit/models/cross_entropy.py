@@ -18,9 +18,11 @@ CHUNK_ELEMENTS = 2**23
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The cross-entropy, in nats, of `post(h W^T + b)` for the target classes.
 
-    `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap.
+    `post(z)` is `scale * z`, then `softcap * tanh(z / softcap)` if there is a softcap, then
+    divided by `temperature`, in float32 or wider.
     Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,), smoothing (n,) or None. Returns (n,),
     in float32 or wider. With smoothing e a target is (1 - e) of its class and e / V of each.
+    With `entropies` it returns the entropy (n,) of each distribution too, without gradients.
     """
 
     @staticmethod
@@ -33,9 +35,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         smoothing: torch.Tensor | None,
-    ) -> torch.Tensor:
+        temperature: float,
+        entropies: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.empty(h.shape[0], dtype=wide, device=h.device)
+        found = torch.empty_like(losses) if entropies else None
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         rows = max(1, CHUNK_ELEMENTS // W.shape[0])
         for at in range(0, h.shape[0], rows):
@@ -46,11 +51,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 capped = torch.tanh(logits / softcap)
                 logits = capped * softcap
+            if temperature != 1:
+                logits = logits.to(wide) / temperature
             chosen = targets[at : at + rows, None]
             # -log p = log sum exp(z) - z, whose first term is max z - log max p: with softmax the
             # gradient is there too, in half the time of a log-softmax and its exponential.
             grad = torch.softmax(logits, dim=-1, dtype=wide)
             log_sums = logits.amax(-1, keepdim=True).to(wide) - grad.amax(-1, keepdim=True).log_()
+            if found is not None:  # log sum exp(z) - sum p z
+                mean = (grad * logits).sum(-1, keepdim=True)
+                found[at : at + rows] = (log_sums - mean).squeeze(1)
             wanted = logits.gather(1, chosen).to(wide)
             certain = grad.new_ones(chosen.shape)
             if smoothing is not None:
@@ -63,19 +73,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if dh is None:
                 continue
             grad.scatter_add_(1, chosen, -certain)
+            if temperature != 1:
+                grad /= temperature
             if capped is not None:
                 grad *= 1 - capped.to(wide).square_()
             if scale != 1:
                 grad *= scale
             dh[at : at + rows] = grad.to(h.dtype) @ W
         ctx.save_for_backward(dh)
-        return losses
+        if found is None:
+            return losses
+        ctx.mark_non_differentiable(found)
+        return losses, found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (dh,) = ctx.saved_tensors
-        return dh * grad[:, None].to(dh.dtype), None, None, None, None, None, None
+        return dh * grad[:, None].to(dh.dtype), *(None,) * 8
 
 
 def chunked_cross_entropy(
@@ -86,9 +101,28 @@ def chunked_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     smoothing: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Cross-entropy of each position with hidden states `h`, for a frozen `W` and `b`.
 
     Shapes as in `ChunkedCrossEntropy`. Gradients reach `h` alone.
     """
-    return ChunkedCrossEntropy.apply(h, W, b, targets, scale, softcap, smoothing)
+    return ChunkedCrossEntropy.apply(
+        h, W, b, targets, scale, softcap, smoothing, temperature, False
+    )
+
+
+def cross_entropy_and_entropy(
+    h: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunked_cross_entropy`, and the entropy (n,) of each distribution, without gradients."""
+    found: tuple[torch.Tensor, torch.Tensor] = ChunkedCrossEntropy.apply(
+        h, W, b, targets, scale, softcap, None, temperature, True
+    )
+    return found

@@ -61,15 +61,19 @@ class SupervisedLoss:
         model: the model that will be called, or what is inside its wrappers.
         own_logits: the model computes its own logits, as it must where its weights are spread
             over machines.
+        temperature: what logits are divided by, as in sampling.
 
     Attributes:
         output: how the model gets its logits, where that is a frozen linear layer.
         adapted: the same where adapters stand beside that layer.
     """
 
-    def __init__(self, model: nn.Module, own_logits: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, own_logits: bool = False, temperature: float = 1.0
+    ) -> None:
         from torch import nn
 
+        self.temperature = temperature
         found = None if own_logits else output_layer(model)
         plain = found is not None and type(found.linear) is nn.Linear
         self.output = found if plain else None
@@ -117,7 +121,7 @@ class SupervisedLoss:
         output = self.output
         spans: tuple[Span, ...] = ()
         factors: list[torch.Tensor] = []
-        if self.adapted is not None:
+        if self.adapted is not None and self.temperature == 1:
             keep = batch["labels"][:, 1:] != IGNORE
             linear: Any = self.adapted.linear
             if (found := spans_on_route(linear, batch["input_ids"], keep)) is not None:
@@ -135,7 +139,7 @@ class SupervisedLoss:
             even = torch.as_tensor(smoothing, dtype=wide, device=h.device).expand(targets.shape)
         W, b, scale, softcap = frozen.weight, frozen.bias, output.scale, output.softcap
         if not spans and several is None:
-            return chunked_cross_entropy(h, W, b, targets, scale, softcap, even)
+            return chunked_cross_entropy(h, W, b, targets, scale, softcap, even, self.temperature)
         head = Head(W, b, scale, softcap, spans)
         return adapted_cross_entropy(h, head, several or Targets.one_each(targets), factors, even)
 
@@ -158,7 +162,7 @@ class SupervisedLoss:
             linear: Any = self.output.linear
             scale, softcap = self.output.scale, self.output.softcap
             losses = chunked_cross_entropy(
-                h, linear.weight, linear.bias, targets, scale, softcap, None
+                h, linear.weight, linear.bias, targets, scale, softcap, None, self.temperature
             )
         found = []
         with torch.no_grad():
@@ -166,6 +170,33 @@ class SupervisedLoss:
                 z = self.logits(part)
                 found.append((2 * z).logsumexp(-1) - 2 * z.logsumexp(-1))
         return losses, torch.cat(found)
+
+    def with_entropies(
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of every supervised token as in `of_tokens`, and the entropy (n,) in nats of
+        the distribution over tokens that it is of, without gradients.
+        """
+        import torch
+
+        from lorakit.models.cross_entropy import cross_entropy_and_entropy
+
+        h, targets = self.states(model, batch)
+        if self.output is not None:
+            linear: Any = self.output.linear
+            return cross_entropy_and_entropy(
+                h,
+                linear.weight,
+                linear.bias,
+                targets,
+                self.output.scale,
+                self.output.softcap,
+                self.temperature,
+            )
+        with torch.no_grad():
+            logs = h.log_softmax(-1)
+            entropies = -(logs.exp() * logs).sum(-1)
+        return smoothed(h, targets), entropies
 
     def states(
         self, model: nn.Module, batch: Mapping[str, torch.Tensor]
@@ -197,7 +228,8 @@ class SupervisedLoss:
                 else:
                     logits = model(**inputs, use_cache=False).logits[:, :-1]
                 logits = logits[keep]
-                return logits.float() if logits.element_size() < 4 else logits, targets[keep]
+                logits = logits.float() if logits.element_size() < 4 else logits
+                return self._tempered(logits), targets[keep]
             with _stopped_before(output.linear) as reached:
                 model(**inputs, use_cache=False)
         [h] = reached
@@ -205,8 +237,13 @@ class SupervisedLoss:
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The logits (n, V) of what `states` returns, in float32 or wider."""
-        z = states if self.output is None else self.output.logits(states)
-        return z.float() if z.element_size() < 4 else z
+        if self.output is None:
+            return states
+        z = self.output.logits(states)
+        return self._tempered(z.float() if z.element_size() < 4 else z)
+
+    def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def classes(self, states: torch.Tensor) -> int:
         """The size V of the vocabulary of `logits`."""

@@ -34,20 +34,22 @@ EACH = "each."
 """Begins the names of values of single rows (n, …), which are put together and not added up."""
 
 
+MAX = "max."
+"""Begins the names of numbers of which the largest is kept."""
+
+
 def added(
     sums: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """`Loss.sums` of a batch and those before it together; `sums` is empty before the first."""
     import torch
 
-    return {
-        name: value
-        if not sums
-        else torch.cat([sums[name], value])
-        if name.startswith(EACH)
-        else sums[name] + value
-        for name, value in more.items()
-    }
+    def both(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name.startswith(EACH):
+            return torch.cat([sums[name], value])
+        return torch.maximum(sums[name], value) if name.startswith(MAX) else sums[name] + value
+
+    return {name: both(name, value) if sums else value for name, value in more.items()}
 
 
 def as_tensors(sums: Mapping[str, torch.Tensor | int]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import objective as contract
 from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import BASE, TEACHER, Forward
-from lorakit.objectives.objective import AskedPrompt, Batch, Collate, Objective
+from lorakit.objectives.objective import Batch, Collate, Objective
+from lorakit.objectives.rollout import AskedPrompt, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -249,6 +250,17 @@ class Distill(Objective):
         """Whether there are answers of the student."""
         return bool(self.settings.lmbda > 0)
 
+    def sampled_rows(self, batches: Sequence[Batch], step: int | None) -> Sampling:
+        """As in `Objective`; all tokens of the answers are learned."""
+        assert step is not None
+        asked = [self.asked(batch, step) for batch in batches]
+        rollouts = yield [prompt for several in asked for prompt in several]
+        answers = iter(rollouts)
+        return [
+            _answered(batch, [next(answers).tokens for _ in own]) if own else None
+            for batch, own in zip(batches, asked, strict=True)
+        ]
+
     def asked(self, batch: Batch, step: int) -> list[AskedPrompt]:
         """The prompts of all rows with the probability `lmbda`, else none.
 
@@ -269,18 +281,6 @@ class Distill(Objective):
             seed = random.Random(f"{place} {times[tuple(own)]} {own}").getrandbits(32)
             found.append(AskedPrompt(own, max(1, min(most, room)), self.settings.temperature, seed))
         return found
-
-    def answered(self, batch: Batch, answers: Sequence[Sequence[int]]) -> list[TokenizedRow]:
-        """The rows with these answers, of which all tokens are learned."""
-        return [
-            RowWithSecond.of(
-                *(
-                    TokenizedRow([*prompt, *answer], [IGNORE] * len(prompt) + [*answer], "sampled")
-                    for prompt in pair
-                )
-            )
-            for pair, answer in zip(_pairs_of(batch), answers, strict=True)
-        ]
 
     # --- loss -------------------------------------------------------------------------------
 
@@ -338,3 +338,16 @@ def _pairs_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """The prompts of a batch's rows, as the student and as the teacher reads them."""
     parts = [part.tolist() for part in batch[_IDS].split(batch[_LENGTHS].flatten().tolist())]
     return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _answered(batch: Batch, answers: Sequence[Sequence[int]]) -> list[TokenizedRow]:
+    """The rows with these answers, of which all tokens are learned."""
+    return [
+        RowWithSecond.of(
+            *(
+                TokenizedRow([*prompt, *answer], [IGNORE] * len(prompt) + [*answer], "sampled")
+                for prompt in pair
+            )
+        )
+        for pair, answer in zip(_pairs_of(batch), answers, strict=True)
+    ]

@@ -183,6 +183,16 @@ class Forward:
         losses, collisions = self.reader.with_collisions(self.module, batch)
         return -losses, collisions
 
+    def with_entropies(
+        self, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probability of every supervised token (n,), and the entropy (n,) in nats of the
+        distribution that it is of, without gradients; under the adapter in force.
+        """
+        assert isinstance(self.reader, SupervisedLoss)
+        losses, entropies = self.reader.with_entropies(self.module, batch)
+        return -losses, entropies
+
     def log_probabilities(
         self, batch: Mapping[str, torch.Tensor], adapters: Sequence[str] = ()
     ) -> list[torch.Tensor]:

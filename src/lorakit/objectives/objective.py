@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lorakit.models.load import LoadedModel
     from lorakit.models.template_files import Templates
     from lorakit.objectives.batch_sums import Loss
+    from lorakit.objectives.rollout import Sampling
     from lorakit.objectives.run_request import RunRequest
 
 Batch = Mapping[str, "torch.Tensor"]
@@ -59,22 +60,6 @@ class Settings(BaseModel):
     """An objective's settings: the keys beside `type` in the recipe's `objective`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class AskedPrompt:
-    """A prompt that the model in training answers, and how.
-
-    Args:
-        tokens: of the prompt.
-        max_new_tokens: at most so many tokens, at least 1.
-        temperature, seed: of sampling.
-    """
-
-    tokens: Sequence[int]
-    max_new_tokens: int
-    temperature: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -176,6 +161,14 @@ class Objective:
             None for no reference.
         compares_with_start: a run that starts from an adapter sets `reference` to the start.
         sample_by, overlap: how plain text is read, as in `data.dataset.prepare`.
+        keeps_columns: samples keep the columns of their rows, which something reads later.
+        samples_held_out: the model answers held-out prompts too, at each evaluation.
+        rollouts: what writes the completions that are sampled (`rl.sources`).
+        logged: what is logged of `scores` while training; None for `score_names`.
+        gather: makes of this process' values those of all, and says at which its own begin.
+        steps_per_generation: batches of a process whose prompts are sampled together; None for
+            those of an optimizer step.
+        num_iterations: how often sampled completions are learned.
     """
 
     name: ClassVar[str]
@@ -205,6 +198,13 @@ class Objective:
     compares_with_start: ClassVar[bool] = True
     sample_by: SampleBy = "auto"
     overlap: int = 1
+    keeps_columns: ClassVar[bool] = False
+    samples_held_out: ClassVar[bool] = False
+    rollouts: str = "engine"
+    logged: Sequence[str] | None = None
+    gather: Callable[[list[Any]], tuple[list[Any], int]] = staticmethod(lambda own: (own, 0))
+    steps_per_generation: int | None = None
+    num_iterations: int = 1
 
     def __init__(self, **settings: Any) -> None:
         """Raises InputError for a setting that the objective does not have, or a wrong value."""
@@ -253,6 +253,17 @@ class Objective:
     def to_dict(self) -> dict[str, Any]:
         """The recipe's `objective`: the type and all settings, as plain JSON types."""
         return {"type": self.name, **self.settings.model_dump(mode="json")}
+
+    def refused(self, recipe: Any) -> Iterator[str]:
+        """Why a recipe cannot have this objective, as lines that name a key and a cure.
+
+        Args:
+            recipe: a `training.recipe.Recipe`.
+        """
+        yield from ()
+
+    def close(self) -> None:
+        """Lets go of what `prepare` has opened for the run."""
 
     # --- rows to batches --------------------------------------------------------------------
 
@@ -324,6 +335,7 @@ class Objective:
             overlap=self.overlap,
             as_learned=self.as_learned,
             buffer_size=request.buffer_size,
+            keeps_columns=self.keeps_columns,
         )
         tokens = Limit(request.max_length, positions_of(loaded.model)).tokens
         train, held_out = (self.together(rows, tokens) for rows in (data.train, data.eval))
@@ -444,22 +456,25 @@ class Objective:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the model in training answers prompts at each step (`asked`)."""
+        """Whether the model in training answers prompts at each step (`sampled_rows`)."""
         return False
 
-    def asked(self, batch: Batch, step: int) -> list[AskedPrompt]:
-        """The prompts of a batch that the model answers as it is at this step.
+    def sampled_rows(self, batches: Sequence[Batch], step: int | None) -> Sampling:
+        """Yields prompts that the model answers as it is, and returns the rows to learn.
+
+        It may yield several times; each time it is sent the rollouts of the prompts.
 
         Args:
-            step: optimizer steps so far.
+            batches: those of an optimizer step, or held-out ones.
+            step: optimizer steps so far; None for held-out rows (`samples_held_out`).
 
-        Returns: none where the batch is learned as it is.
+        Returns: rows in the place of each batch, None for one that is learned as it is.
         """
-        return []
+        raise NotImplementedError(f"{type(self).__name__} samples no completions")
 
-    def answered(self, batch: Batch, answers: Sequence[Sequence[int]]) -> Sequence[TokenizedRow]:
-        """The rows to learn in place of a batch, by the answers' tokens to what it `asked`."""
-        raise NotImplementedError(f"{type(self).__name__} asks for no answers")
+    def taken_notes(self) -> list[str]:
+        """Lines for the user about what `sampled_rows` has met since the last time."""
+        return []
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The loss of a batch; without gradients, of held-out rows.

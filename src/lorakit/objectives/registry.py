@@ -22,6 +22,7 @@ _BUILT_IN = {
     "classification": "lorakit.objectives.classification:Classification",
     "tagging": "lorakit.objectives.tagging:Tagging",
     "distill": "lorakit.objectives.distill:Distill",
+    "grpo": "lorakit.objectives.grpo:Grpo",
     "seq2seq": "lorakit.objectives.seq2seq:Seq2Seq",
 }
 """Where each is defined; loaded when it is first used."""

@@ -30,6 +30,8 @@ RISEN = 0.02
 
 def verdict(run: RunRecord) -> str:
     """One or two sentences: what the run did to the loss, and whether it went on too long."""
+    if run.manifest and "reward" in (run.manifest.eval_scores or {}):
+        return _of_rewards(run.manifest)
     before, after = (
         (first_loss(run.manifest), run.manifest.eval_loss) if run.manifest else (None, None)
     )
@@ -51,6 +53,17 @@ def verdict(run: RunRecord) -> str:
         return f"The held-out loss rose {said}: on new rows the adapter is worse than the {first}."
     sentence = f"The held-out loss fell {said}, by {100 * (1 - after / before):.0f} %."
     return f"{sentence} {_rose_again(run, after)}".strip()
+
+
+def _of_rewards(manifest: Manifest) -> str:
+    """What the run did to the reward of held-out prompts."""
+    first = manifest.start_eval_scores or manifest.base_eval_scores or {}
+    before, after = first.get("reward", math.nan), (manifest.eval_scores or {})["reward"]
+    said = f"from {figures(before)} to {figures(after)}"
+    if abs(after - before) < SAME * max(abs(before), abs(after)) or before == after:
+        return f"The held-out reward stayed the same ({said}): the adapter learned next to nothing."
+    verb = "rose" if after > before else "fell"
+    return f"The held-out reward {verb} {said}."
 
 
 def first_loss(manifest: Manifest) -> float | None:

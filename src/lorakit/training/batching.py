@@ -29,6 +29,7 @@ from lorakit.data.grouping import (
 from lorakit.data.masking import TokenizedRow, sequences_of
 from lorakit.data.prefixes import in_segments
 from lorakit.data.streaming import BatchStream, Place, RowStream
+from lorakit.rl.rollouts import with_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,8 @@ class Batching:
         draws: there is dropout or noise in training, which each row is to have of its own.
         eval_rows: the held-out rows of a batch; None for as many as a pass takes well.
         to_batch: adds an objective's own tensors to those of a collator (`Objective.to_batch`).
+        sampled_together: batches of a process whose prompts are sampled together, where that are
+            others than those of an optimizer step, and how often they are learned.
     """
 
     pad_token_id: int | None
@@ -72,6 +75,7 @@ class Batching:
     draws: bool = False
     eval_rows: int | None = None
     to_batch: Callable[[Sequence[TokenizedRow], Collate], dict[str, torch.Tensor]] | None = None
+    sampled_together: tuple[int, int] | None = None
 
     def collator(self, *, learning: bool) -> Collate:
         """What makes one batch's tensors, of rows that are learned or held out."""
@@ -98,7 +102,10 @@ class Batching:
         else:
             together = args.gradient_accumulation_steps * args.world_size
             batches = by_like_lengths(lengths, size, args.seed, epoch, together)
-        return evened(batches, args.world_size)
+        batches = evened(batches, args.world_size)
+        if self.sampled_together is None:
+            return batches
+        return _repeated(batches, *self.sampled_together, args.world_size)
 
     def shared_tokens(self, rows: Sequence[TokenizedRow], args: TrainingArguments) -> float:
         """The share of the tokens of a batch that the others have and that are computed once.
@@ -147,6 +154,29 @@ class Batching:
         return pack(lengths, size * self.pack_length, seed, epoch)
 
 
+class FirstBatch(list[int]):
+    """The rows of a batch, and of those behind it whose prompts are sampled with its own."""
+
+    def __init__(self, rows: Sequence[int], ahead: Sequence[list[int]]) -> None:
+        super().__init__(rows)
+        self.ahead = ahead
+
+
+def _repeated(batches: Batches, size: int, times: int, processes: int) -> Batches:
+    """Each `size` batches of every process so many times, one time after the other.
+
+    Those of a process that come first know the others.
+    """
+    found: Batches = []
+    for at in range(0, len(batches), size * processes):
+        together = batches[at : at + size * processes]
+        found += [
+            FirstBatch(together[i], together[i + processes :: processes]) for i in range(processes)
+        ]
+        found += [*together[processes:], *together * (times - 1)]
+    return found
+
+
 def choose_batching(
     recipe: Recipe,
     lines: Lines,
@@ -188,7 +218,11 @@ class BatchDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        return self.collate([self.rows[i] for i in batch])
+        made = self.collate([self.rows[i] for i in batch])
+        if not isinstance(batch, FirstBatch):
+            return made
+        ahead = [self.collate([self.rows[i] for i in other]) for other in batch.ahead]
+        return with_ahead(made, ahead)
 
 
 class StreamDataset(Dataset):

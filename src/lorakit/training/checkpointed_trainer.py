@@ -31,6 +31,7 @@ from lorakit.lora.checkpoint import adapter_parameters, load_tensors, read_adapt
 from lorakit.lora.model import LoraModel
 from lorakit.lora.vocabulary import split_frozen, trains_new_rows
 from lorakit.models.template_files import Templates, write_templates
+from lorakit.rl.rollouts import Rollouts
 from lorakit.training.batching import (
     EpochSampler,
     StreamDataset,
@@ -59,10 +60,12 @@ class CheckpointedTrainer(Trainer):
         templates: chat templates that are saved with every checkpoint.
         own_tokenizer: one with more tokens than the base's, which is saved too.
         stands_on: what the adapter is added to.
+        rollouts: samples completions, of which some may still be to be learned.
     """
 
     control: TrainerControl
     lr_scheduler: Any
+    rollouts: Rollouts | None = None
     _is_saving = False
 
     def __init__(self, sampler: EpochSampler, **options: Any) -> None:
@@ -170,6 +173,8 @@ class CheckpointedTrainer(Trainer):
             if self.stands_on:
                 write_stage(folder, self.stands_on)
             write_counts(folder, self.counts)
+        if self.rollouts is not None and self._is_saving:
+            self.rollouts.save(folder, self.args.process_index)
         if self.streams:
             done = self.state.global_step * self.args.gradient_accumulation_steps
             places = gather_object([self.train_dataset.place_of(done)])
@@ -230,6 +235,8 @@ class CheckpointedTrainer(Trainer):
             return begun
         self.state.compute_steps(self.args, max_steps)
         self._take_best()
+        if self.rollouts is not None:
+            self.rollouts.resume(self._resumed_from, self.args.process_index)
         place = self._place_at(self._resumed_from)
         if self.streams:
             args = self.args

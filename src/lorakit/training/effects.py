@@ -70,7 +70,15 @@ _DDP = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_
 def check_recipe(recipe: RecipeSettings) -> None:
     """Raises InputError for the first setting of a recipe that the others leave without effect."""
     given = {k: v for k, v in (recipe.training.model_extra or {}).items() if v is not None}
-    for look in (_of_model, _of_streaming, _of_ranges, _of_evaluation, _of_saving, _of_the_rest):
+    for look in (
+        _of_objective,
+        _of_model,
+        _of_streaming,
+        _of_ranges,
+        _of_evaluation,
+        _of_saving,
+        _of_the_rest,
+    ):
         for reason in look(recipe, given):
             raise InputError(reason)
 
@@ -88,13 +96,17 @@ def needs_held_out_rows(recipe: RecipeSettings) -> str | None:
     return next((f"training.{name}" for name in names if given.get(name)), None)
 
 
+def _of_objective(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
+    yield from recipe.make_objective().refused(recipe)
+
+
 def _of_model(recipe: RecipeSettings, given: dict[str, Any]) -> Iterator[str]:
     for key, asked in (("data.packing", recipe.data.packing), ("compile", recipe.compile)):
-        if asked is True and not recipe.make_objective().packable:
-            yield (
-                f"{key} is for causal language models: leave it out with "
-                f"lora.task_type {recipe.task_type}"
-            )
+        objective = recipe.make_objective()
+        if asked is True and not objective.packable:
+            other = recipe.task_type != "CAUSAL_LM"
+            what = f"lora.task_type {recipe.task_type}" if other else f"objective {objective.name}"
+            yield f"{key} is for causal language models: leave it out with {what}"
     if recipe.quantization is None:
         return
     if recipe.compile is True:

@@ -31,12 +31,14 @@ _COUNTS = "lorakit_counts.json"
 class Counts:
     """What a run, all its processes, has consumed so far.
 
-    Padding is not counted; `seconds` excludes evaluation.
+    Padding is not counted; `seconds` excludes evaluation, and sampling, which has its own.
     """
 
     train_tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    sampled_tokens: int = 0
+    sampling_seconds: float = 0.0
 
 
 def write_counts(checkpoint: Path, counts: Counts) -> None:
@@ -144,6 +146,10 @@ class Recorder(TrainerCallback):
                 "supervised_tokens_per_second": round(supervised / seconds, 1),
                 "seconds": round(now.seconds, 3),
             }
+            if sampled := now.sampled_tokens - before.sampled_tokens:
+                took = max(now.sampling_seconds - before.sampling_seconds, 1e-9)
+                line["sampled_tokens_per_second"] = round(sampled / took, 1)
+                line["sampling_seconds"] = round(now.sampling_seconds, 3)
         self.lines.append(line)
 
 
@@ -200,4 +206,8 @@ class ProgressBar(TrainerCallback):
         seconds = self.counts.seconds - self._began_with.seconds
         tokens = self.counts.supervised_tokens - self._began_with.supervised_tokens
         rate = f"{tokens / seconds:.0f} supervised tok/s" if seconds > 0 else ""
+        sampled = self.counts.sampled_tokens - self._began_with.sampled_tokens
+        if sampled:
+            took = self.counts.sampling_seconds - self._began_with.sampling_seconds
+            rate += f"  {sampled / took:.0f} sampled tok/s"
         return "  ".join(part for part in (*self._losses.values(), rate) if part)

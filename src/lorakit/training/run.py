@@ -33,7 +33,7 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
 from lorakit.objectives.forward import bare
 from lorakit.objectives.objective import Objective
-from lorakit.objectives.registry import registered
+from lorakit.objectives.registry import make_objective, registered
 from lorakit.progress import showing
 from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
@@ -116,6 +116,8 @@ def train(
         changes: list[str | tuple[str, Any]] = list(overrides)
         if data is not None:
             changes += held.enter_context(rows_from_python(data)).items()
+        if isinstance(objective, Mapping):  # whose settings may be functions
+            objective = make_objective(objective)
         own = objective if isinstance(objective, Objective) else None
         if objective is not None:
             changes.append(("objective", registered(own).to_dict() if own else objective))
@@ -138,6 +140,7 @@ def train(
         setup = set_up(recipe, rendering=rendering, objective=own)
         if expected_data is not None:
             require_data(expected_data, setup.data_facts)
+        held.callback(setup.inputs.objective.close)
         return _train(setup, console, main, resume, accept_changes, callbacks)
 
 
@@ -170,6 +173,8 @@ def _train(
     with named_failures(folder):
         trainer = setup.trainer()
         trainer.say = say
+        if trainer.rollouts is not None:
+            trainer.rollouts.say = say
         trainer.forget_evaluations = changes_evaluation(changed)
         reader = trainer.forward.reader
         if isinstance(reader, SupervisedLoss) and not (reader.output or reader.adapted):
@@ -272,7 +277,7 @@ def _callbacks(
     interrupt = Interrupt(say)
     trainer.interrupt = interrupt
     looking: list[TrainerCallback] = [
-        Recorder(metrics, trainer.counts, objective.score_names),
+        Recorder(metrics, trainer.counts, objective.logged or objective.score_names),
         bar,
     ]
     if trainer.is_spread:
@@ -319,7 +324,7 @@ def _fit(trainer: LoraTrainer, setup: Setup, checkpoint: Path | None) -> HeldOut
         tuned = trainer.evaluate()
     with bare(setup.model, trainer.objective.reference):
         base = trainer.held_out_scores()
-    return HeldOutScores(base, start, {name: tuned[f"eval_{name}"] for name in base})
+    return HeldOutScores(base, start, {n: tuned[f"eval_{n}"] for n in base if f"eval_{n}" in tuned})
 
 
 def _say(console: Console, *lines: str) -> None:

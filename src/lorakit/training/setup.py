@@ -176,9 +176,10 @@ def set_up(
             f"{inputs.objective.name}: leave it out"
         )
     if spread and inputs.objective.on_policy:
+        cure = ", or set objective.lmbda to 0" if inputs.objective.name == "distill" else ""
         raise InputError(
-            "objective.lmbda: sampling from the student needs all weights in one process: leave "
-            "fsdp out, or set it to 0"
+            f"objective {inputs.objective.name} samples from the model in training, which needs "
+            f"all weights in one process: leave fsdp out{cure}"
         )
     answers = None
     if (generate := recipe.eval.generate) is not None:
@@ -197,7 +198,11 @@ def set_up(
         inputs.collator,
         partial(why_padded, adapted, [*data.train, *data.eval]),
     )
-    batching = replace(batching, to_batch=inputs.objective.to_batch)
+    batching = replace(
+        batching,
+        to_batch=inputs.objective.to_batch,
+        sampled_together=_sampled_together(inputs.objective, arguments),
+    )
     batches = len(batching.train_batches(data.train, arguments, epoch=0))
     if data.stream is None:
         notices += _divided(len(data.train), batches, arguments)
@@ -394,6 +399,13 @@ def training_arguments(recipe: Recipe, *, held_out: bool) -> TrainingArguments:
         # Trainer would use nn.DataParallel, which cuts a line of rows anywhere.
         arguments._n_gpu = 1
     return arguments
+
+
+def _sampled_together(objective: Objective, arguments: TrainingArguments) -> tuple[int, int] | None:
+    """`Batching.sampled_together`."""
+    step = arguments.gradient_accumulation_steps
+    size, times = objective.steps_per_generation or step, objective.num_iterations
+    return None if (size, times) == (step, 1) else (size, times)
 
 
 def _divided(rows: int, batches: int, arguments: TrainingArguments) -> list[str]:

@@ -21,7 +21,7 @@ from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import read_config
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.routing import FROZEN
-from lorakit.objectives.forward import TEACHER
+from lorakit.objectives.forward import BASE, TEACHER
 from lorakit.objectives.objective import TrainingInputs
 
 if TYPE_CHECKING:
@@ -192,8 +192,10 @@ def set_reference(objective: Objective, start: Start | None) -> None:
     """Lets an objective that has a reference compare with the start, frozen or a copy of it."""
     if not objective.compares_with_start:
         return
-    vars(objective).pop("reference", None)  # of a run before
-    if start is not None and objective.reference is not None:
+    if objective.reference is None:
+        return
+    objective.reference = BASE
+    if start is not None:
         objective.reference = f"{FROZEN}0" if start.record.mode == "freeze" else REFERENCE
 
 

@@ -24,10 +24,11 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.data.streaming import RowStream
 from lorakit.errors import InputError
 from lorakit.lora.model import LoraModel
-from lorakit.objectives.batch_sums import EACH, Loss, added, as_tensors, with_sums
+from lorakit.objectives.batch_sums import EACH, MAX, Loss, added, as_tensors, with_sums
 from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch, Objective
 from lorakit.progress import track
+from lorakit.rl.rollouts import Rollouts
 from lorakit.training.batching import (
     BatchDataset,
     Batching,
@@ -39,7 +40,6 @@ from lorakit.training.checkpointed_trainer import CheckpointedTrainer
 from lorakit.training.generation import HeldOutAnswers
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.neftune import EmbeddingNoise
-from lorakit.training.on_policy import StudentAnswers
 from lorakit.training.position import planned_steps, steps_per_epoch
 from lorakit.training.schedule import over_loraplus_groups, warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, switch_on
@@ -88,9 +88,9 @@ class LoraTrainer(CheckpointedTrainer):
         self.held_out = batching.eval_batches(eval_rows, args)
         held_out = BatchDataset(eval_rows, batching, learning=False)
         self.objective, self.batching = objective, batching
-        self.student: StudentAnswers | None = None
+        self.rollouts: Rollouts | None = None
         if objective.on_policy:
-            self.student = StudentAnswers(objective, tokenizer, batching.collator(learning=True))
+            self.rollouts = Rollouts(objective, tokenizer, batching.collator(learning=True))
         self._metrics: dict[str, torch.Tensor] = {}  # summed since they were logged last
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None
@@ -108,6 +108,8 @@ class LoraTrainer(CheckpointedTrainer):
             )
         finally:
             args.label_smoothing_factor = smoothing
+        if args.world_size > 1:
+            objective.gather = self._gather
         self.forward = objective.forward(model, self.is_spread)
         self.start = None if self.is_spread else checksums(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
@@ -198,6 +200,7 @@ class LoraTrainer(CheckpointedTrainer):
             loss = self.objective.loss(forward, inputs)
         self.take_metrics(loss)
         whole = loss.count if num_items_in_batch is None else num_items_in_batch
+        whole = max(whole, 1)  # nothing to learn where all completions are masked
         # DDP averages gradients over ranks; the sum is wanted.
         return loss.total * self.accelerator.num_processes / whole
 
@@ -241,10 +244,12 @@ class LoraTrainer(CheckpointedTrainer):
         sums: dict[str, torch.Tensor] = {}
         batches, processes = self.held_out, self.args.world_size
         # Every process takes as many turns, as sharded weights need, and no row counts twice.
-        for turn in track(range(math.ceil(len(batches) / processes)), "evaluating batches"):
-            mine = turn * processes + self.args.process_index
-            batch = self._prepare_inputs(self.eval_dataset[batches[mine % len(batches)]])
-            found = self._measured(measure, [batch])
+        turns = range(math.ceil(len(batches) / processes))
+        own = [turn * processes + self.args.process_index for turn in turns]
+        chosen = [batches[mine % len(batches)] for mine in own]
+        made = zip(own, self._of_held_out(chosen), strict=True)
+        for mine, batch in track(made, "evaluating batches", len(own)):
+            found = self._measured(measure, [self._prepare_inputs(batch)])
             if mine >= len(batches):
                 found = {
                     name: value[:0] if name.startswith(EACH) else torch.zeros_like(value)
@@ -252,6 +257,13 @@ class LoraTrainer(CheckpointedTrainer):
                 }
             sums = added(sums, found)
         return self._over_processes(sums)
+
+    def _of_held_out(self, batches: Sequence[list[int]]) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of held-out batches, where the model answers them with its completions."""
+        made = (self.eval_dataset[rows] for rows in batches)
+        if self.rollouts is None or not self.objective.samples_held_out:
+            return made
+        return iter(self.rollouts.held_out([*made], self._lora_model()))
 
     @torch.no_grad()
     def _compute_constants(self, rows: Sequence[TokenizedRow]) -> None:
@@ -276,7 +288,7 @@ class LoraTrainer(CheckpointedTrainer):
 
     def sums_of_held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """A batch's `total` and `count`, and the objective's metrics: float64, on the CPU."""
-        batch = self._prepare_inputs(self.eval_dataset[rows])
+        [batch] = map(self._prepare_inputs, self._of_held_out([rows]))
         return self._measured(lambda *given: self.objective.loss(*given).sums(), [batch])
 
     @torch.no_grad()
@@ -298,14 +310,22 @@ class LoraTrainer(CheckpointedTrainer):
         """These sums, added up over the processes of the run; on the CPU."""
         if self.args.world_size == 1 or not sums:
             return sums
-        own = {k: v.to(self.args.device) for k, v in sums.items() if not k.startswith(EACH)}
+        added_up = {k: v for k, v in sums.items() if not k.startswith((EACH, MAX))}
+        own = {k: v.to(self.args.device) for k, v in added_up.items()}
         found: dict[str, torch.Tensor] = self.accelerator.reduce(own, "sum")
-        together = {
-            name: torch.cat(gather_object([value]))
-            for name, value in sums.items()
-            if name.startswith(EACH)
-        }
+        together: dict[str, torch.Tensor] = {}
+        for name, value in sums.items():
+            if name.startswith(EACH):
+                together[name] = torch.cat(gather_object([value]))
+            elif name.startswith(MAX):
+                together[name] = torch.stack(gather_object([value])).amax(0)
         return {name: value.cpu() for name, value in found.items()} | together
+
+    def _gather(self, own: list[Any]) -> tuple[list[Any], int]:
+        """`Objective.gather` over the processes of the run."""
+        parts = gather_object([own])
+        before = sum(len(part) for part in parts[: self.args.process_index])
+        return [value for part in parts for value in part], before
 
     def evaluate(
         self,
@@ -339,10 +359,14 @@ class LoraTrainer(CheckpointedTrainer):
         Counts both kinds of tokens, as the step will use them up, and whether a process was
         asked to stop.
         """
+        before = self._sampled
         batches = self.with_answers(list(islice(epoch_iterator, num_batches)))
+        sampled, took = (now - was for now, was in zip(self._sampled, before, strict=True))
+        self.counts.sampling_seconds += took
         if self.objective.needs_all_batches:
             batches = self.with_all_sums([self._prepare_inputs(batch) for batch in batches])
-        tokens = torch.zeros(4, dtype=torch.int64, device=device)
+        tokens = torch.zeros(5, dtype=torch.int64, device=device)
+        tokens[4] = int(sampled)
         tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:
             tokens[0] += count_tokens(batch)
@@ -351,9 +375,15 @@ class LoraTrainer(CheckpointedTrainer):
         tokens = self.accelerator.reduce(tokens, "sum")
         self.counts.train_tokens += int(tokens[0])
         self.counts.supervised_tokens += int(tokens[1])
+        self.counts.sampled_tokens += int(tokens[4])
         if self.interrupt:
             self.interrupt.agreed = bool(tokens[2])
         return batches, tokens[3]
+
+    @property
+    def _sampled(self) -> tuple[float, float]:
+        """Tokens that were sampled, and the seconds for that."""
+        return (0, 0.0) if self.rollouts is None else (self.rollouts.tokens, self.rollouts.seconds)
 
     def with_all_sums(
         self, batches: Sequence[dict[str, torch.Tensor]]
@@ -367,15 +397,15 @@ class LoraTrainer(CheckpointedTrainer):
     def with_answers(
         self, batches: list[dict[str, torch.Tensor]], step: int | None = None
     ) -> list[dict[str, torch.Tensor]]:
-        """Batches of an optimizer step with the answers that the model samples for them, if any.
+        """Batches of an optimizer step with what the model samples for them, if anything.
 
         Args:
             step: its number; None is the next one's.
         """
-        if self.student is None:
+        if self.rollouts is None:
             return batches
         step = self.state.global_step if step is None else step
-        return self.student.put_into(batches, self._lora_model(), step)
+        return self.rollouts.put_into(batches, self._lora_model(), step)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as `batching` makes them; to the dataloader each is one item."""

@@ -1,0 +1,191 @@
+"""Sampled completions as rows: a group behind one prompt, what each is worth, and its tensors.
+
+A group's rows begin alike, so that a batch computes their prompt once (`data.prefixes`). All that
+the loss and the metrics need of completions stands in a batch under names that begin with
+`rollout.`, so that a step is the same however it is divided. Groups that are learned several times
+are kept in checkpoints (`kept_tensors`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lorakit.data.masking import IGNORE, RowGroup, TokenizedRow
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.objectives.rollout import Rollout
+
+PROMPTS = "asked.numbers"
+"""Of a batch of prompts: their numbers (rows,)."""
+
+PREFIX = "rollout."
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRow(TokenizedRow):
+    """A completion behind its prompt; its labels are the tokens that the model has sampled.
+
+    Attributes:
+        logprobs: of the labels, when they were sampled.
+        size: tokens of the completion, those of an environment among them.
+        cut_off: whether it ended by its limit of tokens.
+        rewards: of each function, NaN where it gave none.
+        reward: their weighted sum, NaN where none gave one.
+        advantage: what the loss takes it for.
+    """
+
+    logprobs: tuple[float, ...] = ()
+    size: int = 0
+    cut_off: bool = False
+    rewards: tuple[float, ...] = ()
+    reward: float = 0.0
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionGroup(RowGroup):
+    """The completions of one prompt.
+
+    Attributes:
+        number: the prompt's.
+        signal: whether the rewards differ.
+        fresh: the weights are those that sampled it.
+        learned: it is one to learn from, not one that is only scored.
+        replaced: groups without signal that it was sampled in place of.
+    """
+
+    number: int = -1
+    signal: bool = True
+    fresh: bool = True
+    learned: bool = True
+    replaced: int = 0
+
+    def again(self) -> CompletionGroup:
+        """The same, learned once more."""
+        return replace(self, fresh=False)
+
+
+def completion_row(
+    prompt: TokenizedRow, rollout: Rollout, masked: bool, **worth: Any
+) -> CompletionRow:
+    """The row of a rollout.
+
+    Args:
+        masked: none of its tokens is learned.
+        worth: `rewards`, `reward`, `advantage`.
+    """
+    tokens, learned = list(rollout.tokens), rollout.learned
+    labels = [
+        token if own and not masked else IGNORE for token, own in zip(tokens, learned, strict=True)
+    ]
+    logprobs: list[float] = []
+    if not masked:
+        pairs = zip(rollout.logprobs, learned, strict=True)
+        logprobs = [value for value, own in pairs if own]
+    return CompletionRow(
+        [*prompt.input_ids, *tokens],
+        [IGNORE] * len(prompt) + labels,
+        prompt.where,
+        logprobs=tuple(logprobs),
+        size=len(tokens),
+        cut_off=rollout.finish_reason == "length",
+        **worth,
+    )
+
+
+def group_tensors(groups: Sequence[CompletionGroup]) -> dict[str, torch.Tensor]:
+    """What a batch's loss and metrics need of S completions in G groups, by `rollout.NAME`.
+
+    `lengths` (S,) learned tokens, `sizes` (S,) all tokens, `cut_off` (S,), `rewards` (S, F),
+    `reward` (S,), `signal` and `replaced` (G,); of groups to learn also `advantages` (S,),
+    `logprobs` (n,) and `fresh` (G,).
+    """
+    import torch
+
+    rows = [row for group in groups for row in group.parts if isinstance(row, CompletionRow)]
+    found = {
+        "lengths": torch.tensor([len(row.logprobs) for row in rows]),
+        "sizes": torch.tensor([row.size for row in rows]),
+        "cut_off": torch.tensor([row.cut_off for row in rows]),
+        "rewards": _floats([row.rewards for row in rows]),
+        "reward": _floats([row.reward for row in rows]),
+        "signal": torch.tensor([group.signal for group in groups]),
+        "replaced": torch.tensor([group.replaced for group in groups]),
+    }
+    if all(group.learned for group in groups):
+        found |= {
+            "advantages": _floats([row.advantage for row in rows]),
+            "logprobs": _floats([value for row in rows for value in row.logprobs]),
+            "fresh": torch.tensor([group.fresh for group in groups]),
+        }
+    return {PREFIX + name: value for name, value in found.items()}
+
+
+def _floats(values: Any) -> torch.Tensor:
+    import torch
+
+    narrow = torch.backends.mps.is_available()  # which has no float64
+    return torch.tensor(values, dtype=torch.float32 if narrow else torch.float64)
+
+
+# --- in checkpoints -------------------------------------------------------------------------------
+
+_FLAT = ("input_ids", "labels", "logprobs", "rewards")
+
+
+def kept_tensors(batches: Sequence[Sequence[CompletionGroup]]) -> dict[str, Any]:
+    """All of the groups of some batches, as tensors for safetensors and a text of the rest."""
+    import torch
+
+    rows = [row for batch in batches for group in batch for row in group.parts]
+    flat = {name: [x for row in rows for x in getattr(row, name)] for name in _FLAT}
+    tensors = {
+        name: torch.tensor(values, dtype=torch.float64 if name in _FLAT[2:] else torch.int64)
+        for name, values in flat.items()
+    }
+    rest = [
+        [
+            {
+                **{name: getattr(group, name) for name in ("number", "signal", "replaced")},
+                "parts": [
+                    {
+                        **{name: getattr(row, name) for name in _OF_ROWS},
+                        "lengths": [len(getattr(row, name)) for name in _FLAT],
+                    }
+                    for row in group.parts
+                ],
+            }
+            for group in batch
+        ]
+        for batch in batches
+    ]
+    return {"tensors": tensors, "rest": json.dumps(rest)}
+
+
+_OF_ROWS = ("where", "size", "cut_off", "reward", "advantage")
+
+
+def kept_groups(tensors: Mapping[str, torch.Tensor], rest: str) -> list[list[CompletionGroup]]:
+    """The groups that `kept_tensors` were made of."""
+    flat = {name: iter(tensors[name].tolist()) for name in _FLAT}
+
+    def row(values: dict[str, Any]) -> CompletionRow:
+        lengths = values.pop("lengths")
+        parts: dict[str, Any] = {
+            name: [next(flat[name]) for _ in range(n)]
+            for name, n in zip(_FLAT, lengths, strict=True)
+        }
+        for name in _FLAT[2:]:
+            parts[name] = tuple(parts[name])
+        return CompletionRow(**parts, **values)
+
+    def group(values: dict[str, Any]) -> CompletionGroup:
+        parts = [row(one) for one in values.pop("parts")]
+        return replace(CompletionGroup.of(*parts), **values)
+
+    return [[group(one) for one in batch] for batch in json.loads(rest)]

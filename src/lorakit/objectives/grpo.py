@@ -1,0 +1,457 @@
+"""Reinforcement learning with rewards: GRPO and its relatives (Shao et al. 2024, arXiv:2402.03300).
+
+At each step the adapter samples several completions of every prompt; reward functions judge them,
+and what is better than expected (`advantages.py`) becomes likelier (`policy_gradient.py`). Sampler
+and trainer are one resident model: the log-probabilities by which completions were sampled are the
+old ones of the loss, and how far they differ from the trainer's own is measured.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from lorakit.data.prompt_tokens import PromptRow, prompt_row
+from lorakit.data.too_long import WHOLE, Limit
+from lorakit.errors import InputError, LorakitError
+from lorakit.models.load import positions_of
+from lorakit.models.loss import SupervisedLoss
+from lorakit.objectives import grpo_metrics, policy_gradient
+from lorakit.objectives.advantages import advantages
+from lorakit.objectives.batch_sums import Loss
+from lorakit.objectives.completion_rows import (
+    PREFIX,
+    PROMPTS,
+    CompletionGroup,
+    completion_row,
+    group_tensors,
+)
+from lorakit.objectives.forward import BASE, Forward
+from lorakit.objectives.grpo_settings import GrpoSettings
+from lorakit.objectives.grpo_warnings import GrpoWarnings
+from lorakit.objectives.objective import Batch, Collate, Objective
+from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
+from lorakit.rewards.reward_table import RewardInput
+from lorakit.rewards.rewards import Rewards
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.data.dataset import PreparedData
+    from lorakit.data.masking import TokenizedRow
+    from lorakit.data.samples import Sample
+    from lorakit.models.load import LoadedModel
+    from lorakit.objectives.objective import TrainingInputs
+    from lorakit.objectives.run_request import RunRequest
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A prompt with its completions and their rewards (G, F); which other groups it replaced."""
+
+    prompt: PromptRow
+    rollouts: Sequence[Rollout]
+    rewards: torch.Tensor
+    replaced: int = 0
+
+
+class Grpo(Objective):
+    """Rewards of sampled completions, by policy gradients.
+
+    Held-out prompts get one completion each; their `loss` is minus the mean reward.
+    """
+
+    name = "grpo"
+    unit = "completion"
+    row_kinds = ("conversation", "prompt")
+    smooths_labels = False
+    packable = False
+    learning_rates: ClassVar[Mapping[str, float]] = {"small": 1e-4, "medium": 2e-5, "large": 1e-5}
+    epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 4), (2_000, 2))
+    shown_metrics: ClassVar[Sequence[str]] = grpo_metrics.SHOWN
+    Settings = GrpoSettings
+    keeps_columns = True
+    samples_held_out = True
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._reference: str | None = BASE
+        self.rewards: Rewards | None = None
+        self.notes: list[str] = []
+        self._limit = Limit(WHOLE)
+        self._prompts: list[PromptRow] = []
+        self._to_learn: list[int] = []
+        self._warnings = GrpoWarnings(self.settings)
+
+    @property
+    def score_names(self) -> Sequence[str]:  # type: ignore[override]
+        """As in `Objective`: the reward, the mean of each function, and lengths."""
+        return [*grpo_metrics.LEAST_NAMES, *(f"rewards/{n}/mean" for n in self._reward_names)]
+
+    @property
+    def logged(self) -> Sequence[str]:  # type: ignore[override]
+        """As in `Objective`."""
+        kinds = ("mean", "std")
+        return [
+            *grpo_metrics.TRAINED,
+            *(f"rewards/{name}/{kind}" for name in self._reward_names for kind in kinds),
+        ]
+
+    @property
+    def lower_is_better(self) -> Sequence[str]:  # type: ignore[override]
+        """As in `Objective`."""
+        return ("completions/clipped_ratio", "completions/mean_length")
+
+    @property
+    def _reward_names(self) -> Sequence[str]:
+        return self.rewards.names if self.rewards is not None else ()
+
+    @property
+    def reference(self) -> str | None:
+        """As in `Objective`: what the KL divergence is from."""
+        return self._reference if self.settings.beta else None
+
+    @reference.setter
+    def reference(self, name: str | None) -> None:
+        self._reference = name
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether there are completions of the model: always."""
+        return True
+
+    @property
+    def steps_per_generation(self) -> int | None:  # type: ignore[override]
+        """As in `Objective`."""
+        found: int | None = self.settings.steps_per_generation
+        return found
+
+    @property
+    def num_iterations(self) -> int:  # type: ignore[override]
+        """As in `Objective`."""
+        return int(self.settings.num_iterations)
+
+    def refused(self, recipe: Any) -> Iterator[str]:
+        """As in `Objective`."""
+        size = self.settings.steps_per_generation
+        together = recipe.training.gradient_accumulation_steps
+        if size is not None and size % together:
+            yield (
+                f"objective.steps_per_generation is {size}: it should be a multiple of "
+                f"training.gradient_accumulation_steps ({together}), so that an optimizer step "
+                "learns completions of one policy"
+            )
+        if recipe.data.packing:
+            yield (
+                "data.packing has no effect with objective grpo, whose batches are prompts with "
+                "num_generations completions each: leave it out"
+            )
+
+    # --- rows -------------------------------------------------------------------------------
+
+    def prepare(self, request: RunRequest) -> TrainingInputs:
+        """As in `Objective`. Raises InputError where rewards cannot be loaded."""
+        settings = self.settings
+        self.rewards = Rewards.opened(settings.rewards, settings.weights, settings.reward_timeout)
+        try:
+            return super().prepare(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the processes of reward functions."""
+        if self.rewards is not None:
+            self.rewards.close()
+
+    def with_settings(self, settings: Any) -> Self:
+        """As in `Objective`; other rewards are loaded."""
+        other = super().with_settings(settings)
+        other.notes, other._warnings = [], GrpoWarnings(settings)
+        names = ("rewards", "weights", "reward_timeout")
+        if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
+            other.rewards = Rewards.opened(*(getattr(settings, name) for name in names))
+        return other
+
+    def read(self, request: RunRequest, loaded: LoadedModel) -> PreparedData:
+        """As in `Objective`; all columns of rows are there for the rewards."""
+        self._limit = Limit(request.max_length, positions_of(loaded.model))
+        self._prompts.clear()
+        data = super().read(request, loaded)
+        self._to_learn = [row.number for row in data.train if isinstance(row, PromptRow)]
+        assert self.rewards is not None
+        for sample in (*data.train_samples, *data.eval_samples):
+            self.rewards.check([*_columns(sample)], sample.where)
+        return data
+
+    def as_learned(self, sample: Sample) -> Sample:
+        """The sample. Raises InputError where its prompt has pictures."""
+        if sample.pictures:
+            raise InputError(
+                f"{sample.where}: has pictures, and objective grpo samples completions of text "
+                "alone: drop the row"
+            )
+        return sample
+
+    def tokenize(
+        self, sample: Sample, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> TokenizedRow:
+        """The prompt's tokens; those without room for a completion are left out."""
+        return prompt_row(sample, tokenizer, max_length)
+
+    def together(self, rows: Sequence[TokenizedRow], max_length: int) -> Sequence[TokenizedRow]:
+        """The prompts, each with a number of its own; copies of one have the same."""
+        numbered: dict[int, PromptRow] = {}
+        for row in rows:
+            if isinstance(row, PromptRow) and id(row) not in numbered:
+                numbered[id(row)] = replace(row, number=len(self._prompts))
+                self._prompts.append(numbered[id(row)])
+        return [numbered[id(row)] for row in rows]
+
+    def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
+        """The numbers of prompts; or the tensors of completions, with what the loss needs."""
+        import torch
+
+        groups = [row for row in rows if isinstance(row, CompletionGroup)]
+        if not groups:
+            numbers = [row.number for row in rows if isinstance(row, PromptRow)]
+            return {PROMPTS: torch.tensor(numbers)}
+        learned = all(group.learned for group in groups)
+        return (collate(rows) if learned else {}) | group_tensors(groups)
+
+    # --- completions ------------------------------------------------------------------------
+
+    def sampled_rows(self, batches: Sequence[Batch], step: int | None) -> Sampling:
+        """As in `Objective`: groups of completions in the place of prompts."""
+        numbers = [batch[PROMPTS].tolist() for batch in batches]
+        prompts = [self._prompts[n] for several in numbers for n in several]
+        answered = yield from self._answered(prompts, step)
+        if self.settings.dynamic_sampling and step is not None:
+            answered = yield from self._with_signal(answered, step)
+        groups = iter(self._groups(answered, learned=step is not None))
+        found: RowsOfBatches = [[next(groups) for _ in several] for several in numbers]
+        return found
+
+    def _answered(
+        self, prompts: Sequence[PromptRow], step: int | None
+    ) -> Generator[Sequence[AskedPrompt], Sequence[Rollout], list[_Answered]]:
+        each = 1 if step is None else self.settings.num_generations
+        rollouts = yield self._asked(prompts, step, each)
+        groups = [rollouts[at : at + each] for at in range(0, len(rollouts), each)]
+        asked = [
+            _judged(prompt, rollout)
+            for prompt, group in zip(prompts, groups, strict=True)
+            for rollout in group
+        ]
+        assert self.rewards is not None
+        table = self.rewards(asked, {"global_step": step or 0})
+        self.notes += [problem.line for problem in table.problems]
+        parts = table.values.split(each)
+        return [_Answered(*one) for one in zip(prompts, groups, parts, strict=True)]
+
+    def _asked(
+        self, prompts: Sequence[PromptRow], step: int | None, each: int
+    ) -> list[AskedPrompt]:
+        """What is asked of the model: each prompt so many times.
+
+        The seed of a completion depends on `seed`, the step, the prompt and its number among the
+        completions alone, not on how sampling is divided into batches or resumed.
+        """
+        s = self.settings
+        times: Counter[int] = Counter()
+        found = []
+        for prompt in prompts:
+            room = min(s.max_completion_length, self._limit.tokens - len(prompt))
+            for _ in range(each):
+                generation = times[prompt.number]
+                times[prompt.number] += 1
+                place = f"{s.seed} {step} {generation} {prompt.input_ids}"
+                one = AskedPrompt(
+                    prompt.input_ids,
+                    room,
+                    s.temperature if step is not None else s.temperature_eval,
+                    random.Random(place).getrandbits(32),
+                    sample=prompt.sample,
+                    generation=generation,
+                )
+                if step is not None:
+                    one = replace(
+                        one,
+                        top_p=s.top_p,
+                        top_k=s.top_k,
+                        min_p=s.min_p,
+                        repetition_penalty=s.repetition_penalty,
+                        logprobs=True,
+                    )
+                found.append(one)
+        return found
+
+    def _with_signal(
+        self, answered: list[_Answered], step: int
+    ) -> Generator[Sequence[AskedPrompt], Sequence[Rollout], list[_Answered]]:
+        """These groups, those without signal replaced by groups of further prompts (DAPO)."""
+        asked = [one.prompt.number for one in answered]
+        others = sorted({*self._to_learn} - {*asked})
+        random.Random(f"{self.settings.seed} {step} {asked}").shuffle(others)
+        answered = list(answered)
+        for _ in range(self.settings.max_resamples):
+            dull = [i for i, one in enumerate(answered) if not self._has_signal(one)]
+            now, others = others[: len(dull)], others[len(dull) :]
+            if not now:
+                break
+            tried = yield from self._answered([self._prompts[n] for n in now], step)
+            for i, one in zip(dull, tried, strict=False):  # fewer where prompts run out
+                answered[i] = replace(one, replaced=answered[i].replaced + 1)
+        return answered
+
+    def _has_signal(self, one: _Answered) -> bool:
+        weights = self._weights.to(one.rewards)
+        return bool(advantages(one.rewards, weights, len(one.rewards)).signal)
+
+    @property
+    def _weights(self) -> torch.Tensor:
+        import torch
+
+        assert self.rewards is not None
+        return torch.tensor(self.rewards.weights, dtype=torch.float64)
+
+    def _groups(self, answered: Sequence[_Answered], learned: bool) -> list[CompletionGroup]:
+        """The rows of completions, with advantages over all of the step's in all processes."""
+        import torch
+
+        s = self.settings
+        own = [one.rewards.tolist() for one in answered]
+        everyone, before = self.gather(own) if learned else (own, 0)
+        rewards = torch.tensor(everyone, dtype=torch.float64).flatten(0, 1)
+        found = advantages(
+            rewards,
+            self._weights,
+            s.num_generations if learned else 1,
+            s.advantage_estimator,
+            s.scale_rewards,
+            s.multi_objective_aggregation,
+        )
+        if learned and found.rewards.isnan().all():
+            self.notes.append("no completion of this step has a reward: it learns nothing")
+        size = len(own[0]) if own else 1
+        groups = []
+        for i, one in enumerate(answered, before):
+            rows = [
+                completion_row(
+                    one.prompt,
+                    rollout,
+                    not learned
+                    or (s.mask_truncated_completions and rollout.finish_reason == "length"),
+                    rewards=tuple(values),
+                    reward=float(found.rewards[i * size + k]),
+                    advantage=float(found.values[i * size + k]),
+                )
+                for k, (rollout, values) in enumerate(zip(one.rollouts, everyone[i], strict=True))
+            ]
+            groups.append(
+                replace(
+                    CompletionGroup.of(*rows),
+                    number=one.prompt.number,
+                    signal=bool(found.signal[i]),
+                    learned=learned,
+                    replaced=one.replaced,
+                )
+            )
+        return groups
+
+    def taken_notes(self) -> list[str]:
+        """As in `Objective`."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    # --- loss and scores --------------------------------------------------------------------
+
+    def reader(self, model: nn.Module, own_logits: bool) -> SupervisedLoss:
+        """Log-probabilities at the temperature of sampling."""
+        return SupervisedLoss(model, own_logits, self.settings.temperature)
+
+    def count(self, batch: Batch) -> int:
+        """What the loss type divides by."""
+        lengths = batch[PREFIX + "lengths"]
+        count = policy_gradient.LOSSES[self.settings.loss_type].normalisation.count
+        return count(int(lengths.sum()), len(lengths), self.settings)
+
+    def loss(self, forward: Forward, batch: Batch) -> Loss:
+        """The policy's loss over completions; of held-out ones minus the reward."""
+        metrics = grpo_metrics.of_completions(batch)
+        if PREFIX + "advantages" not in batch:
+            return Loss(-metrics["reward.sum"].sum(), metrics["reward.count"].sum(), metrics)
+        settings = self.settings
+        kind = policy_gradient.LOSSES[settings.loss_type]
+        log_probs, entropies = forward.with_entropies(batch)
+        lengths = batch[PREFIX + "lengths"]
+        c = policy_gradient.Completions(
+            log_probs,
+            batch[PREFIX + "logprobs"].to(log_probs),
+            lengths,
+            batch[PREFIX + "advantages"].to(log_probs),
+            settings.level,
+        )
+        losses = kind.of_tokens(c, settings)
+        if settings.off_policy_mask_threshold is not None:
+            losses = losses * policy_gradient.near_enough(c, settings.off_policy_mask_threshold)
+        kl = None
+        if settings.beta:
+            reference = forward.of_reference(batch, self.reference or BASE)
+            kl = policy_gradient.kl(c, reference, settings.use_bias_correction_kl)
+            losses = losses + settings.beta * kl
+        fresh = batch[PREFIX + "fresh"].repeat_interleave(settings.num_generations)
+        metrics |= grpo_metrics.of_tokens(c, entropies, kl, c.spread(fresh), settings)
+        return Loss(kind.normalisation.total(losses, c), self.count(batch), metrics)
+
+    def held_out(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """As in `Objective`. Raises LorakitError where no held-out completion has a reward."""
+        if "tokens" not in sums and not float(sums["count"]):
+            raise LorakitError(
+                "no held-out completion has a reward: every function gave None or failed for all "
+                "of them; try them with lorakit rewards"
+            )
+        return super().held_out(sums)
+
+    def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:
+        """The metrics by TRL's names."""
+        return grpo_metrics.named(sums, self._reward_names)
+
+    def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+        """As in `Objective`."""
+        yield from self._warnings.of(logs)
+
+
+def _columns(sample: Any) -> dict[str, Any]:
+    """What rewards get of a row: all but the prompt and an answer in TRL's columns."""
+    taken = ("prompt", "completion", "completion_ids")
+    return {k: v for k, v in (sample.columns or {}).items() if k not in taken}
+
+
+def _judged(prompt: PromptRow, rollout: Rollout) -> RewardInput:
+    """A completion as rewards see it: as messages where the row has messages."""
+    sample = prompt.sample
+    assert sample is not None
+    chat = any(map(_are_messages, (sample.columns or {}).values()))
+    said = list(rollout.messages) or [{"role": "assistant", "content": rollout.text}]
+    return RewardInput(
+        [dict(one) for one in sample.prompt] if chat else sample.prompt[-1]["content"],
+        [dict(one) for one in said] if chat else rollout.text,
+        completion_ids=rollout.tokens,
+        columns=_columns(sample),
+        where=sample.where,
+        finish_reason=rollout.finish_reason,
+        reference=sample.reference or None,
+    )
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a column's value is a conversation."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    return "role" in value[0] or "from" in value[0]

@@ -1,0 +1,53 @@
+"""What writes completions, by name: one line for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorakit.errors import InputError, did_you_mean, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.lora.model import LoraModel
+    from lorakit.objectives.objective import Objective
+    from lorakit.objectives.rollout import AskedPrompt, Rollout
+
+
+class RolloutSource(Protocol):
+    """Writes completions; made with the objective and the tokenizer of a run."""
+
+    def write(
+        self, asked: Sequence[AskedPrompt], model: LoraModel, step: int | None
+    ) -> list[Rollout]:
+        """A rollout for each prompt, in their order.
+
+        Args:
+            model: the resident model under the route that is in force, with its weights as they
+                are now.
+            step: optimizer steps so far; None for held-out prompts.
+
+        Raises:
+            LorakitError: a completion could not be written.
+        """
+
+
+SOURCES = {
+    "engine": "lorakit.rl.engine_rollouts:EngineRollouts",
+}
+"""Where each is defined; loaded when it is first used."""
+
+
+def open_source(
+    name: str, objective: Objective, tokenizer: PreTrainedTokenizerBase
+) -> RolloutSource:
+    """The source `name`. Raises InputError where there is none."""
+    if name not in SOURCES:
+        near = did_you_mean(name, SOURCES)
+        raise InputError(f"rollouts: there is no '{name}'{near}; there are {listed([*SOURCES])}")
+    module, _, attribute = SOURCES[name].partition(":")
+    kind: Any = getattr(import_module(module), attribute)
+    source: RolloutSource = kind(objective, tokenizer)
+    return source
