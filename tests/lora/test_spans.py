@@ -25,28 +25,33 @@ def spans(lengths: tuple[int, ...] = LENGTHS) -> list[Span]:
     ]
 
 
-def tensors(ranks: tuple[int, ...] = RANKS, seed: int = 0) -> list[torch.Tensor]:
+def tensors(
+    ranks: tuple[int, ...] = RANKS, lengths: tuple[int, ...] = LENGTHS
+) -> list[torch.Tensor]:
     """x (1, positions, d_in), W, b, and the factors of each span, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(1, sum(LENGTHS), D_IN), (D_OUT, D_IN), (D_OUT,)]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, sum(lengths), D_IN), (D_OUT, D_IN), (D_OUT,)]
     shapes += [shape for r in ranks for shape in ((r, D_IN), (D_OUT, r))]
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def outcome(function: Any, given: list[torch.Tensor]) -> list[torch.Tensor]:
+def outcome(
+    function: Any, given: list[torch.Tensor], lengths: tuple[int, ...] = LENGTHS
+) -> list[torch.Tensor]:
     """The output, and the gradients of x and of the factors."""
     x, W, b, *factors = (tensor.clone() for tensor in given)
     learned = [x.requires_grad_(), *(factor.requires_grad_() for factor in factors)]
-    y = function.apply(x, W, b, spans(), *factors)
+    y = function.apply(x, W, b, spans(lengths), *factors)
     y.square().sum().backward()
     return [y.detach(), *(tensor.grad for tensor in learned)]
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 3, 3, 3)])
 @pytest.mark.parametrize("ranks", [RANKS, (3, 3, 3, 3)])
-def test_both_forms_give_the_same_numbers(ranks: tuple[int, ...]):
-    given = tensors(ranks)
+def test_both_forms_give_the_same_numbers(ranks: tuple[int, ...], lengths: tuple[int, ...]):
+    given = tensors(ranks, lengths)
     forms = LoraBatchedSpansFunction, LoraSpansFunction
-    both = zip(*(outcome(form, given) for form in forms), strict=True)
+    both = zip(*(outcome(form, given, lengths) for form in forms), strict=True)
     for batched, one_by_one in both:
         torch.testing.assert_close(batched, one_by_one, rtol=1e-12, atol=1e-12)
 

@@ -1,5 +1,6 @@
 """Rows in one line are computed as if each were alone, or the model is refused."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,11 +130,11 @@ def test_a_model_with_its_own_attention_is_refused_and_left_as_it_was():
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_gradient_of_the_plain_form_is_that_of_its_numbers(window: int | None):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(n, 6, 4).double().requires_grad_() for n in (4, 2, 2))
+    q, k, v = (torch.randn(3, n, 6, 4).double().requires_grad_() for n in (4, 2, 2))
     assert torch.autograd.gradcheck(RowAttention.apply, (q, k, v, 0.5, window))
 
 
-@pytest.mark.parametrize("lengths", [[5, 9, 1], [7]])
+@pytest.mark.parametrize("lengths", [[5, 9, 1], [7], [7, 8, 7, 3]])
 def test_the_plain_form_in_bfloat16_is_sdpa_but_for_rounding(lengths: list[int]):
     torch.manual_seed(0)
     n = sum(lengths)
@@ -147,6 +148,32 @@ def test_the_plain_form_in_bfloat16_is_sdpa_but_for_rounding(lengths: list[int])
         got = found[:, at : at + T].transpose(1, 2).float()
         torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
         at += T
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_of_like_length_are_computed_together_and_stay_apart(window: int | None):
+    torch.manual_seed(0)
+    lengths = [8, 3, 7, 8, 6]
+    begins = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    x = [torch.randn(1, h, sum(lengths), 8).bfloat16() for h in (6, 2, 2)]
+
+    def outcome(at: slice, rows: torch.Tensor) -> list[torch.Tensor]:
+        q, k, v = (t[:, :, at].clone().requires_grad_() for t in x)
+        options = {"sliding_window": window, "cu_seq_lens_q": rows}
+        out, _ = row_attention(torch.nn.Module(), q, k, v, None, **options)
+        out.square().sum().backward()
+        return [out.detach().transpose(1, 2), q.grad, k.grad, v.grad]
+
+    whole = outcome(slice(None), begins)
+    x[1][:, :, 8 + 3] = float("nan")  # in the third row
+    harmed = outcome(slice(None), begins)
+    for i, (begin, end) in enumerate(pairwise(begins.tolist())):
+        if i != 2:
+            alone = outcome(slice(begin, end), torch.tensor([0, end - begin]))
+            for found, other, wanted in zip(whole, harmed, alone, strict=True):
+                torch.testing.assert_close(found[:, :, begin:end], wanted, rtol=0.03, atol=0.03)
+                assert torch.equal(other[:, :, begin:end], found[:, :, begin:end])
+    assert harmed[0][:, :, 11:18].isnan().any()
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -223,6 +250,6 @@ def test_the_gradient_of_the_plain_form_behind_a_prefix_is_that_of_its_numbers(
     window: int | None,
 ):
     torch.manual_seed(0)
-    q = torch.randn(4, 2, 4).double().requires_grad_()
-    k, v = (torch.randn(2, 6, 4).double().requires_grad_() for _ in range(2))
+    q = torch.randn(2, 4, 2, 4).double().requires_grad_()
+    k, v = (torch.randn(2, 2, 6, 4).double().requires_grad_() for _ in range(2))
     assert torch.autograd.gradcheck(RowAttention.apply, (q, k, v, 0.5, window))

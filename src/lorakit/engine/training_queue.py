@@ -27,7 +27,7 @@ from lorakit.errors import InputError, LorakitError
 
 T = TypeVar("T")
 
-PASS_TOKENS = 2048
+PASS_TOKENS = 2560
 """How many tokens of all tenants together go through the model at a time."""
 
 

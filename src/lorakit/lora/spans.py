@@ -1,8 +1,9 @@
 """`LoraLinear`'s product with an adapter for each of several spans of positions.
 
-Two forms of one formula. On a processor each span's products are made for themselves. A GPU takes
-longer to be told of so many small products than to compute them: there all spans go through one
-batched product, filled up to the longest, whatever their ranks are.
+Two forms of one formula. Each span's products are made for themselves, or all spans go through one
+batched product, filled up to the longest, whatever their ranks are. A GPU takes longer to be told
+of so many small products than to compute them, and always takes the second; a processor where
+little is filled up.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ from lorakit.lora.kernels import (
     unpacked,
 )
 from lorakit.lora.streams import Stream
+
+FILLED = 1.25
+"""On a processor: the positions of a batched product at most, beside those that are there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,17 +121,35 @@ class _Layout:
     """Where the positions of spans lie that are filled up to the longest.
 
     Attributes:
+        spans: how many there are.
+        scaling: (spans, 1, 1).
         taken: (spans, longest), the position at each place; a span's last one fills it up, so that
-            nothing of another adapter, whose numbers may be no numbers, comes near.
+            nothing of another adapter, whose numbers may be no numbers, comes near. None where all
+            spans are of one length.
         filled: (spans, longest, 1), which places are filled up.
         place: (positions,), where each of them is.
-        scaling: (spans, 1, 1).
     """
 
-    taken: torch.Tensor
-    filled: torch.Tensor
-    place: torch.Tensor
+    spans: int
     scaling: torch.Tensor
+    taken: torch.Tensor | None = None
+    filled: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """The positions of each span: (positions, d) to (spans, longest, d)."""
+        return x.view(self.spans, -1, x.shape[-1]) if self.taken is None else x[self.taken]
+
+    def zero_filled(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (spans, longest, r), with zeros where a span is filled up."""
+        return x if self.filled is None else x.masked_fill_(self.filled, 0)
+
+    def add_product(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds `left right`, of (spans, longest, r) and (spans, r, d), to x (positions, d)."""
+        if self.place is None:
+            x.view(self.spans, -1, x.shape[-1]).baddbmm_(left, right)
+        else:
+            x += torch.bmm(left, right).flatten(0, 1)[self.place]
 
 
 @lru_cache(maxsize=16)  # of the latest batches; every layer of a model asks for the same one
@@ -138,14 +160,16 @@ def _layout(
     dtype: torch.dtype,
 ) -> _Layout:
     begins = (0, *ends[:-1])
+    scaling = torch.tensor(scalings, dtype=dtype)[:, None, None].to(device)
     sizes = torch.tensor([end - begin for begin, end in zip(begins, ends, strict=True)])
+    if (sizes == sizes[0]).all():
+        return _Layout(len(ends), scaling)
     steps = torch.arange(int(sizes.max()))
     inside = steps < sizes[:, None]
     taken = torch.tensor(begins)[:, None] + torch.minimum(steps, sizes[:, None] - 1)
     place = inside.flatten().nonzero().squeeze(-1)
-    scaling = torch.tensor(scalings, dtype=dtype)[:, None, None]
     filled = ~inside.unsqueeze(-1)
-    return _Layout(*(x.to(device) for x in (taken, filled, place, scaling)))
+    return _Layout(len(ends), scaling, *(x.to(device) for x in (taken, filled, place)))
 
 
 class LoraBatchedSpansFunction(torch.autograd.Function):
@@ -171,8 +195,8 @@ class LoraBatchedSpansFunction(torch.autograd.Function):
         # (spans, the largest rank, d_in) and (…, d_out); smaller ranks have rows of zeros.
         A = _stacked(factors[::2]).to(x.dtype)
         B = _stacked([B.T for B in factors[1::2]]).mul_(layout.scaling).to(x.dtype)
-        xA = torch.bmm(rows[layout.taken], A.mT).masked_fill_(layout.filled, 0)
-        y += torch.bmm(xA, B).flatten(0, 1)[layout.place]
+        xA = layout.zero_filled(torch.bmm(layout.split(rows), A.mT))
+        layout.add_product(y, xA, B)
         ctx.save_for_backward(x, *keep_weight(ctx, W), A, B, xA)
         ctx.layout = layout
         ctx.like = [(factor.shape, factor.dtype) for factor in factors]
@@ -184,14 +208,14 @@ class LoraBatchedSpansFunction(torch.autograd.Function):
         x, W, A, B, xA = ctx.saved_tensors
         layout, needed = ctx.layout, ctx.needs_input_grad
         G, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        G_each = G[layout.taken]
-        GB = torch.bmm(G_each, B.mT).masked_fill_(layout.filled, 0)
+        G_each = layout.split(G)
+        GB = layout.zero_filled(torch.bmm(G_each, B.mT))
         dx = None
         if needed[0]:
             dx = G @ kept_weight(ctx, W)
-            dx += torch.bmm(GB, A).flatten(0, 1)[layout.place]
+            layout.add_product(dx, GB, A)
             dx = dx.view(x.shape)
-        dA = torch.bmm(GB.mT, rows[layout.taken]).to(ctx.like[0][1])
+        dA = torch.bmm(GB.mT, layout.split(rows)).to(ctx.like[0][1])
         dB = torch.bmm(G_each.mT, xA).to(ctx.like[1][1]).mul_(layout.scaling)
         found: list[torch.Tensor | None] = []
         for i in range(len(A)):
@@ -221,6 +245,11 @@ def can_be_batched(spans: Sequence[Span], positions: int) -> bool:
     )
 
 
+def like_long(spans: Sequence[Span], positions: int) -> bool:
+    """Whether filling the spans up to the longest adds few positions."""
+    return len(spans) * max(span.end - span.begin for span in spans) <= FILLED * positions
+
+
 def lora_spans(
     x: torch.Tensor,
     W: Weight,
@@ -236,6 +265,7 @@ def lora_spans(
 
     Shapes as in `LoraLinearFunction`. Returns (..., d_out) in x's dtype.
     """
-    batched = x.is_cuda and can_be_batched(spans, x.shape[:-1].numel())
+    positions = x.shape[:-1].numel()
+    batched = can_be_batched(spans, positions) and (x.is_cuda or like_long(spans, positions))
     function = LoraBatchedSpansFunction if batched else LoraSpansFunction
     return function.apply(x, W, b, spans, *factors)

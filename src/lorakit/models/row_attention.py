@@ -36,6 +36,12 @@ NAME = "lorakit_rows"
 PLAIN_UP_TO = 512
 """Tokens of a row up to which products and a softmax beat SDPA on a CPU in bfloat16."""
 
+TOGETHER_UP_TO = 128
+"""Tokens of a row up to which rows of like length are faster in one product."""
+
+FILLED = 0.85
+"""How long a row is at least beside the longest that it is computed with."""
+
 _rows_apart: ContextVar[bool] = ContextVar("rows_apart", default=False)
 _plain_allowed: ContextVar[bool] = ContextVar("plain_allowed", default=True)
 
@@ -127,6 +133,10 @@ def row_attention(
     queries, keys, values = (x[0].split(lengths, dim=1) for x in (query, key, value))
     if parents is not None:
         keys, values = (_behind_prefixes(parts, parents) for parts in (keys, values))
+    plain = query.dtype == torch.bfloat16 and _plain_allowed.get() and not dropout
+    if plain and attention_mask is None and s_aux is None and softcap is None:
+        out = _together(queries, keys, values, scale, sliding_window)
+        return out.transpose(0, 1)[None], None
     rows, begin = [], 0
     for q, k, v in zip(queries, keys, values, strict=True):
         window = sliding_window if sliding_window and sliding_window < k.shape[1] else None
@@ -134,11 +144,15 @@ def row_attention(
         if attention_mask is not None:
             own = _hidden_in_row(attention_mask[0, 0, begin:end, begin:end], k.shape[1], window)
         begin = end
-        if s_aux is not None:
+        if s_aux is not None or softcap is not None:
             hidden = _hidden(q.shape[1], k.shape[1], window, q.device) if own is None else own
-            rows.append(_sunk(q, k, v, hidden, scale, dropout, s_aux))
+            if s_aux is not None:
+                rows.append(_sunk(q, k, v, hidden, scale, dropout, s_aux))
+            else:
+                assert softcap is not None
+                rows.append(_softcapped(q, k, v, hidden, scale, dropout, softcap))
         else:
-            rows.append(_one_row(q, k, v, scale, dropout, window, softcap, own))
+            rows.append(_sdpa(q[None], k[None], v[None], scale, dropout, window, own)[0])
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None
 
 
@@ -152,54 +166,97 @@ def _behind_prefixes(
     return whole
 
 
-def _one_row(
+def _together(
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """All rows' attention (heads, tokens, d) on a CPU: short ones of like length in one product.
+
+    A row that is shorter than the longest of its product is filled up with zeros behind its end,
+    which none of its own positions sees.
+    """
+    lengths = tuple((q.shape[1], k.shape[1]) for q, k in zip(queries, keys, strict=True))
+    found = [torch.empty(0)] * len(queries)
+    for group in like_lengths(lengths):
+        q, k, v = (_filled([parts[i] for i in group]) for parts in (queries, keys, values))
+        S = k.shape[2]
+        own = window if window and window < S else None
+        if S <= PLAIN_UP_TO:
+            out = RowAttention.apply(q, k, v, scale, own)
+        else:
+            out = _sdpa(q, k, v, scale, 0.0, own)
+        for i, row in zip(group, out.unbind(), strict=True):
+            found[i] = row[:, : lengths[i][0]]
+    return torch.cat(found, dim=1)
+
+
+@lru_cache(maxsize=64)  # every layer asks for the latest batches'
+def like_lengths(lengths: tuple[tuple[int, int], ...]) -> list[list[int]]:
+    """Which rows are computed together, by how many queries and keys they have.
+
+    They have equally many keys before their queries; long rows are computed by themselves.
+    """
+    groups: list[list[int]] = []
+    for before, T, i in sorted((S - T, T, i) for i, (T, S) in enumerate(lengths)):
+        if groups:
+            least, S = lengths[groups[-1][0]]
+            same = S - least == before and least >= FILLED * T
+            if same and before + T <= TOGETHER_UP_TO:
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return groups
+
+
+def _filled(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows (heads, tokens, d) in one tensor (rows, heads, most tokens, d)."""
+    if len(rows) == 1:
+        return rows[0][None]
+    most = max(row.shape[1] for row in rows)
+    short = (most - row.shape[1] for row in rows)
+    return torch.stack(
+        [F.pad(row, (0, 0, 0, n)) if n else row for row, n in zip(rows, short, strict=True)]
+    )
+
+
+def _sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float,
     dropout: float,
     window: int | None,
-    softcap: float | None,
     hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d) to (heads, T, d).
+    """PyTorch's attention of rows of one length; shapes as in `RowAttention`.
 
     Args:
         hidden: (T, S), what is not seen; None is as the window says, causally.
     """
-    T, S = q.shape[1], k.shape[1]
-    if softcap is not None:
-        own = _hidden(T, S, window, q.device) if hidden is None else hidden
-        return _softcapped(q, k, v, own, scale, dropout, softcap)
-    if (
-        hidden is None
-        and q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and S <= PLAIN_UP_TO
-        and not dropout
-        and _plain_allowed.get()
-    ):
-        return RowAttention.apply(q, k, v, scale, window)
+    T, S = q.shape[2], k.shape[2]
     plain = hidden is None and window is None and T == S
     mask = None if plain else (_hidden(T, S, window, q.device) if hidden is None else hidden)
     mask = None if mask is None else mask.logical_not()
     return F.scaled_dot_product_attention(
-        q[None],
-        k[None],
-        v[None],
+        q,
+        k,
+        v,
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=plain,
         scale=scale,
-        enable_gqa=q.shape[0] != k.shape[0],
-    )[0]
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 class RowAttention(torch.autograd.Function):
-    """`softmax(scale * q k^T, causal) v` of one row, heads that share keys in one product.
+    """`softmax(scale * q k^T, causal) v` of rows of one length, heads that share keys together.
 
-    Shapes: q (heads, T, d), the last T of S positions, k and v (kv_heads, S, d); returns
-    (heads, T, d). Only the
+    Shapes: q (rows, heads, T, d), the last T of S positions, k and v (rows, kv_heads, S, d);
+    returns (rows, heads, T, d). Only the
     probabilities P are kept beside the inputs: with G = dL/do, dv = P^T G, dP = G v^T,
     dS = P * (dP - rowsum(dP * P)), dq = scale * dS k, dk = scale * dS^T q.
     """
@@ -213,25 +270,27 @@ class RowAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        (heads, T, d), S = q.shape, k.shape[1]
-        q = (q * scale).reshape(k.shape[0], -1, d)  # (kv_heads, group * T, d)
-        scores = (q @ k.mT).view(k.shape[0], -1, T, S)
+        (n, heads, T, d), (kv_heads, S) = q.shape, k.shape[1:3]
+        q = (q * scale).reshape(n * kv_heads, -1, d)  # (rows * kv_heads, group * T, d)
+        k, v = (x.reshape(n * kv_heads, S, -1) for x in (k, v))
+        scores = (q @ k.mT).view(n * kv_heads, -1, T, S)
         P = scores.add_(_additive(T, S, window, q.dtype)).softmax(-1)
-        P = P.view(k.shape[0], -1, S)
+        P = P.view(n * kv_heads, -1, S)
         ctx.save_for_backward(q, k, v, P)
-        ctx.scale = scale
-        return (P @ v).view(heads, T, v.shape[-1])
+        ctx.scale, ctx.kv_heads = scale, kv_heads
+        return (P @ v).view(n, heads, T, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, P = ctx.saved_tensors
-        heads, T = grad.shape[:2]
-        G = grad.reshape(k.shape[0], -1, v.shape[-1])
+        n, heads, T = grad.shape[:3]
+        G = grad.reshape(len(k), -1, v.shape[-1])
         dv = P.mT @ G
         dS = torch.ops.aten._softmax_backward_data(G @ v.mT, P, -1, P.dtype)
-        dq = (dS @ k).mul_(ctx.scale).view(heads, T, q.shape[-1])
-        return dq, dS.mT @ q, dv, None, None
+        dq = (dS @ k).mul_(ctx.scale).view(n, heads, T, -1)
+        dk, dv = (x.view(n, ctx.kv_heads, *x.shape[1:]) for x in (dS.mT @ q, dv))
+        return dq, dk, dv, None, None
 
 
 def _softcapped(
