@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from lorakit.data.samples import Sample
-from lorakit.errors import InputError
-from lorakit.evaluation.bootstrap import (
+from lorakit.bootstrap import (
     loss_interval,
     mean_loss,
     score_interval,
 )
+from lorakit.data.samples import Sample
+from lorakit.errors import InputError
 from lorakit.sweeps.search import promoted, rungs
 from lorakit.sweeps.splits import REPORT, SELECTION, split
 

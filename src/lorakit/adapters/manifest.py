@@ -22,6 +22,8 @@ MANIFEST_NAME = "lorakit.json"
 METRICS_NAME = "metrics.jsonl"
 MONITOR_NAME = "monitor.jsonl"
 SAMPLES_NAME = "samples.json"
+COMPLETIONS_NAME = "completions.jsonl"
+HELD_OUT_REWARDS_NAME = "held_out_rewards.json"
 
 
 class SourceRecord(BaseModel):

@@ -14,6 +14,7 @@ from lorakit.cli.shared_options import (
     DtypeOption,
     FetchImagesOption,
     QuantizationOption,
+    column_names,
 )
 from lorakit.cli.tables import print_table
 from lorakit.console import say_all
@@ -74,7 +75,7 @@ def evaluate(
     task_type = read_config(adapter).task_type
     manifest = read_manifest(adapter)
     learned = manifest.recipe["data"] if manifest else {}
-    mapping = (_mapping(columns) if columns else learned.get("columns")) or None
+    mapping = (column_names(columns) if columns else learned.get("columns")) or None
     most = learned.get("max_length", 1024)
     options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
     allowed = fetch_images or learned.get("fetch_images", False)
@@ -192,15 +193,3 @@ def _show_rewards(result: "RewardEvaluation", metrics: list[str]) -> None:
     if result.interval:
         low, high = result.interval
         say_all([f"accuracy: 95% interval {low:.4f} to {high:.4f}; 0.5 is chance"])
-
-
-def _mapping(columns: str) -> dict[str, str]:
-    from lorakit.errors import InputError
-
-    mapping = {}
-    for part in columns.split(","):
-        ours, equals, theirs = part.partition("=")
-        if not equals:
-            raise InputError(f"--columns: '{part}' is not NAME=COLUMN (as in prompt=mr)")
-        mapping[ours.strip()] = theirs.strip()
-    return mapping

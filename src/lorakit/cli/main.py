@@ -110,6 +110,7 @@ def register(heading: str, name: str, function: str) -> None:
 
 
 register("Data", "check", "lorakit.cli.check:check")
+register("Data", "rewards", "lorakit.cli.rewards:rewards")
 register("Train", "train", "lorakit.cli.train:train")
 register("Train", "sweep", "lorakit.cli.sweep:sweep")
 register("Train", "bake", "lorakit.cli.bake:bake")

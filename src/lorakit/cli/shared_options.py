@@ -84,3 +84,18 @@ def rows_to_compare(data: str | None, limit: int | None, base: str | None) -> li
     from lorakit.data.dataset import load_samples
 
     return load_samples(data, None, limit)
+
+
+def column_names(text: str) -> dict[str, str]:
+    """The value of `--columns`: `prompt=mr,completion=ref`.
+
+    Raises:
+        InputError: a part of it is something else.
+    """
+    mapping = {}
+    for part in text.split(","):
+        ours, equals, theirs = part.partition("=")
+        if not equals:
+            raise InputError(f"--columns: '{part}' is not NAME=COLUMN (as in prompt=mr)")
+        mapping[ours.strip()] = theirs.strip()
+    return mapping

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from lorakit.data.samples import Sample
 
 Row = TypeVar("Row")
-RowLosses = list[tuple[float, int]]
-"""Of each row: its summed nats, and its supervised tokens (or another unit of an objective)."""
-
 Sums = dict[str, "torch.Tensor"]
 """`Loss.sums`: `total`, `count` and the objective's metrics."""
 

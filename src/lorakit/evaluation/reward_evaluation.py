@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lorakit.bootstrap import score_interval
 from lorakit.data.preference_checks import preference_figures
 from lorakit.data.preference_rows import PairSample
 from lorakit.errors import InputError
-from lorakit.evaluation.bootstrap import score_interval
 from lorakit.evaluation.held_out import evaluating, planned, rows_of
 from lorakit.models.load import most_tokens
 from lorakit.objectives.batch_sums import added
@@ -90,7 +90,7 @@ def evaluate_rewards(
     began = time.perf_counter()
     length = most_tokens(opened.model, max_length)
     rows = rows_of(objective, opened.tokenizer, samples, length)
-    scored, sums = _scored(opened, objective, rows, batch_size, pairs=paired[0])
+    scored, sums = scored_rows(opened, objective, rows, batch_size, pairs=paired[0])
     scores, interval = {"score": {"tuned": fmean(one.scores[0] for one in scored)}}, None
     if paired[0]:
         right = [_right(*one.scores) for one in scored]
@@ -105,14 +105,18 @@ def evaluate_rewards(
     )
 
 
-def _scored(
+def scored_rows(
     opened: OpenAdapter,
     objective: Reward,
     rows: Sequence[TokenizedRow],
     batch_size: int,
     pairs: bool,
 ) -> tuple[list[ScoredRow], dict[str, torch.Tensor]]:
-    """The scores of each row, and of pairs the sums of the objective's loss."""
+    """The scores of each row, and of pairs the sums of the objective's loss.
+
+    Args:
+        rows: all of them pairs (`pairs`), or none.
+    """
     model, tokenizer = opened.model, opened.tokenizer
     forward = objective.forward(model)
     batches, collate = planned(objective, model, tokenizer, rows, batch_size)

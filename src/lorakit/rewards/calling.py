@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sysconfig
 import time
 import traceback
@@ -20,6 +21,13 @@ from lorakit.errors import first_line, one_line
 from lorakit.rewards.returned_rewards import RewardFailedError, read_rewards
 from lorakit.rewards.reward_arguments import RewardCall, RewardLog, keyword_arguments
 from lorakit.time_limit import TimeLimitError
+
+_OF_LIST = re.compile(
+    r"'list' object has no attribute '(strip|split|lower|upper|find|startswith|endswith|replace)'"
+    r"|expected string or bytes-like object, got 'list'"
+    r"|the JSON object must be str, bytes or bytearray, not list"
+)
+"""What Python says where text is expected and there are messages."""
 
 TOO_LONG = "it took longer than its limit of time"
 
@@ -63,6 +71,13 @@ class _Running:
     size: int
     log: RewardLog = field(default_factory=RewardLog)
     begun: float = field(default_factory=time.perf_counter)
+    ended: float | None = None
+
+    async def awaited(self, awaitable: Awaitable[Any]) -> Any:
+        try:
+            return await awaitable
+        finally:
+            self.ended = time.perf_counter()
 
     def returned(self, value: Any) -> Outcome:
         try:
@@ -80,7 +95,7 @@ class _Running:
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+        return (self.ended or time.perf_counter()) - self.begun
 
 
 def called(
@@ -115,7 +130,7 @@ def called(
     if not waiting:
         return
     begin(-1)
-    results = together([awaitable for *_, awaitable in waiting])
+    results = together([running.awaited(awaitable) for _, running, awaitable in waiting])
     for (i, running, _), result in zip(waiting, results, strict=True):
         failed = isinstance(result, BaseException)
         yield i, running.raised(result) if failed else running.returned(result)
@@ -131,7 +146,23 @@ def described(error: BaseException) -> str:
         said = f"it raised {type(error).__name__}: {first_line(error)}"
         if first_line(error) == type(error).__name__:
             said = f"it raised {type(error).__name__}"
-    return one_line(said + _place(error))
+    return one_line(said + _place(error) + _cure(error))
+
+
+def _cure(error: BaseException) -> str:
+    """What to do where a function takes completions of the other form."""
+    said = first_line(error)
+    if isinstance(error, TypeError) and said.startswith("string indices must be integers"):
+        return (
+            ": if it reads completion[0]['content'], note that completions are texts here, as "
+            "prompts are no messages: read the text, or write prompts as messages"
+        )
+    if _OF_LIST.search(said):
+        return (
+            ": if it reads a completion as text, note that it is a list of messages here, as "
+            "prompts are messages: read completion[0]['content']"
+        )
+    return ""
 
 
 def _place(error: BaseException) -> str:

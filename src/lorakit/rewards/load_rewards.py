@@ -32,13 +32,21 @@ class RewardLoadError(Exception):
 def load_file(path: str) -> ModuleType:
     """The module in a file, with the other modules of its folder in reach.
 
+    A file of a package is imported as its module, so that relative imports work.
+
     Raises:
         RewardLoadError: it cannot be imported.
     """
     file = Path(path).resolve()
-    folder = str(file.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    folder, inside = file.parent, [file.stem]
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier():
+        inside.insert(0, folder.name)
+        folder = folder.parent
+    for place in dict.fromkeys((str(file.parent), str(folder))):
+        if place not in sys.path:
+            sys.path.insert(0, place)
+    if len(inside) > 1 and file.stem.isidentifier():
+        return load_module(".".join(inside))
     name = file.stem if file.stem.isidentifier() and file.stem not in sys.modules else "_rewards"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

@@ -18,6 +18,18 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_e
 """What functions get beside the columns; no column may have such a name."""
 ALSO = ("finish_reason", "reference")
 """More of each completion, where no column has that name."""
+STATE: dict[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+"""What `trainer_state` has, before a run."""
+
+OTHER_SIGNATURES = {
+    "solution_str": "verl",
+    "ground_truth": "verl",
+    "data_source": "verl",
+    "queries": "OpenRLHF",
+    "labels": "OpenRLHF",
+    "reward_model": "verl",
+}
+"""Parameters of reward functions that were written for other libraries, which call them so."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class RewardCall:
 
     Attributes:
         columns: of each name N values.
-        state: of the trainer (`global_step`, `max_steps`, `epoch`), where it is known.
+        state: of the trainer, as `STATE`.
     """
 
     prompts: list[Any]
@@ -48,7 +60,7 @@ class RewardCall:
             [one.completion for one in asked],
             [list(one.completion_ids) for one in asked],
             columns,
-            state,
+            STATE | state,
         )
 
     def __len__(self) -> int:

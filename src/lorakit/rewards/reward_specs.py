@@ -19,7 +19,12 @@ from lorakit.rewards.builtin import BUILT_IN, built_in, main_setting
 
 ADAPTER = "adapter"
 """The built-in reward that an adapter of objective reward gives; it needs the resident model."""
-_OWN_KEYS = ("type", "name")
+_TRLS = {
+    "accuracy_reward": "math_verify",
+    "think_format_reward": "format",
+    "reasoning_accuracy_reward": "{type: math_verify, after: </think>}",
+}
+"""TRL's names of built-in rewards, as they are called here."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,23 @@ def _spec(given: Any, folder: Path) -> RewardSpec:
             raise InputError("rewards: adapter has one setting, the path: {adapter: runs/reward}")
         return RewardSpec("adapter", path, "", settings, name)
     if path not in BUILT_IN:
-        known = [*BUILT_IN, ADAPTER]
-        raise InputError(
-            f"rewards: there is no '{path}'{did_you_mean(path, known)}: built in are "
-            f"{listed(known, 20)}; a function of yours is named as rewards.py:{path}"
-        )
+        raise _unknown(path)
     built_in(path, settings)  # so that wrong settings are found here
     return RewardSpec("builtin", path, "", settings, name)
+
+
+def _unknown(name: str) -> InputError:
+    known = [*BUILT_IN, ADAPTER]
+    module, _, attribute = name.rpartition(".")
+    cure = f"a function of yours is named as rewards.py:{name}"
+    if module:  # as TRL's command line and Axolotl have it
+        cure = f"a function of a module is named as {module}:{attribute}"
+    elif name in _TRLS:
+        cure = f"TRL's is {_TRLS[name]} here, or trl.rewards:{name}"
+    return InputError(
+        f"rewards: there is no '{name}'{did_you_mean(name, known)}: built in are "
+        f"{listed(known, 20)}; {cure}"
+    )
 
 
 def _of_mapping(given: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:

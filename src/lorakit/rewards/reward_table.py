@@ -28,6 +28,7 @@ class RewardInput:
         where: the place of the row, such as `orders.jsonl:12`.
         finish_reason: why the completion ended (`stop`, `length`), where it is known.
         reference: the row's own answer, where it has one.
+        messages: the prompt as messages, where `prompt` is a text of one of them.
     """
 
     prompt: Text
@@ -37,6 +38,16 @@ class RewardInput:
     where: str = ""
     finish_reason: str | None = None
     reference: str | None = None
+    messages: Sequence[dict[str, Any]] = ()
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The prompt and the completion as messages."""
+        prompt, completion = self.prompt, self.completion
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return [*(self.messages or asked), *completion]
 
 
 @dataclass(frozen=True)

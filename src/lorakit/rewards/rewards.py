@@ -23,7 +23,12 @@ from typing import Any, Protocol
 from lorakit.errors import InputError, LorakitError, did_you_mean, listed
 from lorakit.rewards.builtin import built_in, columns_of
 from lorakit.rewards.calling import Outcome
-from lorakit.rewards.reward_arguments import ARGUMENTS, RewardCall, missing
+from lorakit.rewards.reward_arguments import (
+    ARGUMENTS,
+    OTHER_SIGNATURES,
+    RewardCall,
+    missing,
+)
 from lorakit.rewards.reward_process import RewardProcess
 from lorakit.rewards.reward_specs import RewardSpec, read_specs, read_weights
 from lorakit.rewards.reward_table import RewardInput, RewardProblem, RewardTable
@@ -83,6 +88,11 @@ class Rewards:
         self.names = tuple(spec.name for spec in specs)
         self.weights, self.timeout = weights, timeout
         self._specs, self._groups, self._scorers = list(specs), list(groups), dict(scorers)
+        self._needed = [
+            (specs[i].name, [*required, *_columns_of(specs[i])])
+            for group in groups
+            for i, required in zip(group.positions, group.runner.required, strict=True)
+        ]
         self._columns: dict[str, None] = {}
         self._in_a_row = Counter[str]()
         self.stops = True
@@ -156,17 +166,17 @@ class Rewards:
         rows = f"{where}: " if where else ""
         _require_free(columns, rows)
         self._columns |= dict.fromkeys(columns)
-        for group in self._groups:
-            for i, required in zip(group.positions, group.runner.required, strict=True):
-                spec = self._specs[i]
-                needed = [*required]
-                if spec.kind == "builtin":
-                    needed += columns_of(built_in(spec.source, spec.settings))
-                for name in missing(needed, columns):
-                    raise InputError(
-                        f"{rows}reward {spec.name} needs the column {name}"
-                        f"{did_you_mean(name, columns)}: the rows have {listed(columns) or 'none'}"
+        for reward, needed in self._needed:
+            for name in missing(needed, columns):
+                reason = f"needs the column {name}{did_you_mean(name, columns)}"
+                if name in OTHER_SIGNATURES:
+                    reason = (
+                        f"takes {name}, as {OTHER_SIGNATURES[name]} calls reward functions: here "
+                        "they are called as in TRL, with completions and the columns of the rows"
                     )
+                raise InputError(
+                    f"{rows}reward {reward} {reason}: the rows have {listed(columns) or 'none'}"
+                )
 
     def __call__(
         self, asked: Sequence[RewardInput], state: Mapping[str, Any] | None = None
@@ -311,6 +321,24 @@ class Rewards:
             )
 
 
+def functions_of(path: str) -> list[str]:
+    """The reward functions in a file, as specs (`rewards.py:name`). It runs the file.
+
+    Raises:
+        InputError: it cannot be loaded, or has none.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"rewards: there is no file {path}")
+    process = RewardProcess("file", path, [], everything=True)
+    process.close()
+    if not process.found:
+        raise InputError(
+            f"rewards: {path} has no reward function: one has a parameter completions and returns "
+            "a list with a number for each"
+        )
+    return [f"{path}:{name}" for name in process.found]
+
+
 def _require_free(columns: Iterable[str], rows: str) -> None:
     """Raises InputError for a column with the name of an argument."""
     if taken := [name for name in columns if name in ARGUMENTS]:
@@ -343,6 +371,11 @@ def _runner(kind: str, source: str, specs: Sequence[RewardSpec]) -> _Runner:
         for spec in specs
     ]
     return RewardProcess(kind, source, named)
+
+
+def _columns_of(spec: RewardSpec) -> list[str]:
+    """The columns that a built-in reward reads; those of other ones are their parameters."""
+    return columns_of(built_in(spec.source, spec.settings)) if spec.kind == "builtin" else []
 
 
 def _open(scorer: OpenScorer | None, spec: RewardSpec) -> Scorer:

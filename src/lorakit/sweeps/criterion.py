@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import atomic
+from lorakit.bootstrap import Interval, score_interval, sums_interval
 from lorakit.data.samples import Sample
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import answer_samples
-from lorakit.evaluation.bootstrap import Interval, score_interval, sums_interval
 from lorakit.evaluation.evaluate import references
 from lorakit.evaluation.metrics import METRICS
 from lorakit.progress import task

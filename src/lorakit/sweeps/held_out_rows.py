@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.bootstrap import RowLosses
 from lorakit.data.batches import taken_from, under
 from lorakit.data.grouping import AT_ONCE
 from lorakit.data.masking import TokenizedRow
@@ -21,7 +22,6 @@ from lorakit.engine.resident import ResidentModel
 from lorakit.engine.shared_pass import AdapterBatch, passes
 from lorakit.evaluation.held_out import (
     Judge,
-    RowLosses,
     Sums,
     batch_losses,
     evaluating,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit import atomic
+from lorakit.bootstrap import Interval
 from lorakit.errors import InputError
-from lorakit.evaluation.bootstrap import Interval
 from lorakit.sweeps.criterion import Criterion
 from lorakit.sweeps.ranks import RankChoice
 from lorakit.sweeps.records import Record

@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lorakit.adapters.resize import resize
+from lorakit.bootstrap import Interval, mean_loss
 from lorakit.errors import InputError
-from lorakit.evaluation.bootstrap import Interval, mean_loss
 from lorakit.sweeps.records import Record
 from lorakit.sweeps.splits import REPORT, SELECTION
 from lorakit.sweeps.sweep_base import SweepBase

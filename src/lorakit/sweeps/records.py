@@ -15,9 +15,8 @@ import torch
 from pydantic import BaseModel, PrivateAttr
 
 from lorakit import atomic
+from lorakit.bootstrap import RowLosses, mean_loss
 from lorakit.errors import InputError
-from lorakit.evaluation.bootstrap import mean_loss
-from lorakit.evaluation.held_out import RowLosses
 from lorakit.sweeps.space.configurations import Configuration
 
 Metrics = dict[str, list[Any]]

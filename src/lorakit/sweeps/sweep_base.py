@@ -15,9 +15,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from lorakit.adapters.open import with_frozen
+from lorakit.bootstrap import Interval, loss_interval
 from lorakit.engine.resident import ResidentModel
 from lorakit.errors import InputError
-from lorakit.evaluation.bootstrap import Interval, loss_interval
 from lorakit.lora import LoraModel
 from lorakit.lora.parameters import count_parameters
 from lorakit.models.fused import fused

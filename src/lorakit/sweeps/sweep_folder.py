@@ -17,9 +17,9 @@ import yaml
 
 from lorakit import atomic
 from lorakit.adapters.manifest import METRICS_NAME, Manifest, write_manifest
+from lorakit.bootstrap import mean_loss
 from lorakit.commands import quoted
 from lorakit.errors import InputError, listed
-from lorakit.evaluation.bootstrap import mean_loss
 from lorakit.folder_lock import require_unlocked
 from lorakit.lora.locate import CONFIG_NAME, INITIAL_NAME, WEIGHTS_NAME
 from lorakit.models.template_files import write_templates

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import atomic
 from lorakit.adapters.open import open_adapter
+from lorakit.bootstrap import Interval, loss_interval
 from lorakit.data.prompts import Prompt
 from lorakit.data.samples import Sample
 from lorakit.data.splits import held_out, shuffled_groups
@@ -23,7 +24,6 @@ from lorakit.data.templates import ensure_template
 from lorakit.engine.sampler import sampled_answers
 from lorakit.engine.sampling import prompt_tokens
 from lorakit.errors import InputError, LorakitError
-from lorakit.evaluation.bootstrap import Interval, loss_interval
 from lorakit.evaluation.held_out import batch_losses, collator_of
 from lorakit.models.load import load_model
 from lorakit.objectives.distill import Distill

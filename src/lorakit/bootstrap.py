@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.evaluation.held_out import RowLosses
+RowLosses = list[tuple[float, int]]
+"""Of each row: its summed nats, and its supervised tokens (or another unit of an objective)."""
 
 DRAWS = 2000
 LEVEL = 0.95  # the share of draws within an interval
@@ -63,6 +64,21 @@ def loss_interval(
     if minus is None:
         return _interval(mean_loss(rows), means(rows))
     return _interval(mean_loss(rows) - mean_loss(minus), means(rows) - means(minus))
+
+
+def mean_interval(
+    groups: Sequence[tuple[float, int]],
+    seed: int = 0,
+    minus: Sequence[tuple[float, int]] | None = None,
+) -> Interval:
+    """The mean of values, and its interval over draws of the groups that they belong to.
+
+    Args:
+        groups: the sum of each group's values, and their number.
+        minus: of the same groups, whose mean is taken off.
+    """
+    units = range(len(groups))
+    return loss_interval([*groups], units, seed, None if minus is None else [*minus])
 
 
 def sums_interval(
