@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,63 @@ def _save_movement(folder: Path, layers: int, steps: int) -> None:
         ]
         lines.append({"step": step, "gradient_norm": [0.01] * len(modules), "update_norm": grown})
     (folder / "monitor.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def save_rewarded_run(folder: Path, steps: int = 40, held_out: int = 30) -> Path:
+    """A whole run's folder as reinforcement learning leaves it, with two reward functions."""
+    draw = random.Random(3)
+    rewards = ["valid_json", "right_fields"]
+    objective = {"type": "grpo", "rewards": [f"rewards.py:{name}" for name in rewards]}
+    recipe = _manifest(steps)["recipe"] | {"objective": objective}
+    save_run(folder, steps=steps, recipe=recipe, eval_loss=-0.8, base_eval_loss=-0.3)
+    lines, completions = [], []
+    for step in range(1, steps + 1):
+        share = 0.2 + 0.7 * step / steps
+        groups = []
+        for prompt in range(4):
+            where = f"orders.jsonl:{(step * 4 + prompt) % 24 + 1}"
+            values: list[list[float | None]] = [
+                [
+                    float(draw.random() < share),
+                    None if prompt == 3 else float(draw.random() < share),
+                ]
+                for _ in range(8)
+            ]
+            group: dict[str, Any] = {"where": where, "values": values}
+            group["reward"] = [sum(x or 0 for x in row) for row in values]
+            group |= {"tokens": [draw.randint(20, 60) for _ in values], "cut_off": 1}
+            group["prompt"] = f"Order {where}"
+            group["completion"] = f'{{"step": {step}}}' + " …" * draw.randint(0, 40)
+            groups.append(group)
+        completions.append({"step": step, "rewards": rewards, "groups": groups})
+        gap = "sampling/sampling_logp_difference"
+        lines.append(
+            {
+                "step": step,
+                "loss": 0.01 * draw.random(),
+                "reward": 2 * share,
+                **{f"rewards/{name}/mean": share for name in rewards},
+                "frac_reward_zero_std": 1 - share * (1 - share) * 4,
+                "completions/mean_length": 60 - 30 * share,
+                "completions/clipped_ratio": 0.1 * (1 - share),
+                "entropy": 1.2 - share,
+                f"{gap}/mean": 1e-7,
+                f"{gap}/max": 2e-6 * (1 + draw.random()),
+                "sampled_tokens_per_second": 300 + draw.random(),
+            }
+        )
+        if step % 10 == 0:
+            lines.append({"step": step, "eval_loss": -2 * share, "eval_reward": 2 * share})
+    for name, found in (("metrics", lines), ("completions", completions)):
+        text = "".join(f"{json.dumps(line)}\n" for line in found)
+        (folder / f"{name}.jsonl").write_text(text)
+
+    def measured(share: float) -> list[list[float]]:
+        rows = [[float(draw.random() < share) for _ in rewards] for _ in range(held_out)]
+        return [[*row, sum(row)] for row in rows]
+
+    where = [f"orders.jsonl:{i}" for i in range(held_out)]
+    states = {"base": measured(0.3), "tuned": measured(0.85)}
+    held = {"rewards": rewards, "where": where, "states": states}
+    (folder / "held_out_rewards.json").write_text(json.dumps(held))
+    return folder

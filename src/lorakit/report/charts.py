@@ -31,6 +31,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """An area between two curves with the same x; how wide it is says how sure a curve is."""
+
+    name: str
+    low: list[Point]
+    high: list[Point]
+
+
+@dataclass(frozen=True)
 class Tick:
     """A label of an axis, so many per cent from the left or from the top."""
 
@@ -90,9 +99,16 @@ class Scale:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, from_zero: bool = False, text: Callable = figures
+    title: str,
+    lines: Sequence[Line],
+    *,
+    from_zero: bool = False,
+    text: Callable = figures,
+    bands: Sequence[Band] = (),
 ) -> Chart | None:
     """Curves over the optimiser's steps, from step 0; None where no line has a point.
+
+    Bands lie behind them.
 
     The scale is logarithmic where values span a factor of 30 and zero need not be in sight.
     """
@@ -100,10 +116,14 @@ def line_chart(
     if not lines:
         return None
     values = [y for line in lines for _, y in line.points]
+    values += [y for band in bands for _, y in (*band.low, *band.high)]
     y = scale(min(values), max(values), from_zero)
     x = scale(0, max(max(line.points[-1][0] for line in lines), 1), True, snug=True)
     notes = ["log scale"] if y.log else []
     paths = []
+    for band in bands:
+        around = [(x(a) * WIDTH, (1 - y(b)) * HEIGHT) for a, b in (*band.low, *band.high[::-1])]
+        paths.append(("band", "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in around) + "Z"))
     for line in lines:
         shown = thinned(line.points)
         if len(shown) < len(line.points):
@@ -122,7 +142,7 @@ def line_chart(
         title,
         f"{title} over steps {lines[0].points[0][0]:g} to {lines[0].points[-1][0]:g}: "
         + first_to_last,
-        legend=[(line.kind, line.name) for line in named] if len(named) > 1 else [],
+        legend=_legend(named, bands),
         paths=paths,
         x_ticks=x.across("{:,g}".format),
         y_ticks=y.upright(plain if text is figures else text),
@@ -192,6 +212,11 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
     around = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
     means = [sum(y for _, y in near) / len(near) for near in around]
     return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+
+
+def _legend(lines: Sequence[Line], bands: Sequence[Band]) -> list[tuple[str, str]]:
+    shown = [(line.kind, line.name) for line in lines] + [("band", band.name) for band in bands]
+    return shown if len(shown) > 1 else []
 
 
 def _hits(lines: Sequence[Line], x: Scale, text: Callable) -> list[Hit]:

@@ -20,6 +20,7 @@ from lorakit.report.heat_map import LEVELS, heat_maps
 from lorakit.report.page_templates import require_place, write_page
 from lorakit.report.preferences import fall_of_both, preference_charts, preference_figures
 from lorakit.report.read import RecordedSample, RunRecord, read_run
+from lorakit.report.rewards import RewardPage, reward_page, shown_rewards
 
 REPORT_NAME = "report.html"
 _SMOOTH_FROM = 50  # logged steps from which a curve gets a smoothed one
@@ -58,6 +59,7 @@ def write_report(adapter: str | Path, output: str | Path | None = None) -> Repor
 def _content(run: RunRecord) -> dict[str, Any]:
     """All that the template names."""
     manifest = run.manifest
+    rewards = reward_page(run)
     movement = run.movement.relative_updates() if run.movement else {}
     norms = {s.path: s.norm for s in run.spectra}
     ranks = {s.path: s.effective_rank for s in run.spectra}
@@ -76,9 +78,11 @@ def _content(run: RunRecord) -> dict[str, Any]:
         "manifest": manifest,
         "stages": [*chain(run.folder)],
         "teacher": teacher,
-        "verdict": f"{findings.verdict(run)} {fall_of_both(run)}".strip(),
-        "key_figures": [*findings.key_figures(run), *preference_figures(run)],
-        "curves": _curves(run),
+        "verdict": _verdict(run, rewards),
+        "key_figures": _key_figures(run, rewards),
+        "curves": _curves(run, rewards),
+        "rewards": rewards,
+        "pairs": [_pair(pair) for pair in rewards.pairs] if rewards else [],
         "data": _data(run),
         "change_is_relative": bool(movement),
         "change_top": f"{(_per_cent if movement else _two_figures)(change_top)} or more",
@@ -96,14 +100,28 @@ def _content(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _curves(run: RunRecord) -> list[Chart]:
-    """The charts over steps, those without data left out."""
+def _verdict(run: RunRecord, rewards: RewardPage | None) -> str:
+    if rewards and rewards.verdict:
+        return rewards.verdict
+    return f"{findings.verdict(run)} {fall_of_both(run)}".strip()
+
+
+def _key_figures(run: RunRecord, rewards: RewardPage | None) -> list[tuple[str, str, str]]:
+    found = findings.key_figures(run)
+    if rewards and any(name == "Held-out reward" for name, *_ in rewards.key_figures):
+        found = [figure for figure in found if figure[0] != "Held-out loss"]
+    return [*(rewards.key_figures if rewards else ()), *found, *preference_figures(run)]
+
+
+def _curves(run: RunRecord, rewards: RewardPage | None) -> list[Chart]:
+    """The charts over steps, those without data left out; with rewards theirs come first."""
     loss, held_out = run.series("loss"), run.series("eval_loss")
     base = findings.first_loss(run.manifest) if run.manifest else None
     if base is not None and math.isfinite(base) and held_out:
         held_out = [(0.0, base), *held_out]
     moved = run.movement.together() if run.movement else []
     charts = [
+        *(rewards.charts if rewards else ()),
         line_chart(
             "Loss", [*_with_mean("training", loss), Line("held out", "dots second", held_out)]
         ),
@@ -160,6 +178,21 @@ def _sample(sample: RecordedSample) -> dict[str, Any]:
         ],
         "reference": sample.reference.strip(),
     }
+
+
+def _pair(pair: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The prompt of an early and a late completion, and both with their rewards."""
+    prompts = [*dict.fromkeys(one["prompt"] for one in pair)]
+    shown = [
+        {
+            **one,
+            "text": _shown(one["completion"]),
+            "worth": f"reward {shown_rewards({'': one['reward']}).strip()}"
+            + (f": {shown_rewards(one['rewards'])}" if len(one["rewards"]) > 1 else ""),
+        }
+        for one in pair
+    ]
+    return _shown("\n\n".join(prompts)), shown
 
 
 def _turn(content: Any) -> tuple[str, list[dict[str, str]]]:
