@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -25,12 +25,14 @@ HEADERS = {
     "Cache-Control": "no-cache",  # a new version of the package shows at once
 }
 
+_LINK = '<a id="to-training" href="training"'
+
 
 def install(app: FastAPI, training: bool = False) -> None:
     """Has `app` serve the pages: index.html at `/`, all files below `/page/`.
 
     Args:
-        training: whether training.html is at `/training`.
+        training: whether training.html is at `/training`, and the page at `/` has a link to it.
     """
     files = StaticFiles(directory=FOLDER)
     names = frozenset(file.name for file in FOLDER.iterdir() if file.is_file())
@@ -43,15 +45,23 @@ def install(app: FastAPI, training: bool = False) -> None:
         response.headers.update(HEADERS)
         return response
 
-    @app.get("/", include_in_schema=False, dependencies=anyone)
-    async def index(request: Request) -> Response:
-        return await sent("index.html", request.scope)
-
     if training:
+        whole = (FOLDER / "index.html").read_text(encoding="utf-8")
+        linked = whole.replace(f"{_LINK} hidden>", f"{_LINK}>")
+
+        @app.get("/", include_in_schema=False, dependencies=anyone)
+        async def index_with_link() -> Response:
+            return HTMLResponse(linked, headers=HEADERS)
 
         @app.get("/training", include_in_schema=False, dependencies=anyone)
         async def of_training(request: Request) -> Response:
             return await sent("training.html", request.scope)
+
+    else:
+
+        @app.get("/", include_in_schema=False, dependencies=anyone)
+        async def index(request: Request) -> Response:
+            return await sent("index.html", request.scope)
 
     @app.get("/page/{path:path}", include_in_schema=False, dependencies=anyone)
     async def file(path: str, request: Request) -> Response:

@@ -1,6 +1,7 @@
 """The page of the training service: who trains what, and a chat with what was saved."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ def address(engine: Engine, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def train(address: str) -> Callable[..., Any]:
+def train(address: str) -> Iterator[Callable[..., Any]]:
     """Makes a run of a key's and some steps of it."""
+    stack = ExitStack()
 
     def train(key: str, name: str, steps: int = 3) -> Any:
-        client = tinker.ServiceClient(base_url=address, api_key=key)
+        client = stack.enter_context(tinker.ServiceClient(base_url=address, api_key=key))
         run = client.create_lora_training_client(
             "taught-base", rank=4, seed=1, user_metadata={"name": name}
         ).result()
@@ -44,7 +46,8 @@ def train(address: str) -> Callable[..., Any]:
             step(run)
         return run
 
-    return train
+    with stack:
+        yield train
 
 
 def step(run: Any) -> None:
@@ -151,10 +154,13 @@ def test_the_page_fits_the_screen_and_can_be_read(
 def test_without_keys_the_usual_one_is_tried_and_another_can_be_given(
     visit: Callable[..., Person], engine: Engine, tmp_path: Path
 ):
-    with serving(engine, training_state=tmp_path / "open") as (address, _):
-        client = tinker.ServiceClient(base_url=address, api_key="tml-local")
+    with (
+        serving(engine, training_state=tmp_path / "open") as (address, _),
+        tinker.ServiceClient(base_url=address, api_key="tml-local") as client,
+    ):
         client.create_lora_training_client("taught-base", rank=2).result()
-        person = visit(f"{address}/training")
+        person = visit(address)
+        person.page.click("#to-training")  # the pages lead to each other
         person.page.wait_for_selector("#runs:visible")
         assert len(person.shown("#runs .name")) == 1
         assert person.shown("#chart") == ["No step has been made yet."]
@@ -163,5 +169,15 @@ def test_without_keys_the_usual_one_is_tried_and_another_can_be_given(
         person.page.press("#key", "Enter")
         person.page.wait_for_selector("#empty:visible")
         assert person.shown("#empty") == ["This key has no runs yet."]
-    with serving(engine) as (address, _):  # no service, no page
+        person.page.get_by_role("link", name="Compare models").click()
+        person.page.wait_for_selector("#columns select:visible")
+
+
+def test_without_the_service_there_is_neither_its_page_nor_a_link_to_it(
+    visit: Callable[..., Person], engine: Engine
+):
+    with serving(engine) as (address, _):
+        person = visit(address)
+        person.page.wait_for_selector("#columns select >> nth=0")
+        assert person.shown("#to-training") == []
         assert httpx.get(f"{address}/training").status_code == 404

@@ -2,16 +2,43 @@
 
 import { answerTo, Trouble } from "./api.js";
 import { compared } from "./differences.js";
+import { make } from "./elements.js";
 
 const REASONS = { stop: "complete", length: "cut at max tokens" };
-const template = document.querySelector("#answer-template");
+
+/** The elements of an answer. Both pages have it, and a file cannot be parsed as HTML here. */
+function empty() {
+  const figure = (name, title) => make("span", { class: name, ...(title && { title }) });
+  const action = (name, words) => make("button", { type: "button", class: name, hidden: "" }, words);
+  return make(
+    "article",
+    { class: "answer" },
+    make("h3"),
+    make("div", { class: "text", dir: "auto", "aria-live": "polite" }),
+    make("div", { class: "trouble", role: "alert", hidden: "" }),
+    make(
+      "footer",
+      {},
+      make(
+        "p",
+        { class: "figures" },
+        figure("waiting"),
+        figure("rate", "Tokens a second, from the first token to the last"),
+        figure("first-token", "Time from asking to the first token"),
+        figure("count"),
+        figure("reason"),
+      ),
+      make("span", { class: "actions" }, action("copy", "Copy"), action("retry", "Retry")),
+    ),
+  );
+}
 
 export class Answer {
   /** `retry` is called when the person asks for the answer anew; `say` tells the status line. */
   constructor(model, label, { retry, say }) {
     this.model = model;
     this.label = label;
-    this.element = template.content.firstElementChild.cloneNode(true);
+    this.element = empty();
     this.element.setAttribute("aria-label", `Answer of ${label}`);
     this.part("h3").textContent = label;
     this.part(".copy").addEventListener("click", async () => say(await this.#copied()));
@@ -109,11 +136,7 @@ export class Answer {
     trouble.hidden = state !== "failed";
     if (state !== "failed") return;
     const lines = [this.trouble.message, this.trouble.detail].filter(Boolean);
-    trouble.replaceChildren(...lines.map((line) => {
-      const paragraph = document.createElement("p");
-      paragraph.textContent = line;
-      return paragraph;
-    }));
+    trouble.replaceChildren(...lines.map((line) => make("p", {}, line)));
   }
 
   #measure(asked, { first, last, pieces, tokens, reason }) {

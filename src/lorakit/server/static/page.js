@@ -2,8 +2,9 @@
 // column has its own history, which is what its earlier answers and their prompts are.
 
 import { Answer } from "./answer.js";
-import { listModels, setKey } from "./api.js";
+import { listModels } from "./api.js";
 import { Columns } from "./columns.js";
+import { Notices } from "./notices.js";
 import { contentOf, imageOf, Pictures } from "./pictures.js";
 import { Settings } from "./settings.js";
 
@@ -15,6 +16,7 @@ const pictures = new Pictures(
   { list: $("#pictures"), button: $("#add-picture"), input: $("#picture-file"), composer: $("#composer") },
   { changed: follow, say },
 );
+const notices = new Notices(loadModels, { say, keyGiven: askAgain });
 let turns = []; // {prompt, pictures, element, answers: column → Answer}
 let following = true; // whether the end of the page is kept in view
 
@@ -62,7 +64,7 @@ async function ask(turn, column) {
   const asked = answer.ask({ messages: messagesOf(turn, column), ...settings.sampling });
   update();
   await asked;
-  if (answer.trouble?.status === 401) askForKey(answer.trouble.message);
+  if (answer.trouble?.status === 401) notices.askForKey(answer.trouble.message);
   if (answer.trouble?.status === 404) loadModels();
   if (!busy()) say("No more answers are coming.");
   update();
@@ -163,34 +165,16 @@ function fitPrompt() {
 
 // The server
 
-async function loadModels() {
-  try {
+function loadModels() {
+  return notices.during(async () => {
     const models = await listModels();
     columns.serve(models);
     pictures.allow(models.some((model) => model.pictures));
-    $("#key-form").hidden = true;
-    $("#trouble").hidden = true;
-  } catch (trouble) {
-    if (trouble.status === 401) return askForKey(trouble.message);
-    $("#trouble-text").textContent = [trouble.message, trouble.detail].filter(Boolean).join(" ");
-    $("#trouble").hidden = false;
-  }
-  return undefined;
+  });
 }
 
-function askForKey(why) {
-  $("#trouble").hidden = true;
-  $("#key-why").textContent = why;
-  $("#key-form").hidden = false;
-  $("#key").focus();
-  say(why);
-}
-
-async function useKey() {
-  setKey($("#key").value.trim());
-  $("#key").value = "";
-  await loadModels();
-  if (!$("#key-form").hidden) return;
+// With the key that was missing when the last turn was asked.
+function askAgain() {
   prompt.focus();
   for (const [column, answer] of turns.at(-1)?.answers ?? [])
     if (answer.trouble?.status === 401) ask(turns.at(-1), column);
@@ -206,10 +190,8 @@ const on = (selector, event, act) =>
 // While an input method composes, Enter chooses a word and Escape drops it; 229 is Safari's sign.
 const composes = (event) => event.isComposing || event.keyCode === 229;
 on("#composer", "submit", send);
-on("#key-form", "submit", useKey);
 on("#stop", "click", stop);
 on("#clear", "click", clear);
-on("#reload-models", "click", loadModels);
 on("#differences", "change", update);
 on("#turns", "grown", follow);
 on("#prompt", "input", fitPrompt);
@@ -227,9 +209,9 @@ document.addEventListener("scroll", () => {
 });
 // Adapters come and go while the server runs.
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && $("#key-form").hidden) loadModels();
+  if (!document.hidden && !notices.asksForKey) loadModels();
 });
 
 update();
 await loadModels();
-if (matchMedia("(hover: hover)").matches && $("#key-form").hidden) prompt.focus();
+if (matchMedia("(hover: hover)").matches && !notices.asksForKey) prompt.focus();

@@ -2,8 +2,10 @@
 // saved. It asks the server again every few seconds for as long as it is looked at.
 
 import { Answer } from "./answer.js";
-import { hasKey, setKey, setSpareKey, trainingState } from "./api.js";
+import { hasKey, setSpareKey, trainingState } from "./api.js";
 import { draw, shown, sparkline } from "./curves.js";
+import { make } from "./elements.js";
+import { Notices } from "./notices.js";
 
 const EVERY = 3000; // milliseconds
 const USUAL_KEY = "tml-local"; // what the documentation has clients use on one's own machine
@@ -15,6 +17,7 @@ let chosen = null; // id of the run that is shown
 let chat = null; // {model, label, turns: [{prompt, answer}]}
 let drawn = ""; // what the chosen run's part shows
 
+const notices = new Notices(load);
 setSpareKey(USUAL_KEY);
 
 function say(words) {
@@ -23,16 +26,9 @@ function say(words) {
 
 // What the server says
 
-async function load() {
-  try {
-    show(await trainingState());
-    $("#trouble").hidden = true;
-  } catch (trouble) {
-    if (trouble.status === 401) return askForKey(trouble.message);
-    $("#trouble-text").textContent = [trouble.message, trouble.detail].filter(Boolean).join(" ");
-    $("#trouble").hidden = false;
-  }
-  return undefined;
+function load(afresh = false) {
+  if (afresh) [chosen, drawn] = [null, ""];
+  return notices.during(async () => show(await trainingState()));
 }
 
 function show(state) {
@@ -63,11 +59,9 @@ function show(state) {
 }
 
 function figures(values) {
-  const parts = Object.entries(values).map(([name, value]) => {
-    const part = document.createElement("div");
-    part.append(text("dt", name), text("dd", String(value)));
-    return part;
-  });
+  const parts = Object.entries(values).map(([name, value]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, String(value))),
+  );
   $("#figures").replaceChildren(...parts);
 }
 
@@ -184,32 +178,9 @@ function update() {
   $("#stop").hidden = !busy();
 }
 
-// The key
-
-function askForKey(why) {
-  $("#trouble").hidden = true;
-  if (why) $("#key-why").textContent = why;
-  $("#key-form").hidden = false;
-  $("#key").focus();
-}
-
-async function useKey() {
-  setKey($("#key").value.trim());
-  $("#key").value = "";
-  $("#key-form").hidden = true;
-  [chosen, drawn] = [null, ""];
-  await load();
-}
-
 // Words
 
 const clone = (selector) => $(selector).content.firstElementChild.cloneNode(true);
-
-function text(name, words) {
-  const element = document.createElement(name);
-  element.textContent = words;
-  return element;
-}
 
 /** What its client calls it, or the beginning of its id and its number in the session. */
 function nameOf({ id, metadata }) {
@@ -229,9 +200,7 @@ const on = (selector, event, act) =>
     if (event === "submit") happened.preventDefault();
     act(happened);
   });
-on("#key-form", "submit", useKey);
-on("#change-key", "click", () => askForKey());
-on("#again", "click", load);
+on("#change-key", "click", () => notices.askForKey());
 on("#composer", "submit", send);
 on("#stop", "click", () => chat.turns.at(-1)?.answer.stop());
 on("#prompt", "keydown", (event) => {
@@ -242,5 +211,5 @@ on("#prompt", "keydown", (event) => {
 
 await load();
 setInterval(() => {
-  if (!document.hidden && $("#key-form").hidden) load();
+  if (!document.hidden && !notices.asksForKey) load();
 }, EVERY);
