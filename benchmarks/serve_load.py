@@ -23,6 +23,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.resident_memory import growth, resident_mb
 from benchmarks.serve import MODEL, QUESTIONS, save_adapters
 
 KEYS = {"Authorization": "Bearer load"}
@@ -112,10 +113,7 @@ async def load_and_unload(
 async def watch(process: int, end: float, seen: Seen) -> None:
     while time.monotonic() < end:
         await asyncio.sleep(5)
-        status = Path(f"/proc/{process}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        seen.memory.append(int(found[1]) * 1024 / 1e6)
+        seen.memory.append(resident_mb(process))
 
 
 async def load(address: str, process: int, folders: list[Path], args: argparse.Namespace) -> Seen:
@@ -158,11 +156,7 @@ def main() -> None:
     for name, times in (("first token", seen.first), ("between tokens", seen.between)):
         cuts = statistics.quantiles(times, n=100)
         print(f"{name}: p50 {cuts[49] * 1000:.0f} ms, p99 {cuts[98] * 1000:.0f} ms")
-    # The first minute fills what grows with use: the cache's rows, the adapters in memory.
-    settled = seen.memory[len(seen.memory) // 5 :]
-    half = len(settled) // 2
-    early, late = (statistics.median(part) for part in (settled[:half], settled[half:]))
-    print(f"memory: {early:.0f} MB, then {late:.0f} MB ({late / early - 1:+.1%})")
+    print(growth(seen.memory))
 
 
 if __name__ == "__main__":

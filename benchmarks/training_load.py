@@ -19,15 +19,9 @@ from typing import Any
 
 from tinker import types
 
+from benchmarks.resident_memory import growth, resident_mb
 from benchmarks.serve import MODEL
-from benchmarks.training_service import (
-    connected,
-    datums,
-    in_threads,
-    resident_mb,
-    rows_of,
-    serving,
-)
+from benchmarks.training_service import connected, datums, in_threads, rows_of, serving
 
 RANKS = (1, 8, 32)
 
@@ -119,12 +113,7 @@ def main() -> None:
         f"share of an equal one: slowest {shares[0]:.2f}, median {statistics.median(shares):.2f}, "
         f"fastest {shares[-1]:.2f}"
     )
-    if len(seen.memory) >= 10:
-        # The first fifth fills what grows with use: the cache's rows, the adapters in memory.
-        settled = seen.memory[len(seen.memory) // 5 :]
-        half = len(settled) // 2
-        early, late = (statistics.median(part) for part in (settled[:half], settled[half:]))
-        print(f"memory: {early:.0f} MB, then {late:.0f} MB ({late / early - 1:+.1%})")
+    print(growth(seen.memory))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.resident_memory import resident_mb
 from benchmarks.turns import Figures, take_turns
 
 CASES = {
@@ -130,13 +130,6 @@ def in_threads(works: list[Callable[[], None]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def resident_mb(process: int) -> float:
-    """What a process has in memory now, in 10**6 bytes."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-    assert found
-    return int(found[1]) * 1024 / 1e6
 
 
 # --- the sides ------------------------------------------------------------------------------------
