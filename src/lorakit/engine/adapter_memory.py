@@ -21,7 +21,8 @@ from lorakit.engine.resident import ResidentModel
 from lorakit.errors import LorakitError
 from lorakit.lora.config import LoraConfig
 
-_COPIES = 4  # values, gradients and two moments of Adam
+COPIES = 4
+"""What an adapter in training has of each parameter: value, gradient and Adam's two moments."""
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 _log = logging.getLogger("lorakit.training")
 
@@ -68,7 +69,7 @@ class AdapterMemory:
     def added(self, name: str) -> None:
         """An adapter has been created or loaded; others make room for it."""
         tensors = self._resident.trained(name).values()
-        self._sizes[name] = _COPIES * sum(t.numel() * t.element_size() for t in tensors)
+        self._sizes[name] = COPIES * sum(t.numel() * t.element_size() for t in tensors)
         self._sizes.move_to_end(name)
         self._make_room(0, {name})
 

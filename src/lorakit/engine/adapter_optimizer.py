@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from lorakit import atomic
 from lorakit.errors import InputError
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -30,16 +29,15 @@ class AdamW:
     max_grad_norm: float = 0.0
 
 
-def save_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], path: Path
-) -> None:
-    tensors = {
-        f"{key}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state of these parameters, by `parameter:name`, as the file has it."""
+    return {
+        f"{key}:{name}": torch.as_tensor(value).detach()
         for key, parameter in parameters.items()
         for name, value in optimizer.state[parameter].items()
     }
-    with atomic.replacing_file(path) as temporary:
-        save_file(tensors, temporary)
 
 
 def load_optimizer(

@@ -8,7 +8,7 @@ and its own settings. The model and its adapters are `resident.py`'s, how rows a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -20,20 +20,22 @@ import torch
 
 from lorakit.engine.adapter_optimizer import AdamW
 from lorakit.engine.fair_share import FairQueue
+from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
 from lorakit.engine.preparing import Asked, Preparing
+from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
 from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
-from lorakit.engine.scoring import prompt_logprobs, score
+from lorakit.engine.scoring import score
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.routing import BASE, Route
+from lorakit.lora.routing import BASE
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_model
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from lorakit.data.picture_rows import RowPictures
 
 POOL_BYTES = 2 << 30
+
+_Scored = tuple[Scored, Version | None, Loaded | None, Ticket | None]
 
 
 class Engine:
@@ -107,22 +111,25 @@ class Engine:
         self.resident = ResidentModel(model, pad, stays_wrapped=True)
         self.resident.pack()
         self._bank = self.resident.model
-        if self.resident.generate_only:
+        if self.resident.carried.why_not:
             self.notices.append(
                 f"{model_name} is computed by transformers' generate "
-                f"({self.resident.generate_only}): answers that begin together are written "
+                f"({self.resident.carried.why_not}): answers that begin together are written "
                 "together, later ones wait for them"
             )
         self._vocabulary = vocabulary_size(model)
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self._batch = self.resident.answers(max_rows, self.context_length, self._features)
-        self._used: dict[str, None] = {}  # adapters in the bank, the latest used last
+        self._joined = JoinedAdapters(self._bank, max_rows)
         self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
         self._preparing = Preparing(
             self._features, lambda asked: self._queue.push_first(asked), self._changed
         )
         self.training = TrainingQueue(self.resident, self._wake)
+        carried = self.resident.carried
+        self._reads_together = carried.padded and not carried.why_not
+        self._scorer = Scorer(model, self._bank.routing)
         self._closing = False
         self._deadline = 0.0
         self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
@@ -168,24 +175,46 @@ class Engine:
         return ticket
 
     def score_prompt(
-        self, prompt: Sequence[int], adapter: str | None = None, top: int = 0, owner: str = ""
-    ) -> Future[tuple[list[float], list[list[tuple[int, float]]]]]:
-        """The log-probabilities of a prompt's tokens (`scoring.prompt_logprobs`), from any thread.
+        self,
+        prompt: Sequence[int],
+        adapter: str | None = None,
+        top: int = 0,
+        owner: str = "",
+        answer: Ticket | None = None,
+    ) -> Future[PromptScores]:
+        """The log-probabilities of a prompt's tokens, from any thread.
+
+        Prompts that wait together are computed together, each by its own adapter.
+
+        Args:
+            top: so many of the likeliest tokens in the place of each.
+            answer: a request for one token behind the prompt, which the same pass gives.
 
         Raises:
             InputError: as `submit`.
         """
         check_prompt(prompt, self.context_length, self._vocabulary)
         version, loaded = self._found(adapter)
+        key = BASE if version is None else version.key
+        scored = Scored(key, prompt, top, goes_on=answer is not None)
+        return self.training.together(
+            self._score_prompts,
+            (scored, version, loaded, answer),
+            owner=owner or "prompts",
+            tokens=len(prompt),
+            most=self.max_rows if self._reads_together else 1,
+        )
 
-        def work() -> tuple[list[float], list[list[tuple[int, float]]]]:
-            self._bring(version, loaded)
-            self.resident.answering()
-            key = BASE if version is None else version.key
-            with torch.inference_mode():
-                return prompt_logprobs(self._model, self._bank.routing, key, prompt, top)
-
-        return self.training.call(None, work, owner=owner or "prompts", tokens=len(prompt))
+    def _score_prompts(self, asked: Sequence[_Scored]) -> list[PromptScores]:
+        needed = {version.key for _, version, *_ in asked if version is not None}
+        for _, version, loaded, _ in asked:
+            self._bring(version, loaded, needed)
+        self.resident.answering()
+        found = self._scorer.score([scored for scored, *_ in asked])
+        for scores, (_, version, _, answer) in zip(found, asked, strict=True):
+            if answer is not None and scores.next_logits is not None:
+                self._row(answer, version).answer_at_once(scores.next_logits)
+        return found
 
     def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template that the adapter was trained with.
@@ -265,8 +294,8 @@ class Engine:
 
     def save(self, name: str, folder: str | Path, *, optimizer: bool = True) -> None:
         """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
-        work = partial(self.resident.save, name, folder, optimizer=optimizer)
-        self.training.call(name, work).result()
+        work = partial(self.resident.copied, name, optimizer=optimizer)
+        self.training.call(name, work).result().save(folder)
 
     row = staticmethod(answer_row)
 
@@ -356,20 +385,7 @@ class Engine:
                 require_inputs(name, row, settings)
         elif settings:
             raise InputError("settings are for losses that are given by their names")
-        own: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            own.setdefault(row.adapter, []).append(i)
-        handed_in = self.training.forward_backward
-        futures = [
-            handed_in(adapter, [rows[i] for i in places], loss, learning=learning)
-            for adapter, places in own.items()
-        ]
-        found = [future.result() for future in futures]
-        logprobs, losses = [torch.empty(0)] * len(rows), [0.0] * len(rows)
-        for places, part in zip(own.values(), found, strict=True):
-            for i, row_logprobs, value in zip(places, part.logprobs, part.losses, strict=True):
-                logprobs[i], losses[i] = row_logprobs, value
-        return PassResult(logprobs, losses)
+        return self.training.over_rows(rows, loss, learning=learning)
 
     def __enter__(self) -> Self:
         return self
@@ -461,22 +477,13 @@ class Engine:
             return AnswerRow(ticket, BASE, self.tokenizer, self._ending, self._model.device)
         return AnswerRow(ticket, version.key, version.tokenizer, version.ending, self._model.device)
 
-    @torch.inference_mode(False)
-    def _bring(self, version: Version | None, loaded: Loaded | None) -> None:
-        """Adds an adapter to the bank, in the place of an idle one if it is full."""
-        if version is None or loaded is None:
-            return
-        if version.key not in self._bank.peft_config:
-            self._bank.routing.route = Route()
-            in_use = {row.adapter for row in self._batch.rows}
-            idle = [other for other in self._used if other not in in_use]
-            # As many as there are rows find room; the longest unused goes first.
-            for other in idle[: max(0, len(self._used) - self.max_rows + 1)]:
-                self._bank.delete_adapter(other)
-                del self._used[other]
-            self._bank.add_packed(version.key, loaded.config, loaded.parts)
-        self._used.pop(version.key, None)
-        self._used[version.key] = None
+    def _bring(
+        self, version: Version | None, loaded: Loaded | None, needed: Collection[str] = ()
+    ) -> None:
+        """Has an adapter in the bank, with those `needed` and those of answers under way."""
+        if version is not None and loaded is not None:
+            in_use = {row.adapter for row in self._batch.rows} | set(needed)
+            self._joined.bring(version.key, loaded, in_use)
 
     def _end_all(self) -> None:
         with self._changed:

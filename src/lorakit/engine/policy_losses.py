@@ -119,6 +119,7 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = {
 
 _NEAREST = {
     "stable_reinforce": "its formula is not public; importance_sampling is the nearest",
+    "custom": "custom losses are computed by the client: forward_backward_custom takes a function",
 }
 
 

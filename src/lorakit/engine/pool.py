@@ -198,6 +198,8 @@ class AdapterPool:
         with self._lock:
             self._versions.pop(name, None)
             self._loaded.pop(version, None)
+            if version.info.owner:  # such names come and go, and are numbered anew
+                self._registered.pop(name, None)
 
     def infos(self) -> list[AdapterInfo]:
         """All adapters, in the order of their registration."""

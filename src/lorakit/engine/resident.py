@@ -21,11 +21,12 @@ from torch import nn
 
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
+from lorakit.engine.adapter_copy import AdapterCopy
 from lorakit.engine.adapter_optimizer import (
     OPTIMIZER_NAME,
     AdamW,
     load_optimizer,
-    save_optimizer,
+    optimizer_tensors,
 )
 from lorakit.engine.batch import Batch
 from lorakit.engine.carried import Carried, how_carried
@@ -49,7 +50,6 @@ from lorakit.lora.joining import pack_adapter, unpack_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route
-from lorakit.lora.saving import save_adapter, write_card
 from lorakit.lora.streams import Stream
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fused import fused_forwards, in_use
@@ -123,8 +123,7 @@ class ResidentModel:
                 base that other adapters share.
         """
         self._require_new(name)
-        reason = why_not_shared(self.base, config)
-        beside = self.adapters or self._stays_wrapped
+        reason, beside = why_not_shared(self.base, config), self.adapters or self._stays_wrapped
         if beside and config.init.kind.changes_base:
             raise InputError(f"adapter {name} cannot be created beside others: {reason}")
         with torch.random.fork_rng():
@@ -159,14 +158,15 @@ class ResidentModel:
 
     def save(self, name: str, folder: str | Path, *, optimizer: bool = True) -> None:
         """Writes an adapter in PEFT's form, and its optimizer's state if it has made a step."""
+        self.copied(name, optimizer=optimizer).save(folder)
+
+    def copied(self, name: str, *, optimizer: bool = True) -> AdapterCopy:
+        """An adapter as it is now, for any thread to write, with the optimizer's state if any."""
         self._require(name)
-        save_adapter(self.model, Path(folder), name)
-        write_card(folder, self.base)
-        state = Path(folder) / OPTIMIZER_NAME
+        state: dict[str, torch.Tensor] = {}
         if optimizer and name in self._optimizers:
-            save_optimizer(self._optimizers[name], self.trained(name), state)
-        else:
-            state.unlink(missing_ok=True)
+            state = optimizer_tensors(self._optimizers[name], self.trained(name))
+        return AdapterCopy.of(self.model, name, state)
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; without any the base is as it was."""
@@ -365,13 +365,9 @@ class ResidentModel:
         """Prepares the model to answer, as it may have been trained meanwhile."""
         self._train(False)
 
-    @property
-    def generate_only(self) -> str:
-        """Why transformers' `generate` writes answers; empty where they join and leave freely."""
-        return self._carried.why_not
-
     @cached_property
-    def _carried(self) -> Carried:
+    def carried(self) -> Carried:
+        """Whether answers join and leave freely, and how prompts may be read."""
         self._train(False)
         with self.model.routing.using(Route()):
             return how_carried(self.base)
@@ -384,7 +380,7 @@ class ResidentModel:
         Args:
             features: of pictures, under adapters that are not trained.
         """
-        return self._carried.batch(self.base, self.model.routing, rows, length, features=features)
+        return self.carried.batch(self.base, self.model.routing, rows, length, features=features)
 
     def pack(self, names: Iterable[str] = ()) -> None:
         """Lays the factors of these adapters out for sampling, as they are now."""
@@ -392,7 +388,7 @@ class ResidentModel:
         if model.packed is None:
             with torch.no_grad(), model.routing.using(Route()):
                 one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                run = nullcontext if self.generate_only else lambda: self.base(input_ids=one)
+                run = nullcontext if self.carried.why_not else lambda: self.base(input_ids=one)
                 model.pack(same_inputs(self.base, run))
         for name in names:
             if model.packed is not None and name not in model.packed:

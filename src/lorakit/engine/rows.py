@@ -104,6 +104,14 @@ class AnswerRow:
             self.fail(f"the answer could not be written: {reason(error)}")
         return self.last if self.tokens else 0
 
+    def answer_at_once(self, logits: torch.Tensor) -> None:
+        """Answers a request for one token by the logits (vocabulary,) behind the whole prompt."""
+        self.read = len(self.prompt)
+        if logits.max().isfinite():  # NaN wherever there is one
+            self.advance(logits)
+        else:
+            self.fail_by_logits()
+
     def finish(self, why: FinishReason, text: str = "") -> None:
         """Ends the answer, with the text that was held back."""
         if self.finished:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _HEAD = "score"
 _HEADS = (_HEAD, "classifier")  # PEFT names both, whichever a model has
 
-_AT_ONCE = 256  # positions whose logits are there in float32 at a time
-
 
 def without_head(
     config: LoraConfig, tensors: Mapping[str, torch.Tensor]
@@ -93,27 +91,3 @@ def score(
         h = model.base_model(**batch, use_cache=False).last_hidden_state
     last = h.flatten(0, 1)[last_tokens(batch, pad_token_id)]
     return float(last[0].float() @ head.to(device))
-
-
-def prompt_logprobs(
-    model: Any, routing: Routing, adapter: str, tokens: Sequence[int], top: int = 0
-) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """How likely an adapter of `model` finds each token of a prompt behind those before it.
-
-    Args:
-        top: so many of the likeliest tokens in the place of each.
-
-    Returns: log-probabilities in nats, NaN for the first token; and for each token pairs of a
-        token and its log-probability, none for the first.
-    """
-    ids = torch.tensor([[*tokens]], device=next(model.parameters()).device)
-    with routing.using(Route.of_rows((adapter,))):
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    found, rivals = [float("nan")], [list[tuple[int, float]]()]
-    for part, own in zip(logits.split(_AT_ONCE), ids[0, 1:].split(_AT_ONCE), strict=True):
-        logs = part.float().log_softmax(-1)
-        found += logs.gather(1, own[:, None])[:, 0].tolist()
-        best = logs.topk(min(top, logs.shape[-1]))
-        for tokens_of, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            rivals.append([*zip(tokens_of, values, strict=True)])
-    return found, rivals

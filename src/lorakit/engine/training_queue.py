@@ -26,6 +26,7 @@ from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss
 from lorakit.errors import InputError, LorakitError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 PASS_TOKENS = 2560
 """How many tokens of all tenants together go through the model at a time."""
@@ -36,6 +37,16 @@ class _Call:
     work: Callable[[], Any]
     owner: str
     tokens: int = 0
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Joint:
+    work: Callable[[Sequence[Any]], Sequence[Any]]
+    item: Any
+    owner: str
+    tokens: int
+    most: int
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -52,6 +63,9 @@ class _Pass:
     @property
     def done(self) -> int:
         return len(self.logprobs)
+
+
+_Operation = _Call | _Joint | _Pass
 
 
 class TrainingQueue:
@@ -76,7 +90,7 @@ class TrainingQueue:
         pass_tokens: int = PASS_TOKENS,
     ) -> None:
         self._resident, self._wake, self._pass_tokens = resident, wake, pass_tokens
-        self._queues: dict[str | int, deque[_Call | _Pass]] = {}
+        self._queues: dict[str | int, deque[_Operation]] = {}
         self._alone = itertools.count()
         self._lock = Lock()
         self._closed = False
@@ -101,6 +115,26 @@ class TrainingQueue:
         place = next(self._alone) if tenant is None else tenant
         return self._add(place, _Call(work, owner or str(place), tokens))
 
+    def together(
+        self,
+        work: Callable[[Sequence[Item]], Sequence[T]],
+        item: Item,
+        *,
+        owner: str,
+        tokens: int,
+        most: int,
+    ) -> Future[T]:
+        """Has `work` executed with this item and others that wait for the same `work`.
+
+        Where it fails, each of them is tried by itself.
+
+        Args:
+            work: gives a result for each of its items.
+            tokens: what the item costs. As many go together as fit into a pass, padded.
+            most: how many items go together.
+        """
+        return self._add(next(self._alone), _Joint(work, item, owner, tokens, most))
+
     def forward_backward(
         self,
         tenant: str,
@@ -115,6 +149,24 @@ class TrainingQueue:
         Where it fails, the gradients that the tenant has accumulated are dropped.
         """
         return self._add(tenant, _Pass(list(rows), loss, learning, owner or tenant))
+
+    def over_rows(
+        self, rows: Sequence[AdapterRow], loss: TokenLoss, *, learning: bool
+    ) -> PassResult:
+        """`forward_backward` of rows of several tenants, whose end is waited for."""
+        places: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            places.setdefault(row.adapter, []).append(i)
+        futures = [
+            self.forward_backward(tenant, [rows[i] for i in own], loss, learning=learning)
+            for tenant, own in places.items()
+        ]
+        found = [future.result() for future in futures]
+        logprobs, losses = [torch.empty(0)] * len(rows), [0.0] * len(rows)
+        for own, part in zip(places.values(), found, strict=True):
+            for i, row_logprobs, value in zip(own, part.logprobs, part.losses, strict=True):
+                logprobs[i], losses[i] = row_logprobs, value
+        return PassResult(logprobs, losses)
 
     def waiting(self) -> bool:
         """Whether there is something to do."""
@@ -140,7 +192,7 @@ class TrainingQueue:
         for op in left:
             op.future.set_exception(LorakitError("the engine is closed"))
 
-    def _add(self, tenant: str | int, op: _Call | _Pass) -> Future[Any]:
+    def _add(self, tenant: str | int, op: _Operation) -> Future[Any]:
         with self._lock:
             if self._closed:
                 raise LorakitError("the engine is closed and takes no more operations")
@@ -161,7 +213,7 @@ class TrainingQueue:
         for tenant, call in self._heads(_Call).items():
             if not call.tokens:
                 self._call(tenant, call)
-        waiting = self._heads((_Call, _Pass))
+        waiting = self._heads((_Call, _Joint, _Pass))
         ready = {t: op for t, op in waiting.items() if isinstance(op, _Pass) or op.tokens}
         if not ready:
             return
@@ -173,6 +225,8 @@ class TrainingQueue:
         if isinstance(op, _Call):
             self._fair.charge(first, op.tokens)
             self._call(tenant, op)
+        elif isinstance(op, _Joint):
+            self._together(self._likes(tenant, op, ready))
         else:
             self._pass(self._group(tenant, op, ready), op.learning)
 
@@ -184,12 +238,52 @@ class TrainingQueue:
 
         self._end(tenant, call, work)
 
+    def _likes(self, tenant: int, op: _Joint, ready: Mapping[int, _Operation]) -> dict[int, _Joint]:
+        """The items that this one is computed together with, and their places in the queue.
+
+        They are in turn those of the owner with the fewest tokens, as long as they fit.
+        """
+        waiting: dict[str, deque[tuple[int, _Joint]]] = {}
+        for place, other in ready.items():
+            if place != tenant and isinstance(other, _Joint) and other.work == op.work:
+                waiting.setdefault(other.owner, deque()).append((place, other))
+        served = {owner: self._fair.served(owner) for owner in (op.owner, *waiting)}
+        served[op.owner] += op.tokens
+        found, longest = {tenant: op}, op.tokens
+        while waiting and len(found) < op.most:
+            owner = min(waiting, key=lambda owner: (served[owner], owner))
+            place, other = waiting[owner].popleft()
+            width = max(longest, other.tokens)
+            fits = width * (len(found) + 1) <= self._pass_tokens
+            if fits:
+                found[place], longest = other, width
+                served[owner] += other.tokens
+            if not (fits and waiting[owner]):
+                del waiting[owner]
+        return found
+
+    def _together(self, group: Mapping[int, _Joint]) -> None:
+        for op in group.values():
+            self._fair.charge(op.owner, op.tokens)
+        [work] = {op.work for op in group.values()}
+        try:
+            results = work([op.item for op in group.values()])
+        except BaseException:
+            if len(group) > 1:
+                for place, op in group.items():
+                    self._end(place, op, lambda op=op: op.work([op.item])[0])  # type: ignore[misc]
+            else:
+                self._fail(group)
+            return
+        for (place, op), result in zip(group.items(), results, strict=True):
+            self._end(place, op, lambda result=result: result)  # type: ignore[misc]
+
     def _heads(self, kind: type[Any] | tuple[type[Any], ...]) -> dict[Any, Any]:
         with self._lock:
             firsts = {tenant: queue[0] for tenant, queue in self._queues.items() if queue}
         return {tenant: op for tenant, op in firsts.items() if isinstance(op, kind)}
 
-    def _end(self, tenant: str | int, op: _Call | _Pass, result: Callable[[], Any]) -> None:
+    def _end(self, tenant: str | int, op: _Operation, result: Callable[[], Any]) -> None:
         """The first operation of a tenant has ended, as `result` says."""
         with self._lock:
             queue = self._queues.get(tenant)
@@ -287,10 +381,10 @@ class TrainingQueue:
             if op.done == len(op.rows):
                 self._end(tenant, op, lambda op=op: PassResult(op.logprobs, op.losses))  # type: ignore[misc]
 
-    def _fail(self, group: Mapping[str, _Pass]) -> None:
+    def _fail(self, group: Mapping[Any, _Operation]) -> None:
         """Ends these operations with the error that is being handled."""
         for tenant, op in group.items():
-            if op.learning and tenant in self._resident.adapters:
+            if isinstance(op, _Pass) and op.learning and tenant in self._resident.adapters:
                 self._resident.drop_gradients(tenant)
             self._end(tenant, op, _reraised)
 

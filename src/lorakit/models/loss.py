@@ -230,7 +230,7 @@ class SupervisedLoss:
                 logits = logits[keep]
                 logits = logits.float() if logits.element_size() < 4 else logits
                 return self._tempered(logits), targets[keep]
-            with _stopped_before(output.linear) as reached:
+            with head_inputs(output.linear) as reached:
                 model(**inputs, use_cache=False)
         [h] = reached
         return h[:, :-1][keep], targets[keep]
@@ -373,7 +373,7 @@ def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _stopped_before(linear: nn.Module) -> Iterator[list[torch.Tensor]]:
+def head_inputs(linear: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects what `linear` is given, and lets the model end with one column in its place."""
     reached: list[torch.Tensor] = []
 

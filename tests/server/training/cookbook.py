@@ -11,6 +11,8 @@ from typing import Any
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What recipes call the model: a folder of this name is in their working directory."""
+KNOWN = "meta-llama/Llama-3.2-1B"
+"""A name by which the plain loops, which take no renderer's name, know one."""
 
 
 @dataclass
@@ -60,9 +62,10 @@ class Workplace:
 
     def __init__(self, folder: Path, model: Path, url: str) -> None:
         self.folder, self.url = folder, url
-        link = folder / MODEL
-        link.parent.mkdir(parents=True)
-        link.symlink_to(model)
+        for name in (MODEL, KNOWN):
+            link = folder / name
+            link.parent.mkdir(parents=True)
+            link.symlink_to(model)
 
     def write(self, path: str, rows: list[dict[str, Any]]) -> Path:
         """Writes rows as JSON Lines."""
@@ -71,8 +74,15 @@ class Workplace:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return file
 
-    def start(self, recipe: str, log: str, key: str = "tml-local", **arguments: Any) -> Recipe:
-        """Starts `python -m tinker_cookbook.recipes.RECIPE argument=value …`."""
+    def start(
+        self,
+        recipe: str,
+        log: str,
+        key: str = "tml-local",
+        url: str | None = None,
+        **arguments: Any,
+    ) -> Recipe:
+        """Starts `python -m tinker_cookbook.recipes.RECIPE argument=value …`; None is left out."""
         given = {
             "model_name": MODEL,
             "renderer_name": "qwen3_instruct",
@@ -82,7 +92,7 @@ class Workplace:
         }
         command = [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe}"]
         environment = os.environ | {
-            "TINKER_BASE_URL": self.url,
+            "TINKER_BASE_URL": url or self.url,
             "TINKER_API_KEY": key,
             "TINKER_TELEMETRY": "0",
             "HF_HUB_OFFLINE": "1",
@@ -92,7 +102,7 @@ class Workplace:
             "COLUMNS": "200",
         }
         process = subprocess.Popen(
-            [*command, *(f"{name}={value}" for name, value in given.items())],
+            [*command, *(f"{name}={value}" for name, value in given.items() if value is not None)],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,

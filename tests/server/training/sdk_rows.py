@@ -37,3 +37,9 @@ def plain_logprobs(model: Any, tokens: Sequence[int], targets: Sequence[int]) ->
     """The log-probabilities (N,) of targets behind tokens."""
     logs = model(input_ids=torch.tensor([[*tokens]])).logits[0].log_softmax(-1)
     return logs.gather(1, torch.tensor(targets)[:, None])[:, 0]
+
+
+def forget(client: Any) -> None:
+    """Ends a client whose session or server is gone, which `close` would ask for minutes."""
+    if client._session_holder is not None:
+        client._session_holder.close()

@@ -121,3 +121,26 @@ def test_weights_for_a_sampler_are_trained_on_without_an_optimizer_and_refused_w
     with pytest.raises(tinker.RequestFailedError, match="is of a model with"):
         other.load_state(path).result(timeout=30)
     step(other)
+
+
+def test_weights_are_sampled_from_and_when_they_are_overwritten_the_new_ones_are(client: Any):
+    run = client.create_lora_training_client("base", rank=2, seed=8).result()
+    prompt = types.ModelInput.from_ints([5, 6, 7, 8, 9])
+
+    def scored(path: str) -> list[float]:
+        sampler = client.create_sampling_client(model_path=path).result()
+        found: list[float] = sampler.compute_logprobs(prompt).result()[1:]
+        return found
+
+    step(run)
+    path = run.save_state("both").result().path
+    sampled = run.save_weights_for_sampler("both").result().path  # the same name, another kind
+    first = scored(path)
+    assert scored(sampled) == pytest.approx(first, abs=1e-6)
+    step(run)
+    assert run.save_state("both", overwrite=True).result().path == path
+    second = scored(path)
+    assert second != pytest.approx(first, abs=1e-4)
+    now = run.save_weights_and_get_sampling_client().result().compute_logprobs(prompt).result()
+    assert second == pytest.approx(now[1:], abs=1e-6)
+    assert scored(sampled) == pytest.approx(first, abs=1e-6)

@@ -12,7 +12,7 @@ from lorakit.server.options import ServerOptions
 from served import Running, running
 
 cookbook = pytest.importorskip("tinker_cookbook")
-from cookbook import MODEL, Recipe, Workplace  # noqa: E402  (below the skip)
+from cookbook import KNOWN, MODEL, Recipe, Workplace  # noqa: E402  (below the skip)
 
 pytestmark = pytest.mark.exhaustive
 
@@ -66,7 +66,30 @@ def work(service: Running, tmp_path_factory: pytest.TempPathFactory) -> Workplac
     )
     questions = [{"question": f"What is {i} + {i}?"} for i in range(40)]
     made.write("zwhe99/DeepMath-103K/train.jsonl", questions)
+    with CONVERSATIONS.open() as lines:
+        made.write("HuggingFaceH4/no_robots/train.jsonl", [json.loads(line) for line in lines])
+    # One answer in six is right, as the model copies what it is told.
+    sides = "How many sides has a triangle? It is \\boxed{3}."
+    made.write("openai/gsm8k/main/train.jsonl", [{"question": sides, "answer": "#### 3"}] * 8)
+    config = {"config_name": "main", "data_files": [{"split": "train", "path": "main/train.jsonl"}]}
+    card = f"---\n{json.dumps({'configs': [config]})}\n---\n"
+    (made.folder / "openai" / "gsm8k" / "README.md").write_text(card)
     return made
+
+
+@pytest.fixture(scope="module")
+def known(work: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same model, served under a name from which the plain loops tell its renderer."""
+    options = ServerOptions(port=0, training_state=tmp_path_factory.mktemp("known"))
+    with running(work.folder / KNOWN, {}, options, max_rows=16) as server:
+        yield server
+
+
+def loop(work: Workplace, server: Running, recipe: str, **settings: Any) -> list[dict[str, Any]]:
+    """The metrics of a recipe that is a plain loop."""
+    plain = {"renderer_name": None, "behavior_if_log_dir_exists": None, "model_name": KNOWN}
+    common = {"lora_rank": 8, "learning_rate": 1e-3, "save_every": 2}
+    return work.start(recipe, recipe, url=server.url, **plain | common | settings).ended()
 
 
 def supervised(work: Workplace, log: str, steps: int = STEPS, **more: Any) -> Recipe:
@@ -219,13 +242,30 @@ def test_a_student_comes_near_to_its_teacher_on_its_own_answers(work: Workplace,
     [
         ("multiplayer_rl.guess_number.train", {"group_size": 2, "batch_size": 1, "eval_every": 0}),
         ("preference.shorter.train", {"group_size": 2, "batch_size": 2, "eval_every": 0}),
+        ("multiplayer_rl.text_arena.train", {"batch_size": 2, "eval_every": 0}),
     ],
 )
 def test_recipes_of_several_turns_and_of_pairs_run_to_their_end(
     work: Workplace, recipe: str, settings: dict[str, Any]
 ):
+    if "text_arena" in recipe:
+        pytest.importorskip("textarena", exc_type=ImportError)
     metrics = work.start(recipe, recipe, max_steps=1, max_tokens=8, **settings).ended()
     assert len(values(metrics, "progress/batch")) == 1
+
+
+def test_the_plain_loop_of_supervised_learning_lowers_the_loss(work: Workplace, known: Running):
+    found = loop(work, known, "sl_loop", batch_size=4, max_length=128, max_steps=6)
+    losses = values(found, "train_mean_nll")
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_the_plain_loop_of_reinforcement_learning_makes_steps(work: Workplace, known: Running):
+    settings = {"batch_size": 2, "group_size": 16, "max_tokens": 40, "max_steps": 2}
+    found = loop(work, known, "rl_loop", loss_fn="importance_sampling", **settings)
+    assert len(values(found, "reward/total")) == 2
+    assert values(found, "grad_norm:mean"), "no step was made: no group has different rewards"
 
 
 def test_four_recipes_at_once_have_what_each_has_alone(

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def figures(server: Running, key: str) -> dict[str, float]:
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
-def worked(server: Running, key: str) -> Any:
-    client = tinker.ServiceClient(base_url=server.url, api_key=key)
+def work(client: Any) -> None:
     run = client.create_lora_training_client("base", rank=2).result()
     run.forward_backward([datum(ROW)], "cross_entropy").result()
     run.optim_step(types.AdamParams(learning_rate=1e-2)).result()
@@ -50,13 +50,13 @@ def worked(server: Running, key: str) -> Any:
     sampler = run.save_weights_and_get_sampling_client().result()
     params = types.SamplingParams(max_tokens=3, stop=[])
     sampler.sample(types.ModelInput.from_ints(ROW), 2, params).result()
-    return client
 
 
 def test_tokens_are_counted_by_key_and_shown_to_the_key_and_the_admin(keyed: Running):
-    for key in (ANN, BOB):
-        worked(keyed, key)
-    every = figures(keyed, ADMIN)
+    with ExitStack() as stack:
+        for key in (ANN, BOB):
+            work(stack.enter_context(tinker.ServiceClient(base_url=keyed.url, api_key=key)))
+        every, own = figures(keyed, ADMIN), figures(keyed, ANN)
     trained = {name: value for name, value in every.items() if "trained_tokens_total" in name}
     [other] = [re.findall(r'key="(\w+)"', name)[0] for name in trained if "ann" not in name]
     assert re.fullmatch(r"[0-9a-f]{8}", other)
@@ -70,7 +70,6 @@ def test_tokens_are_counted_by_key_and_shown_to_the_key_and_the_admin(keyed: Run
     assert every["lorakit_training_queue_operations"] == 0
     assert every["lorakit_training_models"] == 2
     assert every["lorakit_training_adapters_in_memory"] == 2
-    own = figures(keyed, ANN)
     assert own['lorakit_trained_tokens_total{key="ann"}'] == 7
     assert not [name for name in own if other in name]
 
@@ -79,7 +78,8 @@ def test_the_log_tells_who_does_what_without_keys_and_without_contents(
     keyed: Running, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.DEBUG):
-        client = worked(keyed, ANN)
+        client = tinker.ServiceClient(base_url=keyed.url, api_key=ANN)
+        work(client)
         run = client.create_lora_training_client("base", rank=1).result()
         with pytest.raises(tinker.RequestFailedError):
             run.forward_backward([datum([*ROW, 99999])], "cross_entropy").result()

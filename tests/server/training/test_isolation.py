@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import tinker
-from sdk_rows import datum
+from sdk_rows import datum, forget
 from tinker import types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
@@ -186,6 +186,16 @@ def keyed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
         yield server
 
 
+@pytest.fixture(scope="module")
+def world(keyed: Running) -> Iterator[World]:
+    """A session of the first key with something of everything."""
+    client = tinker.ServiceClient(
+        base_url=keyed.url, api_key=MINE, user_metadata={"mark": MARK}, display_name=MARK
+    )
+    yield made(client)
+    forget(client)  # the test has finished its session
+
+
 def asked(server: Running, key: str, method: str, path: str, case: Case, world: World) -> Any:
     place, body = path.format(**case.path(world)), case.body(world)
     content = {"content": body} if isinstance(body, bytes) else {"json": body} if body else {}
@@ -223,11 +233,7 @@ def _refused() -> list[tuple[str, str]]:
     return [*REFUSED]
 
 
-def made(server: Running) -> World:
-    """A session of the first key with something of everything."""
-    client = tinker.ServiceClient(
-        base_url=server.url, api_key=MINE, user_metadata={"mark": MARK}, display_name=MARK
-    )
+def made(client: Any) -> World:
     run = client.create_lora_training_client(
         "base", rank=3, seed=1, user_metadata={"mark": MARK}
     ).result()
@@ -240,14 +246,10 @@ def made(server: Running) -> World:
     sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1)).result()
     model_id = run.get_info().model_id
     sampler_id = sampler._sampling_session_id
-    made.keep.append(client)  # type: ignore[attr-defined]
     return World(
         model_id.partition(":")[0], model_id, sampler_id, weights, sampled, external,
         f"{model_id}:1", f"{sampler_id}:0", seq=6,
     )  # fmt: skip
-
-
-made.keep = []  # type: ignore[attr-defined]
 
 
 def state_of(server: Running, world: World, state: Path) -> str:
@@ -268,10 +270,9 @@ def state_of(server: Running, world: World, state: Path) -> str:
     return found.hexdigest()
 
 
-def test_every_route_knows_a_key_s_own_things_alone(keyed: Running):
+def test_every_route_knows_a_key_s_own_things_alone(keyed: Running, world: World):
     app: Any = keyed.server.config.app
     state = app.state.training._service.store.state
-    world = made(keyed)
     missing = [route for route in routes(keyed) if route not in CASES]
     assert not missing, f"say in CASES what these routes name, or that it is nothing: {missing}"
     gone = [route for route in CASES if route not in routes(keyed)]

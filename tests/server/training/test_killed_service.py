@@ -14,7 +14,7 @@ import pytest
 import tinker
 from killed_server import KilledServer
 from safetensors.torch import load_file
-from sdk_rows import datum, logprobs
+from sdk_rows import datum, forget, logprobs
 from tinker import types
 
 from matrix import few
@@ -56,8 +56,8 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         well = time.monotonic()
+        service = tinker.ServiceClient(base_url=self.url, api_key=f"tml-{self.rank}")
         try:
-            service = tinker.ServiceClient(base_url=self.url, api_key=f"tml-{self.rank}")
             if self.start_at is None:
                 done = 0
                 run = service.create_lora_training_client("base", rank=self.rank, seed=1).result(
@@ -76,6 +76,8 @@ class Client(threading.Thread):
                 well = time.monotonic()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"[:300], time.monotonic() - well
+        finally:
+            forget(service)
 
 
 @pytest.fixture
@@ -143,6 +145,7 @@ def test_killed_at_any_moment_every_checkpoint_loads_and_runs_continue_from_it(
         step(again, rank)
         step(fresh, rank)
         assert state_of(again, rank) == pytest.approx(state_of(fresh, rank), abs=1e-5)
+        service.close("success").result()
 
 
 def test_told_to_end_it_ends_and_everyone_who_polls_is_answered(server: KilledServer):
@@ -177,3 +180,4 @@ def test_told_to_end_it_ends_and_everyone_who_polls_is_answered(server: KilledSe
     assert time.monotonic() - told < 15
     with pytest.raises((tinker.APIError, TimeoutError, ValueError)):
         run.forward(rows(1), "cross_entropy").result(timeout=2)
+    forget(client)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tinker
-from sdk_rows import datum
+from sdk_rows import datum, forget
 from tinker import types
 
 from lorakit.errors import InputError
@@ -19,7 +19,8 @@ from lorakit.server.training.quotas import DiskQuota, Quotas
 from lorakit.server.training.service import TrainingService
 from served import Running, running
 
-LIMITS = TrainingLimits(models=2, tokens=300, disk_bytes=120_000, memory_bytes=1)
+# In memory there is room for one adapter of rank 4 that is more than the smallest.
+LIMITS = TrainingLimits(models=2, tokens=300, disk_bytes=120_000, memory_bytes=80_000)
 ROW = [5, 6, 7, 8, 9]
 ADAM = types.AdamParams(learning_rate=1e-2)
 
@@ -187,15 +188,50 @@ def test_models_beyond_the_memory_rest_on_disk_and_go_on_as_if_they_had_not(
     assert memory.in_memory == 1
 
 
+def test_an_adapter_that_has_no_room_in_memory_even_alone_is_refused_before_it_is_made(
+    limited: Running, client: Any
+):
+    before = service_of(limited).memory.in_memory
+    with pytest.raises(tinker.RequestFailedError, match="take a lower rank") as refused:
+        client.create_lora_training_client("base", rank=1024).result(timeout=30)
+    assert refused.value.category == types.RequestErrorCategory.User
+    assert service_of(limited).memory.in_memory == before
+    # What is reckoned is what an adapter takes.
+    run = client.create_lora_training_client("base", rank=4).result()
+    resident = limited.engine.resident
+    made = service_of(limited)._runs[run.get_info().model_id].adapter
+    size = 4 * sum(t.numel() * 4 for t in resident.trained(made).values())
+    with pytest.raises(tinker.RequestFailedError, match=f"takes {256 * size:,} bytes"):
+        client.create_lora_training_client("base", rank=1024).result(timeout=30)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1025, 10**20])
+def test_a_rank_that_no_adapter_has_is_refused_at_once(limited: Running, rank: int):
+    key = {"X-API-Key": "tml-rank"}
+    session = limited.post("/api/v1/create_session", {}, headers=key).json()["session_id"]
+    body = {"session_id": session, "model_seq_id": 0, "base_model": "base"}
+    answer = limited.post(
+        "/api/v1/create_model", body | {"lora_config": {"rank": rank}}, headers=key
+    )
+    assert answer.status_code == 422
+    assert "rank" in answer.json()["error"]["message"]
+    answer = limited.post(
+        "/api/v1/create_model", body | {"user_metadata": {"a": "x" * 20_000}}, headers=key
+    )
+    assert answer.status_code == 422
+    assert "metadata may have" in answer.json()["error"]["message"]
+
+
 def test_saves_and_samples_of_a_model_that_rests_leave_its_gradients_as_they_are(
     limited: Running, client: Any
 ):
+    more = tinker.ServiceClient(base_url=limited.url, api_key="tml-more")
+
     def train(disturbed: bool) -> Any:
-        run = client.create_lora_training_client("base", rank=2, seed=5).result()
+        run = client.create_lora_training_client("base", rank=3, seed=5).result()
         run.forward_backward([datum(ROW)], "cross_entropy").result()
         if disturbed:  # the gradients wait on disk meanwhile, as another takes all the memory
-            more = tinker.ServiceClient(base_url=limited.url, api_key="tml-more")
-            other = more.create_lora_training_client("base", rank=1, seed=6).result()
+            other = more.create_lora_training_client("base", rank=4, seed=6).result()
             other.forward_backward([datum(ROW)], "cross_entropy").result()
             sampler = run.save_weights_and_get_sampling_client().result()
             other.optim_step(ADAM).result()
@@ -205,8 +241,9 @@ def test_saves_and_samples_of_a_model_that_rests_leave_its_gradients_as_they_are
         run.optim_step(ADAM).result()
         return run.forward([datum(ROW)], "cross_entropy").result().metrics
 
-    plain = train(disturbed=False)
-    assert plain == train(disturbed=True)
+    with more:
+        plain = train(disturbed=False)
+        assert plain == train(disturbed=True)
 
 
 def test_a_client_that_was_killed_leaves_nothing_in_memory_for_ever(limited: Running):
@@ -228,6 +265,7 @@ def test_a_client_that_was_killed_leaves_nothing_in_memory_for_ever(limited: Run
     assert model_id not in service._runs
     assert service.quotas.disk.used()[owner] == 0
     assert limited.post("/api/v1/get_info", {"model_id": model_id}, headers=key).status_code == 404
+    forget(gone)
 
 
 def test_a_client_that_vanishes_or_floods_leaves_others_their_share(limited: Running, client: Any):

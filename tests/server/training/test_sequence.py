@@ -9,6 +9,7 @@ from tinker import types
 from tinker.proto import tinker_public_pb2 as sdk
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
+from lorakit.server.training import tenants
 from served import Running
 
 ROW = [11, 7, 90, 33, 52]
@@ -93,6 +94,22 @@ def test_a_request_that_fails_says_so_in_its_result_and_later_ones_go_on(
     assert failed["category"] == "user"
     assert "\n" not in failed["error"]
     assert result(service, post(service, "forward_backward", body(model_id, 2))).metrics
+
+
+def test_a_request_whose_predecessor_never_comes_fails_and_those_behind_it_go_on(
+    service: Running, model_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tenants, "HOLE_SECONDS", 0.3)
+    waits = [step(service, model_id, 4), post(service, "forward_backward", body(model_id, 3))]
+    for begun in waits:
+        failed = result(service, begun)
+        assert failed["category"] == "user"
+        assert "request 1 of this model did not come within 0.3 s" in failed["error"]
+    monkeypatch.undo()
+    later = [post(service, "forward_backward", body(model_id, seq_id)) for seq_id in (6, 5)]
+    assert all(result(service, begun).metrics["loss:sum"] > 0 for begun in later)
+    too_late = result(service, post(service, "forward_backward", body(model_id, 2)))
+    assert "came too late" in too_late["error"]
 
 
 def test_the_sdk_tells_a_user_error_from_others(client: Any):

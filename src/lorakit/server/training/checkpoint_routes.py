@@ -53,12 +53,13 @@ class CheckpointRoutes:
         add_route(app, "GET", file, self._download, Level.ANYONE)  # the URL is signed
 
     # --- runs ---------------------------------------------------------------------------------
+    # What looks through folders is no coroutine: it is called in a thread.
 
-    async def _runs(self, request: Request) -> Response:
+    def _runs(self, request: Request) -> Response:
         some, cursor = page(self._store.runs(caller_of(request)), request)
         return JSONResponse({"training_runs": [self._shown_run(r) for r in some], "cursor": cursor})
 
-    async def _run(self, request: Request) -> Response:
+    def _run(self, request: Request) -> Response:
         return JSONResponse(self._shown_run(self._run_of(request)))
 
     def _run_of(self, request: Request) -> Run:
@@ -81,11 +82,11 @@ class CheckpointRoutes:
 
     # --- checkpoints --------------------------------------------------------------------------
 
-    async def _checkpoints_of(self, request: Request) -> Response:
+    def _checkpoints_of(self, request: Request) -> Response:
         every = self._store.checkpoints(self._run_of(request).run_id)
         return JSONResponse({"checkpoints": [self._shown(c) for c in every]})
 
-    async def _checkpoints(self, request: Request) -> Response:
+    def _checkpoints(self, request: Request) -> Response:
         store = self._store
         every = [c for run in store.runs(caller_of(request)) for c in store.checkpoints(run.run_id)]
         some, cursor = page(sorted(every, key=lambda c: c.created, reverse=True), request)
@@ -101,7 +102,7 @@ class CheckpointRoutes:
             {"base_model": run.base_model, "is_lora": True, "lora_rank": rank, **parts}
         )
 
-    async def _usage(self, request: Request) -> Response:
+    def _usage(self, request: Request) -> Response:
         """How many bytes each key's checkpoints have, of those that the caller sees."""
         counts: defaultdict[str, list[int]] = defaultdict(list)
         for run in self._store.runs(caller_of(request)):

@@ -118,6 +118,8 @@ class Store:
         self.state, self._folder, self._quota = folder, folder / "runs", quota
         self._folder.mkdir(parents=True, exist_ok=True)
         self._recover()
+        found = (self._run(place) for place in self._folder.iterdir())
+        self._runs = {run.run_id: run for run in found if run is not None}
         for run in self.runs():
             for checkpoint in self.checkpoints(run.run_id):
                 quota.count(run.owner, self.size(checkpoint))
@@ -129,11 +131,12 @@ class Store:
         place = self._place(run.run_id)
         place.mkdir(parents=True, exist_ok=True)
         atomic.write_file(place / _RUN, json.dumps(asdict(run), indent=1))
+        self._runs[run.run_id] = run
 
     def runs(self, caller: Caller | None = None) -> list[Run]:
         """The runs that a caller sees, all without one; the newest first."""
-        found = [run for place in self._folder.iterdir() if (run := self._run(place))]
-        own = [run for run in found if caller is None or caller.sees(run.owner)]
+        every = [*self._runs.values()]  # others may write one meanwhile
+        own = [run for run in every if caller is None or caller.sees(run.owner)]
         return sorted(own, key=lambda run: run.created, reverse=True)
 
     def run(self, run_id: str, caller: Caller | None = None) -> Run:
@@ -142,7 +145,7 @@ class Store:
         Raises:
             InputError: there is none.
         """
-        found = self._run(self._place(run_id))
+        found = self._runs.get(run_id)
         if found is None or not (caller is None or caller.sees(found.owner)):
             raise InputError(f"there is no training run {run_id!r}")
         return found
@@ -205,7 +208,7 @@ class Store:
         """
         run_id, kind, name = parse(path)
         found = self._checkpoint(self._place(run_id) / kind / name)
-        run = self._run(self._place(run_id))
+        run = self._runs.get(run_id)
         mine = run is not None and caller.sees(run.owner)
         if found is None or found.is_expired() or not (mine or found.public):
             raise InputError(f"there is no checkpoint {path}")

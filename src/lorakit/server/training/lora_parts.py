@@ -7,6 +7,7 @@ from typing import Any
 from lorakit.errors import InputError
 from lorakit.lora.architecture import output_head
 from lorakit.lora.config import LoraConfig
+from lorakit.lora.packed import linear_shape
 from lorakit.lora.targets import resolve_targets
 from lorakit.server.training import messages as m
 
@@ -18,7 +19,10 @@ class LoraParts:
     """The modules of a base model by part."""
 
     def __init__(self, base: Any) -> None:
-        self._targets = _targets(base)
+        paths = _paths(base)
+        every = [path for of_part in paths.values() for path in of_part]
+        self._targets = {part: _short(of_part, every) for part, of_part in paths.items()}
+        self._widths = {part: _width(base, of_part) for part, of_part in paths.items()}
 
     def config(self, lora: m.Lora) -> LoraConfig:
         """The configuration of a new adapter.
@@ -26,28 +30,40 @@ class LoraParts:
         Raises:
             InputError: nothing is to be trained.
         """
-        wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-        targets = [name for part, names in self._targets.items() if wanted[part] for name in names]
+        targets = [name for part in self._wanted(lora) for name in self._targets[part]]
         if not targets:
             raise InputError("nothing is trained: set train_attn, train_mlp or train_unembed")
         return LoraConfig(
             r=lora.rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"
         )
 
+    def parameters(self, lora: m.Lora) -> int:
+        """How many trained parameters a new adapter has: r (d_in + d_out) beside each layer."""
+        return lora.rank * sum(self._widths[part] for part in self._wanted(lora))
 
-def _targets(base: Any) -> dict[str, list[str]]:
+    def _wanted(self, lora: m.Lora) -> list[str]:
+        wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+        return [part for part, is_wanted in wanted.items() if is_wanted]
+
+
+def _paths(base: Any) -> dict[str, list[str]]:
     """The linear layers of attention and of the rest of each layer, and the output layer."""
     every = resolve_targets(base, LoraConfig(target_modules="all-linear"))
     attention = resolve_targets(base, LoraConfig(target_modules="attention"))
     head = output_head(base)
     paths = [path for path, module in base.named_modules() if module is head]
-    found = {
+    return {
         "attn": attention,
         "mlp": [path for path in every if path not in set(attention)],
         "unembed": paths[:1],
     }
-    paths = [path for names in found.values() for path in names]
-    return {part: _short(names, paths) for part, names in found.items()}
+
+
+def _width(base: Any, paths: list[str]) -> int:
+    """d_in + d_out of linear layers, summed."""
+    layers = (base.get_submodule(path) for path in paths)
+    shapes = (linear_shape(getattr(layer, "base_layer", layer)) for layer in layers)
+    return sum(sum(shape) for shape in shapes if shape is not None)
 
 
 def _short(paths: list[str], every: list[str]) -> list[str]:

@@ -6,13 +6,25 @@ what it leaves out.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Seconds = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 Rank = Annotated[int, Field(ge=1, le=1024)]
+_METADATA_BYTES = 16_384
+
+
+def _short(metadata: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(metadata)) > _METADATA_BYTES:
+        raise ValueError(f"metadata may have {_METADATA_BYTES:,} bytes as JSON")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_short)]
+Labels = Annotated[dict[str, str], AfterValidator(_short)]
 
 
 class Message(BaseModel):
@@ -50,10 +62,10 @@ class CreateSession(Message):
     """The first request of a client."""
 
     tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     sdk_version: str = ""
     project_id: str | None = None
-    display_name: str | None = None
+    display_name: Annotated[str, Field(max_length=1000)] | None = None
 
 
 class OfSession(Message):
@@ -67,7 +79,7 @@ class CreateModel(OfSession):
 
     model_seq_id: int
     base_model: str
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     lora_config: Lora = Lora()
     optimizer_config: OptimizerConfig = OptimizerConfig()
 
@@ -107,7 +119,7 @@ class SaveWeights(Step):
     path: Name | None = None
     ttl_seconds: Seconds | None = None
     overwrite: bool = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Labels | None = None
 
 
 class SaveForSampler(Step):
@@ -118,7 +130,7 @@ class SaveForSampler(Step):
     kind: Literal["snapshot", "inflight"] = "snapshot"
     ttl_seconds: Seconds | None = None
     overwrite: Literal[False] = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Labels | None = None
 
 
 class SaveExternal(Step):
@@ -127,7 +139,7 @@ class SaveExternal(Step):
     path: Name
     ttl_seconds: Seconds | None = None
     overwrite: Literal[False] = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Labels | None = None
     age_encryption_recipients: Annotated[list[str], Field(max_length=32)] | None = None
 
 
@@ -139,7 +151,7 @@ class LoadWeights(Message):
     session_id: str | None = None
     model_seq_id: int | None = None
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     path: str
     optimizer: bool
     optimizer_config: OptimizerConfig | None = None
@@ -164,6 +176,16 @@ class Prompt(Message):
     """A prompt in chunks."""
 
     chunks: list[TextChunk]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, data: Any) -> Any:
+        chunks = data.get("chunks") if isinstance(data, dict) else None
+        for chunk in chunks if isinstance(chunks, list) else ():
+            kind = chunk.get("type", "encoded_text") if isinstance(chunk, dict) else "encoded_text"
+            if kind != "encoded_text":
+                raise ValueError(f"a chunk of type {kind!r} is not taken: prompts are text here")
+        return data
 
     @property
     def tokens(self) -> list[int]:

@@ -75,6 +75,19 @@ class Quotas:
             if not self.tokens[owner]:
                 del self.tokens[owner]
 
+    def require_adapter(self, size: int) -> None:
+        """Whether an adapter of so many bytes, with gradients and optimizer, has room in memory.
+
+        Raises:
+            InputError: it has not, even alone.
+        """
+        if size > self.limits.memory_bytes:
+            raise InputError(
+                f"this adapter takes {size:,} bytes with its gradients and optimizer state, and "
+                f"{self.limits.memory_bytes:,} is the limit for all adapters in memory: take a "
+                "lower rank, or start lorakit serve with a larger --max-adapter-memory"
+            )
+
     def require_model(self, live: int) -> None:
         """Whether a key that has so many live models may have one more.
 
@@ -107,11 +120,12 @@ class DiskQuota:
     def count(self, owner: str, size: int) -> None:
         """Counts so many bytes more; they are there already."""
         with self._lock:
-            self._used[owner] = max(0, self._used[owner] + size)
+            self._count(owner, size)
 
     def has_room(self, owner: str, size: int) -> bool:
         """Whether an owner may have so many bytes more."""
-        return not self._limit or size <= 0 or self.used().get(owner, 0) + size <= self._limit
+        with self._lock:
+            return self._has_room(owner, size)
 
     def take(self, owner: str, size: int) -> None:
         """Counts so many bytes more, or less.
@@ -119,10 +133,17 @@ class DiskQuota:
         Raises:
             InputError: the owner may not have them.
         """
-        if not self.has_room(owner, size):
-            raise InputError(
-                f"the saved weights of this key have {self.used().get(owner, 0):,} bytes on disk, "
-                f"these have {size:,} more, and {self._limit:,} is the limit: delete checkpoints "
-                "(tinker checkpoint delete), or save with ttl_seconds"
-            )
-        self.count(owner, size)
+        with self._lock:  # of saves that end at once, only those that fit together
+            if not self._has_room(owner, size):
+                raise InputError(
+                    f"the saved weights of this key have {self._used[owner]:,} bytes on disk, "
+                    f"these have {size:,} more, and {self._limit:,} is the limit: delete "
+                    "checkpoints (tinker checkpoint delete), or save with ttl_seconds"
+                )
+            self._count(owner, size)
+
+    def _has_room(self, owner: str, size: int) -> bool:
+        return not self._limit or size <= 0 or self._used[owner] + size <= self._limit
+
+    def _count(self, owner: str, size: int) -> None:
+        self._used[owner] = max(0, self._used[owner] + size)

@@ -58,7 +58,8 @@ def shown(error: ValidationError) -> str:
     """The first thing that is wrong, and where."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def found(find: Callable[[], T]) -> T:

@@ -210,15 +210,17 @@ class TrainingRoutes:
 
     async def _forward_backward(self, request: Request) -> Response:
         body, caller = await request.body(), caller_of(request)
+        large = len(body) > _LARGE  # then others are answered meanwhile
         try:
-            model_id, seq_id, tokens = head_of(body)
+            model_id, seq_id, tokens = (
+                await run_in_threadpool(head_of, body) if large else head_of(body)
+            )
         except InputError as error:
             raise ApiError(422, str(error)) from error
 
         async def work() -> Result:
             try:
                 self._service.quotas.require_request(tokens)
-                large = len(body) > _LARGE  # then others are answered meanwhile
                 asked = await run_in_threadpool(read_pass, body) if large else read_pass(body)
             except InputError as error:
                 return await self._failing(model_id, seq_id, caller, error)

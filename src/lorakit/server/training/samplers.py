@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from lorakit.engine.engine import Engine
+from lorakit.engine.prompt_scores import PromptScores
 from lorakit.engine.requests import Ticket
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError, LorakitError
@@ -243,33 +244,37 @@ class Samplers:
         return None
 
     async def _sample(self, asked: m.Sample, adapter: str | None, owner: str) -> bytes:
-        prompt = asked.prompt.tokens
+        prompt, settings = asked.prompt.tokens, self._sampling(asked)
+        tickets: list[Ticket] = []
         scored = None
         if asked.prompt_logprobs or asked.topk_prompt_logprobs:
             if adapter is not None and not self.engine.pool.holds(adapter):
                 await asyncio.to_thread(self.engine.pool.loaded, self.engine.pool.version(adapter))
-            scored = self.engine.score_prompt(prompt, adapter, asked.topk_prompt_logprobs, owner)
-        settings = self._sampling(asked)
-        tickets: list[Ticket] = []
+            if asked.num_samples == settings.max_new_tokens == 1:  # the pass over the prompt has it
+                tickets.append(Ticket(tuple(prompt), adapter, settings))
+            rivals = asked.topk_prompt_logprobs
+            scored = self.engine.score_prompt(prompt, adapter, rivals, owner, *tickets)
 
         def submit(one: Sampling) -> Ticket:
             return self.engine.submit(prompt, adapter, one, owner=owner)
 
         try:
-            for number in range(asked.num_samples):
+            for number in range(len(tickets), asked.num_samples):
                 seed = None if settings.seed is None else settings.seed + number
                 one = replace(settings, seed=seed)
                 at_once = adapter is None or self.engine.pool.holds(adapter)
                 tickets.append(submit(one) if at_once else await asyncio.to_thread(submit, one))
+            scores: PromptScores | None = None
+            if scored is not None:
+                scores = await asyncio.wrap_future(scored)
             sequences = [await _sampled(ticket, asked.topk_sample_logprobs) for ticket in tickets]
         finally:
             for ticket in tickets:
                 ticket.cancel()
         self._quotas.sampled[owner] += sum(len(one.tokens) for one in sequences)
-        if scored is None:
+        if scores is None:
             return write_samples(sequences)
-        logprobs, top = await asyncio.wrap_future(scored)
-        shown = asked.prompt_logprobs_last_n
+        logprobs, top, shown = scores.logprobs, scores.rivals, asked.prompt_logprobs_last_n
         if shown is not None:
             logprobs = [float("nan")] * (len(logprobs) - shown) + logprobs[-shown:]
         wanted = asked.topk_prompt_logprobs

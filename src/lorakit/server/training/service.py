@@ -11,14 +11,14 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.engine.adapter_memory import AdapterMemory
+from lorakit.engine.adapter_memory import COPIES, AdapterMemory
 from lorakit.engine.adapter_optimizer import AdamW
 from lorakit.engine.engine import Engine
 from lorakit.engine.policy_losses import policy_loss
@@ -30,18 +30,20 @@ from lorakit.server.errors import ApiError
 from lorakit.server.keys import Caller
 from lorakit.server.options import TrainingLimits
 from lorakit.server.training import messages as m
-from lorakit.server.training.age_files import encrypt_files, recipients_of
-from lorakit.server.training.checkpoints import Checkpoint, Run, Store, expiry, now
+from lorakit.server.training.age_files import recipients_of
+from lorakit.server.training.checkpoints import Checkpoint, Run, Store, now
 from lorakit.server.training.history import History
 from lorakit.server.training.lora_parts import LoraParts
 from lorakit.server.training.quotas import Quotas
 from lorakit.server.training.rows import rows_of
 from lorakit.server.training.samplers import Samplers
+from lorakit.server.training.saving import Saving
 from lorakit.server.training.tenants import LiveRun, Session, Sessions
 from lorakit.server.training.wire import PassRequest, write_pass
 
 _SESSION_SECONDS = 3600.0
 _TIDY_SECONDS = 60.0
+_BYTES = 4  # of a parameter: adapters are trained in float32
 _LARGE = 16_384  # tokens whose rows are made in a thread
 
 log = logging.getLogger("lorakit.training")
@@ -84,6 +86,7 @@ class TrainingService:
         self._beginning = Counter[str]()
         self._tidied = time.monotonic()
         self.samplers = Samplers(engine, self.store, self.quotas, state / "samplers")
+        self._saving = Saving(engine, self.store)
         self._vocabulary = vocabulary_size(engine.resident.base)
         self._parts = LoraParts(engine.resident.base)
 
@@ -134,7 +137,7 @@ class TrainingService:
         self._tidied = time.monotonic()
         for session in self.sessions.silent(_SESSION_SECONDS):
             self.finish_session(session.session_id, Caller(session.owner))
-        for checkpoint in [*self.store.expired()]:
+        for checkpoint in await asyncio.to_thread(lambda: [*self.store.expired()]):
             await self.delete(checkpoint)
 
     # --- runs -------------------------------------------------------------------------------
@@ -153,6 +156,7 @@ class TrainingService:
         self.samplers.require_base(asked.base_model)
         lora = asked.lora_config
         config = self._parts.config(lora)
+        self.quotas.require_adapter(_BYTES * COPIES * self._parts.parameters(lora))
         seed = lora.seed or 0  # two runs of one recipe are the same run
         record = Run(
             f"{session.session_id}:train:{asked.model_seq_id}",
@@ -208,6 +212,8 @@ class TrainingService:
             raise InputError(
                 f"there is no model {run_id!r} in memory: create one, or load its weights"
             )
+        with suppress(InputError):  # its client is there, also if it sends no heartbeats
+            self.sessions.find(run_id.partition(":")[0], caller)
         return found
 
     def is_awaited(self, run_id: str, seq_id: int, caller: Caller) -> bool:
@@ -307,7 +313,11 @@ class TrainingService:
         """Saves weights and optimizer under a `tinker://` path."""
         run = self.run(asked.model_id, caller)
         name = asked.path or f"checkpoint-{asked.seq_id:06d}"
-        path = await run.in_order(asked.seq_id, lambda: self._save(run, "weights", name, asked))
+        path = await run.in_order(
+            asked.seq_id,
+            lambda: self._saving.checkpoint(run, "weights", name, asked),
+            self._saving.turn(run),
+        )
         return {"type": "save_weights", "path": path}
 
     async def save_external(self, asked: m.SaveExternal, caller: Caller) -> dict[str, Any]:
@@ -316,9 +326,11 @@ class TrainingService:
 
         async def start() -> str:
             recipients = recipients_of(asked.age_encryption_recipients or ())
-            return await self._save(run, "external_weights", asked.path, asked, recipients)
+            return await self._saving.checkpoint(
+                run, "external_weights", asked.path, asked, recipients
+            )
 
-        path = await run.in_order(asked.seq_id, start)
+        path = await run.in_order(asked.seq_id, start, self._saving.turn(run))
         size = self.store.size(self.store.find(path, caller))
         return {"type": "save_weights_external", "path": path, "size_bytes": size}
 
@@ -329,12 +341,17 @@ class TrainingService:
         if asked.path is not None or asked.sampling_session_seq_id is None:
             name = asked.path or f"sampler-{asked.seq_id:06d}"
             path = await run.in_order(
-                asked.seq_id, lambda: self._save(run, "sampler_weights", name, asked)
+                asked.seq_id,
+                lambda: self._saving.checkpoint(run, "sampler_weights", name, asked),
+                self._saving.turn(run),
             )
             return result | {"path": path}
         session_id = run.record.run_id.partition(":")[0]
         sampler_id = f"{session_id}:sample:{asked.sampling_session_seq_id}"
-        folder, changes = await run.in_order(asked.seq_id, lambda: self._snapshot(run))
+        folder = self.samplers.new_folder()
+        changes = await run.in_order(
+            asked.seq_id, lambda: self._saving.snapshot(run, folder), self._saving.turn(run)
+        )
         if asked.kind == "inflight":
             await self.samplers.publish(run, folder, changes)
             self.samplers.follow(sampler_id, run)
@@ -360,43 +377,12 @@ class TrainingService:
             if "/" in run_id:
                 await self.samplers.serve(model, caller)
             elif self.samplers.is_older(run := self.run(run_id, caller)):
-                await self.samplers.publish(run, *await self._snapshot(run))
+                folder = self.samplers.new_folder()
+                async with self._saving.turn(run):
+                    changes = await self._saving.snapshot(run, folder)
+                await self.samplers.publish(run, folder, changes)
         except InputError as error:
             raise ApiError(404, str(error), code="model_not_found", param="model") from error
-
-    async def _snapshot(self, run: LiveRun) -> tuple[Path, int]:
-        """A folder with a run's weights as they are when this is its turn, and their changes."""
-        folder, resident, changes = self.samplers.new_folder(), self.engine.resident, run.changes
-        await self._call(run, lambda: resident.save(run.adapter, folder, optimizer=False))
-        return folder, changes
-
-    async def _save(
-        self,
-        run: LiveRun,
-        kind: str,
-        name: str,
-        asked: m.SaveWeights | m.SaveForSampler | m.SaveExternal,
-        recipients: Sequence[Any] = (),
-    ) -> str:
-        checkpoint = Checkpoint(
-            run.record.run_id,
-            kind,
-            name,
-            now().isoformat(),
-            expires=expiry(asked.ttl_seconds),
-            user_metadata=asked.user_metadata,
-        )
-
-        def write(folder: Path) -> None:
-            self.engine.resident.save(run.adapter, folder, optimizer=kind == "weights")
-            if recipients:
-                encrypt_files(folder, recipients)
-
-        await self._call(run, lambda: self.store.save(checkpoint, write, asked.overwrite))
-        run.record = replace(run.record, last_request=now().isoformat())
-        await asyncio.to_thread(self.store.write_run, run.record)
-        log.info("%s is saved", checkpoint.path)
-        return checkpoint.path
 
     async def load(self, asked: m.LoadWeights, caller: Caller) -> dict[str, Any]:
         """Loads saved weights, into a new run or one that there is."""

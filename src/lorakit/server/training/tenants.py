@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -96,14 +97,17 @@ class LiveRun:
     Attributes:
         used: when its last request came, on the monotonic clock.
         changes: how often its weights have changed.
+        saving: held from the copy of its weights until this is written.
     """
 
     def __init__(self, record: Run, adapter: str, history: History) -> None:
         self.record, self.adapter, self.history = record, adapter, history
         self.used = time.monotonic()
         self.changes = 0
+        self.saving = asyncio.Lock()
         self._next = 1
         self._turns: dict[int, asyncio.Future[None]] = {}
+        self._given_up: set[int] = set()  # of those behind the next
 
     def is_awaited(self, seq_id: int) -> bool:
         """Whether later requests wait for this one."""
@@ -116,27 +120,37 @@ class LiveRun:
                 turn.set_exception(LorakitError(why))
 
     async def in_order(
-        self, seq_id: int, start: Callable[[], Coroutine[Any, Any, T] | asyncio.Future[T]]
+        self,
+        seq_id: int,
+        start: Callable[[], Coroutine[Any, Any, T] | asyncio.Future[T]],
+        within: AbstractAsyncContextManager[None] | None = None,
     ) -> T:
         """Calls `start` when all requests before `seq_id` have been started, and awaits it.
 
         What `start` hands in is executed in the order in which it is called.
+
+        Args:
+            within: is entered before `start`, and later requests wait for that; it is left when
+                the request has ended.
 
         Raises:
             InputError: an earlier request does not come, or this one has been passed over.
         """
         self.used = time.monotonic()
         await self._turn(seq_id)
-        try:
-            begun = asyncio.ensure_future(start())
-            await asyncio.sleep(0)  # a coroutine hands in what it hands in until it first waits
-        finally:
-            self._advance(seq_id)
-        return await begun
+        async with AsyncExitStack() as stack:
+            try:
+                if within is not None:
+                    await stack.enter_async_context(within)
+                begun = asyncio.ensure_future(start())
+                await asyncio.sleep(0)  # a coroutine hands in what it does until it first waits
+            finally:
+                self._advance(seq_id)
+            return await begun
 
     async def _turn(self, seq_id: int) -> None:
         if seq_id < self._next or seq_id in self._turns:
-            raise InputError(f"request {seq_id} of this model has been executed already")
+            raise InputError(f"request {seq_id} has been executed already, or came too late")
         if seq_id == self._next:
             return
         turn = self._turns[seq_id] = asyncio.get_running_loop().create_future()
@@ -144,10 +158,12 @@ class LiveRun:
             async with asyncio.timeout(HOLE_SECONDS):
                 await turn
         except TimeoutError as error:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                return  # it came at the last moment
             missing = self._next
-            if seq_id == min(self._turns, default=seq_id):  # the first that waits goes on
-                self._next = seq_id
-                return
+            self._given_up.add(seq_id)
+            if seq_id == min(self._turns):  # those behind it go on without what is missing
+                self._advance(seq_id)
             raise InputError(
                 f"request {missing} of this model did not come within {HOLE_SECONDS:g} s, and "
                 f"request {seq_id} waited for it"
@@ -157,6 +173,9 @@ class LiveRun:
 
     def _advance(self, seq_id: int) -> None:
         self._next = max(self._next, seq_id + 1)
+        while self._next in self._given_up:
+            self._given_up.discard(self._next)
+            self._next += 1
         turn = self._turns.get(self._next)
         if turn is not None and not turn.done():
             turn.set_result(None)
