@@ -62,7 +62,8 @@ class Manifest(BaseModel):
     no row was a conversation; `template_time` the local time that they wrote into rows, if any.
     `parent` is the adapter that the run started from, `stands_on` the frozen ones that its own is
     added to, and `start_eval_loss` and `start_eval_scores` are those of the start. `teacher` is the
-    adapter that a distillation learned from.
+    adapter that a distillation learned from; `rewards` what a run's rewards were, each with the
+    SHA-256 of its files.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -97,6 +98,7 @@ class Manifest(BaseModel):
     parent: ParentRecord | None = None
     stands_on: list[FrozenRecord] = []
     teacher: FrozenRecord | None = None
+    rewards: list[dict[str, Any]] = []
     labels: dict[str, Any] | None = None
     versions: dict[str, str]
     seed: int

@@ -231,9 +231,8 @@ def _show(trial: "RewardTrial", examples: int) -> None:
     if groups:
         title += f" of {number // trial.group_size} prompts"
     headings = ("reward", "mean", "std", "min", "max", "None", "s a call")
-    if groups:
-        headings += ("groups with signal",)
-    print_table(title, headings, [_line(one, groups) for one in trial.summaries])
+    more = ("groups with signal",) if groups else ()
+    print_table(title, (*headings, *more), [_line(one, groups) for one in trial.summaries])
     problems = [problem.line for problem in trial.table.problems]
     for line in [*problems, *trial.findings]:
         say(f"! {line}")

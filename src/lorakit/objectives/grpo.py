@@ -22,6 +22,7 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import grpo_metrics, policy_gradient
 from lorakit.objectives.advantages import advantages
 from lorakit.objectives.batch_sums import Loss
+from lorakit.objectives.completion_records import group_record, held_out_record
 from lorakit.objectives.completion_rows import (
     PREFIX,
     PROMPTS,
@@ -34,6 +35,7 @@ from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.objectives.grpo_warnings import GrpoWarnings
 from lorakit.objectives.objective import Batch, Collate, Objective
 from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
+from lorakit.rewards.inputs_of_rows import reward_columns, reward_input
 from lorakit.rewards.reward_table import RewardInput
 from lorakit.rewards.rewards import Rewards
 
@@ -52,11 +54,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Answered:
-    """A prompt with its completions and their rewards (G, F); which other groups it replaced."""
+    """A prompt with its completions and their rewards (G, F), what functions logged for the first
+    completion, and how many other groups it replaced."""
 
     prompt: PromptRow
     rollouts: Sequence[Rollout]
     rewards: torch.Tensor
+    extra: Mapping[str, Any]
     replaced: int = 0
 
 
@@ -83,6 +87,9 @@ class Grpo(Objective):
         self._reference: str | None = BASE
         self.rewards: Rewards | None = None
         self.notes: list[str] = []
+        self._records: list[dict[str, Any]] = []
+        self._held_out: dict[int, dict[str, Any]] = {}
+        self._logged: dict[str, float] = {}
         self._limit = Limit(WHOLE)
         self._prompts: list[PromptRow] = []
         self._to_learn: list[int] = []
@@ -173,6 +180,7 @@ class Grpo(Objective):
         """As in `Objective`; other rewards are loaded."""
         other = super().with_settings(settings)
         other.notes, other._warnings = [], GrpoWarnings(settings)
+        other._records, other._held_out, other._logged = [], {}, {}
         names = ("rewards", "weights", "reward_timeout")
         if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
             other.rewards = Rewards.opened(*(getattr(settings, name) for name in names))
@@ -185,8 +193,9 @@ class Grpo(Objective):
         data = super().read(request, loaded)
         self._to_learn = [row.number for row in data.train if isinstance(row, PromptRow)]
         assert self.rewards is not None
-        for sample in (*data.train_samples, *data.eval_samples):
-            self.rewards.check([*_columns(sample)], sample.where)
+        samples: list[Any] = [*data.train_samples, *data.eval_samples]
+        for sample in samples:
+            self.rewards.check([*reward_columns(sample)], sample.where)
         return data
 
     def as_learned(self, sample: Sample) -> Sample:
@@ -251,8 +260,13 @@ class Grpo(Objective):
         assert self.rewards is not None
         table = self.rewards(asked, {"global_step": step or 0})
         self.notes += [problem.line for problem in table.problems]
+        self._logged |= table.metrics
         parts = table.values.split(each)
-        return [_Answered(*one) for one in zip(prompts, groups, parts, strict=True)]
+        extra = [
+            {name: values[at] for name, values in table.extra.items()}
+            for at in range(0, len(rollouts), each)
+        ]
+        return [_Answered(*one) for one in zip(prompts, groups, parts, extra, strict=True)]
 
     def _asked(
         self, prompts: Sequence[PromptRow], step: int | None, each: int
@@ -362,7 +376,39 @@ class Grpo(Objective):
                     replaced=one.replaced,
                 )
             )
+            self._keep(one, found.rewards[i * size : (i + 1) * size].tolist(), i - before, learned)
         return groups
+
+    # --- what is kept of them -----------------------------------------------------------------
+
+    def _keep(self, one: _Answered, rewards: list[float], number: int, learned: bool) -> None:
+        sample, values = one.prompt.sample, one.rewards.tolist()
+        assert sample is not None
+        if learned:
+            kept = group_record(sample, one.rollouts, values, rewards, number, one.extra)
+            self._records.append(kept)
+        else:
+            row = {"where": sample.where, "values": held_out_record(values[0], rewards[0])}
+            self._held_out[one.prompt.number] = row
+
+    def taken_completions(self) -> dict[str, Any]:
+        """As in `Objective`."""
+        groups, _ = self.gather(self._records)
+        found = {"rewards": [*self._reward_names], "groups": groups, "metrics": self._logged}
+        self._records, self._logged = [], {}
+        return found if groups else {}
+
+    def taken_held_out(self) -> dict[str, Any]:
+        """As in `Objective`."""
+        rows, _ = self.gather([*self._held_out.items()])
+        self._held_out = {}
+        in_order = [row for _, row in sorted(dict(rows).items())]
+        return {"rewards": [*self._reward_names], "rows": in_order} if in_order else {}
+
+    @property
+    def reward_facts(self) -> list[dict[str, Any]]:
+        """As in `Objective`."""
+        return [] if self.rewards is None else self.rewards.facts()
 
     def taken_notes(self) -> list[str]:
         """As in `Objective`."""
@@ -427,31 +473,9 @@ class Grpo(Objective):
         yield from self._warnings.of(logs)
 
 
-def _columns(sample: Any) -> dict[str, Any]:
-    """What rewards get of a row: all but the prompt and an answer in TRL's columns."""
-    taken = ("prompt", "completion", "completion_ids")
-    return {k: v for k, v in (sample.columns or {}).items() if k not in taken}
-
-
 def _judged(prompt: PromptRow, rollout: Rollout) -> RewardInput:
-    """A completion as rewards see it: as messages where the row has messages."""
-    sample = prompt.sample
-    assert sample is not None
-    chat = any(map(_are_messages, (sample.columns or {}).values()))
-    said = list(rollout.messages) or [{"role": "assistant", "content": rollout.text}]
-    return RewardInput(
-        [dict(one) for one in sample.prompt] if chat else sample.prompt[-1]["content"],
-        [dict(one) for one in said] if chat else rollout.text,
-        completion_ids=rollout.tokens,
-        columns=_columns(sample),
-        where=sample.where,
-        finish_reason=rollout.finish_reason,
-        reference=sample.reference or None,
+    """A completion as rewards see it."""
+    assert prompt.sample is not None
+    return reward_input(
+        prompt.sample, rollout.text, rollout.tokens, rollout.messages, rollout.finish_reason
     )
-
-
-def _are_messages(value: Any) -> bool:
-    """Whether a column's value is a conversation."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
-        return False
-    return "role" in value[0] or "from" in value[0]

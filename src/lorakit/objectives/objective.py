@@ -476,6 +476,21 @@ class Objective:
         """Lines for the user about what `sampled_rows` has met since the last time."""
         return []
 
+    def taken_completions(self) -> dict[str, Any]:
+        """What to keep of the completions that `sampled_rows` has got to learn from since the last
+        time, as plain JSON types (`report.completions.StepCompletions`); all processes ask."""
+        return {}
+
+    def taken_held_out(self) -> dict[str, Any]:
+        """The rewards of held-out prompts since the last time: the names of the functions, and a
+        row for each prompt (`completion_records`); all processes ask."""
+        return {}
+
+    @property
+    def reward_facts(self) -> list[dict[str, Any]]:
+        """What the record keeps of reward functions (`rewards.Rewards.facts`)."""
+        return []
+
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The loss of a batch; without gradients, of held-out rows.
 

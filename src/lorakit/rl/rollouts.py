@@ -54,6 +54,7 @@ class Rollouts:
     Attributes:
         tokens, seconds: that were sampled, and how long sampling with rewards took.
         say: shows a line to the user.
+        keep: takes what is kept of the completions of a step.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Rollouts:
         self._served = 0  # batches of them
         self.tokens, self.seconds = 0, 0.0
         self.say: Callable[[str], None] = lambda line: None
+        self.keep: Callable[[dict[str, Any]], None] = lambda line: None
 
     def put_into(self, batches: Sequence[Tensors], model: LoraModel, step: int) -> list[Tensors]:
         """The batches of an optimizer step, those of prompts with completions in their place.
@@ -121,6 +123,8 @@ class Rollouts:
         self.seconds += time.perf_counter() - began
         for line in self._objective.taken_notes():
             self.say(line)
+        if step is not None and (kept := self._objective.taken_completions()):
+            self.keep({"step": step + 1, **kept})
         return rows
 
     # --- in checkpoints -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def run_identity(
     template_time: str | None = None,
     parent: str | None = None,
     teacher: str | None = None,
+    rewards: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """All that decides a run's numbers, as plain JSON types.
 
@@ -46,6 +47,7 @@ def run_identity(
             so that it is no difference.
         parent, teacher: the digests of the adapters that it starts from and learns from; None
             without one.
+        rewards: `Objective.reward_facts`, of which the hashes of files count.
     """
     values = {
         "recipe": {key: value for key, value in recipe.items() if key != "output_dir"},
@@ -56,6 +58,7 @@ def run_identity(
         "template_time": template_time,
         "parent": parent,
         "teacher": teacher,
+        "rewards": {one["name"]: one["sha256"] for one in rewards},
     }
     return _as_json(values)
 
@@ -63,7 +66,7 @@ def run_identity(
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """Where two runs' identities differ."""
     before, now = _as_json(before), _as_json(now)
-    for key in ("base", "template"):  # an older record has none
+    for key in ("base", "template", "rewards"):  # an older record has none
         if before.get(key) is None:
             before[key] = now.get(key)
     overlook_moves(before, now)

@@ -109,6 +109,13 @@ def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> 
         raise InputError(f"the data differ from those of the run: {listed(lines, 4)}")
 
 
+def require_rewards(expected: list[dict[str, Any]], rewards: list[dict[str, Any]]) -> None:
+    """Raises InputError unless the files of the rewards are those that are `expected`."""
+    before, now = ({one["name"]: one["sha256"] for one in facts} for facts in (expected, rewards))
+    if changed := [name for name in before if before[name] != now.get(name)]:
+        raise InputError(f"the files of these rewards differ from those of the run: {changed}")
+
+
 def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
     """Whether the finished run of `manifest` has the identity `now`."""
     before = run_identity(
@@ -119,6 +126,7 @@ def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
         manifest.template_sha256,
         parent=manifest.parent.sha256 if manifest.parent else None,
         teacher=manifest.teacher.sha256 if manifest.teacher else None,
+        rewards=manifest.rewards,
     )
     return not run_differences(before, now)
 

@@ -96,18 +96,25 @@ def _step_of(line: str) -> float:
 class Recorder(TrainerCallback):
     """Keeps the training time in `counts` and appends what Trainer logs to `lines`.
 
-    After resuming, lines of steps that will be made again are dropped. `metrics` are what the
-    objective logs beside the loss.
+    After resuming, lines of steps that will be made again are dropped, in `others` too. `metrics`
+    are what the objective logs beside the loss.
     """
 
-    def __init__(self, lines: StepLines, counts: Counts, metrics: Sequence[str] = ()) -> None:
-        self.lines, self.counts = lines, counts
+    def __init__(
+        self,
+        lines: StepLines,
+        counts: Counts,
+        metrics: Sequence[str] = (),
+        others: Sequence[StepLines] = (),
+    ) -> None:
+        self.lines, self.counts, self.others = lines, counts, others
         self.kept = {*_KEPT, *metrics}
         self._step_began = 0.0
         self._last_logged = Counts()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.lines.begin(state.global_step)
+        for lines in (self.lines, *self.others):
+            lines.begin(state.global_step)
         self._last_logged = replace(self.counts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -101,7 +101,13 @@ def reproduce(
         values["objective"] = {**values["objective"], "teacher": str(place)}
     recipe = load_recipe(values)
     rendering = _rendering(adapter, before)
-    after = train(recipe, quiet=quiet, expected_data=before.data, rendering=rendering).manifest
+    after = train(
+        recipe,
+        quiet=quiet,
+        expected_data=before.data,
+        expected_rewards=before.rewards,
+        rendering=rendering,
+    ).manifest
     _, new = read_adapter(output_dir)
     if old.keys() != new.keys():
         raise InputError(

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lorakit.adapters.manifest import (
+    COMPLETIONS_NAME,
     METRICS_NAME,
     MONITOR_NAME,
     Manifest,
@@ -49,6 +50,7 @@ from lorakit.training.output import (
     claim_output,
     rendering_of,
     require_data,
+    require_rewards,
     require_unchanged,
     same_run,
 )
@@ -56,7 +58,12 @@ from lorakit.training.position import planned_steps
 from lorakit.training.processes import join, require_same_view
 from lorakit.training.recipe import Recipe, load_recipe
 from lorakit.training.recorder import ProgressBar, Recorder, StepLines
-from lorakit.training.run_record import HeldOutScores, manifest_of, write_samples
+from lorakit.training.run_record import (
+    HeldOutScores,
+    manifest_of,
+    write_held_out_rewards,
+    write_samples,
+)
 from lorakit.training.setup import Setup, set_up
 from lorakit.training.trainer import LoraTrainer
 from lorakit.training.watch import Watch, warn_of_unchanged
@@ -87,6 +94,7 @@ def train(
     resume: bool = False,
     accept_changes: bool = False,
     expected_data: list[dict[str, Any]] | None = None,
+    expected_rewards: list[dict[str, Any]] | None = None,
     rendering: Rendering | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -103,7 +111,8 @@ def train(
         resume: resume from the last checkpoint in `output_dir`, when there is one.
         accept_changes: with `resume`, resume although recipe or data are not those of the run so
             far; what changed is recorded.
-        expected_data: what the data must be, as `Manifest.data` has it.
+        expected_data, expected_rewards: what the data and the files of rewards must be, as
+            `Manifest` has them.
         rendering: how rows are to become text; None is as the tokenizer has it, now.
         quiet: show nothing.
 
@@ -140,6 +149,8 @@ def train(
         setup = set_up(recipe, rendering=rendering, objective=own)
         if expected_data is not None:
             require_data(expected_data, setup.data_facts)
+        if expected_rewards is not None:
+            require_rewards(expected_rewards, setup.inputs.objective.reward_facts)
         held.callback(setup.inputs.objective.close)
         return _train(setup, console, main, resume, accept_changes, callbacks)
 
@@ -196,6 +207,7 @@ def _train(
         # All processes help to gather what is spread.
         trainer.save_adapter(folder)
         if main:
+            write_held_out_rewards(folder, scores)
             write_manifest(folder, manifest)  # its presence says that the run is finished
             if not trainer.is_spread:
                 say(*write_samples(folder, setup))
@@ -276,8 +288,13 @@ def _callbacks(
     bar = ProgressBar(trainer.counts, console, trainer.objective.shown_metrics)
     interrupt = Interrupt(say)
     trainer.interrupt = interrupt
+    others: list[StepLines] = []
+    if trainer.rollouts is not None:
+        kept = StepLines(metrics.path.with_name(COMPLETIONS_NAME), writes=metrics.writes)
+        trainer.rollouts.keep = kept.append
+        others.append(kept)
     looking: list[TrainerCallback] = [
-        Recorder(metrics, trainer.counts, objective.logged or objective.score_names),
+        Recorder(metrics, trainer.counts, objective.logged or objective.score_names, others),
         bar,
     ]
     if trainer.is_spread:
@@ -307,6 +324,7 @@ def _fit(trainer: LoraTrainer, setup: Setup, checkpoint: Path | None) -> HeldOut
         route = setup.model.routing.route if continues else Route(shared=tuple(frozen))
         with setup.model.routing.using(route):
             start = trainer.held_out_scores()
+    rows = {"start": trainer.objective.taken_held_out()}
     if checkpoint and (
         trainer.ends_at(checkpoint)
         or (patience and stopped_before(checkpoint, trainer.args, patience))
@@ -322,9 +340,15 @@ def _fit(trainer: LoraTrainer, setup: Setup, checkpoint: Path | None) -> HeldOut
         tuned = last
     else:
         tuned = trainer.evaluate()
+    rows["tuned"] = trainer.objective.taken_held_out()
+    if trainer.objective.samples_held_out and not rows["tuned"]:  # resumed at the end
+        trainer.held_out_scores()
+        rows["tuned"] = trainer.objective.taken_held_out()
     with bare(setup.model, trainer.objective.reference):
         base = trainer.held_out_scores()
-    return HeldOutScores(base, start, {n: tuned[f"eval_{n}"] for n in base if f"eval_{n}" in tuned})
+    rows["base"] = trainer.objective.taken_held_out()
+    found = {n: tuned[f"eval_{n}"] for n in base if f"eval_{n}" in tuned}
+    return HeldOutScores(base, start, found, rows)
 
 
 def _say(console: Console, *lines: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorakit import atomic
-from lorakit.adapters.manifest import SAMPLES_NAME, Manifest
+from lorakit.adapters.manifest import HELD_OUT_REWARDS_NAME, SAMPLES_NAME, Manifest
 from lorakit.data.thumbnails import recorded
 from lorakit.errors import InputError
 from lorakit.evaluation.answers import Written, answer_samples
@@ -33,11 +33,13 @@ class HeldOutScores:
         base: of the bare base.
         start: of the adapter that the run started from, if it did.
         tuned: of the trained adapter.
+        rows: `Objective.taken_held_out` by `base`, `start` and `tuned`; empty where nothing is.
     """
 
     base: dict[str, float] = field(default_factory=dict)
     start: dict[str, float] = field(default_factory=dict)
     tuned: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def manifest_of(
@@ -80,10 +82,25 @@ def manifest_of(
         parent=start.record if start else None,
         stands_on=list(start.frozen) if start else [],
         teacher=setup.inputs.teacher,
+        rewards=setup.inputs.objective.reward_facts,
         labels=labels.to_dict() if labels else None,
         versions=versions(),
         seed=setup.recipe.training.seed,
     )
+
+
+def write_held_out_rewards(folder: Path, scores: HeldOutScores) -> None:
+    """Writes the rewards of each held-out prompt before and after, where there are any."""
+    states = {name: found["rows"] for name, found in scores.rows.items() if found}
+    if "tuned" not in states:
+        return
+    kept = {
+        "rewards": scores.rows["tuned"]["rewards"],
+        "where": [row["where"] for row in states["tuned"]],
+        "states": {name: [row["values"] for row in rows] for name, rows in states.items()},
+    }
+    text = json.dumps(kept, ensure_ascii=False)
+    atomic.write_file(folder / HELD_OUT_REWARDS_NAME, text + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -99,6 +99,7 @@ class Setup:
             **self.inputs.rendering_facts(),
             parent=start.record.sha256 if start else None,
             teacher=teacher.sha256 if teacher else None,
+            rewards=self.inputs.objective.reward_facts,
         )
 
     @property
