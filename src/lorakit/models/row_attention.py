@@ -175,9 +175,9 @@ def _planned(
     found = [short]
     for own, seen in plan.long:
         chosen = (q.index_select(0, own), k.index_select(0, seen), v.index_select(0, seen))
-        one = (x.transpose(0, 1)[None] for x in chosen)
+        row_q, row_k, row_v = (x.transpose(0, 1)[None] for x in chosen)
         reach = window if window and window < len(seen) else None
-        found.append(_sdpa(*one, scale, 0.0, reach)[0].transpose(0, 1))
+        found.append(_sdpa(row_q, row_k, row_v, scale, 0.0, reach)[0].transpose(0, 1))
     return torch.cat(found).index_select(0, plan.order)
 
 

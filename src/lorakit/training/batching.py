@@ -226,7 +226,7 @@ class BatchDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        with made_by(self.pictures and self.pictures.tensors):
+        with made_by(None if self.pictures is None else self.pictures.tensors):
             made = self.collate([self.rows[i] for i in batch])
             if not isinstance(batch, FirstBatch):
                 return made
