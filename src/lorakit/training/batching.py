@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from lorakit.data.picture_rows import RowPictures
     from lorakit.models.lines import Lines
     from lorakit.objectives.objective import Collate
-    from lorakit.training.kept_pictures import TrainingPictures
     from lorakit.training.recipe import Recipe
 
 
@@ -214,10 +214,10 @@ class BatchDataset(Dataset):
     """Maps the positions of a batch's rows to the batch's tensors.
 
     Attributes:
-        pictures: what gives the tensors of pictures; None is the model's processor.
+        pictures: gives the tensors of rows' pictures; None is the model's processor.
     """
 
-    pictures: TrainingPictures | None = None
+    pictures: Callable[[Sequence[RowPictures]], dict[str, torch.Tensor]] | None = None
 
     def __init__(self, rows: Sequence[TokenizedRow], batching: Batching, *, learning: bool) -> None:
         self.rows, self.collate = rows, batching.collator(learning=learning)
@@ -226,7 +226,7 @@ class BatchDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        with made_by(None if self.pictures is None else self.pictures.tensors):
+        with made_by(self.pictures):
             made = self.collate([self.rows[i] for i in batch])
             if not isinstance(batch, FirstBatch):
                 return made

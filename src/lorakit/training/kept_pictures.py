@@ -66,7 +66,7 @@ def pictures_kept(trainer: LoraTrainer, most_bytes: int) -> Iterator[str | None]
         return
     datasets: list[Any] = [d for d in (trainer.train_dataset, trainer.eval_dataset) if d]
     for dataset in datasets:
-        dataset.pictures = kept
+        dataset.pictures = kept.tensors
     model: Any = base_model(trainer.model)
     hook = model.register_forward_pre_hook(kept.put_in, with_kwargs=True)
     try:
