@@ -6,6 +6,7 @@ padded, and divided into batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
 from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.objectives.batch_sums import added
+from lorakit.objectives.completion_rows import CompletionGroup, completion_row
 from lorakit.objectives.grpo import Grpo
 from lorakit.objectives.rollout import Rollout
 from lorakit.rewards.rewards import Rewards
@@ -193,7 +195,7 @@ def groups_of(objective: Grpo, tokenizer: Any, old: torch.Tensor) -> list[Any]:
     with pytest.raises(StopIteration) as ended:
         sampling.send(written)
     [found] = ended.value.value
-    return list(found)
+    return [group.again() for group in found]  # by other weights than those of now
 
 
 def objective_of(
@@ -224,6 +226,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sapo": {"loss_type": "sapo"},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "vespo": {"loss_type": "vespo"},
+    "without a reward": {"beta": 0.1},
     "each reward normalised": {"multi_objective_aggregation": "normalize_then_sum"},
 }
 
@@ -231,6 +234,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_advantages_loss_gradients_and_metrics_are_trls(case: str, theirs: Any, ours: LoraModel):
     settings, weights = CASES[case], (1.0, 0.5)
+    none = case == "without a reward"  # of the third completion, from any function
+    RIGHT[2] = None if none else 0.0
     batch = of_trl(theirs, settings, weights)
     expected = loss_of_trl(theirs, batch)
     metrics = {name: values[0] for name, values in theirs._metrics["train"].items() if values}
@@ -263,6 +268,21 @@ def test_advantages_loss_gradients_and_metrics_are_trls(case: str, theirs: Any, 
             assert logged[name] == pytest.approx(metrics[name], abs=1e-6), name
 
 
+@pytest.mark.parametrize("case", ["dapo", "gspo", "cispo", "vespo"])
+def test_on_the_weights_that_sampled_the_ratio_is_one_as_trls(
+    case: str, theirs: Any, ours: LoraModel
+):
+    """Whatever rounding the sampler's log-probabilities have."""
+    batch = of_trl(theirs, CASES[case], (1.0, 0.5))
+    old = batch.pop("old_per_token_logps")
+    expected = loss_of_trl(theirs, batch)
+    objective = objective_of(CASES[case], (1.0, 0.5), REWARDS)
+    groups = groups_of(objective, theirs.processing_class, old)
+    fresh = [replace(group, fresh=True) for group in groups]
+    one = objective.to_batch(fresh, LineCollator(share_prefixes=True))
+    assert_same(loss_of_lorakit(ours, objective, [one]), expected)
+
+
 @pytest.mark.parametrize("layout", ["line", "padded"])
 def test_an_environments_tokens_are_read_and_not_learned(layout: str, theirs: Any, ours: LoraModel):
     """A batch in which TRL's `tool_mask` leaves tokens out."""
@@ -274,10 +294,6 @@ def test_an_environments_tokens_are_read_and_not_learned(layout: str, theirs: An
     expected = loss_of_trl(theirs, batch)
     objective = objective_of({}, (1.0, 0.0), REWARDS)
     rows = groups_of(objective, theirs.processing_class, batch["old_per_token_logps"])
-    from dataclasses import replace
-
-    from lorakit.objectives.completion_rows import CompletionGroup, completion_row
-
     groups = []
     for g, group in enumerate(rows):
         parts = []
@@ -289,7 +305,7 @@ def test_an_environments_tokens_are_read_and_not_learned(layout: str, theirs: An
             prompt = replace(row, input_ids=row.input_ids[:-size], labels=row.labels[:-size])
             worth = {name: getattr(row, name) for name in ("rewards", "reward", "advantage")}
             parts.append(completion_row(prompt, rollout, False, **worth))
-        groups.append(replace(CompletionGroup.of(*parts), number=g))
+        groups.append(replace(CompletionGroup.of(*parts), number=g, fresh=False))
     collate = LineCollator(share_prefixes=True) if layout == "line" else Collator(PAD)
     one = objective.to_batch(groups, collate)
     assert_same(loss_of_lorakit(ours, objective, [one]), expected)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit
 from command import run_lorakit
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
 from lorakit.objectives.completion_rows import CompletionGroup
@@ -180,6 +180,59 @@ def test_groups_without_signal_are_replaced_by_further_prompts(
         found[name] = sum(shares) / len(shares)
     assert found["dynamic"] < found["plain"]
     assert sum(logged(tmp_path / "dynamic", "groups_resampled")) > 0
+
+
+def test_a_reward_that_fails_is_named_and_one_that_always_fails_ends_the_run(
+    attentive_folder: Path, tmp_path: Path
+):
+    def of_odd_rows(completions: Sequence[str], n: list[int], **_: Any) -> list[float | None]:
+        if any(i == 4 for i in n):
+            raise KeyError("four")
+        return [None if i % 2 == 0 else len(text) for i, text in zip(n, completions, strict=True)]
+
+    def never(completions: Sequence[str], **_: Any) -> list[float]:
+        raise OSError("no service")
+
+    made = recipe(attentive_folder, tmp_path / "some", training={"max_steps": 6}, data={"eval": 0})
+    lorakit.train(made, data=ROWS, objective=settings(rewards=[of_odd_rows]), quiet=True)
+    warned = [line for line in lines(tmp_path / "some" / "metrics.jsonl") if "warning" in line]
+    assert any("four" in line["message"] and "train:5" in line["message"] for line in warned)
+    made = recipe(attentive_folder, tmp_path / "all", data={"eval": 0})
+    with pytest.raises(LorakitError, match="no service"):
+        lorakit.train(made, data=ROWS, objective=settings(rewards=[never]), quiet=True)
+
+
+def test_the_best_by_held_out_reward_is_kept_and_stops_the_run(
+    attentive_folder: Path, tmp_path: Path
+):
+    """A learning rate of next to nothing: the held-out reward is never better than at first."""
+    training = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "learning_rate": 1e-9}
+    training |= {"load_best_model_at_end": True, "metric_for_best_model": "reward"}
+    made = recipe(attentive_folder, tmp_path / "run", training=training)
+    made["early_stopping_patience"] = 2
+    lorakit.train(made, data=ROWS, objective=settings(), quiet=True)
+    evaluated = [x for x in lines(tmp_path / "run" / "metrics.jsonl") if "eval_reward" in x]
+    assert max(line["step"] for line in evaluated) == 3
+    assert len({line["eval_reward"] for line in evaluated}) == 1
+
+
+def test_the_reference_of_a_run_that_continues_an_adapter_is_that_adapter(
+    attentive_folder: Path, tmp_path: Path
+):
+    made = recipe(attentive_folder, tmp_path / "first")
+    lorakit.train(made, data=ROWS, objective=settings(), quiet=True)
+    found = {}
+    for name, start in (("start", {"adapter": str(tmp_path / "first")}), ("base", {})):
+        more = recipe(attentive_folder, tmp_path / name, **start, training={"max_steps": 1})
+        more.pop("lora")
+        lorakit.train(more, data=ROWS, objective=settings(beta=0.5), quiet=True)
+        [found[name]] = logged(tmp_path / name, "kl")
+    assert found["start"] == pytest.approx(0, abs=1e-6)
+    assert found["base"] == pytest.approx(0, abs=1e-6), "a new adapter begins as its base"
+    again = recipe(attentive_folder, tmp_path / "more", adapter=str(tmp_path / "first"))
+    again.pop("lora")
+    lorakit.train(again, data=ROWS, objective=settings(beta=0.5), quiet=True)
+    assert logged(tmp_path / "more", "kl")[-1] > 1e-4
 
 
 BAD = {

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.eval_rewards import evaluate_by_rewards, recorded_rewards, show_rewards
 from lorakit.cli.shared_options import (
     BaseOption,
     DtypeOption,
     FetchImagesOption,
     QuantizationOption,
     column_names,
-    reward_specs,
 )
 from lorakit.cli.tables import print_table
 from lorakit.console import say_all
@@ -49,23 +47,6 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
-    rewards: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Score completions by a reward: rewards.py:NAME (which is run), or a built-in "
-            "one; repeatable. Default for an adapter of objective grpo: its built-in ones."
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="With rewards: another adapter, in place of the base.")
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(min=1, help="With rewards: completions of each prompt.")
-    ] = 1,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="With rewards: sampling temperature; 0 is greedy.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 42,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: DtypeOption = None,
@@ -76,16 +57,15 @@ def evaluate(
 
     Final answers are compared: reasoning and end tokens are removed first, from answers and
     references. A classifier is compared with always predicting the most frequent label. A reward
-    model scores pairs, beside the rule that the longer answer wins, or conversations alone. With
-    rewards, mean rewards of completions are compared, with intervals.
+    model scores pairs, beside the rule that the longer answer wins, or conversations alone.
     """
+    from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter
     from lorakit.data.formats import SUPERVISED
     from lorakit.data.mixing import mix
     from lorakit.data.pictures import pictures_in
     from lorakit.data.splits import MEASURED
-    from lorakit.errors import InputError
     from lorakit.evaluation.metrics import parse_metrics
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.forms import CLASSIFICATION
@@ -103,42 +83,8 @@ def evaluate(
     result: Evaluation | LabelEvaluation | RewardEvaluation
     recorded = manifest.recipe.get("objective") if manifest else None
     objective = make_objective(recorded) if recorded else None
-    specs, weights, unread = recorded_rewards(recorded)
-    if rewards:
-        specs, weights, unread = reward_specs(rewards), None, []
-    if specs or against:
-        if not specs:
-            raise InputError("--against compares by rewards: name them with --rewards")
-        with pictures:
-            mixture = mix(
-                data,
-                mapping,
-                limit,
-                key="--data",
-                wanted=MEASURED,
-                kinds=("conversation", "prompt"),
-                keeps_columns=True,
-            )
-        say_all([*unread, *mixture.notices])
-        compared = evaluate_by_rewards(
-            adapter,
-            against,
-            mixture.samples,
-            specs,
-            weights,
-            options,
-            number=samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        )
-        show_rewards(compared)
-        if json_file:
-            _write(json_file, compared.to_dict())
-        return
-    say_all(unread)
-    if recorded and objective and objective.on_policy and objective.keeps_columns:
-        objective = None  # its loss needs rewards: rows' own answers are scored
+    if objective is not None and objective.samples_held_out:
+        objective = None  # its answers are compared with those of the rows, as others are
     if isinstance(objective, Reward):
         from lorakit.evaluation.reward_evaluation import evaluate_rewards
 
@@ -190,7 +136,7 @@ def evaluate(
                 as_learned=learned_by.as_learned,
             )
         say_all(mixture.notices)
-        rows = mixture.samples
+        samples = mixture.samples
         opened = open_adapter(adapter, **options)
         if objective and (notice := compare_with_start(opened.model, adapter, objective)):
             say_all([notice])
@@ -198,7 +144,7 @@ def evaluate(
             result = run(
                 opened.model,
                 opened.tokenizer,
-                rows,
+                samples,
                 metrics=chosen,
                 objective=objective,
                 max_new_tokens=max_new_tokens,
@@ -208,13 +154,8 @@ def evaluate(
             )
         _show(result)
     if json_file:
-        _write(json_file, result.to_dict())
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    from lorakit import atomic
-
-    atomic.write_file(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+        atomic.write_file(json_file, text + "\n")
 
 
 def _show(result: "Evaluation") -> None:

@@ -34,7 +34,6 @@ from lorakit.objectives.forward import BASE, Forward
 from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.objectives.grpo_warnings import GrpoWarnings
 from lorakit.objectives.objective import Batch, Collate, Objective
-from lorakit.objectives.resident_reward import ResidentReward
 from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
 from lorakit.rewards.inputs_of_rows import reward_columns, reward_input
 from lorakit.rewards.reward_table import RewardInput
@@ -87,8 +86,6 @@ class Grpo(Objective):
         super().__init__(**settings)
         self._reference: str | None = BASE
         self.rewards: Rewards | None = None
-        self.beside: list[ResidentReward] = []
-        self.notes: list[str] = []
         self._records: list[dict[str, Any]] = []
         self._held_out: dict[int, dict[str, Any]] = {}
         self._logged: dict[str, float] = {}
@@ -166,23 +163,12 @@ class Grpo(Objective):
     def prepare(self, request: RunRequest) -> TrainingInputs:
         """As in `Objective`. Raises InputError where rewards cannot be loaded."""
         settings = self.settings
-        self.beside = []
-        self.rewards = Rewards.opened(
-            settings.rewards,
-            settings.weights,
-            settings.reward_timeout,
-            scorer=self._reward_adapter,
-        )
+        self.rewards = Rewards.opened(settings.rewards, settings.weights, settings.reward_timeout)
         try:
             return super().prepare(request)
         except BaseException:
             self.close()
             raise
-
-    def _reward_adapter(self, folder: str) -> ResidentReward:
-        """The scorer of a reward adapter, which the run puts beside its own."""
-        self.beside.append(ResidentReward(folder, f"reward_{len(self.beside)}"))
-        return self.beside[-1]
 
     def close(self) -> None:
         """Ends the processes of reward functions."""
@@ -192,7 +178,7 @@ class Grpo(Objective):
     def with_settings(self, settings: Any) -> Self:
         """As in `Objective`; other rewards are loaded."""
         other = super().with_settings(settings)
-        other.notes, other._warnings = [], GrpoWarnings(settings)
+        other._warnings = GrpoWarnings(settings)
         other._records, other._held_out, other._logged = [], {}, {}
         names = ("rewards", "weights", "reward_timeout")
         if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
@@ -272,7 +258,7 @@ class Grpo(Objective):
         ]
         assert self.rewards is not None
         table = self.rewards(asked, {"global_step": step or 0})
-        self.notes += [problem.line for problem in table.problems]
+        self._warnings.met(table.problems)
         self._logged |= table.metrics
         parts = table.values.split(each)
         extra = [
@@ -363,8 +349,6 @@ class Grpo(Objective):
             s.scale_rewards,
             s.multi_objective_aggregation,
         )
-        if learned and found.rewards.isnan().all():
-            self.notes.append("no completion of this step has a reward: it learns nothing")
         size = len(own[0]) if own else 1
         groups = []
         for i, one in enumerate(answered, before):
@@ -423,11 +407,6 @@ class Grpo(Objective):
         """As in `Objective`."""
         return [] if self.rewards is None else self.rewards.facts()
 
-    def taken_notes(self) -> list[str]:
-        """As in `Objective`."""
-        notes, self.notes = self.notes, []
-        return notes
-
     # --- loss and scores --------------------------------------------------------------------
 
     def reader(self, model: nn.Module, own_logits: bool) -> SupervisedLoss:
@@ -442,6 +421,8 @@ class Grpo(Objective):
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The policy's loss over completions; of held-out ones minus the reward."""
+        import torch
+
         metrics = grpo_metrics.of_completions(batch)
         if PREFIX + "advantages" not in batch:
             return Loss(-metrics["reward.sum"].sum(), metrics["reward.count"].sum(), metrics)
@@ -449,9 +430,13 @@ class Grpo(Objective):
         kind = policy_gradient.LOSSES[settings.loss_type]
         log_probs, entropies = forward.with_entropies(batch)
         lengths = batch[PREFIX + "lengths"]
+        sampled = batch[PREFIX + "logprobs"].to(log_probs)
+        fresh = batch[PREFIX + "fresh"].repeat_interleave(settings.num_generations)
+        now, is_now = log_probs.detach(), fresh.repeat_interleave(lengths)
         c = policy_gradient.Completions(
             log_probs,
-            batch[PREFIX + "logprobs"].to(log_probs),
+            # Of the weights that sampled, rounding apart: their ratio is 1, as in TRL.
+            torch.where(is_now, now, sampled),
             lengths,
             batch[PREFIX + "advantages"].to(log_probs),
             settings.level,
@@ -464,8 +449,8 @@ class Grpo(Objective):
             reference = forward.of_reference(batch, self.reference or BASE)
             kl = policy_gradient.kl(c, reference, settings.use_bias_correction_kl)
             losses = losses + settings.beta * kl
-        fresh = batch[PREFIX + "fresh"].repeat_interleave(settings.num_generations)
-        metrics |= grpo_metrics.of_tokens(c, entropies, kl, c.spread(fresh), settings)
+        gap = (now - sampled)[is_now].abs()
+        metrics |= grpo_metrics.of_tokens(c, entropies, kl, gap, settings)
         return Loss(kind.normalisation.total(losses, c), self.count(batch), metrics)
 
     def held_out(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

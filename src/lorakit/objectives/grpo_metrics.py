@@ -74,19 +74,18 @@ def of_tokens(
     c: Completions,
     entropies: torch.Tensor,
     kl: torch.Tensor | None,
-    fresh: torch.Tensor,
+    gap: torch.Tensor,
     settings: Any,
 ) -> dict[str, torch.Tensor]:
     """Sums over a batch's sampled tokens (n,): entropy, KL, clipped ratios, and the gap.
 
     Args:
-        fresh: (n,) whether the weights are those that sampled the token, so that both
-            log-probabilities should be equal.
+        gap: by how much the log-probabilities of sampler and trainer differ, of the tokens whose
+            weights are those that sampled them.
     """
     import torch
 
     ratios, A = c.ratios.detach(), c.token_advantages
-    gap = c.log_ratios.detach().abs().masked_fill(~fresh, 0)
     cispo = settings.loss_type == "cispo"
     low = (ratios < 1 - settings.epsilon) & (A < 0) & (not cispo)
     bound = settings.upper_epsilon + (0 if cispo else 1)
@@ -98,13 +97,13 @@ def of_tokens(
         "clipped_low": low.sum(),
         "clipped_high": high.sum(),
         "gap": gap.double().sum(),
-        "fresh": fresh.sum(),
+        "fresh": torch.tensor(len(gap)),
         f"{MAX}gap": gap.max() if len(gap) else gap.new_zeros(()),
     }
 
 
 def named(sums: Mapping[str, torch.Tensor], rewards: Sequence[str]) -> dict[str, float]:
-    """The metrics by TRL's names.
+    """The metrics by TRL's names; of held-out prompts the means alone.
 
     Args:
         rewards: the names of the reward functions.
@@ -112,16 +111,20 @@ def named(sums: Mapping[str, torch.Tensor], rewards: Sequence[str]) -> dict[str,
     completions, groups = float(sums["completions"]), float(sums["groups"])
     ended = completions - float(sums["cut_off"])
     found: dict[str, float] = {}
-    [(found["reward"], found["reward_std"])] = _mean_and_std(sums, "reward")
-    for name, (mean, std) in zip(rewards, _mean_and_std(sums, "rewards"), strict=True):
-        found |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+    [(found["reward"], reward_std)] = _mean_and_std(sums, "reward")
+    each = dict(zip(rewards, _mean_and_std(sums, "rewards"), strict=True))
+    found |= {f"rewards/{name}/mean": mean for name, (mean, _) in each.items()}
     found |= {
-        "frac_reward_zero_std": float(sums["zero_std"]) / groups,
-        "completions/reward_length_correlation": _correlation(sums),
         "completions/mean_length": float(sums["length"]) / completions,
         "completions/clipped_ratio": float(sums["cut_off"]) / completions,
     }
     if "tokens" in sums:
+        found |= {f"rewards/{name}/std": std for name, (_, std) in each.items()}
+        found |= {
+            "reward_std": reward_std,
+            "frac_reward_zero_std": float(sums["zero_std"]) / groups,
+            "completions/reward_length_correlation": _correlation(sums),
+        }
         tokens = max(1.0, float(sums["tokens"]))
         found |= {
             "groups_resampled": float(sums["replaced"]),

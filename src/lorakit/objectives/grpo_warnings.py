@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.rewards.reward_table import RewardProblem
 
 Found = tuple[str, str, str]
 """A warning's name, what was seen with its cause, and what to do."""
@@ -29,9 +32,22 @@ class GrpoWarnings:
         self.settings = settings
         self._first: dict[str, float] = {}
         self._in_a_row: Counter[str] = Counter()
+        self._problems: dict[str, RewardProblem] = {}
+
+    def met(self, problems: Sequence[RewardProblem]) -> None:
+        """Takes up why completions of a step have no reward; the first problem of each function."""
+        for problem in problems:
+            self._problems.setdefault(problem.name, problem)
 
     def of(self, logs: Mapping[str, float]) -> Iterator[Found]:
         """The warnings for what was logged at a step of training; none for held-out scores."""
+        for name, problem in self._problems.items():
+            yield (
+                f"reward {name} fails" if name else "completions without a reward",
+                problem.line,
+                "Completions without any reward are not learned; the run goes on, and stops where "
+                "a function gives no reward several times in a row. Try it with lorakit rewards.",
+            )
         if "frac_reward_zero_std" not in logs:
             return
         for name in ("completions/mean_length", "entropy", "reward"):

@@ -165,7 +165,6 @@ class Objective:
         samples_held_out: the model answers held-out prompts too, at each evaluation.
         rollouts: what writes the completions that are sampled (`rl.sources`).
         logged: what is logged of `scores` while training; None for `score_names`.
-        beside: adapters that score completions on the resident base, which `attach` puts there.
         gather: makes of this process' values those of all, and says at which its own begin.
         steps_per_generation: batches of a process whose prompts are sampled together; None for
             those of an optimizer step.
@@ -203,7 +202,6 @@ class Objective:
     samples_held_out: ClassVar[bool] = False
     rollouts: str = "engine"
     logged: Sequence[str] | None = None
-    beside: Sequence[Any] = ()
     gather: Callable[[list[Any]], tuple[list[Any], int]] = staticmethod(lambda own: (own, 0))
     steps_per_generation: int | None = None
     num_iterations: int = 1
@@ -473,10 +471,6 @@ class Objective:
         Returns: rows in the place of each batch, None for one that is learned as it is.
         """
         raise NotImplementedError(f"{type(self).__name__} samples no completions")
-
-    def taken_notes(self) -> list[str]:
-        """Lines for the user about what `sampled_rows` has met since the last time."""
-        return []
 
     def taken_completions(self) -> dict[str, Any]:
         """What to keep of the completions that `sampled_rows` has got to learn from since the last

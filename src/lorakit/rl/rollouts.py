@@ -53,7 +53,6 @@ class Rollouts:
 
     Attributes:
         tokens, seconds: that were sampled, and how long sampling with rewards took.
-        say: shows a line to the user.
         keep: takes what is kept of the completions of a step.
     """
 
@@ -69,7 +68,6 @@ class Rollouts:
         self._kept: list[Any] = []  # the rows of batches that are learned in several steps
         self._served = 0  # batches of them
         self.tokens, self.seconds = 0, 0.0
-        self.say: Callable[[str], None] = lambda line: None
         self.keep: Callable[[dict[str, Any]], None] = lambda line: None
 
     def put_into(self, batches: Sequence[Tensors], model: LoraModel, step: int) -> list[Tensors]:
@@ -121,8 +119,6 @@ class Rollouts:
         except StopIteration as end:
             rows: RowsOfBatches = end.value
         self.seconds += time.perf_counter() - began
-        for line in self._objective.taken_notes():
-            self.say(line)
         if step is not None and (kept := self._objective.taken_completions()):
             self.keep({"step": step + 1, **kept})
         return rows
