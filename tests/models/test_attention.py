@@ -25,7 +25,8 @@ from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.models.loss import SupervisedLoss
-from lorakit.models.row_attention import NAME, RowAttention, row_attention
+from lorakit.models.row_attention import NAME, row_attention
+from lorakit.models.short_rows import ShortRowsAttention, in_groups, plan_of
 from lorakit.models.varlen import all_rows
 from models.small import SMALL
 
@@ -127,11 +128,73 @@ def test_a_model_with_its_own_attention_is_refused_and_left_as_it_was():
     assert model.config._attn_implementation == before != NAME
 
 
+LENGTHS, PARENTS = [5, 3, 2, 4, 9, 1], [-1, 0, 0, 2, -1, -1]
+"""A prefix with two rows behind it, one of which is continued, and two others."""
+
+
+def short_rows(window: int | None, dtype: torch.dtype = torch.float64) -> Any:
+    begins = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    return plan_of(begins, torch.tensor(PARENTS, dtype=torch.int32), window, dtype)
+
+
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_gradient_of_the_plain_form_is_that_of_its_numbers(window: int | None):
+def test_the_gradient_of_short_rows_is_that_of_their_numbers(window: int | None):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, n, 6, 4).double().requires_grad_() for n in (4, 2, 2))
-    assert torch.autograd.gradcheck(RowAttention.apply, (q, k, v, 0.5, window))
+    q, k, v = (torch.randn(24, h, 2).double().requires_grad_() for h in (4, 2, 2))
+    assert torch.autograd.gradcheck(
+        ShortRowsAttention.apply, (q, k, v, 0.5, short_rows(window)), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_short_rows_are_computed_as_one_by_one(window: int | None):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(24, h, 4).double() for h in (6, 2, 2))
+    plan = short_rows(window)
+    assert [group.queries.shape for group in plan.groups] == [(6, 9)]
+    found = ShortRowsAttention.apply(q, k, v, 0.5, plan)
+    begins = [sum(LENGTHS[:i]) for i in range(7)]
+    for i, begin in enumerate(begins[:-1]):
+        own = [*range(begin, begins[i + 1])]
+        chain, seen = i, own
+        while (chain := PARENTS[chain]) >= 0:
+            seen = [*range(begins[chain], begins[chain + 1]), *seen]
+        one = (x[at].transpose(0, 1) for x, at in ((q, own), (k, seen), (v, seen)))
+        hidden = torch.ones(len(own), len(seen)).tril(len(seen) - len(own)).bool()
+        if window:
+            hidden &= ~torch.ones(len(own), len(seen)).tril(len(seen) - len(own) - window).bool()
+        wanted = F.scaled_dot_product_attention(*one, hidden, scale=0.5, enable_gqa=True)
+        torch.testing.assert_close(found[own], wanted.transpose(0, 1), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_a_line_may_have_short_and_long_rows(window: int | None):
+    """In bfloat16 up to 512 tokens are a product, and more are SDPA's, as is all of float32."""
+    torch.manual_seed(0)
+    lengths = [30, 600, 33, 300, 20]
+    begins = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    x = [torch.randn(1, h, sum(lengths), 8) for h in (4, 2, 2)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in x)
+        options = {"sliding_window": window, "cu_seq_lens_q": begins}
+        out, _ = row_attention(torch.nn.Module(), q, k, v, None, **options)
+        out.float().square().sum().backward()
+        found.append([out.detach().float(), *(t.grad.float() for t in (q, k, v))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=0.05, atol=0.05)
+    for begin, end in pairwise(begins.tolist()):
+        one = (t[:, :, begin:end] for t in x)
+        T = end - begin
+        mask = torch.ones(T, T).tril().bool()
+        mask &= ~torch.ones(T, T).tril(-(window or T)).bool()
+        wanted = F.scaled_dot_product_attention(*one, mask, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(found[0][0][:, begin:end], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_computed_together_where_they_are_short_and_padding_adds_little():
+    groups = in_groups([(20, 20), (300, 300), (22, 22), (310, 310), (21, 40), (40, 40), (100, 120)])
+    assert sorted(map(sorted, groups)) == [[0, 2, 4, 5], [1], [3], [6]]
 
 
 @pytest.mark.parametrize("lengths", [[5, 9, 1], [7], [7, 8, 7, 3]])
@@ -243,13 +306,3 @@ def test_a_model_that_does_not_hear_of_prefixes_gets_none(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(type(model), "forward", deaf)
     assert not take_prefixes(model)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_gradient_of_the_plain_form_behind_a_prefix_is_that_of_its_numbers(
-    window: int | None,
-):
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, 2, 4).double().requires_grad_()
-    k, v = (torch.randn(2, 2, 6, 4).double().requires_grad_() for _ in range(2))
-    assert torch.autograd.gradcheck(RowAttention.apply, (q, k, v, 0.5, window))

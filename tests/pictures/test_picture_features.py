@@ -65,8 +65,7 @@ def counted(engine: Engine, folder: Path) -> list[int]:
     if tells_pictures_apart(engine.resident.base):
         answers(engine, asked)
         assert engine._features is not None
-        engine._features._kept.clear()
-        engine._features._sizes.clear()
+        engine._features.kept.clear()
     inner.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
@@ -129,13 +128,13 @@ def test_what_is_kept_is_bounded(folder: Path) -> None:
         answers(engine, [(None, (pictures[0],))])
         features = engine._features
         assert features is not None
-        most = sum(features._sizes.values()) * 2
+        most = features.kept.bytes * 2
     with engine_of(folder, feature_bytes=most) as engine:
         calls, features = counted(engine, folder), engine._features
         assert features is not None
         for one in pictures:
             answers(engine, [(None, (one,))])
-            assert sum(features._sizes.values()) <= most
+            assert features.kept.bytes <= most
         assert len(calls) == len(pictures)
         answers(engine, [(None, (pictures[-1],))])
         assert len(calls) == len(pictures)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.eval_rewards import evaluate_by_rewards, recorded_rewards, show_rewards
 from lorakit.cli.shared_options import (
     BaseOption,
     DtypeOption,
     FetchImagesOption,
     QuantizationOption,
     column_names,
+    reward_specs,
 )
 from lorakit.cli.tables import print_table
 from lorakit.console import say_all
@@ -47,6 +49,23 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
+    rewards: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Score completions by a reward: rewards.py:NAME (which is run), or a built-in "
+            "one; repeatable. Default for an adapter of objective grpo: its built-in ones."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="With rewards: another adapter, in place of the base.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="With rewards: completions of each prompt.")
+    ] = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="With rewards: sampling temperature; 0 is greedy.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 42,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: DtypeOption = None,
@@ -57,15 +76,16 @@ def evaluate(
 
     Final answers are compared: reasoning and end tokens are removed first, from answers and
     references. A classifier is compared with always predicting the most frequent label. A reward
-    model scores pairs, beside the rule that the longer answer wins, or conversations alone.
+    model scores pairs, beside the rule that the longer answer wins, or conversations alone. With
+    rewards, mean rewards of completions are compared, with intervals.
     """
-    from lorakit import atomic
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter
     from lorakit.data.formats import SUPERVISED
     from lorakit.data.mixing import mix
     from lorakit.data.pictures import pictures_in
     from lorakit.data.splits import MEASURED
+    from lorakit.errors import InputError
     from lorakit.evaluation.metrics import parse_metrics
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.forms import CLASSIFICATION
@@ -83,6 +103,40 @@ def evaluate(
     result: Evaluation | LabelEvaluation | RewardEvaluation
     recorded = manifest.recipe.get("objective") if manifest else None
     objective = make_objective(recorded) if recorded else None
+    specs, weights, unread = recorded_rewards(recorded)
+    if rewards:
+        specs, weights, unread = reward_specs(rewards), None, []
+    if specs or against:
+        if not specs:
+            raise InputError("--against compares by rewards: name them with --rewards")
+        with pictures:
+            mixture = mix(
+                data,
+                mapping,
+                limit,
+                key="--data",
+                wanted=MEASURED,
+                kinds=("conversation", "prompt"),
+                keeps_columns=True,
+            )
+        say_all([*unread, *mixture.notices])
+        compared = evaluate_by_rewards(
+            adapter,
+            against,
+            mixture.samples,
+            specs,
+            weights,
+            options,
+            number=samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        show_rewards(compared)
+        if json_file:
+            _write(json_file, compared.to_dict())
+        return
+    say_all(unread)
     if objective is not None and objective.samples_held_out:
         objective = None  # its answers are compared with those of the rows, as others are
     if isinstance(objective, Reward):
@@ -136,7 +190,7 @@ def evaluate(
                 as_learned=learned_by.as_learned,
             )
         say_all(mixture.notices)
-        samples = mixture.samples
+        rows = mixture.samples
         opened = open_adapter(adapter, **options)
         if objective and (notice := compare_with_start(opened.model, adapter, objective)):
             say_all([notice])
@@ -144,7 +198,7 @@ def evaluate(
             result = run(
                 opened.model,
                 opened.tokenizer,
-                samples,
+                rows,
                 metrics=chosen,
                 objective=objective,
                 max_new_tokens=max_new_tokens,
@@ -154,8 +208,13 @@ def evaluate(
             )
         _show(result)
     if json_file:
-        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
-        atomic.write_file(json_file, text + "\n")
+        _write(json_file, result.to_dict())
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    from lorakit import atomic
+
+    atomic.write_file(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _show(result: "Evaluation") -> None:

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.shared_options import DtypeOption, QuantizationOption, column_names
+from lorakit.cli.shared_options import (
+    DtypeOption,
+    QuantizationOption,
+    column_names,
+    reward_specs,
+)
 from lorakit.cli.tables import print_table
 from lorakit.console import say, say_all
 
@@ -186,22 +191,7 @@ def _of_recipe(arguments: list[str]) -> _Asked:
 
 def _of_names(functions: Sequence[str]) -> _Asked:
     """The rewards that the command line names; of a file alone, all its reward functions."""
-    from lorakit.errors import InputError
-    from lorakit.rewards.rewards import functions_of
-    from lorakit.training.yaml_file import parse_yaml
-
-    found: list[Any] = []
-    for one in functions:
-        if one.lstrip().startswith("{"):
-            try:
-                found.append(parse_yaml(one))
-            except ValueError as error:
-                raise InputError(f"{one}: cannot be read: {error}") from error
-        elif one.endswith(".py"):
-            found += functions_of(one)
-        else:
-            found.append(one)
-    return _Asked(found)
+    return _Asked(reward_specs(functions))
 
 
 def _loaded(asked: _Asked, options: dict[str, Any]) -> tuple[Any, Any]:

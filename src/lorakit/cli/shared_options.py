@@ -1,5 +1,6 @@
 """Options that several verbs have."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -99,3 +100,28 @@ def column_names(text: str) -> dict[str, str]:
             raise InputError(f"--columns: '{part}' is not NAME=COLUMN (as in prompt=mr)")
         mapping[ours.strip()] = theirs.strip()
     return mapping
+
+
+def reward_specs(names: Sequence[str]) -> list[Any]:
+    """The rewards that a command line names; of a file alone, all its reward functions.
+
+    It runs a file whose functions are asked for.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    from lorakit.rewards.rewards import functions_of
+    from lorakit.training.yaml_file import parse_yaml
+
+    found: list[Any] = []
+    for one in names:
+        if one.lstrip().startswith("{"):
+            try:
+                found.append(parse_yaml(one))
+            except ValueError as error:
+                raise InputError(f"{one}: cannot be read: {error}") from error
+        elif one.endswith(".py"):
+            found += functions_of(one)
+        else:
+            found.append(one)
+    return found

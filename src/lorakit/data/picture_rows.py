@@ -19,7 +19,7 @@ from lorakit.errors import InputError
 from lorakit.models.picture_reader import reader_of, why_unread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from PIL.Image import Image
@@ -130,6 +130,22 @@ def placed(
     )
 
 
+_tensors: ContextVar[Callable[[Sequence[RowPictures]], dict[str, torch.Tensor]] | None]
+_tensors = ContextVar("tensors_of_pictures", default=None)
+
+
+@contextmanager
+def made_by(
+    make: Callable[[Sequence[RowPictures]], dict[str, torch.Tensor]] | None,
+) -> Iterator[None]:
+    """Within the block, `make` gives what `tensors_of` has of pictures; None is the processor."""
+    token = _tensors.set(make)
+    try:
+        yield
+    finally:
+        _tensors.reset(token)
+
+
 def tensors_of(rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
     """What a model is given of the pictures of token sequences, beside their tokens.
 
@@ -142,6 +158,8 @@ def tensors_of(rows: Sequence[Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
     having = [row.pictures for row in rows if row.pictures is not None and row.pictures.placed]
     if not having:
         return {}, {}
+    if (make := _tensors.get()) is not None:
+        return make(having), kinds_of(rows)
     reader = having[0].reader
     images = [
         opened([one.source for one in row.pictures.placed], row.where)

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import ModelOutput
 
 from lorakit.data.picture_rows import opened
 from lorakit.data.pictures import digest
+from lorakit.engine.kept_features import KeptFeatures
 from lorakit.engine.picture_prompt import Prepared, picture_kinds
-from lorakit.lora.architecture import output_head, without_wrappers
-from lorakit.lora.parts import part_prefixes
+from lorakit.engine.vision_boundary import VisionBoundary
+from lorakit.lora.parts import seeing_parts
 from lorakit.lora.routing import BASE, Route, Routing
 from lorakit.lora.wrapping import wrapped_places
 
@@ -39,7 +36,7 @@ FEATURE_BYTES = 256 << 20
 
 _READ = ("pooler_output", "deepstack_features")
 _PIXELS = "pixel_"
-_JOINTLY = "batch_num_images"
+JOINTLY = "batch_num_images"
 """Models with this argument (LLaVA-OneVision) look at pictures of one prompt together."""
 
 
@@ -47,11 +44,51 @@ def picture_features(
     model: PreTrainedModel, routing: Routing, most_bytes: int = FEATURE_BYTES
 ) -> PictureFeatures | None:
     """The features of pictures for a model; None where it does not take them beside tokens."""
-    inner: Any = model.base_model
+    return PictureFeatures(model, routing, most_bytes) if takes_features(model) else None
+
+
+def takes_features(model: PreTrainedModel) -> bool:
+    """Whether a model takes features of pictures in the place of pixels."""
     takes = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-    if not takes or not hasattr(inner, "get_image_features"):
-        return None
-    return PictureFeatures(model, routing, most_bytes)
+    return takes and hasattr(model.base_model, "get_image_features")
+
+
+def arguments_of(model: PreTrainedModel) -> frozenset[str]:
+    """What a model's `get_image_features` takes."""
+    inner: Any = model.base_model
+    return frozenset(inspect.signature(inner.get_image_features).parameters)
+
+
+def looked_at(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    """What a model makes of pictures that are looked at together, under the route in force.
+
+    Args:
+        tensors: the processor's, on the model's device.
+
+    Returns: the model's output for them, with what it reads of that alone; and what else it is
+        given of them beside pixels.
+    """
+    arguments, inner = arguments_of(model), model.base_model
+    given = {name: x for name, x in tensors.items() if name in arguments}
+    output = inner.get_image_features(**given, return_dict=True)
+    # Attributes, as some models write into an output what is no key of it then.
+    read = {name: x for name in _READ if (x := getattr(output, name, None)) is not None}
+    read = read or {"last_hidden_state": output.last_hidden_state}
+    others = {name: x for name, x in tensors.items() if not is_pixels(name)}
+    return _output(type(output), read), others
+
+
+def is_pixels(name: str) -> bool:
+    """Whether a tensor of the processor has pixels, or says which there are."""
+    return name.startswith(_PIXELS)
+
+
+def together(found: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """What a model is given of pictures that were `looked_at` one after the other."""
+    outputs = [output for output, _ in found]
+    joined = {name: _joined([o[name] for o in outputs]) for name in outputs[0]}
+    others = {name: torch.cat([o[name] for _, o in found]) for name in found[0][1]}
+    return {**others, "mm_encoder_outputs": {"image": _output(type(outputs[0]), joined)}}
 
 
 class PictureFeatures:
@@ -61,13 +98,15 @@ class PictureFeatures:
         model: with the bank's layers in it.
         routing: the bank's.
         most_bytes: how much may be kept; 0 keeps nothing.
+
+    Attributes:
+        kept: the features, and what passed the vision part's end.
     """
 
     def __init__(self, model: PreTrainedModel, routing: Routing, most_bytes: int) -> None:
         self._model: Any = model
-        self._routing, self._most = routing, most_bytes
-        self._kept: OrderedDict[tuple[str, ...], Any] = OrderedDict()
-        self._sizes: dict[tuple[str, ...], int] = {}
+        self._routing = routing
+        self.kept = KeptFeatures(most_bytes)
         self._changes: dict[str, frozenset[str]] = {BASE: frozenset()}
 
     def prepared(self, pictures: RowPictures, adapter: str = "") -> tuple[Prepared, ...]:
@@ -82,7 +121,7 @@ class PictureFeatures:
             InputError: one cannot be read, or the processor cannot use it.
         """
         sources = [one.source for one in pictures.placed]
-        jointly = _JOINTLY in self._arguments
+        jointly = JOINTLY in arguments_of(self._model)
         groups = [tuple(sources)] if jointly else [(source,) for source in sources]
         return tuple(self._one(group, pictures, adapter) for group in groups)
 
@@ -91,7 +130,6 @@ class PictureFeatures:
 
         Nothing where no prompt has a picture.
         """
-        device = self._model.device
         found = []
         for row in rows:
             if row.pictures is None or not row.pictures.placed:
@@ -101,62 +139,47 @@ class PictureFeatures:
             row.ticket.prepared = None
         if not found:
             return {}
-        outputs = [output for output, _ in found]
-        joined = {name: _joined([o[name] for o in outputs]) for name in outputs[0]}
-        image = _output(type(outputs[0]), joined)
-        others = {name: torch.cat([o[name] for _, o in found]) for name in found[0][1]}
-        kinds = picture_kinds([row.asked() for row in rows], width, device)
-        return {**kinds, **others, "mm_encoder_outputs": {"image": image}}
+        kinds = picture_kinds([row.asked() for row in rows], width, self._model.device)
+        return {**kinds, **together(found)}
 
     # --- one picture ----------------------------------------------------------------------
 
     def _one(self, group: tuple[str, ...], pictures: RowPictures, adapter: str) -> Prepared:
         key = hashlib.sha256("".join(map(digest, group)).encode()).hexdigest()
-        known = adapter in self._changes and self._key(key, adapter) in self._kept
+        known = adapter in self._changes and self._key(key, adapter) in self.kept
         tensors = None if known else pictures.reader.tensors([opened(group)])
         return Prepared(key, group, tensors)
 
     def _features(self, one: Prepared, pictures: RowPictures, adapter: str) -> tuple[Any, Any]:
         """The model's output for pictures, and what else it is given of them beside pixels."""
         key = self._key(one.key, adapter)
-        if (kept := self._get(key)) is not None:
-            return kept
+        if (kept := self.kept.get(key)) is not None:
+            found: tuple[Any, Any] = kept
+            return found
         tensors = one.tensors
         if tensors is None:  # dropped since it was prepared
             tensors = pictures.reader.tensors([opened(one.sources)])
         tensors = {name: x.to(self._model.device) for name, x in tensors.items()}
-        given = {name: x for name, x in tensors.items() if name in self._arguments}
-        with self._routing.using(Route.of_rows((adapter,))), self._tower_once(one.key, adapter):
-            output = self._model.base_model.get_image_features(**given, return_dict=True)
-        # Attributes, as some models write into an output what is no key of it then.
-        read = {name: x for name in _READ if (x := getattr(output, name, None)) is not None}
-        read = read or {"last_hidden_state": output.last_hidden_state}
-        others = {name: x for name, x in tensors.items() if not name.startswith(_PIXELS)}
-        return self._put(key, (_output(type(output), read), others))
+        with self._routing.using(Route.of_rows((adapter,))):
+            found = self._from_boundary(one.key, tensors, adapter)
+        self.kept.put(key, found)
+        return found
 
-    @contextmanager
-    def _tower_once(self, picture: str, adapter: str) -> Iterator[None]:
-        """Within the block the vision part's outputs are kept ones, if there are."""
-        tower, calls = self._tower, 0
-        if tower is None or not self._most or "vision" in self._changed(adapter):
-            yield
-            return
-        compute: Callable[..., Any] = tower.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            key, calls = ("tower", picture, str(calls)), calls + 1
-            output = self._get(key)
-            if output is None:
-                output = self._put(key, compute(*args, **kwargs))
-            # A new one around the same tensors, as models write into what they get.
-            return replace(output) if isinstance(output, ModelOutput) else output
-
-        tower.forward = forward
-        try:
-            yield
-        finally:
-            del tower.forward
+    def _from_boundary(
+        self, picture: str, tensors: dict[str, torch.Tensor], adapter: str
+    ) -> tuple[Any, Any]:
+        """`looked_at`, from the end of the vision part on where what it makes is kept."""
+        boundary = self._boundary
+        if not boundary.exists or boundary.inside or "vision" in self._changed(adapter):
+            return looked_at(self._model, tensors)
+        key = ("tower", picture)
+        if (recorded := self.kept.get(key)) is not None:
+            with boundary.replaying(recorded):
+                return looked_at(self._model, tensors)
+        with boundary.recording() as passed:
+            found = looked_at(self._model, tensors)
+        self.kept.put(key, tuple(passed))
+        return found
 
     # --- who changes what -----------------------------------------------------------------
 
@@ -166,56 +189,14 @@ class PictureFeatures:
     def _changed(self, adapter: str) -> frozenset[str]:
         """Which of `vision` and `projector` an adapter of the bank changes."""
         if adapter not in self._changes:
-            own = (
-                path for path, module in wrapped_places(self._model) if adapter in module.adapters
-            )
-            parts = (self._part(without_wrappers(path)) for path in own)
-            self._changes[adapter] = frozenset().union(*parts)
+            places = wrapped_places(self._model)
+            own = [path for path, module in places if adapter in module.adapters]
+            self._changes[adapter] = seeing_parts(own, self._model)
         return self._changes[adapter]
 
-    def _part(self, path: str) -> tuple[str, ...]:
-        if path == self._head:
-            return ()
-        for part in ("projector", "language", "vision"):
-            if any(path == one or path.startswith(f"{one}.") for one in self._prefixes[part]):
-                return () if part == "language" else (part,)
-        return ("projector", "vision")  # nothing is known of it
-
     @cached_property
-    def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self._model.base_model.get_image_features).parameters)
-
-    @cached_property
-    def _prefixes(self) -> dict[str, list[str]]:
-        return part_prefixes(self._model)
-
-    @cached_property
-    def _head(self) -> str:
-        head = output_head(self._model)
-        return next((name for name, one in self._model.named_modules() if one is head), "")
-
-    @cached_property
-    def _tower(self) -> Any:
-        """The vision part, where it is one module that has no projector inside."""
-        vision = self._prefixes["vision"]
-        inside = [p for p in self._prefixes["projector"] for v in vision if p.startswith(f"{v}.")]
-        return self._model.get_submodule(vision[0]) if len(vision) == 1 and not inside else None
-
-    # --- what is kept ---------------------------------------------------------------------
-
-    def _get(self, key: tuple[str, ...]) -> Any:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def _put(self, key: tuple[str, ...], value: Any) -> Any:
-        size = _bytes_of(value)
-        if size <= self._most:
-            self._kept[key], self._sizes[key] = value, size
-            while sum(self._sizes.values()) > self._most:
-                oldest, _ = self._kept.popitem(last=False)
-                del self._sizes[oldest]
-        return value
+    def _boundary(self) -> VisionBoundary:
+        return VisionBoundary(self._model)
 
 
 def _output(kind: Any, values: dict[str, Any]) -> Any:
@@ -233,11 +214,3 @@ def _joined(values: Sequence[Any]) -> Any:
     if isinstance(first[0], (list, tuple)):  # layer by layer (deepstack)
         return [_joined(layer) for layer in zip(*values, strict=True)]
     return [features for value in values for features in value]
-
-
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_bytes_of, value.values()))
-    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lorakit.lora.architecture import language_part, without_wrappers
+from lorakit.lora.architecture import language_part, output_head, without_wrappers
 
 PARTS = ("language", "projector", "vision")
 
@@ -45,6 +45,22 @@ def part_prefixes(model: nn.Module) -> dict[str, list[str]]:
         elif own in _VISION and not _in(path, found["vision"]):
             found["vision"].append(path)
     return found
+
+
+def seeing_parts(paths: Iterable[str], model: nn.Module) -> frozenset[str]:
+    """Which of `vision` and `projector` the modules at these paths of a model stand in.
+
+    One of which that is not known stands in both. The output layer stands in none.
+    """
+    there, head = part_prefixes(model), output_head(model)
+    end = next((name for name, one in model.named_modules() if one is head), "")
+    found = set[str]()
+    for name in paths:
+        if (path := without_wrappers(name)) == end:
+            continue
+        part = next((p for p in ("projector", "language", "vision") if _in(path, there[p])), None)
+        found |= {"projector", "vision"} if part is None else {part} - {"language"}
+    return frozenset(found)
 
 
 def in_parts(names: Iterable[str], parts: Sequence[str], model: nn.Module) -> list[str]:

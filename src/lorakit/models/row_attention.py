@@ -3,9 +3,10 @@
 Padding-free batches have shape (1, tokens): the rows one after another, their position ids
 restarting. transformers' models hand their attention to a function from a registry, with the rows'
 boundaries among its arguments (`cu_seq_lens_q`, the name that flash attention gave them). The
-function here computes one row at a time on a CPU, so that the work is that of the rows alone; the
-form is chosen by what was measured (docs/performance.md). A GPU has kernels that take all rows at
-once (`varlen.py`). Without boundaries it is transformers' SDPA.
+function here computes short rows of like length together on a CPU (`short_rows.py`) and long ones
+one by one, so that the work is that of the rows alone; the form is chosen by what was measured
+(docs/performance.md). A GPU has kernels that take all rows at once (`varlen.py`). Without
+boundaries it is transformers' SDPA.
 
 A line may hold a tree (`data/prefixes.py`): segments that continue another one, whose keys and
 values they see before their own. Where tokens of a row see later ones, as a picture's do in
@@ -23,24 +24,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorakit.models.short_rows import Plan, ShortRowsAttention, plan_of
 from lorakit.models.varlen import all_rows, listed, row_lengths
 
 NAME = "lorakit_rows"
 """Under this name transformers' registries know the functions of this module."""
-
-PLAIN_UP_TO = 512
-"""Tokens of a row up to which products and a softmax beat SDPA on a CPU in bfloat16."""
-
-TOGETHER_UP_TO = 128
-"""Tokens of a row up to which rows of like length are faster in one product."""
-
-FILLED = 0.85
-"""How long a row is at least beside the longest that it is computed with."""
 
 _rows_apart: ContextVar[bool] = ContextVar("rows_apart", default=False)
 _plain_allowed: ContextVar[bool] = ContextVar("plain_allowed", default=True)
@@ -129,14 +121,16 @@ def row_attention(
         out = all_rows(q, k, v, cu_seq_lens_q, scale, sliding_window, softcap, dropout)
         return out[None], None
     lengths = row_lengths(cu_seq_lens_q)
+    own_mask = attention_mask is not None or softcap is not None or s_aux is not None
+    if not own_mask and not dropout and _plain_allowed.get():
+        plan = plan_of(cu_seq_lens_q, parents, sliding_window, query.dtype)
+        if plan is not None:
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            return _planned(q, k, v, scale, sliding_window, plan)[None], None
     # split, whose backward is one cat; slices would each fill a gradient as long as the line.
     queries, keys, values = (x[0].split(lengths, dim=1) for x in (query, key, value))
     if parents is not None:
         keys, values = (_behind_prefixes(parts, parents) for parts in (keys, values))
-    plain = query.dtype == torch.bfloat16 and _plain_allowed.get() and not dropout
-    if plain and attention_mask is None and s_aux is None and softcap is None:
-        out = _together(queries, keys, values, scale, sliding_window)
-        return out.transpose(0, 1)[None], None
     rows, begin = [], 0
     for q, k, v in zip(queries, keys, values, strict=True):
         window = sliding_window if sliding_window and sliding_window < k.shape[1] else None
@@ -166,60 +160,25 @@ def _behind_prefixes(
     return whole
 
 
-def _together(
-    queries: Sequence[torch.Tensor],
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+def _planned(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     scale: float,
     window: int | None,
+    plan: Plan,
 ) -> torch.Tensor:
-    """All rows' attention (heads, tokens, d) on a CPU: short ones of like length in one product.
-
-    A row that is shorter than the longest of its product is filled up with zeros behind its end,
-    which none of its own positions sees.
-    """
-    lengths = tuple((q.shape[1], k.shape[1]) for q, k in zip(queries, keys, strict=True))
-    found = [torch.empty(0)] * len(queries)
-    for group in like_lengths(lengths):
-        q, k, v = (_filled([parts[i] for i in group]) for parts in (queries, keys, values))
-        S = k.shape[2]
-        own = window if window and window < S else None
-        if S <= PLAIN_UP_TO:
-            out = RowAttention.apply(q, k, v, scale, own)
-        else:
-            out = _sdpa(q, k, v, scale, 0.0, own)
-        for i, row in zip(group, out.unbind(), strict=True):
-            found[i] = row[:, : lengths[i][0]]
-    return torch.cat(found, dim=1)
-
-
-@lru_cache(maxsize=64)  # every layer asks for the latest batches'
-def like_lengths(lengths: tuple[tuple[int, int], ...]) -> list[list[int]]:
-    """Which rows are computed together, by how many queries and keys they have.
-
-    They have equally many keys before their queries; long rows are computed by themselves.
-    """
-    groups: list[list[int]] = []
-    for before, T, i in sorted((S - T, T, i) for i, (T, S) in enumerate(lengths)):
-        if groups:
-            least, S = lengths[groups[-1][0]]
-            same = S - least == before and least >= FILLED * T
-            if same and before + T <= TOGETHER_UP_TO:
-                groups[-1].append(i)
-                continue
-        groups.append([i])
-    return groups
-
-
-def _filled(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows (heads, tokens, d) in one tensor (rows, heads, most tokens, d)."""
-    if len(rows) == 1:
-        return rows[0][None]
-    most = max(row.shape[1] for row in rows)
-    short = (most - row.shape[1] for row in rows)
-    return torch.stack(
-        [F.pad(row, (0, 0, 0, n)) if n else row for row, n in zip(rows, short, strict=True)]
-    )
+    """Short rows together and the others by SDPA. Shapes as in `ShortRowsAttention`."""
+    short = ShortRowsAttention.apply(q, k, v, scale, plan)
+    if plan.order is None:
+        return short
+    found = [short]
+    for own, seen in plan.long:
+        chosen = (q.index_select(0, own), k.index_select(0, seen), v.index_select(0, seen))
+        row_q, row_k, row_v = (x.transpose(0, 1)[None] for x in chosen)
+        reach = window if window and window < len(seen) else None
+        found.append(_sdpa(row_q, row_k, row_v, scale, 0.0, reach)[0].transpose(0, 1))
+    return torch.cat(found).index_select(0, plan.order)
 
 
 def _sdpa(
@@ -231,7 +190,10 @@ def _sdpa(
     window: int | None,
     hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """PyTorch's attention of rows of one length; shapes as in `RowAttention`.
+    """PyTorch's attention of rows of one length.
+
+    Shapes: q (rows, heads, T, d), the last T of S positions, k and v (rows, kv_heads, S, d);
+    returns (rows, heads, T, d).
 
     Args:
         hidden: (T, S), what is not seen; None is as the window says, causally.
@@ -250,47 +212,6 @@ def _sdpa(
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-
-
-class RowAttention(torch.autograd.Function):
-    """`softmax(scale * q k^T, causal) v` of rows of one length, heads that share keys together.
-
-    Shapes: q (rows, heads, T, d), the last T of S positions, k and v (rows, kv_heads, S, d);
-    returns (rows, heads, T, d). Only the
-    probabilities P are kept beside the inputs: with G = dL/do, dv = P^T G, dP = G v^T,
-    dS = P * (dP - rowsum(dP * P)), dq = scale * dS k, dk = scale * dS^T q.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        (n, heads, T, d), (kv_heads, S) = q.shape, k.shape[1:3]
-        q = (q * scale).reshape(n * kv_heads, -1, d)  # (rows * kv_heads, group * T, d)
-        k, v = (x.reshape(n * kv_heads, S, -1) for x in (k, v))
-        scores = (q @ k.mT).view(n * kv_heads, -1, T, S)
-        P = scores.add_(_additive(T, S, window, q.dtype)).softmax(-1)
-        P = P.view(n * kv_heads, -1, S)
-        ctx.save_for_backward(q, k, v, P)
-        ctx.scale, ctx.kv_heads = scale, kv_heads
-        return (P @ v).view(n, heads, T, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, P = ctx.saved_tensors
-        n, heads, T = grad.shape[:3]
-        G = grad.reshape(len(k), -1, v.shape[-1])
-        dv = P.mT @ G
-        dS = torch.ops.aten._softmax_backward_data(G @ v.mT, P, -1, P.dtype)
-        dq = (dS @ k).mul_(ctx.scale).view(n, heads, T, -1)
-        dk, dv = (x.view(n, ctx.kv_heads, *x.shape[1:]) for x in (dS.mT @ q, dv))
-        return dq, dk, dv, None, None
 
 
 def _softcapped(
@@ -359,12 +280,6 @@ def _hidden(T: int, S: int, window: int | None, device: torch.device) -> torch.T
     before = S - T
     hidden = torch.ones(T, S, dtype=torch.bool, device=device).triu(before + 1)
     return hidden if window is None else hidden | hidden.new_ones(T, S).tril(before - window)
-
-
-@lru_cache(maxsize=32)
-def _additive(T: int, S: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    hidden = _hidden(T, S, window, torch.device("cpu"))
-    return torch.zeros(T, S, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

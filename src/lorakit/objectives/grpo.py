@@ -34,6 +34,7 @@ from lorakit.objectives.forward import BASE, Forward
 from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.objectives.grpo_warnings import GrpoWarnings
 from lorakit.objectives.objective import Batch, Collate, Objective
+from lorakit.objectives.resident_reward import ResidentReward
 from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
 from lorakit.rewards.inputs_of_rows import reward_columns, reward_input
 from lorakit.rewards.reward_table import RewardInput
@@ -86,6 +87,7 @@ class Grpo(Objective):
         super().__init__(**settings)
         self._reference: str | None = BASE
         self.rewards: Rewards | None = None
+        self.beside: list[ResidentReward] = []
         self._records: list[dict[str, Any]] = []
         self._held_out: dict[int, dict[str, Any]] = {}
         self._logged: dict[str, float] = {}
@@ -163,12 +165,23 @@ class Grpo(Objective):
     def prepare(self, request: RunRequest) -> TrainingInputs:
         """As in `Objective`. Raises InputError where rewards cannot be loaded."""
         settings = self.settings
-        self.rewards = Rewards.opened(settings.rewards, settings.weights, settings.reward_timeout)
+        self.beside = []
+        self.rewards = Rewards.opened(
+            settings.rewards,
+            settings.weights,
+            settings.reward_timeout,
+            scorer=self._reward_adapter,
+        )
         try:
             return super().prepare(request)
         except BaseException:
             self.close()
             raise
+
+    def _reward_adapter(self, folder: str) -> ResidentReward:
+        """The scorer of a reward adapter, which the run puts beside its own."""
+        self.beside.append(ResidentReward(folder, f"reward_{len(self.beside)}"))
+        return self.beside[-1]
 
     def close(self) -> None:
         """Ends the processes of reward functions."""

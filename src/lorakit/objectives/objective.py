@@ -165,6 +165,7 @@ class Objective:
         samples_held_out: the model answers held-out prompts too, at each evaluation.
         rollouts: what writes the completions that are sampled (`rl.sources`).
         logged: what is logged of `scores` while training; None for `score_names`.
+        beside: adapters that score completions on the resident base, which `attach` puts there.
         gather: makes of this process' values those of all, and says at which its own begin.
         steps_per_generation: batches of a process whose prompts are sampled together; None for
             those of an optimizer step.
@@ -202,6 +203,7 @@ class Objective:
     samples_held_out: ClassVar[bool] = False
     rollouts: str = "engine"
     logged: Sequence[str] | None = None
+    beside: Sequence[Any] = ()
     gather: Callable[[list[Any]], tuple[list[Any], int]] = staticmethod(lambda own: (own, 0))
     steps_per_generation: int | None = None
     num_iterations: int = 1

@@ -142,6 +142,7 @@ class Rewards:
     def facts(self) -> list[dict[str, Any]]:
         """What the record of a run keeps of each reward, with the hashes of its files by name."""
         files = {i: group.runner.files for group in self._groups for i in group.positions}
+        files |= {i: getattr(scorer, "files", {}) for i, scorer in self._scorers.items()}
         return [
             {
                 "name": spec.name,

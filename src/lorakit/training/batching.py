@@ -27,6 +27,7 @@ from lorakit.data.grouping import (
     evened,
 )
 from lorakit.data.masking import TokenizedRow, sequences_of
+from lorakit.data.picture_rows import made_by
 from lorakit.data.prefixes import in_segments
 from lorakit.data.streaming import BatchStream, Place, RowStream
 from lorakit.rl.rollouts import with_ahead
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from lorakit.data.picture_rows import RowPictures
     from lorakit.models.lines import Lines
     from lorakit.objectives.objective import Collate
     from lorakit.training.recipe import Recipe
@@ -209,7 +211,13 @@ def choose_batching(
 
 
 class BatchDataset(Dataset):
-    """Maps the positions of a batch's rows to the batch's tensors."""
+    """Maps the positions of a batch's rows to the batch's tensors.
+
+    Attributes:
+        pictures: gives the tensors of rows' pictures; None is the model's processor.
+    """
+
+    pictures: Callable[[Sequence[RowPictures]], dict[str, torch.Tensor]] | None = None
 
     def __init__(self, rows: Sequence[TokenizedRow], batching: Batching, *, learning: bool) -> None:
         self.rows, self.collate = rows, batching.collator(learning=learning)
@@ -218,10 +226,12 @@ class BatchDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        made = self.collate([self.rows[i] for i in batch])
-        if not isinstance(batch, FirstBatch):
-            return made
-        ahead = [self.collate([self.rows[i] for i in other]) for other in batch.ahead]
+        with made_by(self.pictures):
+            made = self.collate([self.rows[i] for i in batch])
+            if not isinstance(batch, FirstBatch):
+                return made
+            # Rows that are learned with these, for the answers that are sampled for all of them.
+            ahead = [self.collate([self.rows[i] for i in other]) for other in batch.ahead]
         return with_ahead(made, ahead)
 
 

@@ -62,7 +62,7 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
     },
     _WITHOUT: {
         "": "compile samples output_dir eval",
-        "data.": "media_dir fetch_images",
+        "data.": "media_dir fetch_images image_features_mb",
         "lora.": "runtime_config auto_mapping peft_version",
         "training.": """
             eval_on_start per_device_eval_batch_size

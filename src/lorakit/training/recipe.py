@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 _LARGEST = 2**31 - 1
 
+IMAGE_FEATURES_MB = 512
+"""MiB of features of pictures that are kept in training, if a recipe does not say."""
+
 _SHORT_FORMS = {"objective": "type", "adapter": "path"}
 """Sections that may be one value, and the key that it stands for."""
 
@@ -114,6 +117,7 @@ class DataRecipe(_Strict):
     buffer_size: Annotated[int, Field(ge=1, le=2**24)] = 1000
     media_dir: Name | None = None
     fetch_images: bool | Annotated[list[Name], Field(min_length=1)] = False
+    image_features_mb: Annotated[int, Field(ge=0, le=_LARGEST)] = IMAGE_FEATURES_MB
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -355,6 +359,8 @@ class Recipe(_Strict):
             absent["eval"] = True
         unset = set[str]() if self.data.streaming else {"streaming", "buffer_size"}
         unset |= {name for name in ("media_dir", "fetch_images") if not getattr(self.data, name)}
+        if self.data.image_features_mb == IMAGE_FEATURES_MB:
+            unset |= {"image_features_mb"}
         if unset:
             absent["data"] = unset
         return self.model_dump(mode="json", exclude=absent)

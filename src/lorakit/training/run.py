@@ -42,6 +42,7 @@ from lorakit.training.continuing import changes_evaluation, check_resume, missin
 from lorakit.training.early_stopping import EarlyStopping, SaveAfterEvaluation, stopped_before
 from lorakit.training.forecast import forecast
 from lorakit.training.interrupt import Interrupt
+from lorakit.training.kept_pictures import pictures_kept
 from lorakit.training.machine import LESS_MEMORY, is_main_process, memory_mb
 from lorakit.training.output import (
     changed_since,
@@ -188,7 +189,13 @@ def _train(
         reader = trainer.forward.reader
         if isinstance(reader, SupervisedLoss) and not (reader.output or reader.adapted):
             say("the loss is taken of the model's own logits, at learned tokens alone")
-        with _callbacks(trainer, setup, metrics, console, callbacks), setup.fast():
+        most = setup.recipe.data.image_features_mb << 20
+        with (
+            _callbacks(trainer, setup, metrics, console, callbacks),
+            setup.fast(),
+            pictures_kept(trainer, most) as kept,
+        ):
+            say(*([kept] if kept else []))
             steps = planned_steps(trainer.args, len(trainer.sampler))
             if not found.checkpoint and trainer.args.world_size == 1 and steps >= FORECAST_FROM:
                 say(forecast(trainer).line)

@@ -156,8 +156,9 @@ def started(inputs: TrainingInputs, config: LoraConfig) -> LoraModel:
     start = inputs.start
     if start is None:
         model = LoraModel(inputs.model, config)
-        if inputs.objective.teacher is not None:
+        if inputs.objective.teacher is not None or inputs.objective.beside:
             load_beside(model, inputs.objective, None)
+            _attach(model, inputs)
             model.set_adapter(TRAINED)
         return model
     if start.record.mode == "freeze" and config.init.kind.changes_base:
@@ -182,10 +183,17 @@ def started(inputs: TrainingInputs, config: LoraConfig) -> LoraModel:
         for name, folder in frozen.items():
             model.load_adapter(folder, name, config=without_dropout(folder))
     load_beside(model, inputs.objective, start.folder)
+    _attach(model, inputs)
     model.set_adapter([TRAINED, *frozen])
     for name in frozen:
         model.set_requires_grad(name, False)
     return model
+
+
+def _attach(model: LoraModel, inputs: TrainingInputs) -> None:
+    """Adds the adapters that score completions for the objective, inactive."""
+    for one in inputs.objective.beside:
+        one.attach(model, inputs.tokenizer)
 
 
 def set_reference(objective: Objective, start: Start | None) -> None:
