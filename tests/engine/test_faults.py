@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Recurren
 from answered import each_alone, tokens
 from lorakit.engine import batch
 from lorakit.engine.engine import Engine
+from lorakit.engine.grammar import Grammar
 from lorakit.engine.open_engine import open_engine
 from lorakit.engine.requests import AnswerPiece, Ticket
 from lorakit.engine.sampling import Sampling
@@ -289,3 +290,16 @@ def test_a_row_that_fails_ends_alone_where_generate_computes(uncarried: Path, fa
         )
     finally:
         engine.close()
+
+
+def test_answers_of_a_given_form_are_written_by_generate_too(uncarried: Path):
+    grammar = Grammar.of_schema({"type": "array", "items": {"enum": [1, 2]}, "minItems": 2})
+    settings = Sampling(1.0, max_new_tokens=12, seed=3)
+    with Engine(str(uncarried), dtype="float32") as engine:
+        assert engine.resident.generate_only
+        alone = pieces(engine.submit([41, 42], sampling=settings))
+        formed = engine.submit([40], sampling=replace(settings, grammar=grammar))
+        beside = engine.submit([41, 42], sampling=settings)
+        text = "".join(piece.text for piece in pieces(formed))
+        assert [p.text for p in pieces(beside)] == [p.text for p in alone]
+    assert text.replace(" ", "").replace("\n", "").replace("\t", "")[:2] in ("[1", "[2")

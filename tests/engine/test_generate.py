@@ -93,3 +93,19 @@ def test_what_cannot_be_answered_is_one_line_and_writes_nothing(
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
         assert not output.exists()
+
+
+def test_answers_follow_the_schema_in_a_file(
+    generate: Command, adapters: dict[str, Path], asked: Path, tmp_path: Path
+):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["a", "b"]}')
+    done = generate(adapters["shop"], "--with-base", "--prompts", asked, "--schema", schema)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["messages"][-1]["content"] for row in rows} <= {'"a"', '"b"'}
+    for wrong in ('{"type": "strin"}', "[]", "{", '{"uniqueItems": true}'):
+        schema.write_text(wrong)
+        done = generate(adapters["shop"], "--prompts", asked, "--schema", schema)
+        assert (done.returncode, done.stdout) == (2, ""), wrong
+        assert "Traceback" not in done.stderr

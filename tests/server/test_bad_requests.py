@@ -21,7 +21,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("stream_options", {"include_obfuscation": True}),
 ]
 UNSUPPORTED_IN_CHATS: list[tuple[str, Any]] = [
-    ("response_format", {"type": "json_object"}),
     ("response_format", {"type": "json_schema", "json_schema": {}}),
     ("tool_choice", "required"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),

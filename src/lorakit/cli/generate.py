@@ -57,6 +57,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")
     ] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="A JSON schema (a file) that every answer follows.")
+    ] = None,
     max_rows: Annotated[
         int, typer.Option(min=1, help="The batch size: answers generated at once.")
     ] = 16,
@@ -74,6 +77,7 @@ def generate(
     from lorakit.data.prompts import read_prompts
     from lorakit.engine.adapter_names import named_adapters
     from lorakit.engine.answer_all import answer_all
+    from lorakit.engine.grammar import Grammar
     from lorakit.engine.open_engine import open_engine, open_with
     from lorakit.engine.sampling import Sampling
     from lorakit.errors import InputError
@@ -81,8 +85,15 @@ def generate(
     named = named_adapters(adapters or [])
     if not named and model is None:
         raise InputError("nothing to answer with: give adapters' folders, or --model")
+    grammar = None if schema is None else Grammar.from_file(schema)
     sampling = Sampling(
-        temperature, top_p, max_new_tokens, seed, top_k=top_k, stop=tuple(stop or ())
+        temperature,
+        top_p,
+        max_new_tokens,
+        seed,
+        top_k=top_k,
+        stop=tuple(stop or ()),
+        grammar=grammar,
     )
     variables, hidden = chat_template_kwargs(template_kwargs), Counter[str]()
     with pictures_in(fetch=fetch_images):
@@ -101,6 +112,8 @@ def generate(
         answering: list[str | None] = [info.name for info in engine.pool.infos()]
         if with_base or not answering:
             answering.append(None)
+        for name in answering:
+            engine.grammars.form(grammar, name)  # refused before anything is answered
         lines, tokens, began = [], 0, time.perf_counter()
         # Answers on the terminal show by themselves how far it is.
         shown = output is not None or not sys.stdout.isatty()

@@ -20,6 +20,7 @@ import torch
 
 from lorakit.engine.adapter_optimizer import AdamW
 from lorakit.engine.fair_share import FairQueue
+from lorakit.engine.grammars import Grammars
 from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
@@ -59,21 +60,21 @@ class Engine:
     rows of adapters that several threads train at once share passes.
 
     Args:
-        model: a causal language model without adapters, which is the engine's from here on; or
-            the name or the folder of one.
+        model: a causal language model, which is the engine's from here on; or its name or folder.
         tokenizer: of a model that is given itself.
         model_name: how users call it.
         dtype: in which a named model is loaded; None for the fastest.
-        max_rows: how many answers are written at once; further ones wait.
+        max_rows: how many answers are written at once.
         context_length: the most tokens of prompt and answer together; None is the model's own.
         pool_bytes: how much memory adapters may take that are not in use.
-        feature_bytes: how much memory features of pictures may take that are kept.
+        feature_bytes: how much memory kept features of pictures may take.
 
     Attributes:
         pool: the adapters that are registered.
         resident: the base, with those of them that answer now, and those that are trained.
         training: where operations on the latter are handed in.
         notices: what a user should know about how this model is computed.
+        grammars: the forms of answers that requests ask for.
 
     Raises:
         InputError: a number is out of its range.
@@ -118,6 +119,7 @@ class Engine:
                 "together, later ones wait for them"
             )
         self._vocabulary = vocabulary_size(model)
+        self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self._vocabulary)
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self._batch = self.resident.answers(max_rows, self.context_length, self._features)
         self._joined = JoinedAdapters(self._bank, max_rows)
@@ -149,15 +151,14 @@ class Engine:
 
         Args:
             prompt: the tokens to be answered.
-            adapter: a name in the pool; None is the base alone. A reward model's only piece has
-                the score of `prompt`.
+            adapter: a name in the pool; None is the base. A reward model's only piece is a score.
             sampling: None is greedy. `max_new_tokens` is cut to what the context has room for.
-            pictures: those that stand in the prompt.
+            pictures: those in the prompt.
             owner: whose it is: where several wait, the one with the fewest tokens so far is next.
 
         Raises:
-            InputError: there is no such adapter, or the prompt is empty, too long, or has numbers
-                that are no tokens.
+            InputError: there is no such adapter, the prompt is empty, too long, or has numbers
+                that are no tokens, or the grammar cannot be compiled.
             LorakitError: the engine is closed.
         """
         sampling = sampling or Sampling()
@@ -165,7 +166,8 @@ class Engine:
         room = self.context_length - len(prompt)
         version, loaded = self._found(adapter)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        ticket = Ticket(tuple(prompt), adapter, sampling, pictures)
+        form = self.grammars.form(sampling.grammar, adapter)
+        ticket = Ticket(tuple(prompt), adapter, sampling, pictures, form=form)
         with self._changed:
             if self._closing:
                 raise LorakitError("the engine is closed and takes no more requests")
@@ -491,6 +493,7 @@ class Engine:
             left = [*self._queue.items(), *self._preparing.close()]
             self._queue.keep(lambda waiting: False)
         self.training.close()
+        self.grammars.close()
         for row in self._batch.rows:
             row.finish("cancelled")
         for ticket, _, _ in left:

@@ -13,6 +13,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.picture_rows import RowPictures
+from lorakit.engine.grammar import AnswerForm
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 
@@ -65,6 +66,7 @@ class Ticket:
 
     Attributes:
         prepared: its pictures as the model is given them, until their features are computed.
+        form: the form of its answer, at its beginning; None for any text.
     """
 
     prompt: tuple[int, ...]
@@ -72,6 +74,7 @@ class Ticket:
     sampling: Sampling
     pictures: RowPictures | None = None
     prepared: tuple[Prepared, ...] | None = None
+    form: AnswerForm | None = None
     cancelled: Event = field(default_factory=Event)
     _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)
     _lock: Lock = field(default_factory=Lock)

@@ -416,14 +416,14 @@ class ResidentModel:
 
         Raises:
             InputError: there is no such adapter, a prompt is empty or too long, or the sampling
-                settings have stop texts, which need a tokenizer.
+                settings have stop texts or a grammar, which need a tokenizer.
             LorakitError: the model failed.
         """
         sampling = replace(sampling or Sampling(), logprobs=0)
         if len(prompts) != len(adapters):
             raise InputError(f"{len(prompts)} prompts need as many adapters, not {len(adapters)}")
-        if sampling.stop:
-            raise InputError("stop texts need a tokenizer: give ends, tokens that end an answer")
+        if sampling.stop or sampling.grammar is not None:
+            raise InputError("stop texts and grammars need a tokenizer: use ends, tokens")
         if not prompts:
             return []
         context, vocabulary = context_length_of(self.base), vocabulary_size(self.base)

@@ -71,7 +71,8 @@ class AnswerRow:
     @property
     def is_plain(self) -> bool:
         """Whether its next token is the likeliest one, and nothing else is asked for."""
-        return self._chooser.is_plain and self.ticket.sampling.logprobs is None
+        plain = self._chooser.is_plain and self.ticket.sampling.logprobs is None
+        return plain and self.ticket.form is None
 
     @property
     def last(self) -> int:
@@ -137,6 +138,9 @@ class AnswerRow:
         asked = self.ticket.sampling.logprobs
         # Kept before the choice, which may change the logits.
         logs = None if asked is None else self._scaled(logits).log_softmax(-1)
+        if self.ticket.form is not None:
+            logits = logits.clone()  # they may be the model's own
+            self.ticket.form.restrict(logits)
         token = self._chooser.choose(logits)
         if logs is not None:
             self._logprobs.append(self._logprob(logs, token, asked or 0))
@@ -150,11 +154,12 @@ class AnswerRow:
     def _took(self, token: int) -> None:
         self.tokens.append(token)
         self._chooser.took(token)
+        complete = self.ticket.form is not None and self.ticket.form.took(token)
         if token in self._ends:
             self.finish("stop")
             return
         text = self._text.add(token)
-        if self._text.stopped:
+        if self._text.stopped or complete:
             self.finish("stop", text)
         elif self.new_tokens >= self.ticket.sampling.max_new_tokens:
             self.finish("length", text)

@@ -17,6 +17,7 @@ from lorakit.data.bounded_templates import isolated_templates
 from lorakit.data.conversations import Message
 from lorakit.data.templates import render
 from lorakit.engine.bounded_tokens import tokens_within
+from lorakit.engine.grammar import Grammar
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Sampling:
         logprobs: log-probabilities of each token, and of so many of its likeliest rivals.
         end_tokens: what ends an answer; None for the end tokens of the model and its template.
         scaled_logprobs: log-probabilities are of logits / temperature, before anything else.
+        grammar: what an answer must look like; None for any text.
 
     Raises:
         InputError: a value is out of its range.
@@ -96,6 +98,7 @@ class Sampling:
     logprobs: int | None = None
     end_tokens: frozenset[int] | None = None
     scaled_logprobs: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -11,13 +11,16 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from lorakit.data.picture_rows import RowPictures
 from lorakit.engine.engine import Engine
+from lorakit.engine.grammar import GrammarError
 from lorakit.engine.requests import AnswerPiece, ChosenToken, Ticket
 from lorakit.errors import InputError
 from lorakit.server.adapters import adapter_named
 from lorakit.server.errors import ApiError, bad_field
+from lorakit.server.fair_turns import Turns
 from lorakit.server.keys import Caller
 from lorakit.server.options import Limits
 from lorakit.server.payloads import PoolingRequest, SamplingFields
@@ -173,6 +176,7 @@ class Desk:
         self._stopped: ApiError | None = None
         self._open: set[OpenAnswers] = set()
         self._rows = 0
+        self._grammars = Turns("lorakit-grammars")
 
     async def adapter(self, model: str, caller: Caller) -> str | None:
         """The adapter that a request means by `model`; None for the base.
@@ -236,6 +240,8 @@ class Desk:
             InputError: the engine refuses one.
         """
         self._require_kind(adapter, asked)
+        if isinstance(asked, SamplingFields):
+            await self._compile(adapter, asked, owner)
         limits = [self._token_limit(prompt, asked) for prompt in prompts]
         rows = len(prompts) * asked.choices
         self.require_room(rows)
@@ -292,6 +298,21 @@ class Desk:
             raise bad_field(f"{asked.model} writes text and gives no scores", "model")
         if scores and not wanted:
             raise bad_field(f"{asked.model} is a reward model: ask it at /pooling", "model")
+
+    async def _compile(self, adapter: str | None, asked: SamplingFields, owner: str) -> None:
+        """Compiles what an answer must look like, in turn with others: nobody else waits.
+
+        Raises:
+            ApiError: 400, it cannot be, within limits of time and size.
+        """
+        if (form := asked.form()) is None:
+            return
+        field, grammar = form
+        work = partial(self.engine.grammars.form, grammar, adapter)
+        try:
+            await self._grammars.run(work, len(grammar.text), owner)
+        except GrammarError as error:
+            raise bad_field(f"{field}: {error}", field, code="invalid_value") from error
 
     def _token_limit(self, prompt: Sequence[int], asked: SamplingFields | PoolingRequest) -> int:
         """How many tokens an answer to `prompt` may have.

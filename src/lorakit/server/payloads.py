@@ -6,90 +6,25 @@ the API's description says so. What is accepted and changes no answer stands und
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-from lorakit.data import strict_json
-from lorakit.data.conversations import IMAGE
-from lorakit.data.spans import REASONING
 from lorakit.engine.sampling import Sampling
-from lorakit.errors import did_you_mean
-from lorakit.server.errors import UNKNOWN_FIELD
-
-MAX_CHOICES = 128
-MAX_LOGPROBS = 20
-MAX_ITEMS = 4096
-MAX_FIELDS = 100
-
-Item = TypeVar("Item")
-# Checking holds everyone else up: a body of a million wrong things is refused at the first.
-Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]
-
-
-def _whole(value: Any) -> Any:
-    """5.0 as 5: to JSON they are one, and languages with one kind of number write either."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-WHOLE = BeforeValidator(_whole)
-Text = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
-Nothing = Annotated[list[Any], Field(max_length=0)] | None
-NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
-
-
-_ELSEWHERE = {
-    "enable_thinking": ": give it in chat_template_kwargs",
-    "extra_body": ": its fields stand beside the others in the JSON",
-}
-"""Fields that clients put into the wrong place."""
-
-
-class Payload(BaseModel):
-    """A JSON object whose every field is known; `ge` and `le` are its limits."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, data: Any) -> Any:
-        items = data.items() if isinstance(data, dict) else ()
-        unknown = next((name for name, value in items if not cls.is_known(name, value)), None)
-        if unknown is None and len(items) > MAX_FIELDS:
-            unknown = next(name for name in data if name not in cls.model_fields)
-        if unknown is not None:
-            raise PydanticCustomError(
-                UNKNOWN_FIELD,
-                "is not a field that is known here{hint}",
-                {
-                    "name": unknown,
-                    "hint": _ELSEWHERE.get(unknown) or did_you_mean(unknown, cls.model_fields),
-                },
-            )
-        return data
-
-    @classmethod
-    def is_known(cls, name: str, value: Any) -> bool:
-        """Whether there is a field of this name, or nothing in one that there is not."""
-        return name in cls.model_fields
-
-
-class Replayed(Payload):
-    """A part of an answer that clients send back, as `model_dump()` of their objects has it.
-
-    Those have fields that no other client knows; null says that there is nothing in them.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, None]
-
-    @classmethod
-    def is_known(cls, name: str, value: Any) -> bool:
-        return value is None or super().is_known(name, value)
+from lorakit.server.answer_forms import FormFields
+from lorakit.server.messages import ChatMessage, Tool
+from lorakit.server.payload_parts import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    WHOLE,
+    Items,
+    NoEntries,
+    Nothing,
+    Payload,
+    StopText,
+    Text,
+    TokenIds,
+)
 
 
 class Ignored(Payload):
@@ -116,7 +51,7 @@ class StreamOptions(Payload):
     include_obfuscation: Literal[False] | None = None
 
 
-class SamplingFields(Ignored):
+class SamplingFields(Ignored, FormFields):
     """What both ways to complete have in common: the model, and how tokens are chosen.
 
     `top_k`, `min_p` and `repetition_penalty` are vLLM's extensions.
@@ -185,6 +120,7 @@ class SamplingFields(Ignored):
             frequency_penalty=float(self.frequency_penalty or 0),
             stop=tuple(stop),
             logprobs=self.rivals,
+            grammar=form[1] if (form := self.form()) else None,
         )
 
 
@@ -229,157 +165,6 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
 
-class TextPart(Replayed):
-    """A part of a message that is text."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: dict[str, Any] | None = None
-
-
-class ImageUrl(Replayed):
-    """Where a picture is: a data URL, or an address where the server fetches some."""
-
-    url: Text
-    detail: Literal["auto", "high"] | None = None
-
-
-class ImagePart(Replayed):
-    """A part of a message that is a picture, for models that read pictures."""
-
-    type: Literal["image_url"]
-    image_url: Text | ImageUrl
-    cache_control: dict[str, Any] | None = None
-
-    @property
-    def url(self) -> str:
-        """The address itself."""
-        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
-
-
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-class CalledFunction(Replayed):
-    """What the model called, and with what; `parsed_arguments` are the same again."""
-
-    name: Text
-    arguments: str | dict[str, Any]
-    parsed_arguments: Any = None
-
-
-class ToolCall(Replayed):
-    """A call that an earlier answer made."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: Annotated[int, WHOLE] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The call as chat templates know it: with arguments as an object, if they are one."""
-        arguments: Any = self.function.arguments
-        if isinstance(arguments, str):
-            try:
-                given = strict_json.parse(arguments or "{}")
-            except ValueError:  # what a model wrote may be anything
-                given = None
-            arguments = given if isinstance(given, dict) else arguments
-        function = {"name": self.function.name, "arguments": arguments}
-        call: dict[str, Any] = {"type": self.type, "function": function}
-        return call if self.id is None else {"id": self.id, **call}
-
-
-class ChatMessage(Replayed):
-    """One message of a conversation.
-
-    `reasoning_content` (or `reasoning`, `thinking`) is what the model thought before an answer, for
-    templates that read it.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Items[Part] | None = None
-    name: str | None = None
-    tool_calls: Items[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    thinking: str | None = None
-    # What clients send back with an earlier answer.
-    refusal: None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    parsed: Any = None
-    provider_specific_fields: dict[str, Any] | None = None
-    cache_control: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> ChatMessage:
-        if self.role != "assistant":
-            for key in ("tool_calls", *REASONING):
-                if getattr(self, key):
-                    raise ValueError(f"a message of the role {self.role} cannot have {key}")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        if self.role == "assistant" and self.pictures:
-            raise ValueError("an answer has no pictures: they are read, not written")
-        return self
-
-    @property
-    def pictures(self) -> list[str]:
-        """The addresses of its pictures."""
-        parts = self.content if isinstance(self.content, list) else []
-        return [part.url for part in parts if isinstance(part, ImagePart)]
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates know it, and as training gives it to them."""
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self._content()}
-        for key in ("name", "tool_call_id", *REASONING):
-            if value := getattr(self, key):
-                message[key] = value
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return message
-
-    def _content(self) -> str | list[dict[str, Any]]:
-        parts = self.content or ""
-        if isinstance(parts, str):
-            return parts
-        if not self.pictures:
-            return "".join(part.text for part in parts if isinstance(part, TextPart))
-        return [
-            {"type": "text", "text": part.text}
-            if isinstance(part, TextPart)
-            else {"type": IMAGE, IMAGE: part.url}
-            for part in parts
-        ]
-
-
-class ToolFunction(Payload):
-    """A function that the model is told of."""
-
-    name: Text
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
-
-
-class Tool(Payload):
-    """A tool that the model is told of."""
-
-    type: Literal["function"]
-    function: ToolFunction
-    cache_control: dict[str, Any] | None = None
-
-
-class ResponseFormat(Payload):
-    """The form of an answer; only plain text."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`: the model's turn in a conversation.
 
@@ -400,7 +185,6 @@ class ChatRequest(SamplingFields):
     )
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     prediction: NoEntries = None
     audio: None = None

@@ -1,0 +1,118 @@
+"""What an answer must look like: a JSON schema, a regular expression, a choice, or a grammar.
+
+A `Grammar` is what a request says; `AnswerForm` applies one to the logits of one answer, token by
+token. `grammars.py` makes the second of the first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorakit.errors import InputError, LorakitError
+
+if TYPE_CHECKING:
+    import torch
+
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+
+MAX_TEXT = 256 * 1024
+"""Characters of a grammar."""
+
+
+class GrammarError(InputError):
+    """A grammar that cannot be compiled, or takes too long or too much memory for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like.
+
+    Args:
+        kind: `json`: a JSON schema; `regex`: a regular expression for the whole answer (Rust's
+            syntax, without look-around and back-references); `choice`: a JSON list of texts, one of
+            which is the answer; `grammar`: a context-free grammar in llguidance's dialect of Lark,
+            or in llama.cpp's GBNF.
+        text: the schema, the expression, the list, the grammar.
+
+    Raises:
+        GrammarError: the text is too long.
+    """
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_TEXT:
+            raise GrammarError(f"it has {len(self.text)} characters; at most {MAX_TEXT} are read")
+
+    @classmethod
+    def of_schema(cls, schema: Any) -> Grammar:
+        """Of a JSON schema as an object."""
+        return cls("json", json.dumps(schema, ensure_ascii=False))
+
+    @classmethod
+    def of_choice(cls, texts: Sequence[str]) -> Grammar:
+        """Of texts, one of which is the answer."""
+        return cls("choice", json.dumps([*texts], ensure_ascii=False))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Grammar:
+        """The JSON schema in a file.
+
+        Raises:
+            InputError: there is none.
+        """
+        try:
+            schema = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the schema {path}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"the schema {path} is not JSON: {error}") from error
+        if not isinstance(schema, dict):
+            raise InputError(f"the schema {path} must be a JSON object")
+        return cls.of_schema(schema)
+
+
+class AnswerForm:
+    """The place in its grammar that one answer has reached.
+
+    Args:
+        matcher: llguidance's, at its beginning.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def restrict(self, logits: torch.Tensor) -> None:
+        """Sets the logits (vocabulary,) of tokens that cannot come next to -Inf, in place.
+
+        Raises:
+            LorakitError: none can, or the grammar is too complex from here on.
+        """
+        import torch
+
+        bias = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        self._require_sound()
+        if not bias.any():
+            raise LorakitError("no token of the vocabulary continues the answer's grammar")
+        width = min(len(bias), len(logits))
+        logits[:width].masked_fill_(bias[:width].to(logits.device) == 0, -torch.inf)
+        logits[width:] = -torch.inf
+
+    def took(self, token: int) -> bool:
+        """Goes on by a token; whether nothing can follow.
+
+        Raises:
+            LorakitError: the grammar is too complex from here on.
+        """
+        self._matcher.consume_token(token)
+        self._require_sound()
+        return bool(self._matcher.is_stopped())
+
+    def _require_sound(self) -> None:
+        if self._matcher.is_error():
+            raise LorakitError(f"the answer's grammar: {self._matcher.get_error()}")

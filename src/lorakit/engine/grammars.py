@@ -1,0 +1,230 @@
+"""Grammars compiled for tokenizers, by llguidance, away from the thread that computes.
+
+A grammar comes from whoever sends a request, and parentheses in parentheses may fill the stack, or
+alternatives the memory. So each is first checked in a process of its own (`grammar_worker.py`),
+which is ended when it takes too long; what passed is compiled here, and kept while it is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock, Timer
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from lorakit.engine import grammar_worker
+from lorakit.engine.grammar import AnswerForm, Grammar, GrammarError
+from lorakit.engine.grammar_worker import LIMITS
+from lorakit.errors import InputError, LorakitError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.engine.pool import AdapterPool
+    from lorakit.engine.sampling import Ending
+
+SECONDS = 3.0
+"""How long the check of a grammar may take; ordinary ones take some milliseconds."""
+_SECONDS_TO_START = 60.0
+_KEPT = 64  # grammars
+_TOKENIZERS = 8
+
+
+class Grammars:
+    """The grammars of one engine's requests. Methods may be called from any thread.
+
+    Args:
+        tokenizer: the base's.
+        ending: what ends an answer of the base.
+        pool: the adapters, each with a tokenizer and an ending of its own.
+        vocabulary: how many logits the model has.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ending: Ending,
+        pool: AdapterPool,
+        vocabulary: int,
+    ) -> None:
+        self._base, self._pool, self._vocabulary = (tokenizer, ending), pool, vocabulary
+        self._lock = Lock()
+        self._checker: _Checker | None = None
+        self._checked: OrderedDict[Grammar, str | GrammarError] = OrderedDict()
+        self._matchers: OrderedDict[tuple[Grammar, Any], Any] = OrderedDict()
+        self._of_content: OrderedDict[tuple[str, frozenset[int]], Any] = OrderedDict()
+        self._tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def form(self, grammar: Grammar | None, adapter: str | None = None) -> AnswerForm | None:
+        """An answer of a grammar, at its beginning; it is compiled the first time.
+
+        Raises:
+            GrammarError: it cannot be compiled within the limits.
+            InputError: there is no such adapter, llguidance is missing, or it cannot read the
+                tokenizer.
+        """
+        if grammar is None:
+            return None
+        tokenizer, ending = self._base
+        if adapter is not None:
+            version = self._pool.version(adapter)
+            tokenizer, ending = version.tokenizer, version.ending
+        with self._lock:
+            own = self._tokenizer(tokenizer, ending.tokens)
+            definition = self._definition(grammar)
+            key = grammar, own
+            if key not in self._matchers:
+                self._matchers[key] = _matcher(own, definition)
+            self._matchers.move_to_end(key)
+            while len(self._matchers) > _KEPT:
+                self._matchers.popitem(last=False)
+            return AnswerForm(self._matchers[key].deep_copy())
+
+    def close(self) -> None:
+        """Ends the process that checks grammars."""
+        with self._lock:
+            if self._checker is not None:
+                self._checker.end()
+                self._checker = None
+
+    def _definition(self, grammar: Grammar) -> str:
+        """A grammar in llguidance's form; one that was refused is so again, at once."""
+        if grammar not in self._checked:
+            if self._checker is None or not self._checker.alive():
+                self._checker = _Checker()
+            try:
+                self._checked[grammar] = self._checker.definition(grammar)
+            except GrammarError as error:
+                self._checked[grammar] = error
+        self._checked.move_to_end(grammar)
+        while len(self._checked) > _KEPT:
+            self._checked.popitem(last=False)
+        known = self._checked[grammar]
+        if isinstance(known, GrammarError):
+            raise GrammarError(str(known))
+        return known
+
+    def _tokenizer(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Any:
+        """A tokenizer as llguidance knows it; those of like content share one."""
+        if tokenizer not in self._tokenizers:
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                raise InputError(
+                    "answers of a given form need a tokenizer of the tokenizers library, and "
+                    f"{type(tokenizer).__name__} is none"
+                )
+            key = backend.to_str(), ends
+            if key not in self._of_content:
+                self._of_content[key] = _wrapped(tokenizer, ends, self._vocabulary)
+            while len(self._of_content) > _TOKENIZERS:
+                self._of_content.popitem(last=False)
+            self._tokenizers[tokenizer] = self._of_content[key]
+        return self._tokenizers[tokenizer]
+
+
+def _wrapped(tokenizer: Any, ends: frozenset[int], vocabulary: int) -> Any:
+    try:
+        from llguidance.hf import from_tokenizer
+    except ImportError as error:
+        raise InputError(
+            "answers of a given form need llguidance: pip install 'lorakit[serve]'"
+        ) from error
+    eos = sorted(ends) or None
+    try:
+        return from_tokenizer(tokenizer, n_vocab=max(vocabulary, len(tokenizer)), eos_token=eos)
+    except BaseException as error:  # panics of Rust are no Exception
+        raise InputError(
+            f"llguidance cannot read this model's tokenizer: {one_line(str(error))}"
+        ) from error
+
+
+def _matcher(tokenizer: Any, definition: str) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
+    matcher = LLMatcher(tokenizer, definition, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise GrammarError(one_line(matcher.get_error()))
+    return matcher
+
+
+class _Checker:
+    """The process that checks grammars. It is used by one thread at a time."""
+
+    def __init__(self) -> None:
+        found = importlib.util.find_spec("llguidance")
+        place = [] if found is None or found.origin is None else [Path(found.origin).parent.parent]
+        script = str(Path(grammar_worker.__file__))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", script, *map(str, place)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )
+            self._exchange("", _SECONDS_TO_START)
+        except (OSError, EOFError) as error:
+            raise LorakitError(
+                f"the process that checks grammars did not start: {error}"
+            ) from error
+
+    def definition(self, grammar: Grammar) -> str:
+        """A grammar in llguidance's form.
+
+        Raises:
+            GrammarError: it has none, or that takes too long or too much memory.
+        """
+        request = json.dumps([grammar.kind, grammar.text]) + "\n"
+        try:
+            reply = self._exchange(request, SECONDS)
+        except (OSError, EOFError) as error:
+            self.end()
+            raise GrammarError(
+                f"compiling takes over {SECONDS:g} s or {grammar_worker.MEMORY >> 20} MiB: "
+                "use fewer alternatives and fewer levels"
+            ) from error
+        except BaseException:  # Ctrl-C: the reply is still to come
+            self.end()
+            raise
+        if "error" in reply:
+            raise GrammarError(one_line(reply["error"]))
+        return reply["definition"]
+
+    def alive(self) -> bool:
+        """Whether the process can be asked."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        self._process.wait()
+
+    def _exchange(self, request: str, seconds: float) -> dict[str, str]:
+        """The reply to a request; to none, what the process says when it has started."""
+        inward, outward = self._process.stdin, self._process.stdout
+        assert inward is not None
+        assert outward is not None
+        limit = Timer(seconds, self._process.kill)  # so that who waits for the reply goes on
+        limit.daemon = True
+        limit.start()
+        try:
+            inward.write(request)
+            inward.flush()
+            reply = outward.readline()
+        finally:
+            limit.cancel()
+        if not reply.endswith("\n"):
+            raise EOFError("it ended")
+        made: dict[str, str] = json.loads(reply)
+        return made
