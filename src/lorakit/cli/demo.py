@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorakit.console import write
+from lorakit.errors import InputError
 
 
 def demo(
@@ -21,6 +22,10 @@ def demo(
         bool,
         typer.Option("--images", help="Teach it to see: colors, shapes and digits in pictures."),
     ] = False,
+    rl: Annotated[
+        bool,
+        typer.Option("--rl", help="Reinforcement learning (GRPO): from rewards, not answers."),
+    ] = False,
 ) -> None:
     """Teach the bundled model a task, and measure what it learned.
 
@@ -28,6 +33,8 @@ def demo(
     """
     from lorakit.demo.needs import require_model
 
+    if images and rl:
+        raise InputError("--images and --rl are two demos: give one of them")
     somebody = sys.stdin.isatty() and sys.stderr.isatty()
     require_model(yes, _ask if somebody else None)
 
@@ -36,6 +43,10 @@ def demo(
         from lorakit.demo.run_pictures import run_picture_demo
 
         run_picture_demo(folder, lambda text: write(f"{text}\n"))
+    elif rl:
+        from lorakit.demo.run_rl import run_rl_demo
+
+        run_rl_demo(folder, lambda text: write(f"{text}\n"))
     else:
         from lorakit.demo.run import run_demo
 

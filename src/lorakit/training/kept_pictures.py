@@ -29,8 +29,8 @@ from lorakit.engine.picture_features import (
     takes_features,
     together,
 )
-from lorakit.engine.vision_boundary import VisionBoundary
-from lorakit.errors import LorakitError, count
+from lorakit.engine.vision_boundary import Recorded, VisionBoundary
+from lorakit.errors import count
 from lorakit.lora.parts import seeing_parts
 from lorakit.lora.wrapping import wrapped_places
 from lorakit.models.loaded import base_model
@@ -223,12 +223,18 @@ class TrainingPictures:
         if self._boundary is None:
             return kept
         recorded, tensors = kept
+        if recorded is None:
+            return looked_at(self._model, tensors)
         with self._boundary.replaying(recorded):
             return looked_at(self._model, tensors)
 
     @torch.no_grad()
     def _computed(self, number: int) -> Any:
-        """The features; or what passed the boundary, with tensors that may stand for its pixels."""
+        """The features; or what passed the boundary, with tensors that may stand for its pixels.
+
+        Where a model does not give the same features again from what passed, that is None, beside
+        the pixels.
+        """
         device = self._model.device
         tensors = {name: x.to(device) for name, x in self._prepared(number).items()}
         if self._boundary is None:
@@ -237,20 +243,25 @@ class TrainingPictures:
         self._model.eval()  # the projector's dropout is not drawn here
         try:
             with self._boundary.recording() as passed:
-                wanted = looked_at(self._model, tensors)
+                wanted, _ = looked_at(self._model, tensors)
             # Behind the boundary pixels are not read, but their shapes; which is tried.
             blank = {k: _blank(x) if is_pixels(k) else x for k, x in tensors.items()}
             for standing in (blank, tensors):
-                with self._boundary.replaying(tuple(passed)):
-                    found = looked_at(self._model, standing)
-                if _equal(found[0], wanted[0]):
+                if self._again(tuple(passed), standing, wanted):
                     return tuple(passed), standing
         finally:
             self._model.train(was_training)
-        raise LorakitError(
-            f"{type(self._model).__name__} does not give the same features again: set "
-            "data.image_features_mb to 0"
-        )
+        return None, tensors
+
+    def _again(self, passed: Recorded, tensors: dict[str, torch.Tensor], wanted: Any) -> bool:
+        """Whether what passed the boundary gives the same features to the bit."""
+        assert self._boundary is not None
+        try:
+            with self._boundary.replaying(passed):
+                found, _ = looked_at(self._model, tensors)
+        except (RuntimeError, StopIteration, TypeError, ValueError, IndexError, KeyError):
+            return False
+        return _equal(found, wanted)
 
 
 def _blank(x: torch.Tensor) -> torch.Tensor:
