@@ -59,7 +59,7 @@ def valid_json(completions, **columns):
 def right_fields(completions, reference, **columns):
     """The share of the fields that are those of the row's own answer."""
     rewards = []
-    for completion, answer in zip(completions, reference):
+    for completion, answer in zip(completions, reference, strict=True):
         found, wanted = read(completion) or {}, json.loads(answer)
         right = sum(key in found and found[key] == value for key, value in wanted.items())
         rewards.append(right / max(len(found), len(wanted)))

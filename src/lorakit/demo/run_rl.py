@@ -53,18 +53,20 @@ def run_rl_demo(
     task: RlTask = ORDERS,
     seed: int = SEED,
     held_out_rows: int = HELD_OUT_ROWS,
+    model: str = ALIAS,
     overrides: Sequence[str] = (),
 ) -> RlDemoResult:
     """Runs the demo in the new folder `folder`; `say` shows a line.
 
     Args:
+        model: the base, as in a recipe.
         overrides: `dotted.key=value` for the recipe of reinforcement learning.
 
     Raises:
         InputError: the folder is not empty.
     """
     with locked_folder(folder, partial(check_output, folder, resume=False), say):
-        return _run(folder, say, task, seed, held_out_rows, overrides)
+        return _run(folder, say, task, seed, held_out_rows, model, overrides)
 
 
 def _run(
@@ -73,6 +75,7 @@ def _run(
     task: RlTask,
     seed: int,
     held_out_rows: int,
+    model: str,
     overrides: Sequence[str],
 ) -> RlDemoResult:
     """`run_rl_demo`, in a folder that no other process writes."""
@@ -89,7 +92,7 @@ def _run(
         write_rows(folder / f"{name}.jsonl", part)
     if task.code:
         atomic.write_file(folder / "rewards.py", task.code)
-    for name, recipe in _recipes(folder, task, seed).items():
+    for name, recipe in _recipes(folder, task, seed, model).items():
         atomic.write_file(folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False))
     say(f"The task: {task.shown}. For instance:")
     *_, question, answer = rows[0]["messages"]
@@ -133,7 +136,7 @@ def _run(
     return demo
 
 
-def _recipes(folder: Path, task: RlTask, seed: int) -> dict[str, dict[str, Any]]:
+def _recipes(folder: Path, task: RlTask, seed: int, model: str) -> dict[str, dict[str, Any]]:
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     objective = {
         key: [_in_folder(one, folder) for one in value] if key == "rewards" else value
@@ -141,7 +144,7 @@ def _recipes(folder: Path, task: RlTask, seed: int) -> dict[str, dict[str, Any]]
     }
     return {
         "sft": {
-            "model": ALIAS,
+            "model": model,
             "data": {"train": str(folder / "sft.jsonl"), "eval": 0},
             "lora": lora,
             "training": {**task.sft, "seed": seed},
@@ -149,7 +152,7 @@ def _recipes(folder: Path, task: RlTask, seed: int) -> dict[str, dict[str, Any]]
             "output_dir": str(folder / "sft"),
         },
         "grpo": {
-            "model": ALIAS,
+            "model": model,
             "adapter": str(folder / "sft"),
             "data": {"train": str(folder / "prompts.jsonl"), "eval": 0},
             "objective": {"type": "grpo", **objective},
