@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import lorakit
+from command import run_lorakit
 from lorakit.errors import InputError
 from lorakit.report.completions import read_completions, read_held_out
 from small_runs import lines
@@ -90,6 +92,53 @@ def test_a_run_keeps_its_completions_and_resumes_to_the_same(run: dict[str, Any]
             file.unlink()
     lorakit.train(run, resume=True, quiet=True)
     assert (kept.read_bytes(), held_out.read_bytes()) == before[:2]
+
+
+def test_a_record_alone_runs_no_file(run: dict[str, Any], tmp_path: Path):
+    (tmp_path / "rewards.py").write_text(
+        REWARDS + "\nimport pathlib; pathlib.Path(__file__).with_suffix('.ran').touch()\n"
+    )
+    run["training"]["max_steps"] = 1
+    lorakit.train(run, quiet=True)
+    ran = tmp_path / "rewards.ran"
+    assert ran.exists()
+    ran.unlink()
+    done = run_lorakit(tmp_path, "reproduce", "run")
+    assert done.returncode == 2
+    assert "--run-rewards" in done.stderr
+    assert not ran.exists()
+    done = run_lorakit(tmp_path, "reproduce", "run", "--run-rewards")
+    assert done.returncode == 0, done.stderr
+    assert "the same adapter to the bit" in done.stdout
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    done = run_lorakit(tmp_path, "reproduce", "run", "--run-rewards", "-o", "again")
+    assert done.returncode == 2
+    assert "vowels" in done.stderr
+
+
+def test_a_reward_that_hangs_on_a_row_costs_that_row_alone(run: dict[str, Any], tmp_path: Path):
+    (tmp_path / "rewards.py").write_text(
+        "import re\n"
+        "def matches(completions, n, trainer_state, **kwargs):\n"
+        "    assert trainer_state.max_steps == 2\n"
+        "    texts = ['a' * 40 + 'b' if i == 3 else text for i, text in zip(n, completions)]\n"
+        "    return [float(bool(re.match('(a+)+$', text))) for text in texts]\n"
+    )
+    run["objective"] |= {"rewards": ["rewards.py:matches"], "weights": None, "reward_timeout": 0.3}
+    run["objective"] |= {"num_generations": 2}
+    run["data"]["eval"] = 0
+    run["training"] |= {"max_steps": 2, "per_device_train_batch_size": 12}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(run))
+    done = run_lorakit(tmp_path, "train", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "lorakit.json").read_text())
+    (warning,) = [one for one in record["warnings"] if "matches" in one["warning"]]
+    assert "rows.jsonl:4" in warning["message"]
+    assert "limit of time" in warning["message"]
+    for step in read_completions(tmp_path / "run", []):
+        for group in step.groups:
+            hangs = group.where == "rows.jsonl:4"
+            assert all((row[0] is None) == hangs for row in group.values)
 
 
 def test_a_run_whose_reward_has_changed_is_not_resumed_unseen(run: dict[str, Any], tmp_path: Path):

@@ -30,22 +30,16 @@ def recorded_rewards(objective: Any) -> tuple[list[Any], list[float] | None, lis
     given = objective.get("rewards") if isinstance(objective, Mapping) else None
     if not given:
         return [], None, []
-    from lorakit.rewards.builtin import BUILT_IN
-
-    def is_built_in(one: Any) -> bool:
-        if isinstance(one, Mapping):
-            one = one.get("type") or next(iter(one), None)
-        return one in BUILT_IN
+    from lorakit.rewards.reward_specs import foreign_rewards, is_own
 
     weights = objective.get("weights") or [1.0] * len(given)
-    kept = [(one, w) for one, w in zip(given, weights, strict=False) if is_built_in(one)]
-    others = [str(one) for one in given if not is_built_in(one)]
+    kept = [(one, w) for one, w in zip(given, weights, strict=False) if is_own(one)]
     notices = []
-    if others:
+    if others := foreign_rewards(objective):
         named = " ".join(f"--rewards {one}" for one in others)
         notices.append(
-            f"rewards of the record that are no built-in ones are not run ({', '.join(others)}): "
-            f"name them if you trust them, as in {named}"
+            f"the functions that the record names are not run ({', '.join(others)}): name them if "
+            f"you trust them, as in {named}"
         )
     if not any(weight for _, weight in kept):
         return [], None, notices

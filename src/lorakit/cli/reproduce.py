@@ -28,6 +28,10 @@ def reproduce(
         bool,
         typer.Option("--chain", help="First repeat the runs of the adapters that it came from."),
     ] = False,
+    run_rewards: Annotated[
+        bool,
+        typer.Option("--run-rewards", help="Run the reward functions that the record names."),
+    ] = False,
 ) -> None:
     """Repeat an adapter's recorded run, and compare the two.
 
@@ -41,7 +45,7 @@ def reproduce(
         output_dir
         or (adapter.parent if adapter.name else Path("..")) / f"{folder_name(adapter)}-again"
     )
-    options: dict[str, Any] = {"model": model, "data": data or ()}
+    options: dict[str, Any] = {"model": model, "data": data or (), "run_rewards": run_rewards}
     if chain:
         found = reproduce_chain(adapter, folder, **options)
     else:

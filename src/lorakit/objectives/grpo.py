@@ -270,7 +270,7 @@ class Grpo(Objective):
             for rollout in group
         ]
         assert self.rewards is not None
-        table = self.rewards(asked, {"global_step": step or 0})
+        table = self.rewards(asked, self.trainer_state)
         self._warnings.met(table.problems)
         self._logged |= table.metrics
         parts = table.values.split(each)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -165,6 +166,8 @@ class Objective:
         samples_held_out: the model answers held-out prompts too, at each evaluation.
         rollouts: what writes the completions that are sampled (`rl.sources`).
         logged: what is logged of `scores` while training; None for `score_names`.
+        trainer_state: where the run is when completions are sampled: `global_step` (optimizer
+            steps so far), `max_steps` and `epoch`.
         beside: adapters that score completions on the resident base, which `attach` puts there.
         gather: makes of this process' values those of all, and says at which its own begin.
         steps_per_generation: batches of a process whose prompts are sampled together; None for
@@ -204,6 +207,7 @@ class Objective:
     rollouts: str = "engine"
     logged: Sequence[str] | None = None
     beside: Sequence[Any] = ()
+    trainer_state: Mapping[str, Any] = MappingProxyType({})
     gather: Callable[[list[Any]], tuple[list[Any], int]] = staticmethod(lambda own: (own, 0))
     steps_per_generation: int | None = None
     num_iterations: int = 1

@@ -72,6 +72,20 @@ def read_specs(rewards: Any, folder: Path | None = None) -> list[RewardSpec]:
     return _named([_spec(one, folder or Path()) for one in given])
 
 
+def foreign_rewards(objective: Any) -> list[str]:
+    """The rewards of a recorded `objective` that are neither built in nor adapters: somebody's
+    programs, which a record alone is no reason to run."""
+    given = objective.get("rewards") if isinstance(objective, Mapping) else None
+    return [str(one) for one in given or () if not is_own(one)]
+
+
+def is_own(reward: Any) -> bool:
+    """Whether a recorded reward is a built-in one, or an adapter."""
+    if isinstance(reward, Mapping):
+        reward = reward.get("type") or next(iter(reward), None)
+    return reward == ADAPTER or reward in BUILT_IN
+
+
 def _is_one(rewards: Any) -> bool:
     return isinstance(rewards, (str, Mapping)) or callable(rewards)
 
@@ -116,6 +130,11 @@ def _spec(given: Any, folder: Path) -> RewardSpec:
         if not file.is_file():
             raise InputError(f"rewards: there is no file {path}")
         return RewardSpec("file", str(file), attribute, settings, name)
+    if attribute and path == "python":
+        raise InputError(
+            f"rewards: {attribute} was a function given from Python, which no record can hold: "
+            "give it again"
+        )
     if attribute:
         return RewardSpec("module", path, attribute, settings, name)
     if path == ADAPTER:

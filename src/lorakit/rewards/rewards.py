@@ -38,7 +38,7 @@ SECONDS = 60.0
 """How long a call of a function, for all completions of a step, may take by default."""
 FAILURES = 3
 """Calls in a row without any reward from a function after which the run stops."""
-_MOST_ENDED = 3  # processes, in the search for the completions that a function fails on
+_MOST_ENDED = 8  # processes, in the search for the completions that a function fails on
 
 Scorer = Callable[[Sequence[RewardInput]], Sequence[float | None]]
 """Scores completions by a model."""
@@ -236,34 +236,41 @@ class Rewards:
 
     def _of_group(self, group: _Group, call: RewardCall) -> dict[int, Outcome]:
         """What each function of a group gives, by its position among all."""
-        ask = partial(group.runner.ask, seconds=self.timeout)
-        found = ask(range(len(group.positions)), call)
+        found = group.runner.ask(range(len(group.positions)), call, self.timeout)
         for number, outcome in found.items():
             if outcome.failure and len(call) > 1:
-                found[number] = self._without_failing(partial(_one, ask, number), call, outcome)
+                ask = partial(_one, group.runner, number)
+                found[number] = self._without_failing(ask, call, outcome)
         return {group.positions[number]: outcome for number, outcome in found.items()}
 
     def _without_failing(
-        self, ask: Callable[[RewardCall], Outcome], call: RewardCall, whole: Outcome
+        self,
+        ask: Callable[[RewardCall, float | None], Outcome],
+        call: RewardCall,
+        whole: Outcome,
     ) -> Outcome:
         """What a function gives that failed for all completions together.
 
-        The search takes no longer than the limit of one call, nor more than a few processes.
+        A completion alone gets a quarter of the limit of a call, or a second where that is more,
+        and the search as much as eight of them, and as many processes.
         """
         begun, ended = time.monotonic(), 0
+        limit = self.timeout
+        alone_limit = None if limit is None else min(limit, max(limit / 4, 1.0))
         causes: dict[int, str] = {}
         for i in range(len(call)):
-            late = self.timeout is not None and time.monotonic() - begun > self.timeout
+            taken = time.monotonic() - begun
+            late = alone_limit is not None and taken >= _MOST_ENDED * alone_limit
             if late or ended >= _MOST_ENDED:
                 break
-            alone = ask(call.rows([i]))
+            alone = ask(call.rows([i]), alone_limit)
             if cause := alone.failure or alone.causes.get(0, ""):
                 causes[i] = cause
             ended += alone.ended
         rest = [i for i in range(len(call)) if i not in causes]
         again = Outcome(failure=whole.failure)
         if rest and causes:
-            again = ask(call.rows(rest))
+            again = ask(call.rows(rest), limit)
         for number, i in enumerate(rest):
             if again.failure:
                 causes[i] = again.failure
@@ -386,10 +393,8 @@ def _open(scorer: OpenScorer | None, spec: RewardSpec) -> Scorer:
     return scorer(path)
 
 
-def _one(
-    ask: Callable[[Sequence[int], RewardCall], dict[int, Outcome]], number: int, call: RewardCall
-) -> Outcome:
-    return ask([number], call)[number]
+def _one(runner: _Runner, number: int, call: RewardCall, seconds: float | None) -> Outcome:
+    return runner.ask([number], call, seconds)[number]
 
 
 def _scored(scorer: Scorer, asked: Sequence[RewardInput]) -> Outcome:

@@ -18,6 +18,7 @@ from lorakit.data.template_clock import Rendering, draws_at_random
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_adapter
 from lorakit.models.template_files import digest, read_templates
+from lorakit.rewards.reward_specs import foreign_rewards
 from lorakit.training.continuing import takes_effect
 from lorakit.training.differences import moved
 from lorakit.training.recipe import load_recipe
@@ -65,6 +66,7 @@ def reproduce(
     model: str | None = None,
     data: Sequence[str] = (),
     start: str | Path | None = None,
+    run_rewards: bool = False,
 ) -> Reproduction:
     """Trains again what is recorded in `adapter`'s folder, into the new folder `output_dir`.
 
@@ -73,9 +75,11 @@ def reproduce(
         data: where the recorded sources of rows lie now, in their order, if they have moved.
         start: an adapter to start from in place of the recorded one, such as its repetition; None
             is the recorded one, which must be as it was.
+        run_rewards: reward functions of files and modules that the record names may be run.
 
     Raises:
-        InputError: the folder has no record, or the data are not those that were learned.
+        InputError: the folder has no record, it names rewards that may not be run, or the data are
+            not those that were learned.
         LorakitError: training failed.
     """
     before = read_manifest(adapter)
@@ -88,6 +92,11 @@ def reproduce(
         raise InputError(
             f"{adapter} was resumed with another recipe or other data after step "
             f"{changed[0]['step']}: no single recipe reproduces it"
+        )
+    if (foreign := foreign_rewards(before.recipe.get("objective"))) and not run_rewards:
+        raise InputError(
+            f"{adapter}: its record names reward functions, which are somebody's program: "
+            f"{listed(foreign)}. Look at them, and allow them with --run-rewards"
         )
     _, old = read_adapter(adapter)
     values = _moved(before, model, data) | {"output_dir": str(output_dir)}
@@ -141,6 +150,7 @@ def reproduce_chain(
     quiet: bool = False,
     model: str | None = None,
     data: Sequence[str] = (),
+    run_rewards: bool = False,
 ) -> list[tuple[Path, Reproduction]]:
     """As `reproduce`, the adapters first that it came from, each from the repetition before it.
 
@@ -165,7 +175,8 @@ def reproduce_chain(
         folder = Path(output_dir) if last else Path(f"{output_dir}-stage{number}")
         start = found[-1][0] if found else None
         own = data if last else ()
-        one = reproduce(place, folder, quiet=quiet, model=model, data=own, start=start)
+        options: dict[str, Any] = {"quiet": quiet, "model": model, "run_rewards": run_rewards}
+        one = reproduce(place, folder, data=own, start=start, **options)
         found.append((folder, one))
     return found
 

@@ -263,7 +263,16 @@ class LoraTrainer(CheckpointedTrainer):
         made = (self.eval_dataset[rows] for rows in batches)
         if self.rollouts is None or not self.objective.samples_held_out:
             return made
+        self._tell_objective(self.state.global_step)
         return iter(self.rollouts.held_out([*made], self._lora_model()))
+
+    def _tell_objective(self, step: int) -> None:
+        """`Objective.trainer_state`, which reward functions may read."""
+        self.objective.trainer_state = {
+            "global_step": step,
+            "max_steps": self.state.max_steps,
+            "epoch": self.state.epoch or 0.0,
+        }
 
     @torch.no_grad()
     def _compute_constants(self, rows: Sequence[TokenizedRow]) -> None:
@@ -405,6 +414,7 @@ class LoraTrainer(CheckpointedTrainer):
         if self.rollouts is None:
             return batches
         step = self.state.global_step if step is None else step
+        self._tell_objective(step)
         return self.rollouts.put_into(batches, self._lora_model(), step)
 
     def get_train_dataloader(self) -> DataLoader:
