@@ -72,9 +72,9 @@ def evaluate_by_rewards(
     from lorakit.errors import InputError
     from lorakit.evaluation.mean_rewards import compare_rewards
     from lorakit.evaluation.reward_scorer import reward_scorer
-    from lorakit.evaluation.reward_trial import sampled_completions
     from lorakit.rewards.inputs_of_rows import reward_columns
     from lorakit.rewards.rewards import Rewards
+    from lorakit.rl.trial_completions import sampled_completions
 
     began = time.perf_counter()
     if against is not None and against.resolve() == adapter.resolve():

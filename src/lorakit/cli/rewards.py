@@ -139,7 +139,8 @@ def rewards(
             _show(trials[-1], examples)
         if loaded is not None:
             from lorakit.engine.sampling import Sampling
-            from lorakit.evaluation.reward_trial import sampled_completions, worse_than_sampled
+            from lorakit.evaluation.reward_trial import worse_than_sampled
+            from lorakit.rl.trial_completions import sampled_completions
 
             written = sampled_completions(
                 *loaded, mixture.samples[:prompts], number, Sampling(**sampling, seed=seed)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.samples import Sample
-from lorakit.engine.sampler import Sampler
-from lorakit.engine.sampling import Sampling, prompt_tokens
-from lorakit.errors import InputError, count
+from lorakit.errors import count
 from lorakit.progress import task
 from lorakit.rewards.completion_text import text_of
 from lorakit.rewards.inputs_of_rows import reward_input
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from lorakit.lora.model import LoraModel
 
 SLOW = 5.0
 """Seconds of a call above which a function is named as slow."""
@@ -125,53 +121,6 @@ def own_answers(
         for sample in samples
         if sample.reference
     ]
-
-
-def sampled_completions(
-    model: LoraModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Sample],
-    number: int,
-    sampling: Sampling,
-) -> list[RewardInput]:
-    """So many completions of each prompt, those of one prompt in a row.
-
-    Args:
-        model: under the route in force, in evaluation mode.
-        sampling: of all; each completion has a seed of its own that follows from its seed.
-
-    Raises:
-        InputError: a prompt does not fit the context, or the chat template refuses it.
-        LorakitError: the model failed.
-    """
-    sampler = Sampler(model, tokenizer)
-    prompts: list[list[int]] = []
-    for sample in samples:
-        try:
-            tokens = prompt_tokens(
-                sample.prompt, tokenizer, sample.tools, sampler.context_length - 1
-            )
-        except InputError as error:
-            raise InputError(f"{sample.where}: {error}") from error
-        prompts += [tokens] * number
-    first = sampling.seed or 0
-    drawn = [_seeded(sampling, (first + i) % 2**32) for i in range(len(prompts))]
-    with task("sampling completions", len(prompts)) as work:
-        rows = sampler.write(prompts, drawn, model.routing.route, work, as_text=True)
-    found = []
-    for i, row in enumerate(rows):
-        with closing(iter(row.ticket)) as pieces:
-            written = [*pieces]
-        text = "".join(piece.text for piece in written)
-        why = written[-1].finish_reason
-        found.append(reward_input(samples[i // number], text, row.tokens, finish_reason=why))
-    return found
-
-
-def _seeded(sampling: Sampling, seed: int) -> Sampling:
-    from dataclasses import replace
-
-    return replace(sampling, seed=seed)
 
 
 def tried(
