@@ -122,7 +122,8 @@ def test_a_reward_that_hangs_on_a_row_costs_that_row_alone(run: dict[str, Any], 
         "def matches(completions, n, trainer_state, **kwargs):\n"
         "    assert trainer_state.max_steps == 2\n"
         "    texts = ['a' * 40 + 'b' if i == 3 else text for i, text in zip(n, completions)]\n"
-        "    return [float(bool(re.match('(a+)+$', text))) for text in texts]\n"
+        "    found = [bool(re.match('(a+)+$', text)) for text in texts]\n"
+        "    return [hit + len(set(text)) for hit, text in zip(found, texts)]\n"
     )
     run["objective"] |= {"rewards": ["rewards.py:matches"], "weights": None, "reward_timeout": 0.3}
     run["objective"] |= {"num_generations": 2}
