@@ -286,8 +286,8 @@ class ResidentModel:
         Returns: of each batch its summed loss divided by its divisor, a scalar.
         """
         self._train(True)
-        losses = self.token_losses(batches)
-        found = [b.loss(own) / b.divisor for own, b in zip(losses, batches, strict=True)]
+        measured = self._of_tokens(batches, any(batch.entropies for batch in batches))
+        found = [b.loss(*own) / b.divisor for own, b in zip(measured, batches, strict=True)]
         # No adapter has a parameter in another's loss: the sum's gradients are each one's own.
         torch.stack(found).sum().backward()
         return [value.detach() for value in found]
@@ -297,6 +297,12 @@ class ResidentModel:
 
         Activation checkpointing comes back to the route that is in force here.
         """
+        return [own[0] for own in self._of_tokens(batches)]
+
+    def _of_tokens(
+        self, batches: Sequence[AdapterBatch], entropies: bool = False
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """The losses of each batch, and the entropies (n,) of the tokens' distributions."""
         if self._loss is None:
             # Answers that are under way leave the route of their rows behind them.
             with self.model.routing.using(Route()):
@@ -310,17 +316,24 @@ class ResidentModel:
                 drawing = one.stream.drawing() if one.stream else nullcontext()
                 route = Route(shared=() if one.adapter == BASE else (one.adapter,))
                 with self.model.routing.using(route), drawing:
-                    return [loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)]
+                    if entropies:
+                        return [loss.with_entropies(self.model, one.tensors)]
+                    own = loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)
+                    return [(own,)]
         whole, route = side_by_side(batches, self.pad_token_id)
         counts = torch.stack([loss.count(batch.tensors["labels"]) for batch in batches]).tolist()
         smoothing: float | torch.Tensor = 0.0
         if any(batch.smoothing for batch in batches):
-            own = torch.tensor([batch.smoothing for batch in batches], dtype=torch.float64)
-            smoothing = own.repeat_interleave(torch.tensor(counts)).to(self.device)
+            of_each = torch.tensor([batch.smoothing for batch in batches], dtype=torch.float64)
+            smoothing = of_each.repeat_interleave(torch.tensor(counts)).to(self.device)
         with self.model.routing.using(route):
+            if entropies:
+                found = loss.with_entropies(self.model, whole)
+                return [*zip(*(values.split(counts) for values in found), strict=True)]
             losses = loss.of_tokens(self.model, whole, smoothing, all_targets(batches))
-        found = zip(batches, counts, strict=True)
-        return list(losses.split([len(b.targets.tokens) if b.targets else n for b, n in found]))
+        each = zip(batches, counts, strict=True)
+        sizes = [len(b.targets.tokens) if b.targets else n for b, n in each]
+        return [(own,) for own in losses.split(sizes)]
 
     def optim_step(self, name: str, step: AdamW) -> dict[str, float]:
         """Applies the gradients of an adapter, and clears them.

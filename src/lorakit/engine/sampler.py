@@ -83,6 +83,7 @@ class Sampler:
         route: Route,
         work: Task | None = None,
         *,
+        adapters: Sequence[str] = (),
         as_text: bool = False,
     ) -> list[AnswerRow]:
         """The finished rows, in the order of the prompts.
@@ -90,6 +91,7 @@ class Sampler:
         Args:
             sampling: of each prompt; the answer is cut to what the context has room for.
             route: of all rows.
+            adapters: of each prompt, `BASE` for none, in the place of the route; empty for that.
             as_text: the rows' tickets get the text of the answers.
 
         Raises:
@@ -99,15 +101,17 @@ class Sampler:
             return []
         reads = as_text or bool(self.ending.text)
         rows = []
-        for prompt, own in zip(prompts, sampling, strict=True):
+        names = adapters or [route.shared[0] if route.shared else BASE] * len(prompts)
+        for prompt, own, name in zip(prompts, sampling, names, strict=True):
             room = min(own.max_new_tokens, self.context_length - len(prompt))
-            name = route.shared[0] if route.shared else None
-            ticket = Ticket(tuple(prompt), name, replace(own, max_new_tokens=room))
+            shown = None if name == BASE else name
+            ticket = Ticket(tuple(prompt), shown, replace(own, max_new_tokens=room))
             tokenizer = self._tokenizer if reads else None
-            rows.append(AnswerRow(ticket, name or BASE, tokenizer, self.ending, self._base.device))
+            rows.append(AnswerRow(ticket, name, tokenizer, self.ending, self._base.device))
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
         routing, most = self._model.routing, min(MAX_ROWS, len(rows))
-        batch = self._carried.batch(self._base, routing, most, longest, route)
+        of_all = None if adapters else route
+        batch = self._carried.batch(self._base, routing, most, longest, of_all)
         write_rows(batch, rows, routing, work)
         for row in rows:
             if row.failed:

@@ -42,6 +42,7 @@ class AdapterBatch:
             default their sum.
         stream: what the adapter's dropout is drawn from; None is PyTorch's own generator.
         smoothing: label smoothing, from 0 to 1.
+        entropies: the loss is called with the entropies (n,) of their distributions too.
         targets: tokens whose losses are taken in the place of the labels; None for the labels.
     """
 
@@ -50,8 +51,9 @@ class AdapterBatch:
     divisor: torch.Tensor | int = 1
     stream: Stream | None = None
     smoothing: float = 0.0
-    loss: Callable[[torch.Tensor], torch.Tensor] = torch.sum
+    loss: Callable[..., torch.Tensor] = torch.sum
     targets: Targets | None = None
+    entropies: bool = False
 
     @property
     def size(self) -> int:

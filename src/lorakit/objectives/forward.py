@@ -57,6 +57,7 @@ class Forward:
         self.adapted, self.reader = adapted, reader
         self.module, self.smoothing = adapted, 0.0
         self._known: tuple[torch.Tensor, torch.Tensor, bool] | None = None
+        self._entropies: torch.Tensor | None = None
         own: Any = adapted if getattr(adapted, "routing", None) is not None else None
         names = own.adapters if own is not None else ()
         self.frozen = tuple(name for name in names if name.startswith(FROZEN))
@@ -68,16 +69,21 @@ class Forward:
         return other
 
     def given(
-        self, batch: Mapping[str, torch.Tensor], losses: torch.Tensor, of_base: bool = False
+        self,
+        batch: Mapping[str, torch.Tensor],
+        losses: torch.Tensor,
+        of_base: bool = False,
+        entropies: torch.Tensor | None = None,
     ) -> Forward:
         """The same, where `token_losses` of a batch are known: out of a pass with other rows.
 
         Args:
             losses: those of the batch, (n,); with their graph in training.
             of_base: they are the bare base's.
+            entropies: (n,), where `with_entropies` is asked for them.
         """
         other = copy(self)
-        other._known = batch["labels"], losses, of_base
+        other._known, other._entropies = (batch["labels"], losses, of_base), entropies
         return other
 
     @property
@@ -189,6 +195,8 @@ class Forward:
         """The log-probability of every supervised token (n,), and the entropy (n,) in nats of the
         distribution that it is of, without gradients; under the adapter in force.
         """
+        if self._entropies is not None and self._known and self._known[0] is batch["labels"]:
+            return -self._known[1], self._entropies
         assert isinstance(self.reader, SupervisedLoss)
         losses, entropies = self.reader.with_entropies(self.module, batch)
         return -losses, entropies

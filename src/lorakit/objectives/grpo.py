@@ -33,7 +33,7 @@ from lorakit.objectives.completion_rows import (
 from lorakit.objectives.forward import BASE, Forward
 from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.objectives.grpo_warnings import GrpoWarnings
-from lorakit.objectives.objective import Batch, Collate, Objective
+from lorakit.objectives.objective import REFERENCE, Batch, Collate, Objective
 from lorakit.objectives.resident_reward import ResidentReward
 from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
 from lorakit.rewards.inputs_of_rows import reward_columns, reward_input
@@ -82,6 +82,7 @@ class Grpo(Objective):
     Settings = GrpoSettings
     keeps_columns = True
     samples_held_out = True
+    reads_entropies = True
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -127,6 +128,19 @@ class Grpo(Objective):
     @reference.setter
     def reference(self, name: str | None) -> None:
         self._reference = name
+
+    @property
+    def reads_reference(self) -> bool:  # type: ignore[override]
+        """As in `Objective`."""
+        return bool(self.settings.beta)
+
+    @property
+    def shares_passes(self) -> bool:  # type: ignore[override]
+        """As in `Objective`: not where logits are divided, or completions learned in turns."""
+        s = self.settings
+        in_turns = s.steps_per_generation is not None or s.num_iterations != 1
+        plain = s.temperature == 1 and not in_turns and self.rollouts == "engine"
+        return plain and self.reference in (None, BASE)
 
     @property
     def on_policy(self) -> bool:
@@ -459,7 +473,9 @@ class Grpo(Objective):
             losses = losses * policy_gradient.near_enough(c, settings.off_policy_mask_threshold)
         kl = None
         if settings.beta:
-            reference = forward.of_reference(batch, self.reference or BASE)
+            reference = batch.get(REFERENCE)
+            if reference is None:
+                reference = forward.of_reference(batch, self.reference or BASE)
             kl = policy_gradient.kl(c, reference, settings.use_bias_correction_kl)
             losses = losses + settings.beta * kl
         gap = (now - sampled)[is_now].abs()

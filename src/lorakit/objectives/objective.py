@@ -57,6 +57,10 @@ Batch = Mapping[str, "torch.Tensor"]
 Collate = Callable[[Sequence[TokenizedRow]], "dict[str, torch.Tensor]"]
 
 
+REFERENCE = "rollout.reference"
+"""Of a batch: the log-probabilities (n,) of its supervised tokens under the bare base."""
+
+
 class Settings(BaseModel):
     """An objective's settings: the keys beside `type` in the recipe's `objective`."""
 
@@ -169,6 +173,9 @@ class Objective:
         trainer_state: where the run is when completions are sampled: `global_step` (optimizer
             steps so far), `max_steps` and `epoch`.
         beside: adapters that score completions on the resident base, which `attach` puts there.
+        reads_entropies: the loss needs the entropies of tokens too (`Forward.with_entropies`).
+        reads_reference: the loss needs the log-probabilities of the bare base, and takes them from
+            `REFERENCE` of a batch where they are there.
         gather: makes of this process' values those of all, and says at which its own begin.
         steps_per_generation: batches of a process whose prompts are sampled together; None for
             those of an optimizer step.
@@ -205,6 +212,8 @@ class Objective:
     keeps_columns: ClassVar[bool] = False
     samples_held_out: ClassVar[bool] = False
     rollouts: str = "engine"
+    reads_entropies: ClassVar[bool] = False
+    reads_reference: bool = False
     logged: Sequence[str] | None = None
     beside: Sequence[Any] = ()
     trainer_state: Mapping[str, Any] = MappingProxyType({})

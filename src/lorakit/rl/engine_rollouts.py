@@ -35,6 +35,17 @@ class EngineRollouts:
         self, asked: Sequence[AskedPrompt], model: LoraModel, step: int | None
     ) -> list[Rollout]:
         """As in `RolloutSource`."""
+        return self.write_each(asked, (), model)
+
+    def write_each(
+        self, asked: Sequence[AskedPrompt], adapters: Sequence[str], model: LoraModel
+    ) -> list[Rollout]:
+        """The same in one batch with adapters of several runs.
+
+        Args:
+            adapters: of each prompt, `BASE` for none; empty where the route in force is that of
+                all of them.
+        """
         if self._sampler is None:
             self._sampler = Sampler(model, self._tokenizer)
         was_training, route = model.training, model.routing.route
@@ -46,7 +57,8 @@ class EngineRollouts:
                 task("sampling completions", len(asked)) as work,
             ):
                 tokens: list[Any] = [one.tokens for one in asked]
-                rows = self._sampler.write(tokens, [_sampling(one) for one in asked], route, work)
+                sampling = [_sampling(one) for one in asked]
+                rows = self._sampler.write(tokens, sampling, route, work, adapters=adapters)
         finally:
             model.train(was_training)
         return [self._rollout(row) for row in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from lorakit.data.masking import TokenizedRow
     from lorakit.lora.model import LoraModel
     from lorakit.objectives.objective import Collate, Objective
-    from lorakit.objectives.rollout import RowsOfBatches
+    from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches
 
 Tensors = dict[str, torch.Tensor]
+Asking = Generator["Sequence[AskedPrompt]", "Sequence[Rollout]", list[Tensors]]
+"""Yields prompts, is sent their rollouts, and returns batches."""
 
 _AHEAD = "ahead."
 """Of a batch: those behind it whose prompts are sampled with its own, under `ahead.NUMBER.`."""
@@ -80,12 +82,20 @@ class Rollouts:
         Raises:
             LorakitError: the model failed, or a reward again and again.
         """
+        return self._written(self.into(batches, step), model, step)
+
+    def held_out(self, batches: Sequence[Tensors], model: LoraModel) -> list[Tensors]:
+        """Held-out batches with completions in the place of prompts."""
+        return self._written(self.into_held_out(batches), model, None)
+
+    def into(self, batches: Sequence[Tensors], step: int) -> Asking:
+        """As `put_into`, for whoever writes the completions of several runs together."""
         count = batches[0].get(f"{_AHEAD}count")
         if count is not None:
             ahead = [taken_from(batches[0], f"{_AHEAD}{i}.") for i in range(int(count))]
-            self._kept, self._served = self._sampled([batches[0], *ahead], model, step), 0
+            self._kept, self._served = (yield from self._sampled([batches[0], *ahead], step)), 0
         if not self._kept:
-            return self._collated(batches, self._sampled(batches, model, step))
+            return self._collated(batches, (yield from self._sampled(batches, step)))
         begin, self._served = self._served, self._served + len(batches)
         size, times = len(self._kept), self._objective.num_iterations
         rows = [self._kept[(begin + i) % size] for i in range(len(batches))]
@@ -95,9 +105,18 @@ class Rollouts:
             self._kept, self._served = [], 0
         return self._collated(batches, rows)
 
-    def held_out(self, batches: Sequence[Tensors], model: LoraModel) -> list[Tensors]:
-        """Held-out batches with completions in the place of prompts."""
-        return self._collated(batches, self._sampled(batches, model, None))
+    def into_held_out(self, batches: Sequence[Tensors]) -> Asking:
+        """As `held_out`, for whoever writes the completions of several runs together."""
+        return self._collated(batches, (yield from self._sampled(batches, None)))
+
+    def _written(self, asking: Asking, model: LoraModel, step: int | None) -> list[Tensors]:
+        try:
+            asked = next(asking)
+            while True:
+                asked = asking.send(self._source.write(asked, model, step))
+        except StopIteration as end:
+            batches: list[Tensors] = end.value
+        return batches
 
     def _collated(self, batches: Sequence[Tensors], rows: RowsOfBatches) -> list[Tensors]:
         return [
@@ -106,14 +125,14 @@ class Rollouts:
         ]
 
     def _sampled(
-        self, batches: Sequence[Tensors], model: LoraModel, step: int | None
-    ) -> RowsOfBatches:
+        self, batches: Sequence[Tensors], step: int | None
+    ) -> Generator[Sequence[AskedPrompt], Sequence[Rollout], RowsOfBatches]:
         """The rows in the place of each batch."""
         began, sampling = time.perf_counter(), self._objective.sampled_rows(batches, step)
         try:
             asked = next(sampling)
             while True:
-                written = self._source.write(asked, model, step) if asked else []
+                written = (yield asked) if asked else []
                 self.tokens += sum(len(one.tokens) for one in written)
                 asked = sampling.send(written)
         except StopIteration as end:
@@ -148,6 +167,31 @@ class Rollouts:
             metadata = opened.metadata()
         self._kept = kept_groups(tensors, metadata["rest"])
         self._served = json.loads(metadata["served"])
+
+
+def write_together(
+    asking: Mapping[str, Asking],
+    write: Callable[[Sequence[AskedPrompt], Sequence[str]], Sequence[Rollout]],
+) -> dict[str, list[Tensors]]:
+    """The batches of several runs, whose completions are written together.
+
+    Args:
+        asking: `Rollouts.into`, or `into_held_out`, by the adapter that answers.
+        write: of prompts and the adapter of each.
+    """
+    found: dict[str, list[Tensors]] = {}
+    sent: dict[str, Sequence[Rollout] | None] = dict.fromkeys(asking)
+    while sent:
+        asked: dict[str, Sequence[AskedPrompt]] = {}
+        for name, rollouts in sent.items():
+            try:
+                asked[name] = asking[name].send(rollouts)  # type: ignore[arg-type]
+            except StopIteration as end:
+                found[name] = end.value
+        every = [(prompt, name) for name, own in asked.items() for prompt in own]
+        written = iter(write([one for one, _ in every], [n for _, n in every]) if every else ())
+        sent = {name: [next(written) for _ in own] for name, own in asked.items()}
+    return found
 
 
 def _again(row: TokenizedRow) -> TokenizedRow:

@@ -24,6 +24,7 @@ from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import Route, Routing
 from lorakit.lora.saving import save_adapter, write_card
 from lorakit.objectives.objective import TrainingInputs
+from lorakit.rl.engine_rollouts import EngineRollouts
 from lorakit.sweeps.records import Progress
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.sweep_base import SweepBase
@@ -36,6 +37,9 @@ from lorakit.training.sharded import asks_to_spread
 from lorakit.training.trainer import enable_checkpointing
 
 RunPass = Callable[[Sequence[AdapterBatch]], None]
+SAMPLED_TOKENS = 4096
+"""The tokens of a pass over completions: how long these become is not known before the run."""
+
 FindPassSize = Callable[[Sequence[AdapterBatch], RunPass], int | None]
 """Gives the tokens of a pass (None: all in one), by the largest batches and a way to try a pass."""
 
@@ -115,12 +119,18 @@ def _train(
     if len(waiting) > 1:
         for trainer in waiting:
             enable_checkpointing(trainer.setup.model, trainer.args)
-        largest = [trainer.largest_batch() for trainer in waiting]
-        tokens = pass_size(largest, lambda batches: _try(resident, batches))
+        if any(trainer.objective.on_policy for trainer in waiting):
+            tokens = SAMPLED_TOKENS
+        else:
+            largest = [trainer.largest_batch() for trainer in waiting]
+            tokens = pass_size(largest, lambda batches: _try(resident, batches))
+    source: EngineRollouts | None = None
     for trainer in trainers.values():
         trainer.begin()
+        if trainer.objective.on_policy and source is None:
+            source = EngineRollouts(trainer.objective, trainer.setup.tokenizer)
     stopped: StoppedError | None = None
-    while batches := _next_batches(resident, [*trainers.values()], tokens):
+    while batches := _next_batches(resident, [*trainers.values()], tokens, source):
         for some in passes(batches, tokens):
             began = time.perf_counter()
             losses = resident.backward(some)
@@ -136,23 +146,55 @@ def _train(
 
 
 def _next_batches(
-    resident: ResidentModel, trainers: Sequence[SweepTrainer], tokens: int | None
+    resident: ResidentModel,
+    trainers: Sequence[SweepTrainer],
+    tokens: int | None,
+    source: EngineRollouts | None,
 ) -> list[AdapterBatch]:
-    """Each configuration's next batch, with what its loss needs of the other batches of its step.
+    """Each configuration's next batch, with what its loss needs besides.
 
-    What they need is computed in passes that they share, without gradients.
+    What is sampled for them is written in one batch of rows, and what they need of their other
+    batches, or of the bare base, is computed in passes that they share, without gradients.
     """
-    asked = [trainer.read_beforehand for trainer in trainers]
-    if any(asked):
-        resident.model.eval()
-        with torch.no_grad():
-            together = passes([batch for own in asked for batch in own], tokens)
-            losses = [each for some in together for each in resident.token_losses(some)]
-        found = iter(losses)
-        for trainer, own in zip(trainers, asked, strict=True):
-            if own:
-                trainer.take_beforehand([next(found) for _ in own])
+    if source is not None:
+        _sample(resident, trainers, source)
+    read = [trainer.read_beforehand for trainer in trainers]
+    for trainer, losses in zip(trainers, _losses(resident, read, tokens), strict=True):
+        if losses:
+            trainer.take_beforehand(losses)
+    read = [trainer.read_reference for trainer in trainers]
+    for trainer, losses in zip(trainers, _losses(resident, read, tokens), strict=True):
+        if losses:
+            trainer.take_reference(losses)
     return [batch for trainer in trainers if (batch := trainer.next_batch) is not None]
+
+
+def _sample(
+    resident: ResidentModel, trainers: Sequence[SweepTrainer], source: EngineRollouts
+) -> None:
+    """Answers what the configurations ask for their next steps, each by its own adapter."""
+    while waiting := [trainer for trainer in trainers if trainer.asked]:
+        asked = [(prompt, trainer.adapter) for trainer in waiting for prompt in trainer.asked]
+        prompts, adapters = zip(*asked, strict=True)
+        began = time.perf_counter()
+        found = iter(source.write_each(prompts, adapters, resident.model))
+        each = (time.perf_counter() - began) / len(asked)
+        for trainer in waiting:
+            own = [next(found) for _ in trainer.asked]
+            trainer.take_rollouts(own, each * len(own))
+
+
+def _losses(
+    resident: ResidentModel, read: Sequence[Sequence[AdapterBatch]], tokens: int | None
+) -> list[list[torch.Tensor]]:
+    """The token losses of several configurations' batches, in passes that they share."""
+    if not any(read):
+        return [[] for _ in read]
+    resident.model.eval()
+    with torch.no_grad():
+        together = passes([batch for own in read for batch in own], tokens)
+        found = iter([each for some in together for each in resident.token_losses(some)])
+    return [[next(found) for _ in own] for own in read]
 
 
 def _try(resident: ResidentModel, batches: Sequence[AdapterBatch]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,14 +29,20 @@ from lorakit.evaluation.held_out import (
     row_sums,
     sums_beforehand,
 )
+from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import Route
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives.batch_sums import added, as_tensors, with_sums
 from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Collate, Objective
 from lorakit.progress import task
+from lorakit.rl.engine_rollouts import EngineRollouts
+from lorakit.rl.rollouts import Rollouts, write_together
 from lorakit.sweeps.splits import Split
 from lorakit.training.batching import Batching
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SplitLosses = dict[str, RowLosses]
 """By split, the losses of its rows."""
@@ -86,6 +92,7 @@ class HeldOutRows:
         objective: the sweep's, which all configurations are compared by.
         batching: how rows become batches, with the tensors of an objective.
         shares_passes: whether the losses of tokens tell those of rows.
+        tokenizer: says what ends a completion, where completions of held-out prompts are scored.
     """
 
     def __init__(
@@ -94,7 +101,9 @@ class HeldOutRows:
         objective: Objective,
         batching: Callable[[Objective], Batching],
         shares_passes: bool,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        self._tokenizer = tokenizer
         self.splits, self.objective, self.batching = splits, objective, batching
         self.shares_passes = shares_passes
         self.rows = [row for part in splits.values() for row in part.rows]
@@ -106,6 +115,8 @@ class HeldOutRows:
             own: the objective of a configuration; None for the sweep's.
         """
         objectives = self._objectives(own)
+        if self.by_samples:
+            return self._put_together([self._sampled(model, [""])[0]], own)
         if not self.by_tokens(own):
             return self._put_together([self._one_by_one(model, one) for one in objectives], own)
         loss = SupervisedLoss(model)
@@ -120,6 +131,10 @@ class HeldOutRows:
         As many of them share a pass as fit into `AT_ONCE` tokens.
         """
         names, judges = list(own), []
+        if self.by_samples:
+            found = self._sampled(resident.model, names)
+            each = zip(names, found, strict=True)
+            return {name: self._put_together([sums], own[name]) for name, sums in each}
         everyone = [(name, one) for name in names for one in self._objectives(own[name])]
         sums = iter(self._sums_beforehand(resident, everyone))
         for name, objective in own.items():
@@ -147,11 +162,49 @@ class HeldOutRows:
 
     def by_tokens(self, own: Objective | None = None) -> bool:
         """Whether rows are judged by the losses of their tokens."""
-        return self.shares_passes and all(one.shares_passes for one in self._objectives(own))
+        return (
+            not self.by_samples
+            and self.shares_passes
+            and all(one.shares_passes for one in self._objectives(own))
+        )
+
+    @property
+    def by_samples(self) -> bool:
+        """Whether completions of held-out prompts are judged, always by the sweep's objective."""
+        return self.objective.samples_held_out
 
     def is_common(self, own: Objective) -> bool:
-        """Whether an objective has the settings of the sweep's."""
-        return own.settings == self.objective.settings
+        """Whether an objective judges as the sweep's does."""
+        return self.by_samples or own.settings == self.objective.settings
+
+    def _sampled(self, model: Any, names: Sequence[str]) -> list[list[Sums]]:
+        """What the sweep's objective makes of completions of each row, by each of these adapters.
+
+        Args:
+            model: with the adapters, or bare.
+            names: an empty one is what is in force. Several write in one batch.
+        """
+        if not isinstance(model, LoraModel):  # the bare base
+            wrapped = LoraModel(model, None)
+            try:
+                return self._sampled(wrapped, names)
+            finally:
+                wrapped.unload()
+        objective, collate = self.objective, self._collate(self.objective)
+        rollouts = Rollouts(objective, self._tokenizer, collate)
+        prompts = [collate([row]) for row in self.rows]
+        if names == [""]:
+            found = [rollouts.held_out(prompts, model)]
+        else:
+            source = EngineRollouts(objective, self._tokenizer)
+            asking = {name: rollouts.into_held_out(prompts) for name in names}
+            together = write_together(asking, lambda *asked: source.write_each(*asked, model))
+            found = [together[name] for name in names]
+        forward = objective.forward(model)
+        return [
+            [as_tensors(objective.loss(forward, batch).sums()) for batch in batches]
+            for batches in found
+        ]
 
     def tokens(self, model: nn.Module) -> TokenLosses:
         """The losses of the supervised tokens of each row."""
@@ -175,7 +228,7 @@ class HeldOutRows:
         return own.held_out(sums)
 
     def _objectives(self, own: Objective | None) -> list[Objective]:
-        """The sweep's objective, which all are compared by, and one with other settings."""
+        """The sweep's objective, which all are compared by, and one that judges otherwise."""
         return [self.objective] if own is None or self.is_common(own) else [self.objective, own]
 
     def _judged(
@@ -270,7 +323,7 @@ class HeldOutRows:
 
     def _put_together(self, found: list[list[Sums]], own: Objective | None) -> HeldOut:
         """Of the rows' sums by each of `_objectives(own)`."""
-        objective = own or self.objective
+        objective = self.objective if own is None or self.is_common(own) else own
         whole: Sums = {}
         for sums in found[-1]:
             whole = added(whole, sums)

@@ -95,8 +95,8 @@ class SweepBase:
             self.inputs = replace(self.inputs, model=fresh.model)
             self._seed = recipe.training.seed
         inputs, settings = self.inputs, recipe.make_objective().settings
-        if settings == inputs.objective.settings:
-            return inputs
+        if settings == inputs.objective.settings and not inputs.objective.on_policy:
+            return inputs  # what is sampled for a run is kept in its own objective
         return replace(inputs, objective=inputs.objective.with_settings(settings))
 
     def batching(
@@ -172,6 +172,7 @@ class SweepBase:
             objective,
             lambda own: self.batching(self.recipe, own)[0],
             self.shares_passes,
+            self.inputs.tokenizer,
         )
 
     @cached_property
@@ -233,6 +234,11 @@ def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
     if recipe.data.streaming:
         raise InputError("lorakit sweep reads all rows first: leave data.streaming out")
     inputs = _load(recipe)
+    if inputs.objective.beside:
+        raise InputError(
+            "objective.rewards: lorakit sweep takes functions; a reward adapter lies on the base "
+            "of one run: train each configuration with lorakit train"
+        )
     parts = split(inputs.data.eval, inputs.data.eval_samples, selection, seed)
     return SweepBase(recipe, inputs, parts, seed)
 

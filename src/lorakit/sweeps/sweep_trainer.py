@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from lorakit.engine.shared_pass import AdapterBatch
 from lorakit.errors import LorakitError
 from lorakit.lora.streams import Stream
 from lorakit.objectives.batch_sums import with_sums
-from lorakit.objectives.forward import Forward
-from lorakit.objectives.objective import Batch
+from lorakit.objectives.forward import BASE, Forward
+from lorakit.objectives.objective import REFERENCE, Batch
+from lorakit.objectives.rollout import AskedPrompt, Rollout
 from lorakit.progress import innermost
 from lorakit.sweeps.held_out_rows import HeldOut
 from lorakit.sweeps.records import Progress
@@ -72,6 +74,7 @@ class SweepTrainer(LoraTrainer):
         interrupt: the wish to stop, which all configurations share.
 
     Attributes:
+        asked: the prompts that its adapter is to answer before its next step.
         planned, target: the optimizer steps of the whole run, and those that it is trained to.
         diverged: what was NaN or Inf, or None.
 
@@ -79,6 +82,7 @@ class SweepTrainer(LoraTrainer):
         InputError: the folder is another run's.
     """
 
+    _steps: Generator[_OptimizerStep | Sequence[AskedPrompt], Sequence[Rollout] | None]
     _norm: Any  # of the gradient of the last step, and its learning rate
     _rate: Any
 
@@ -128,12 +132,13 @@ class SweepTrainer(LoraTrainer):
         self.stands_on = setup.inputs.start.frozen if setup.inputs.start else ()
         self.lines = StepLines(self.folder / METRICS_NAME)
         self.diverged: str | None = None
-        self._steps: Iterator[_OptimizerStep] = iter(())
         self._step: _OptimizerStep | None = None
+        self.asked: Sequence[AskedPrompt] = ()
         self._losses: list[torch.Tensor] = []
         self._in_group = False
         self.remove_callback(PrinterCallback)
-        self.add_callback(Recorder(self.lines, self.counts))
+        shown = self.objective.logged or self.objective.score_names
+        self.add_callback(Recorder(self.lines, self.counts, shown))
         if patience := recipe.early_stopping_patience:
             self.add_callback(EarlyStopping(patience))
         for callback in (_StopAt(self.target), interrupt, SaveAfterEvaluation()):
@@ -197,7 +202,48 @@ class SweepTrainer(LoraTrainer):
         with self.stream.drawing():
             if not self._taken_up():
                 self._steps = self._optimizer_steps()
-                self._step = next(self._steps, None)
+                self._go_on()
+
+    def _go_on(self, rollouts: Sequence[Rollout] | None = None) -> None:
+        """To what comes next: prompts that are to be answered, a step, or the end."""
+        self._step, self.asked = None, ()
+        try:
+            found = self._steps.send(rollouts)
+        except StopIteration:
+            return
+        if isinstance(found, _OptimizerStep):
+            self._step = found
+        else:
+            self.asked = found
+
+    @property
+    def adapter(self) -> str:
+        """Its adapter's name in the group."""
+        return str(self.setup.model.active_adapter)
+
+    def take_rollouts(self, rollouts: Sequence[Rollout], seconds: float) -> None:
+        """Goes on with the answers to `asked`.
+
+        Args:
+            seconds: its share of the time that they took.
+        """
+        self.counts.sampling_seconds += seconds
+        with self.stream.drawing():
+            self._go_on(rollouts)
+
+    @property
+    def read_reference(self) -> list[AdapterBatch]:
+        """What the next step needs the losses of under the bare base (`take_reference`)."""
+        if self._step is None or not self.objective.reads_reference:
+            return []
+        return [AdapterBatch(BASE, b) for b in self._step.batches if REFERENCE not in b]
+
+    def take_reference(self, losses: Sequence[torch.Tensor]) -> None:
+        """Puts the token losses of `read_reference` into the batches of the next step."""
+        assert self._step is not None
+        lacking = [batch for batch in self._step.batches if REFERENCE not in batch]
+        for batch, own in zip(lacking, losses, strict=True):
+            batch[REFERENCE] = -own
 
     def with_all_sums(
         self, batches: Sequence[dict[str, torch.Tensor]]
@@ -215,7 +261,7 @@ class SweepTrainer(LoraTrainer):
     def read_beforehand(self) -> list[AdapterBatch]:
         """What the next step needs the losses of before its first batch (`take_beforehand`)."""
         unread = self._step.unread if self._step is not None else []
-        return [AdapterBatch(self.setup.model.active_adapter, batch) for batch in unread]
+        return [AdapterBatch(self.adapter, batch) for batch in unread]
 
     def take_beforehand(self, losses: Sequence[torch.Tensor]) -> None:
         """Makes the sums that the next step lacks of the token losses of `read_beforehand`."""
@@ -236,23 +282,31 @@ class SweepTrainer(LoraTrainer):
             return None
         batch = self._step.batches[len(self._losses)]
         return AdapterBatch(
-            self.setup.model.active_adapter,
+            self.adapter,
             batch,
             self._step.divisor,
             self.stream,
             self.args.label_smoothing_factor,
             partial(self._loss_of, batch),
+            entropies=self.objective.reads_entropies,
         )
 
     def _loss_of(
-        self, batch: Batch, token_losses: torch.Tensor, *, trial: bool = False
+        self,
+        batch: Batch,
+        token_losses: torch.Tensor,
+        entropies: torch.Tensor | None = None,
+        *,
+        trial: bool = False,
     ) -> torch.Tensor:
         """The summed loss of a batch by the configuration's own settings.
 
         Args:
             token_losses: of its supervised tokens (n,), out of a pass with other adapters' rows.
+            entropies: (n,), where the objective reads them.
         """
-        loss = self.objective.loss(self.forward.given(batch, token_losses), batch)
+        forward = self.forward.given(batch, token_losses, entropies=entropies)
+        loss = self.objective.loss(forward, batch)
         if not trial:
             self.take_metrics(loss)
         return loss.total
@@ -280,7 +334,7 @@ class SweepTrainer(LoraTrainer):
         try:
             with self.stream.drawing():
                 self._finish_step(step, losses)
-                self._step = next(self._steps, None)
+                self._go_on()
         except DivergedError as error:
             self.diverged = str(error)
 
@@ -292,12 +346,15 @@ class SweepTrainer(LoraTrainer):
         batch = self._prepare_inputs(BatchDataset(rows, batching, learning=True)[largest])
         supervised = max(1, sum(rows[i].supervised for i in largest))
         loss = partial(self._loss_of, batch, trial=True)
-        return AdapterBatch(self.setup.model.active_adapter, batch, supervised, loss=loss)
+        return AdapterBatch(self.adapter, batch, supervised, loss=loss)
 
-    def _optimizer_steps(self) -> Iterator[_OptimizerStep]:
+    def _optimizer_steps(
+        self,
+    ) -> Generator[_OptimizerStep | Sequence[AskedPrompt], Sequence[Rollout] | None]:
         """The steps from the checkpoint on, in Trainer's order and with its callbacks.
 
-        The next one is asked for when `_finish_step` was called for the one before it.
+        The next one is asked for when `_finish_step` was called for the one before it. Before a
+        step come the prompts that it learns answers to, if any, and their rollouts are sent.
         """
         args, resumed = self.args, str(self.checkpoint) if self.checkpoint else None
         self._began, self._resumed_from = time.time(), self.checkpoint
@@ -323,7 +380,7 @@ class SweepTrainer(LoraTrainer):
             batches = iter(skip_first_batches(loader, done) if done else loader)
             while done < in_epoch and not self.control.should_training_stop:
                 count = min(args.gradient_accumulation_steps, in_epoch - done)
-                samples, divisor = self.get_batch_samples(batches, count, args.device)
+                samples, divisor = yield from self._samples(batches, count)
                 if restores and done:
                     self._load_rng_state(resumed)  # after what skipping has drawn
                 restores = False
@@ -341,6 +398,21 @@ class SweepTrainer(LoraTrainer):
                 break
         self._finalize_training(None, 0, self._began)
         self._averaged()
+
+    def _samples(
+        self, batches: Iterator[dict[str, torch.Tensor]], count: int
+    ) -> Generator[
+        Sequence[AskedPrompt],
+        Sequence[Rollout] | None,
+        tuple[list[dict[str, torch.Tensor]], torch.Tensor],
+    ]:
+        """`get_batch_samples`, where others write what is sampled."""
+        if self.rollouts is None:
+            return self.get_batch_samples(batches, count, self.args.device)
+        before, taken = self.rollouts.tokens, list(islice(batches, count))
+        asking: Any = self.rollouts.into(taken, self.state.global_step)
+        made = yield from asking
+        return self.counted(made, self.rollouts.tokens - before)
 
     def _finish_step(self, step: _OptimizerStep, losses: Sequence[torch.Tensor]) -> None:
         """Updates the weights from gradients that are there, then logs, evaluates and saves.

@@ -372,10 +372,20 @@ class LoraTrainer(CheckpointedTrainer):
         batches = self.with_answers(list(islice(epoch_iterator, num_batches)))
         sampled, took = (now - was for now, was in zip(self._sampled, before, strict=True))
         self.counts.sampling_seconds += took
+        return self.counted(batches, int(sampled))
+
+    def counted(
+        self, batches: Sequence[dict[str, torch.Tensor]], sampled: int = 0
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """Batches of an optimizer step as the loss takes them, and what it is divided by.
+
+        Args:
+            sampled: how many tokens were sampled for them.
+        """
         if self.objective.needs_all_batches:
             batches = self.with_all_sums([self._prepare_inputs(batch) for batch in batches])
-        tokens = torch.zeros(5, dtype=torch.int64, device=device)
-        tokens[4] = int(sampled)
+        tokens = torch.zeros(5, dtype=torch.int64, device=self.args.device)
+        tokens[4] = sampled
         tokens[2] = self.interrupt is not None and self.interrupt.asked
         for batch in batches:
             tokens[0] += count_tokens(batch)
@@ -387,7 +397,7 @@ class LoraTrainer(CheckpointedTrainer):
         self.counts.sampled_tokens += int(tokens[4])
         if self.interrupt:
             self.interrupt.agreed = bool(tokens[2])
-        return batches, tokens[3]
+        return [*batches], tokens[3]
 
     @property
     def _sampled(self) -> tuple[float, float]:
