@@ -132,8 +132,7 @@ class HeldOutRows:
         """
         names, judges = list(own), []
         if self.by_samples:
-            found = self._sampled(resident.model, names)
-            each = zip(names, found, strict=True)
+            each = zip(names, self._sampled(resident.model, names), strict=True)
             return {name: self._put_together([sums], own[name]) for name, sums in each}
         everyone = [(name, one) for name in names for one in self._objectives(own[name])]
         sums = iter(self._sums_beforehand(resident, everyone))
@@ -198,7 +197,9 @@ class HeldOutRows:
         else:
             source = EngineRollouts(objective, self._tokenizer)
             asking = {name: rollouts.into_held_out(prompts) for name in names}
-            together = write_together(asking, lambda *asked: source.write_each(*asked, model))
+            together = write_together(
+                asking, lambda prompts, adapters: source.write_each(prompts, adapters, model)
+            )
             found = [together[name] for name in names]
         forward = objective.forward(model)
         return [
