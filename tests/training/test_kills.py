@@ -16,6 +16,16 @@ PAIRS = [
 ]
 LONG = [{"text": "".join(f"{n} and {k} make {n + k}. " for k in range(12))} for n in range(8)]
 
+REWARDED = {
+    "type": "grpo",
+    "rewards": [{"type": "length", "target": 4}],
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+}
+"""Completions that are learned in four steps: most of the time goes into sampling them."""
+
 
 def test_whenever_a_run_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_one(
     tiny_model: Path, rows: Path, tmp_path: Path
@@ -42,8 +52,9 @@ def test_whenever_a_run_is_killed_it_resumes_to_the_bytes_of_an_undisturbed_one(
         (LONG, {"objective": {"type": "pretrain", "overlap": 8}, "packing": True}),
         (LONG, {"tokens": ["<|make|>"], "objective": "pretrain"}),
         (PAIRS, {"objective": "dpo", "start": "freeze"}),
+        ([{"prompt": pair["prompt"]} for pair in PAIRS], {"objective": REWARDED}),
     ],
-    ids=["dpo", "kto", "reward", "pretrain", "tokens", "stage"],
+    ids=["dpo", "kto", "reward", "pretrain", "tokens", "stage", "grpo"],
 )
 def test_whatever_is_learned_a_killed_run_resumes_to_the_same_bytes(
     rows: list[dict[str, Any]], changes: dict[str, Any], tiny_model: Path, tmp_path: Path
