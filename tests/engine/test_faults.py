@@ -296,7 +296,7 @@ def test_answers_of_a_given_form_are_written_by_generate_too(uncarried: Path):
     grammar = Grammar.of_schema({"type": "array", "items": {"enum": [1, 2]}, "minItems": 2})
     settings = Sampling(1.0, max_new_tokens=12, seed=3)
     with Engine(str(uncarried), dtype="float32") as engine:
-        assert engine.resident.generate_only
+        assert engine.notices
         alone = pieces(engine.submit([41, 42], sampling=settings))
         formed = engine.submit([40], sampling=replace(settings, grammar=grammar))
         beside = engine.submit([41, 42], sampling=settings)
