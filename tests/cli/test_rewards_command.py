@@ -128,6 +128,37 @@ def test_bad_input_is_one_line(
     assert said in refused(lorakit_command("rewards", *arguments))
 
 
+def test_the_rewards_rows_and_model_of_a_recipe_are_tried(
+    folder: Path, lorakit_command: Command, tiny_model: Path
+):
+    recipe = {
+        "model": str(tiny_model),
+        "data": {"train": "rows.jsonl"},
+        "objective": {
+            "type": "grpo",
+            "rewards": ["rewards.py:valid_json", {"length": 4}],
+            "weights": [1.0, 0.5],
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    done = lorakit_command(
+        *("rewards", "recipe.yaml", "objective.num_generations=3", "--prompts", "2"),
+        *("--json", "out.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    own, sampled = trials(folder)
+    assert [one["name"] for one in own["rewards"]] == ["valid_json", "length", "reward"]
+    assert len(sampled["completions"]) == 6
+    for one in sampled["completions"]:
+        given = one["rewards"]
+        assert one["reward"] == pytest.approx(given["valid_json"] + 0.5 * given["length"])
+    assert "has no rewards" in refused(
+        lorakit_command("rewards", "recipe.yaml", "objective=sft", "--data", "rows.jsonl")
+    )
+
+
 # --- reported elsewhere ---------------------------------------------------------------------------
 
 

@@ -69,6 +69,18 @@ def test_damaged_lines_are_counted_and_other_runs_have_no_rewards(tmp_path: Path
     assert "rewards" not in Page(write_report(save_run(tmp_path / "plain"))).ids()
 
 
+def test_without_held_out_prompts_the_reward_while_training_is_told(tmp_path: Path):
+    folder = save_rewarded_run(tmp_path / "run", steps=20)
+    (folder / "held_out_rewards.json").unlink()
+    logged = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in logged if "eval_reward" not in line]
+    (folder / "metrics.jsonl").write_text("\n".join(kept))
+    page = Page(write_report(folder))
+    assert "The reward of sampled completions went from" in page.text
+    assert "first and last 2 logged steps" in page.text
+    assert "No prompts were held out" in page.text
+
+
 def test_text_of_a_completion_never_becomes_markup(tmp_path: Path):
     folder = save_rewarded_run(tmp_path / "run", steps=2)
     text = (folder / "completions.jsonl").read_text()

@@ -59,7 +59,7 @@ def reward_page(run: RunRecord) -> RewardPage | None:
     return RewardPage(
         _charts(run, steps, held_out, first),
         _key_figures(run, held_out, first),
-        _verdict(held_out, first),
+        _verdict(held_out, first) if held_out else _verdict_of_training(run),
         _table(held_out, first),
         early_and_late(steps, _MOST_PAIRS),
     )
@@ -174,10 +174,22 @@ def _key_figures(
     return found
 
 
-def _verdict(held_out: HeldOutRewards | None, first: str) -> str:
-    """One sentence: what the run did to the reward of held-out prompts."""
-    if held_out is None:
+def _verdict_of_training(run: RunRecord) -> str:
+    """What became of the reward while training, where no prompt was held out."""
+    found = [value for _, value in run.series("reward")]
+    if len(found) < 2 or run.series("eval_reward"):
         return ""
+    size = max(1, len(found) // 10)
+    first, last = (sum(part) / size for part in (found[:size], found[-size:]))
+    logged = "first and last logged step" if size == 1 else f"first and last {size} logged steps"
+    return (
+        f"The reward of sampled completions went from {figures(first)} to {figures(last)} "
+        f"({logged}). No prompts were held out, so whether it holds for new ones is not known."
+    )
+
+
+def _verdict(held_out: HeldOutRewards, first: str) -> str:
+    """One sentence: what the run did to the reward of held-out prompts."""
     before, after = held_out.interval(first, -1), held_out.interval("tuned", -1)
     difference = held_out.interval("tuned", -1, minus=first)
     if before is None or after is None or difference is None:

@@ -138,6 +138,8 @@ def missing(required: Iterable[str], columns: Collection[str]) -> list[str]:
 def _copied(value: Any) -> Any:
     """A copy of lists and dictionaries; what is in them otherwise is the same."""
     if isinstance(value, list):
+        if {list, dict}.isdisjoint(map(type, value)):  # tokens, mostly
+            return value[:]
         return [_copied(one) for one in value]
     if isinstance(value, dict):
         return {key: _copied(one) for key, one in value.items()}
