@@ -10,6 +10,9 @@ With `--family` the base is a small random one, most of whose layers have a wind
 prompts are longer than the window.
 
     python -m benchmarks.serve --parts peers --family gemma3_text
+
+`prefix` is the time to the first token of 32 requests whose system prompt of 1,500 tokens is the
+same; `rows` what a model in training samples, four prompts, with more and more answers at once.
 """
 
 import argparse
@@ -22,7 +25,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +40,12 @@ import lorakit
 from benchmarks.combine import make
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
+from lorakit.engine.prefix_cache import PREFIX_BYTES
+from lorakit.engine.requests import Ticket
+from lorakit.engine.sampler import Sampler
 from lorakit.engine.sampling import Ending, Sampling, pad_left, prompt_tokens
+from lorakit.lora.model import LoraModel
+from lorakit.lora.routing import Route
 from lorakit.models.bundled import ALIAS as MODEL
 from lorakit.models.names import resolve
 from lorakit.server.options import Limits, ServerOptions
@@ -238,6 +248,85 @@ def registered(
             engine.close()
 
 
+def to_first_token(
+    engine: Engine, prompts: Sequence[Sequence[int]], name: str, tokens: int
+) -> list[float]:
+    """Seconds from handing in all prompts at once to the first token of each."""
+    sampling = Sampling(max_new_tokens=tokens)
+    began = time.perf_counter()
+    tickets = [engine.submit(prompt, name, sampling) for prompt in prompts]
+
+    def first(ticket: Ticket) -> float:
+        pieces = iter(ticket)
+        next(pieces)
+        seconds = time.perf_counter() - began
+        for _ in pieces:
+            pass
+        return seconds
+
+    with ThreadPoolExecutor(len(tickets)) as threads:
+        return list(threads.map(first, tickets))
+
+
+def prefix(folders: Sequence[Path], tokens: int, requests: int = 32, length: int = 1500) -> None:
+    """One system prompt for all requests, without a cache of prefixes, with it, and once more."""
+    found: dict[str, list[float]] = {}
+    computed: dict[str, float] = {}
+    for rows in (16, requests):
+        for title, most in (("off", 0), ("on", PREFIX_BYTES)):
+            with endless():
+                engine = open_engine(
+                    MODEL,
+                    {"one": folders[0]},
+                    dtype="bfloat16",
+                    max_rows=rows,
+                    context_length=2048,
+                    prefix_bytes=most,
+                )
+            with closing(engine):
+                system = (engine.tokenizer(" ".join(QUESTIONS)).input_ids * 50)[:length]
+                told = engine.tokenizer([f" {i}: {q}" for i, q in enumerate(QUESTIONS * 8)])
+                prompts = [[*system, *own] for own in told.input_ids]
+                to_first_token(engine, [prompts[-1][length:]], "one", 4)  # warms up
+                for turn in range(2 if most else 1):
+                    name = f"{rows} rows, {title}" + (", known before" if turn else "")
+                    asked = prompts[turn * requests : (turn + 1) * requests]
+                    began = time.perf_counter()
+                    found[name] = to_first_token(engine, asked, "one", tokens)
+                    computed[name] = time.perf_counter() - began
+    print(f"\n| {requests} requests | first token, mean s | last | all done, s | ratio of means |")
+    print("| --- | --- | --- | --- | --- |")
+    first = statistics.mean(next(iter(found.values())))
+    for name, seconds in found.items():
+        mean = statistics.mean(seconds)
+        whole = computed[name]
+        print(f"| {name} | {mean:.2f} | {max(seconds):.2f} | {whole:.2f} | {mean / first:.3f} |")
+
+
+def rows(folder: Path, tokens: int, rounds: int) -> None:
+    """What `Sampler` writes at the temperature 1, as reinforcement learning asks for it."""
+    model, tokenizer = lorakit.load_model(MODEL, "bfloat16")
+    adapted = LoraModel.from_pretrained(model, folder, "one", is_trainable=True).eval()
+    with patch("lorakit.engine.sampler.ending", return_value=Ending(frozenset())):
+        sampler = Sampler(adapted, tokenizer)
+    turns = [[{"role": "user", "content": question}] for question in QUESTIONS[:4]]
+    prompts = [prompt_tokens(turn, tokenizer) for turn in turns]
+
+    def write(answers: int) -> int:
+        asked = [prompt for prompt in prompts for _ in range(answers // 4)]
+        each = [
+            Sampling(1.0, max_new_tokens=tokens, seed=seed, logprobs=0, scaled_logprobs=True)
+            for seed in range(answers)
+        ]
+        written = sampler.write(asked, each, Route(shared=("one",)))
+        return sum(row.new_tokens for row in written)
+
+    sides: dict[str, Callable[[], int]] = {
+        f"{n} answers": partial(write, n) for n in (8, 16, 32, 64)
+    }
+    show("4 prompts, one adapter", take_turns(sides, rounds))
+
+
 @contextmanager
 def served(engine: Engine) -> Iterator[str]:
     """The engine behind HTTP, in a thread of this process."""
@@ -329,24 +418,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         base = save_random(args.family, Path(temporary) / "base") if args.family else MODEL
         folders = save_adapters(args.adapters or Path(temporary), base)
-        sides = Sides(folders, args.tokens, base)
-        for notice in sides.engine.notices:
-            print(notice, file=sys.stderr)
-        if "peers" in args.parts:
-            show("8 prompts, 8 adapters", take_turns(sides.peers(), args.rounds))
-        if "http" in args.parts:
-            with served(sides.engine) as address:
-                client = Client(address, args.tokens, sides.names)
-                over = {
-                    "the engine itself": sides.engine_eight_adapters,
-                    "HTTP": lambda: client.ask(False),
-                    "HTTP, streamed": lambda: client.ask(True),
-                }
-                show("8 requests at once", take_turns(over, args.rounds))
-                client.close()
-        sides.engine.close()
+        prompts: Sequence[Sequence[int]] = ()
+        if not {"peers", "http", "registered"}.isdisjoint(args.parts.split(",")):
+            sides = Sides(folders, args.tokens, base)
+            prompts = sides.prompts
+            side_by_side(sides, args)
+            sides.engine.close()
+        if "prefix" in args.parts and not args.family:
+            prefix(folders, args.tokens)
+        if "rows" in args.parts and not args.family:
+            rows(folders[0], args.tokens, args.rounds)
         if "registered" in args.parts and not args.family:
-            show("8 rows, of", registered(folders, sides.prompts, args.tokens))
+            show("8 rows, of", registered(folders, prompts, args.tokens))
+
+
+def side_by_side(sides: Sides, args: argparse.Namespace) -> None:
+    """The engine beside its peers, and behind HTTP."""
+    for notice in sides.engine.notices:
+        print(notice, file=sys.stderr)
+    if "peers" in args.parts:
+        show("8 prompts, 8 adapters", take_turns(sides.peers(), args.rounds))
+    if "http" in args.parts:
+        with served(sides.engine) as address:
+            client = Client(address, args.tokens, sides.names)
+            over = {
+                "the engine itself": sides.engine_eight_adapters,
+                "HTTP": lambda: client.ask(False),
+                "HTTP, streamed": lambda: client.ask(True),
+            }
+            show("8 requests at once", take_turns(over, args.rounds))
+            client.close()
 
 
 def show(title: str, rates: dict[str, float]) -> None:

@@ -31,7 +31,9 @@ def test_a_chat_is_answered_by_the_adapter_that_model_names(
     assert answer.choices[0].message.content == alone(served, prompt, adapter, 12)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
-    assert answer.usage.model_dump(exclude_none=True) == {
+    usage = answer.usage.model_dump(exclude_none=True)
+    assert usage.pop("prompt_tokens_details")["cached_tokens"] <= len(prompt)
+    assert usage == {
         "prompt_tokens": len(prompt),
         "completion_tokens": 12,
         "total_tokens": len(prompt) + 12,
@@ -63,7 +65,11 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(served: Running) -> None:
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     assert "".join(c.delta.content or "" for c in choices) == whole.choices[0].message.content
     assert [c.finish_reason for c in choices if c.finish_reason] == ["length"]
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens  # asked the same twice
+    assert usage.total_tokens == whole.usage.total_tokens
     assert chunks[-1].choices == []
     parts = [token for c in choices if c.logprobs for token in c.logprobs.content or []]
     assert whole.choices[0].logprobs is not None
@@ -245,6 +251,27 @@ def test_figures_count_requests_and_tokens(served: Running) -> None:
     assert served.figure("lorakit_time_to_first_token_seconds_count") == first + 1
     assert served.figure("lorakit_time_between_tokens_seconds_count") > between
     assert served.figure("lorakit_adapters_loaded") == 2
+
+
+def test_tokens_that_were_computed_for_earlier_requests_are_told(served: Running) -> None:
+    names = ("lorakit_prefix_cache_queries_total", "lorakit_prefix_cache_hits_total")
+
+    def asked(prompt: str, **fields: Any) -> list[int]:
+        before = [served.figure(name) for name in names]
+        usage = served.complete(prompt=prompt, max_tokens=3, **fields).json()["usage"]
+        grown = [int(served.figure(name) - old) for name, old in zip(names, before, strict=True)]
+        return [usage["prompt_tokens_details"]["cached_tokens"], *grown]
+
+    first = "what prompts begin with is computed once for each adapter; "
+    size = len(first)  # the tokenizer's tokens are bytes
+    assert asked(first, model="shop") == [0, size, 0]
+    assert asked(first, model="shop") == [size, size, size]
+    assert asked(first + "more", model="shop") == [size, size + 4, size]
+    assert asked(first, model="poet") == [0, size, 0]
+    # Answers to one prompt read it once, and it counts as computed.
+    several = first.upper()
+    assert asked(several, model="shop", n=3) == [0, 3 * size, 2 * size]
+    assert served.figure("lorakit_prefix_cache_bytes") > 0
 
 
 def test_health_is_told_without_a_word_of_the_models(served: Running) -> None:

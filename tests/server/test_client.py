@@ -49,6 +49,11 @@ def _told(choice: Any) -> tuple[Any, ...]:
     return choice.message.content, choice.finish_reason, tokens
 
 
+def counts(usage: Any) -> tuple[int, int]:
+    """All but what was known before."""
+    return usage.prompt_tokens, usage.completion_tokens
+
+
 def test_many_requests_at_once_are_each_answered_as_alone(served: Running) -> None:
     asked = _requests(served.engine.model_name)
     alone = [served.openai.chat.completions.create(**fields) for fields in asked]
@@ -59,7 +64,7 @@ def test_many_requests_at_once_are_each_answered_as_alone(served: Running) -> No
 
     for first, second in zip(alone, asyncio.run(together()), strict=True):
         assert [_told(c) for c in second.choices] == [_told(c) for c in first.choices]
-        assert second.usage == first.usage
+        assert counts(second.usage) == counts(first.usage)
         assert second.model == first.model
     assert any(c.finish_reason == "stop" for answer in alone for c in answer.choices)
 
@@ -85,7 +90,7 @@ def test_many_streams_at_once_are_each_the_whole_answer(served: Running) -> None
 
     for whole, (texts, usage) in zip(alone, asyncio.run(together()), strict=True):
         assert texts == [choice.message.content for choice in whole.choices]
-        assert usage == whole.usage
+        assert counts(usage) == counts(whole.usage)
 
 
 def test_texts_models_and_extensions_are_asked_for_asynchronously_too(served: Running) -> None:

@@ -118,6 +118,24 @@ def test_answers_are_the_engines_with_mixed_adapters_streamed_and_whole(server: 
         assert list(pool.map(streamed, wanted)) == [*wanted.values()]
 
 
+def test_answers_to_one_picture_share_its_prompt_and_other_pictures_are_looked_at(
+    server: Running,
+) -> None:
+    fields = {"temperature": 1.5, "max_tokens": 6, "logprobs": True}
+    found = {}
+    for color in ("red", "blue", "green"):  # whose prompts have the same tokens
+        asked = asked_of("sees", asking(shown(color)), **fields)
+        reply = server.post(CHATS, {**asked, "n": 3, "seed": 5}).json()
+        alone = [server.post(CHATS, {**asked, "seed": 5 + i}).json() for i in range(3)]
+        for choice, other in zip(reply["choices"], alone, strict=True):
+            assert choice["message"] == other["choices"][0]["message"]
+        logprobs = [c["logprobs"]["content"][0]["logprob"] for c in reply["choices"]]
+        found[color] = logprobs
+        usage = [one["usage"] for one in (reply, *alone)]
+        assert [u["prompt_tokens_details"]["cached_tokens"] for u in usage] == [0] * 4
+    assert len(set(map(str, found.values()))) == 3
+
+
 def test_a_conversation_goes_on_and_forms_of_clients_are_taken(server: Running) -> None:
     first = asking({"url": shown(), "detail": "auto"})
     reply = server.openai.chat.completions.create(**asked_of("says", first))
@@ -279,6 +297,7 @@ def test_pictures_of_named_hosts_are_fetched(fetching: Running, web: tuple[str, 
     found = fetching.post(CHATS, asked_of("sees", asking(f"{address}/red.png"))).json()
     assert found["choices"] == sent["choices"]
     assert found["usage"] == sent["usage"]
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 0  # pictures are looked at
     for name in ("none.png", "large.png", "away.png"):
         error = refused(fetching.post(CHATS, asked_of("sees", asking(f"{address}/{name}"))), 400)
         assert error["code"] == "failed_to_download_image", name

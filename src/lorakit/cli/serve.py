@@ -118,6 +118,16 @@ def serve(
     request_timeout: Annotated[
         float, typer.Option(min=0.1, help="Maximum seconds for an answer, in the queue included.")
     ] = 600,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Compute what prompts begin with once for each adapter.",
+        ),
+    ] = True,
+    prefix_cache_mb: Annotated[
+        int, typer.Option(min=1, help="Maximum megabytes of the prefix cache.")
+    ] = 512,
     training: Annotated[
         bool,
         typer.Option("--training", help="Offer the training service: the Tinker SDK's API."),
@@ -253,6 +263,7 @@ def serve(
         max_rows=max_rows,
         context_length=context_length,
         merged=merged,
+        prefix_bytes=prefix_cache_mb << 20 if enable_prefix_caching else 0,
     )
     pictured = reader_of(opened.tokenizer) is not None and max_images > 0
     if training or (pictured and max_body is None):

@@ -1,20 +1,24 @@
 """Answers that are written together, a token each a step; they join and leave at any step.
 
 A step reads prompts of rows that have come, short ones together and long ones in parts; then all
-rows whose prompts are read write one token. The route says which adapter serves which row. Where a
-forward fails, its rows are computed one by one, so that only those end that fail alone too.
+rows whose prompts are read write one token. The route says which adapter serves which row. Rows
+with the same prompt and adapter read it once, and what prompts begin with may be known from before
+(`prefix_cache.py`). Where a forward fails, its rows are computed one by one, so that only those end
+that fail alone too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.engine.cache import row_cache
+from lorakit.engine.choosing import choose_together
 from lorakit.engine.picture_prompt import picture_inputs, place_pictures
-from lorakit.engine.rows import AnswerRow, reason
+from lorakit.engine.prefix_cache import LEAST, LEAST_ALONE, Prefix, PrefixCache, common
+from lorakit.engine.rows import AnswerRow, precise, reason
 from lorakit.errors import LorakitError
 from lorakit.lora.routing import Route, Routing
 from lorakit.models.loaded import copied_once
@@ -29,6 +33,9 @@ _Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
 
 CHUNK = 512
 """Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
+
+FORWARD = 32
+"""As so many tokens counts a forward that reads fewer, since it reads all weights too."""
 
 
 class Batch(Protocol):
@@ -60,6 +67,7 @@ class ContinuousBatch:
         in_parts: whether a long prompt is read in parts, so that others go on meanwhile.
         padded: whether short prompts are read together.
         features: those of pictures; None computes them for each prompt.
+        prefixes: beginnings of prompts that are known; None keeps none.
     """
 
     def __init__(
@@ -72,14 +80,20 @@ class ContinuousBatch:
         in_parts: bool = True,
         padded: bool = True,
         features: PictureFeatures | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
-        self._features = features
+        self._features, self._prefixes = features, prefixes
         self._routing, self._most, self._route = routing, most, route
         self._in_parts, self._padded = in_parts, padded
         self._writing = 0  # the first so many rows have read their prompts
         self._cache = row_cache(model, most, length)
+        self._least = LEAST if self._cache.reads_rests else LEAST_ALONE
+        # The beginning of a prompt is the same in another one, and the rest can be read behind it.
+        self._shares_parts = in_parts and not self._cache.turns_with_length
+        self._keeps_answers = prefixes is not None and prefixes.keeps_answers
+        self._last: dict[AnswerRow, torch.Tensor] = {}  # logits of prompts that were just read
 
     def has_room(self) -> bool:
         return len(self.rows) < self._most
@@ -94,40 +108,169 @@ class ContinuousBatch:
         self._write()
         self._leave()
 
+    # --- prompts ----------------------------------------------------------------------------
+
     def _read_prompts(self) -> None:
+        for at in range(self._writing + 1, len(self.rows)):
+            if self.rows[at].read and not self.rows[self._writing].read:  # it was begun before
+                self._swap(at, self._writing)
         budget = CHUNK
         while budget > 0 and self._writing < len(self.rows):
             first = self._writing
-            if self.rows[first].pictures is not None:
-                rows = self.rows[first : first + 1]
-                rows[0].read = len(rows[0].prompt)
-                budget -= rows[0].read
-                self._forward(first, rows, self._with_pictures)
-            elif rows := self._whole_prompts(budget):
-                budget -= len(rows) * max(len(row.prompt) for row in rows)
-                for row in rows:
-                    row.read = len(row.prompt)
-                self._forward(first, rows, self._whole)
-            else:
-                rows = self.rows[first : first + 1]
-                start, end = rows[0].read, len(rows[0].prompt)
-                rows[0].read = min(start + budget, end) if self._in_parts else end
-                budget = 0
-                self._forward(first, rows, partial(self._part, start=start))
-            self._writing += sum(row.read == len(row.prompt) for row in rows)
+            budget -= self._read_next(budget)
+            for at in range(first, self._writing):
+                logits = self._last.pop(self.rows[at], None)
+                if logits is not None and not self.rows[at].failed:
+                    self._keep(at, logits)
+                    self._share(at, logits)
+            if any(row.finished for row in self.rows[first:]):  # at once, or as it failed
+                self._leave()
 
-    def _whole_prompts(self, budget: int) -> list[AnswerRow]:
-        """The next rows whose prompts fit into the budget together, with their padding."""
-        rows: list[AnswerRow] = []
-        longest = 0
-        for row in self.rows[self._writing :]:
-            longest = max(longest, len(row.prompt))
-            if row.read or row.pictures or longest * (len(rows) + 1) > budget:
+    def _read_next(self, budget: int) -> int:
+        """Reads the next prompts, or a part of one; returns how much of the budget that takes."""
+        first, rows = self._writing, self._next_prompts(budget)
+        row = rows[0]
+        if row.read == len(row.prompt):  # all of it was known
+            self._writing += 1
+            return 0
+        starts = {row: row.read for row in rows}
+        width = max(len(row.prompt) - row.read for row in rows)
+        inputs: Callable[..., dict[str, Any]] = self._whole
+        if row.pictures is not None:
+            inputs = self._with_pictures
+        elif len(rows) == 1 and (row.read or row.branch or (self._in_parts and width > budget)):
+            width = min(width, budget, (row.branch or len(row.prompt)) - row.read)
+            inputs = partial(self._part, starts=starts)
+        elif row.read:
+            inputs = partial(self._rests, starts=starts)
+        for one in rows:
+            one.read = min(one.read + width, len(one.prompt))
+        self._forward(first, rows, inputs)
+        self._writing += sum(one.read == len(one.prompt) for one in rows)
+        if row.read == row.branch and not row.failed:
+            self._keep(first)
+            row.branch = 0
+        return max(FORWARD, len(rows) * width)
+
+    def _next_prompts(self, budget: int) -> list[AnswerRow]:
+        """The rows that are read next, which have the first places behind those that write.
+
+        What is known of their prompts is in these places then.
+        """
+        first = self._writing
+        lead = self.rows[first]
+        if lead.read:
+            return [lead]
+        known = self._known(lead)
+        lead.branch = self._branch(lead, known)
+        rows, prefixes = [lead], [known]
+        longest = len(lead.prompt) - known.length
+        alone = lead.pictures is not None or known.logits is not None or lead.branch
+        for row in () if alone else self.rows[first + 1 :]:
+            if row.read or row.pictures is not None or any(_alike(row, one) for one in rows):
+                continue
+            known = self._known(row)
+            if known.logits is not None or bool(known.length) != bool(prefixes[0].length):
+                continue
+            if known.length and not self._cache.reads_rests:
+                continue
+            if not known.length and any(self._begins_as(row, one) for one in rows):
+                continue  # what they have in common is known in the next forward
+            width = max(longest, len(row.prompt) - known.length)
+            positions = 0, *(len(one.prompt) for one in (*rows, row))
+            fits = self._padded and self._cache.are_alike(*positions)
+            if width * (len(rows) + 1) > budget or not fits:
                 break
-            if rows and not (self._padded and self._cache.are_alike(0, longest)):
-                break
+            longest = width
             rows.append(row)
+            prefixes.append(known)
+        for at, (row, known) in enumerate(zip(rows, prefixes, strict=True), first):
+            self._swap(self.rows.index(row), at)
+            self._begin(at, known)
         return rows
+
+    def _known(self, row: AnswerRow) -> Prefix:
+        """What is known of a row's prompt."""
+        if self._prefixes is None or row.pictures is not None:
+            return Prefix()
+        snapshots = self._cache.needs_snapshots
+        found = self._prefixes.find(row.adapter, row.prompt, self._least, snapshots)
+        return found if self._shares_parts or found.logits is not None else Prefix()
+
+    def _begins_as(self, row: AnswerRow, other: AnswerRow) -> bool:
+        """Whether one of two rows need not compute what their prompts begin with."""
+        if self._prefixes is None or not self._shares_parts or row.adapter != other.adapter:
+            return False
+        alike = common(row.prompt, other.prompt)
+        return alike >= self._least and (self._cache.reads_rests or alike == len(other.prompt))
+
+    def _branch(self, row: AnswerRow, known: Prefix) -> int:
+        """Where the beginning ends that most rows which wait have in common with this one.
+
+        0 where there is none, or where no snapshot is needed to go on from there.
+        """
+        if self._prefixes is None or row.pictures is not None or known.logits is not None:
+            return 0
+        if not (self._cache.needs_snapshots and self._shares_parts):
+            return 0
+        found = [known.branch] if known.branch else []
+        for other in self.rows[self._writing :]:
+            if other is not row and other.adapter == row.adapter and not other.pictures:
+                alike = common(row.prompt, other.prompt)
+                if known.length + self._least <= alike < len(row.prompt):
+                    found.append(alike)
+        return max(found, key=lambda at: at * sum(other >= at for other in found), default=0)
+
+    def _begin(self, at: int, known: Prefix) -> None:
+        """Gives the row in a place what is known of its prompt."""
+        row = self.rows[at]
+        if self._prefixes is None or row.pictures is not None:
+            return
+        self._prefixes.count(len(row.prompt), known.length)
+        if known.length:
+            self._prefixes.restore(known, self._cache, at)
+            row.read = row.ticket.cached_tokens = known.length
+        if known.logits is not None:
+            self._last[row] = known.logits
+            self._choose([row], known.logits[None].clone())
+
+    def _keep(self, at: int, logits: torch.Tensor | None = None) -> None:
+        """Keeps what the row in a place has read, for prompts that begin with it."""
+        row = self.rows[at]
+        if self._prefixes is not None and row.pictures is None:
+            self._prefixes.add(row.adapter, row.seen, self._cache, at, logits)
+
+    def _share(self, at: int, logits: torch.Tensor) -> None:
+        """Has rows that wait with the same prompt go on from what the row in a place has read.
+
+        Args:
+            logits: (vocabulary,) of the prompt's last token.
+        """
+        row = self.rows[at]
+        for place in range(self._writing, len(self.rows)):
+            other = self.rows[place]
+            if other.read or not _alike(row, other):
+                continue
+            self._swap(place, self._writing)
+            self._cache.move(at, self._writing, len(row.prompt))
+            self._writing += 1
+            other.read, other.moved = len(row.prompt), row.moved
+            other.ticket.prepared = None
+            other.ticket.cached_tokens = len(row.prompt)
+            if self._prefixes is not None:
+                self._prefixes.count(len(row.prompt), len(row.prompt))
+            self._choose([other], logits[None].clone())
+
+    def _swap(self, one: int, other: int) -> None:
+        """Exchanges two rows, of which one has read nothing."""
+        if one == other:
+            return
+        for source, target in ((one, other), (other, one)):
+            if self.rows[source].read:
+                self._cache.move(source, target, self.rows[source].read)
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+
+    # --- answers ----------------------------------------------------------------------------
 
     def _write(self) -> None:
         rows = self.rows[: self._writing]
@@ -154,6 +297,9 @@ class ContinuousBatch:
         except Exception as error:
             failure = reason(error)
         else:
+            for row, own in zip(rows, logits, strict=True):
+                if not row.tokens and row.read == len(row.prompt):
+                    self._last[row] = own.clone()  # as choosing may change them
             self._choose(rows, logits)
             return
         if len(rows) == 1:
@@ -177,9 +323,19 @@ class ContinuousBatch:
         positions, row.moved = place_pictures(row.asked(), given)
         return given | positions
 
-    def _part(self, at: int, rows: Sequence[AnswerRow], start: int) -> dict[str, Any]:
-        tokens = rows[0].prompt[start : rows[0].read]
-        return self._cache.part_of_row(at, tokens, start, self._model.device)
+    def _part(
+        self, at: int, rows: Sequence[AnswerRow], starts: Mapping[AnswerRow, int]
+    ) -> dict[str, Any]:
+        [row] = rows
+        tokens = row.prompt[starts[row] : row.read]
+        return self._cache.part_of_row(at, tokens, starts[row], self._model.device)
+
+    def _rests(
+        self, first: int, rows: Sequence[AnswerRow], starts: Mapping[AnswerRow, int]
+    ) -> dict[str, Any]:
+        rests = [row.prompt[starts[row] :] for row in rows]
+        begins = [starts[row] for row in rows]
+        return self._cache.rests_of_prompts(first, rests, begins, self._model.device)
 
     def _newest(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         device = self._model.device
@@ -197,12 +353,27 @@ class ContinuousBatch:
     def _choose(self, rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
         """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
         largest, likeliest = logits.max(-1)  # NaN wherever a row has one
-        chosen = zip(rows, logits, largest.tolist(), likeliest.tolist(), strict=True)
-        for row, own, value, token in chosen:
+        ready: list[int] = []
+        for at, (row, value) in enumerate(zip(rows, largest.tolist(), strict=True)):
             if not math.isfinite(value):
                 row.fail_by_logits()
             elif row.read == len(row.prompt):
-                row.advance(own, token if row.is_plain else None)
+                ready.append(at)
+        plain = likeliest.tolist()
+        together = [at for at in ready if rows[at].is_simple and not rows[at].is_plain]
+        drawn: dict[int, tuple[int, float]] = {}
+        if together:
+            own = precise(logits if len(together) == len(rows) else logits[together])
+            choosers = [rows[at].chooser for at in together]
+            drawn = dict(
+                zip(together, zip(*choose_together(own, choosers), strict=True), strict=True)
+            )
+        for at in ready:
+            row = rows[at]
+            if row.is_plain:
+                row.advance(logits[at], plain[at])
+            else:
+                row.advance(logits[at], *drawn.get(at, ()))
 
     def _leave(self) -> None:
         """Lets go of rows that are finished; those that stay close the gaps."""
@@ -212,6 +383,8 @@ class ContinuousBatch:
                 row.finish("cancelled")
             if row.failed:  # what it computed may be NaN or Inf
                 self._cache.clear(at, row.length + 1)
+            elif row.finished and self._keeps_answers and row.tokens:
+                self._keep(at)
             if row.finished:
                 self._remove(at)
 
@@ -229,3 +402,9 @@ class ContinuousBatch:
         if source != target:
             self._cache.move(source, target, self.rows[source].length)
             self.rows[target] = self.rows[source]
+
+
+def _alike(row: AnswerRow, other: AnswerRow) -> bool:
+    """Whether two rows have the same prompt, read by the same adapter."""
+    same = row.adapter == other.adapter and row.pictures is other.pictures
+    return same and row.prompt == other.prompt

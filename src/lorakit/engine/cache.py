@@ -2,8 +2,9 @@
 
 A row has a place of its own in each layer's tensors (`row_layers/`). Rows in use are the first
 ones, without gaps, so that a step of all of them reads views and copies nothing. A forward is
-prepared by one of three methods (whole prompts, a part of a row, newest tokens), which give the
-model's arguments; its layers then call `update` and the like, of transformers' cache interface.
+prepared by one of four methods (whole prompts, the rests of prompts, a part of a row, newest
+tokens), which give the model's arguments; its layers then call `update` and the like, of
+transformers' cache interface.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from lorakit.engine import grouped_queries  # noqa: F401 (attention of `rests_of_prompts`)
 from lorakit.engine.row_layers import row_layers
 from lorakit.engine.row_layers.full import FullRows
 from lorakit.engine.row_layers.place import Place
 from lorakit.engine.row_masks import Seen
+
+_FEW = 8
 
 
 class RowCache(Cache):
@@ -27,6 +31,9 @@ class RowCache(Cache):
 
     Attributes:
         keeps_states: a forward that failed cannot be repeated, since it may have changed them.
+        needs_snapshots: a layer keeps something without positions, which is that of all tokens.
+        reads_rests: whether `rests_of_prompts` can be asked for.
+        turns_with_length: how keys are rotated depends on how long their row is.
 
     Raises:
         ValueError: a layer of the model keeps something that is not known here.
@@ -40,10 +47,13 @@ class RowCache(Cache):
         tuned = getattr(config, "attn_temperature_tuning", None)
         self._step = int(config.floor_scale) if tuned else 0
         self.keeps_states = any(hasattr(layer, "conv_states") for layer in layers)
+        self.needs_snapshots = any(layer.needs_snapshots for layer in layers)
         # With nothing but causal attention the mask needs no help of the model.
         self._own_mask = config._attn_implementation != "eager" and all(
             type(layer) is FullRows for layer in layers
         )
+        self.reads_rests = self._own_mask and not self._step
+        self.turns_with_length = _turns_with_length(config)
 
     def are_alike(self, *positions: int) -> bool:
         """Whether rows at these positions can be computed together.
@@ -73,6 +83,31 @@ class RowCache(Cache):
                 mask = mask.long()
         positions = (columns - begins).clamp_(min=0)
         return self._arguments(Place(first, prompts=lengths), ids, positions, mask)
+
+    def rests_of_prompts(
+        self,
+        first: int,
+        rests: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """The model's arguments for what is left of the prompts of rows from `first` on.
+
+        Args:
+            rests: their tokens, which are padded on the left.
+            starts: how many tokens each row has before them.
+        """
+        counts = [len(rest) for rest in rests]
+        width = max(counts)
+        ids = [[rest[0]] * (width - len(rest)) + list(rest) for rest in rests]
+        columns = torch.arange(width, device=device)
+        begins = width - torch.tensor(counts, device=device)[:, None]
+        positions = torch.tensor(starts, device=device)[:, None] + (columns - begins).clamp_(min=0)
+        longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        before = torch.arange(longest, device=device)
+        mask = (before <= positions[:, :, None])[:, None]
+        place = Place(first, prompts=counts, starts=starts, longest=longest)
+        return self._arguments(place, ids, positions, mask)
 
     def part_of_row(
         self, row: int, tokens: Sequence[int], start: int, device: torch.device, moved: int = 0
@@ -144,6 +179,24 @@ class RowCache(Cache):
         for layer in self.layers:
             layer.move(source, target, length)
 
+    def part(self, row: int, begin: int, end: int) -> list[list[torch.Tensor]]:
+        """Copies of what a row has of the positions [begin, end), (heads, positions, d) each."""
+        return [layer.part(row, begin, end) for layer in self.layers]
+
+    def put_part(self, row: int, begin: int, part: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Gives a row such copies, from its position `begin` on."""
+        for layer, own in zip(self.layers, part, strict=True):
+            layer.put_part(row, begin, own)
+
+    def snapshot(self, row: int, length: int) -> list[list[torch.Tensor]]:
+        """Copies of what a row that has read `length` tokens has without positions."""
+        return [layer.snapshot(row, length) for layer in self.layers]
+
+    def put_snapshot(self, row: int, snapshot: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Gives a row such copies."""
+        for layer, own in zip(self.layers, snapshot, strict=True):
+            layer.put_snapshot(row, own)
+
     def first_states(self) -> list[torch.Tensor]:
         """The states of all rows in the first layer that has some, (rows, ...)."""
         return next((layer.states() for layer in self.layers if hasattr(layer, "conv_states")), [])
@@ -204,7 +257,26 @@ def row_cache(model: Any, rows: int, length: int) -> RowCache:
     return made
 
 
+@torch.inference_mode()
+def bytes_of_row(model: Any, length: int) -> int:
+    """About how much a row of `length` tokens takes, found by a forward of one token."""
+    cache, positions = row_cache(model, 1, _FEW), 0
+    model(**cache.whole_prompts(0, [[0]], model.device))
+    states = sum(t.nbytes for own in cache.snapshot(0, 1) for t in own if t is not None)
+    for layer in cache.layers:
+        if isinstance(layer, FullRows):
+            positions += sum(tensor.nbytes for tensor in layer.kept())
+    return states + positions * length // _FEW
+
+
 def argument(model: Any) -> str | None:
     """The name under which a model takes a cache; None of one that takes none."""
     taken = signature(model.forward).parameters
     return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+
+
+def _turns_with_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on the length (dynamic NTK, LongRoPE)."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]
+    return any(own.get("rope_type", own.get("type")) in ("dynamic", "longrope") for own in kinds)

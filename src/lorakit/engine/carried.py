@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lorakit.data.masking import TokenizedRow
     from lorakit.engine.picture_features import PictureFeatures
+    from lorakit.engine.prefix_cache import PrefixCache
     from lorakit.engine.rows import AnswerRow
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -55,12 +56,13 @@ class Carried:
         length: int,
         route: Route | None = None,
         features: PictureFeatures | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> Batch:
         """An empty batch of answers; arguments as in `ContinuousBatch`."""
         if self.why_not:
             return PlainBatch(model, routing, most, route, features)
         ways = self.in_parts, self.padded
-        batch = ContinuousBatch(model, routing, most, length, route, *ways, features)
+        batch = ContinuousBatch(model, routing, most, length, route, *ways, features, prefixes)
         if not tells_pictures_apart(model):
             return batch
 

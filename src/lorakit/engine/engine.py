@@ -25,6 +25,7 @@ from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
+from lorakit.engine.prefix_cache import PREFIX_BYTES, PrefixCache
 from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
@@ -68,11 +69,13 @@ class Engine:
         context_length: the most tokens of prompt and answer together; None is the model's own.
         pool_bytes: how much memory adapters may take that are not in use.
         feature_bytes: how much memory kept features of pictures may take.
+        prefix_bytes: how much memory beginnings of prompts may take that are kept; 0 keeps none.
 
     Attributes:
         pool: the adapters that are registered.
         resident: the base, with those of them that answer now, and those that are trained.
         training: where operations on the latter are handed in.
+        prefixes: beginnings of prompts that are kept, if any are.
         notices: what a user should know about how this model is computed.
         grammars: the forms of answers that requests ask for.
 
@@ -91,6 +94,7 @@ class Engine:
         context_length: int | None = None,
         pool_bytes: int = POOL_BYTES,
         feature_bytes: int = FEATURE_BYTES,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         if max_rows < 1:
             raise InputError(f"max_rows must be at least 1, not {max_rows}")
@@ -121,7 +125,10 @@ class Engine:
         self._vocabulary = vocabulary_size(model)
         self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self._vocabulary)
         self._features = picture_features(model, self._bank.routing, feature_bytes)
-        self._batch = self.resident.answers(max_rows, self.context_length, self._features)
+        self.prefixes = PrefixCache(prefix_bytes, keeps_answers=True) if prefix_bytes else None
+        kept = {"features": self._features, "prefixes": self.prefixes}
+        self._new_batch = partial(self.resident.answers, max_rows, self.context_length, **kept)
+        self._batch = self._new_batch()
         self._joined = JoinedAdapters(self._bank, max_rows)
         self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
@@ -434,7 +441,7 @@ class Engine:
             # The batch ends rows that fail by themselves: this is beyond any one of them.
             for row in rows:
                 row.fail(f"the model failed while answering: {reason(error)}")
-            self._batch = self.resident.answers(self.max_rows, self.context_length, self._features)
+            self._batch = self._new_batch()
 
     def _let_go(self) -> None:
         """Ends requests that were cancelled while they waited, so that they take no room there."""

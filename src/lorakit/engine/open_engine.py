@@ -10,6 +10,7 @@ from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.open import chosen_quantization, open_adapter
 from lorakit.engine.engine import POOL_BYTES, Engine
 from lorakit.engine.pool import AloneError, require_text, why_not_beside
+from lorakit.engine.prefix_cache import PREFIX_BYTES
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_config
 from lorakit.models.load import load_model
@@ -25,6 +26,7 @@ def open_engine(
     context_length: int | None = None,
     merged: bool = False,
     pool_bytes: int = POOL_BYTES,
+    prefix_bytes: int = PREFIX_BYTES,
 ) -> Engine:
     """Loads the base model and registers the adapters, by the names that they are served under.
 
@@ -40,6 +42,7 @@ def open_engine(
         "max_rows": max_rows,
         "context_length": context_length,
         "pool_bytes": pool_bytes,
+        "prefix_bytes": prefix_bytes,
     }
     if merged:
         if len(adapters) != 1:

@@ -67,6 +67,8 @@ class Ticket:
     Attributes:
         prepared: its pictures as the model is given them, until their features are computed.
         form: the form of its answer, at its beginning; None for any text.
+        cached_tokens: of the prompt, that were computed for another request; known with the first
+            piece.
     """
 
     prompt: tuple[int, ...]
@@ -75,6 +77,7 @@ class Ticket:
     pictures: RowPictures | None = None
     prepared: tuple[Prepared, ...] | None = None
     form: AnswerForm | None = None
+    cached_tokens: int = 0
     cancelled: Event = field(default_factory=Event)
     _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)
     _lock: Lock = field(default_factory=Lock)

@@ -30,7 +30,7 @@ from lorakit.engine.adapter_optimizer import (
 )
 from lorakit.engine.batch import Batch
 from lorakit.engine.carried import Carried, how_carried
-from lorakit.engine.picture_features import PictureFeatures
+from lorakit.engine.prefix_cache import prefixes_of
 from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_length_of
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.sampler import write_rows
@@ -385,15 +385,15 @@ class ResidentModel:
         with self.model.routing.using(Route()):
             return how_carried(self.base)
 
-    def answers(self, rows: int, length: int, features: PictureFeatures | None = None) -> Batch:
+    def answers(self, rows: int, length: int, **kept: Any) -> Batch:
         """An empty batch of answers, for so many rows of so many tokens at most.
 
         A row's adapter is one of this model, packed (`pack`) or not.
 
         Args:
-            features: of pictures, under adapters that are not trained.
+            kept: `features` and `prefixes` of `Carried.batch`, under adapters that are not trained.
         """
-        return self.carried.batch(self.base, self.model.routing, rows, length, features=features)
+        return self.carried.batch(self.base, self.model.routing, rows, length, **kept)
 
     def pack(self, names: Iterable[str] = ()) -> None:
         """Lays the factors of these adapters out for sampling, as they are now."""
@@ -455,7 +455,8 @@ class ResidentModel:
         longest = max(len(t.prompt) + t.sampling.max_new_tokens for t in tickets)
         self._train(False)
         self.pack(name for name in dict.fromkeys(adapters) if name != BASE)
-        batch = self.answers(min(max_rows, len(tickets)), longest)
+        prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
+        batch = self.answers(min(max_rows, len(tickets)), longest, prefixes=prefixes)
         write_rows(batch, rows, self.model.routing)
         return [_sample(ticket) for ticket in tickets]
 

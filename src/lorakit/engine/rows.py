@@ -6,6 +6,7 @@ Nothing of that leaves a row: a row that fails ends with the reason `error`, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,9 @@ class AnswerRow:
         adapter: its adapter's name in the bank, or `"__base__"`.
         pictures: those that stand in its prompt.
         read: how many tokens of the prompt the model has seen.
+        branch: at how many of them reading stops once, as other prompts begin with these; else 0.
         moved: by how much positions behind its pictures are moved (`PicturePositions`).
+        chooser: chooses them.
         tokens: the answer's tokens.
         finished: whether the last piece has been handed over.
         failed: whether it ended with an error.
@@ -47,13 +50,13 @@ class AnswerRow:
     ) -> None:
         self.ticket, self.adapter = ticket, adapter
         self.prompt, self.pictures = ticket.prompt, ticket.pictures
-        self.read = self.moved = 0
+        self.read = self.moved = self.branch = 0
         self.tokens: list[int] = []
         self.finished = self.failed = False
         given = ticket.sampling.end_tokens
         self._tokenizer, self._ends = tokenizer, ending.tokens if given is None else given
         end_text = ending.text if given is None else ""
-        self._chooser = Chooser(ticket.sampling, self.prompt, device)
+        self.chooser = Chooser(ticket.sampling, self.prompt, device)
         stop = (*ticket.sampling.stop, *([end_text] if end_text else []))
         before = ending.before if ending.before and self._is_asked(ending.prompt) else ""
         self._text = AnswerText(tokenizer, stop, before)
@@ -71,13 +74,28 @@ class AnswerRow:
     @property
     def is_plain(self) -> bool:
         """Whether its next token is the likeliest one, and nothing else is asked for."""
-        plain = self._chooser.is_plain and self.ticket.sampling.logprobs is None
+        plain = self.chooser.is_plain and self.ticket.sampling.logprobs is None
         return plain and self.ticket.form is None
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether its next token can be chosen with others' (`choosing.choose_together`)."""
+        sampling = self.ticket.sampling
+        coldest = sampling.scaled_logprobs and self.chooser.temperature != sampling.temperature
+        simple = self.chooser.is_simple and self.ticket.form is None
+        return simple and not sampling.logprobs and not coldest
 
     @property
     def last(self) -> int:
         """The newest token of the answer, which the model has not seen yet."""
         return self.tokens[-1]
+
+    @property
+    def seen(self) -> Sequence[int]:
+        """The tokens that the model has seen."""
+        if self.tokens:
+            return self.prompt + tuple(self.tokens[:-1])
+        return self.prompt[: self.read]
 
     @property
     def new_tokens(self) -> int:
@@ -89,18 +107,23 @@ class AnswerRow:
         """How many of its tokens the model has seen."""
         return self.read + max(0, self.new_tokens - 1)
 
-    def advance(self, logits: torch.Tensor, likeliest: int | None = None) -> int:
+    def advance(
+        self, logits: torch.Tensor, chosen: int | None = None, logprob: float | None = None
+    ) -> int:
         """Chooses the next token by `logits` (vocabulary,), takes it in, and returns it.
 
         A row that fails at this is finished, with the reason `error`.
 
         Args:
-            likeliest: the token of the largest, where that is known and `is_plain`.
+            chosen: the token, where it is known already.
+            logprob: its log-probability, of a row that is simple.
         """
         try:
-            if likeliest is None:
-                likeliest = self._chosen(logits.float())
-            self._took(likeliest)
+            if chosen is None:
+                chosen = self._chosen(precise(logits))
+            elif logprob is not None and self.ticket.sampling.logprobs is not None:
+                self._logprobs.append(ChosenToken(chosen, self._read(chosen), logprob))
+            self._took(chosen)
         except BaseException as error:  # panics of Rust's tokenizers are no Exception
             self.fail(f"the answer could not be written: {reason(error)}")
         return self.last if self.tokens else 0
@@ -141,7 +164,7 @@ class AnswerRow:
         if self.ticket.form is not None:
             logits = logits.clone()  # they may be the model's own
             self.ticket.form.restrict(logits)
-        token = self._chooser.choose(logits)
+        token = self.chooser.choose(logits)
         if logs is not None:
             self._logprobs.append(self._logprob(logs, token, asked or 0))
         return token
@@ -153,7 +176,7 @@ class AnswerRow:
 
     def _took(self, token: int) -> None:
         self.tokens.append(token)
-        self._chooser.took(token)
+        self.chooser.took(token)
         complete = self.ticket.form is not None and self.ticket.form.took(token)
         if token in self._ends:
             self.finish("stop")
@@ -186,6 +209,11 @@ class AnswerRow:
 
     def _read(self, *tokens: int) -> str:
         return "" if self._tokenizer is None else str(self._tokenizer.decode(list(tokens)))
+
+
+def precise(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def reason(error: BaseException) -> str:

@@ -7,23 +7,28 @@ the student of a distillation at a step of its training.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from lorakit.data.samples import Sample
 from lorakit.engine.batch import Batch
+from lorakit.engine.cache import bytes_of_row
 from lorakit.engine.carried import Carried, how_carried
+from lorakit.engine.prefix_cache import prefixes_of
 from lorakit.engine.requests import Ticket, context_length_of
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.sampling import Sampling, ending, prompt_tokens
 from lorakit.errors import InputError, LorakitError
+from lorakit.lora.joining import pack_adapter
 from lorakit.lora.model import LoraModel
+from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route, Routing
 from lorakit.objectives.forward import TEACHER
 from lorakit.progress import Task, task
@@ -31,8 +36,13 @@ from lorakit.progress import Task, task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_ROWS = 16
+MAX_ROWS = 64
 """Answers that are written at once."""
+FEW_ROWS = 16
+"""The same where `generate` writes them."""
+
+PACKS_FROM = 16
+"""Tokens of an answer from which on packing factors saves more than it takes."""
 
 
 def write_rows(
@@ -76,6 +86,47 @@ class Sampler:
         with self._model.routing.using(Route()):
             return how_carried(self._base)
 
+    def _rows_at_once(self, rows: Sequence[AnswerRow]) -> int:
+        """How many rows are written at once: not more than half of the free memory holds."""
+        most, device = min(MAX_ROWS, len(rows)), self._base.device
+        if self._carried.why_not:
+            return min(most, FEW_ROWS)
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
+        with self._model.routing.using(Route()):
+            return max(1, min(most, free // 2 // max(1, bytes_of_row(self._base, longest))))
+
+    @cached_property
+    def _families(self) -> list[list[str]]:
+        one = torch.zeros(1, 1, dtype=torch.long, device=self._base.device)
+        with torch.inference_mode(), self._model.routing.using(Route()):
+            return same_inputs(self._base, lambda: self._base(input_ids=one))
+
+    @contextmanager
+    def _packed(self, route: Route, rows: Sequence[AnswerRow]) -> Iterator[None]:
+        """The factors of the one adapter of a route are packed within the block.
+
+        Where they are packed already, or that takes longer than it saves, nothing changes.
+        """
+        model = self._model
+        steps = max(row.ticket.sampling.max_new_tokens for row in rows)
+        sharded = any(hasattr(weight, "device_mesh") for weight in self._base.parameters())
+        pays = len(route.shared) == 1 and steps >= PACKS_FROM and not self._carried.why_not
+        if not pays or sharded or model.packed is not None:
+            yield
+            return
+        try:
+            with torch.inference_mode(False):
+                model.pack(self._families)
+                pack_adapter(model, route.shared[0])
+            yield
+        finally:
+            with torch.inference_mode(False):
+                model.unpack()
+
     def write(
         self,
         prompts: Sequence[Sequence[int]],
@@ -109,10 +160,12 @@ class Sampler:
             tokenizer = self._tokenizer if reads else None
             rows.append(AnswerRow(ticket, name, tokenizer, self.ending, self._base.device))
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
-        routing, most = self._model.routing, min(MAX_ROWS, len(rows))
+        routing, most = self._model.routing, self._rows_at_once(rows)
         of_all = None if adapters else route
-        batch = self._carried.batch(self._base, routing, most, longest, of_all)
-        write_rows(batch, rows, routing, work)
+        prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
+        batch = self._carried.batch(self._base, routing, most, longest, of_all, prefixes=prefixes)
+        with self._packed([] if len(route.shared) > 1 and not adapters else names, rows):
+            write_rows(batch, rows, routing, work)
         for row in rows:
             if row.failed:
                 raise LorakitError([*row.ticket][-1].error)

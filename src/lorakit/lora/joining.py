@@ -143,6 +143,15 @@ def pack(self: Any, families: Iterable[Sequence[str]] = ()) -> None:
     self.packed = PackedFactors(self.get_base_model(), families)
 
 
+def unpack(self: Any) -> None:
+    """Takes back what `pack` did to a `LoraModel`, which may be trained then."""
+    if self.packed is not None:
+        for name in self.adapters:
+            unpack_adapter(self, name)
+        self.packed.release()
+        self.packed, self.routing.frozen = None, False
+
+
 def add_packed(
     self: Any, adapter_name: str, config: LoraConfig, parts: Sequence[AdapterPart]
 ) -> None:

@@ -110,6 +110,7 @@ class LoraModel(nn.Module):
     from_pretrained = classmethod(storage.from_pretrained)
     load_adapter = storage.load_adapter
     pack = joining.pack
+    unpack = joining.unpack
     add_packed = joining.add_packed
 
     # --- computing ------------------------------------------------------------------------

@@ -213,6 +213,11 @@ class Family:
             if self._before:
                 return linear(torch.cat((tokens, inner), dim=1), B, self._bias)
             return self._base(x, tokens).addmm_(inner, B.T)
+        if plan.rows == 1 and self._before and self._of_parts and not self._of_parts[0][0].begin:
+            # The only adapter's columns stand beside the weights: one product reads both.
+            ((part, A, _),) = self._of_parts
+            B = self._stack[:, : self._before + part.end * len(self.layers)]
+            return linear(torch.cat((tokens, tokens @ A), dim=1), B, self._bias)
         y = self._base(x, tokens)
         for part, A, B in self._of_parts:
             if plan.rows == 1:
@@ -250,6 +255,15 @@ class Family:
         self._A, self._stack = A, stack
         self._plan = None
         self._give_weights()
+
+    def release(self) -> None:
+        """Gives the layers weights and biases of their own again, one layer after the other."""
+        for layer in self.layers:
+            if self.base is None:
+                for value in (layer.weight, getattr(layer, "bias", None)):
+                    if value is not None:
+                        value.data = value.data.clone(memory_format=torch.contiguous_format)
+        self._stack = self._A = self._weights = self._packed.empty(0)
 
     def _take_biases(self) -> None:
         biases = [getattr(layer, "bias", None) for layer in self.layers]
@@ -337,6 +351,16 @@ class PackedFactors:
         for family in self._families.values():
             for names in family.names:
                 names.discard(name)
+        self._count()
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Takes all adapters out, and leaves the layers as they were before the first one."""
+        for family in self._families.values():
+            family.release()
+        for layer in self.layers.values():
+            layer.family, layer.place = None, 0
+        self._families, self.layers, self.joined, self._ranges = {}, {}, {}, {}
         self._count()
 
     def plan(self, route: Route, x: torch.Tensor) -> Plan:

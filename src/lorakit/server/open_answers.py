@@ -67,10 +67,15 @@ class OpenAnswers:
     def usage(self) -> Usage:
         """The counts so far."""
         written = sum(self._counts)
+        cached: dict[tuple[int, ...], int] = {}  # answers to one prompt have it from the first
+        for ticket in self._tickets:
+            found = cached.get(ticket.prompt, ticket.cached_tokens)
+            cached[ticket.prompt] = min(found, ticket.cached_tokens)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,
             "total_tokens": self.prompt_tokens + written,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
 
     async def pieces(self) -> AsyncGenerator[tuple[int, AnswerPiece]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from lorakit.engine.engine import Engine
 
@@ -41,7 +45,24 @@ class Metrics:
             buckets=_BETWEEN,
             registry=registry,
         )
+        # As vLLM's vllm:prefix_cache_queries and vllm:prefix_cache_hits, which count tokens too.
+        kept = engine.prefixes
+        counts = {
+            "lorakit_prefix_cache_queries": (
+                "Tokens of prompts that were looked for in the prefix cache.",
+                lambda: kept.queries if kept else 0,
+            ),
+            "lorakit_prefix_cache_hits": (
+                "Tokens of prompts that were not computed again.",
+                lambda: kept.hits if kept else 0,
+            ),
+        }
+        registry.register(_Counts(counts))
         gauges = {
+            "lorakit_prefix_cache_bytes": (
+                "Bytes that the prefix cache takes.",
+                lambda: kept.size if kept else 0,
+            ),
             "lorakit_answers_running": ("Answers that are being written.", engine.running),
             "lorakit_answers_waiting": ("Answers that wait for a row.", engine.waiting),
             "lorakit_adapters": ("Adapters that are served.", lambda: len(engine.pool.infos())),
@@ -56,3 +77,14 @@ class Metrics:
     def page(self) -> bytes:
         """All of it as text."""
         return generate_latest(self._registry)
+
+
+class _Counts(Collector):
+    """Counters whose values are somebody else's, by their names, with their meanings."""
+
+    def __init__(self, counts: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (meaning, value) in self._counts.items():
+            yield CounterMetricFamily(name, meaning, value())

@@ -17,12 +17,19 @@ from typing_extensions import TypedDict
 FinishReason = Literal["stop", "length"]
 
 
+class PromptTokensDetails(TypedDict):
+    """Tokens of prompts that had been computed for earlier requests."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """How many tokens a request took; a prompt counts once, however many answers it gets."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Rival(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ class FullRows(CacheLayerMixin):
     """Keys and values (rows, heads, length, d): a row's position p lies at p."""
 
     is_sliding = False
+    needs_snapshots = False
+    """Whether it keeps something that is not in `part`."""
 
     def __init__(self, rows: int, length: int) -> None:
         super().__init__()
@@ -48,6 +51,10 @@ class FullRows(CacheLayerMixin):
     def _seen(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Keeps `new` (rows, heads, tokens, d), and returns it behind what the rows had."""
         place = self.place
+        if place.starts:
+            for i, (start, count) in enumerate(zip(place.starts, place.prompts, strict=True)):
+                kept[place.row + i, :, start : start + count] = new[i, :, -count:]
+            return kept[place.rows, :, : place.longest]
         if place.prompts:
             for i, length in enumerate(place.prompts):
                 kept[place.row + i, :, :length] = new[i, :, -length:]
@@ -94,3 +101,27 @@ class FullRows(CacheLayerMixin):
         """Copies a row of `length` positions into the place of another."""
         for tensor in self.kept():
             tensor[target, :, :length] = tensor[source, :, :length]
+
+    def part(self, row: int, begin: int, end: int) -> list[torch.Tensor]:
+        """Copies of what a row has of the positions [begin, end), (heads, positions, d) each."""
+        return [tensor[row, :, begin:end].clone() for tensor in self.kept()]
+
+    def put_part(self, row: int, begin: int, part: Sequence[torch.Tensor]) -> None:
+        """Gives a row such copies, from its position `begin` on."""
+        if not part:
+            return
+        self._make_like(part)
+        for kept, own in zip(self.kept(), part, strict=True):
+            kept[row, :, begin : begin + own.shape[1]] = own
+
+    def _make_like(self, part: Sequence[torch.Tensor]) -> None:
+        """Takes memory for such tensors if there is none yet."""
+        if not self.is_initialized:
+            self.lazy_initialization(part[0][None], part[1][None])
+
+    def snapshot(self, _row: int, _length: int) -> list[Any]:
+        """Copies of what a row of `length` positions has that is not in `part`."""
+        return []
+
+    def put_snapshot(self, row: int, snapshot: Sequence[Any]) -> None:
+        """Gives a row such copies."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lorakit.engine.row_layers.full import FullRows
@@ -19,6 +21,11 @@ class IndexedRows(FullRows):
         if self.indexer_keys is None:
             self.indexer_keys = self._room(new)
         return self._seen(self.indexer_keys, new)[:, 0]
+
+    def _make_like(self, part: Sequence[torch.Tensor]) -> None:
+        super()._make_like(part)
+        if len(part) > 2 and self.indexer_keys is None:
+            self.indexer_keys = self._room(part[2][None])
 
     def kept(self) -> list[torch.Tensor]:
         own = self.indexer_keys

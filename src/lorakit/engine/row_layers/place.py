@@ -13,13 +13,16 @@ import torch
 class Place:
     """Where the next forward's keys, values and states go.
 
-    Whole `prompts` (their lengths, padded on the left) of rows from `row` on; else a part of one
-    row from its position `start` on; or one token of each row, behind its `lengths`.
+    Whole `prompts` (their lengths, padded on the left) of rows from `row` on; or with `starts` the
+    rest of them, so many tokens from these positions on; else a part of one row from its position
+    `start` on; or one token of each row, behind its `lengths`. `longest` is the most that one of
+    the rows has then, where they have tokens before these.
     """
 
     row: int = 0
     start: int = 0
     prompts: Sequence[int] = ()
+    starts: Sequence[int] = ()
     lengths: torch.Tensor | None = None
     longest: int = 0
 
@@ -39,4 +42,4 @@ class Place:
     @property
     def continues(self) -> bool:
         """Whether the rows have tokens before these."""
-        return self.lengths is not None or self.start > 0
+        return self.lengths is not None or self.start > 0 or bool(self.starts)

@@ -6,6 +6,7 @@ not repeated from it (`ContinuousBatch` reads such a row from its beginning).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lorakit.engine.row_layers.place import Place
 
 class StateRows(LinearAttentionLayer):
     """Recurrent states (rows, ...) and the last inputs of convolutions (rows, channels, kernel)."""
+
+    needs_snapshots = True
 
     def __init__(self, rows: int, number_of_states: int = 1) -> None:
         super().__init__(number_of_states=number_of_states)
@@ -95,3 +98,26 @@ class StateRows(LinearAttentionLayer):
         """Copies a row into the place of another."""
         for tensor in self.states():
             tensor[target] = tensor[source]
+
+    def part(self, _row: int, _begin: int, _end: int) -> list[torch.Tensor]:
+        """A state has no positions."""
+        return []
+
+    def put_part(self, _row: int, _begin: int, _part: Sequence[torch.Tensor]) -> None:
+        """There is none."""
+
+    def snapshot(self, row: int, _length: int) -> list[Any]:
+        """Copies of a row's states; None in the place of those that the layer does not have."""
+        both = *self.conv_states.values(), *self.recurrent_states.values()
+        return [None if tensor is None else tensor[row].clone() for tensor in both]
+
+    def put_snapshot(self, row: int, snapshot: Sequence[Any]) -> None:
+        """Gives a row such copies."""
+        half = len(self.conv_states)
+        for states, own in (
+            (self.conv_states, snapshot[:half]),
+            (self.recurrent_states, snapshot[half:]),
+        ):
+            for at, state in zip(states, own, strict=True):
+                if state is not None:
+                    self._states_of(states, at, state[None])[row] = state

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from lorakit.engine.row_layers.full import FullRows
@@ -17,6 +20,8 @@ class WindowRows(FullRows):
 
     def __init__(self, rows: int, length: int, window: int) -> None:
         super().__init__(rows, min(length, window))
+        # Where it holds all that a row can have, every position has a place of its own.
+        self.needs_snapshots = self._overwrites = window < length
 
     def _seen(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         place, window = self.place, self._length
@@ -62,3 +67,12 @@ class WindowRows(FullRows):
 
     def move(self, source: int, target: int, length: int) -> None:
         super().move(source, target, min(length, self._length))
+
+    def part(self, row: int, begin: int, end: int) -> list[torch.Tensor]:
+        return [] if self._overwrites else super().part(row, begin, end)
+
+    def snapshot(self, row: int, length: int) -> list[Any]:
+        return super().part(row, 0, min(length, self._length)) if self._overwrites else []
+
+    def put_snapshot(self, row: int, snapshot: Sequence[Any]) -> None:
+        self.put_part(row, 0, snapshot)
