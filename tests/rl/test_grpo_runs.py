@@ -23,8 +23,8 @@ ROWS = [{"prompt": f"Say {n} " * (1 + n % 3), "n": n} for n in range(12)]
 
 
 def vowels(completions: Sequence[str], **columns: Any) -> list[float]:
-    """The share of a's: what a model of bytes can learn in a few steps."""
-    return [text.count("a") / 8 + text.count("e") / 16 for text in completions]
+    """The share of vowels: what a model of bytes can learn in a few steps."""
+    return [sum(map(text.count, "aeiou")) / 8 for text in completions]
 
 
 def recipe(model: Path, output: Path, **changes: Any) -> dict[str, Any]:
