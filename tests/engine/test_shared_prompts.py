@@ -263,9 +263,9 @@ def test_answers_are_those_of_an_engine_without_a_cache(start: Start):
 
 def test_log_probabilities_of_a_prompt_that_is_known_are_all_there(start: Start):
     engine, prompt = start(), text(2, 60)
-    before, _ = engine.score_prompt(prompt, "shop").result()
+    before = engine.score_prompt(prompt, "shop").result().logprobs
     tokens(engine.submit(prompt, "shop", GREEDY))
-    after, _ = engine.score_prompt(prompt, "shop").result()
+    after = engine.score_prompt(prompt, "shop").result().logprobs
     assert math.isnan(after[0])
     assert after[1:] == before[1:]
     assert len(after) == 60

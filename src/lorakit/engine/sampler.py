@@ -120,7 +120,7 @@ class Sampler:
             return
         try:
             with torch.inference_mode(False):
-                model.pack(self._families)
+                model.pack(self._families, alone=True)
                 pack_adapter(model, route.shared[0])
             yield
         finally:

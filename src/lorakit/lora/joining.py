@@ -131,16 +131,17 @@ def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> WrappedMo
     return wrap(model, path, LoraTiedHead.nesting, partial(kind, embedding=embedding))
 
 
-def pack(self: Any, families: Iterable[Sequence[str]] = ()) -> None:
+def pack(self: Any, families: Iterable[Sequence[str]] = (), alone: bool = False) -> None:
     """Prepares a `LoraModel` for inference with many adapters.
 
     Where their values change, what follows of them is forgotten by `unpack_adapter`.
 
     Args:
         families: the paths of layers that get the same input (`packed.same_inputs`).
+        alone: no more than one adapter will be packed.
     """
     self.routing.frozen = True
-    self.packed = PackedFactors(self.get_base_model(), families)
+    self.packed = PackedFactors(self.get_base_model(), families, alone)
 
 
 def unpack(self: Any) -> None:

@@ -213,7 +213,7 @@ class Family:
             if self._before:
                 return linear(torch.cat((tokens, inner), dim=1), B, self._bias)
             return self._base(x, tokens).addmm_(inner, B.T)
-        if plan.rows == 1 and self._before and self._of_parts and not self._of_parts[0][0].begin:
+        if self._packed.alone and self._before and plan.rows == 1 and self._of_parts:
             # The only adapter's columns stand beside the weights: one product reads both.
             ((part, A, _),) = self._of_parts
             B = self._stack[:, : self._before + part.end * len(self.layers)]
@@ -291,9 +291,14 @@ class PackedFactors:
         model: the bank's model.
         families: the paths of layers that get the same input, as `same_inputs` finds them. They
             share products.
+        alone: there is never more than one adapter. Its product is that of the weights then, which
+            rounds otherwise than the form for any place among others.
     """
 
-    def __init__(self, model: nn.Module, families: Iterable[Sequence[str]] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, families: Iterable[Sequence[str]] = (), alone: bool = False
+    ) -> None:
+        self.alone = alone
         values = next(p for p in model.parameters() if p.is_floating_point())
         self.dtype, self.device = values.dtype, values.device
         self._together = {path: tuple(family) for family in families for path in family}
