@@ -61,6 +61,7 @@ def parsed(command: tuple[str, ...] | list[str]) -> argparse.Namespace:
     for option in ("--max-loras", "--max-lora-rank", "--max-cpu-loras", "--port"):
         parser.add_argument(option, type=int)
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     for option in ("--host", "--generation-config", "--dtype", "--chat-template", "--revision"):
         parser.add_argument(option)
     parser.add_argument("--served-model-name", nargs="+")
@@ -312,6 +313,8 @@ def test_a_hub_base_in_the_cache_is_checked_and_named_by_its_id(
     (folder / "lorakit.json").write_text(json.dumps(record | {"base_fingerprint": "0" * 64}))
     planned = plan(options(folder, context_length=512))
     assert parsed(planned.command).model == "ada/tiny"
+    uncached = plan(options(folder, enable_prefix_caching=False))
+    assert parsed(uncached.command).enable_prefix_caching is False
     assert not any("weights" in notice for notice in planned.notices)  # they are not here
     shutil.copytree(base, snapshot, dirs_exist_ok=True)
     assert any("other weights than those of ada/tiny" in n for n in plan(options(folder)).notices)

@@ -192,6 +192,7 @@ def serve(
             adapter_root=adapter_root,
             context_length=context_length,
             dtype=dtype,
+            enable_prefix_caching=enable_prefix_caching,
         )
         vllm.serve(options, dry_run=dry_run)
         return

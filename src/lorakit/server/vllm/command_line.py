@@ -74,6 +74,7 @@ class VllmOptions:
     adapter_root: Path | None = None
     context_length: int | None = None
     dtype: str | None = None
+    enable_prefix_caching: bool = True
     workspace: Path | None = None
 
 
@@ -201,6 +202,8 @@ def plan(options: VllmOptions) -> VllmCommand:
         command += ["--dtype", options.dtype]
     if options.context_length is not None:
         command += ["--max-model-len", str(options.context_length)]
+    if not options.enable_prefix_caching:
+        command += ["--no-enable-prefix-caching"]
     command += ["--host", options.host, "--port", str(options.port)]
     if servables:  # last, as it takes everything up to the next option
         command += ["--lora-modules", *_modules(servables, base, options, notices)]
