@@ -81,7 +81,8 @@ def test_more_answers_than_memory_has_room_for_are_written_one_after_the_other(
     sampler, route = Sampler(model, tokenizer), Route(shared=("default",))
     settings = [drawing(seed, 8) for seed in range(3)]
     expected = [row.tokens for row in sampler.write(PROMPTS, settings, route)]
-    monkeypatch.setattr(sampler_module, "bytes_of_row", lambda *_: 1 << 60)
+    sampler = Sampler(model, tokenizer)
+    monkeypatch.setattr(sampler_module, "bytes_of_row", lambda _: (1 << 60, 0))
     assert [row.tokens for row in sampler.write(PROMPTS, settings, route)] == expected
 
 

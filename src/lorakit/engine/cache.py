@@ -258,15 +258,13 @@ def row_cache(model: Any, rows: int, length: int) -> RowCache:
 
 
 @torch.inference_mode()
-def bytes_of_row(model: Any, length: int) -> int:
-    """About how much a row of `length` tokens takes, found by a forward of one token."""
-    cache, positions = row_cache(model, 1, _FEW), 0
+def bytes_of_row(model: Any) -> tuple[int, int]:
+    """About how much a row takes, and how much more for each token: a forward of one tells."""
+    cache = row_cache(model, 1, _FEW)
     model(**cache.whole_prompts(0, [[0]], model.device))
     states = sum(t.nbytes for own in cache.snapshot(0, 1) for t in own if t is not None)
-    for layer in cache.layers:
-        if isinstance(layer, FullRows):
-            positions += sum(tensor.nbytes for tensor in layer.kept())
-    return states + positions * length // _FEW
+    layers = (layer for layer in cache.layers if isinstance(layer, FullRows))
+    return states, sum(t.nbytes for layer in layers for t in layer.kept()) // _FEW
 
 
 def argument(model: Any) -> str | None:

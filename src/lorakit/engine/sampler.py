@@ -96,8 +96,13 @@ class Sampler:
         else:
             free = psutil.virtual_memory().available
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
+        size, more = self._row_bytes
+        return max(1, min(most, free // 2 // max(1, size + more * longest)))
+
+    @cached_property
+    def _row_bytes(self) -> tuple[int, int]:
         with self._model.routing.using(Route()):
-            return max(1, min(most, free // 2 // max(1, bytes_of_row(self._base, longest))))
+            return bytes_of_row(self._base)
 
     @cached_property
     def _families(self) -> list[list[str]]:
