@@ -111,22 +111,22 @@ class Sampler:
             return same_inputs(self._base, lambda: self._base(input_ids=one))
 
     @contextmanager
-    def _packed(self, route: Route, rows: Sequence[AnswerRow]) -> Iterator[None]:
-        """The factors of the one adapter of a route are packed within the block.
+    def _packed(self, shared: Sequence[str], rows: Sequence[AnswerRow]) -> Iterator[None]:
+        """The factors of the one adapter that all rows share are packed within the block.
 
         Where they are packed already, or that takes longer than it saves, nothing changes.
         """
         model = self._model
         steps = max(row.ticket.sampling.max_new_tokens for row in rows)
         sharded = any(hasattr(weight, "device_mesh") for weight in self._base.parameters())
-        pays = len(route.shared) == 1 and steps >= PACKS_FROM and not self._carried.why_not
+        pays = len(shared) == 1 and steps >= PACKS_FROM and not self._carried.why_not
         if not pays or sharded or model.packed is not None:
             yield
             return
         try:
             with torch.inference_mode(False):
                 model.pack(self._families, alone=True)
-                pack_adapter(model, route.shared[0])
+                pack_adapter(model, shared[0])
             yield
         finally:
             with torch.inference_mode(False):
@@ -169,7 +169,7 @@ class Sampler:
         of_all = None if adapters else route
         prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
         batch = self._carried.batch(self._base, routing, most, longest, of_all, prefixes=prefixes)
-        with self._packed([] if len(route.shared) > 1 and not adapters else names, rows):
+        with self._packed(() if adapters else route.shared, rows):
             write_rows(batch, rows, routing, work)
         for row in rows:
             if row.failed:
