@@ -110,7 +110,7 @@ def _with_lorakit(
     lorakit.train(recipe, quiet=True)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     logged = [one for one in map(json.loads, lines) if "reward" in one]
-    return _means(logged, {"reward": "reward", "length": "completion_length"})
+    return _means(logged, {"reward": "reward", "length": "completions/mean_length"})
 
 
 def _with_trl(
