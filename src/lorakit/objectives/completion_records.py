@@ -7,16 +7,65 @@ drawn at random; of held-out prompts the rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorakit.data.prompt_tokens import PromptRow
     from lorakit.data.samples import Sample
     from lorakit.objectives.rollout import Rollout
+
+Gather = Callable[[list[Any]], tuple[list[Any], int]]
 
 _MOST_TEXTS = 8
 """Groups of a step whose texts are kept."""
 _LONGEST, _LONGEST_PROMPT = 2000, 500  # characters
+
+
+class CompletionLog:
+    """What is kept of completions until it is taken.
+
+    Attributes:
+        metrics: what reward functions have logged, by name.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._held_out: dict[int, dict[str, Any]] = {}
+
+    def add(
+        self,
+        prompt: PromptRow,
+        rollouts: Sequence[Rollout],
+        values: Sequence[Sequence[float]],
+        rewards: Sequence[float],
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Takes in a group to learn from; arguments as of `group_record`."""
+        assert prompt.sample is not None
+        number = len(self._groups)
+        self._groups.append(group_record(prompt.sample, rollouts, values, rewards, number, extra))
+
+    def add_held_out(self, prompt: PromptRow, values: Sequence[float], reward: float) -> None:
+        """Takes in the completion of a held-out prompt."""
+        assert prompt.sample is not None
+        row = {"where": prompt.sample.where, "values": held_out_record(values, reward)}
+        self._held_out[prompt.number] = row
+
+    def taken(self, names: Sequence[str], gather: Gather) -> dict[str, Any]:
+        """`Objective.taken_completions`, of rewards of these names."""
+        groups, _ = gather(self._groups)
+        found = {"rewards": [*names], "groups": groups, "metrics": self.metrics}
+        self._groups, self.metrics = [], {}
+        return found if groups else {}
+
+    def taken_held_out(self, names: Sequence[str], gather: Gather) -> dict[str, Any]:
+        """`Objective.taken_held_out`, of rewards of these names."""
+        rows, _ = gather([*self._held_out.items()])
+        self._held_out = {}
+        in_order = [row for _, row in sorted(dict(rows).items())]
+        return {"rewards": [*names], "rows": in_order} if in_order else {}
 
 
 def group_record(

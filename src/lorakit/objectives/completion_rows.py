@@ -25,6 +25,9 @@ PROMPTS = "asked.numbers"
 
 PREFIX = "rollout."
 
+IDLE = "idle."
+"""Of a batch: the groups that are not computed, under such names (`data.batches.under`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow(TokenizedRow):
@@ -65,6 +68,12 @@ class CompletionGroup(RowGroup):
     learned: bool = True
     replaced: int = 0
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether an advantage is not 0 of a completion that is learned."""
+        rows = [row for row in self.parts if isinstance(row, CompletionRow)]
+        return any(row.advantage and row.logprobs for row in rows)
+
     def again(self) -> CompletionGroup:
         """The same, learned once more."""
         return replace(self, fresh=False)
@@ -96,6 +105,19 @@ def completion_row(
         cut_off=rollout.finish_reason == "length",
         **worth,
     )
+
+
+def with_gradient(
+    groups: Sequence[CompletionGroup], everywhere: bool
+) -> tuple[list[CompletionGroup], list[CompletionGroup]]:
+    """The groups to compute, at least one, and those that have no gradient.
+
+    Args:
+        everywhere: the loss has a gradient where advantages are 0 too, as a KL has.
+    """
+    active = [group for group in groups if everywhere or group.has_gradient]
+    idle = [group for group in groups if not (everywhere or group.has_gradient)]
+    return (active, idle) if active else (idle[:1], idle[1:])
 
 
 def group_tensors(groups: Sequence[CompletionGroup]) -> dict[str, torch.Tensor]:

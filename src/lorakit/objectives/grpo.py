@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from lorakit.data.batches import taken_from, under
 from lorakit.data.prompt_tokens import PromptRow, prompt_row
 from lorakit.data.too_long import WHOLE, Limit
 from lorakit.errors import InputError, LorakitError
@@ -21,14 +22,16 @@ from lorakit.models.load import positions_of
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import grpo_metrics, policy_gradient
 from lorakit.objectives.advantages import advantages
-from lorakit.objectives.batch_sums import Loss
-from lorakit.objectives.completion_records import group_record, held_out_record
+from lorakit.objectives.batch_sums import Loss, added
+from lorakit.objectives.completion_records import CompletionLog
 from lorakit.objectives.completion_rows import (
+    IDLE,
     PREFIX,
     PROMPTS,
     CompletionGroup,
     completion_row,
     group_tensors,
+    with_gradient,
 )
 from lorakit.objectives.forward import BASE, Forward
 from lorakit.objectives.grpo_settings import GrpoSettings
@@ -89,9 +92,7 @@ class Grpo(Objective):
         self._reference: str | None = BASE
         self.rewards: Rewards | None = None
         self.beside: list[ResidentReward] = []
-        self._records: list[dict[str, Any]] = []
-        self._held_out: dict[int, dict[str, Any]] = {}
-        self._logged: dict[str, float] = {}
+        self._log = CompletionLog()
         self._limit = Limit(WHOLE)
         self._prompts: list[PromptRow] = []
         self._to_learn: list[int] = []
@@ -206,7 +207,7 @@ class Grpo(Objective):
         """As in `Objective`; other rewards are loaded."""
         other = super().with_settings(settings)
         other._warnings = GrpoWarnings(settings)
-        other._records, other._held_out, other._logged = [], {}, {}
+        other._log = CompletionLog()
         names = ("rewards", "weights", "reward_timeout")
         if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
             other.rewards = Rewards.opened(*(getattr(settings, name) for name in names))
@@ -249,15 +250,22 @@ class Grpo(Objective):
         return [numbered[id(row)] for row in rows]
 
     def to_batch(self, rows: Sequence[TokenizedRow], collate: Collate) -> dict[str, torch.Tensor]:
-        """The numbers of prompts; or the tensors of completions, with what the loss needs."""
+        """The numbers of prompts; or the tensors of completions, with what the loss needs.
+
+        Groups without any gradient are not computed: they count, and are measured by what was
+        sampled.
+        """
         import torch
 
         groups = [row for row in rows if isinstance(row, CompletionGroup)]
         if not groups:
             numbers = [row.number for row in rows if isinstance(row, PromptRow)]
             return {PROMPTS: torch.tensor(numbers)}
-        learned = all(group.learned for group in groups)
-        return (collate(rows) if learned else {}) | group_tensors(groups)
+        if not all(group.learned for group in groups):
+            return group_tensors(groups)
+        active, idle = with_gradient(groups, everywhere=bool(self.settings.beta))
+        batch = collate(active) | group_tensors(active)
+        return batch | under(IDLE, group_tensors(idle)) if idle else batch
 
     # --- completions ------------------------------------------------------------------------
 
@@ -286,7 +294,7 @@ class Grpo(Objective):
         assert self.rewards is not None
         table = self.rewards(asked, self.trainer_state)
         self._warnings.met(table.problems)
-        self._logged |= table.metrics
+        self._log.metrics |= table.metrics
         parts = table.values.split(each)
         extra = [
             {name: values[at] for name, values in table.extra.items()}
@@ -400,34 +408,22 @@ class Grpo(Objective):
                     replaced=one.replaced,
                 )
             )
-            self._keep(one, found.rewards[i * size : (i + 1) * size].tolist(), i - before, learned)
+            totals = found.rewards[i * size : (i + 1) * size].tolist()
+            if learned:
+                self._log.add(one.prompt, one.rollouts, everyone[i], totals, one.extra)
+            else:
+                self._log.add_held_out(one.prompt, everyone[i][0], totals[0])
         return groups
 
     # --- what is kept of them -----------------------------------------------------------------
 
-    def _keep(self, one: _Answered, rewards: list[float], number: int, learned: bool) -> None:
-        sample, values = one.prompt.sample, one.rewards.tolist()
-        assert sample is not None
-        if learned:
-            kept = group_record(sample, one.rollouts, values, rewards, number, one.extra)
-            self._records.append(kept)
-        else:
-            row = {"where": sample.where, "values": held_out_record(values[0], rewards[0])}
-            self._held_out[one.prompt.number] = row
-
     def taken_completions(self) -> dict[str, Any]:
         """As in `Objective`."""
-        groups, _ = self.gather(self._records)
-        found = {"rewards": [*self._reward_names], "groups": groups, "metrics": self._logged}
-        self._records, self._logged = [], {}
-        return found if groups else {}
+        return self._log.taken(self._reward_names, self.gather)
 
     def taken_held_out(self) -> dict[str, Any]:
         """As in `Objective`."""
-        rows, _ = self.gather([*self._held_out.items()])
-        self._held_out = {}
-        in_order = [row for _, row in sorted(dict(rows).items())]
-        return {"rewards": [*self._reward_names], "rows": in_order} if in_order else {}
+        return self._log.taken_held_out(self._reward_names, self.gather)
 
     @property
     def reward_facts(self) -> list[dict[str, Any]]:
@@ -442,9 +438,11 @@ class Grpo(Objective):
 
     def count(self, batch: Batch) -> int:
         """What the loss type divides by."""
-        lengths = batch[PREFIX + "lengths"]
+        names = (PREFIX + "lengths", IDLE + PREFIX + "lengths")
+        lengths = [batch[name] for name in names if name in batch]
         count = policy_gradient.LOSSES[self.settings.loss_type].normalisation.count
-        return count(int(lengths.sum()), len(lengths), self.settings)
+        tokens, completions = sum(int(x.sum()) for x in lengths), sum(map(len, lengths))
+        return count(tokens, completions, self.settings)
 
     def loss(self, forward: Forward, batch: Batch) -> Loss:
         """The policy's loss over completions; of held-out ones minus the reward."""
@@ -480,6 +478,10 @@ class Grpo(Objective):
             losses = losses + settings.beta * kl
         gap = (now - sampled)[is_now].abs()
         metrics |= grpo_metrics.of_tokens(c, entropies, kl, gap, settings)
+        if idle := taken_from(batch, IDLE):
+            unread = {name: torch.zeros_like(value) for name, value in metrics.items()}
+            own = grpo_metrics.of_completions(idle) | grpo_metrics.of_sampled(idle)
+            metrics = added(metrics, unread | own)
         return Loss(kind.normalisation.total(losses, c), self.count(batch), metrics)
 
     def held_out(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

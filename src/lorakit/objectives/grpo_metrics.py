@@ -61,6 +61,15 @@ def of_completions(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return found
 
 
+def of_sampled(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums over tokens that are not computed again: their entropy is estimated by their own
+    log-probabilities, whose expectation it is."""
+    import torch
+
+    logprobs = batch[PREFIX + "logprobs"]
+    return {"tokens": torch.tensor(len(logprobs)), "entropy": -logprobs.sum()}
+
+
 def _moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Number, sum and sum of squares of what is not NaN in each column (N, F)."""
     return {

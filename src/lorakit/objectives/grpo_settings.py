@@ -170,6 +170,11 @@ class GrpoSettings(Settings):
                         self._only_by_default(name, f"loss_type {kind}")
         if not self.beta:
             self._only_by_default("use_bias_correction_kl", "beta above 0")
+        if self.dynamic_sampling and self.num_generations == 1:
+            raise ValueError(
+                "dynamic_sampling compares the completions of a prompt: give num_generations 2 or "
+                "more"
+            )
         if not self.dynamic_sampling:
             self._only_by_default("max_resamples", "dynamic_sampling")
         return self

@@ -72,7 +72,7 @@ class GrpoWarnings:
                 "is learned",
                 "Try the functions with lorakit rewards.",
             )
-        elif self._again("groups", share >= 0.9):
+        elif self.settings.num_generations > 1 and self._again("groups", share >= 0.9):
             yield (
                 "groups without signal",
                 f"in {share:.0%} of the groups all completions have the same reward (the mean of "
