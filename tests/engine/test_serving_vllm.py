@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakit.adapters.export.vllm_base import slot_bytes
 from lorakit.adapters.manifest import Manifest, write_manifest
 from lorakit.errors import InputError, LorakitError
 from lorakit.server.vllm import VllmOptions, plan, serve
-from lorakit.server.vllm.vllm_base import slot_bytes
 from plain_adapters import KINDS, updates
 from random_adapters import change, make_adapter
 from tiny import CHATML, save_tiny_model

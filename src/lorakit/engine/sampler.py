@@ -7,7 +7,7 @@ the student of a distillation at a step of its training.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -39,28 +39,57 @@ if TYPE_CHECKING:
 MAX_ROWS = 64
 """Answers that are written at once."""
 FEW_ROWS = 16
-"""The same where `generate` writes them."""
+"""The same where `generate` writes them, and of conversations."""
 
 PACKS_FROM = 16
 """Tokens of an answer from which on packing factors saves more than it takes."""
 
 
+NextRows = Callable[[Sequence[AnswerRow], bool], Iterable[AnswerRow]]
+"""Gives rows that are to be written too, by those that the last step has finished, and whether
+none is left but for them."""
+
+
+def write_as_they_come(batch: Batch, routing: Routing, next_rows: NextRows) -> None:
+    """Writes rows to their ends, as many at once as the batch has room for.
+
+    Args:
+        next_rows: asked before each step. It is over when no row is left and it gives none.
+    """
+    waiting, writing = deque[AnswerRow](), list[AnswerRow]()
+    finished: list[AnswerRow] = []
+    with torch.inference_mode(), routing.using(Route()):
+        while True:
+            waiting.extend(next_rows(finished, not waiting and not writing))
+            while waiting and batch.has_room():
+                writing.append(waiting.popleft())
+                batch.add(writing[-1])
+            if not writing:
+                return
+            batch.step()
+            finished = [row for row in writing if row.finished]
+            writing = [row for row in writing if not row.finished]
+
+
 def write_rows(
     batch: Batch, rows: Sequence[AnswerRow], routing: Routing, work: Task | None = None
 ) -> None:
-    """Writes all rows to their ends, as many at once as the batch has room for.
+    """Writes all rows to their ends.
 
     Args:
         work: told how many rows are finished.
     """
-    waiting = deque(rows)
-    with torch.inference_mode(), routing.using(Route()):
-        while waiting or batch.rows:
-            while waiting and batch.has_room():
-                batch.add(waiting.popleft())
-            batch.step()
-            if work is not None:
-                work.update(sum(row.finished for row in rows))
+    given = iter([rows])
+    written = 0
+
+    def next_rows(finished: Sequence[AnswerRow], idle: bool) -> Sequence[AnswerRow]:
+        nonlocal written
+        written += len(finished)
+        if work is not None:
+            work.update(written)
+        return next(given, ())
+
+    write_as_they_come(batch, routing, next_rows)
 
 
 class Sampler:
@@ -155,15 +184,11 @@ class Sampler:
         """
         if not prompts:
             return []
-        reads = as_text or bool(self.ending.text)
-        rows = []
         names = adapters or [route.shared[0] if route.shared else BASE] * len(prompts)
-        for prompt, own, name in zip(prompts, sampling, names, strict=True):
-            room = min(own.max_new_tokens, self.context_length - len(prompt))
-            shown = None if name == BASE else name
-            ticket = Ticket(tuple(prompt), shown, replace(own, max_new_tokens=room))
-            tokenizer = self._tokenizer if reads else None
-            rows.append(AnswerRow(ticket, name, tokenizer, self.ending, self._base.device))
+        rows = [
+            self.row(prompt, own, name, as_text=as_text)
+            for prompt, own, name in zip(prompts, sampling, names, strict=True)
+        ]
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
         routing, most = self._model.routing, self._rows_at_once(rows)
         of_all = None if adapters else route
@@ -175,6 +200,33 @@ class Sampler:
             if row.failed:
                 raise LorakitError([*row.ticket][-1].error)
         return rows
+
+    def row(
+        self, prompt: Sequence[int], sampling: Sampling, adapter: str, *, as_text: bool = False
+    ) -> AnswerRow:
+        """A row to be written; other arguments as of `write`.
+
+        Args:
+            adapter: by whose name it is known, `BASE` for none.
+        """
+        room = min(sampling.max_new_tokens, self.context_length - len(prompt))
+        shown = None if adapter == BASE else adapter
+        ticket = Ticket(tuple(prompt), shown, replace(sampling, max_new_tokens=room))
+        tokenizer = self._tokenizer if as_text or self.ending.text else None
+        return AnswerRow(ticket, adapter, tokenizer, self.ending, self._base.device)
+
+    def write_turns(self, next_rows: NextRows, route: Route, most: int, longest: int) -> None:
+        """Writes rows that follow from each other, such as the turns of conversations.
+
+        Args:
+            next_rows: as in `write_as_they_come`; it looks itself for rows that have failed.
+            route: of all rows.
+            most: how many there are at once, at most.
+            longest: the most tokens of a row, with its prompt.
+        """
+        routing, most = self._model.routing, min(FEW_ROWS, most)
+        batch = self._carried.batch(self._base, routing, most, longest, route)
+        write_as_they_come(batch, routing, next_rows)
 
 
 def sampled_answers(

@@ -35,7 +35,7 @@ class CompletionRow(TokenizedRow):
 
     Attributes:
         logprobs: of the labels, when they were sampled.
-        size: tokens of the completion, those of an environment among them.
+        size: tokens of the completion that the model has sampled.
         cut_off: whether it ended by its limit of tokens.
         rewards: of each function, NaN where it gave none.
         reward: their weighted sum, NaN where none gave one.
@@ -96,12 +96,13 @@ def completion_row(
     if not masked:
         pairs = zip(rollout.logprobs, learned, strict=True)
         logprobs = [value for value, own in pairs if own]
+    before = prompt.input_ids if rollout.prompt is None else rollout.prompt
     return CompletionRow(
-        [*prompt.input_ids, *tokens],
-        [IGNORE] * len(prompt) + labels,
+        [*before, *tokens],
+        [IGNORE] * len(before) + labels,
         prompt.where,
         logprobs=tuple(logprobs),
-        size=len(tokens),
+        size=sum(learned),
         cut_off=rollout.finish_reason == "length",
         **worth,
     )

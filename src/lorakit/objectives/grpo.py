@@ -9,7 +9,6 @@ old ones of the loss, and how far they differ from the trainer's own is measured
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -23,7 +22,9 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import grpo_metrics, policy_gradient
 from lorakit.objectives.advantages import advantages
 from lorakit.objectives.batch_sums import Loss, added
+from lorakit.objectives.completion_prompts import asked_prompts
 from lorakit.objectives.completion_records import CompletionLog
+from lorakit.objectives.completion_rewards import judged, no_functions, with_environment
 from lorakit.objectives.completion_rows import (
     IDLE,
     PREFIX,
@@ -39,8 +40,7 @@ from lorakit.objectives.grpo_warnings import GrpoWarnings
 from lorakit.objectives.objective import REFERENCE, Batch, Collate, Objective
 from lorakit.objectives.resident_reward import ResidentReward
 from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
-from lorakit.rewards.inputs_of_rows import reward_columns, reward_input
-from lorakit.rewards.reward_table import RewardInput
+from lorakit.rewards.inputs_of_rows import reward_columns
 from lorakit.rewards.rewards import Rewards
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Grpo(Objective):
         self._prompts: list[PromptRow] = []
         self._to_learn: list[int] = []
         self._warnings = GrpoWarnings(self.settings)
+        self._of_rollouts = grpo_metrics.RolloutMeans()
 
     @property
     def score_names(self) -> Sequence[str]:  # type: ignore[override]
@@ -119,7 +120,9 @@ class Grpo(Objective):
 
     @property
     def _reward_names(self) -> Sequence[str]:
-        return self.rewards.names if self.rewards is not None else ()
+        own = self.rewards.names if self.rewards is not None else ()
+        environment = self.settings.environment_name
+        return own if environment is None else (*own, environment)
 
     @property
     def reference(self) -> str | None:
@@ -142,6 +145,11 @@ class Grpo(Objective):
         in_turns = s.steps_per_generation is not None or s.num_iterations != 1
         plain = s.temperature == 1 and not in_turns and self.rollouts == "engine"
         return plain and self.reference in (None, BASE)
+
+    @property
+    def rollouts(self) -> str:  # type: ignore[override]
+        """As in `Objective`."""
+        return "environment" if self.settings.converses else str(self.settings.rollouts)
 
     @property
     def on_policy(self) -> bool:
@@ -179,14 +187,12 @@ class Grpo(Objective):
 
     def prepare(self, request: RunRequest) -> TrainingInputs:
         """As in `Objective`. Raises InputError where rewards cannot be loaded."""
-        settings = self.settings
+        s = self.settings
         self.beside = []
-        self.rewards = Rewards.opened(
-            settings.rewards,
-            settings.weights,
-            settings.reward_timeout,
-            scorer=self._reward_adapter,
-        )
+        if s.rewards or s.environment is None:
+            self.rewards = Rewards.opened(
+                s.rewards, s.weights, s.reward_timeout, scorer=self._reward_adapter
+            )
         try:
             return super().prepare(request)
         except BaseException:
@@ -208,6 +214,7 @@ class Grpo(Objective):
         other = super().with_settings(settings)
         other._warnings = GrpoWarnings(settings)
         other._log = CompletionLog()
+        other._of_rollouts = grpo_metrics.RolloutMeans()
         names = ("rewards", "weights", "reward_timeout")
         if any(getattr(settings, name) != getattr(self.settings, name) for name in names):
             other.rewards = Rewards.opened(*(getattr(settings, name) for name in names))
@@ -219,10 +226,10 @@ class Grpo(Objective):
         self._prompts.clear()
         data = super().read(request, loaded)
         self._to_learn = [row.number for row in data.train if isinstance(row, PromptRow)]
-        assert self.rewards is not None
         samples: list[Any] = [*data.train_samples, *data.eval_samples]
         for sample in samples:
-            self.rewards.check([*reward_columns(sample)], sample.where)
+            if self.rewards is not None:
+                self.rewards.check([*reward_columns(sample)], sample.where)
         return data
 
     def as_learned(self, sample: Sample) -> Sample:
@@ -284,15 +291,17 @@ class Grpo(Objective):
         self, prompts: Sequence[PromptRow], step: int | None
     ) -> Generator[Sequence[AskedPrompt], Sequence[Rollout], list[_Answered]]:
         each = 1 if step is None else self.settings.num_generations
-        rollouts = yield self._asked(prompts, step, each)
+        rollouts = yield asked_prompts(prompts, self.settings, step, each, self._limit.tokens)
         groups = [rollouts[at : at + each] for at in range(0, len(rollouts), each)]
         asked = [
-            _judged(prompt, rollout)
+            judged(prompt, rollout)
             for prompt, group in zip(prompts, groups, strict=True)
             for rollout in group
         ]
-        assert self.rewards is not None
-        table = self.rewards(asked, self.trainer_state)
+        state = self.trainer_state
+        table = self.rewards(asked, state) if self.rewards else no_functions(len(asked))
+        if (name := self.settings.environment_name) is not None:
+            table = with_environment(table, name, rollouts, asked)
         self._warnings.met(table.problems)
         self._log.metrics |= table.metrics
         parts = table.values.split(each)
@@ -301,43 +310,6 @@ class Grpo(Objective):
             for at in range(0, len(rollouts), each)
         ]
         return [_Answered(*one) for one in zip(prompts, groups, parts, extra, strict=True)]
-
-    def _asked(
-        self, prompts: Sequence[PromptRow], step: int | None, each: int
-    ) -> list[AskedPrompt]:
-        """What is asked of the model: each prompt so many times.
-
-        The seed of a completion depends on `seed`, the step, the prompt and its number among the
-        completions alone, not on how sampling is divided into batches or resumed.
-        """
-        s = self.settings
-        times: Counter[int] = Counter()
-        found = []
-        for prompt in prompts:
-            room = min(s.max_completion_length, self._limit.tokens - len(prompt))
-            for _ in range(each):
-                generation = times[prompt.number]
-                times[prompt.number] += 1
-                place = f"{s.seed} {step} {generation} {prompt.input_ids}"
-                one = AskedPrompt(
-                    prompt.input_ids,
-                    room,
-                    s.temperature if step is not None else s.temperature_eval,
-                    random.Random(place).getrandbits(32),
-                    sample=prompt.sample,
-                    generation=generation,
-                )
-                if step is not None:
-                    one = replace(
-                        one,
-                        top_p=s.top_p,
-                        top_k=s.top_k,
-                        min_p=s.min_p,
-                        repetition_penalty=s.repetition_penalty,
-                        logprobs=True,
-                    )
-                found.append(one)
-        return found
 
     def _with_signal(
         self, answered: list[_Answered], step: int
@@ -365,8 +337,9 @@ class Grpo(Objective):
     def _weights(self) -> torch.Tensor:
         import torch
 
-        assert self.rewards is not None
-        return torch.tensor(self.rewards.weights, dtype=torch.float64)
+        own = self.rewards.weights if self.rewards is not None else ()
+        environment = () if self.settings.environment is None else (1.0,)
+        return torch.tensor([*own, *environment], dtype=torch.float64)
 
     def _groups(self, answered: Sequence[_Answered], learned: bool) -> list[CompletionGroup]:
         """The rows of completions, with advantages over all of the step's in all processes."""
@@ -375,6 +348,9 @@ class Grpo(Objective):
         s = self.settings
         own = [one.rewards.tolist() for one in answered]
         everyone, before = self.gather(own) if learned else (own, 0)
+        if learned:
+            measured = [dict(rollout.metrics) for one in answered for rollout in one.rollouts]
+            self._of_rollouts.add(self.gather(measured)[0])
         rewards = torch.tensor(everyone, dtype=torch.float64).flatten(0, 1)
         found = advantages(
             rewards,
@@ -469,6 +445,8 @@ class Grpo(Objective):
         losses = kind.of_tokens(c, settings)
         if settings.off_policy_mask_threshold is not None:
             losses = losses * policy_gradient.near_enough(c, settings.off_policy_mask_threshold)
+        if (most := settings.clip_max) is not None:
+            losses = losses * policy_gradient.truncated_ratio(now, sampled, most)
         kl = None
         if settings.beta:
             reference = batch.get(REFERENCE)
@@ -495,16 +473,9 @@ class Grpo(Objective):
 
     def scores(self, sums: Mapping[str, torch.Tensor], count: float) -> dict[str, float]:
         """The metrics by TRL's names."""
-        return grpo_metrics.named(sums, self._reward_names)
+        found = grpo_metrics.named(sums, self._reward_names)
+        return found | self._of_rollouts.taken() if "tokens" in sums else found
 
     def warnings(self, logs: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
         """As in `Objective`."""
         yield from self._warnings.of(logs)
-
-
-def _judged(prompt: PromptRow, rollout: Rollout) -> RewardInput:
-    """A completion as rewards see it."""
-    assert prompt.sample is not None
-    return reward_input(
-        prompt.sample, rollout.text, rollout.tokens, rollout.messages, rollout.finish_reason
-    )

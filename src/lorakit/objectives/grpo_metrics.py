@@ -7,7 +7,8 @@ the steps between two logs, and read at the end (`named`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lorakit.objectives.batch_sums import MAX
@@ -30,8 +31,30 @@ TRAINED = (
     "completions/reward_length_correlation",
     *("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
     *("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
+    "environment/",
 )
-"""What is logged while training, beside the means and deviations of each reward."""
+"""What is logged while training, beside the means and deviations of each reward.
+
+What ends with `/` is how the names of `Rollout.metrics` begin.
+"""
+
+
+class RolloutMeans:
+    """The means of `Rollout.metrics` by name, over the rollouts that have them."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, rollouts: Iterable[Mapping[str, float]]) -> None:
+        """Takes in those of some rollouts."""
+        for metrics in rollouts:
+            for name, value in metrics.items():
+                self._values.setdefault(name, []).append(value)
+
+    def taken(self) -> dict[str, float]:
+        """The means since the last time."""
+        values, self._values = self._values, {}
+        return {name: fmean(own) for name, own in values.items()}
 
 
 def of_completions(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_validator
@@ -63,6 +64,18 @@ class GrpoSettings(Settings):
         temperature_eval: of the completion that each held-out prompt gets; 0 is the likeliest.
         sapo_temperature_pos, sapo_temperature_neg: of `loss_type: sapo`.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of `loss_type: vespo`.
+        environment: what answers the model turn by turn: a class of a file (`env.py:Name`) or
+            module, or given from Python; a mapping with `type` has its arguments too.
+        tools: functions that the model may call, each as `tools.py:name` or `module:name`.
+        max_turns: the most turns of the model in a conversation.
+        environment_timeout: seconds that one call of the environment or of a tool may take.
+        rollouts: what samples: the resident model, or vLLM with each step's adapter.
+        vllm_server_base_url: of a server of vLLM; None starts one.
+        vllm_server_timeout: seconds that it may take to start, and for a completion.
+        vllm_max_model_length, vllm_gpu_memory_utilization, vllm_tensor_parallel_size: of the one
+            that is started; None is vLLM's default.
+        vllm_importance_sampling_clip_max: the most that exp(own - vLLM's log-probability), by
+            which the loss of each token is multiplied, may be.
         seed: of sampling.
     """
 
@@ -101,7 +114,42 @@ class GrpoSettings(Settings):
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    environment: str | dict[str, Any] | None = None
+    tools: list[str] = Field(default_factory=list)
+    max_turns: Annotated[int, Field(ge=1, le=10_000)] = 10
+    environment_timeout: Annotated[float, Field(gt=0)] = 30.0
+    rollouts: Literal["engine", "vllm"] = "engine"
+    vllm_server_base_url: str | None = None
+    vllm_server_timeout: Annotated[float, Field(gt=0)] = 600.0
+    vllm_max_model_length: Annotated[int, Field(ge=2)] | None = None
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    vllm_tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    vllm_importance_sampling_clip_max: Annotated[float, Field(gt=0)] = 3.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+    @property
+    def clip_max(self) -> float | None:
+        """What the truncated importance ratios to the sampler are clipped at, if there are some."""
+        return self.vllm_importance_sampling_clip_max if self.rollouts == "vllm" else None
+
+    @property
+    def converses(self) -> bool:
+        """Whether a completion may have several turns."""
+        return self.environment is not None or bool(self.tools)
+
+    @property
+    def environment_spec(self) -> tuple[str | None, dict[str, Any]]:
+        """The class of the environment, as `FILE.py:CLASS`, and its arguments."""
+        if not isinstance(self.environment, dict):
+            return self.environment, {}
+        own = dict(self.environment)
+        return own.pop("type"), own
+
+    @property
+    def environment_name(self) -> str | None:
+        """What the environment's reward is called: its class."""
+        spec, _ = self.environment_spec
+        return None if spec is None else spec.rpartition(":")[2]
 
     @property
     def upper_epsilon(self) -> float:
@@ -118,6 +166,18 @@ class GrpoSettings(Settings):
     def _as_list(cls, value: Any) -> Any:
         one = isinstance(value, (str, dict)) or callable(value)
         return [value] if one else value
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _named_environment(cls, value: Any) -> Any:
+        if inspect.isclass(value):
+            file = inspect.getsourcefile(value)
+            if file is None or not value.__qualname__.isidentifier():
+                raise ValueError("should be a class at the top of a file, which processes import")
+            return f"{file}:{value.__name__}"
+        if isinstance(value, dict) and not isinstance(value.get("type"), str):
+            raise ValueError("should have a type: {type: env.py:Name}, with arguments beside it")
+        return value
 
     @field_validator("scale_rewards", mode="before")
     @classmethod
@@ -168,6 +228,15 @@ class GrpoSettings(Settings):
                 for name in type(self).model_fields:
                     if name.startswith(f"{kind}_"):
                         self._only_by_default(name, f"loss_type {kind}")
+        if self.rollouts != "vllm":
+            for name in type(self).model_fields:
+                if name.startswith("vllm_"):
+                    self._only_by_default(name, "rollouts vllm")
+        else:
+            self._fits_vllm()
+        if not self.converses:
+            self._only_by_default("max_turns", "environment or tools")
+            self._only_by_default("environment_timeout", "environment or tools")
         if not self.beta:
             self._only_by_default("use_bias_correction_kl", "beta above 0")
         if self.dynamic_sampling and self.num_generations == 1:
@@ -178,6 +247,24 @@ class GrpoSettings(Settings):
         if not self.dynamic_sampling:
             self._only_by_default("max_resamples", "dynamic_sampling")
         return self
+
+    def _fits_vllm(self) -> None:
+        if self.num_iterations > 1 or self.steps_per_generation is not None:
+            raise ValueError(
+                "rollouts vllm learns completions once, in the step that samples them: leave out "
+                "num_iterations and steps_per_generation"
+            )
+        if self.converses:
+            raise ValueError(
+                "rollouts should be engine with environment or tools: conversations are sampled "
+                "by the resident model"
+            )
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} cannot be set with rollouts vllm, whose log-probabilities would then "
+                    "be of another distribution than the trainer's"
+                )
 
     def _only_by_default(self, name: str, needs: str) -> None:
         if getattr(self, name) != type(self).model_fields[name].default:

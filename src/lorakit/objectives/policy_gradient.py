@@ -148,6 +148,18 @@ def near_enough(c: Completions, threshold: float) -> torch.Tensor:
     return c.spread(kept.to(c.log_probs))
 
 
+def truncated_ratio(own: torch.Tensor, sampled: torch.Tensor, most: float) -> torch.Tensor:
+    """min(pi / mu, most) of each token (n,), for a sampler mu whose numbers are not the trainer's.
+
+    TRL's `token_truncate` (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training").
+
+    Args:
+        own, sampled: (n,) log-probabilities of both, in nats.
+    """
+    return (own - sampled).exp().clamp(max=most)
+
+
 # --- how tokens are added up ----------------------------------------------------------------------
 
 

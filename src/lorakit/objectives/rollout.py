@@ -60,6 +60,8 @@ class Rollout:
             all of them.
         reward: an environment's own, None where there is none.
         metrics: numbers of an environment, averaged and logged by name.
+        prompt: the tokens before, where they are others than those that were asked.
+        failure: why an environment gave no reward.
     """
 
     tokens: Sequence[int]
@@ -70,6 +72,8 @@ class Rollout:
     sampled: Sequence[bool] | None = None
     reward: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    prompt: Sequence[int] | None = None
+    failure: str = ""
 
     @property
     def learned(self) -> Sequence[bool]:

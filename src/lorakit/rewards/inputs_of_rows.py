@@ -50,7 +50,7 @@ def reward_input(
     prompt: Text = [dict(one) for one in sample.prompt]
     completion: Text = [dict(one) for one in messages or ()]
     completion = completion or [{"role": "assistant", "content": text}]
-    if not is_conversational(sample.columns or {}):
+    if not messages and not is_conversational(sample.columns or {}):
         asked = [one for one in sample.prompt if one["role"] == "user"]
         prompt, completion = _text(asked[-1]["content"]) if asked else "", text
     return RewardInput(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorakit.engine.sampler import Sampler
 from lorakit.engine.sampling import Sampling
-from lorakit.objectives.rollout import AskedPrompt, Rollout
+from lorakit.errors import LorakitError
+from lorakit.objectives.rollout import AskedPrompt, FinishReason, Rollout
 from lorakit.progress import task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.engine.rows import AnswerRow
+    from lorakit.engine.sampling import Ending
     from lorakit.lora.model import LoraModel
+    from lorakit.lora.routing import Route
     from lorakit.objectives.objective import Objective
 
 
@@ -27,7 +32,14 @@ class EngineRollouts:
         tokenizer: says what ends a completion.
     """
 
-    def __init__(self, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
+    notices: Sequence[str] = ()
+
+    def __init__(
+        self,
+        objective: Objective,
+        tokenizer: PreTrainedTokenizerBase,
+        model: LoraModel | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._sampler: Sampler | None = None
 
@@ -48,39 +60,72 @@ class EngineRollouts:
         """
         if self._sampler is None:
             self._sampler = Sampler(model, self._tokenizer)
-        was_training, route = model.training, model.routing.route
-        model.eval()
-        try:
-            # Compiled for training, the blocks would be compiled again for every length.
-            with (
-                torch.compiler.set_stance("force_eager"),
-                task("sampling completions", len(asked)) as work,
-            ):
-                tokens: list[Any] = [one.tokens for one in asked]
-                sampling = [_sampling(one) for one in asked]
-                rows = self._sampler.write(tokens, sampling, route, work, adapters=adapters)
-        finally:
-            model.train(was_training)
-        return [self._rollout(row) for row in rows]
+        with answering(model) as route, task("sampling completions", len(asked)) as work:
+            tokens: list[Any] = [one.tokens for one in asked]
+            sampling = [sampling_of(one) for one in asked]
+            rows = self._sampler.write(tokens, sampling, route, work, adapters=adapters)
+        return [self._rollout(written_of(row)) for row in rows]
 
-    def _rollout(self, row: AnswerRow) -> Rollout:
-        pieces = [*row.ticket]
+    def _rollout(self, written: Written) -> Rollout:
         assert self._sampler is not None
-        tokens, ending = list(row.tokens), self._sampler.ending
-        ended = pieces[-1].finish_reason != "length"
-        written = tokens[:-1] if ended and tokens[-1:] and tokens[-1] in ending.tokens else tokens
-        text = str(self._tokenizer.decode(written, skip_special_tokens=True))
+        tokens, ending = written.tokens, self._sampler.ending
+        text = str(self._tokenizer.decode(written.before(ending), skip_special_tokens=True))
         if ending.text:
             text = text.partition(ending.text)[0]
-        return Rollout(
-            tokens,
-            [chosen.logprob for piece in pieces for chosen in piece.logprobs],
-            "stop" if ended else "length",
-            text,
-        )
+        reason: FinishReason = "length" if written.cut else "stop"
+        return Rollout(tokens, written.logprobs, reason, text)
+
+    def require(self) -> None:
+        """As in `RolloutSource`: nothing is missing."""
+
+    def close(self) -> None:
+        """As in `RolloutSource`: nothing was started."""
 
 
-def _sampling(one: AskedPrompt) -> Sampling:
+@contextmanager
+def answering(model: LoraModel) -> Iterator[Route]:
+    """Has a model in training answer as it is, without dropout; gives the route in force."""
+    was_training, route = model.training, model.routing.route
+    model.eval()
+    try:
+        # Compiled for training, the blocks would be compiled again for every length.
+        with torch.compiler.set_stance("force_eager"):
+            yield route
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model has written at once.
+
+    Attributes:
+        tokens: with the one that ended it.
+        logprobs: of each, where they were asked for.
+        cut: it was ended by its limit of tokens.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    cut: bool
+
+    def before(self, ending: Ending) -> list[int]:
+        """The tokens before the one that ended it."""
+        ended = not self.cut and self.tokens and self.tokens[-1] in ending.tokens
+        return self.tokens[:-1] if ended else self.tokens
+
+
+def written_of(row: AnswerRow) -> Written:
+    """What a finished row has. Raises LorakitError where it has failed."""
+    pieces = [*row.ticket]
+    if row.failed:
+        raise LorakitError(pieces[-1].error)
+    logprobs = [chosen.logprob for piece in pieces for chosen in piece.logprobs]
+    return Written(list(row.tokens), logprobs, pieces[-1].finish_reason == "length")
+
+
+def sampling_of(one: AskedPrompt) -> Sampling:
+    """How the engine samples what is asked."""
     return Sampling(
         temperature=one.temperature,
         top_p=one.top_p,

@@ -133,7 +133,7 @@ class Rollouts:
             asked = next(sampling)
             while True:
                 written = (yield asked) if asked else []
-                self.tokens += sum(len(one.tokens) for one in written)
+                self.tokens += sum(sum(one.learned) for one in written)
                 asked = sampling.send(written)
         except StopIteration as end:
             rows: RowsOfBatches = end.value

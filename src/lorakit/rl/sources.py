@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 
 class RolloutSource(Protocol):
-    """Writes completions; made with the objective and the tokenizer of a run."""
+    """Writes completions; made with the objective, the tokenizer and the model of a run.
+
+    Attributes:
+        notices: lines for the user, before a run.
+    """
+
+    @property
+    def notices(self) -> Sequence[str]: ...
+
+    def require(self) -> None:
+        """Raises InputError where something is missing here that a run needs."""
 
     def write(
         self, asked: Sequence[AskedPrompt], model: LoraModel, step: int | None
@@ -33,21 +43,29 @@ class RolloutSource(Protocol):
             LorakitError: a completion could not be written.
         """
 
+    def close(self) -> None:
+        """Ends what was started for it."""
+
 
 SOURCES = {
     "engine": "lorakit.rl.engine_rollouts:EngineRollouts",
+    "vllm": "lorakit.rl.vllm_rollouts:VllmRollouts",
+    "environment": "lorakit.rl.environments:EnvironmentRollouts",
 }
 """Where each is defined; loaded when it is first used."""
 
 
 def open_source(
-    name: str, objective: Objective, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    model: LoraModel | None = None,
 ) -> RolloutSource:
-    """The source `name`. Raises InputError where there is none."""
+    """The source `name`. Raises InputError where there is none, or it cannot be used."""
     if name not in SOURCES:
         near = did_you_mean(name, SOURCES)
         raise InputError(f"rollouts: there is no '{name}'{near}; there are {listed([*SOURCES])}")
     module, _, attribute = SOURCES[name].partition(":")
     kind: Any = getattr(import_module(module), attribute)
-    source: RolloutSource = kind(objective, tokenizer)
+    source: RolloutSource = kind(objective, tokenizer, model)
     return source

@@ -166,6 +166,12 @@ def _require_one_base(configurations: Sequence[Configuration]) -> None:
         kept = {f"data.{key}": value for key, value in data.items()}
         return {"model": recipe.model, "dtype": recipe.dtype, **kept}
 
+    for configuration in configurations:
+        if configuration.recipe.make_objective().rollouts != "engine":
+            raise InputError(
+                "a sweep samples completions by the resident model, one turn each: objective."
+                "environment, tools and rollouts are for lorakit train"
+            )
     for configuration in configurations[1:]:
         first, own = shared(configurations[0]), shared(configuration)
         if other := [key for key in first if first[key] != own[key]]:

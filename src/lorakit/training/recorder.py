@@ -97,7 +97,7 @@ class Recorder(TrainerCallback):
     """Keeps the training time in `counts` and appends what Trainer logs to `lines`.
 
     After resuming, lines of steps that will be made again are dropped, in `others` too. `metrics`
-    are what the objective logs beside the loss.
+    are what the objective logs beside the loss; one that ends with `/` is the beginning of names.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.lines, self.counts, self.others = lines, counts, others
         self.kept = {*_KEPT, *metrics}
+        self._begin = ("eval_", *(name for name in metrics if name.endswith("/")))
         self._step_began = 0.0
         self._last_logged = Counts()
 
@@ -132,7 +133,8 @@ class Recorder(TrainerCallback):
         Raises:
             LorakitError: the loss or the gradient is NaN or Inf.
         """
-        values = {k: v for k, v in (logs or {}).items() if k in self.kept or k.startswith("eval_")}
+        known = self.kept, self._begin
+        values = {k: v for k, v in (logs or {}).items() if k in known[0] or k.startswith(known[1])}
         if not values:
             return
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):

@@ -148,11 +148,13 @@ def train(
         if resume and rendering is None:
             rendering = rendering_of(folder)
         setup = set_up(recipe, rendering=rendering, objective=own)
+        held.callback(setup.close)
+        if setup.source is not None:
+            setup.source.require()
         if expected_data is not None:
             require_data(expected_data, setup.data_facts)
         if expected_rewards is not None:
             require_rewards(expected_rewards, setup.inputs.objective.reward_facts)
-        held.callback(setup.inputs.objective.close)
         return _train(setup, console, main, resume, accept_changes, callbacks)
 
 

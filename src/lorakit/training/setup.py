@@ -32,6 +32,7 @@ from lorakit.models.load import best_device, torch_dtype
 from lorakit.models.template_files import template_in
 from lorakit.objectives.objective import Objective, TrainingInputs
 from lorakit.objectives.run_request import RunRequest
+from lorakit.rl.sources import RolloutSource, open_source
 from lorakit.training.advice import Advice, advised
 from lorakit.training.batching import BatchDataset, Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
@@ -72,6 +73,7 @@ class Setup:
         base_fingerprint: of the base model's weights.
         notices: lines for the user.
         answers: what evaluations generate (`eval.generate`), if anything.
+        source: what samples completions, if the objective learns from some.
     """
 
     recipe: Recipe
@@ -86,6 +88,13 @@ class Setup:
     base_fingerprint: str | None
     notices: list[str]
     answers: HeldOutAnswers | None = None
+    source: RolloutSource | None = None
+
+    def close(self) -> None:
+        """Ends the processes of rewards and environments."""
+        self.inputs.objective.close()
+        if self.source is not None:
+            self.source.close()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -120,6 +129,7 @@ class Setup:
             self.recipe.training.loraplus_lr_ratio,
             data.stream,
             self.tokenizer,
+            self.source,
         )
         trainer.templates, trainer.answers = inputs.templates, self.answers
         trainer.own_tokenizer = inputs.tokenizer if inputs.own_tokenizer else None
@@ -222,6 +232,10 @@ def set_up(
         notices.append("early stopping: saved whenever it is evaluated, and the best is kept")
     elif follows_evaluations(recipe):
         notices.append("saved whenever it is evaluated, as the best is to be loaded at the end")
+    source = None
+    if inputs.objective.on_policy:
+        source = open_source(inputs.objective.rollouts, inputs.objective, tokenizer, adapted)
+        notices += source.notices
     return Setup(
         recipe=recipe,
         advice=advice,
@@ -235,6 +249,7 @@ def set_up(
         base_fingerprint=inputs.base_fingerprint,
         notices=[*data.notices, *notices],
         answers=answers,
+        source=source,
     )
 
 

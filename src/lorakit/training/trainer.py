@@ -29,6 +29,7 @@ from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch, Objective
 from lorakit.progress import track
 from lorakit.rl.rollouts import Rollouts
+from lorakit.rl.sources import RolloutSource
 from lorakit.training.batching import (
     BatchDataset,
     Batching,
@@ -58,6 +59,7 @@ class LoraTrainer(CheckpointedTrainer):
         loraplus_lr_ratio: how many times faster `B` learns than `A` (LoRA+); None for as fast.
         tokenizer: for answers that the model samples in training, if the objective asks for some.
         stream: the rows to learn from, of which `train_rows` are then only the first.
+        source: what samples completions; None opens the objective's own.
 
     Attributes:
         start: the adapter's checksums before the first step; None where weights are spread.
@@ -76,6 +78,7 @@ class LoraTrainer(CheckpointedTrainer):
         loraplus_lr_ratio: float | None = None,
         stream: RowStream | None = None,
         tokenizer: Any = None,
+        source: RolloutSource | None = None,
     ) -> None:
         self.expected_batches = partial(batching.train_batches, train_rows, args)
         sampler = EpochSampler(self.expected_batches)
@@ -90,7 +93,8 @@ class LoraTrainer(CheckpointedTrainer):
         self.objective, self.batching = objective, batching
         self.rollouts: Rollouts | None = None
         if objective.on_policy:
-            self.rollouts = Rollouts(objective, tokenizer, batching.collator(learning=True))
+            collate = batching.collator(learning=True)
+            self.rollouts = Rollouts(objective, tokenizer, collate, source)
         self._metrics: dict[str, torch.Tensor] = {}  # summed since they were logged last
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.interrupt: Interrupt | None = None

@@ -26,6 +26,15 @@ from lorakit.adapters.export.vllm import (
     template_file,
     write_copy,
 )
+from lorakit.adapters.export.vllm_base import (
+    Base,
+    find_base,
+    fingerprint,
+    fitted_to,
+    require_context,
+    require_lora,
+    slot_bytes,
+)
 from lorakit.adapters.open import trained_quantization
 from lorakit.console import say
 from lorakit.errors import InputError, LorakitError, listed, one_line
@@ -36,15 +45,6 @@ from lorakit.models.layouts import layout_of
 from lorakit.models.skeleton import skeleton
 from lorakit.models.template_files import default_of
 from lorakit.server.options import check_key, is_loopback, require_key
-from lorakit.server.vllm.vllm_base import (
-    Base,
-    find_base,
-    fingerprint,
-    fitted_to,
-    require_context,
-    require_lora,
-    slot_bytes,
-)
 
 MOST_SLOTS = 16
 """Adapters in one batch at most: each slot takes memory of the GPU, used or not."""
