@@ -60,7 +60,7 @@ def test_a_run_learns_to_call_a_tool_and_resumes_to_the_same_bytes(folder: Path,
     assert logged[-1]["sampling/sampling_logp_difference/max"] < 1e-4
     # A turn is a phrase and its end: nothing of what stands between them is learned.
     turns = sum(line["environment/turns"] for line in logged) * 4 * 4
-    assert found.supervised_tokens == pytest.approx(2 * turns)
+    assert 0 < found.supervised_tokens <= 2 * turns, "groups without a gradient are left out"
     assert found.train_tokens > 10 * found.supervised_tokens
     before = (run / "adapter_model.safetensors").read_bytes()
     for name in ("lorakit.json", "adapter_config.json", "adapter_model.safetensors"):
