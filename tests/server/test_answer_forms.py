@@ -151,6 +151,39 @@ def test_rows_beside_a_form_answer_as_they_do_alone(served: Running) -> None:
     assert [c[0]["text"] for c in together] == [c[0]["text"] for c in alone]
 
 
+REPORTED: dict[str, tuple[dict[str, Any], Any]] = {
+    "a list of schemas for items, as in draft 7": (
+        {"type": "array", "items": [{"enum": [1]}, {"enum": ["a"]}], "minItems": 2, "maxItems": 2},
+        jsonschema.Draft7Validator,
+    ),
+    "an escape that is none": ({"type": "string", "pattern": "^hello\\!$"}, None),
+    "an optional part": (
+        {"type": "string", "pattern": r"^\d{4}-\d{2}(T\d{2})?$"},
+        None,
+    ),
+    "many items": ({"type": "array", "items": {"enum": [1]}, "maxItems": 5000}, None),
+    "null or a value": (
+        {"type": "object", "properties": {"a": {"type": ["boolean", "null"]}}, "required": ["a"]},
+        None,
+    ),
+    "a union of a union": (
+        {"anyOf": [{"oneOf": [{"const": 1}, {"const": "b"}]}, {"type": "null"}]},
+        None,
+    ),
+}
+"""Schemas that were reported to crash, hang or pass by other servers."""
+
+
+@pytest.mark.parametrize("case", REPORTED)
+def test_schemas_that_others_stumble_over_are_followed(served: Running, case: str) -> None:
+    schema, validator = REPORTED[case]
+    choice = answer(served, response_format=schema_format(schema), seed=3, max_tokens=900)
+    if choice["finish_reason"] == "stop":
+        made = json.loads(choice["message"]["content"])
+        (validator or jsonschema.Draft202012Validator)(schema).validate(made)
+    assert text(served, guided_regex=r"^(a|b)$") in "ab"
+
+
 NODE = {"type": "object", "properties": {"n": {"$ref": "#"}}, "required": ["n"]}
 PRODUCT = {
     "allOf": [

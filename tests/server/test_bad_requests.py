@@ -16,8 +16,6 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 UNSUPPORTED: list[tuple[str, Any]] = [
     ("suffix", "x"),
-    ("echo", True),
-    ("logit_bias", {"1": 5}),
     ("stream_options", {"include_obfuscation": True}),
 ]
 UNSUPPORTED_IN_CHATS: list[tuple[str, Any]] = [
@@ -32,7 +30,6 @@ UNSUPPORTED_IN_CHATS: list[tuple[str, Any]] = [
     ("verbosity", "low"),
     ("web_search_options", {}),
     ("prediction", {"type": "content", "content": "a"}),
-    ("logit_bias", {"1": 5}),
 ]
 
 
@@ -92,7 +89,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"best_of": 3}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"stopp": "a"}, "stopp"),
     ({"lora_path": "/etc"}, "lora_path"),
 ]
@@ -264,7 +266,7 @@ def test_paths_and_methods_that_are_not_there(served: Running) -> None:
         "/v1/",
         "/v1/completions/",
         "/docs",
-        "/v1/embeddings",
+        "/v1/audio/speech",
         "/page/no",
         "/%00",
     ):

@@ -144,7 +144,7 @@ def test_an_error_is_of_the_clients_own_class(served: Running) -> None:
     with pytest.raises(openai.NotFoundError):
         served.openai.models.retrieve("shopp")
     with pytest.raises(openai.NotFoundError):
-        served.openai.embeddings.create(model="shop", input="a")
+        served.openai.images.generate(model="shop", prompt="a")
     with pytest.raises(openai.BadRequestError) as wrong:
         ask(model="shop", messages=HELLO, temperature=3)
     assert (wrong.value.code, wrong.value.param) == ("invalid_value", "temperature")

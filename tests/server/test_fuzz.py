@@ -29,10 +29,20 @@ KNOWN: dict[str, tuple[Any, ...]] = {
 }
 """What is served, can be loaded, or makes sense beside the other fields, by field."""
 OF_PATH: dict[str, dict[str, tuple[Any, ...]]] = {
-    "/pooling": {"model": ("reward",), "input": ("hello", ["a", [1, 2]]), "messages": (None,)}
+    "/pooling": {"model": ("reward",), "input": ("hello", ["a", [1, 2]]), "messages": (None,)},
+    "/v1/embeddings": {"input": ("hello", ["a", [1, 2]])},
+    "/v1/responses": {"input": ("hello",), "stream": (False,), "text": (None,)},
+    "/tokenize": {"prompt": ("hello",), "messages": (None,), "tools": (None,)},
+    "/detokenize": {"tokens": ([1, 2],)},
+    **{path: {"model": ("reward",)} for path in ("/v1/score", "/score", "/v1/rerank", "/rerank")},
 }
 """The same for the fields of one route."""
-DEPENDENT = ("stream_options", "top_logprobs", "best_of", "max_tokens")
+DEPENDENT = (
+    *("stream_options", "top_logprobs", "best_of", "max_tokens", "logit_bias", "dimensions"),
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"),
+    *("guided_choice", "tools", "tool_choice", "parallel_tool_calls", "add_special_tokens"),
+    *("text_1", "text_2", "previous_response_id", "temperature", "top_p"),
+)
 """Fields that are refused beside some values of others, which the description cannot say."""
 CHUNKS: dict[str, TypeAdapter[Any]] = {
     "/v1/chat/completions": TypeAdapter(ChatChunk),
@@ -48,6 +58,14 @@ ROUTES = [
     ("POST", "/v1/chat/completions", 120),
     ("POST", "/v1/completions", 120),
     ("POST", "/pooling", 60),
+    ("POST", "/v1/responses", 60),
+    ("POST", "/v1/embeddings", 20),
+    ("POST", "/v1/score", 20),
+    ("POST", "/score", 5),
+    ("POST", "/v1/rerank", 20),
+    ("POST", "/rerank", 5),
+    ("POST", "/tokenize", 20),
+    ("POST", "/detokenize", 20),
     ("POST", "/v1/load_lora_adapter", 40),
     ("POST", "/v1/unload_lora_adapter", 40),
     ("GET", "/v1/models", 5),
@@ -108,13 +126,15 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
         if not wrong and isinstance(case.body, dict):
             if path == "/pooling":  # one of them
                 case.body = {"messages": None, "input": "hello", **case.body}
+            if path == "/tokenize":
+                case.body = {"messages": None, "prompt": "hello", **case.body}
             values = KNOWN | OF_PATH.get(path, {})
             for field in sorted(set(values) & set(case.body)):
                 known = st.sampled_from(values[field])
                 case.body[field] = data.draw(st.one_of(known, known, st.just(case.body[field])))
             if path in CHUNKS:
                 case.body["stream"] = data.draw(st.booleans())
-            if data.draw(st.booleans()):
+            if case.body.get("stream") or data.draw(st.booleans()):
                 case.body = {k: v for k, v in case.body.items() if k not in DEPENDENT}
         reply = case.call(base_url=fuzzed.url, headers={"Authorization": "Bearer admin"})
         statuses.append(reply.status_code)

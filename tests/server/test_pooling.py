@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.adapters.open import OpenAdapter, open_adapter
@@ -108,3 +109,46 @@ def test_a_reward_model_writes_nothing(server: Running):
     assert "/pooling" in error["message"]
     refused(server.complete(model="reward"), 400)
     assert refused(server.post("/pooling", {"model": "nobody", "input": "a"}), 404)
+
+
+def test_pairs_are_scored_and_documents_sorted(server: Running) -> None:
+    asked, answers = "1 + 1?", ["It is 2.", "I do not know.", "2"]
+    expected = []
+    for text in answers:
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+        expected += scores(server, messages=talk)
+    given = {"model": "reward", "text_1": asked, "text_2": answers}
+    found = server.post("/v1/score", given).json()
+    assert [one["score"] for one in found["data"]] == pytest.approx(expected, abs=1e-5)
+    ranked = server.post(
+        "/v1/rerank", {"model": "reward", "query": asked, "documents": answers, "top_n": 2}
+    ).json()["results"]
+    order = sorted(range(3), key=lambda i: -expected[i])[:2]
+    assert [one["index"] for one in ranked] == order
+    assert [one["document"]["text"] for one in ranked] == [answers[i] for i in order]
+    wrong = {"model": "reward", "text_1": ["a", "b"], "text_2": ["c", "d", "e"]}
+    assert "text_1" in refused(server.post("/v1/score", wrong), 400)["message"]
+    refused(server.post("/v1/score", {"model": "shop", "text_1": "a", "text_2": "b"}), 400)
+
+
+def test_embeddings_are_those_of_the_adapter(server: Running, base: Path, root: Path) -> None:
+    texts = ["hello", "größe and more"]
+    for name, folder in (("shop", root / "shop"), (server.engine.model_name, None)):
+        made = server.openai.embeddings.create(model=name, input=texts)
+        if folder is None:
+            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        else:
+            model = open_adapter(folder, dtype="float32").model
+        for one, text in zip(made.data, texts, strict=True):
+            ids = torch.tensor([server.engine.tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                h = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+            expected = (h / h.norm()).tolist()
+            assert one.embedding == pytest.approx(expected, abs=1e-5)
+    few = server.openai.embeddings.create(
+        model="shop", input="hello", dimensions=5, encoding_format="float"
+    )
+    assert sum(value**2 for value in few.data[0].embedding) == pytest.approx(1)
+    assert len(few.data[0].embedding) == 5
+    assert few.usage.prompt_tokens == 5
+    refused(server.post("/v1/embeddings", {"model": "shop", "input": "a", "dimensions": 9999}), 400)

@@ -112,8 +112,8 @@ def generate(
         answering: list[str | None] = [info.name for info in engine.pool.infos()]
         if with_base or not answering:
             answering.append(None)
-        for name in answering:
-            engine.grammars.form(grammar, name)  # refused before anything is answered
+        for model_name in answering:
+            engine.grammars.form(grammar, model_name)  # refused before anything is answered
         lines, tokens, began = [], 0, time.perf_counter()
         # Answers on the terminal show by themselves how far it is.
         shown = output is not None or not sys.stdout.isatty()

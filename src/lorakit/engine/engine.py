@@ -25,6 +25,7 @@ from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
+from lorakit.engine.pooled import pooled
 from lorakit.engine.prefix_cache import PREFIX_BYTES, PrefixCache
 from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
@@ -32,7 +33,6 @@ from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_l
 from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
-from lorakit.engine.scoring import score
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
 from lorakit.errors import InputError, LorakitError, listed
@@ -77,6 +77,7 @@ class Engine:
         training: where operations on the latter are handed in.
         prefixes: beginnings of prompts that are kept, if any are.
         notices: what a user should know about how this model is computed.
+        vocabulary, width: its tokens, and the numbers of a hidden state.
         grammars: the forms of answers that requests ask for.
 
     Raises:
@@ -122,8 +123,9 @@ class Engine:
                 f"({self.resident.carried.why_not}): answers that begin together are written "
                 "together, later ones wait for them"
             )
-        self._vocabulary = vocabulary_size(model)
-        self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self._vocabulary)
+        self.vocabulary = vocabulary_size(model)
+        self.width = int(model.config.get_text_config().hidden_size)
+        self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self.vocabulary)
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self.prefixes = PrefixCache(prefix_bytes, keeps_answers=True) if prefix_bytes else None
         kept = {"features": self._features, "prefixes": self.prefixes}
@@ -169,7 +171,7 @@ class Engine:
             LorakitError: the engine is closed.
         """
         sampling = sampling or Sampling()
-        check_prompt(prompt, self.context_length, self._vocabulary)
+        check_prompt(prompt, self.context_length, self.vocabulary)
         room = self.context_length - len(prompt)
         version, loaded = self._found(adapter)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
@@ -202,7 +204,7 @@ class Engine:
         Raises:
             InputError: as `submit`.
         """
-        check_prompt(prompt, self.context_length, self._vocabulary)
+        check_prompt(prompt, self.context_length, self.vocabulary)
         version, loaded = self._found(adapter)
         key = BASE if version is None else version.key
         scored = Scored(key, prompt, top, goes_on=answer is not None)
@@ -463,9 +465,9 @@ class Engine:
                 continue
             try:
                 self._bring(version, loaded)
-                if version is not None and loaded is not None and loaded.head is not None:
-                    given = self._score(ticket, version, loaded.head)
-                    ticket.put(AnswerPiece(finish_reason="stop", score=given))
+                head = None if loaded is None else loaded.head
+                if ticket.sampling.embeds or head is not None:
+                    ticket.put(pooled(self._model, self._bank.routing, ticket, version, head))
                 else:
                     self._batch.add(self._row(ticket, version))
             except BaseException as error:
@@ -475,11 +477,6 @@ class Engine:
         """Whether another request may join, beside those whose pictures are being decoded."""
         taken = len(self._batch.rows) + len(self._preparing)
         return taken < self.max_rows and self._batch.has_room()
-
-    def _score(self, ticket: Ticket, version: Version, head: torch.Tensor) -> float:
-        """What a reward model gives to a prompt."""
-        pad = int(version.tokenizer.pad_token_id)
-        return score(self._model, self._bank.routing, version.key, head, ticket.prompt, pad)
 
     def _row(self, ticket: Ticket, version: Version | None) -> AnswerRow:
         if version is None:

@@ -1,6 +1,6 @@
 """What an answer must look like: a JSON schema, a regular expression, a choice, or a grammar.
 
-A `Grammar` is what a request says; `AnswerForm` applies one to the logits of one answer, token by
+A `Grammar` is what a request says; `GrammarState` applies one to the logits of one answer, token by
 token. `grammars.py` makes the second of the first.
 """
 
@@ -17,7 +17,7 @@ from lorakit.errors import InputError, LorakitError
 if TYPE_CHECKING:
     import torch
 
-GrammarKind = Literal["json", "regex", "choice", "grammar"]
+GrammarKind = Literal["json", "regex", "choice", "grammar", "lark"]
 
 MAX_TEXT = 256 * 1024
 """Characters of a grammar."""
@@ -35,7 +35,7 @@ class Grammar:
         kind: `json`: a JSON schema; `regex`: a regular expression for the whole answer (Rust's
             syntax, without look-around and back-references); `choice`: a JSON list of texts, one of
             which is the answer; `grammar`: a context-free grammar in llguidance's dialect of Lark,
-            or in llama.cpp's GBNF.
+            or in llama.cpp's GBNF; `lark`: one in the former.
         text: the schema, the expression, the list, the grammar.
 
     Raises:
@@ -59,6 +59,24 @@ class Grammar:
         """Of texts, one of which is the answer."""
         return cls("choice", json.dumps([*texts], ensure_ascii=False))
 
+    def behind(self, closing: str) -> Grammar:
+        """This grammar behind any text that `closing` ends, such as `</think>`.
+
+        A `grammar` stays as it is, and says itself what may stand before.
+        """
+        if not closing or self.kind in ("grammar", "lark"):
+            return self
+        if self.kind == "json":
+            answer = f"%json {self.text}"
+        elif self.kind == "regex":
+            answer = "/" + self.text.replace("/", r"\/") + "/"
+        else:
+            answer = " | ".join(json.dumps(text) for text in json.loads(self.text))
+        thought = f"thought[lazy]: /(.|\\n)*/ {json.dumps(closing)}"
+        return Grammar(
+            "lark", f"start: thought GAP answer\n{thought}\nGAP: /\\s{{0,4}}/\nanswer: {answer}"
+        )
+
     @classmethod
     def from_file(cls, path: Path) -> Grammar:
         """The JSON schema in a file.
@@ -77,7 +95,7 @@ class Grammar:
         return cls.of_schema(schema)
 
 
-class AnswerForm:
+class GrammarState:
     """The place in its grammar that one answer has reached.
 
     Args:

@@ -35,10 +35,12 @@ def definition(kind: str, text: str) -> str:
     if kind == "json":
         settings: Any = {"whitespace_pattern": WHITESPACE}
         return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=settings))
+    if kind == "lark":
+        return str(llguidance.LLMatcher.grammar_from_lark(text))
     if kind == "grammar":
         lark = llguidance.gbnf_to_lark.any_to_lark(text)
         return str(llguidance.LLMatcher.grammar_from_lark(lark))
-    return str(llguidance.grammar_from(kind, text))  # type: ignore[arg-type]
+    return str(llguidance.grammar_from(kind, text))
 
 
 def answer(kind: str, text: str) -> dict[str, str]:
@@ -47,7 +49,7 @@ def answer(kind: str, text: str) -> dict[str, str]:
 
     try:
         made = definition(kind, text)
-        limits = llguidance.LLParserLimits(**LIMITS)  # type: ignore[arg-type]
+        limits = llguidance.LLParserLimits(**LIMITS)
         wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(made, limits=limits)
     except BaseException as error:  # a panic of Rust is no Exception
         wrong, messages = True, [str(error) or type(error).__name__]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from lorakit.engine import grammar_worker
-from lorakit.engine.grammar import AnswerForm, Grammar, GrammarError
+from lorakit.engine.grammar import Grammar, GrammarError, GrammarState
 from lorakit.engine.grammar_worker import LIMITS
 from lorakit.errors import InputError, LorakitError, one_line
 
@@ -61,7 +61,7 @@ class Grammars:
         self._of_content: OrderedDict[tuple[str, frozenset[int]], Any] = OrderedDict()
         self._tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
-    def form(self, grammar: Grammar | None, adapter: str | None = None) -> AnswerForm | None:
+    def form(self, grammar: Grammar | None, adapter: str | None = None) -> GrammarState | None:
         """An answer of a grammar, at its beginning; it is compiled the first time.
 
         Raises:
@@ -84,7 +84,7 @@ class Grammars:
             self._matchers.move_to_end(key)
             while len(self._matchers) > _KEPT:
                 self._matchers.popitem(last=False)
-            return AnswerForm(self._matchers[key].deep_copy())
+            return GrammarState(self._matchers[key].deep_copy())
 
     def close(self) -> None:
         """Ends the process that checks grammars."""
@@ -147,7 +147,7 @@ def _wrapped(tokenizer: Any, ends: frozenset[int], vocabulary: int) -> Any:
 def _matcher(tokenizer: Any, definition: str) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
+    limits = LLParserLimits(**LIMITS)
     matcher = LLMatcher(tokenizer, definition, log_level=0, limits=limits)
     if matcher.is_error():
         raise GrammarError(one_line(matcher.get_error()))

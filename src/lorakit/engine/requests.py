@@ -13,7 +13,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.data.picture_rows import RowPictures
-from lorakit.engine.grammar import AnswerForm
+from lorakit.engine.grammar import GrammarState
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
 
@@ -50,6 +50,7 @@ class AnswerPiece:
         finish_reason: why it ended, in the last piece alone.
         error: what went wrong, with the reason `error`.
         score: what a reward model gives to the prompt; None of another model.
+        embedding: of the prompt, where it was asked for.
     """
 
     text: str = ""
@@ -58,6 +59,7 @@ class AnswerPiece:
     finish_reason: FinishReason | None = None
     error: str = ""
     score: float | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -76,7 +78,7 @@ class Ticket:
     sampling: Sampling
     pictures: RowPictures | None = None
     prepared: tuple[Prepared, ...] | None = None
-    form: AnswerForm | None = None
+    form: GrammarState | None = None
     cached_tokens: int = 0
     cancelled: Event = field(default_factory=Event)
     _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)

@@ -59,7 +59,7 @@ class AnswerRow:
         self.chooser = Chooser(ticket.sampling, self.prompt, device)
         stop = (*ticket.sampling.stop, *([end_text] if end_text else []))
         before = ending.before if ending.before and self._is_asked(ending.prompt) else ""
-        self._text = AnswerText(tokenizer, stop, before)
+        self._text = AnswerText(tokenizer, stop, before, ticket.sampling.special_tokens)
         self._logprobs: list[ChosenToken] = []
 
     def _is_asked(self, how: str) -> bool:
@@ -74,15 +74,16 @@ class AnswerRow:
     @property
     def is_plain(self) -> bool:
         """Whether its next token is the likeliest one, and nothing else is asked for."""
-        plain = self.chooser.is_plain and self.ticket.sampling.logprobs is None
-        return plain and self.ticket.form is None
+        sampling, form = self.ticket.sampling, self.ticket.form
+        asked = sampling.logprobs is not None or sampling.logit_bias or form is not None
+        return self.chooser.is_plain and not asked
 
     @property
     def is_simple(self) -> bool:
         """Whether its next token can be chosen with others' (`choosing.choose_together`)."""
         sampling = self.ticket.sampling
         coldest = sampling.scaled_logprobs and self.chooser.temperature != sampling.temperature
-        simple = self.chooser.is_simple and self.ticket.form is None
+        simple = self.chooser.is_simple and self.ticket.form is None and not sampling.logit_bias
         return simple and not sampling.logprobs and not coldest
 
     @property
@@ -161,9 +162,14 @@ class AnswerRow:
         asked = self.ticket.sampling.logprobs
         # Kept before the choice, which may change the logits.
         logs = None if asked is None else self._scaled(logits).log_softmax(-1)
-        if self.ticket.form is not None:
+        bias, form = self.ticket.sampling.logit_bias, self.ticket.form
+        if bias or form is not None:
             logits = logits.clone()  # they may be the model's own
-            self.ticket.form.restrict(logits)
+        if bias:
+            tokens, values = zip(*bias, strict=True)
+            logits[list(tokens)] += torch.tensor(values, device=logits.device)
+        if form is not None:
+            form.restrict(logits)
         token = self.chooser.choose(logits)
         if logs is not None:
             self._logprobs.append(self._logprob(logs, token, asked or 0))

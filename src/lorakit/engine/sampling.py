@@ -80,6 +80,9 @@ class Sampling:
         end_tokens: what ends an answer; None for the end tokens of the model and its template.
         scaled_logprobs: log-probabilities are of logits / temperature, before anything else.
         grammar: what an answer must look like; None for any text.
+        embeds: the prompt's embedding is wanted, and no answer.
+        logit_bias: what is added to the logits of tokens, as pairs of a token and a number.
+        special_tokens: whether the names of special tokens stand in the answer's text.
 
     Raises:
         InputError: a value is out of its range.
@@ -99,6 +102,9 @@ class Sampling:
     end_tokens: frozenset[int] | None = None
     scaled_logprobs: bool = False
     grammar: Grammar | None = None
+    special_tokens: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    embeds: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

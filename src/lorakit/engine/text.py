@@ -18,12 +18,21 @@ _LONGEST_CHARACTER = 4  # tokens, where each is a byte
 
 
 class AnswerText:
-    """Turns the tokens of one answer into text, piece by piece; without a tokenizer into none."""
+    """Turns the tokens of one answer into text, piece by piece; without a tokenizer into none.
+
+    Args:
+        special: whether the names of special tokens stand in the text.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str] = (), before: str = ""
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stop: Sequence[str] = (),
+        before: str = "",
+        special: bool = False,
     ) -> None:
         self._tokenizer, self._stop, self._before = tokenizer, stop, before
+        self._skipped = not special
         self._tokens: list[int] = []
         self._begin = self._read = 0  # tokens that give context; tokens that are text already
         self._held = ""
@@ -56,7 +65,7 @@ class AnswerText:
     def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skipped))
 
     def _release(self, new: str, final: bool = False) -> str:
         text = self._held + new

@@ -105,6 +105,10 @@ class FormFields(Payload):
         """The field that says what an answer must look like, and its grammar; None for any text."""
         return self._form
 
+    def take_form(self, form: tuple[str, Grammar] | None) -> None:
+        """Has answers another form, which was made of what else the request says."""
+        self._form = form
+
     def _forms(self) -> dict[str, Grammar]:
         found: dict[str, Grammar] = {}
         if self.response_format is not None and (made := self.response_format.grammar()):

@@ -12,6 +12,7 @@ from lorakit.server import errors, guarded_routes, page
 from lorakit.server.adapters import Shelf
 from lorakit.server.chat import chat
 from lorakit.server.completions import complete
+from lorakit.server.embeddings import EmbeddingRequest, embed
 from lorakit.server.errors import ApiError
 from lorakit.server.fair_turns import Turns
 from lorakit.server.gate import Gate, Hosts
@@ -30,15 +31,25 @@ from lorakit.server.payloads import (
 from lorakit.server.pooling import pool
 from lorakit.server.prometheus import CONTENT_TYPE, Metrics
 from lorakit.server.prompt_tokens import Prompts
+from lorakit.server.ranking import RerankRequest, ScoreRequest, rerank, score
 from lorakit.server.replies import (
     ChatCompletion,
     Completion,
+    Detokenized,
+    Embeddings,
     ErrorReply,
     Health,
     ModelCard,
     ModelList,
     Pooling,
+    Reranked,
+    ResponseReply,
+    Scores,
+    Tokens,
 )
+from lorakit.server.response_payloads import ResponsesRequest
+from lorakit.server.responses import Conversations, respond_to
+from lorakit.server.tokenizing import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from lorakit.version import __version__
 
 _REASONS = {
@@ -95,6 +106,18 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         """The model's turn in a conversation."""
         return await chat(request, asked, desk, prompts)
 
+    conversations = Conversations()
+
+    @app.post(
+        "/v1/responses",
+        response_model=ResponseReply,
+        responses=_of_answers(),
+        dependencies=needs(Level.API_KEY),
+    )
+    async def responses(request: Request, asked: ResponsesRequest) -> Response:
+        """The model's turn behind some items."""
+        return await respond_to(request, asked, desk, prompts, conversations)
+
     @app.post(
         "/v1/completions",
         response_model=Completion,
@@ -108,12 +131,66 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     @app.post(
         "/pooling",
         response_model=Pooling,
-        responses=_errors(400, 401, 404, 408, 413, 429, 500, 503),
+        responses=_of_pooled(),
         dependencies=needs(Level.API_KEY),
     )
     async def pooling(request: Request, asked: PoolingRequest) -> Response:
         """What a reward model gives to texts or to a conversation."""
         return await pool(request, asked, desk, prompts)
+
+    @app.post(
+        "/v1/embeddings",
+        response_model=Embeddings,
+        responses=_of_pooled(),
+        dependencies=needs(Level.API_KEY),
+    )
+    async def embeddings(request: Request, asked: EmbeddingRequest) -> Response:
+        """What the model makes of texts, as numbers."""
+        return await embed(request, asked, desk, prompts)
+
+    for path in ("/v1/score", "/score"):
+
+        @app.post(
+            path,
+            response_model=Scores,
+            responses=_of_pooled(),
+            dependencies=needs(Level.API_KEY),
+        )
+        async def scores(request: Request, asked: ScoreRequest) -> Response:
+            """What a reward model gives to answers."""
+            return await score(request, asked, desk, prompts)
+
+    for path in ("/v1/rerank", "/rerank"):
+
+        @app.post(
+            path,
+            response_model=Reranked,
+            responses=_of_pooled(),
+            dependencies=needs(Level.API_KEY),
+        )
+        async def reranked(request: Request, asked: RerankRequest) -> Response:
+            """Documents, sorted by what a reward model gives to them."""
+            return await rerank(request, asked, desk, prompts)
+
+    @app.post(
+        "/tokenize",
+        response_model=Tokens,
+        responses=_errors(400, 401, 404, 408, 413, 429, 503),
+        dependencies=needs(Level.API_KEY),
+    )
+    async def tokens(request: Request, asked: TokenizeRequest) -> JSONResponse:
+        """The tokens of a text or a conversation."""
+        return JSONResponse(await tokenize(request, asked, desk, prompts))
+
+    @app.post(
+        "/detokenize",
+        response_model=Detokenized,
+        responses=_errors(400, 401, 404, 408, 413, 429, 503),
+        dependencies=needs(Level.API_KEY),
+    )
+    async def text(request: Request, asked: DetokenizeRequest) -> JSONResponse:
+        """The text of tokens."""
+        return JSONResponse(await detokenize(request, asked, desk))
 
     @app.get("/v1/models", responses=_errors(401, 429, 503), dependencies=needs(Level.API_KEY))
     async def models(request: Request) -> ModelList:
@@ -194,6 +271,10 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
 
 def _of_answers() -> dict[int | str, dict[str, Any]]:
     return {200: {"content": _STREAMED}, **_errors(400, 401, 404, 408, 413, 429, 500, 503)}
+
+
+def _of_pooled() -> dict[int | str, dict[str, Any]]:
+    return _errors(400, 401, 404, 408, 413, 429, 500, 503)
 
 
 def _errors(*statuses: int, beside_text: bool = False) -> dict[int | str, dict[str, Any]]:

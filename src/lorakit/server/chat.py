@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -12,15 +12,20 @@ from lorakit.engine.requests import AnswerPiece, ChosenToken, TokenLogprob
 from lorakit.server.bodies import client_of
 from lorakit.server.event_streams import Kind, respond, while_wanted
 from lorakit.server.keys import caller_of
+from lorakit.server.message_parts import MessageParts
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
+    AnswerMessage,
     ChatChoice,
     ChatChunkChoice,
     ChatLogprobs,
+    Delta,
+    FinishReason,
     Rival,
 )
+from lorakit.server.tool_choice import check_choice
 
 _KIND = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 
@@ -35,32 +40,67 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     adapter = await desk.adapter(asked.model, caller)
     deadline = desk.deadline()
     desk.require_room(asked.choices)
+    check_choice(asked)
     size = len(await request.body())
     work = prompts.of_chat(adapter, asked, client_of(request), size)
-    prompt = await while_wanted(request, work, deadline, desk.late())
+    prompt, reads = await while_wanted(request, work, deadline, desk.late())
     given = [prompt.input_ids], adapter, asked, deadline, prompt.pictures
     answers = await desk.hand_in(*given, owner=caller.owner)
+    tools, most = asked.shown_tools(), 1 if asked.parallel_tool_calls is False else None
+    parts = [MessageParts(reads, tools, most) for _ in range(len(answers))]
 
     def logprobs(tokens: Iterable[ChosenToken]) -> ChatLogprobs | None:
         return None if asked.rivals is None else _logprobs(tokens)
 
+    def ended(number: int, why: FinishReason) -> FinishReason:
+        # OpenAI has "stop" where the client itself has named the function.
+        called = parts[number].called and asked.called is None
+        return "tool_calls" if called and why == "stop" else why
+
     def whole(number: int, answer: Answer) -> ChatChoice:
+        said = parts[number].add(answer.text, final=True)
+        message: AnswerMessage = {
+            "role": "assistant",
+            "content": said.content or (None if said.calls else ""),
+            "refusal": None,
+        }
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = said.calls
         return {
             "index": number,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
             "logprobs": logprobs(answer.logprobs),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": ended(number, answer.finish_reason),
         }
 
-    def piece_of(number: int, piece: AnswerPiece) -> ChatChunkChoice:
-        return {
+    def pieces_of(number: int, piece: AnswerPiece) -> Iterator[ChatChunkChoice]:
+        why = finish_reason(piece)
+        before = parts[number].called
+        said = parts[number].add(piece.text, final=why is not None)
+        delta: Delta = {}
+        if said.reasoning:
+            delta["reasoning_content"] = said.reasoning
+        if said.content or (piece.logprobs and not said):
+            delta["content"] = said.content
+        if said.calls:
+            delta["tool_calls"] = [
+                {"index": before + at, **call} for at, call in enumerate(said.calls)
+            ]
+        made: ChatChunkChoice = {
             "index": number,
-            "delta": {"content": piece.text} if piece.text or piece.logprobs else {},
+            "delta": delta,
             "logprobs": logprobs(piece.logprobs),
-            "finish_reason": finish_reason(piece),
+            "finish_reason": None if why is None else ended(number, why),
         }
+        if said.calls and why is not None:  # as OpenAI does, the reason comes behind the calls
+            yield {**made, "finish_reason": None}
+            made = {**made, "delta": {}, "logprobs": None}
+        if delta or why is not None:
+            yield made
 
-    return await respond(request, asked, answers, _KIND, whole, piece_of, _role)
+    return await respond(request, asked, answers, _KIND, whole, pieces_of, _role)
 
 
 def finite(logprob: float) -> float:

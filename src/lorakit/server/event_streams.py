@@ -68,15 +68,17 @@ async def respond(
     answers: OpenAnswers,
     kind: Kind,
     whole: Callable[[int, Answer], Any],
-    piece: Callable[[int, AnswerPiece], Any],
+    pieces: Callable[[int, AnswerPiece], Iterable[Any]],
     opening: Callable[[int], Any] | None = None,
+    best: Callable[[list[Answer]], list[Answer]] | None = None,
 ) -> Response:
     """The answers in OpenAI's form, at once or in events; a client that leaves ends them.
 
     Args:
         whole: the choice of an answer's number and the answer.
-        piece: the choice of an event, of an answer's number and a piece of it.
+        pieces: the choices of events, of an answer's number and a piece of it.
         opening: the choice of an event before anything is written.
+        best: those of whole answers that are returned; None for all.
 
     Raises:
         ApiError: as `OpenAnswers.pieces`; the client has left.
@@ -92,13 +94,16 @@ async def respond(
             made = await while_wanted(request, answers.whole())
         finally:
             answers.close()
-        choices = [whole(number, answer) for number, answer in enumerate(made)]
+        kept = made if best is None else best(made)
+        choices = [whole(number, answer) for number, answer in enumerate(kept)]
         return JSONResponse(reply(kind.whole, choices, usage=answers.usage))
     usage = {"usage": None} if asked.include_usage else {}
     events = _events(
         answers,
         (reply(kind.piece, [opening(i)], **usage) for i in range(len(answers)) if opening),
-        lambda number, some: reply(kind.piece, [piece(number, some)], **usage),
+        lambda number, some: [
+            reply(kind.piece, [piece], **usage) for piece in pieces(number, some)
+        ],
         (lambda: reply(kind.piece, [], usage=answers.usage)) if asked.include_usage else None,
     )
     return EventStream(answers, events)
@@ -123,14 +128,14 @@ class EventStream(StreamingResponse):
 async def _events(
     answers: OpenAnswers,
     opening: Iterable[Any],
-    content: Callable[[int, AnswerPiece], Any],
+    content: Callable[[int, AnswerPiece], Iterable[Any]],
     closing: Callable[[], Any] | None,
 ) -> AsyncIterator[bytes]:
     """Events in OpenAI's order: pieces, the counts if wanted, `[DONE]`.
 
     Args:
         opening: sent before anything is written.
-        content: the event of a piece with its answer's number.
+        content: the events of a piece with its answer's number.
         closing: gives the last event, when all is written; None for none.
     """
     try:
@@ -139,7 +144,8 @@ async def _events(
         async with aclosing(answers.pieces()) as pieces:
             async for number, piece in pieces:
                 if piece.text or piece.logprobs or piece.finish_reason:
-                    yield event(content(number, piece))
+                    for one in content(number, piece):
+                        yield event(one)
         if closing is not None:
             yield event(closing())
     except ApiError as error:  # the status is out already

@@ -146,7 +146,9 @@ class ToolFunction(Payload):
     name: Text
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = Field(
+        None, description="Calls of it have arguments that its parameters accept."
+    )
 
 
 class Tool(Payload):
@@ -155,3 +157,16 @@ class Tool(Payload):
     type: Literal["function"]
     function: ToolFunction
     cache_control: dict[str, Any] | None = None
+
+
+class NamedFunction(Payload):
+    """The name of a function."""
+
+    name: Text
+
+
+class NamedTool(Payload):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction

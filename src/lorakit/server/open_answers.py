@@ -23,7 +23,7 @@ from lorakit.server.errors import ApiError, bad_field
 from lorakit.server.fair_turns import Turns
 from lorakit.server.keys import Caller
 from lorakit.server.options import Limits
-from lorakit.server.payloads import PoolingRequest, SamplingFields
+from lorakit.server.payloads import Pooled, SamplingFields
 from lorakit.server.prometheus import Metrics
 from lorakit.server.replies import FinishReason, Usage
 
@@ -39,6 +39,7 @@ class Answer:
     logprobs: list[ChosenToken] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
     score: float | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 class OpenAnswers:
@@ -113,6 +114,7 @@ class OpenAnswers:
                 texts[number].append(piece.text)
                 answers[number].logprobs += piece.logprobs
                 answers[number].score = piece.score
+                answers[number].embedding = piece.embedding
                 answers[number].finish_reason = finish_reason(piece) or "stop"
         for answer, parts in zip(answers, texts, strict=True):
             answer.text = "".join(parts)
@@ -227,7 +229,7 @@ class Desk:
         self,
         prompts: Sequence[Sequence[int]],
         adapter: str | None,
-        asked: SamplingFields | PoolingRequest,
+        asked: SamplingFields | Pooled,
         deadline: float,
         pictures: RowPictures | None = None,
         owner: str = "",
@@ -244,8 +246,9 @@ class Desk:
                 asked, 404 when the adapter was unloaded meanwhile, 429 when too much waits.
             InputError: the engine refuses one.
         """
-        self._require_kind(adapter, asked)
+        self.require_kind(adapter, asked)
         if isinstance(asked, SamplingFields):
+            self._check_bias(asked)
             await self._compile(adapter, asked, owner)
         limits = [self._token_limit(prompt, asked) for prompt in prompts]
         rows = len(prompts) * asked.choices
@@ -295,14 +298,23 @@ class Desk:
         for answers in list(self._open):
             answers.cut(self._stopped)
 
-    def _require_kind(self, adapter: str | None, asked: SamplingFields | PoolingRequest) -> None:
+    def require_kind(self, adapter: str | None, asked: SamplingFields | Pooled) -> None:
         """Refuses answers of a reward model, and scores of another."""
-        wanted = isinstance(asked, PoolingRequest)
+        if isinstance(asked, Pooled) and not asked.scores:
+            return
+        wanted = isinstance(asked, Pooled)
         scores = adapter is not None and self.engine.pool.version(adapter).info.scores
         if wanted and not scores:
             raise bad_field(f"{asked.model} writes text and gives no scores", "model")
         if scores and not wanted:
             raise bad_field(f"{asked.model} is a reward model: ask it at /pooling", "model")
+
+    def _check_bias(self, asked: SamplingFields) -> None:
+        """Refuses biases of tokens that the model does not have."""
+        size = self.engine.vocabulary
+        for token in asked.logit_bias or ():
+            if int(token) >= size:
+                raise bad_field(f"logit_bias: {token} is no token; there are {size}", "logit_bias")
 
     async def _compile(self, adapter: str | None, asked: SamplingFields, owner: str) -> None:
         """Compiles what an answer must look like, in turn with others: nobody else waits.
@@ -319,7 +331,7 @@ class Desk:
         except GrammarError as error:
             raise bad_field(f"{field}: {error}", field, code="invalid_value") from error
 
-    def _token_limit(self, prompt: Sequence[int], asked: SamplingFields | PoolingRequest) -> int:
+    def _token_limit(self, prompt: Sequence[int], asked: SamplingFields | Pooled) -> int:
         """How many tokens an answer to `prompt` may have.
 
         Raises:

@@ -6,13 +6,14 @@ the API's description says so. What is accepted and changes no answer stands und
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from lorakit.engine.sampling import Sampling
 from lorakit.server.answer_forms import FormFields
-from lorakit.server.messages import ChatMessage, Tool
+from lorakit.server.messages import ChatMessage, NamedTool, Tool
 from lorakit.server.payload_parts import (
     MAX_CHOICES,
     MAX_LOGPROBS,
@@ -25,6 +26,10 @@ from lorakit.server.payload_parts import (
     Text,
     TokenIds,
 )
+
+MAX_BIASES = 1024
+Token = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Ignored(Payload):
@@ -70,13 +75,21 @@ class SamplingFields(Ignored, FormFields):
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logit_bias: NoEntries = None
+    logit_bias: Annotated[dict[Token, Bias], Field(max_length=MAX_BIASES)] | None = Field(
+        None, description="What is added to the logits of tokens, by their ids."
+    )
 
     @model_validator(mode="after")
     def _check_streaming(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true; leave it out")
         return self
+
+    _special_tokens: bool = PrivateAttr(False)
+
+    def keep_special_tokens(self) -> None:
+        """Has the names of special tokens stand in answers, for who reads them there."""
+        self._special_tokens = True
 
     @property
     def choices(self) -> int:
@@ -121,6 +134,8 @@ class SamplingFields(Ignored, FormFields):
             stop=tuple(stop),
             logprobs=self.rivals,
             grammar=form[1] if (form := self.form()) else None,
+            special_tokens=self._special_tokens,
+            logit_bias=tuple((int(k), float(v)) for k, v in (self.logit_bias or {}).items()),
         )
 
 
@@ -134,19 +149,37 @@ class CompletionRequest(SamplingFields):
             list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
         ]
     )
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(
-        None, description="Only n: the best of more than are wanted is not looked for."
+        None, description="So many answers are written, and the likeliest n by token returned."
     )
-    echo: Literal[False] | None = False
+    echo: bool | None = Field(
+        False, description="The prompt stands before the text, and in the log-probabilities."
+    )
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionRequest:
-        if self.best_of not in (None, self.choices):
-            raise ValueError("best_of other than n is not supported: leave it out")
+        if self.best_of is not None and self.best_of < self.kept:
+            raise ValueError(f"best_of is {self.best_of}, and n is {self.kept}: it is at least n")
+        if self.choices > self.kept and self.stream:
+            raise ValueError("best_of more than n is not streamed: the best is known at the end")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which goes with echo: true alone")
+        if self.max_tokens == 0 and self.stream:
+            raise ValueError("max_tokens 0 is not streamed: there is nothing to wait for")
         return self
+
+    @property
+    def kept(self) -> int:
+        """How many answers a prompt gets of those that are written."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def choices(self) -> int:
+        """How many answers a prompt are written."""
+        return self.kept if self.best_of is None else self.best_of
 
     @property
     def token_limit(self) -> int | None:
@@ -155,6 +188,11 @@ class CompletionRequest(SamplingFields):
     @property
     def rivals(self) -> int | None:
         return self.logprobs
+
+    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
+        made = super().sampling(max_new_tokens, choice)
+        ranked = self.choices > self.kept and made.logprobs is None
+        return replace(made, logprobs=0) if ranked else made
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""
@@ -168,7 +206,7 @@ class CompletionRequest(SamplingFields):
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`: the model's turn in a conversation.
 
-    `tools` are shown to the model by its template; what it writes comes as text, calls too.
+    `tools` are shown to the model by its template, and calls are read in the template's form.
     """
 
     add_generation_prompt: Literal[True] | None = None
@@ -183,7 +221,7 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables that the chat template reads, such as enable_thinking."
     )
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     prediction: NoEntries = None
@@ -210,22 +248,46 @@ class ChatRequest(SamplingFields):
     def rivals(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def called(self) -> str | None:
+        """The function that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether some function must be called."""
+        return self.called is not None or self.tool_choice == "required"
+
     def shown_tools(self) -> list[dict[str, Any]]:
         """The tools as chat templates know them."""
         if self.tool_choice == "none":
             return []
-        without = {"cache_control"}
+        without: Any = {"cache_control": True, "function": {"strict"}}
         return [tool.model_dump(exclude_none=True, exclude=without) for tool in self.tools or []]
 
 
-class PoolingRequest(Ignored):
-    """`POST /pooling`, vLLM's: a reward model scores texts, token ids, or one conversation."""
+class Pooled(Ignored):
+    """What asks for numbers of texts, and for no text.
+
+    Attributes:
+        scores: whether a reward model gives them.
+    """
 
     choices: ClassVar[int] = 1
     token_limit: ClassVar[int | None] = 1
     limit_field: ClassVar[str | None] = None
+    scores: ClassVar[bool] = True
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
+
+    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
+        """Nothing is written."""
+        return Sampling(max_new_tokens=max_new_tokens, embeds=not self.scores)
+
+
+class PoolingRequest(Pooled):
+    """`POST /pooling`, vLLM's: a reward model scores texts, token ids, or one conversation."""
+
     input: (
         Text
         | TokenIds
@@ -253,10 +315,6 @@ class PoolingRequest(Ignored):
             return [[message.for_template() for message in self.messages]]
         given: Any = self.input
         return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-
-    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
-        """Nothing is written."""
-        return Sampling(max_new_tokens=max_new_tokens)
 
 
 class LoadAdapterRequest(Payload):

@@ -9,24 +9,32 @@ that takes its time holds up nobody else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from lorakit.data.bounded_templates import TemplateTimeoutError
+from lorakit.data.answer_form import answer_form
+from lorakit.data.bounded_templates import TemplateTimeoutError, isolated_templates
 from lorakit.data.conversations import Message
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.samples import Sample
+from lorakit.data.tool_calls import ToolCalls, tool_calls_of
 from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
+from lorakit.engine.call_layout import CallLayout, call_layout
 from lorakit.engine.engine import Engine
 from lorakit.engine.picture_prompt import prompt_row
 from lorakit.engine.scoring import scored_tokens
 from lorakit.engine.shown import NotShownError, shown_text
-from lorakit.errors import InputError
+from lorakit.errors import InputError, LorakitError
 from lorakit.models.picture_reader import reader_of, why_unread
 from lorakit.server.errors import ApiError, bad_field, in_words
 from lorakit.server.fair_turns import Turns
 from lorakit.server.images import Images, broken, places_of, without_pictures
 from lorakit.server.payloads import ChatRequest
+from lorakit.server.tool_choice import wanted_form
+
+_Reading = tuple[ToolCalls, CallLayout | None]
 
 
 class Prompts:
@@ -36,15 +44,21 @@ class Prompts:
         self._engine, self._images = engine, images
         self._turns = Turns("lorakit-prompts")
         self._of_templates: dict[str, Turns] = {}
+        self._reads: WeakKeyDictionary[Any, dict[tuple[str, bool], _Reading]]
+        self._reads = WeakKeyDictionary()
 
     async def of_chat(
         self, adapter: str | None, asked: ChatRequest, client: str, characters: int
-    ) -> TokenizedRow:
+    ) -> tuple[TokenizedRow, ToolCalls]:
         """The conversation in the template of the adapter, up to where the answer begins.
+
+        What the answer must look like by the request's tools is set in `asked`.
 
         Args:
             client: who asks, for a fair order.
             characters: about how long the conversation is, with its pictures.
+
+        Returns: the prompt, and how its answers are read.
 
         Raises:
             InputError: the template refuses it.
@@ -60,15 +74,16 @@ class Prompts:
             characters -= sum(len(place.url) for place in places)
             messages, pixels = await self._images.taken(messages, client)
 
-        def written() -> str:
+        def written() -> tuple[str, ToolCalls]:
             variables = asked.chat_template_kwargs
             shown = without_pictures(messages)
-            return shown_text(shown, tokenizer, asked.shown_tools(), variables)
+            text = shown_text(shown, tokenizer, asked.shown_tools(), variables)
+            return text, self._read_by(tokenizer, asked, text)
 
         template = str(tokenizer.chat_template)
         turns = self._of_templates.setdefault(template, Turns("lorakit-template"))
         try:
-            text = await turns.run(written, characters, client)
+            text, reads = await turns.run(written, characters, client)
         except TemplateTimeoutError as error:
             raise bad_field(str(error), "messages") from error
         except NotShownError as error:
@@ -77,9 +92,27 @@ class Prompts:
             if turns.idle:
                 self._of_templates.pop(template, None)
         if places:
-            return await self._with_pictures(text, messages, tokenizer, pixels, client)
+            row = await self._with_pictures(text, messages, tokenizer, pixels, client)
+            return row, reads
         work = partial(tokens_within, text, tokenizer, self._limit)
-        return TokenizedRow(await self._in_turn(work, len(text), client, "messages"), [], "")
+        return TokenizedRow(await self._in_turn(work, len(text), client, "messages"), [], ""), reads
+
+    def _read_by(self, tokenizer: Any, asked: ChatRequest, prompt: str) -> ToolCalls:
+        """How answers to a prompt are read; what they must look like is set in `asked`."""
+        key = str(tokenizer.chat_template), bool(asked.shown_tools())
+        known = self._reads.setdefault(tokenizer, {})
+        if key not in known:
+            with isolated_templates():
+                known[key] = _reading(tokenizer, with_tools=key[1])
+        reads, layout = known[key]
+        answers = reads.answers
+        marks = (mark for mark in answers.reasoning if prompt.rstrip().endswith(mark[0]))
+        opened = next((closing for _, closing in marks), "")
+        special = any(answers.special.search("".join(mark)) for mark in answers.reasoning[:1])
+        if asked.shown_tools() or special:
+            asked.keep_special_tokens()
+        asked.take_form(wanted_form(asked, layout and replace(layout, opened=opened), opened))
+        return replace(reads, answers=replace(answers, opened=opened))
 
     async def _with_pictures(
         self, text: str, messages: Sequence[Message], tokenizer: Any, pixels: int, client: str
@@ -100,11 +133,13 @@ class Prompts:
         prompts: Sequence[str | list[int]],
         client: str,
         field: str = "prompt",
+        special: bool = True,
     ) -> list[list[int]]:
-        """Each prompt's tokens; texts get the special tokens that the tokenizer adds.
+        """Each prompt's tokens.
 
         Args:
             field: where they stand in the request.
+            special: whether texts get the special tokens that the tokenizer adds.
 
         Raises:
             ApiError: 400, a token id is none of the model's, or a prompt leaves no room in the
@@ -115,7 +150,7 @@ class Prompts:
         for prompt in prompts:
             if isinstance(prompt, str):
                 work = partial(
-                    tokens_within, prompt, tokenizer, self._limit, add_special_tokens=True
+                    tokens_within, prompt, tokenizer, self._limit, add_special_tokens=special
                 )
                 prompt = await self._in_turn(work, len(prompt), client, field)
             elif len(prompt) > self._limit:
@@ -184,3 +219,17 @@ class Prompts:
             param,
             code="context_length_exceeded",
         )
+
+
+def _reading(tokenizer: Any, *, with_tools: bool) -> _Reading:
+    """How a template's answers are read, and how its calls are written.
+
+    One that fails on calls still serves conversations, and none of its answers has a call.
+    """
+    if with_tools:
+        try:
+            reads = tool_calls_of(tokenizer)
+            return reads, call_layout(tokenizer, reads)
+        except LorakitError:
+            pass
+    return ToolCalls(None, answer_form(tokenizer)), None

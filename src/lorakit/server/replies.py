@@ -14,7 +14,7 @@ from typing import (
 
 from typing_extensions import TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):
@@ -53,12 +53,30 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunction(TypedDict):
+    """A function's name, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class AnswerCall(TypedDict):
+    """A call that the model makes; `index` counts the calls of a streamed answer."""
+
+    index: NotRequired[int]
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(TypedDict):
-    """What the model says."""
+    """What the model says, calls, and has thought before."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[AnswerCall]]
 
 
 class ChatChoice(TypedDict):
@@ -86,6 +104,8 @@ class Delta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[AnswerCall]]
 
 
 class ChatChunkChoice(TypedDict):
@@ -109,11 +129,14 @@ class ChatChunk(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """Of each token of a text, in lists of one length; `text_offset` counts characters."""
+    """Of each token of a text, in lists of one length; `text_offset` counts characters.
+
+    The first token of a prompt has none, so null.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -154,6 +177,112 @@ class Pooling(TypedDict):
     model: str
     data: list[Score]
     usage: Usage
+
+
+class ResponseReply(TypedDict):
+    """The reply of `/v1/responses`; `output` has messages, reasoning and calls."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, Any]
+    model: str
+    output: list[dict[str, Any]]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    temperature: float | None
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_p: float | None
+    truncation: Literal["disabled"]
+    usage: dict[str, Any]
+
+
+class Embedding(TypedDict):
+    """Of one text: numbers, or these as base64 of float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    """How many tokens were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    """The reply of `/v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class PairScore(TypedDict):
+    """What a reward model gives to a pair of texts."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class Scores(TypedDict):
+    """The reply of `/v1/score`."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[PairScore]
+    usage: Usage
+
+
+class Document(TypedDict):
+    """A document that was sorted."""
+
+    text: str
+
+
+class Ranked(TypedDict):
+    """A document, where it stood, and what it was given."""
+
+    index: int
+    document: Document
+    relevance_score: float
+
+
+class Reranked(TypedDict):
+    """The reply of `/v1/rerank`."""
+
+    id: str
+    model: str
+    usage: Usage
+    results: list[Ranked]
+
+
+class Tokens(TypedDict):
+    """The reply of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    """The reply of `/detokenize`."""
+
+    prompt: str
 
 
 class ModelCard(TypedDict):

@@ -1,0 +1,86 @@
+"""`POST /v1/embeddings`: the last hidden state of the last token, by the base or an adapter."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from lorakit.server.bodies import client_of
+from lorakit.server.errors import bad_field
+from lorakit.server.event_streams import while_wanted
+from lorakit.server.keys import caller_of
+from lorakit.server.open_answers import Desk
+from lorakit.server.payload_parts import MAX_CHOICES, WHOLE, Text, TokenIds
+from lorakit.server.payloads import Pooled
+from lorakit.server.prompt_tokens import Prompts
+
+
+class EmbeddingRequest(Pooled):
+    """Texts or token ids to embed.
+
+    `dimensions` keeps the first so many numbers, which mean something for models that were trained
+    so (Kusupati et al. 2022, arXiv:2205.13147), and has their length be 1 again.
+    """
+
+    scores: ClassVar[bool] = False
+
+    input: (
+        Text
+        | TokenIds
+        | Annotated[
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+        ]
+    )
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        """What is embedded, one by one."""
+        given: Any = self.input
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
+
+
+async def embed(
+    request: Request, asked: EmbeddingRequest, desk: Desk, prompts: Prompts
+) -> Response:
+    """The embedding of each text.
+
+    Raises:
+        ApiError, InputError: it cannot be.
+    """
+    caller = caller_of(request)
+    adapter = await desk.adapter(asked.model, caller)
+    deadline, texts = desk.deadline(), asked.inputs()
+    if (wanted := asked.dimensions) is not None and wanted > desk.engine.width:
+        raise bad_field(f"dimensions: the model has {desk.engine.width}", "dimensions")
+    desk.require_room(len(texts))
+    work = prompts.of_texts(adapter, texts, client_of(request), "input")
+    tokens = await while_wanted(request, work, deadline, desk.late())
+    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
+    try:
+        made = await while_wanted(request, answers.whole())
+    finally:
+        answers.close()
+    data = [
+        {"object": "embedding", "index": number, "embedding": _form(one.embedding or (), asked)}
+        for number, one in enumerate(made)
+    ]
+    usage = {"prompt_tokens": answers.prompt_tokens, "total_tokens": answers.prompt_tokens}
+    return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
+
+
+def _form(values: Sequence[float], asked: EmbeddingRequest) -> list[float] | str:
+    if asked.dimensions is not None:
+        values = values[: asked.dimensions]
+        length = math.hypot(*values) or 1.0
+        values = [value / length for value in values]
+    if asked.encoding_format == "base64":  # of float32, the least significant byte first
+        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+    return list(values)
