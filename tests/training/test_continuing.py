@@ -90,7 +90,7 @@ def test_every_recipe_key_is_placed_and_nothing_else_is():
         *(f"training.{name}" for name in {*TrainingRecipe.model_fields, *(honoured & installed)}),
     }
     assert not keys - set(CHANGES)
-    beside = {"data", "base", "template", "processes", "parent", "teacher", "lora.parts"}
+    beside = {"data", "base", "template", "processes", "parent", "teacher", "rewards", "lora.parts"}
     older = {f"training.{name}" for name in honoured - installed}
     assert not set(CHANGES) - keys - beside - older
     assert change_of("training.newer_than_this").effect == "refused"
@@ -146,6 +146,7 @@ SHOWN_ELSEWHERE = {
         "data.too_long",
         "template",
         "chat_template",
+        "rewards",  # see rl/test_kept_completions.py
         "training.load_best_model_at_end",
     ),
     # which weights are left: see test_run.py and test_interrupt.py

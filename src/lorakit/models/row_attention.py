@@ -147,7 +147,7 @@ def row_attention(
                 rows.append(_softcapped(q, k, v, hidden, scale, dropout, softcap))
         else:
             rows.append(_sdpa(q[None], k[None], v[None], scale, dropout, window, own)[0])
-    return torch.cat(rows, dim=1).transpose(0, 1)[None], None
+    return torch.cat([row.transpose(0, 1) for row in rows])[None], None
 
 
 def _behind_prefixes(

@@ -141,6 +141,20 @@ CASES: dict[tuple[str, str], Case | str] = {
         lambda w: {"model": f"tinker://{w.model_id}", "prompt": "a", "max_tokens": 2}
     ),
     ("POST", "/pooling"): Case(lambda w: {"model": w.sampled, "input": "a"}),
+    ("POST", "/v1/responses"): Case(
+        lambda w: {"model": w.sampled, "input": "a", "max_output_tokens": 2}
+    ),
+    ("POST", "/v1/embeddings"): Case(lambda w: {"model": w.sampled, "input": "a"}),
+    **{
+        ("POST", path): Case(lambda w: {"model": w.sampled, "text_1": "a", "text_2": "b"})
+        for path in ("/v1/score", "/score")
+    },
+    **{
+        ("POST", path): Case(lambda w: {"model": w.sampled, "query": "a", "documents": ["b"]})
+        for path in ("/v1/rerank", "/rerank")
+    },
+    ("POST", "/tokenize"): Case(lambda w: {"model": w.sampled, "prompt": "a"}),
+    ("POST", "/detokenize"): Case(lambda w: {"model": w.sampled, "tokens": [5]}),
     ("GET", "/v1/models"): Case(),
     ("GET", "/v1/models/{model}"): Case(path=lambda w: {"model": w.sampled}),
     ("GET", "/metrics"): Case(),
@@ -171,6 +185,7 @@ LISTS = {"/api/v1/sessions", "/api/v1/training_runs", "/api/v1/checkpoints", "/v
          "/api/v1/billing/usage/checkpoints/current", "/metrics", "/training/state"}  # fmt: skip
 WITHOUT_OWNER = {  # the owner's own request is refused, or answers nothing that tells
     "/api/v1/downloads/{run_id}/{kind}/{name}/{file}", "/pooling", "/api/v1/cancel_future",
+    "/v1/score", "/score", "/v1/rerank", "/rerank", "/v1/embeddings", "/tokenize", "/detokenize",
 }  # fmt: skip
 
 
