@@ -94,7 +94,7 @@ def read_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
     """The weights of so many rewards; by default 1 each.
 
     Raises:
-        InputError: there are others than one each, one is no number, or all are 0.
+        InputError: there are more or fewer than rewards, one is not a number, or all are 0.
     """
     if weights is None:
         return (1.0,) * count
@@ -103,7 +103,7 @@ def read_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
     for one in weights:
         number = isinstance(one, (int, float)) and not isinstance(one, bool)
         if not number or not math.isfinite(one):
-            raise InputError(f"weights: {one!r} is no number")
+            raise InputError(f"weights: {one!r} is not a number")
     if len(weights) != count:
         raise InputError(
             f"weights: there are {len(weights)} for {count} rewards: give one for each, in the "

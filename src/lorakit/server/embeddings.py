@@ -14,11 +14,11 @@ from pydantic import Field
 
 from lorakit.server.bodies import client_of
 from lorakit.server.errors import bad_field
-from lorakit.server.event_streams import while_wanted
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payload_parts import MAX_CHOICES, WHOLE, Text, TokenIds
 from lorakit.server.payloads import Pooled
+from lorakit.server.pooled_answers import pooled
 from lorakit.server.prompt_tokens import Prompts
 
 
@@ -55,19 +55,13 @@ async def embed(
     Raises:
         ApiError, InputError: it cannot be.
     """
-    caller = caller_of(request)
-    adapter = await desk.adapter(asked.model, caller)
+    adapter = await desk.adapter(asked.model, caller_of(request))
     deadline, texts = desk.deadline(), asked.inputs()
     if (wanted := asked.dimensions) is not None and wanted > desk.engine.width:
         raise bad_field(f"dimensions: the model has {desk.engine.width}", "dimensions")
     desk.require_room(len(texts))
     work = prompts.of_texts(adapter, texts, client_of(request), "input")
-    tokens = await while_wanted(request, work, deadline, desk.late())
-    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
-    try:
-        made = await while_wanted(request, answers.whole())
-    finally:
-        answers.close()
+    made, answers = await pooled(request, asked, adapter, work, desk, deadline)
     data = [
         {"object": "embedding", "index": number, "embedding": _form(one.embedding or (), asked)}
         for number, one in enumerate(made)

@@ -9,10 +9,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from lorakit.server.bodies import client_of
-from lorakit.server.event_streams import while_wanted
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payloads import PoolingRequest
+from lorakit.server.pooled_answers import pooled
 from lorakit.server.prompt_tokens import Prompts
 
 
@@ -22,17 +22,11 @@ async def pool(request: Request, asked: PoolingRequest, desk: Desk, prompts: Pro
     Raises:
         ApiError, InputError: it cannot be.
     """
-    caller = caller_of(request)
-    adapter = await desk.adapter(asked.model, caller)
+    adapter = await desk.adapter(asked.model, caller_of(request))
     deadline, texts = desk.deadline(), asked.inputs()
     desk.require_room(len(texts))
     work = prompts.of_scored(adapter, texts, client_of(request))
-    tokens = await while_wanted(request, work, deadline, desk.late())
-    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
-    try:
-        made = await while_wanted(request, answers.whole())
-    finally:
-        answers.close()
+    made, answers = await pooled(request, asked, adapter, work, desk, deadline)
     data = [
         {"index": number, "object": "pooling", "data": [one.score]}
         for number, one in enumerate(made)

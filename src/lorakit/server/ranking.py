@@ -15,11 +15,11 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from lorakit.server.bodies import client_of
-from lorakit.server.event_streams import while_wanted
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payload_parts import MAX_CHOICES, WHOLE, Text
 from lorakit.server.payloads import Pooled
+from lorakit.server.pooled_answers import pooled
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import Usage
 
@@ -107,8 +107,7 @@ async def _scores(
     desk: Desk,
     prompts: Prompts,
 ) -> tuple[list[float], Usage]:
-    caller = caller_of(request)
-    adapter = await desk.adapter(asked.model, caller)
+    adapter = await desk.adapter(asked.model, caller_of(request))
     deadline = desk.deadline()
     desk.require_room(len(pairs))
     given: list[Any] = [
@@ -117,12 +116,7 @@ async def _scores(
     ]
     desk.require_kind(adapter, asked)
     work = prompts.of_scored(adapter, given, client_of(request))
-    tokens = await while_wanted(request, work, deadline, desk.late())
-    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
-    try:
-        made = await while_wanted(request, answers.whole())
-    finally:
-        answers.close()
+    made, answers = await pooled(request, asked, adapter, work, desk, deadline)
     return [one.score or 0.0 for one in made], answers.usage
 
 
