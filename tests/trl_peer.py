@@ -1,6 +1,7 @@
 """What comparisons of losses and gradients with TRL's trainers have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -42,6 +43,20 @@ def exact_norm(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
     """In place of transformers' norm, which rounds to float32."""
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
     return self.weight * (x * scale)
+
+
+@contextmanager
+def in_float64() -> Iterator[pytest.MonkeyPatch]:
+    """Within the block model and TRL compute in float64 throughout."""
+    from trl.trainer import utils
+
+    before = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_ChunkedLogProbFunction", ExactHead)
+        patch.setattr(LlamaRMSNorm, "forward", exact_norm)
+        torch.set_default_dtype(torch.float64)
+        yield patch
+    torch.set_default_dtype(before)
 
 
 def loss_of_trl(trainer: Any, batch: dict[str, Any]) -> tuple[float, Gradients]:

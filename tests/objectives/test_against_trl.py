@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.formats import to_sample
@@ -31,9 +30,8 @@ from tiny import byte_tokenizer, make_attentive
 from trl_peer import (
     LORA,
     TEMPLATE,
-    ExactHead,
     assert_same,
-    exact_norm,
+    in_float64,
     loss_of_lorakit,
     loss_of_trl,
 )
@@ -41,7 +39,6 @@ from trl_peer import (
 trl = pytest.importorskip("trl")
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
-from trl.trainer import utils as trl_utils  # noqa: E402
 
 PAIRS = [
     {
@@ -64,14 +61,9 @@ JUDGED = [
 @pytest.fixture(scope="module")
 def exact() -> Iterator[None]:
     """Model and TRL in float64 throughout."""
-    before = torch.get_default_dtype()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_utils, "_ChunkedLogProbFunction", ExactHead)
-        patch.setattr(LlamaRMSNorm, "forward", exact_norm)
+    with in_float64() as patch:  # of EXO's epsilon too
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of ORPO's odds
-        torch.set_default_dtype(torch.float64)  # of EXO's epsilon
         yield
-    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.prompt_tokens import prompt_row
@@ -29,11 +28,10 @@ from lorakit.objectives.grpo import Grpo
 from lorakit.objectives.rollout import Rollout
 from lorakit.rewards.rewards import Rewards
 from tiny import byte_tokenizer, make_attentive
-from trl_peer import LORA, ExactHead, assert_same, exact_norm, loss_of_lorakit, loss_of_trl
+from trl_peer import LORA, assert_same, in_float64, loss_of_lorakit, loss_of_trl
 
 pytest.importorskip("trl")
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer import utils as trl_utils
 
 PAD, END = 258, 257
 TEMPERATURE, SIZE, MOST = 0.7, 3, 32
@@ -63,13 +61,8 @@ def reward(name: str, values: Scores) -> Callable[..., Scores]:
 @pytest.fixture(scope="module", autouse=True)
 def exact() -> Iterator[None]:
     """Model and TRL in float64 throughout."""
-    before = torch.get_default_dtype()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_utils, "_ChunkedLogProbFunction", ExactHead)
-        patch.setattr(LlamaRMSNorm, "forward", exact_norm)
-        torch.set_default_dtype(torch.float64)
+    with in_float64():
         yield
-    torch.set_default_dtype(before)
 
 
 def attentive(folder: Path) -> Any:

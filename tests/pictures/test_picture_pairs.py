@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig as PeftConfig
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from command import run_lorakit
 from lorakit import LoraConfig, get_peft_model
@@ -26,10 +25,9 @@ from lorakit.models.lines import take_lines
 from lorakit.models.load import load_for_task
 from lorakit.objectives.registry import make_objective
 from tiny_pictures import save_pictures, save_tiny_idefics3
-from trl_peer import ExactHead, assert_same, exact_norm, loss_of_lorakit, loss_of_trl
+from trl_peer import assert_same, in_float64, loss_of_lorakit, loss_of_trl
 
 trl = pytest.importorskip("trl")
-from trl.trainer import utils as trl_utils  # noqa: E402
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "proj"]}
 
@@ -129,13 +127,8 @@ def test_pairs_have_pictures_in_every_form(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exact() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_utils, "_ChunkedLogProbFunction", ExactHead)
-        patch.setattr(LlamaRMSNorm, "forward", exact_norm)
-        torch.set_default_dtype(torch.float64)
+    with in_float64():
         yield
-    torch.set_default_dtype(before)
 
 
 def test_loss_and_gradients_of_dpo_are_those_of_trl(
