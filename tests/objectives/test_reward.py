@@ -9,7 +9,7 @@ import datasets
 import peft
 import pytest
 import torch
-from test_against_trl import LAYOUTS, LORA, PAIRS, TEMPLATE, assert_same, exact_norm
+from test_against_trl import LAYOUTS, PAIRS
 from transformers import AutoModelForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -28,6 +28,7 @@ from lorakit.models.sequence_scores import SequenceScores
 from lorakit.objectives.registry import make_objective
 from small_runs import lines, recipe, weights
 from tiny import byte_tokenizer, make_attentive
+from trl_peer import LORA, TEMPLATE, assert_same, exact_norm
 
 ROWS = [
     {"prompt": f"{n} + {n}?", "chosen": f"It is {2 * n}.", "rejected": "I do not know" + "." * n}
