@@ -17,6 +17,7 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.engine.adapter_optimizer import OPTIMIZER_NAME
+from lorakit.engine.worker_threads import released_afterwards
 from lorakit.lora.checkpoint import initial_factors, whole, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.saving import write_card
@@ -53,6 +54,7 @@ class AdapterCopy:
         copied = (_copied(tensors) for tensors in (values, initial, optimizer))
         return cls(base, model.peft_config[name], *copied)
 
+    @released_afterwards()
     def save(self, folder: str | Path) -> None:
         """Writes an adapter in PEFT's form, and its optimizer's state if there is one."""
         folder = Path(folder)

@@ -35,6 +35,7 @@ from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
+from lorakit.engine.worker_threads import release_worker_threads
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.routing import BASE
@@ -143,6 +144,7 @@ class Engine:
         self._scorer = Scorer(model, self._bank.routing)
         self._closing = False
         self._deadline = 0.0
+        release_worker_threads()
         self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
         self._thread.start()
 

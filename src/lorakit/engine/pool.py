@@ -29,6 +29,7 @@ from lorakit.adapters.private_copy import PrivateCopy
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
 from lorakit.engine.scoring import without_head
+from lorakit.engine.worker_threads import released_afterwards
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.lora.checkpoint import (
     initial_factors,
@@ -266,7 +267,7 @@ class AdapterPool:
         Whatever is raised while it is read is an error of ours.
         """
         base = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        with ExitStack() as stack:
+        with released_afterwards(), ExitStack() as stack:
             copying = joined_copy(folder, max(_LEAST_LIMIT, 4 * base), root)
             try:
                 copied = stack.enter_context(copying)

@@ -312,14 +312,13 @@ class ResidentModel:
         loss = self._loss
         if len(batches) == 1:
             [one] = batches
-            if one.stream is None or one.adapter in self._alone:
-                drawing = one.stream.drawing() if one.stream else nullcontext()
-                route = Route(shared=() if one.adapter == BASE else (one.adapter,))
-                with self.model.routing.using(route), drawing:
-                    if entropies:
-                        return [loss.with_entropies(self.model, one.tensors)]
-                    own = loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)
-                    return [(own,)]
+            drawing = one.stream.drawing() if one.stream else nullcontext()
+            route = Route(shared=() if one.adapter == BASE else (one.adapter,))
+            with self.model.routing.using(route), drawing:
+                if entropies:
+                    return [loss.with_entropies(self.model, one.tensors)]
+                own = loss.of_tokens(self.model, one.tensors, one.smoothing, one.targets)
+                return [(own,)]
         whole, route = side_by_side(batches, self.pad_token_id)
         counts = torch.stack([loss.count(batch.tensors["labels"]) for batch in batches]).tolist()
         smoothing: float | torch.Tensor = 0.0

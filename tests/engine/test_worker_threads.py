@@ -1,0 +1,60 @@
+"""Only the thread that computes keeps OpenMP's worker threads."""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.engine.engine import Engine
+from lorakit.engine.worker_threads import release_worker_threads
+
+OPENMP = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*"))
+pytestmark = pytest.mark.skipif(not OPENMP, reason="this PyTorch has not GNU's OpenMP")
+
+
+def workers() -> int:
+    """The threads of this process that are not Python's."""
+    return len([*Path("/proc/self/task").iterdir()]) - threading.active_count()
+
+
+@pytest.fixture
+def compute() -> Iterator[Callable[[], None]]:
+    """Computes something in the calling thread with one more thread."""
+    threads = torch.get_num_threads()
+    openmp = ctypes.CDLL(str(OPENMP[0]))
+
+    def work() -> None:
+        before = workers()
+        openmp.omp_set_num_threads(2)
+        torch.ones(1 << 20) + 1
+        assert workers() == before + 1
+
+    yield work
+    openmp.omp_set_num_threads(threads)
+    release_worker_threads()
+
+
+def test_released(compute: Callable[[], None]):
+    before = workers()
+    compute()
+    release_worker_threads()
+    assert workers() == before
+    torch.ones(1 << 20) + 1
+    assert workers() == before + 1
+    release_worker_threads()
+
+
+def test_who_starts_an_engine_or_registers_an_adapter_keeps_none(
+    start: Callable[..., Engine], adapters: dict[str, Path], compute: Callable[[], None]
+):
+    start(adapters={}).close()  # libraries start threads of their own
+    before = workers()
+    compute()
+    engine = start(adapters={})
+    assert workers() == before
+    compute()
+    engine.pool.register("shop", adapters["shop"])
+    assert workers() == before
