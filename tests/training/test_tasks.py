@@ -22,6 +22,7 @@ from lorakit.data.labelled import read_labelled
 from lorakit.errors import InputError
 from lorakit.evaluation.label_evaluation import evaluate_labels
 from lorakit.lora import LoraModel
+from lorakit.training.adapter_settings import adapter_config
 from lorakit.training.check import check, shown_row
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import load_inputs
@@ -188,7 +189,8 @@ def test_a_run_is_that_of_peft_with_trainer(make: Any, tmp_path: Path):
     values["data"]["eval"] = 0
     inputs = load_inputs(load_recipe(values), torch.float32)
     set_seed(42)
-    LoraModel(inputs.model, inputs.lora_config(load_recipe(values))).save_pretrained(tmp_path / "0")
+    config = adapter_config(load_recipe(values), inputs)
+    LoraModel(inputs.model, config).save_pretrained(tmp_path / "0")
 
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         values["model"], num_labels=3

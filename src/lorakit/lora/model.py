@@ -48,7 +48,6 @@ class LoraModel(nn.Module):
             otherwise they have the base's dtype.
         initialize: False leaves the adapter's values to be loaded.
         low_cpu_mem_usage: the adapter's parameters are on the meta device until they are loaded.
-
     """
 
     # transformers' Trainer trains a quantised model only where this says that it has adapters.

@@ -28,7 +28,7 @@ from lorakit.errors import InputError
 from lorakit.models.divergence import chunked, generalized_jsd
 from lorakit.models.load import positions_of
 from lorakit.models.loss import SupervisedLoss
-from lorakit.objectives import objective as contract
+from lorakit.objectives import settings as kinds
 from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import BASE, TEACHER, Forward
 from lorakit.objectives.objective import Batch, Collate, Objective
@@ -70,7 +70,7 @@ class Distill(Objective):
     )
     compares_with_start = False
 
-    class Settings(contract.Settings):
+    class Settings(kinds.Settings):
         """TRL's names and defaults (`GKDConfig`), and who the teacher is.
 
         Attributes:

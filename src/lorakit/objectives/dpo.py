@@ -16,9 +16,10 @@ from pydantic import Field, field_validator, model_validator
 
 from lorakit.objectives.batch_sums import EACH
 from lorakit.objectives.forward import per_sequence, supervised_per_sequence
-from lorakit.objectives.objective import Batch, Settings
+from lorakit.objectives.objective import Batch
 from lorakit.objectives.optimal_transport import aot, aot_unpaired
 from lorakit.objectives.preference import Pairs, PreferencePairs
+from lorakit.objectives.settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -37,9 +37,9 @@ from lorakit.objectives.completion_rows import (
 from lorakit.objectives.forward import BASE, Forward
 from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.objectives.grpo_warnings import GrpoWarnings
-from lorakit.objectives.objective import REFERENCE, Batch, Collate, Objective
+from lorakit.objectives.objective import Batch, Collate, Objective
 from lorakit.objectives.resident_reward import ResidentReward
-from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
+from lorakit.objectives.rollout import REFERENCE, AskedPrompt, Rollout, RowsOfBatches, Sampling
 from lorakit.rewards.inputs_of_rows import reward_columns
 from lorakit.rewards.rewards import Rewards
 

@@ -10,8 +10,8 @@ from pydantic.functional_serializers import WrapSerializer
 
 from lorakit.errors import did_you_mean
 from lorakit.objectives.advantages import ESTIMATORS, Scale
-from lorakit.objectives.objective import Settings
 from lorakit.objectives.policy_gradient import LOSSES, Level
+from lorakit.objectives.settings import Settings
 
 FROM_PYTHON = "python:"
 """What the record has of a reward that is a function given from Python, with its name."""

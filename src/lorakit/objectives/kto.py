@@ -23,7 +23,7 @@ from lorakit.data.batches import taken_from, under
 from lorakit.data.preference_tokens import JudgedRow, tokenize_judged, with_mismatched
 from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import BASE, Forward, per_sequence, supervised_per_sequence
-from lorakit.objectives.objective import Batch, Collate, Objective, Settings
+from lorakit.objectives.objective import Batch, Collate, Objective
 from lorakit.objectives.preference import (
     CURE,
     EPOCHS,
@@ -34,6 +34,7 @@ from lorakit.objectives.preference import (
     both_fall,
     unread_margins,
 )
+from lorakit.objectives.settings import Settings
 
 if TYPE_CHECKING:
     import torch

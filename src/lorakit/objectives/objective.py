@@ -15,8 +15,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from lorakit.data.dataset import PreparedData, prepare
 from lorakit.data.formats import SUPERVISED
 from lorakit.data.masking import TokenizedRow, tokenize
@@ -27,14 +25,14 @@ from lorakit.data.template_clock import StandingClock, at, notices_of_rendering,
 from lorakit.data.templates import render
 from lorakit.data.text_files import SampleBy
 from lorakit.data.too_long import Limit, TooLong
-from lorakit.errors import InputError, count, did_you_mean, listed
-from lorakit.lora.presets import with_parts
+from lorakit.errors import InputError, count
 from lorakit.models.load import positions_of
 from lorakit.models.loss import LabelLoss, SupervisedLoss
 from lorakit.models.sequence_scores import SequenceScores
 from lorakit.models.template_files import digest
 from lorakit.objectives.constants import RowConstants
 from lorakit.objectives.forward import Forward, supervised_per_sequence
+from lorakit.objectives.settings import Settings, checked_settings
 from lorakit.objectives.teacher import read_teacher
 
 if TYPE_CHECKING:
@@ -55,16 +53,6 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, "torch.Tensor"]
 Collate = Callable[[Sequence[TokenizedRow]], "dict[str, torch.Tensor]"]
-
-
-REFERENCE = "rollout.reference"
-"""Of a batch: the log-probabilities (n,) of its supervised tokens under the bare base."""
-
-
-class Settings(BaseModel):
-    """An objective's settings: the keys beside `type` in the recipe's `objective`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -101,25 +89,6 @@ class TrainingInputs:
     def has_pictures(self) -> bool:
         """Whether a row has a picture."""
         return any(map(has_pictures, (*self.data.train, *self.data.eval)))
-
-    def lora_config(self, recipe: Any) -> Any:
-        """The recipe's `LoraConfig`, with new modules trained whole, and the rows of tokens."""
-        config = recipe.lora_config()
-        config.target_modules = with_parts(
-            config.target_modules, recipe.lora.get("parts"), self.model, self.has_pictures
-        )
-        if self.token_rows:
-            whole = config.modules_to_save or []
-            rows = {
-                path: tokens
-                for path, tokens in self.token_rows.items()
-                if path.rpartition(".")[2] not in whole and path not in whole
-            }
-            config.trainable_token_indices = rows or None
-        if self.new_modules:
-            own = config.modules_to_save or []
-            config.modules_to_save = list(dict.fromkeys([*own, *self.new_modules]))
-        return config
 
     def rendering_facts(self) -> dict[str, Any]:
         """What the record keeps of the chat template, fields of `Manifest`."""
@@ -174,8 +143,7 @@ class Objective:
             steps so far), `max_steps` and `epoch`.
         beside: adapters that score completions on the resident base, which `attach` puts there.
         reads_entropies: the loss needs the entropies of tokens too (`Forward.with_entropies`).
-        reads_reference: the loss needs the log-probabilities of the bare base, and takes them from
-            `REFERENCE` of a batch where they are there.
+        reads_reference: the loss needs the bare base's log-probabilities (`rollout.REFERENCE`).
         gather: makes of this process' values those of all, and says at which its own begin.
         steps_per_generation: batches of a process whose prompts are sampled together; None for
             those of an optimizer step.
@@ -223,23 +191,7 @@ class Objective:
 
     def __init__(self, **settings: Any) -> None:
         """Raises InputError for a setting that the objective does not have, or a wrong value."""
-        try:
-            self.settings: Any = self.Settings(**settings)
-        except ValidationError as error:
-            found = error.errors()[0]
-            key = ".".join(map(str, found["loc"]))
-            known = list(self.Settings.model_fields)
-            if found["type"] == "extra_forbidden":
-                others = listed(["type", *known])
-                short = next((name for name in known if key.endswith(f"_{name}")), key)
-                reason = f"is not a setting of {self.name}{did_you_mean(short, known)}; it has"
-                raise InputError(f"objective.{key} {reason} {others}") from error
-            message = found["msg"].removeprefix("Value error, ")
-            if not key:  # settings that do not fit together
-                raise InputError(f"objective.{message}") from error
-            raise InputError(
-                f"objective.{key}: {message[0].lower()}{message[1:]}, not {found['input']!r}"
-            ) from error
+        self.settings: Any = checked_settings(self.Settings, self.name, settings)
         self.constants = RowConstants()
 
     def with_settings(self, settings: Any) -> Self:

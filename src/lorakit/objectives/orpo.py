@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from lorakit.objectives.objective import Settings
 from lorakit.objectives.preference import Pairs, PreferencePairs
+from lorakit.objectives.settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from lorakit.data.text_files import SampleBy
 from lorakit.data.too_long import Limit
 from lorakit.errors import InputError, count
 from lorakit.models.load import positions_of
-from lorakit.objectives import objective as contract
+from lorakit.objectives import settings as kinds
 from lorakit.objectives.sft import Sft
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Pretrain(Sft):
     too_long: ClassVar[TooLong] = "split"
     row_settings: ClassVar[Sequence[str]] = ("sample_by", "overlap")
 
-    class Settings(contract.Settings):
+    class Settings(kinds.Settings):
         """How documents are found and divided.
 
         Attributes:

@@ -20,7 +20,8 @@ from lorakit.errors import listed
 from lorakit.models.sequence_scores import SequenceScores
 from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import supervised_per_sequence
-from lorakit.objectives.objective import Batch, Collate, Objective, Settings, TrainingInputs
+from lorakit.objectives.objective import Batch, Collate, Objective, TrainingInputs
+from lorakit.objectives.settings import Settings
 
 if TYPE_CHECKING:
     import torch

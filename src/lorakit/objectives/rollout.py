@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lorakit.data.masking import TokenizedRow
     from lorakit.data.samples import Sample
 
+REFERENCE = "rollout.reference"
+"""Of a batch: the log-probabilities (n,) of its supervised tokens under the bare base."""
+
 FinishReason = Literal["stop", "length"]
 
 

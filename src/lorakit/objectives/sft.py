@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.data.masking import IGNORE, WeightedRow
 from lorakit.errors import InputError
-from lorakit.objectives import objective as contract
+from lorakit.objectives import settings as kinds
 from lorakit.objectives.batch_sums import Loss
 from lorakit.objectives.forward import Forward
 from lorakit.objectives.objective import Batch, Collate, Objective
@@ -34,7 +34,7 @@ class Sft(Objective):
     row_settings: ClassVar[Sequence[str]] = ("learn",)
     shares_passes = True
 
-    class Settings(contract.Settings):
+    class Settings(kinds.Settings):
         """Which answers are learned.
 
         Attributes:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from lorakit.objectives.objective import Settings
 from lorakit.objectives.preference import Pairs, PreferencePairs
+from lorakit.objectives.settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -19,6 +19,7 @@ from lorakit.sweeps.pass_size import PassSize, measure_pass_size
 from lorakit.sweeps.records import Progress
 from lorakit.sweeps.space.configurations import Configuration
 from lorakit.sweeps.sweep_base import SweepBase
+from lorakit.training.adapter_settings import adapter_config
 from lorakit.training.forecast import TIGHT
 from lorakit.training.interrupt import Interrupt
 from lorakit.training.machine import memory_mb, used_memory_mb
@@ -86,7 +87,7 @@ class LocalRunner:
         for configuration in configurations:
             recipe = configuration.recipe
             args = training_arguments(recipe, held_out=True)
-            config = self.base.inputs.lora_config(recipe)
+            config = adapter_config(recipe, self.base.inputs)
             if reason := why_alone(self.base.inputs.model, recipe, config, args):
                 self._say_once(f"{configuration.name} is trained by itself: {reason}")
                 alone.append(configuration)

@@ -27,6 +27,7 @@ from lorakit.objectives.objective import Objective, TrainingInputs
 from lorakit.sweeps.held_out_rows import HeldOut, HeldOutRows, SplitLosses, TokenLosses
 from lorakit.sweeps.space.configurations import changed
 from lorakit.sweeps.splits import Split, split
+from lorakit.training.adapter_settings import adapter_config
 from lorakit.training.advice import advised
 from lorakit.training.batching import Batching, choose_batching
 from lorakit.training.machine import settle_in
@@ -125,7 +126,7 @@ class SweepBase:
         resident = ResidentModel(self.inputs.model, self.pad_token_id)
         try:
             for name, recipe in recipes.items():
-                resident.create(name, self.inputs.lora_config(recipe), recipe.training.seed)
+                resident.create(name, adapter_config(recipe, self.inputs), recipe.training.seed)
             with fused(resident.model):
                 yield resident
         finally:
@@ -154,7 +155,7 @@ class SweepBase:
         key = json.dumps(recipe.lora, sort_keys=True, default=str)
         if key not in self._trained:
             inputs = self.inputs_for(recipe)
-            model = LoraModel(inputs.model, inputs.lora_config(recipe), low_cpu_mem_usage=True)
+            model = LoraModel(inputs.model, adapter_config(recipe, inputs), low_cpu_mem_usage=True)
             try:
                 self._trained[key] = model.get_nb_trainable_parameters()[0]
             finally:

@@ -28,8 +28,8 @@ from lorakit.errors import LorakitError
 from lorakit.lora.streams import Stream
 from lorakit.objectives.batch_sums import with_sums
 from lorakit.objectives.forward import BASE, Forward
-from lorakit.objectives.objective import REFERENCE, Batch
-from lorakit.objectives.rollout import AskedPrompt, Rollout
+from lorakit.objectives.objective import Batch
+from lorakit.objectives.rollout import REFERENCE, AskedPrompt, Rollout
 from lorakit.progress import innermost
 from lorakit.sweeps.held_out_rows import HeldOut
 from lorakit.sweeps.records import Progress

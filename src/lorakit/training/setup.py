@@ -33,6 +33,7 @@ from lorakit.models.template_files import template_in
 from lorakit.objectives.objective import Objective, TrainingInputs
 from lorakit.objectives.run_request import RunRequest
 from lorakit.rl.sources import RolloutSource, open_source
+from lorakit.training.adapter_settings import adapter_config
 from lorakit.training.advice import Advice, advised
 from lorakit.training.batching import BatchDataset, Batching, choose_batching
 from lorakit.training.compiling import choose, compile_blocks
@@ -201,7 +202,7 @@ def set_up(
         )
     more = answers.names if answers else []
     check_metric(arguments, ["loss", *inputs.objective.score_names, *more])
-    check_fsdp(arguments, inputs.lora_config(recipe))
+    check_fsdp(arguments, adapter_config(recipe, inputs))
     batching, notices = choose_batching(
         recipe,
         Lines(adapted),
@@ -309,7 +310,7 @@ def _adapter_config(
 
     The data are batches of rows, and their loss is the objective's, under the bare base.
     """
-    config: LoraConfig = inputs.lora_config(recipe)
+    config = adapter_config(recipe, inputs)
     start, name = inputs.start, inputs.objective.name
     if config.bias != "none" and inputs.objective.reference is not None:
         raise InputError(
