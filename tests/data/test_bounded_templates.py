@@ -211,10 +211,10 @@ def orphaned() -> Iterator[tuple[subprocess.Popen[str], int]]:
     code = (
         "import threading, time\n"
         "from lorakit.data import bounded_templates as b\n"
-        "b.SECONDS = 1.0\n"
-        "worker = b._TemplateProcess()\n"
+        "worker = b._started()\n"
         "print(worker._process.pid, flush=True)\n"
-        f"worker.ask(b.pickle.dumps(({LOOP!r}, {{}}, 1.0)))\n"
+        f"request = b.pickle.dumps(({LOOP!r}, {{}}, 1.0))\n"
+        "worker.ask(lambda pipe: b.write_frame(pipe, request), 1.0)\n"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -9,19 +9,16 @@ limit of time.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from pathlib import Path
-from threading import Lock, Semaphore, Timer
+from threading import Lock, Semaphore
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data import template_worker
+from lorakit.data.script_process import ScriptProcess
 from lorakit.data.template_clock import clock_stands
 from lorakit.data.template_worker import read_exactly, write_frame
 from lorakit.errors import LorakitError
@@ -34,7 +31,6 @@ SECONDS = 5.0
 """How long a conversation may take; ordinary ones take a millisecond."""
 SECONDS_HERE = 20.0
 """How long it may take in this process."""
-_SECONDS_TO_START = 60.0
 _MOST = 4  # processes
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -158,92 +154,22 @@ def free_variables(template: str) -> frozenset[str]:
 def _asked(template: str, variables: dict[str, Any] | None) -> str:
     request = pickle.dumps((template, variables, SECONDS))
     with _pool().worker() as worker:
-        reply = worker.ask(request)
+        try:
+            reply = worker.ask(lambda pipe: write_frame(pipe, request), SECONDS)
+        except TimeoutError as error:
+            raise TemplateTimeoutError(f"it takes more than {SECONDS:g} s") from error
+        except EOFError as error:  # as it does when the memory is at its end
+            raise TemplateFailedError("it ended the process that renders it") from error
     text = reply[1:].decode("utf-8", "surrogatepass")
     if reply[:1] == b"t":
         return text
     raise TemplateFailedError(text)
 
 
-class _TemplateProcess:
-    """One process. It is used by one thread at a time."""
-
-    def __init__(self) -> None:
-        script = str(Path(template_worker.__file__))
-        places = {
-            str(Path(found.origin).parent.parent)
-            for name in ("jinja2", "markupsafe")
-            if (found := importlib.util.find_spec(name)) is not None and found.origin
-        }
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", script, *sorted(places)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError as error:
-            raise LorakitError(
-                f"the process that renders chat templates cannot be started: {error}"
-            ) from error
-        self.late = False
-        try:
-            self._exchange(b"", _SECONDS_TO_START)
-        except (OSError, EOFError) as error:
-            self.end()
-            raise LorakitError("the process that renders chat templates did not start") from error
-
-    def ask(self, request: bytes) -> bytes:
-        """The reply to a request.
-
-        Raises:
-            TemplateTimeoutError: it does not come in time. The process has ended then.
-            TemplateFailedError: the process ended, as it does when the memory is at its end.
-        """
-        try:
-            return self._exchange(request, SECONDS)
-        except (OSError, EOFError) as error:
-            self.end()
-            if self.late:
-                raise TemplateTimeoutError(f"it takes more than {SECONDS:g} s") from error
-            raise TemplateFailedError("it ended the process that renders it") from error
-        except BaseException:  # Ctrl-C: the reply is still to come
-            self.end()
-            raise
-
-    def alive(self) -> bool:
-        """Whether the process can be asked."""
-        return self._process.poll() is None
-
-    def end(self) -> None:
-        """Ends the process, whatever it does."""
-        self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                if stream is not None:
-                    stream.close()
-        self._process.wait()
-
-    def _expire(self) -> None:
-        self.late = True
-        self._process.kill()  # so that who waits for the reply goes on
-
-    def _exchange(self, request: bytes, seconds: float) -> bytes:
-        inward, outward = self._process.stdin, self._process.stdout
-        assert inward is not None
-        assert outward is not None
-        limit = Timer(seconds, self._expire)
-        limit.daemon = True
-        limit.start()
-        try:
-            if request:
-                write_frame(inward, request)
-            reply = read_exactly(outward)
-        finally:
-            limit.cancel()
-        if reply is None:
-            raise EOFError
-        return reply
+def _started() -> ScriptProcess:
+    packages = "jinja2", "markupsafe"
+    task = "renders chat templates"
+    return ScriptProcess(template_worker.__file__, packages, task, read_exactly)
 
 
 class _Pool:
@@ -252,18 +178,18 @@ class _Pool:
     def __init__(self) -> None:
         self.process = os.getpid()
         self._places = Semaphore(_MOST)
-        self._idle: list[_TemplateProcess] = []
-        self._busy: set[_TemplateProcess] = set()
+        self._idle: list[ScriptProcess] = []
+        self._busy: set[ScriptProcess] = set()
 
     @contextmanager
-    def worker(self) -> Iterator[_TemplateProcess]:
+    def worker(self) -> Iterator[ScriptProcess]:
         """A process to ask, when one is free."""
         with self._places:
             worker = None
             with suppress(IndexError):
                 worker = self._idle.pop()
             if worker is None or not worker.alive():
-                worker = _TemplateProcess()
+                worker = _started()
             self._busy.add(worker)
             try:
                 yield worker

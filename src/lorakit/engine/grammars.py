@@ -7,21 +7,17 @@ which is ended when it takes too long; what passed is compiled here, and kept wh
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from collections import OrderedDict
-from contextlib import suppress
-from pathlib import Path
-from threading import Lock, Timer
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import IO, TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lorakit.data.script_process import ScriptProcess
 from lorakit.engine import grammar_worker
 from lorakit.engine.grammar import Grammar, GrammarError, GrammarState
 from lorakit.engine.grammar_worker import LIMITS
-from lorakit.errors import InputError, LorakitError, one_line
+from lorakit.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
 
 SECONDS = 3.0
 """How long the check of a grammar may take; ordinary ones take some milliseconds."""
-_SECONDS_TO_START = 60.0
 _KEPT = 64  # grammars
 _TOKENIZERS = 8
 
@@ -55,7 +50,7 @@ class Grammars:
     ) -> None:
         self._base, self._pool, self._vocabulary = (tokenizer, ending), pool, vocabulary
         self._lock = Lock()
-        self._checker: _Checker | None = None
+        self._checker: ScriptProcess | None = None
         self._checked: OrderedDict[Grammar, str | GrammarError] = OrderedDict()
         self._matchers: OrderedDict[tuple[Grammar, Any], Any] = OrderedDict()
         self._of_content: OrderedDict[tuple[str, frozenset[int]], Any] = OrderedDict()
@@ -97,9 +92,9 @@ class Grammars:
         """A grammar in llguidance's form; one that was refused is so again, at once."""
         if grammar not in self._checked:
             if self._checker is None or not self._checker.alive():
-                self._checker = _Checker()
+                self._checker = _started()
             try:
-                self._checked[grammar] = self._checker.definition(grammar)
+                self._checked[grammar] = _check(self._checker, grammar)
             except GrammarError as error:
                 self._checked[grammar] = error
         self._checked.move_to_end(grammar)
@@ -154,77 +149,29 @@ def _matcher(tokenizer: Any, definition: str) -> Any:
     return matcher
 
 
-class _Checker:
-    """The process that checks grammars. It is used by one thread at a time."""
+def _started() -> ScriptProcess:
+    return ScriptProcess(grammar_worker.__file__, ["llguidance"], "checks grammars", _line)
 
-    def __init__(self) -> None:
-        found = importlib.util.find_spec("llguidance")
-        place = [] if found is None or found.origin is None else [Path(found.origin).parent.parent]
-        script = str(Path(grammar_worker.__file__))
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", script, *map(str, place)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-            )
-            self._exchange("", _SECONDS_TO_START)
-        except (OSError, EOFError) as error:
-            raise LorakitError(
-                f"the process that checks grammars did not start: {error}"
-            ) from error
 
-    def definition(self, grammar: Grammar) -> str:
-        """A grammar in llguidance's form.
+def _line(stream: IO[bytes]) -> bytes | None:
+    line = stream.readline()
+    return line if line.endswith(b"\n") else None
 
-        Raises:
-            GrammarError: it has none, or that takes too long or too much memory.
-        """
-        request = json.dumps([grammar.kind, grammar.text]) + "\n"
-        try:
-            reply = self._exchange(request, SECONDS)
-        except (OSError, EOFError) as error:
-            self.end()
-            raise GrammarError(
-                f"compiling takes over {SECONDS:g} s or {grammar_worker.MEMORY >> 20} MiB: "
-                "use fewer alternatives and fewer levels"
-            ) from error
-        except BaseException:  # Ctrl-C: the reply is still to come
-            self.end()
-            raise
-        if "error" in reply:
-            raise GrammarError(one_line(reply["error"]))
-        return reply["definition"]
 
-    def alive(self) -> bool:
-        """Whether the process can be asked."""
-        return self._process.poll() is None
+def _check(checker: ScriptProcess, grammar: Grammar) -> str:
+    """A grammar in llguidance's form.
 
-    def end(self) -> None:
-        """Ends the process, whatever it does."""
-        self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                if stream is not None:
-                    stream.close()
-        self._process.wait()
-
-    def _exchange(self, request: str, seconds: float) -> dict[str, str]:
-        """The reply to a request; to none, what the process says when it has started."""
-        inward, outward = self._process.stdin, self._process.stdout
-        assert inward is not None
-        assert outward is not None
-        limit = Timer(seconds, self._process.kill)  # so that who waits for the reply goes on
-        limit.daemon = True
-        limit.start()
-        try:
-            inward.write(request)
-            inward.flush()
-            reply = outward.readline()
-        finally:
-            limit.cancel()
-        if not reply.endswith("\n"):
-            raise EOFError("it ended")
-        made: dict[str, str] = json.loads(reply)
-        return made
+    Raises:
+        GrammarError: it has none, or that takes too long or too much memory.
+    """
+    request = json.dumps([grammar.kind, grammar.text]) + "\n"
+    try:
+        reply = json.loads(checker.ask(lambda pipe: pipe.write(request.encode()), SECONDS))
+    except (TimeoutError, EOFError) as error:
+        raise GrammarError(
+            f"compiling takes over {SECONDS:g} s or {grammar_worker.MEMORY >> 20} MiB: "
+            "use fewer alternatives and fewer levels"
+        ) from error
+    if "error" in reply:
+        raise GrammarError(one_line(reply["error"]))
+    return str(reply["definition"])
