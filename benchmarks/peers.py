@@ -74,6 +74,49 @@ def one_epoch(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def with_lorakit(
+    options: argparse.Namespace,
+    model: str,
+    rows: Path,
+    training: dict[str, Any],
+    folder: Path,
+    **recipe: Any,
+) -> None:
+    """Trains on a file of rows with `lorakit.train`; the adapter is in `folder/run`.
+
+    Args:
+        recipe: more of its keys; those of `data` join the usual ones.
+    """
+    import lorakit
+
+    usual = {
+        "model": model,
+        "dtype": options.dtype,
+        "lora": FIELDS,
+        "training": training,
+        "samples": 0,
+        "output_dir": f"{folder}/run",
+    }
+    data = {"train": str(rows), "eval": 0} | recipe.pop("data", {})
+    lorakit.train(usual | {"data": data} | recipe, quiet=True)
+
+
+def trl_arguments(
+    options: argparse.Namespace, training: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """What the configuration of each of TRL's trainers is given."""
+    import torch
+
+    return {
+        **training,
+        "output_dir": f"{folder}/trl",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": options.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
 def warmed(trainer: Any) -> Any:
     """A `transformers.Trainer` whose warm-up begins above 0, as lorakit's does: a step more that
     learns.

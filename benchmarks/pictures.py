@@ -24,7 +24,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import FIELDS, clock_of, compare, one_epoch, warmed
+from benchmarks.peers import (
+    FIELDS,
+    clock_of,
+    compare,
+    one_epoch,
+    trl_arguments,
+    warmed,
+    with_lorakit,
+)
 from benchmarks.turns import Figures, peak_memory_mb, take_turns
 
 SIDES = ("trl", "trl_plain", "lorakit")
@@ -35,24 +43,14 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     """Trains one epoch in this process, on the model and the rows in `options.folder`."""
     import transformers
 
-    import lorakit
-
     transformers.utils.logging.disable_progress_bar()
     training = one_epoch(options)
     clock = clock_of(transformers.Trainer)
     base, data = options.folder / "base", options.folder / "train.jsonl"
     with tempfile.TemporaryDirectory() as place:
         if side == "lorakit":
-            recipe = {
-                "model": str(base),
-                "dtype": options.dtype,
-                "data": {"train": str(data), "eval": 0},
-                "lora": FIELDS | {"parts": ["language", "projector"]},
-                "training": training,
-                "samples": 0,
-                "output_dir": f"{place}/run",
-            }
-            lorakit.train(recipe, quiet=True)
+            lora = FIELDS | {"parts": ["language", "projector"]}
+            with_lorakit(options, str(base), data, training, Path(place), lora=lora)
         else:
             training["gradient_checkpointing"] = side == "trl"
             _with_trl(base, data, options, training, Path(place))
@@ -72,7 +70,6 @@ def _with_trl(
 ) -> None:
     import datasets
     import peft
-    import torch
     import transformers
     import trl
 
@@ -90,17 +87,9 @@ def _with_trl(
         for row in rows
     ]
     images = datasets.Sequence(datasets.Image())
-    config = trl.SFTConfig(
-        **training,
-        output_dir=f"{folder}/trl",
-        report_to="none",
-        disable_tqdm=True,
-        bf16=options.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-    )
     trainer = trl.SFTTrainer(
         model=model,
-        args=config,
+        args=trl.SFTConfig(**trl_arguments(options, training, folder)),
         train_dataset=datasets.Dataset.from_list(given).cast_column("images", images),
         processing_class=transformers.AutoProcessor.from_pretrained(base),
         peft_config=peft.LoraConfig(**FIELDS | {"target_modules": LINEAR}, task_type="CAUSAL_LM"),

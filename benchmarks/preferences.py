@@ -23,7 +23,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import FIELDS, clock_of, one_epoch, parser_of, run, warmed
+from benchmarks.peers import (
+    FIELDS,
+    clock_of,
+    one_epoch,
+    parser_of,
+    run,
+    trl_arguments,
+    warmed,
+    with_lorakit,
+)
 from benchmarks.turns import Figures, peak_memory_mb
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -33,8 +42,6 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
     """Trains one epoch in this process."""
     import transformers
 
-    import lorakit
-
     transformers.utils.logging.disable_progress_bar()
     training = one_epoch(options)
     clock = clock_of(transformers.Trainer)
@@ -42,21 +49,9 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         folder = Path(place)
         rows = _divided(options, folder)
         if side == "lorakit":
-            recipe = {
-                "model": options.model,
-                "dtype": options.dtype,
-                "data": {
-                    "train": f"{place}/train.json",
-                    "eval": 0,
-                    "max_length": options.length,
-                },
-                "objective": options.objective,
-                "lora": FIELDS,
-                "training": training,
-                "samples": 0,
-                "output_dir": f"{place}/run",
-            }
-            lorakit.train(recipe, quiet=True)
+            more = {"objective": options.objective, "data": {"max_length": options.length}}
+            train = folder / "train.json"
+            with_lorakit(options, options.model, train, training, folder, **more)
         else:
             training["gradient_checkpointing"] = side == "trl"
             _with_trl(rows, options, training, folder)
@@ -99,7 +94,6 @@ def _with_trl(
 ) -> None:
     import datasets
     import peft
-    import torch
     import transformers
     import trl
 
@@ -129,18 +123,10 @@ def _with_trl(
             }
             for row in rows
         ]
-    config = config_class(
-        **training,
-        output_dir=f"{folder}/trl",
-        report_to="none",
-        disable_tqdm=True,
-        max_length=options.length,
-        bf16=options.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-    )
+    common = trl_arguments(options, training, folder)
     trainer = trainer_class(
         model=model,
-        args=config,
+        args=config_class(**common, max_length=options.length),
         train_dataset=datasets.Dataset.from_list(given),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(**FIELDS, task_type="CAUSAL_LM"),

@@ -22,15 +22,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import FIELDS, clock_of, one_epoch, parser_of, run, warmed
+from benchmarks.peers import (
+    FIELDS,
+    clock_of,
+    one_epoch,
+    parser_of,
+    run,
+    trl_arguments,
+    warmed,
+    with_lorakit,
+)
 from benchmarks.turns import Figures, peak_memory_mb
 
 
 def measure(side: str, options: argparse.Namespace) -> Figures:
     """Trains one epoch in this process."""
     import transformers
-
-    import lorakit
 
     transformers.utils.logging.disable_progress_bar()
     lines = [line for line in options.data.read_text().splitlines() if line.strip()]
@@ -44,18 +51,11 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
             rows = "".join(json.dumps({"text": text}) + "\n" for text in part)
             (folder / f"{name}.jsonl").write_text(rows)
         if side == "lorakit":
-            data = {"train": f"{place}/train.jsonl", "eval": 0, "packing": True}
-            recipe = {
-                "model": options.model,
-                "dtype": options.dtype,
-                "data": data | {"max_length": options.length},
-                "objective": "pretrain",
-                "lora": FIELDS,
-                "training": training,
-                "samples": 0,
-                "output_dir": f"{place}/run",
-            }
-            lorakit.train(recipe, quiet=True)
+            more = {"data": {"packing": True, "max_length": options.length}}
+            train = folder / "train.jsonl"
+            with_lorakit(
+                options, options.model, train, training, folder, objective="pretrain", **more
+            )
         else:
             training["gradient_checkpointing"] = side == "trl"
             _with_trl(documents, options, training, folder)
@@ -75,7 +75,6 @@ def _with_trl(
 ) -> None:
     import datasets
     import peft
-    import torch
     import transformers
     import trl
 
@@ -84,15 +83,10 @@ def _with_trl(
     model, tokenizer = lorakit.load_model(options.model, options.dtype)
     transformers.set_seed(42)
     config = trl.SFTConfig(
-        **training,
-        output_dir=f"{folder}/trl",
-        report_to="none",
-        disable_tqdm=True,
+        **trl_arguments(options, training, folder),
         max_length=options.length,
         packing=True,
         packing_strategy="wrapped",
-        bf16=options.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
     )
     trainer = trl.SFTTrainer(
         model=model,
