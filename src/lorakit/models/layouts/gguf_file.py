@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,13 +87,10 @@ class GGUFFile(Layout):
         return {"gguf_file": self.path.name, "local_files_only": True}
 
     def templates(self) -> Templates | None:
-        from gguf import GGUFReader
-
         try:
-            field = GGUFReader(self.path).get_field("tokenizer.chat_template")
+            return _template(self.path, self.path.stat().st_mtime_ns)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path} cannot be read: {error}") from error
-        return None if field is None else str(field.contents())
 
     def shards(self) -> dict[str, dict[str, StoredTensor]]:
         raise InputError(
@@ -112,6 +110,15 @@ class GGUFFile(Layout):
         for tensor in GGUFReader(self.path).tensors:
             numbers[tensor.tensor_type.name] += int(tensor.n_elements)
         return numbers.most_common(1)[0][0], self.path.stat().st_size, []
+
+
+@lru_cache(maxsize=8)  # gguf reads the whole vocabulary too, for seconds
+def _template(path: Path, changed: int) -> str | None:
+    """The chat template in the file, which was `changed` then."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.chat_template")
+    return None if field is None else str(field.contents())
 
 
 @contextmanager
