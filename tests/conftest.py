@@ -1,6 +1,7 @@
 """What tests of several folders share: a tiny model, that model made to listen, a browser."""
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def pytest_collection_finish() -> None:
     """What has been imported is no garbage: each training run would look through all of it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """What is written is not flushed to the disk: only a power failure could tell."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
 """Work that is killed again and again, at moments that nobody chose, until it comes to its end."""
 
-import json
 import os
-import subprocess
-import sys
+import random
+import signal
+import time
+import traceback
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import lorakit
+from forked import forked
 
 _WEIGHTS = "adapter_model.safetensors"
 _RUN = """
@@ -15,32 +20,32 @@ import lorakit.training.run as run
 import lorakit.training.setup, transformers.trainer, transformers.models.llama.modeling_llama
 """
 
-# Imports once and then forks, so that starting again takes no time.
-_DRIVER = """
-import json, os, random, signal, sys, time
-import psutil
 
-values, seed, shortest, longest, prepare, work = json.loads(sys.argv[1])
-exec(prepare)
-moments, kills = random.Random(seed), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        exec(work)
-        os._exit(0)
-    limit = moments.uniform(shortest, longest) + 0.1 * kills  # of its own time, however busy
-    while sum(psutil.Process(child).cpu_times()[:2]) < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, status
-            print(kills)
-            sys.exit(0)
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
-    assert kills < 100
-"""
+def _drive(told: Any, prepare: str, work: str, values: Any, seed: int, within: Any) -> None:
+    """Tells how often the work was killed, or what went wrong."""
+    scope = {"values": values}
+    moments, kills = random.Random(seed), 0
+    try:
+        exec(prepare, scope)  # imports once and then forks, so that starting again takes no time
+        while kills < 100:
+            child = os.fork()
+            if child == 0:
+                exec(work, scope)
+                os._exit(0)
+            limit = moments.uniform(*within) + 0.1 * kills  # of its own time, however busy
+            while sum(psutil.Process(child).cpu_times()[:2]) < limit:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    told.send(kills if status == 0 else f"status {status}")
+                    return
+                time.sleep(0.001)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        told.send("it does not end")
+    except BaseException:
+        told.send(traceback.format_exc())  # a failure of the work comes from its own process
+        os._exit(1)
 
 
 def kill_until_done(
@@ -56,15 +61,12 @@ def kill_until_done(
 
     Returns: how often it was killed.
     """
-    arguments = json.dumps([values, seed, *within, prepare, work])
-    driver = subprocess.run(
-        [sys.executable, "-c", _DRIVER, arguments],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert driver.returncode == 0, driver.stderr
-    return int(driver.stdout.splitlines()[-1])
+    told, tells = Pipe(duplex=False)
+    forked(_drive, tells, prepare, work, values, seed, within)
+    tells.close()  # so that its end is noticed
+    kills: int | str = told.recv()
+    assert isinstance(kills, int), kills
+    return kills
 
 
 def assert_resumes_to_the_same_bytes(values: dict[str, Any]) -> tuple[Path, Path]:

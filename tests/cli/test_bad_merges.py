@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit
 from command import Command
+from forked import forked
+from lorakit.adapters import streaming
 from lorakit.errors import InputError, LorakitError
 from lorakit.models.shards import INDEX_NAME
 from tiny import save_tiny_model
@@ -207,23 +207,23 @@ def test_a_disk_that_is_full_or_read_only_is_said_and_nothing_is_left(
     assert list(disk.iterdir()) == []
 
 
+def merge_and_wait(adapter: Path, out: Path, base: Path) -> None:
+    """Merges, and waits for long when all weights are written."""
+    streaming.copy_others = lambda *_: time.sleep(60)
+    lorakit.merge(adapter, out, base=str(base), verify=False)
+
+
 def test_a_merge_that_was_killed_leaves_nothing_in_the_way_of_the_next(
     base: Path, tiny_adapter: Path, tmp_path: Path
 ):
     before = contents(base)
-    script = (
-        "import sys, time; from lorakit.adapters import streaming\n"
-        "streaming.copy_others = lambda *_: time.sleep(60)\n"  # all weights are written by then
-        "import lorakit; lorakit.merge(sys.argv[1], sys.argv[2], base=sys.argv[3], verify=False)"
-    )
     out = tmp_path / "merged"
-    command = [sys.executable, "-c", script, str(tiny_adapter), str(out), str(base)]
-    process = subprocess.Popen(command)
+    process = forked(merge_and_wait, tiny_adapter, out, base)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(f".merged.*/{INDEX_NAME}")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert not out.exists()
     assert list(tmp_path.glob(".merged.*"))
     assert lorakit.merge(tiny_adapter, out, base=str(base)).passed

@@ -167,12 +167,10 @@ for path in {paths}:
 @pytest.fixture
 def hub_cache(tmp_path: Path) -> Path:
     """The local cache of the hub, as `load_dataset("owner/name")` leaves it."""
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     (tmp_path / "rows.jsonl").write_text(line("q"))
-    in_python(
-        f"import datasets; datasets.load_dataset('json', data_files='{tmp_path}/rows.jsonl')",
-        HF_DATASETS_CACHE=str(tmp_path / "cache"),
-    )
+    files, cache = str(tmp_path / "rows.jsonl"), str(tmp_path / "cache")
+    datasets.load_dataset("json", data_files=files, cache_dir=cache)
     made = next((tmp_path / "cache" / "json").glob("*/*/*/dataset_info.json")).parent
     kept = tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / made.name
     shutil.copytree(made, kept)

@@ -2,36 +2,19 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 import lorakit
+from forked import forked_lorakit
 from lorakit.cli.main import main
 from matrix import few
 from small_runs import lines, recipe
-
-
-def started(values: dict, tmp_path: Path, *more: str) -> "subprocess.Popen[str]":
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "lorakit", "train", str(path), *more]
-    # As a terminal starts it; a shell behind `&` may have this process ignore Ctrl-C.
-    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, preexec_fn=hears)
-
-
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("number", few([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
@@ -39,12 +22,16 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_byte
     number: int, tiny_model: Path, rows: Path, tmp_path: Path
 ):
     values = recipe(tiny_model, rows, tmp_path / "run", max_steps=400, save_steps=1000)
-    process = started(values, tmp_path)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    time.sleep(0.3)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    path, said = tmp_path / "recipe.yaml", tmp_path / "err.txt"
+    path.write_text(yaml.safe_dump(values))
+    process = forked_lorakit(["train", path], said)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.is_alive(), said.read_text()
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    process.join(120)
+    err = said.read_text()
+    assert process.exitcode == 130, err
     assert "Traceback" not in err
     last = err.splitlines()[-1]
     assert "error: stopped after step" in last

@@ -1,6 +1,5 @@
 """A training service in a process that can be killed and started again at the same address."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,12 +9,7 @@ from typing import Any
 
 import httpx
 
-_IMPORTS = [
-    "lorakit.engine.open_engine",
-    "lorakit.server.run",
-    "lorakit.server.training.routes",
-    "transformers.models.llama.modeling_llama",
-]
+from forked import forked
 
 
 def serve(base: str, state: str, port: int, drain: float) -> None:
@@ -33,15 +27,12 @@ class KilledServer:
     """The service over `base`, with its checkpoints below `state`."""
 
     def __init__(self, base: Path, state: Path, drain: float = 30.0) -> None:
-        self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_IMPORTS)  # starting again takes no time
         self._arguments = str(base), str(state), _free_port(), drain
         self.url = f"http://127.0.0.1:{self._arguments[2]}"
         self.process: Any = None
 
     def start(self) -> None:
-        self.process = self._context.Process(target=serve, args=self._arguments, daemon=True)
-        self.process.start()
+        self.process = forked(serve, *self._arguments)
         end = time.monotonic() + 120
         while time.monotonic() < end:
             assert self.process.is_alive(), self.process.exitcode
