@@ -57,12 +57,15 @@ def add(bank: LoraModel, name: str, change: Factors, **options: Any) -> None:
     bank.add_packed(name, alone.peft_config["alone"], parts_of(bare, "alone"))
 
 
-def packed(model: Any, together: bool) -> LoraModel:
+def packed(model: Any, together: bool, held: bool = False) -> LoraModel:
     families = same_inputs(model, lambda: model(IDS)) if together else ()
     bare = structure_of(model)
     bank = LoraModel(model, None)
     vars(bank)["bare"] = bare  # in no submodule
     bank.pack(families)
+    if held:
+        assert bank.packed is not None
+        bank.packed.hold(families)
     return bank
 
 
@@ -104,13 +107,13 @@ def model(request: pytest.FixtureRequest) -> Any:
     return request.param().double().eval()
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("together", "held"), [(False, False), (True, False), (True, True)])
 @torch.no_grad()
-def test_each_row_gets_its_own_adapters_product(model: Any, together: bool):
+def test_each_row_gets_its_own_adapters_product(model: Any, together: bool, held: bool):
     made = {"a": factors(model, 1, 3), "b": factors(model, 2, 1, 5, 0), "c": factors(model, 3, 2)}
     expected = {name: with_weights(model, change) for name, change in made.items()}
     expected[None] = logits(model)  # type: ignore[index]
-    bank = packed(model, together)
+    bank = packed(model, together, held)
 
     def check(*names: str | None) -> None:
         bank.routing.route = Route.of_rows([name or BASE for name in names])
@@ -150,6 +153,23 @@ def test_each_row_gets_its_own_adapters_product(model: Any, together: bool):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_weights_beside_each_other_are_in_memory_once_and_part_again():
+    torch.manual_seed(0)
+    model: Any = make_llama().double().eval()
+    expected = logits(model)
+    bank = packed(model, together=True, held=True)
+    attention = model.model.layers[0].self_attn
+    parts = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
+    assert len({weight.untyped_storage().data_ptr() for weight in parts}) == 1
+    assert parts[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in parts)
+    for found, wanted in zip(logits(model), expected, strict=True):
+        assert torch.equal(found, wanted)
+    bank.unpack()
+    for weight in parts:
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+
+
 def test_a_weight_that_several_modules_share_stays_theirs(model: Any):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     bank = packed(model, True)

@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lorakit.engine.decode_step import DecodeStep
     from lorakit.engine.picture_features import PictureFeatures
+    from lorakit.lora.packed import PackedFactors
 
 _Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
+
+PackedNow = Callable[[], "PackedFactors | None"]
+"""Gives the factors that the model's adapters have packed now, if any are."""
 
 CHUNK = 512
 """Tokens of prompts that are read in one step, so that no answer waits long for its next token."""
@@ -68,6 +73,8 @@ class ContinuousBatch:
         padded: whether short prompts are read together.
         features: those of pictures; None computes them for each prompt.
         prefixes: beginnings of prompts that are known; None keeps none.
+        step: computes newest tokens in the model's place, of rows that it serves.
+        packed: for that.
     """
 
     def __init__(
@@ -81,10 +88,13 @@ class ContinuousBatch:
         padded: bool = True,
         features: PictureFeatures | None = None,
         prefixes: PrefixCache | None = None,
+        step: DecodeStep | None = None,
+        packed: PackedNow = lambda: None,
     ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
         self._features, self._prefixes = features, prefixes
+        self._step, self._packed = step, packed
         self._routing, self._most, self._route = routing, most, route
         self._in_parts, self._padded = in_parts, padded
         self._writing = 0  # the first so many rows have read their prompts
@@ -292,8 +302,7 @@ class ContinuousBatch:
             names = [row.adapter for row in rows]
             shape = tuple(given["input_ids"].shape)
             self._routing.route = self._route or Route.of_rows(names, shape)
-            with copied_once(self._model):
-                logits = self._model(**given, logits_to_keep=1).logits[:, -1]
+            logits = self._logits(given)
         except Exception as error:
             failure = reason(error)
         else:
@@ -307,6 +316,16 @@ class ContinuousBatch:
             return
         for at, row in enumerate(rows, first):
             self._forward(at, [row], inputs)
+
+    def _logits(self, given: dict[str, Any]) -> torch.Tensor:
+        """The logits (rows, vocabulary) of the rows' last tokens."""
+        if self._step is not None and self._cache.layers[0].place.lengths is not None:
+            route, packed = self._routing.route, self._packed()
+            if self._routing.enabled and self._step.serves(route, packed):
+                return self._step(self._cache, given, route, packed)
+        with copied_once(self._model):
+            logits: torch.Tensor = self._model(**given, logits_to_keep=1).logits[:, -1]
+        return logits
 
     def _whole(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         prompts = [row.prompt for row in rows]

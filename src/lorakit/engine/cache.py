@@ -33,6 +33,7 @@ class RowCache(Cache):
         keeps_states: a forward that failed cannot be repeated, since it may have changed them.
         needs_snapshots: a layer keeps something without positions, which is that of all tokens.
         reads_rests: whether `rests_of_prompts` can be asked for.
+        own_mask: its layers have nothing but causal attention, by a mask that is made here.
         turns_with_length: how keys are rotated depends on how long their row is.
 
     Raises:
@@ -49,10 +50,10 @@ class RowCache(Cache):
         self.keeps_states = any(hasattr(layer, "conv_states") for layer in layers)
         self.needs_snapshots = any(layer.needs_snapshots for layer in layers)
         # With nothing but causal attention the mask needs no help of the model.
-        self._own_mask = config._attn_implementation != "eager" and all(
+        self.own_mask = config._attn_implementation != "eager" and all(
             type(layer) is FullRows for layer in layers
         )
-        self.reads_rests = self._own_mask and not self._step
+        self.reads_rests = self.own_mask and not self._step
         self.turns_with_length = _turns_with_length(config)
 
     def are_alike(self, *positions: int) -> bool:
@@ -75,7 +76,7 @@ class RowCache(Cache):
         mask = None  # attention is causal then, from the first key on
         if len(prompts) > 1:
             mask = columns >= begins
-            if self._own_mask:
+            if self.own_mask:
                 # Padding sees padding, as what sees nothing is NaN.
                 alike = mask[:, None] == mask[:, :, None]
                 mask = (alike & (columns <= columns[:, None]))[:, None]
@@ -120,7 +121,7 @@ class RowCache(Cache):
         end = start + len(tokens)
         positions = torch.arange(start, end, device=device)
         mask = None
-        if start and self._own_mask:
+        if start and self.own_mask:
             before = torch.arange(end, device=device)
             mask = (before <= positions[:, None])[None, None]
         return self._arguments(Place(row, start), [tokens], positions[None] + moved, mask)
@@ -140,7 +141,7 @@ class RowCache(Cache):
         before = torch.tensor(lengths, device=device)
         longest = max(lengths) + 1
         mask = None
-        if self._own_mask:
+        if self.own_mask:
             # Also where it hides nothing: with a mask a CPU takes the quicker of two ways.
             mask = (torch.arange(longest, device=device) <= before[:, None])[:, None, None]
         place = Place(lengths=before, longest=longest)

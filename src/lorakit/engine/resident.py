@@ -392,6 +392,7 @@ class ResidentModel:
         Args:
             kept: `features` and `prefixes` of `Carried.batch`, under adapters that are not trained.
         """
+        kept["packed"] = lambda: self.model.packed
         return self.carried.batch(self.base, self.model.routing, rows, length, **kept)
 
     def pack(self, names: Iterable[str] = ()) -> None:
@@ -401,7 +402,10 @@ class ResidentModel:
             with torch.no_grad(), model.routing.using(Route()):
                 one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
                 run = nullcontext if self.carried.why_not else lambda: self.base(input_ids=one)
-                model.pack(same_inputs(self.base, run))
+                families = same_inputs(self.base, run)
+                model.pack(families)
+                if model.packed is not None and self.carried.step is not None:
+                    model.packed.hold(families)
         for name in names:
             if model.packed is not None and name not in model.packed:
                 pack_adapter(model, name)

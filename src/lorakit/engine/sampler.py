@@ -193,7 +193,8 @@ class Sampler:
         routing, most = self._model.routing, self._rows_at_once(rows)
         of_all = None if adapters else route
         prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
-        batch = self._carried.batch(self._base, routing, most, longest, of_all, prefixes=prefixes)
+        kept: dict[str, Any] = {"prefixes": prefixes, "packed": lambda: self._model.packed}
+        batch = self._carried.batch(self._base, routing, most, longest, of_all, **kept)
         with self._packed(() if adapters else route.shared, rows):
             write_rows(batch, rows, routing, work)
         for row in rows:

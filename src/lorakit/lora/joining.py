@@ -207,6 +207,17 @@ def _adapts_parameters(self: Any) -> bool:
     return any(config.target_parameters for config in self.peft_config.values())
 
 
+def is_packed(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter has something in `model`, and that is packed factors alone."""
+    own = [module for _, module in wrapped_modules(model) if adapter_name in module.adapters]
+    return bool(own) and all(
+        _is_packable(module)
+        and module.family is not None
+        and adapter_name in module.family.names[module.place]
+        for module in own
+    )
+
+
 def _is_packable(module: nn.Module) -> TypeGuard[LoraLinear]:
     return type(module) in _PACKED
 

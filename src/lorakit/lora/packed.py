@@ -13,59 +13,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lorakit.lora.columns import Columns, Plan
 from lorakit.lora.routing import BASE, Route, Routing
 from lorakit.weight_formats import format_of
 
 Base = Callable[[torch.Tensor], torch.Tensor]
 """A layer's own product of x (rows, …, d_in), with its bias: (rows, …, d_out)."""
-
-
-class Columns(NamedTuple):
-    """Neighbouring rows that have the same adapter, and the columns that are its own."""
-
-    first: int
-    last: int
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A route in terms of columns.
-
-    Attributes:
-        rows: how many rows there are; 1 where all of them have the same adapter.
-        groups: (first row, row behind the last, adapter) of neighbours with the same adapter.
-        parts: those of the groups whose adapter has columns.
-        whole: the only part in which every row has all columns.
-        hidden: (rows, columns, 1), which of these a row does not have; None where all rows have
-            the same adapter.
-    """
-
-    rows: int
-    groups: tuple[tuple[int, int, str], ...]
-    parts: tuple[Columns, ...]
-    whole: tuple[Columns, ...]
-    hidden: torch.Tensor | None
-
-    def mixes(self, x: torch.Tensor) -> bool:
-        """Whether one product serves all rows of x: those that have a single token each."""
-        return self.hidden is not None and x.numel() == self.rows * x.shape[-1]
-
-    def tokens(self, first: int, last: int, count: int) -> slice:
-        """Which of `count` tokens, or rows, of a batch are those of its rows first to last."""
-        if last - first == self.rows:
-            return slice(None)
-        each = count // self.rows
-        return slice(first * each, last * each)
 
 
 class Family:
@@ -89,9 +49,9 @@ class Family:
         self._packed, self.dtype = factors, factors.dtype
         shapes = [linear_shape(layer) or (0, 0) for layer in layers]
         self._d_in = shapes[0][1]
-        self._sizes = [d_out for d_out, _ in shapes]
-        ends = list(accumulate(self._sizes))
-        self._rows = [slice(end - d, end) for end, d in zip(ends, self._sizes, strict=True)]
+        self.sizes = [d_out for d_out, _ in shapes]
+        ends = list(accumulate(self.sizes))
+        self._rows = [slice(end - d, end) for end, d in zip(ends, self.sizes, strict=True)]
         self._A = factors.empty(0, self._d_in)
         """(columns, d_in)."""
         self._stack = factors.empty(ends[-1], 0 if base else self._d_in)
@@ -128,6 +88,8 @@ class Family:
             room: how many columns a layer must have in all.
         """
         n = len(self.layers)
+        if not len(self._A) and all(given is None for given in factors):
+            return
         self._grow(room * n)
         A = self._A[begin * n : (begin + width) * n]
         B = self._stack[:, self._before + begin * n : self._before + (begin + width) * n]
@@ -170,9 +132,10 @@ class Family:
                 or x.dtype != self.dtype
             ):
                 return None
-            y = self._computed(x, self._packed.plan(route, x)).view(*x.shape[:-1], -1)
+            tokens = x.reshape(-1, self._d_in)
+            y = self.computed(tokens, self._packed.plan(route, x), x).view(*x.shape[:-1], -1)
             self._x, self._route, self._left = x, route, len(self.layers)
-            self._outputs = y.split(self._sizes, -1) if self._left > 1 else (y,)
+            self._outputs = y.split(self.sizes, -1) if self._left > 1 else (y,)
         y = self._outputs[layer]
         self._left -= 1
         if not self._left:
@@ -195,18 +158,24 @@ class Family:
             return []
         return [(plan.tokens(first, last, x.shape[0]), name) for first, last, name in found]
 
-    def _computed(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """(tokens, all d_out)."""
-        tokens = x.reshape(-1, self._d_in)
-        mixes = plan.mixes(x)
+    def computed(
+        self, tokens: torch.Tensor, plan: Plan, x: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The outputs of all layers beside each other: (tokens, d_in) to (tokens, all d_out).
+
+        Args:
+            x: the tokens as the layers get them, where that is in another shape.
+        """
+        x = tokens if x is None else x
+        mixes = plan.mixes(tokens)
         if plan is not self._plan or mixes is not self._mixed:
             self._plan, self._mixed = plan, mixes
             self._others = [None] * len(self.layers)
             named = {name for _, _, name in plan.groups}
             self.has_others = any(named - own for own in self.names)
-            parts = plan.whole if mixes else plan.parts
+            parts = (plan.whole if mixes else plan.parts) if len(self._A) else ()
             self._of_parts = [self._factors(part, mixes) for part in parts]
-        if mixes:
+        if mixes and self._of_parts:
             ((_, A, B),) = self._of_parts
             inner = tokens @ A
             inner.unflatten(1, (-1, len(self.layers))).masked_fill_(plan.hidden, 0)
@@ -304,6 +273,7 @@ class PackedFactors:
         self._together = {path: tuple(family) for family in families for path in family}
         self._families: dict[tuple[str, ...], Family] = {}
         """By the paths of the layers that are in it."""
+        self._model = model
         self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         """By a parameter's id, how many modules have it."""
         self.layers: dict[str, Any] = {}
@@ -311,12 +281,33 @@ class PackedFactors:
         self.joined: dict[str, Any] = {}
         """By adapter, all wrappers that have it, where they are known."""
         self._ranges: dict[str, tuple[int, int]] = {}
+        self.version = 0
+        """Changes whenever a family or an adapter comes, goes or has other factors."""
         self.columns = 0
         """Columns in use, those of adapters that have gone and lie between others among them."""
         self._planned: tuple[object, Plan | None] = None, None
 
     def __contains__(self, name: str) -> bool:
         return name in self._ranges
+
+    def by_layer(self) -> dict[int, Family]:
+        """The families by the ids of their layers, which are the base's own."""
+        return {id(own): family for family in self._families.values() for own in family.layers}
+
+    @torch.no_grad()
+    def hold(self, families: Iterable[Sequence[str]]) -> None:
+        """Lays the weights of layers that no adapter has yet side by side, those of each family.
+
+        Args:
+            families: paths of layers that get the same input. Those whose weights cannot lie here
+                stay as they are.
+        """
+        there = {path for paths in self._families for path in paths}
+        for paths in families:
+            layers = [self._base_of(path) for path in paths]
+            if there.isdisjoint(paths) and all(map(self._is_fusible, layers)):
+                self._make(tuple(paths), None)
+        self._count()
 
     def columns_of(self, name: str) -> tuple[int, int]:
         """Where the columns of adapter `name` begin and end."""
@@ -421,6 +412,7 @@ class PackedFactors:
 
     def _count(self) -> None:
         self._planned = None, None
+        self.version += 1
         self.columns = max((end for _, end in self._ranges.values()), default=0)
 
     def _gather(self, layers: Mapping[str, Any]) -> None:
@@ -445,16 +437,24 @@ class PackedFactors:
 
     def _make(self, paths: tuple[str, ...], base: Base | None) -> None:
         """A family of the layers at `paths`, in the place of those that some of them were in."""
-        own = [self.layers[path] for path in paths]
-        family = Family([layer.base_layer for layer in own], self, base)
+        family = Family([self._base_of(path) for path in paths], self, base)
+        own = [self.layers.get(path) for path in paths]
         for name, (begin, end) in self._ranges.items():
-            given = [layer.packed_factors(name, self.dtype) for layer in own]
+            given = [layer and layer.packed_factors(name, self.dtype) for layer in own]
             family.put(name, begin, end - begin, self.columns, given)
         for old in [old for old in self._families if set(old) & set(paths)]:
             del self._families[old]
         self._families[paths] = family
         for place, layer in enumerate(own):
-            layer.family, layer.place = family, place
+            if layer is not None:
+                layer.family, layer.place = family, place
+
+    def _base_of(self, path: str) -> Any:
+        """The base's own layer at a path."""
+        layer: Any = self.layers[path] if path in self.layers else self._model.get_submodule(path)
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        return layer
 
     def _may_join(
         self, path: str, there: Mapping[str, tuple[str, ...]], layers: Mapping[str, Any]

@@ -66,6 +66,20 @@ class FullRows(CacheLayerMixin):
         kept[place.numbers, :, place.lengths] = new[:, :, 0]
         return kept[place.rows, :, : place.longest]
 
+    def take_newest(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `update`, for one token of each row (`Place.lengths`): (rows, heads, d) each."""
+        if not self.is_initialized or keys.shape[2] != values.shape[2]:
+            return self.update(keys[:, :, None], values[:, :, None])
+        assert self.keys is not None
+        assert self.values is not None
+        place, (rows, heads, d) = self.place, keys.shape
+        at = place.newest(heads, self._length)
+        self.keys.view(-1, d).index_copy_(0, at, keys.reshape(rows * heads, d))
+        self.values.view(-1, d).index_copy_(0, at, values.reshape(rows * heads, d))
+        return self.keys[:rows, :, : place.longest], self.values[:rows, :, : place.longest]
+
     def positions(self) -> torch.Tensor:
         """The position of each key that `update` returns for newest tokens: (rows or 1, seen).
 

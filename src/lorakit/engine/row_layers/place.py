@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -25,6 +25,7 @@ class Place:
     starts: Sequence[int] = ()
     lengths: torch.Tensor | None = None
     longest: int = 0
+    _newest: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def rows(self) -> slice:
@@ -38,6 +39,21 @@ class Place:
         """The rows in question as an index beside `lengths`."""
         assert self.lengths is not None
         return torch.arange(len(self.lengths), device=self.lengths.device)
+
+    def newest(self, heads: int, length: int) -> torch.Tensor:
+        """Where the newest token of each row goes, among the positions of all rows and heads.
+
+        Args:
+            length: of the positions that a head has.
+
+        Returns: (rows * heads,), the same for all layers of such a shape.
+        """
+        if (heads, length) not in self._newest:
+            assert self.lengths is not None
+            head = torch.arange(heads, device=self.lengths.device)
+            at = (self.numbers[:, None] * heads + head) * length + self.lengths[:, None]
+            self._newest[heads, length] = at.flatten()
+        return self._newest[heads, length]
 
     @property
     def continues(self) -> bool:
