@@ -148,9 +148,8 @@ def test_a_name_that_is_not_utf8_is_used_or_refused_in_one_line(
 @pytest.mark.skipif(sys.platform == "win32", reason="names are UTF-16 there")
 def test_names_that_an_ascii_locale_cannot_read_are_read_as_utf8(tmp_path: Path):
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    (tmp_path / "适配器").mkdir()
     said = subprocess.run(
-        [sys.executable, "-m", "lorakit", "inspect", str(tmp_path / "适配器")],
+        [sys.executable, "-m", "lorakit", "train", str(tmp_path / "适配器.yaml")],
         capture_output=True,
         env=os.environ | ascii_alone,
     )
