@@ -68,8 +68,12 @@ def choice(response: Any) -> Any:
                 made["message"][key] = made["message"].get(key, "") + part
         for call in event["delta"].get("tool_calls", []):
             calls = made["message"].setdefault("tool_calls", [])
-            assert call.pop("index") == len(calls)
-            calls.append(call)
+            if "id" in call:
+                assert call.pop("index") == len(calls)
+                calls.append(call)
+            else:
+                assert call["index"] == len(calls) - 1
+                calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         made["finish_reason"] = event["finish_reason"] or made["finish_reason"]
     return made
 
@@ -80,7 +84,9 @@ def called(answer: Any) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("template", ["qwen3", "llama3", "mistral_tools"])
+@pytest.mark.parametrize(
+    "template", ["qwen3", "llama3", "mistral_tools", "glm45", "qwen3_coder", "llama4_python"]
+)
 def test_a_call_that_is_required_is_made(
     chat: Callable[..., Any], template: str, stream: bool
 ) -> None:
@@ -136,6 +142,32 @@ READ: list[tuple[str, str, str, list[Any]]] = [
         "",
         [("stop", {})],
     ),
+    ("glm45", "<tool_call>stop</tool_call>", "", [("stop", {})]),  # GLM 4.7's, on one line
+    (
+        "qwen3_coder",
+        "Now.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nÄre\n</parameter>\n"
+        "<parameter=days>\n5\n</parameter>\n</function>\n</tool_call>",
+        "Now.",
+        [("get_weather", {"city": "Äre", "days": 5})],
+    ),
+    (
+        "llama4_python",
+        '[get_weather(city="Äre", days=2), stop()]',
+        "",
+        [("get_weather", {"city": "Äre", "days": 2}), ("stop", {})],
+    ),
+    (  # what Llama 4 writes as well
+        "llama4_python",
+        '{"type": "function", "name": "stop", "parameters": {}}',
+        "",
+        [("stop", {})],
+    ),
+    (
+        "qwen3",
+        '<tool_call>\n{"name": "no_such", "arguments": {"a": 1}}',
+        "",
+        [("no_such", {"a": 1})],
+    ),
 ]
 
 
@@ -165,12 +197,92 @@ def test_reasoning_stands_beside_the_content(chat: Callable[..., Any], stream: b
     assert plain["message"]["content"] == " a thought <think>"
 
 
-def test_a_call_that_is_cut_off_is_none_and_says_length(chat: Callable[..., Any]) -> None:
-    for stream in (False, True):
-        fields: Any = {"tools": TOOLS, "tool_choice": "required", "stream": stream}
-        answer = choice(chat("qwen3", max_tokens=30, **fields))
-        assert answer["finish_reason"] == "length"
-        assert "tool_calls" not in answer["message"]
+def test_a_call_that_is_cut_off_says_length(chat: Callable[..., Any]) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    fields: Any = {"tools": TOOLS, "tool_choice": named, "max_tokens": 56}
+    answer = choice(chat("qwen3", **fields))
+    assert answer["finish_reason"] == "length"
+    assert "tool_calls" not in answer["message"]
+    begun = choice(chat("qwen3", **fields, stream=True))
+    assert begun["finish_reason"] == "length"
+    [call] = begun["message"]["tool_calls"]  # it was sent before it was cut
+    assert call["function"]["arguments"].startswith("{")
+
+
+def test_arguments_are_streamed_while_they_are_written(chat: Callable[..., Any]) -> None:
+    value = "a long text\nof two lines"
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "write",
+            "parameters": {"type": "object", "properties": {"text": {"type": "string"}}},
+        },
+    }
+    written = {
+        "qwen3": '<tool_call>\n{"name": "write", "arguments": ' + json.dumps({"text": value}) + "}",
+        "qwen3_coder": "<tool_call>\n<function=write>\n<parameter=text>\n"
+        + value
+        + "\n</parameter>\n</function>\n</tool_call>",
+    }
+    for template, text in written.items():
+        reply = chat(template, tools=[tool], guided_choice=[text], stream=True)
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line[:7] == "data: {"]
+        parts = [
+            call["function"]["arguments"]
+            for event in events
+            for call in event["choices"][0]["delta"].get("tool_calls", [])
+        ]
+        assert len(parts) > len(value) / 2
+        assert json.loads("".join(parts)) == {"text": value}
+
+
+CHECKED: dict[str, Any] = {
+    "note": {"type": "string", "maxLength": 6},
+    "code": {"type": "string", "pattern": "^[A-Z]{2}/[0-9]$"},
+    "kind": {"enum": ["a", "5", 7, None]},
+    "level": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 3}, {"type": "null"}]},
+    "either": {"anyOf": [{"$ref": "#/$defs/short"}, {"type": "null"}]},
+    "sizes": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+}
+CHECKED_SCHEMA = {
+    "type": "object",
+    "properties": CHECKED,
+    "required": ["note", "kind", "sizes"],
+    "additionalProperties": False,
+    "$defs": {"short": {"type": "string", "minLength": 1, "maxLength": 3}},
+}
+
+
+@pytest.mark.parametrize("template", ["glm45", "qwen3_coder", "llama4_python"])
+def test_arguments_that_are_no_json_follow_their_schema(
+    chat: Callable[..., Any], template: str
+) -> None:
+    tool = {"type": "function", "function": {"name": "note", "parameters": CHECKED_SCHEMA}}
+    fields: Any = {"tools": [tool, STOP], "max_tokens": 1500, "temperature": 1.5}
+    named = {"type": "function", "function": {"name": "note"}}
+    for seed in range(4):
+        whole = choice(chat(template, **fields, tool_choice=named, seed=seed))
+        [(_, arguments)] = called(whole)
+        jsonschema.validate(arguments, CHECKED_SCHEMA)
+        streamed = choice(chat(template, **fields, tool_choice=named, seed=seed, stream=True))
+        assert called(streamed) == called(whole)
+
+
+REFUSED_PARAMETERS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}, "glm45"),
+    ({"type": "object", "minProperties": 1}, "glm45"),
+    ({"type": "object", "properties": {"a-b": {"type": "integer"}}}, "llama4_python"),
+]
+
+
+@pytest.mark.parametrize(("schema", "template"), REFUSED_PARAMETERS)
+def test_a_schema_that_tags_cannot_be_held_to_is_refused(
+    chat: Callable[..., Any], schema: dict[str, Any], template: str
+) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    error = refused(chat(template, tools=[tool], tool_choice="required"), 400)
+    assert (error["param"], error["code"]) == ("tools", "unsupported_value")
+    assert chat(template, tools=[tool], max_tokens=1).status_code == 200
 
 
 def test_strict_functions_get_arguments_of_their_schema(chat: Callable[..., Any]) -> None:
@@ -186,12 +298,37 @@ ODD = {"name": "f", "strict": True, "parameters": {"not": {}}}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"tool_choice": "required"}, "tool_choice"),
     ("qwen3", {"tools": TOOLS, "tool_choice": UNNAMED}, "tool_choice"),
-    ("glm45", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ("chatml", {"tools": TOOLS, "tool_choice": "required"}, "tools[0]"),
     ("qwen3", {"tools": [WEATHER, WEATHER]}, "tools"),
     ("qwen3", {"tools": [{"type": "function", "function": ODD}]}, "tools"),
     ("qwen3", {"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
 ]
+
+
+def test_every_answer_to_a_prompt_makes_the_call(chat: Callable[..., Any]) -> None:
+    fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "n": 3}
+    for template in ("qwen3", "glm45"):
+        choices = chat(template, **fields, max_tokens=1200).json()["choices"]
+        assert [one["finish_reason"] for one in choices] == ["tool_calls"] * 3
+        for one in choices:
+            [(name, arguments)] = called(one)
+            jsonschema.validate(arguments, SCHEMAS[name])
+
+
+def test_tools_with_a_hundred_thousand_characters_of_schemas_are_taken(
+    chat: Callable[..., Any], served: Running
+) -> None:
+    text = {"type": "string", "description": "d" * 60}
+    properties = {f"field_{n}": text for n in range(18)}
+    schema = {"type": "object", "properties": properties, "required": ["field_1"]}
+    tools = [
+        {"type": "function", "function": {"name": f"tool_{n}", "parameters": schema}}
+        for n in range(58)
+    ]
+    assert len(json.dumps(tools)) > 100_000
+    fields: Any = {"tools": tools, "tool_choice": "required", "max_tokens": 2}
+    reply = chat("qwen3", **fields, truncate_prompt_tokens=1000)
+    assert choice(reply)["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(("template", "fields", "param"), REFUSED, ids=range(len(REFUSED)))
@@ -251,3 +388,31 @@ def test_langchain_gets_structured_answers_and_calls(
     assert answer.tool_calls[0]["name"] == "GetWeather"
     parts = [part for part in bound.stream("a") if part.tool_call_chunks]
     assert parts[0].tool_call_chunks[0]["name"] == "GetWeather"
+
+
+@pytest.mark.exhaustive
+def test_litellm_gets_structured_answers_calls_and_streams(
+    served: Running, chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask the network
+    litellm = pytest.importorskip("litellm")
+    choice(chat("qwen3", max_tokens=1))
+    asked: Any = {
+        "model": f"openai/{served.engine.model_name}",
+        "api_base": f"{served.url}/v1",
+        "api_key": "none",
+        "messages": [ASKS],
+        "max_tokens": 400,
+        "seed": 1,
+    }
+    made = litellm.completion(**asked, response_format=GetWeather)
+    GetWeather.model_validate_json(made.choices[0].message.content)
+    forced: Any = {**asked, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    [call] = litellm.completion(**forced).choices[0].message.tool_calls
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+    chunks = list(litellm.completion(**forced, stream=True))
+    whole = litellm.stream_chunk_builder(chunks, messages=[ASKS])
+    [streamed] = whole.choices[0].message.tool_calls
+    assert streamed.function.name == call.function.name
+    assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
+    assert whole.choices[0].finish_reason == "tool_calls"

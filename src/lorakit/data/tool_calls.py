@@ -10,20 +10,21 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data import strict_json
 from lorakit.data.answer_form import AnswerForm, answer_form
+from lorakit.data.call_stream import MakeReader, json_calls, tagged_calls
+from lorakit.data.call_values import Tools, typed
 from lorakit.data.conversations import Message
 from lorakit.data.spans import find_answers
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class CallForm:
     Attributes:
         opening: matches where the first call begins; all text before it is the answer's content.
         read: the calls in the text from there on. Raises ValueError where one cannot be read.
+        reader: makes a reader of them while they are written; None reads them at their end.
     """
 
     name: str
     opening: re.Pattern[str]
     read: Callable[[str, Tools], list[Call]]
+    reader: MakeReader | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _xml_functions(text: str, tools: Tools) -> list[Call]:
     """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`."""
     calls = []
     for name, body in re.findall(r"<function=([^>\n]+)>(.*?)</function>", text, re.DOTALL):
-        calls.append(Call(name.strip(), _typed(name.strip(), _PARAMETER.findall(body), tools)))
+        calls.append(Call(name.strip(), typed(name.strip(), _PARAMETER.findall(body), tools)))
     return calls
 
 
@@ -216,7 +219,7 @@ def _key_value_tags(text: str, tools: Tools) -> list[Call]:
         name = block.partition("<arg_key>")[0].strip()
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError("a call needs a name")
-        calls.append(Call(name, _typed(name, _PAIR.findall(block), tools)))
+        calls.append(Call(name, typed(name, _PAIR.findall(block), tools)))
     return calls
 
 
@@ -273,30 +276,81 @@ _PYTHON = r"(?:<\|tool_call_start\|>|\A\s*)(?=\[\w+\()"
 
 
 def _python_list(text: str, tools: Tools) -> list[Call]:
-    """`[NAME(KEY=VALUE, ...)]`, literals of Python (Llama 4, LFM2)."""
+    """`[NAME(KEY=VALUE, ...)]`, literals of Python (Llama 4, LFM2), or Llama 3's JSON."""
+    if re.search(_LLAMA, text):  # which models of Llama 4 write, too
+        return _json_objects(text, tools)
     begin, end = text.index("["), text.rindex("]")
     tree = ast.parse(text[begin : end + 1], mode="eval").body
     calls = []
     for node in tree.elts if isinstance(tree, ast.List) else ():
         if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name):
             raise ValueError("expected calls with named arguments")
-        given = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+        given = {str(word.arg): _literal(word.value, text[begin:]) for word in node.keywords}
         calls.append(Call(node.func.id, _arguments(strict_json.parse(json.dumps(given)))))
     return calls
 
 
+def _literal(node: ast.expr, source: str) -> Any:
+    """A literal of Python's, or of JSON's, whose names and escapes templates write too."""
+    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
+        return _JSON_NAMES[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(one, source) for one in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _literal(key, source) for key in node.keys]
+        return {key: _literal(one, source) for key, one in zip(keys, node.values, strict=True)}
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        with suppress(ValueError):
+            return json.loads(ast.get_source_segment(source, node) or "")
+    return ast.literal_eval(node)
+
+
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_OBJECTS = json_calls(rf'"name"\s*:\s*(?P<quoted>{_STRING})\s*,\s*"(?:arguments|parameters)"\s*:')
+
 FORMS = (
-    CallForm("hermes", re.compile(r"<tool_call>"), _hermes),
-    CallForm("xml functions", re.compile(r"(?:<tool_call>\s*)?<function="), _xml_functions),
-    CallForm("key and value tags", re.compile(r"<tool_call>"), _key_value_tags),
-    CallForm("mistral", re.compile(r"\[TOOL_CALLS\]\s*(?=\[|\{)"), _json_list),
-    CallForm("mistral names", re.compile(r"\[TOOL_CALLS\]"), _mistral_names),
-    CallForm("deepseek", re.compile(f"<｜tool▁calls▁begin｜>|{_BEGIN}"), _deepseek),
-    CallForm("json list", re.compile(r"<\|?tool_call\|?>"), _json_list),
-    CallForm("llama", re.compile(_LLAMA), _json_objects),
+    CallForm("hermes", re.compile(r"<tool_call>"), _hermes, _OBJECTS),
     CallForm(
-        "python list", re.compile(r"(?:<\|tool_call_start\|>|\A\s*)(?=\[\w+\()"), _python_list
+        "xml functions",
+        re.compile(r"(?:<tool_call>\s*)?<function="),
+        _xml_functions,
+        tagged_calls(
+            r"<function=(?P<name>[^>\n]+)>",
+            r"<parameter=(?P<key>[^>\n]+)>(?:\n|(?=[^\n]))",
+            "\n</parameter>",
+            "</function>",
+        ),
     ),
+    CallForm(
+        "key and value tags",
+        re.compile(r"<tool_call>"),
+        _key_value_tags,
+        tagged_calls(
+            r"<tool_call>\s*(?P<name>[\w.-]+)(?=\s*<arg_key>|\s*</tool_call>)",
+            r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>",
+            "</arg_value>",
+            "</tool_call>",
+        ),
+    ),
+    CallForm("mistral", re.compile(r"\[TOOL_CALLS\]\s*(?=\[|\{)"), _json_list, _OBJECTS),
+    CallForm(
+        "mistral names",
+        re.compile(r"\[TOOL_CALLS\]"),
+        _mistral_names,
+        json_calls(r"\[TOOL_CALLS\](?P<name>[^\[\]{}]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]"),
+    ),
+    CallForm(
+        "deepseek",
+        re.compile(f"<｜tool▁calls▁begin｜>|{_BEGIN}"),
+        _deepseek,
+        json_calls(f"{_BEGIN}(?:\\w*{_SEP}(?=[^{{]))?(?P<name>[^<\n{{]+?)(?:\n```json\n|{_SEP})"),
+    ),
+    CallForm("json list", re.compile(r"<\|?tool_call\|?>"), _json_list, _OBJECTS),
+    CallForm("llama", re.compile(_LLAMA), _json_objects, _OBJECTS),
+    CallForm("python list", re.compile(f"{_PYTHON}|{_LLAMA}"), _python_list),
 )
 """In the order in which they are tried: those whose marks say more come first."""
 
@@ -304,40 +358,3 @@ FORMS = (
 def _without_marks(text: str) -> str:
     """Text without an end mark behind it, such as `<|eot_id|>`."""
     return re.sub(r"<\|(?:eot_id|eom_id|end|im_end)\|>\s*\Z", "", text)
-
-
-def _typed(name: str, pairs: Sequence[tuple[str, str]], tools: Tools) -> dict[str, Any]:
-    """Arguments that were written as text, with the types of the function's schema.
-
-    A value for a string stays text; another is read as JSON, and stays text where it is none.
-    """
-    functions = (tool.get("function", tool) for tool in tools)
-    schema: Mapping[str, Any] = next((f for f in functions if f.get("name") == name), {})
-    properties = (schema.get("parameters") or {}).get("properties") or {}
-    found: dict[str, Any] = {}
-    for key, text in pairs:
-        kinds = _types(properties.get(key.strip()))
-        found[key.strip()] = text if kinds == {"string"} else _value(text, kinds)
-    return found
-
-
-def _types(schema: Any) -> set[str]:
-    if not isinstance(schema, dict):
-        return set()
-    own = schema.get("type", ())
-    kinds = {own} if isinstance(own, str) else set(own)
-    for name in ("anyOf", "oneOf"):
-        for one in schema.get(name) or ():
-            kinds |= _types(one)
-    return kinds
-
-
-def _value(text: str, kinds: set[str]) -> Any:
-    spelled = {"True": True, "False": False, "None": None}
-    if text.strip() in spelled:
-        return spelled[text.strip()]
-    try:
-        value = strict_json.parse(text)
-    except ValueError:
-        return text
-    return text if isinstance(value, str) and "string" in kinds else value

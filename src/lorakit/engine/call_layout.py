@@ -1,8 +1,8 @@
 """How a chat template writes calls of functions, as a grammar that makes a model write them so.
 
 Found by rendering calls with known names and arguments: what stands around the arguments is the
-template's, and each function's JSON schema takes their place. Templates that write arguments as
-anything but a JSON object have no layout. Reading calls is `data/tool_calls.py`'s work.
+template's, and each function's JSON schema takes their place (`argument_layout.py` where they are
+no JSON object). Reading calls is `data/tool_calls.py`'s work.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.spans import find_answers
 from lorakit.data.tool_calls import ToolCalls
+from lorakit.engine.argument_layout import KEYS, VALUES, ArgumentLayout, argument_layout
 from lorakit.engine.grammar import Grammar
 from lorakit.engine.grammar_worker import WHITESPACE
 from lorakit.errors import InputError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 _NAMES = ("probe_one", "probe_two")
 _IDS = ("Aa1Bb2Cc3", "Dd4Ee5Ff6")
-_VALUES = ("5283917406", "9047261538")
 _ANY = {"type": "object"}
 
 
@@ -38,6 +38,7 @@ class CallLayout:
         behind: the last one's arguments, without the mark that ends an answer.
         opened: what closes the reasoning that the prompt has opened; mostly nothing.
         tokens: ids of special tokens by their names.
+        arguments: how arguments stand there that are no JSON object; None for JSON.
     """
 
     before: str
@@ -45,6 +46,7 @@ class CallLayout:
     behind: str
     opened: str
     tokens: Mapping[str, int]
+    arguments: ArgumentLayout | None = None
 
     def grammar(
         self,
@@ -61,11 +63,18 @@ class CallLayout:
             parallel: whether there may be several calls.
             optional: whether there may be none: then any text, or an answer of `instead`'s form.
             instead: a JSON schema.
+
+        Raises:
+            InputError: arguments cannot be held to their schema in the template's form.
         """
         functions = [tool["function"] for tool in tools]
         several = parallel and self.between is not None
         rules = []
         for number, function in enumerate(functions):
+            if self.arguments is not None:
+                name = f"arguments_{number}"
+                rules += self.arguments.rules(name, function, lambda text: self._lark(text, 0, ""))
+                continue
             schema = {**(function.get("parameters") or _ANY)}
             schema["x-guidance"] = {"whitespace_pattern": WHITESPACE}
             rules.append(f"arguments_{number}: %json {json.dumps(schema)}")
@@ -137,32 +146,77 @@ def call_layout(tokenizer: PreTrainedTokenizerBase, calls: ToolCalls) -> CallLay
     text = _written(tokenizer, 1)
     found = None if text is None else calls.form.opening.search(text)
     place = None if text is None else _arguments(text, 0)
-    if text is None or found is None or place is None or found.start() > place[0]:
+    if text is None or found is None:
         return None
+    if place is None or found.start() > place[0]:
+        return _tagged_layout(tokenizer, calls)
     both = _written(tokenizer, 2)
     places = (None, None) if both is None else (_arguments(both, 0), _arguments(both, 1))
     between = None
     if both is not None and places[0] is not None and places[1] is not None:
         between = both[places[0][1] : places[1][0]]
-    behind = text[place[1] :]
-    end = calls.answers.end
-    if end.strip() and behind.rstrip().endswith(end.strip()):
-        behind = behind.rstrip().removesuffix(end.strip())
+    behind = _without_end(text[place[1] :], calls)
     before = text[found.start() : place[0]]
     if _NAMES[0] not in before:
         return None
-    names = set(calls.answers.special.findall(text + (both or "")))
-    tokens = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
-    return CallLayout(before, between, behind.rstrip(), calls.answers.opened, tokens)
+    tokens = _tokens(tokenizer, calls, text + (both or ""))
+    return CallLayout(before, between, behind, calls.answers.opened, tokens)
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, number: int) -> str | None:
+def _tagged_layout(tokenizer: PreTrainedTokenizerBase, calls: ToolCalls) -> CallLayout | None:
+    """The layout of calls whose arguments are no JSON object."""
+    opening = calls.form.opening if calls.form else None
+    texts = dict(zip(KEYS, VALUES, strict=True))
+    forms = [texts, {KEYS[0]: int(VALUES[0])}, {}]
+    two, number, none = (_written(tokenizer, 1, arguments) for arguments in forms)
+    if two is None or number is None or opening is None or (found := opening.search(two)) is None:
+        return None
+    start = found.start()
+
+    def units(text: str) -> list[str]:
+        parts = re.split(f"({calls.answers.special.pattern})", text)
+        return [one for n, part in enumerate(parts) for one in ([part] if n % 2 else part)]
+
+    bare = none[start:] if none is not None and none.startswith(two[:start]) else None
+    made = argument_layout(two[start:], number[start:], bare, units)
+    if made is None or _NAMES[0] not in made[0]:
+        return None
+    before, arguments, behind = made
+    between, both = None, _written(tokenizer, 2, texts)
+    if both is not None:
+        # Behind the first call's arguments stands what ends them, and the second call's beginning.
+        second = both[start + len(before) :].partition(VALUES[1])[2]
+        lead, there, _ = second.partition(arguments.before + KEYS[0])
+        quote = "" if arguments.raw else '"'
+        if there and lead.startswith(quote + arguments.behind) and _NAMES[1] in lead:
+            between = lead[len(quote + arguments.behind) :]
+    tokens = _tokens(tokenizer, calls, two + (both or ""))
+    behind = _without_end(behind, calls)
+    return CallLayout(before, between, behind, calls.answers.opened, tokens, arguments)
+
+
+def _without_end(behind: str, calls: ToolCalls) -> str:
+    """What stands behind the last call, without the mark that ends the answer."""
+    end = calls.answers.end.strip()
+    behind = behind.rstrip()
+    return behind.removesuffix(end).rstrip() if end else behind
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, calls: ToolCalls, text: str) -> dict[str, int]:
+    names = set(calls.answers.special.findall(text))
+    return {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, number: int, arguments: Mapping[str, Any] | None = None
+) -> str | None:
     """What the template writes for so many calls; None where it refuses them."""
     made, tools = [], []
-    for name, ident, value in list(zip(_NAMES, _IDS, _VALUES, strict=True))[:number]:
-        function = {"name": name, "arguments": {"k": value}}
+    for name, ident, value in list(zip(_NAMES, _IDS, VALUES, strict=True))[:number]:
+        given = {"k": value} if arguments is None else arguments
+        function = {"name": name, "arguments": given}
         made.append({"type": "function", "id": ident, "function": function})
-        schema = {"type": "object", "properties": {"k": {"type": "string"}}}
+        schema = {"type": "object", "properties": {key: {"type": "string"} for key in given}}
         described = {"name": name, "description": "d", "parameters": schema}
         tools.append({"type": "function", "function": described})
     asked = {"role": "user", "content": "a"}
@@ -177,7 +231,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, number: int) -> str | None:
 
 def _arguments(text: str, which: int) -> tuple[int, int] | None:
     """From where to where the arguments of a call stand; None where they are no JSON object."""
-    value = text.find(_VALUES[which])
+    value = text.find(VALUES[which])
     start, end = text.rfind("{", 0, max(value, 0)), text.find("}", value) + 1
     if min(value, start, end - 1) < 0:
         return None
@@ -185,7 +239,7 @@ def _arguments(text: str, which: int) -> tuple[int, int] | None:
         given = json.loads(text[start:end])
     except ValueError:
         return None
-    return (start, end) if given == {"k": _VALUES[which]} else None
+    return (start, end) if given == {"k": VALUES[which]} else None
 
 
 def _text(text: str) -> str:

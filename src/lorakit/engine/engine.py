@@ -194,6 +194,7 @@ class Engine:
         top: int = 0,
         owner: str = "",
         answer: Ticket | None = None,
+        ranked: bool = False,
     ) -> Future[PromptScores]:
         """The log-probabilities of a prompt's tokens, from any thread.
 
@@ -202,6 +203,7 @@ class Engine:
         Args:
             top: so many of the likeliest tokens in the place of each.
             answer: a request for one token behind the prompt, which the same pass gives.
+            ranked: the rank of each token is wanted too.
 
         Raises:
             InputError: as `submit`.
@@ -209,7 +211,7 @@ class Engine:
         check_prompt(prompt, self.context_length, self.vocabulary)
         version, loaded = self._found(adapter)
         key = BASE if version is None else version.key
-        scored = Scored(key, prompt, top, goes_on=answer is not None)
+        scored = Scored(key, prompt, top, goes_on=answer is not None, ranked=ranked)
         return self.training.together(
             self._score_prompts,
             (scored, version, loaded, answer),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -109,14 +109,14 @@ class GrammarState:
         """Sets the logits (vocabulary,) of tokens that cannot come next to -Inf, in place.
 
         Raises:
-            LorakitError: none can, or the grammar is too complex from here on.
+            GrammarError: none can, or the grammar is too complex from here on.
         """
         import torch
 
         bias = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         self._require_sound()
         if not bias.any():
-            raise LorakitError("no token of the vocabulary continues the answer's grammar")
+            raise GrammarError("no token of the vocabulary continues the answer's grammar")
         width = min(len(bias), len(logits))
         logits[:width].masked_fill_(bias[:width].to(logits.device) == 0, -torch.inf)
         logits[width:] = -torch.inf
@@ -125,7 +125,7 @@ class GrammarState:
         """Goes on by a token; whether nothing can follow.
 
         Raises:
-            LorakitError: the grammar is too complex from here on.
+            GrammarError: the grammar is too complex from here on.
         """
         self._matcher.consume_token(token)
         self._require_sound()
@@ -133,4 +133,4 @@ class GrammarState:
 
     def _require_sound(self) -> None:
         if self._matcher.is_error():
-            raise LorakitError(f"the answer's grammar: {self._matcher.get_error()}")
+            raise GrammarError(one_line(f"the answer's grammar: {self._matcher.get_error()}"))

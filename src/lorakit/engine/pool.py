@@ -28,7 +28,7 @@ from lorakit.adapters.joined import NotJoinableError, joined_copy
 from lorakit.adapters.private_copy import PrivateCopy
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
-from lorakit.engine.scoring import without_head
+from lorakit.engine.scoring import label_names, without_head
 from lorakit.engine.worker_threads import released_afterwards
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.lora.checkpoint import (
@@ -69,6 +69,7 @@ class AdapterInfo:
         loaded: whether it is in memory now.
         notice: what its user should know; mostly empty.
         scores: it is a reward model, which scores sequences and writes none.
+        labels: of a classifier, which writes none either; empty for others.
         owner: whose it is alone; empty where it is everyone's.
     """
 
@@ -81,6 +82,7 @@ class AdapterInfo:
     loaded: bool = True
     notice: str = ""
     scores: bool = False
+    labels: tuple[str, ...] = ()
     owner: str = ""
 
 
@@ -94,7 +96,7 @@ class Loaded:
         rank: the largest of its modules'; where the adapter started from other factors than zero,
             these are part of it (twice the rank).
         size: of its values, in bytes.
-        head: of a reward model (d,).
+        head: of a reward model (1, d), or of a classifier (labels, d).
     """
 
     config: LoraConfig
@@ -169,6 +171,8 @@ class AdapterPool:
             notices = [self._other_weights(copied.folder, loaded.config), other_template]
             notice = copied.said("; ".join(filter(None, notices)))
             own = ending(self._model, tokenizer)
+            outputs = 0 if loaded.head is None else len(loaded.head)
+            record = origin(copied.folder, loaded.config).labels if outputs > 1 else None
         info = AdapterInfo(
             name,
             path if root is None else root.absolute() / path,
@@ -176,7 +180,8 @@ class AdapterPool:
             rank=loaded.rank,
             size=loaded.size,
             notice=notice,
-            scores=loaded.head is not None,
+            scores=outputs == 1,
+            labels=label_names(record, outputs) if outputs > 1 else (),
             owner=owner,
         )
         with self._lock:

@@ -24,17 +24,17 @@ def pooled(
     version: Version | None,
     head: torch.Tensor | None,
 ) -> AnswerPiece:
-    """The only piece of a request for an embedding, or for what a reward model gives.
+    """The only piece of a request for an embedding, or for what a head gives.
 
     Args:
         version: of its adapter, which is in the bank; None for the base.
-        head: the reward model's.
+        head: the reward model's or classifier's.
     """
     of = model, routing, BASE if version is None else version.key
     if ticket.sampling.embeds or version is None or head is None:
         return AnswerPiece(finish_reason="stop", embedding=embedding(*of, ticket.prompt))
     pad = int(version.tokenizer.pad_token_id)
-    return AnswerPiece(finish_reason="stop", score=score(*of, head, ticket.prompt, pad))
+    return AnswerPiece(finish_reason="stop", scores=score(*of, head, ticket.prompt, pad))
 
 
 def embedding(

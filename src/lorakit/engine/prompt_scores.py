@@ -8,7 +8,7 @@ else; a model whose output layer is not a plain one computes one prompt at a tim
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,12 +28,14 @@ class Scored:
         adapter: its name in the bank, `BASE` for the base alone.
         top: so many of the likeliest tokens in the place of each.
         goes_on: the logits behind the last token are wanted too.
+        ranked: the rank of each token is wanted too.
     """
 
     adapter: str
     tokens: Sequence[int]
     top: int = 0
     goes_on: bool = False
+    ranked: bool = False
 
 
 @dataclass
@@ -45,11 +47,14 @@ class PromptScores:
         rivals: the likeliest tokens in the place of each, with their log-probabilities; none for
             the first.
         next_logits: (V,), behind the last token, where they were wanted.
+        ranks: of each token among all, 1 for the likeliest, where they were wanted; 0 for the
+            first.
     """
 
     logprobs: list[float]
     rivals: list[list[tuple[int, float]]]
     next_logits: torch.Tensor | None = None
+    ranks: list[int] = field(default_factory=lambda: [0])
 
 
 class Scorer:
@@ -88,7 +93,7 @@ class Scorer:
                 logs = (logits.float() if logits.element_size() < 4 else logits).log_softmax(-1)
                 for i, (prompt, one, own) in enumerate(zip(prompts, scores, logs, strict=True)):
                     following = prompt.tokens[begin + 1 : begin + 1 + len(own)]
-                    _add(one, own[: len(following)], following, prompt.top)
+                    _add(one, own[: len(following)], following, prompt)
                     last = len(prompt.tokens) - 1 - begin
                     if prompt.goes_on and 0 <= last < len(own):
                         one.next_logits = logits[i, last].clone()
@@ -112,10 +117,15 @@ class Scorer:
             yield begin, output.logits(h[:, begin : begin + step].contiguous())
 
 
-def _add(scores: PromptScores, logs: torch.Tensor, following: Sequence[int], top: int) -> None:
+def _add(
+    scores: PromptScores, logs: torch.Tensor, following: Sequence[int], prompt: Scored
+) -> None:
     """Adds log-probabilities (n, V) of the n tokens that follow."""
     own = torch.tensor([*following], dtype=torch.long, device=logs.device)
-    scores.logprobs.extend(logs.gather(1, own[:, None])[:, 0].tolist())
-    best = logs.topk(min(top, logs.shape[-1]))
+    chosen = logs.gather(1, own[:, None])
+    scores.logprobs.extend(chosen[:, 0].tolist())
+    if prompt.ranked:
+        scores.ranks.extend(((logs > chosen).sum(-1) + 1).tolist())
+    best = logs.topk(min(prompt.top, logs.shape[-1]))
     for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         scores.rivals.append([*zip(tokens, values, strict=True)])

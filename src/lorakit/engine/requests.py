@@ -49,7 +49,9 @@ class AnswerPiece:
         new_tokens: how many tokens the answer has so far.
         finish_reason: why it ended, in the last piece alone.
         error: what went wrong, with the reason `error`.
-        score: what a reward model gives to the prompt; None of another model.
+        refused: whether that is what the request asked for, such as a grammar that no token
+            continues.
+        scores: what a reward model's or classifier's head gives to the prompt, a number a label.
         embedding: of the prompt, where it was asked for.
     """
 
@@ -58,7 +60,8 @@ class AnswerPiece:
     new_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str = ""
-    score: float | None = None
+    refused: bool = False
+    scores: tuple[float, ...] = ()
     embedding: tuple[float, ...] | None = None
 
 

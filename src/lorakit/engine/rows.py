@@ -16,7 +16,7 @@ from lorakit.engine.choosing import Chooser
 from lorakit.engine.requests import AnswerPiece, ChosenToken, FinishReason, Ticket, TokenLogprob
 from lorakit.engine.sampling import Ending
 from lorakit.engine.text import AnswerText
-from lorakit.errors import LorakitError, first_line
+from lorakit.errors import InputError, LorakitError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,13 +53,16 @@ class AnswerRow:
         self.read = self.moved = self.branch = 0
         self.tokens: list[int] = []
         self.finished = self.failed = False
-        given = ticket.sampling.end_tokens
-        self._tokenizer, self._ends = tokenizer, ending.tokens if given is None else given
-        end_text = ending.text if given is None else ""
-        self.chooser = Chooser(ticket.sampling, self.prompt, device)
-        stop = (*ticket.sampling.stop, *([end_text] if end_text else []))
+        sampling, self._tokenizer = ticket.sampling, tokenizer
+        given = sampling.end_tokens
+        ends = frozenset() if sampling.ignore_eos else ending.tokens if given is None else given
+        self._ends = ends | sampling.stop_token_ids
+        end_text = "" if sampling.ignore_eos or given is not None else ending.text
+        self.chooser = Chooser(sampling, self.prompt, device)
+        stop = (*sampling.stop, *([end_text] if end_text else []))
         before = ending.before if ending.before and self._is_asked(ending.prompt) else ""
-        self._text = AnswerText(tokenizer, stop, before, ticket.sampling.special_tokens)
+        included = sampling.stop if sampling.include_stop_str_in_output else ()
+        self._text = AnswerText(tokenizer, stop, before, sampling.special_tokens, included)
         self._logprobs: list[ChosenToken] = []
 
     def _is_asked(self, how: str) -> bool:
@@ -74,8 +77,7 @@ class AnswerRow:
     @property
     def is_plain(self) -> bool:
         """Whether its next token is the likeliest one, and nothing else is asked for."""
-        sampling, form = self.ticket.sampling, self.ticket.form
-        asked = sampling.logprobs is not None or sampling.logit_bias or form is not None
+        asked = self.ticket.sampling.logprobs is not None or self._is_restricted
         return self.chooser.is_plain and not asked
 
     @property
@@ -83,8 +85,20 @@ class AnswerRow:
         """Whether its next token can be chosen with others' (`choosing.choose_together`)."""
         sampling = self.ticket.sampling
         coldest = sampling.scaled_logprobs and self.chooser.temperature != sampling.temperature
-        simple = self.chooser.is_simple and self.ticket.form is None and not sampling.logit_bias
+        simple = self.chooser.is_simple and not self._is_restricted
         return simple and not sampling.logprobs and not coldest
+
+    @property
+    def _is_restricted(self) -> bool:
+        """Whether the logits of its next token are changed before the choice."""
+        sampling = self.ticket.sampling
+        changed = sampling.logit_bias or sampling.allowed_token_ids or self._goes_on
+        return bool(changed) or self.ticket.form is not None
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether it may not end yet."""
+        return self.new_tokens < self.ticket.sampling.min_tokens
 
     @property
     def last(self) -> int:
@@ -125,6 +139,8 @@ class AnswerRow:
             elif logprob is not None and self.ticket.sampling.logprobs is not None:
                 self._logprobs.append(ChosenToken(chosen, self._read(chosen), logprob))
             self._took(chosen)
+        except InputError as error:  # such as a grammar that cannot be continued
+            self._end("error", error=str(error), refused=True)
         except BaseException as error:  # panics of Rust's tokenizers are no Exception
             self.fail(f"the answer could not be written: {reason(error)}")
         return self.last if self.tokens else 0
@@ -162,18 +178,32 @@ class AnswerRow:
         asked = self.ticket.sampling.logprobs
         # Kept before the choice, which may change the logits.
         logs = None if asked is None else self._scaled(logits).log_softmax(-1)
-        bias, form = self.ticket.sampling.logit_bias, self.ticket.form
-        if bias or form is not None:
-            logits = logits.clone()  # they may be the model's own
-        if bias:
-            tokens, values = zip(*bias, strict=True)
-            logits[list(tokens)] += torch.tensor(values, device=logits.device)
-        if form is not None:
-            form.restrict(logits)
-        token = self.chooser.choose(logits)
+        token = self.chooser.choose(self._restricted(logits) if self._is_restricted else logits)
         if logs is not None:
             self._logprobs.append(self._logprob(logs, token, asked or 0))
         return token
+
+    def _restricted(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits (vocabulary,) with -Inf for what must not come next, in memory of their own.
+
+        Raises:
+            InputError: nothing may come next.
+        """
+        logits, sampling = logits.clone(), self.ticket.sampling  # they may be the model's own
+        if sampling.logit_bias:
+            tokens, values = zip(*sampling.logit_bias, strict=True)
+            logits[list(tokens)] += torch.tensor(values, device=logits.device)
+        if sampling.allowed_token_ids:
+            allowed = torch.tensor(sampling.allowed_token_ids, device=logits.device)
+            kept = torch.full_like(logits, -torch.inf)
+            logits = kept.index_copy_(0, allowed, logits[allowed])
+        if self._goes_on and self._ends:
+            logits[list(self._ends)] = -torch.inf
+        if self.ticket.form is not None:
+            self.ticket.form.restrict(logits)
+        if not logits.max() > -torch.inf:
+            raise InputError("allowed_token_ids, min_tokens and the answer's form leave no token")
+        return logits
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         sampling = self.ticket.sampling
@@ -184,10 +214,12 @@ class AnswerRow:
         self.tokens.append(token)
         self.chooser.took(token)
         complete = self.ticket.form is not None and self.ticket.form.took(token)
+        stops = self.new_tokens > self.ticket.sampling.min_tokens
         if token in self._ends:
-            self.finish("stop")
+            shown = self.ticket.sampling.include_stop_str_in_output
+            self.finish("stop", self._text.add(token, stops=False) if shown else "")
             return
-        text = self._text.add(token)
+        text = self._text.add(token, stops=stops)
         if self._text.stopped or complete:
             self.finish("stop", text)
         elif self.new_tokens >= self.ticket.sampling.max_new_tokens:
@@ -195,13 +227,17 @@ class AnswerRow:
         elif text or self._logprobs:
             self._hand_over(text)
 
-    def _end(self, why: FinishReason, text: str = "", error: str = "") -> None:
+    def _end(
+        self, why: FinishReason, text: str = "", error: str = "", refused: bool = False
+    ) -> None:
         self.finished, self.failed = True, why == "error"
-        self._hand_over(text, why, error)
+        self._hand_over(text, why, error, refused)
 
-    def _hand_over(self, text: str, why: FinishReason | None = None, error: str = "") -> None:
+    def _hand_over(
+        self, text: str, why: FinishReason | None = None, error: str = "", refused: bool = False
+    ) -> None:
         logprobs, self._logprobs = tuple(self._logprobs), []
-        self.ticket.put(AnswerPiece(text, logprobs, self.new_tokens, why, error))
+        self.ticket.put(AnswerPiece(text, logprobs, self.new_tokens, why, error, refused))
 
     def _logprob(self, logs: torch.Tensor, token: int, rivals: int) -> ChosenToken:
         top = logs.topk(min(rivals, len(logs)))

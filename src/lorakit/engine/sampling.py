@@ -76,6 +76,11 @@ class Sampling:
         presence_penalty: taken off the logits of tokens that the answer has, in [-2, 2] (OpenAI's).
         frequency_penalty: as many times as the answer has them, in [-2, 2].
         stop: texts that end an answer, and are no part of it.
+        stop_token_ids: further tokens that end an answer (vLLM's name, as all that follow).
+        ignore_eos: `end_tokens` and the template's end mark do not end an answer.
+        min_tokens: no end token, stop token or stop text before so many tokens.
+        include_stop_str_in_output: the stop text, or the token that ends, is part of the answer.
+        allowed_token_ids: no other tokens are chosen; empty for any.
         logprobs: log-probabilities of each token, and of so many of its likeliest rivals.
         end_tokens: what ends an answer; None for the end tokens of the model and its template.
         scaled_logprobs: log-probabilities are of logits / temperature, before anything else.
@@ -105,6 +110,11 @@ class Sampling:
     special_tokens: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     embeds: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -128,6 +138,8 @@ class Sampling:
             raise InputError("stop must not hold an empty text, which would end every answer")
         if self.logprobs is not None and self.logprobs < 0:
             raise InputError(f"logprobs must be 0 or more, not {self.logprobs}")
+        if self.min_tokens < 0:
+            raise InputError(f"min_tokens must be 0 or more, not {self.min_tokens}")
 
 
 def greedy_settings(

@@ -1,4 +1,4 @@
-"""Reward models beside a causal base: an adapter's head is taken off its files and read here.
+"""Reward models and classifiers beside a causal base: an adapter's head is taken off its files.
 
 Below the head a model that scores is the same as one that writes, so that such an adapter stands
 beside the others of a resident base: a score is one pass over the sequence with its route.
@@ -34,19 +34,25 @@ _HEADS = (_HEAD, "classifier")  # PEFT names both, whichever a model has
 def without_head(
     config: LoraConfig, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor | None]:
-    """A reward model's adapter as one of a causal model, and its head (d,).
+    """A reward model's or classifier's adapter as one of a causal model, and its head (labels, d).
 
     Another adapter comes back as it is, with None.
     """
     key = f"{PREFIX}{_HEAD}.weight"
     head = tensors.get(key)
-    if config.task_type != "SEQ_CLS" or head is None or head.shape[0] != 1:
+    if config.task_type != "SEQ_CLS" or head is None:
         return config, dict(tensors), None
     config = copy(config)
     config.task_type = "CAUSAL_LM"
     config.modules_to_save = [m for m in config.modules_to_save or () if m not in _HEADS] or None
     rest = {name: tensor for name, tensor in tensors.items() if name != key}
-    return config, rest, head[0].float()
+    return config, rest, head.float()
+
+
+def label_names(record: Mapping[str, Any] | None, number: int) -> tuple[str, ...]:
+    """The names of a classifier's labels: the record's, or as transformers calls them."""
+    names = (record or {}).get("id2label") or {}
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(number))
 
 
 def scored_tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
@@ -77,10 +83,11 @@ def score(
     head: torch.Tensor,
     tokens: Sequence[int],
     pad_token_id: int,
-) -> float:
+) -> tuple[float, ...]:
     """What `head` says of the last token that is not padding, under an adapter of `model`.
 
     Args:
+        head: (labels, d).
         model: the causal base.
         routing: of its adapters.
         pad_token_id: as the reward model was trained with.
@@ -90,4 +97,4 @@ def score(
     with routing.using(Route.of_rows((adapter,))):
         h = model.base_model(**batch, use_cache=False).last_hidden_state
     last = h.flatten(0, 1)[last_tokens(batch, pad_token_id)]
-    return float(last[0].float() @ head.to(device))
+    return tuple((head.to(device) @ last[0].float()).tolist())

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorakit.data.answer_form import KNOWN_REASONING
 from lorakit.data.bounded_templates import isolated_templates
 from lorakit.data.conversations import Message, text_of
 from lorakit.data.spans import REASONING
-from lorakit.data.templates import check_variables, render, template_source
+from lorakit.data.templates import check_variables, mark_beside, render, template_source
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ def shown_text(
     tools: Sequence[dict[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
     notices: Counter[str] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> str:
     """The conversation as text, up to where the model's answer begins.
 
@@ -59,6 +63,8 @@ def shown_text(
         variables: further ones of the template, such as `enable_thinking`.
         notices: counts conversations of which a part is left out, by what to say; None refuses
             them.
+        add_generation_prompt: whether the template asks for an answer at the end.
+        continue_final_message: the text ends with the last message, which the model goes on with.
 
     Raises:
         NotShownError: the template leaves a part out.
@@ -69,9 +75,11 @@ def shown_text(
         check_variables(variables, tokenizer, tools)
     except InputError as error:
         raise NotShownError(("chat_template_kwargs",), str(error)) from error
-    write = partial(
-        render, tokenizer=tokenizer, add_generation_prompt=True, variables=dict(variables)
-    )
+    write: Callable[..., str] = partial(render, tokenizer=tokenizer, variables=dict(variables))
+    if continue_final_message:
+        write = partial(_open_ended, write)
+    else:
+        write = partial(write, add_generation_prompt=add_generation_prompt)
     with isolated_templates():
         text = write(messages, tools=tools)
         hidden = _reasoning(messages, template_source(tokenizer, tools))
@@ -81,6 +89,31 @@ def shown_text(
             raise NotShownError(hidden, reason)
         notices[reason] += 1
     return text
+
+
+def _open_ended(
+    write: Callable[..., str], messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The conversation up to the end of its last message, which stays open.
+
+    One that begins with its own reasoning mark stands where the template asks for an answer:
+    templates would write an empty block of reasoning in front of it.
+
+    Raises:
+        InputError: the template refuses it, or does not show the last message.
+    """
+    *before, last = messages
+    content = text_of(last.get("content"))
+    mark = next((name for name, _ in KNOWN_REASONING if content.lstrip().startswith(name)), "")
+    if mark:
+        asked = write(before, tools=tools, add_generation_prompt=True)
+        opened = asked.rstrip().endswith(mark)
+        return asked + (content.lstrip()[len(mark) :].lstrip("\n") if opened else content)
+    place = mark_beside(content)
+    text, found, _ = write([*before, {**last, "content": place}], tools=tools).rpartition(place)
+    if not found:
+        raise InputError("the chat template does not show the last message, to go on with it")
+    return text + content
 
 
 def _reasoning(messages: Sequence[Message], template: str) -> Place | None:

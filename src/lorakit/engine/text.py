@@ -22,6 +22,7 @@ class AnswerText:
 
     Args:
         special: whether the names of special tokens stand in the text.
+        included: those of `stop` that are part of the text.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class AnswerText:
         stop: Sequence[str] = (),
         before: str = "",
         special: bool = False,
+        included: Sequence[str] = (),
     ) -> None:
         self._tokenizer, self._stop, self._before = tokenizer, stop, before
+        self._included = included
         self._skipped = not special
         self._tokens: list[int] = []
         self._begin = self._read = 0  # tokens that give context; tokens that are text already
@@ -39,10 +42,14 @@ class AnswerText:
         self.stopped = False
         """Whether a stop text has come."""
 
-    def add(self, token: int) -> str:
-        """What is sure of the text now that `token` has come, and was not before."""
+    def add(self, token: int, *, stops: bool = True) -> str:
+        """What is sure of the text now that `token` has come, and was not before.
+
+        Args:
+            stops: whether a stop text may end it here.
+        """
         self._tokens.append(token)
-        return self._release(self._new_text())
+        return self._release(self._new_text(), stops=stops)
 
     def finish(self) -> str:
         """What is left when the answer is at its end."""
@@ -67,7 +74,7 @@ class AnswerText:
             return ""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skipped))
 
-    def _release(self, new: str, final: bool = False) -> str:
+    def _release(self, new: str, final: bool = False, stops: bool = True) -> str:
         text = self._held + new
         self._held = ""
         if self._before:
@@ -76,10 +83,13 @@ class AnswerText:
                 return ""
             text = text.removeprefix(self._before)
             self._before = ""
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if not stops:
+            return text
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            at, stop = min(found)
+            return text[: at + len(stop)] if stop in self._included else text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -25,6 +25,14 @@ def causal_form(config: Any) -> str:
     return FORMS["CAUSAL_LM"]
 
 
+def is_encoder(config: Any) -> bool:
+    """Whether a model reads text in both directions and writes none, as BERT does."""
+    from transformers import AutoModelForMaskedLM
+
+    masked = type(config) in AutoModelForMaskedLM._model_mapping
+    return masked and not (config.is_encoder_decoder or getattr(config, "is_decoder", False))
+
+
 def label_options(labels: Sequence[str]) -> dict[str, Any]:
     """The fields of a model's configuration that name a classifier's classes."""
     if not labels:

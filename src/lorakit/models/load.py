@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError, first_line, listed
 from lorakit.lora.architecture import expert_parameters
-from lorakit.models.forms import CLASSIFICATION, FORMS, causal_form, label_options
+from lorakit.models.forms import (
+    CLASSIFICATION,
+    FORMS,
+    causal_form,
+    is_encoder,
+    label_options,
+)
 from lorakit.models.layouts.layout import Layout
 from lorakit.models.loaded import base_model
 from lorakit.models.names import resolve
@@ -178,7 +184,14 @@ def _failures_named(name: str, task_type: str) -> Iterator[None]:
 
 
 def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
-    form = FORMS["CAUSAL_LM"] if layout.packing else causal_form(layout.config())
+    config = None if layout.packing else layout.config()
+    if config is not None and is_encoder(config):
+        raise InputError(
+            f"model: {name} is an encoder ({config.model_type}), which writes no text: give a "
+            "causal language model, or train it with lora.task_type SEQ_CLS or TOKEN_CLS and use "
+            "it by lorakit eval or PEFT (lorakit serve embeds texts with causal models)"
+        )
+    form = FORMS["CAUSAL_LM"] if config is None else causal_form(config)
     model, info = from_files(layout, form, dtype=dtype, **options)
     if info["missing_keys"]:  # which are random now
         raise InputError(

@@ -11,6 +11,7 @@ from lorakit.engine.engine import Engine
 from lorakit.server import errors, guarded_routes, page
 from lorakit.server.adapters import Shelf
 from lorakit.server.chat import chat
+from lorakit.server.classifying import ClassifyRequest, classify
 from lorakit.server.completions import complete
 from lorakit.server.embeddings import EmbeddingRequest, embed
 from lorakit.server.errors import ApiError
@@ -34,6 +35,7 @@ from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.ranking import RerankRequest, ScoreRequest, rerank, score
 from lorakit.server.replies import (
     ChatCompletion,
+    Classification,
     Completion,
     Detokenized,
     Embeddings,
@@ -147,6 +149,18 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
     async def embeddings(request: Request, asked: EmbeddingRequest) -> Response:
         """What the model makes of texts, as numbers."""
         return await embed(request, asked, desk, prompts)
+
+    for path in ("/classify", "/v1/classify"):
+
+        @app.post(
+            path,
+            response_model=Classification,
+            responses=_of_pooled(),
+            dependencies=needs(Level.API_KEY),
+        )
+        async def labels(request: Request, asked: ClassifyRequest) -> Response:
+            """Which of its labels a classifier gives to texts."""
+            return await classify(request, asked, desk, prompts)
 
     for path in ("/v1/score", "/score"):
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -15,6 +15,7 @@ from lorakit.server.keys import caller_of
 from lorakit.server.message_parts import MessageParts
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import ChatRequest
+from lorakit.server.prompt_logprobs import prompt_logprobs
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import (
     AnswerMessage,
@@ -24,6 +25,7 @@ from lorakit.server.replies import (
     Delta,
     FinishReason,
     Rival,
+    finite,
 )
 from lorakit.server.tool_choice import check_choice
 
@@ -44,10 +46,19 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     size = len(await request.body())
     work = prompts.of_chat(adapter, asked, client_of(request), size)
     prompt, reads = await while_wanted(request, work, deadline, desk.late())
+    more: dict[str, Any] = {}
+    if (rivals := asked.prompt_logprobs) is not None:
+        scored = prompt_logprobs(desk.engine, prompt.input_ids, adapter, rivals, caller.owner)
+        found = await while_wanted(request, scored, deadline, desk.late())
+        more["prompt_logprobs"] = found
     given = [prompt.input_ids], adapter, asked, deadline, prompt.pictures
     answers = await desk.hand_in(*given, owner=caller.owner)
     tools, most = asked.shown_tools(), 1 if asked.parallel_tool_calls is False else None
-    parts = [MessageParts(reads, tools, most) for _ in range(len(answers))]
+    special = asked.skip_special_tokens is False
+    parts = [
+        MessageParts(reads, tools, most, streamed=bool(asked.stream), special=special)
+        for _ in range(len(answers))
+    ]
 
     def logprobs(tokens: Iterable[ChosenToken]) -> ChatLogprobs | None:
         return None if asked.rivals is None else _logprobs(tokens)
@@ -67,7 +78,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
-            message["tool_calls"] = said.calls
+            message["tool_calls"] = [call.whole for call in said.calls]
         return {
             "index": number,
             "message": message,
@@ -77,7 +88,6 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
 
     def pieces_of(number: int, piece: AnswerPiece) -> Iterator[ChatChunkChoice]:
         why = finish_reason(piece)
-        before = parts[number].called
         said = parts[number].add(piece.text, final=why is not None)
         delta: Delta = {}
         if said.reasoning:
@@ -85,9 +95,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
         if said.content or (piece.logprobs and not said):
             delta["content"] = said.content
         if said.calls:
-            delta["tool_calls"] = [
-                {"index": before + at, **call} for at, call in enumerate(said.calls)
-            ]
+            delta["tool_calls"] = [call.delta for call in said.calls]
         made: ChatChunkChoice = {
             "index": number,
             "delta": delta,
@@ -100,12 +108,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
         if delta or why is not None:
             yield made
 
-    return await respond(request, asked, answers, _KIND, whole, pieces_of, _role)
-
-
-def finite(logprob: float) -> float:
-    """A log-probability as JSON can write it; OpenAI writes -9999 for that of what cannot be."""
-    return max(logprob, -9999.0) if not math.isnan(logprob) else -9999.0
+    return await respond(request, asked, answers, _KIND, whole, pieces_of, _role, more=more)
 
 
 def _role(number: int) -> ChatChunkChoice:

@@ -14,13 +14,19 @@ from fastapi.responses import JSONResponse, Response
 
 from lorakit.engine.requests import AnswerPiece, ChosenToken
 from lorakit.server.bodies import client_of
-from lorakit.server.chat import finite
 from lorakit.server.event_streams import Kind, respond, while_wanted
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Answer, Desk, finish_reason
 from lorakit.server.payloads import CompletionRequest
+from lorakit.server.prompt_logprobs import prompt_logprobs
 from lorakit.server.prompt_tokens import Prompts
-from lorakit.server.replies import CompletionChoice, CompletionLogprobs, Usage
+from lorakit.server.replies import (
+    CompletionChoice,
+    CompletionLogprobs,
+    PromptLogprobs,
+    Usage,
+    finite,
+)
 
 _KIND = Kind("cmpl", "text_completion", "text_completion")
 
@@ -37,15 +43,21 @@ async def complete(
     adapter = await desk.adapter(asked.model, caller)
     deadline, texts = desk.deadline(), asked.prompts()
     desk.require_room(len(texts) * asked.choices)
-    work = prompts.of_texts(adapter, texts, client_of(request))
+    special = asked.add_special_tokens is not False
+    work = prompts.of_texts(adapter, texts, client_of(request), special=special, cut=asked)
     tokens = await while_wanted(request, work, deadline, desk.late())
     tokenizer = desk.engine.tokenizer_of(adapter)
     echoes: list[Echo] = []
     if asked.echo:
         reading = _echoes(asked, tokens, texts, tokenizer, desk, adapter, caller.owner)
         echoes = await while_wanted(request, reading, deadline, desk.late())
+    scores: list[PromptLogprobs] = []
+    if (rivals := asked.prompt_logprobs) is not None:
+        for one in tokens:
+            scored = prompt_logprobs(desk.engine, one, adapter, rivals, caller.owner)
+            scores.append(await while_wanted(request, scored, deadline, desk.late()))
     if asked.max_tokens == 0:
-        return _echoed(asked, echoes, sum(map(len, tokens)))
+        return _echoed(asked, echoes, scores, sum(map(len, tokens)))
     answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=caller.owner)
     written = [0] * len(answers)  # characters that were sent, an answer
     begun = [False] * len(answers)
@@ -60,12 +72,15 @@ async def complete(
             written[number] += len(echo.text) + sum(len(one.text) for one in given.logprobs)
             if echo.logprobs is not None:
                 logprobs = _joined(echo.logprobs, logprobs)
-        return {
+        made: CompletionChoice = {
             "index": number,
             "text": echo.text + text,
             "logprobs": logprobs,
             "finish_reason": why,
         }
+        if scores:
+            made["prompt_logprobs"] = scores[number // asked.kept]
+        return made
 
     def best(made: list[Answer]) -> list[Answer]:
         size, kept = asked.choices, list[Answer]()
@@ -98,7 +113,8 @@ async def _echoes(
     """The prompts, with the log-probabilities of their tokens where these are asked for."""
     made = []
     for tokens, given in zip(prompts, texts, strict=True):
-        text = given if isinstance(given, str) else str(tokenizer.decode(given))
+        cut = asked.truncate_prompt_tokens is not None or not isinstance(given, str)
+        text = str(tokenizer.decode(tokens)) if cut else str(given)
         if asked.rivals is None:
             made.append(Echo(text))
             continue
@@ -124,10 +140,15 @@ async def _echoes(
     return made
 
 
-def _echoed(asked: CompletionRequest, echoes: Sequence[Echo], tokens: int) -> Response:
+def _echoed(
+    asked: CompletionRequest,
+    echoes: Sequence[Echo],
+    scores: Sequence[PromptLogprobs],
+    tokens: int,
+) -> Response:
     """Prompts alone, nothing behind them."""
     choices: list[CompletionChoice] = []
-    for echo in echoes:
+    for number, echo in enumerate(echoes):
         for _ in range(asked.kept):
             index = len(choices)
             said: CompletionChoice = {
@@ -136,6 +157,8 @@ def _echoed(asked: CompletionRequest, echoes: Sequence[Echo], tokens: int) -> Re
                 "logprobs": echo.logprobs,
                 "finish_reason": "length",
             }
+            if scores:
+                said["prompt_logprobs"] = scores[number]
             choices.append(said)
     usage: Usage = {
         "prompt_tokens": tokens,

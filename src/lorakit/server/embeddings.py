@@ -20,16 +20,17 @@ from lorakit.server.payload_parts import MAX_CHOICES, WHOLE, Text, TokenIds
 from lorakit.server.payloads import Pooled
 from lorakit.server.pooled_answers import pooled
 from lorakit.server.prompt_tokens import Prompts
+from lorakit.server.sampling_fields import Truncated
 
 
-class EmbeddingRequest(Pooled):
+class EmbeddingRequest(Pooled, Truncated):
     """Texts or token ids to embed.
 
     `dimensions` keeps the first so many numbers, which mean something for models that were trained
     so (Kusupati et al. 2022, arXiv:2205.13147), and has their length be 1 again.
     """
 
-    scores: ClassVar[bool] = False
+    wants: ClassVar[str] = "embedding"
 
     input: (
         Text
@@ -60,7 +61,7 @@ async def embed(
     if (wanted := asked.dimensions) is not None and wanted > desk.engine.width:
         raise bad_field(f"dimensions: the model has {desk.engine.width}", "dimensions")
     desk.require_room(len(texts))
-    work = prompts.of_texts(adapter, texts, client_of(request), "input")
+    work = prompts.of_texts(adapter, texts, client_of(request), "input", cut=asked)
     made, answers = await pooled(request, asked, adapter, work, desk, deadline)
     data = [
         {"object": "embedding", "index": number, "embedding": _form(one.embedding or (), asked)}

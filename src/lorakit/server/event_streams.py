@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,8 +17,8 @@ from lorakit.engine.requests import AnswerPiece
 from lorakit.errors import LorakitError
 from lorakit.server.errors import CLIENT_LEFT, ApiError, error_content
 from lorakit.server.open_answers import Answer, OpenAnswers
-from lorakit.server.payloads import SamplingFields
 from lorakit.server.replies import event
+from lorakit.server.sampling_fields import SamplingFields
 
 Result = TypeVar("Result")
 
@@ -71,6 +71,7 @@ async def respond(
     pieces: Callable[[int, AnswerPiece], Iterable[Any]],
     opening: Callable[[int], Any] | None = None,
     best: Callable[[list[Answer]], list[Answer]] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Response:
     """The answers in OpenAI's form, at once or in events; a client that leaves ends them.
 
@@ -79,6 +80,7 @@ async def respond(
         pieces: the choices of events, of an answer's number and a piece of it.
         opening: the choice of an event before anything is written.
         best: those of whole answers that are returned; None for all.
+        more: further fields of a whole reply.
 
     Raises:
         ApiError: as `OpenAnswers.pieces`; the client has left.
@@ -96,7 +98,7 @@ async def respond(
             answers.close()
         kept = made if best is None else best(made)
         choices = [whole(number, answer) for number, answer in enumerate(kept)]
-        return JSONResponse(reply(kind.whole, choices, usage=answers.usage))
+        return JSONResponse(reply(kind.whole, choices, usage=answers.usage, **(more or {})))
     usage = {"usage": None} if asked.include_usage else {}
     events = _events(
         answers,

@@ -1,7 +1,8 @@
 """An answer's text taken apart while it comes: reasoning, content, and calls of functions.
 
-Text that may be the beginning of a mark is held back until that is known, and a call until it is
-whole. A call that cannot be read stays text, so that nothing of an answer is lost.
+Text that may be the beginning of a mark is held back until that is known. A call that cannot be
+read stays text, so that nothing of an answer is lost; in a stream, its arguments come as they are
+written, and a call that has begun is one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,37 @@ import string
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorakit.data.call_stream import CallPiece
 from lorakit.data.tool_calls import ToolCalls
-from lorakit.server.replies import AnswerCall, CalledFunction
+from lorakit.server.replies import AnswerCall, CallDelta
 
 _LONGEST_MARK = 40
 _LETTERS = string.ascii_letters + string.digits
 _BEGINS = re.compile(r"[<\[◁]")  # of any mark in front of reasoning or calls
+
+
+@dataclass
+class CallPart:
+    """What was added to a call; its first part has the id and the name."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    ended: bool = False
+
+    @property
+    def whole(self) -> AnswerCall:
+        """As OpenAI's replies have a call."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}  # type: ignore[typeddict-item]
+
+    @property
+    def delta(self) -> CallDelta:
+        """As OpenAI's streams have it."""
+        if not self.id:
+            return {"index": self.index, "function": {"arguments": self.arguments}}
+        return {"index": self.index, **self.whole}
 
 
 @dataclass
@@ -27,7 +53,7 @@ class Parts:
 
     reasoning: str = ""
     content: str = ""
-    calls: list[AnswerCall] = field(default_factory=list)
+    calls: list[CallPart] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.content or self.calls)
@@ -40,16 +66,27 @@ class MessageParts:
         reads: the marks of the model's chat template.
         tools: the functions that the prompt showed; without any, nothing is a call.
         most: so many calls are kept.
+        streamed: whether the arguments of a call are given out as they come.
+        special: whether the names of special tokens stay in the text.
 
     Attributes:
         called: how many calls there were.
     """
 
     def __init__(
-        self, reads: ToolCalls, tools: list[dict[str, Any]], most: int | None = None
+        self,
+        reads: ToolCalls,
+        tools: list[dict[str, Any]],
+        most: int | None = None,
+        *,
+        streamed: bool = False,
+        special: bool = False,
     ) -> None:
-        self._reads, self._tools, self._most = reads, tools, most
+        self._reads, self._tools, self._most, self._special = reads, tools, most, special
         self._form = reads.form if tools else None
+        make = self._form.reader if self._form is not None and streamed else None
+        self._reader = None if make is None else make(tools)
+        self._seen = 0  # characters of the calls that the reader has
         self._held = ""
         self._closing = reads.answers.opened  # of the reasoning that the text is in
         self._thought = bool(self._closing)
@@ -71,6 +108,7 @@ class MessageParts:
         if self._at_start:
             return self._begin(parts, final)
         if self._in_calls:
+            self._read_calls(parts)
             if final:
                 self._call(parts)
             return False
@@ -135,24 +173,45 @@ class MessageParts:
         found = _BEGINS.search(tail)
         return 0 if found is None else len(tail) - found.start()
 
+    def _read_calls(self, parts: Parts) -> None:
+        """Gives out what is sure of the calls, in a stream."""
+        if self._reader is None:
+            return
+        text, self._seen = self._held[self._seen :], len(self._held)
+        for piece in self._reader.add(text):
+            if self._most is None or piece.index < self._most:
+                self._give(parts, piece)
+
+    def _give(self, parts: Parts, piece: CallPiece, ident: str = "") -> None:
+        if piece.name:
+            made = ident or "".join(secrets.choice(_LETTERS) for _ in range(9))  # Mistral's form
+            parts.calls.append(CallPart(piece.index, made, piece.name))
+            self.called += 1
+        elif not parts.calls or parts.calls[-1].index != piece.index:
+            parts.calls.append(CallPart(piece.index))
+        parts.calls[-1].arguments += piece.arguments
+        parts.calls[-1].ended = piece.ended
+
     def _call(self, parts: Parts) -> None:
         text, self._held = self._held, ""
         try:
             calls = [] if self._form is None else self._form.read(text, self._tools)
         except (ValueError, SyntaxError, RecursionError):
             calls = []
+        if not calls and self._form is not None and self.called and self._reader is not None:
+            # What was given out stays; behind it may be the beginning of another call.
+            found = self._form.opening.search(self._reader.rest)
+            text = "" if found is None else self._reader.rest[found.start() :]
         if not calls:
             self._add(parts, text)
             return
-        for call in calls[: self._most]:
-            arguments = json.dumps(call.arguments, ensure_ascii=False)
-            ident = "".join(secrets.choice(_LETTERS) for _ in range(9))  # as Mistral wants them
-            function: CalledFunction = {"name": call.name, "arguments": arguments}
-            parts.calls.append({"id": call.id or ident, "type": "function", "function": function})
-        self.called += len(parts.calls)
+        for index, call in enumerate(calls[: self._most]):
+            if index >= self.called:
+                arguments = json.dumps(call.arguments, ensure_ascii=False)
+                self._give(parts, CallPiece(index, call.name, arguments, ended=True), call.id)
 
     def _plain(self, text: str) -> str:
-        return self._reads.answers.special.sub("", text)
+        return text if self._special else self._reads.answers.special.sub("", text)
 
 
 def _overlap(text: str, mark: str) -> int:

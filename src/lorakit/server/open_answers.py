@@ -23,9 +23,10 @@ from lorakit.server.errors import ApiError, bad_field
 from lorakit.server.fair_turns import Turns
 from lorakit.server.keys import Caller
 from lorakit.server.options import Limits
-from lorakit.server.payloads import Pooled, SamplingFields
+from lorakit.server.payloads import Pooled
 from lorakit.server.prometheus import Metrics
 from lorakit.server.replies import FinishReason, Usage
+from lorakit.server.sampling_fields import SamplingFields
 
 _RETRY_AFTER = 1
 _Numbered = tuple[int, AnswerPiece | None]  # None: the answers were cut
@@ -38,7 +39,7 @@ class Answer:
     text: str = ""
     logprobs: list[ChosenToken] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
-    score: float | None = None
+    scores: tuple[float, ...] = ()
     embedding: tuple[float, ...] | None = None
 
 
@@ -113,7 +114,7 @@ class OpenAnswers:
             async for number, piece in pieces:
                 texts[number].append(piece.text)
                 answers[number].logprobs += piece.logprobs
-                answers[number].score = piece.score
+                answers[number].scores = piece.scores
                 answers[number].embedding = piece.embedding
                 answers[number].finish_reason = finish_reason(piece) or "stop"
         for answer, parts in zip(answers, texts, strict=True):
@@ -145,6 +146,8 @@ class OpenAnswers:
                 metrics.between_tokens.observe(waited / new)
             metrics.generated_tokens.inc(new)
             self._counts[number], self._seen[number] = piece.new_tokens, now
+        if piece.finish_reason == "error" and piece.refused:
+            raise bad_field(f"the answer cannot go on: {piece.error}", code="invalid_value")
         if piece.finish_reason == "error":
             raise ApiError(500, f"the answer failed: {piece.error}", code="answer_failed")
         if piece.finish_reason == "cancelled":
@@ -248,7 +251,7 @@ class Desk:
         """
         self.require_kind(adapter, asked)
         if isinstance(asked, SamplingFields):
-            self._check_bias(asked)
+            self._check_tokens(asked)
             await self._compile(adapter, asked, owner)
         limits = [self._token_limit(prompt, asked) for prompt in prompts]
         rows = len(prompts) * asked.choices
@@ -299,22 +302,28 @@ class Desk:
             answers.cut(self._stopped)
 
     def require_kind(self, adapter: str | None, asked: SamplingFields | Pooled) -> None:
-        """Refuses answers of a reward model, and scores of another."""
-        if isinstance(asked, Pooled) and not asked.scores:
-            return
-        wanted = isinstance(asked, Pooled)
-        scores = adapter is not None and self.engine.pool.version(adapter).info.scores
-        if wanted and not scores:
-            raise bad_field(f"{asked.model} writes text and gives no scores", "model")
-        if scores and not wanted:
-            raise bad_field(f"{asked.model} is a reward model: ask it at /pooling", "model")
+        """Refuses answers of a reward model or classifier, scores and labels of another."""
+        wants = asked.wants if isinstance(asked, Pooled) else "text"
+        info = None if adapter is None else self.engine.pool.version(adapter).info
+        if info is not None and info.scores:
+            does, where = "scores", "is a reward model: ask it at /pooling, /v1/score or /v1/rerank"
+        elif info is not None and info.labels:
+            does, where = (
+                "labels",
+                "is a classifier: ask it at /classify",
+            )
+        else:
+            does, where = "text", f"writes text and gives no {wants}"
+        if wants not in (does, "embedding"):
+            raise bad_field(f"{asked.model} {where}", "model")
 
-    def _check_bias(self, asked: SamplingFields) -> None:
-        """Refuses biases of tokens that the model does not have."""
+    def _check_tokens(self, asked: SamplingFields) -> None:
+        """Refuses tokens that the model does not have."""
         size = self.engine.vocabulary
-        for token in asked.logit_bias or ():
-            if int(token) >= size:
-                raise bad_field(f"logit_bias: {token} is no token; there are {size}", "logit_bias")
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            for token in getattr(asked, name) or ():
+                if int(token) >= size:
+                    raise bad_field(f"{name}: {token} is no token; there are {size}", name)
 
     async def _compile(self, adapter: str | None, asked: SamplingFields, owner: str) -> None:
         """Compiles what an answer must look like, in turn with others: nobody else waits.

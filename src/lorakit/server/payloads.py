@@ -1,7 +1,6 @@
 """The bodies of requests, as OpenAI and vLLM have them.
 
-What cannot be done is a field that takes only its neutral value, so it is refused by its name and
-the API's description says so. What is accepted and changes no answer stands under `Ignored`.
+What chats and completions have in common is `sampling_fields.py`'s.
 """
 
 from __future__ import annotations
@@ -9,10 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from lorakit.engine.sampling import Sampling
-from lorakit.server.answer_forms import FormFields
 from lorakit.server.messages import ChatMessage, NamedTool, Tool
 from lorakit.server.payload_parts import (
     MAX_CHOICES,
@@ -22,121 +20,10 @@ from lorakit.server.payload_parts import (
     NoEntries,
     Nothing,
     Payload,
-    StopText,
     Text,
     TokenIds,
 )
-
-MAX_BIASES = 1024
-Token = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class Ignored(Payload):
-    """Fields that keep accounts or caches, or have the one value that changes no answer here."""
-
-    user: str | None = None
-    safety_identifier: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    # vLLM's.
-    ignore_eos: Literal[False] | None = None
-    min_tokens: Annotated[Literal[0], WHOLE] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    stop_token_ids: Nothing = None
-
-
-class StreamOptions(Payload):
-    """`include_usage` sends the counts of tokens in a last event."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
-
-
-class SamplingFields(Ignored, FormFields):
-    """What both ways to complete have in common: the model, and how tokens are chosen.
-
-    `top_k`, `min_p` and `repetition_penalty` are vLLM's extensions.
-    """
-
-    model: Annotated[str, Field(min_length=1, max_length=4096)]
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = 1
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[Token, Bias], Field(max_length=MAX_BIASES)] | None = Field(
-        None, description="What is added to the logits of tokens, by their ids."
-    )
-
-    @model_validator(mode="after")
-    def _check_streaming(self) -> SamplingFields:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true; leave it out")
-        return self
-
-    _special_tokens: bool = PrivateAttr(False)
-
-    def keep_special_tokens(self) -> None:
-        """Has the names of special tokens stand in answers, for who reads them there."""
-        self._special_tokens = True
-
-    @property
-    def choices(self) -> int:
-        """How many answers a prompt gets."""
-        return 1 if self.n is None else self.n
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def token_limit(self) -> int | None:
-        """How many tokens an answer may have; None as many as fit."""
-        raise NotImplementedError
-
-    @property
-    def limit_field(self) -> str | None:
-        """The field that says so; None where the client left it to the server."""
-        names = ("max_completion_tokens", "max_tokens")
-        given = (name for name in names if name in self.model_fields_set)
-        return next((name for name in given if getattr(self, name) is not None), None)
-
-    @property
-    def rivals(self) -> int | None:
-        """Of how many rivals of a token log-probabilities are wanted; None of no token."""
-        raise NotImplementedError
-
-    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
-        """The engine's settings for the choice of this number."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(
-            temperature=1.0 if self.temperature is None else float(self.temperature),
-            top_p=1.0 if self.top_p is None else float(self.top_p),
-            max_new_tokens=max_new_tokens,
-            seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            top_k=max(self.top_k or 0, 0),
-            min_p=float(self.min_p or 0),
-            repetition_penalty=float(self.repetition_penalty or 1),
-            presence_penalty=float(self.presence_penalty or 0),
-            frequency_penalty=float(self.frequency_penalty or 0),
-            stop=tuple(stop),
-            logprobs=self.rivals,
-            grammar=form[1] if (form := self.form()) else None,
-            special_tokens=self._special_tokens,
-            logit_bias=tuple((int(k), float(v)) for k, v in (self.logit_bias or {}).items()),
-        )
+from lorakit.server.sampling_fields import Ignored, SamplingFields
 
 
 class CompletionRequest(SamplingFields):
@@ -156,6 +43,9 @@ class CompletionRequest(SamplingFields):
     )
     echo: bool | None = Field(
         False, description="The prompt stands before the text, and in the log-probabilities."
+    )
+    add_special_tokens: bool | None = Field(
+        True, description="Whether a text gets the special tokens that the tokenizer adds."
     )
     suffix: Literal[""] | None = None
 
@@ -209,10 +99,13 @@ class ChatRequest(SamplingFields):
     `tools` are shown to the model by its template, and calls are read in the template's form.
     """
 
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
-
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the template asks for an answer behind the last message."
+    )
+    continue_final_message: bool | None = Field(
+        False, description="The answer goes on with the last message, one of the assistant."
+    )
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = False
@@ -231,6 +124,13 @@ class ChatRequest(SamplingFields):
     reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
+    # vLLM's, which take their neutral value alone.
+    echo: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
+    include_reasoning: Literal[True] | None = None
+    chat_template: None = None
+    documents: Nothing = None
+    mm_processor_kwargs: NoEntries = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:
@@ -238,6 +138,21 @@ class ChatRequest(SamplingFields):
             raise ValueError("top_logprobs goes with logprobs: true; leave it out")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("give max_completion_tokens or max_tokens (its old name), not both")
+        if any(message.pictures for message in self.messages):
+            for name in ("prompt_logprobs", "truncate_prompt_tokens"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} does not go with pictures: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_continued(self) -> ChatRequest:
+        last = self.messages[-1]
+        if not self.continue_final_message:
+            return self
+        if self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if last.role != "assistant" or last.tool_calls or not last.content:
+            raise ValueError("continue_final_message needs a last message of the assistant's text")
         return self
 
     @property
@@ -270,19 +185,19 @@ class Pooled(Ignored):
     """What asks for numbers of texts, and for no text.
 
     Attributes:
-        scores: whether a reward model gives them.
+        wants: `scores` of a reward model, `labels` of a classifier, or an `embedding`.
     """
 
     choices: ClassVar[int] = 1
     token_limit: ClassVar[int | None] = 1
     limit_field: ClassVar[str | None] = None
-    scores: ClassVar[bool] = True
+    wants: ClassVar[str] = "scores"
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
 
     def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
         """Nothing is written."""
-        return Sampling(max_new_tokens=max_new_tokens, embeds=not self.scores)
+        return Sampling(max_new_tokens=max_new_tokens, embeds=self.wants == "embedding")
 
 
 class PoolingRequest(Pooled):

@@ -28,7 +28,7 @@ async def pool(request: Request, asked: PoolingRequest, desk: Desk, prompts: Pro
     work = prompts.of_scored(adapter, texts, client_of(request))
     made, answers = await pooled(request, asked, adapter, work, desk, deadline)
     data = [
-        {"index": number, "object": "pooling", "data": [one.score]}
+        {"index": number, "object": "pooling", "data": [*one.scores]}
         for number, one in enumerate(made)
     ]
     return JSONResponse(

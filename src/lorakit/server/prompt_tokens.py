@@ -8,6 +8,7 @@ that takes its time holds up nobody else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ from lorakit.server.errors import ApiError, bad_field, in_words
 from lorakit.server.fair_turns import Turns
 from lorakit.server.images import Images, broken, places_of, without_pictures
 from lorakit.server.payloads import ChatRequest
+from lorakit.server.sampling_fields import Truncated
 from lorakit.server.tool_choice import wanted_form
 
 _Reading = tuple[ToolCalls, CallLayout | None]
@@ -75,9 +77,15 @@ class Prompts:
             messages, pixels = await self._images.taken(messages, client)
 
         def written() -> tuple[str, ToolCalls]:
-            variables = asked.chat_template_kwargs
             shown = without_pictures(messages)
-            text = shown_text(shown, tokenizer, asked.shown_tools(), variables)
+            text = shown_text(
+                shown,
+                tokenizer,
+                asked.shown_tools(),
+                asked.chat_template_kwargs,
+                add_generation_prompt=asked.add_generation_prompt is not False,
+                continue_final_message=bool(asked.continue_final_message),
+            )
             return text, self._read_by(tokenizer, asked, text)
 
         template = str(tokenizer.chat_template)
@@ -94,8 +102,9 @@ class Prompts:
         if places:
             row = await self._with_pictures(text, messages, tokenizer, pixels, client)
             return row, reads
-        work = partial(tokens_within, text, tokenizer, self._limit)
-        return TokenizedRow(await self._in_turn(work, len(text), client, "messages"), [], ""), reads
+        work = partial(tokens_within, text, tokenizer, self._read_at_most(asked))
+        tokens = await self._in_turn(work, len(text), client, "messages")
+        return TokenizedRow(self._cut(tokens, asked, "messages"), [], ""), reads
 
     def _read_by(self, tokenizer: Any, asked: ChatRequest, prompt: str) -> ToolCalls:
         """How answers to a prompt are read; what they must look like is set in `asked`."""
@@ -134,31 +143,49 @@ class Prompts:
         client: str,
         field: str = "prompt",
         special: bool = True,
+        cut: Truncated | None = None,
     ) -> list[list[int]]:
         """Each prompt's tokens.
 
         Args:
             field: where they stand in the request.
             special: whether texts get the special tokens that the tokenizer adds.
+            cut: how a prompt that is too long is shortened; None refuses it.
 
         Raises:
             ApiError: 400, a token id is none of the model's, or a prompt leaves no room in the
                 context for an answer.
         """
         tokenizer = self._engine.tokenizer_of(adapter)
-        size, made = len(tokenizer), []
+        size, most, made = len(tokenizer), self._read_at_most(cut), []
         for prompt in prompts:
             if isinstance(prompt, str):
-                work = partial(
-                    tokens_within, prompt, tokenizer, self._limit, add_special_tokens=special
-                )
+                work = partial(tokens_within, prompt, tokenizer, most, add_special_tokens=special)
                 prompt = await self._in_turn(work, len(prompt), client, field)
-            elif len(prompt) > self._limit:
-                raise self._too_long(TooManyTokensError(len(prompt), self._limit, True), field)
-            elif (highest := max(prompt)) >= size:
+            prompt = self._cut(prompt, cut, field)
+            if (highest := max(prompt, default=0)) >= size:
                 raise bad_field(f"{field}: {highest} is not a token id; there are {size}", field)
             made.append(prompt)
         return made
+
+    def _read_at_most(self, cut: Truncated | None) -> int:
+        """How many tokens of a text are made before it is refused."""
+        shortened = cut is not None and cut.truncate_prompt_tokens is not None
+        return sys.maxsize // 16 if shortened else self._limit
+
+    def _cut(self, tokens: list[int], cut: Truncated | None, field: str) -> list[int]:
+        """The last tokens, as many as `truncate_prompt_tokens` says.
+
+        Raises:
+            ApiError: 400, there are more than the context has room for.
+        """
+        if cut is not None and (kept := cut.truncate_prompt_tokens) is not None:
+            if kept < 0:
+                kept = self._engine.context_length - max(1, cut.asked_for)
+            tokens = tokens[-max(kept, 1) :]
+        if len(tokens) > self._limit:
+            raise self._too_long(TooManyTokensError(len(tokens), self._limit, True), field)
+        return tokens
 
     async def of_scored(
         self,

@@ -117,7 +117,7 @@ async def _scores(
     desk.require_kind(adapter, asked)
     work = prompts.of_scored(adapter, given, client_of(request))
     made, answers = await pooled(request, asked, adapter, work, desk, deadline)
-    return [one.score or 0.0 for one in made], answers.usage
+    return [one.scores[0] for one in made], answers.usage
 
 
 def _listed(given: str | list[str]) -> list[str]:

@@ -6,6 +6,7 @@ They are plain dictionaries, typed: a stream sends one an event, and nothing is 
 from __future__ import annotations
 
 import json
+import math
 from typing import (
     Any,
     Literal,
@@ -60,10 +61,25 @@ class CalledFunction(TypedDict):
     arguments: str
 
 
-class AnswerCall(TypedDict):
-    """A call that the model makes; `index` counts the calls of a streamed answer."""
+class AddedArguments(TypedDict):
+    """Some more of a call's arguments; a call's first part has its name."""
 
-    index: NotRequired[int]
+    name: NotRequired[str]
+    arguments: str
+
+
+class CallDelta(TypedDict):
+    """What is added to a call of a streamed answer; the first part of each has its id."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: AddedArguments
+
+
+class AnswerCall(TypedDict):
+    """A call that the model makes."""
+
     id: str
     type: Literal["function"]
     function: CalledFunction
@@ -88,6 +104,18 @@ class ChatChoice(TypedDict):
     finish_reason: FinishReason
 
 
+class PromptToken(TypedDict):
+    """How likely a token is in a place of the prompt; `rank` 1 is the likeliest of all."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+"""Of each token of a prompt, by the ids of tokens; null for the first."""
+
+
 class ChatCompletion(TypedDict):
     """The reply of `/v1/chat/completions`."""
 
@@ -97,6 +125,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Delta(TypedDict):
@@ -105,7 +134,7 @@ class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
     reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[AnswerCall]]
+    tool_calls: NotRequired[list[CallDelta]]
 
 
 class ChatChunkChoice(TypedDict):
@@ -147,6 +176,7 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Completion(TypedDict):
@@ -247,6 +277,26 @@ class Scores(TypedDict):
     usage: Usage
 
 
+class Classified(TypedDict):
+    """The likeliest label of one text, and the probabilities of all in their order."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classification(TypedDict):
+    """The reply of `/classify`."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
 class Document(TypedDict):
     """A document that was sorted."""
 
@@ -329,6 +379,11 @@ class ErrorReply(TypedDict):
     """The reply of whatever was refused."""
 
     error: ErrorDetail
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can write it; OpenAI writes -9999 for that of what cannot be."""
+    return max(logprob, -9999.0) if not math.isnan(logprob) else -9999.0
 
 
 def event(content: Any) -> bytes:

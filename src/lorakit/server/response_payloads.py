@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 
 from lorakit.server.errors import bad_field, in_words
 from lorakit.server.payload_parts import WHOLE, Items, Payload, Replayed, Text
-from lorakit.server.payloads import ChatRequest, Ignored
+from lorakit.server.payloads import ChatRequest
+from lorakit.server.sampling_fields import Ignored
 
 
 class TextItemPart(Replayed):

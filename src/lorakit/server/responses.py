@@ -21,7 +21,7 @@ from lorakit.server.bodies import client_of
 from lorakit.server.errors import ApiError, error_content
 from lorakit.server.event_streams import EventStream, while_wanted
 from lorakit.server.keys import caller_of
-from lorakit.server.message_parts import MessageParts, Parts
+from lorakit.server.message_parts import CallPart, MessageParts, Parts
 from lorakit.server.open_answers import Desk, OpenAnswers, finish_reason
 from lorakit.server.payloads import ChatRequest
 from lorakit.server.prompt_tokens import Prompts
@@ -93,7 +93,8 @@ async def respond_to(
     given = [prompt.input_ids], adapter, chat, deadline, prompt.pictures
     answers = await desk.hand_in(*given, owner=caller.owner)
     most = 1 if asked.parallel_tool_calls is False else None
-    written = _Written(asked, chat, MessageParts(reads, chat.shown_tools(), most))
+    parts = MessageParts(reads, chat.shown_tools(), most, streamed=bool(asked.stream))
+    written = _Written(asked, chat, parts)
 
     def ended() -> None:
         if asked.store is not False:
@@ -129,7 +130,7 @@ class _Written:
         if said.content:
             yield from self._text("message", "output_text", said.content)
         for call in said.calls:
-            yield from self._call(call["id"], **call["function"])
+            yield from self._call(call)
         if why is not None:
             self._why = why
             yield from self._close(completed=why != "length")
@@ -139,6 +140,8 @@ class _Written:
         made: dict[str, Any] = {"role": "assistant", "content": ""}
         for item in self._items:
             if item["type"] == "function_call":
+                if item["status"] != "completed":  # cut off
+                    continue
                 function = {"name": item["name"], "arguments": item["arguments"]}
                 call = {"id": item["call_id"], "type": "function", "function": function}
                 made.setdefault("tool_calls", []).append(call)
@@ -218,22 +221,21 @@ class _Written:
             f"response.{part}.delta", **self._place(), content_index=0, delta=text, **more
         )
 
-    def _call(self, ident: str, name: str, arguments: str) -> Iterator[dict[str, Any]]:
-        yield from self._close()
-        item = {
-            "id": f"fc_{uuid.uuid4().hex}",
-            "type": "function_call",
-            "call_id": ident,
-            "name": name,
-            "arguments": "",
-            "status": "in_progress",
-        }
-        self._items.append(item)
-        yield self._event("response.output_item.added", item=self._copy())
-        item["arguments"] = arguments
-        kind = "response.function_call_arguments"
-        yield self._event(f"{kind}.delta", **self._place(), delta=arguments)
-        yield self._event(f"{kind}.done", **self._place(), name=name, arguments=arguments)
+    def _call(self, call: CallPart) -> Iterator[dict[str, Any]]:
+        """Some more of a call, in an item that its first part opens."""
+        if call.id:
+            yield from self._close()
+            item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call.id}
+            item |= {"name": call.name, "arguments": "", "status": "in_progress"}
+            self._items.append(item)
+            yield self._event("response.output_item.added", item=self._copy())
+        item = self._items[-1]
+        if call.arguments:
+            item["arguments"] += call.arguments
+            kind = "response.function_call_arguments.delta"
+            yield self._event(kind, **self._place(), delta=call.arguments)
+        if call.ended:
+            yield from self._close()
 
     def _close(self, completed: bool = True) -> Iterator[dict[str, Any]]:
         """Ends the item that is open."""
@@ -246,6 +248,10 @@ class _Written:
             place = {**self._place(), "content_index": 0}
             yield self._event(f"response.{part['type']}.done", **place, text=part["text"], **more)
             yield self._event("response.content_part.done", **place, part=part)
+        elif completed:
+            given = {name: item[name] for name in ("name", "arguments")}
+            kind = "response.function_call_arguments.done"
+            yield self._event(kind, **self._place(), **given)
         item["status"] = "completed" if completed else "incomplete"
         yield self._event("response.output_item.done", item=self._copy())
 

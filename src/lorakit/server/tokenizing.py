@@ -29,6 +29,7 @@ class TokenizeRequest(Payload):
         None, description="Of a text, by default true; a chat template writes its own."
     )
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     tools: Items[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -39,8 +40,8 @@ class TokenizeRequest(Payload):
             raise ValueError("give prompt or messages, one of the two")
         if self.messages is not None and self.add_special_tokens:
             raise ValueError("add_special_tokens goes with prompt: a template writes its own")
-        if self.messages is not None and self.add_generation_prompt is False:
-            raise ValueError("add_generation_prompt false is not supported: leave it out")
+        if self.continue_final_message and (self.messages is None or self.add_generation_prompt):
+            raise ValueError("continue_final_message goes with messages alone")
         return self
 
 
@@ -69,6 +70,8 @@ async def tokenize(
             messages=asked.messages,
             tools=asked.tools,
             chat_template_kwargs=asked.chat_template_kwargs,
+            add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
         )
         shown = prompts.of_chat(adapter, chat, client, size)
         row, _ = await while_wanted(request, shown, deadline, late)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakit.engine.call_layout import CallLayout
 from lorakit.engine.grammar import Grammar
+from lorakit.errors import InputError
 from lorakit.server.errors import bad_field
 from lorakit.server.payloads import ChatRequest
 
@@ -63,10 +64,13 @@ def wanted_form(
     chosen: list[dict[str, Any]] = [
         tool for tool in tools if asked.called in (None, tool["function"]["name"])
     ]
-    grammar = layout.grammar(
-        chosen,
-        parallel=asked.parallel_tool_calls is not False and asked.called is None,
-        instead=None if form is None else form[1],
-        optional=not asked.must_call,
-    )
+    try:
+        grammar = layout.grammar(
+            chosen,
+            parallel=asked.parallel_tool_calls is not False and asked.called is None,
+            instead=None if form is None else form[1],
+            optional=not asked.must_call,
+        )
+    except InputError as error:
+        raise bad_field(f"tools: {error}", "tools", "unsupported_value") from error
     return ("tools", grammar)

@@ -1,0 +1,216 @@
+"""Calls of functions while they are written: names and arguments as far as they are sure.
+
+A reader takes in the text of calls piece by piece and says what it adds to which call, as OpenAI's
+streams do: the arguments' pieces, put together, are JSON. What a reader does not recognise it
+leaves, and the whole text is read when it is at its end (`tool_calls.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorakit.data.call_values import ANYTHING, Expected, Tools, properties_of, value
+
+
+@dataclass(frozen=True)
+class CallPiece:
+    """What is added to a call.
+
+    Attributes:
+        index: which call it is, from 0.
+        name: of the function, in a call's first piece alone.
+        arguments: some more of their JSON.
+        ended: whether that is all of it.
+    """
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+    ended: bool = False
+
+
+class CallReader(Protocol):
+    """Reads the calls of one answer."""
+
+    rest: str
+    """The text behind what was given out."""
+
+    def add(self, text: str) -> list[CallPiece]:
+        """What is sure now that `text` has come."""
+        ...
+
+
+MakeReader = Callable[[Tools], CallReader]
+
+
+def json_calls(begin: str) -> MakeReader:
+    """A reader of calls whose arguments are JSON objects.
+
+    Args:
+        begin: an expression for a call up to its arguments, with the group `name`, or `quoted` for
+            a name in quotes.
+    """
+    pattern = re.compile(begin + r"\s*(?=\{)")
+    return lambda tools: _JsonCalls(pattern, tools)
+
+
+def tagged_calls(begin: str, parameter: str, close: str, end: str) -> MakeReader:
+    """A reader of calls whose arguments stand between tags, as plain text.
+
+    Args:
+        begin: an expression for a call up to its arguments, with the group `name`.
+        parameter: for what stands before a value, with the group `key`.
+        close: the tag behind a value; a line's end that it begins with may be missing.
+        end: the tag behind the last one.
+    """
+    patterns = re.compile(begin), re.compile(parameter, re.DOTALL)
+    return lambda tools: _TaggedCalls(*patterns, close, end, tools)
+
+
+class _JsonCalls:
+    def __init__(self, begin: re.Pattern[str], tools: Tools) -> None:
+        self._begin, self._names = begin, _names(tools)
+        self.rest = ""
+        self._index, self._inside, self._lost = -1, False, False
+        self._depth, self._quoted, self._escaped = 0, False, False
+
+    def add(self, text: str) -> list[CallPiece]:
+        self.rest += text
+        pieces: list[CallPiece] = []
+        while self.rest and not self._lost:
+            if self._inside:
+                pieces.append(self._argument())
+                continue
+            found = self._begin.search(self.rest)
+            if found is None:
+                break
+            groups = found.groupdict()
+            quoted = groups.get("quoted")
+            name = json.loads(quoted) if quoted else (groups.get("name") or "").strip()
+            if name not in self._names:
+                self._lost = True
+                break
+            self._index, self._inside = self._index + 1, True
+            self.rest = self.rest[found.end() :]
+            pieces.append(CallPiece(self._index, name))
+        return pieces
+
+    def _argument(self) -> CallPiece:
+        """The arguments as far as they have come, or to their end."""
+        for at, character in enumerate(self.rest):
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped = character == "\\"
+                self._quoted = character != '"'
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    self._inside, self._depth = False, 0
+                    text, self.rest = self.rest[: at + 1], self.rest[at + 1 :]
+                    return CallPiece(self._index, arguments=text, ended=True)
+        text, self.rest = self.rest, ""
+        return CallPiece(self._index, arguments=text)
+
+
+class _TaggedCalls:
+    def __init__(
+        self,
+        begin: re.Pattern[str],
+        parameter: re.Pattern[str],
+        close: str,
+        end: str,
+        tools: Tools,
+    ) -> None:
+        self._begin, self._parameter, self._end = begin, parameter, end
+        self._close, self._line = close.lstrip("\n"), close.startswith("\n")
+        self._tools, self._names = tools, _names(tools)
+        self.rest = ""
+        self._index, self._lost = -1, False
+        self._kinds: dict[str, Expected] | None = None  # of the call that is open
+        self._value: Expected | None = None  # of the value that is open
+        self._given = 0  # arguments of the call
+        self._begun = False  # whether some of a text was given out
+
+    def add(self, text: str) -> list[CallPiece]:
+        self.rest += text
+        pieces: list[CallPiece] = []
+        while not self._lost and (found := self._step()) is not None:
+            pieces.append(found)
+        return pieces
+
+    def _step(self) -> CallPiece | None:
+        """Reads on; None where more text is needed."""
+        if self._value is not None:
+            return self._in_value(self._value)
+        if self._kinds is not None:
+            return self._in_call(self._kinds)
+        if (found := self._begin.search(self.rest)) is None:
+            return None
+        name = found["name"].strip()
+        if name not in self._names:
+            self._lost = True
+            return None
+        self._kinds, self._given = properties_of(name, self._tools), 0
+        self._index, self.rest = self._index + 1, self.rest[found.end() :]
+        return CallPiece(self._index, name, "{")
+
+    def _in_call(self, kinds: dict[str, Expected]) -> CallPiece | None:
+        found, end = self._parameter.search(self.rest), self.rest.find(self._end)
+        if found is not None and not 0 <= end < found.start():
+            key = found["key"].strip()
+            self._value, self._begun = kinds.get(key, ANYTHING), False
+            self.rest, self._given = self.rest[found.end() :], self._given + 1
+            comma = ", " if self._given > 1 else ""
+            return CallPiece(self._index, arguments=f"{comma}{_quoted(key)}: ")
+        if end < 0:
+            return None
+        self.rest, self._kinds = self.rest[end + len(self._end) :], None
+        return CallPiece(self._index, arguments="}", ended=True)
+
+    def _in_value(self, wanted: Expected) -> CallPiece | None:
+        at = self.rest.find(self._close)
+        if at >= 0:
+            text = self.rest[:at].removesuffix("\n" if self._line else "")
+            self.rest, self._value = self.rest[at + len(self._close) :], None
+            if wanted.is_text:
+                opening = "" if self._begun else '"'
+                return CallPiece(self._index, arguments=opening + _inside(text) + '"')
+            made = json.dumps(value(text, wanted), ensure_ascii=False)
+            return CallPiece(self._index, arguments=made)
+        if not wanted.is_text or not (sure := self._sure()):
+            return None
+        opening, self._begun = "" if self._begun else '"', True
+        text, self.rest = self.rest[:sure], self.rest[sure:]
+        return CallPiece(self._index, arguments=opening + _inside(text))
+
+    def _sure(self) -> int:
+        """How many characters are of the value, whatever follows."""
+        text = self.rest
+        for start in (f"\n{self._close}", self._close)[not self._line :]:
+            longest = min(len(text), len(start) - 1)
+            found = next((n for n in range(longest, 0, -1) if text.endswith(start[:n])), 0)
+            if found:
+                return len(text) - found
+        return len(text)
+
+
+def _names(tools: Tools) -> set[str]:
+    return {tool.get("function", tool).get("name", "") for tool in tools}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _inside(text: str) -> str:
+    """A text as it stands between the quotes of JSON."""
+    return _quoted(text)[1:-1]
