@@ -52,7 +52,8 @@ def test_no_end_before_the_least_number_of_tokens(served: Running, end: int) -> 
     x = {"logit_bias": {str(ids(served, "x")[0]): 100}, "max_tokens": 8}
     assert choice(served.complete(**x, stop=["xx"], min_tokens=5))["text"] == "xxxxx"
     stopped = served.complete(**x, stop_token_ids=ids(served, "x"), min_tokens=2).json()
-    assert stopped["usage"]["completion_tokens"] == 8, "the only likely token is an end"
+    assert stopped["choices"][0]["text"] != ""
+    assert stopped["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
