@@ -1,12 +1,15 @@
-"""The values of arguments that a template writes as plain text, by the function's schema.
+"""The values of arguments that a template writes otherwise than as JSON.
 
-Tags and markup have no quotes, so `5` may be a number or a text. The JSON schema of the function
-says which.
+Tags have no quotes, so `5` may be a number or a text, and the function's JSON schema says which.
+Calls in Python's form have literals of Python's or of JSON's.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lorakit.data import strict_json
@@ -103,3 +106,21 @@ def _kinds_of(given: Any) -> set[str]:
         return {"integer", "number"}
     kinds = {float: "number", str: "string", list: "array", dict: "object", type(None): "null"}
     return {kinds[type(given)]}
+
+
+def literal(node: ast.expr, source: str) -> Any:
+    """A literal of Python's, or of JSON's, whose names and escapes templates write too."""
+    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
+        return _JSON_NAMES[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [literal(one, source) for one in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else literal(key, source) for key in node.keys]
+        return {key: literal(one, source) for key, one in zip(keys, node.values, strict=True)}
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        with suppress(ValueError):
+            return json.loads(ast.get_source_segment(source, node) or "")
+    return ast.literal_eval(node)
+
+
+_JSON_NAMES = {"true": True, "false": False, "null": None}

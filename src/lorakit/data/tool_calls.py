@@ -11,14 +11,13 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data import strict_json
 from lorakit.data.answer_form import AnswerForm, answer_form
 from lorakit.data.call_stream import MakeReader, json_calls, tagged_calls
-from lorakit.data.call_values import Tools, typed
+from lorakit.data.call_values import Tools, literal, typed
 from lorakit.data.conversations import Message
 from lorakit.data.spans import find_answers
 from lorakit.errors import InputError
@@ -285,27 +284,9 @@ def _python_list(text: str, tools: Tools) -> list[Call]:
     for node in tree.elts if isinstance(tree, ast.List) else ():
         if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name):
             raise ValueError("expected calls with named arguments")
-        given = {str(word.arg): _literal(word.value, text[begin:]) for word in node.keywords}
+        given = {str(word.arg): literal(word.value, text[begin:]) for word in node.keywords}
         calls.append(Call(node.func.id, _arguments(strict_json.parse(json.dumps(given)))))
     return calls
-
-
-def _literal(node: ast.expr, source: str) -> Any:
-    """A literal of Python's, or of JSON's, whose names and escapes templates write too."""
-    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
-        return _JSON_NAMES[node.id]
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(one, source) for one in node.elts]
-    if isinstance(node, ast.Dict):
-        keys = [None if key is None else _literal(key, source) for key in node.keys]
-        return {key: _literal(one, source) for key, one in zip(keys, node.values, strict=True)}
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        with suppress(ValueError):
-            return json.loads(ast.get_source_segment(source, node) or "")
-    return ast.literal_eval(node)
-
-
-_JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
