@@ -225,9 +225,9 @@ class _Written:
         """Some more of a call, in an item that its first part opens."""
         if call.id:
             yield from self._close()
-            item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call.id}
-            item |= {"name": call.name, "arguments": "", "status": "in_progress"}
-            self._items.append(item)
+            named = {"call_id": call.id, "name": call.name, "arguments": ""}
+            ident = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call"}
+            self._items.append({**ident, **named, "status": "in_progress"})
             yield self._event("response.output_item.added", item=self._copy())
         item = self._items[-1]
         if call.arguments:
