@@ -2,7 +2,7 @@
 
 Tags around keys and values (GLM 4.5, Qwen3-Coder) and keywords of Python (Llama 4): what stands
 before a key, between key and value and behind the value is found by rendering calls with two
-arguments, with one number, and with none. `call_layout.py` puts these rules into calls.
+arguments and with a number. `call_layout.py` puts these rules into calls.
 """
 
 from __future__ import annotations
@@ -169,14 +169,13 @@ _ANY = "(?s:.*)"
 
 
 def argument_layout(
-    two: str, number: str, none: str | None, units: Callable[[str], Sequence[str]]
+    two: str, number: str, units: Callable[[str], Sequence[str]]
 ) -> tuple[str, ArgumentLayout, str] | None:
     """The layout of arguments, and what stands before and behind all of them.
 
     Args:
         two: a call with both keys and their values as texts.
         number: with the first key alone, its value a number.
-        none: without arguments, if the template writes that.
         units: what a text is made of and is not cut in: special tokens, and characters.
 
     Returns: None where arguments cannot be written so.
@@ -188,7 +187,8 @@ def argument_layout(
     head, between, middle, _, tail = parts
     raw = single[1] == between
     if not raw:
-        quoted = between.endswith('"') and middle.startswith('"') and tail.startswith('"')
+        quote = between[-1:]
+        quoted = quote in ("'", '"') and middle.startswith(quote) and tail.startswith(quote)
         if not quoted or single[1] != between[:-1]:
             return None
         between, middle, tail = between[:-1], middle[1:], tail[1:]
@@ -197,8 +197,6 @@ def argument_layout(
     before = "".join(_common(units(head)[::-1], units(rest)[::-1])[::-1])
     separator = rest[: len(rest) - len(before)]
     opening, ending = head[: len(head) - len(before)], tail[len(behind) :]
-    if none is not None and opening + ending != none:
-        return None
     tags = tuple(sorted(set(re.findall(r"</?\w+[>=]", two)))) if raw else ()
     return opening, ArgumentLayout(before, between, behind, separator, raw, tags), ending
 

@@ -167,8 +167,8 @@ def _tagged_layout(tokenizer: PreTrainedTokenizerBase, calls: ToolCalls) -> Call
     """The layout of calls whose arguments are no JSON object."""
     opening = calls.form.opening if calls.form else None
     texts = dict(zip(KEYS, VALUES, strict=True))
-    forms = [texts, {KEYS[0]: int(VALUES[0])}, {}]
-    two, number, none = (_written(tokenizer, 1, arguments) for arguments in forms)
+    two = _written(tokenizer, 1, texts)
+    number = _written(tokenizer, 1, {KEYS[0]: int(VALUES[0])})
     if two is None or number is None or opening is None or (found := opening.search(two)) is None:
         return None
     start = found.start()
@@ -177,8 +177,7 @@ def _tagged_layout(tokenizer: PreTrainedTokenizerBase, calls: ToolCalls) -> Call
         parts = re.split(f"({calls.answers.special.pattern})", text)
         return [one for n, part in enumerate(parts) for one in ([part] if n % 2 else part)]
 
-    bare = none[start:] if none is not None and none.startswith(two[:start]) else None
-    made = argument_layout(two[start:], number[start:], bare, units)
+    made = argument_layout(two[start:], number[start:], units)
     if made is None or _NAMES[0] not in made[0]:
         return None
     before, arguments, behind = made
@@ -187,9 +186,9 @@ def _tagged_layout(tokenizer: PreTrainedTokenizerBase, calls: ToolCalls) -> Call
         # Behind the first call's arguments stands what ends them, and the second call's beginning.
         second = both[start + len(before) :].partition(VALUES[1])[2]
         lead, there, _ = second.partition(arguments.before + KEYS[0])
-        quote = "" if arguments.raw else '"'
-        if there and lead.startswith(quote + arguments.behind) and _NAMES[1] in lead:
-            between = lead[len(quote + arguments.behind) :]
+        lead = lead if arguments.raw else lead[1:]  # without the quote
+        if there and lead.startswith(arguments.behind) and _NAMES[1] in lead:
+            between = lead[len(arguments.behind) :]
     tokens = _tokens(tokenizer, calls, two + (both or ""))
     behind = _without_end(behind, calls)
     return CallLayout(before, between, behind, calls.answers.opened, tokens, arguments)
