@@ -30,13 +30,16 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, **config: Any) -> Path
     return folder
 
 
-def make_reward_model(base: Path, folder: Path) -> Path:
-    """Writes an adapter of a reward model: a random one with a random head of one output."""
+def make_reward_model(base: Path, folder: Path, outputs: int = 1) -> Path:
+    """Writes an adapter of a reward model: a random one with a random head of one output.
+
+    With more outputs it is a classifier's.
+    """
     make_adapter(base, folder)
     config, tensors = read_adapter(folder)
     config.task_type, config.modules_to_save = "SEQ_CLS", ["classifier", "score"]
     width = next(len(t.T) for name, t in tensors.items() if name.endswith("q_proj.lora_A.weight"))
-    tensors[f"{PREFIX}score.weight"] = torch.randn(1, width)
+    tensors[f"{PREFIX}score.weight"] = torch.randn(outputs, width)
     write_adapter(folder, config, tensors)
     return folder
 

@@ -239,3 +239,12 @@ def test_a_schema_that_takes_long_to_compile_holds_up_nobody(served: Running) ->
 def test_endless_recursion_ends_with_the_tokens(served: Running) -> None:
     choice = answer(served, response_format=schema_format(NODE), max_tokens=60)
     assert choice["finish_reason"] == "length"
+
+
+def test_a_grammar_that_cannot_go_on_is_the_requests_fault(served: Running) -> None:
+    [a] = served.engine.tokenizer("a", add_special_tokens=False)["input_ids"]
+    body = {"model": "shop", "prompt": "x", "guided_choice": ["ab"], "allowed_token_ids": [a]}
+    assert refused(served.post(TEXTS, body), 400)["code"] == "invalid_value"
+    streamed = served.post(TEXTS, {**body, "stream": True})
+    error = json.loads(streamed.text.split("\n\n")[-3].removeprefix("data: "))["error"]
+    assert error["type"] == "invalid_request_error"

@@ -36,6 +36,7 @@ OF_PATH: dict[str, dict[str, tuple[Any, ...]]] = {
     "/tokenize": {"prompt": ("hello",), "messages": (None,), "tools": (None,)},
     "/detokenize": {"tokens": ([1, 2],)},
     **{path: {"model": ("reward",)} for path in ("/v1/score", "/score", "/v1/rerank", "/rerank")},
+    **{path: {"model": ("mood",), "input": ("a",)} for path in ("/classify", "/v1/classify")},
 }
 """The same for the fields of one route."""
 DEPENDENT = (
@@ -43,6 +44,8 @@ DEPENDENT = (
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"),
     *("guided_choice", "tools", "tool_choice", "parallel_tool_calls", "add_special_tokens"),
     *("text_1", "text_2", "previous_response_id", "temperature", "top_p"),
+    *("min_tokens", "stop_token_ids", "allowed_token_ids", "prompt_logprobs"),
+    *("truncate_prompt_tokens", "add_generation_prompt", "continue_final_message"),
 )
 """Fields that are refused beside some values of others, which the description cannot say."""
 CHUNKS: dict[str, TypeAdapter[Any]] = {
@@ -65,6 +68,8 @@ ROUTES = [
     ("POST", "/score", 5),
     ("POST", "/v1/rerank", 20),
     ("POST", "/rerank", 5),
+    ("POST", "/classify", 20),
+    ("POST", "/v1/classify", 5),
     ("POST", "/tokenize", 20),
     ("POST", "/detokenize", 20),
     ("POST", "/v1/load_lora_adapter", 40),
@@ -88,6 +93,7 @@ def fuzzed(base: Path, root: Path, tmp_path_factory: Any) -> Iterator[Running]:
     options = ServerOptions(port=0, admin_key="admin", adapter_root=root, limits=limits)
     adapters = {name: root / name for name in ("shop", "poet")}
     adapters["reward"] = make_reward_model(base, tmp_path_factory.mktemp("reward") / "reward")
+    adapters["mood"] = make_reward_model(base, tmp_path_factory.mktemp("mood") / "mood", 3)
     with running(base, adapters, options, 8) as server:
         server.http.headers["Authorization"] = "Bearer admin"
         yield server

@@ -26,6 +26,7 @@ LEVELS = {
     "/pooling": Level.API_KEY,
     **dict.fromkeys(("/v1/score", "/score", "/v1/rerank", "/rerank"), Level.API_KEY),
     **dict.fromkeys(("/tokenize", "/detokenize"), Level.API_KEY),
+    **dict.fromkeys(("/classify", "/v1/classify"), Level.API_KEY),
     "/v1/models": Level.API_KEY,
     "/v1/models/{model}": Level.API_KEY,
     "/v1/load_lora_adapter": Level.ADMIN_KEY,

@@ -380,7 +380,7 @@ def test_langchain_gets_structured_answers_and_calls(
         seed=1,
     )
     for method in ("json_schema", "function_calling"):
-        made = model.with_structured_output(GetWeather, method=method).invoke("a")
+        made = model.with_structured_output(GetWeather, method=method, strict=True).invoke("a")
         assert isinstance(made, GetWeather)
     bound = model.bind_tools([GetWeather], tool_choice="any", parallel_tool_calls=False)
     answer = bound.invoke("a")
