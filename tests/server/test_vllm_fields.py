@@ -22,11 +22,6 @@ def choice(response: Any) -> Any:
     return response.json()["choices"][0]
 
 
-def always(server: Running, text: str) -> dict[str, Any]:
-    """Makes each token of the text likely, and no other."""
-    return {"logit_bias": {str(one): 60 for one in ids(server, text)}, "temperature": 1}
-
-
 @pytest.fixture
 def end(served: Running) -> int:
     return int(served.engine.tokenizer.eos_token_id)

@@ -76,12 +76,12 @@ def expected(schema: Any, root: Any, depth: int = 0) -> Expected:
     named = [schema["const"]] if "const" in schema else list(schema.get("enum") or ())
     texts = {one for one in named if isinstance(one, str)}
     if not kinds:
-        kinds = set().union(*map(_kinds_of, named))
+        kinds = set[str]().union(*map(_kinds_of, named))
     for name in ("anyOf", "oneOf"):
         parts = [expected(one, root, depth + 1) for one in schema.get(name) or ()]
-        texts |= set().union(*(part.texts for part in parts))
+        texts |= set[str]().union(*(part.texts for part in parts))
         if all(part.kinds for part in parts):  # one that says nothing may be anything
-            kinds |= set().union(*(part.kinds for part in parts))
+            kinds |= set[str]().union(*(part.kinds for part in parts))
     return Expected(frozenset(kinds), frozenset(texts))
 
 

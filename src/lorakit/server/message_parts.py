@@ -16,7 +16,7 @@ from typing import Any
 
 from lorakit.data.call_stream import CallPiece
 from lorakit.data.tool_calls import ToolCalls
-from lorakit.server.replies import AnswerCall, CallDelta
+from lorakit.server.replies import AddedArguments, AnswerCall, CallDelta, CalledFunction
 
 _LONGEST_MARK = 40
 _LETTERS = string.ascii_letters + string.digits
@@ -36,15 +36,16 @@ class CallPart:
     @property
     def whole(self) -> AnswerCall:
         """As OpenAI's replies have a call."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.id, "type": "function", "function": function}  # type: ignore[typeddict-item]
+        function: CalledFunction = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
     @property
     def delta(self) -> CallDelta:
         """As OpenAI's streams have it."""
         if not self.id:
             return {"index": self.index, "function": {"arguments": self.arguments}}
-        return {"index": self.index, **self.whole}
+        function: AddedArguments = {"name": self.name, "arguments": self.arguments}
+        return {"index": self.index, "id": self.id, "type": "function", "function": function}
 
 
 @dataclass
