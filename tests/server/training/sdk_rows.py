@@ -1,10 +1,12 @@
 """Rows as a Tinker client sends them, and what plain torch and PEFT make of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
+import tinker
 import torch
 from tinker import types
 from transformers import AutoModelForCausalLM
@@ -39,7 +41,18 @@ def plain_logprobs(model: Any, tokens: Sequence[int], targets: Sequence[int]) ->
     return logs.gather(1, torch.tensor(targets)[:, None])[:, 0]
 
 
-def forget(client: Any) -> None:
-    """Ends a client whose session or server is gone, which `close` would ask for minutes."""
-    if client._session_holder is not None:
-        client._session_holder.close()
+def vanish(client: Any) -> None:
+    """Ends a client as a kill does, without a word to the server; nothing comes from it later."""
+    holder = client._session_holder
+    holder.run_coroutine_threadsafe(holder.aclose()).result(timeout=30)
+
+
+@contextmanager
+def lost_client(url: str, key: str, **options: Any) -> Iterator[Any]:
+    """A client whose session or server may end before it, which `close` would ask for minutes."""
+    client = tinker.ServiceClient(base_url=url, api_key=key, **options)
+    try:
+        yield client
+    finally:
+        if client._session_holder is not None:
+            client._session_holder.close()

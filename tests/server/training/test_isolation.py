@@ -9,8 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-import tinker
-from sdk_rows import datum, forget
+from sdk_rows import datum, lost_client
 from tinker import types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
@@ -204,11 +203,9 @@ def keyed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
 @pytest.fixture(scope="module")
 def world(keyed: Running) -> Iterator[World]:
     """A session of the first key with something of everything."""
-    client = tinker.ServiceClient(
-        base_url=keyed.url, api_key=MINE, user_metadata={"mark": MARK}, display_name=MARK
-    )
-    yield made(client)
-    forget(client)  # the test has finished its session
+    marks = {"user_metadata": {"mark": MARK}, "display_name": MARK}
+    with lost_client(keyed.url, MINE, **marks) as client:  # the test finishes its session
+        yield made(client)
 
 
 def asked(server: Running, key: str, method: str, path: str, case: Case, world: World) -> Any:

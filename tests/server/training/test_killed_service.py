@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import tinker
 from killed_server import KilledServer
 from safetensors.torch import load_file
-from sdk_rows import datum, forget, logprobs
+from sdk_rows import datum, logprobs, lost_client
 from tinker import types
 
 from matrix import few
@@ -55,29 +56,28 @@ class Client(threading.Thread):
         self.failure: tuple[str, float] | None = None
 
     def run(self) -> None:
-        well = time.monotonic()
-        service = tinker.ServiceClient(base_url=self.url, api_key=f"tml-{self.rank}")
+        self.well = time.monotonic()
         try:
-            if self.start_at is None:
-                done = 0
-                run = service.create_lora_training_client("base", rank=self.rank, seed=1).result(
-                    timeout=SECONDS
-                )
-            else:
-                path, done = self.start_at
-                begun = service.create_training_client_from_state_with_optimizer(path)
-                run = begun.result(timeout=SECONDS)
-            while True:
-                step(run, self.rank)
-                done += 1
-                name = f"step-{done}" if done % 3 else "last"
-                path = run.save_state(name, overwrite=name == "last").result(timeout=SECONDS).path
-                self.saved.append((path, done))
-                well = time.monotonic()
+            with lost_client(self.url, f"tml-{self.rank}") as service:
+                self.train(service)
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"[:300], time.monotonic() - well
-        finally:
-            forget(service)
+            self.failure = f"{type(error).__name__}: {error}"[:300], time.monotonic() - self.well
+
+    def train(self, service: Any) -> None:
+        if self.start_at is None:
+            done = 0
+            begun = service.create_lora_training_client("base", rank=self.rank, seed=1)
+        else:
+            path, done = self.start_at
+            begun = service.create_training_client_from_state_with_optimizer(path)
+        run = begun.result(timeout=SECONDS)
+        while True:
+            step(run, self.rank)
+            done += 1
+            name = f"step-{done}" if done % 3 else "last"
+            path = run.save_state(name, overwrite=name == "last").result(timeout=SECONDS).path
+            self.saved.append((path, done))
+            self.well = time.monotonic()
 
 
 @pytest.fixture
@@ -87,9 +87,16 @@ def server(base: Path, tmp_path: Path) -> Iterator[KilledServer]:
     server.kill()
 
 
+@pytest.fixture
+def opened(server: KilledServer) -> Iterator[ExitStack]:
+    """Ends clients before the server ends."""
+    with ExitStack() as stack:
+        yield stack
+
+
 @pytest.mark.parametrize("kills", few([1, 8], 1))
 def test_killed_at_any_moment_every_checkpoint_loads_and_runs_continue_from_it(
-    server: KilledServer, base: Path, tmp_path: Path, kills: int
+    server: KilledServer, opened: ExitStack, tmp_path: Path, kills: int
 ):
     moments = random.Random(kills)
     last: dict[int, tuple[str, int] | None] = dict.fromkeys(RANKS)
@@ -131,7 +138,7 @@ def test_killed_at_any_moment_every_checkpoint_loads_and_runs_continue_from_it(
         rest = tinker.RestClient(base_url=server.url, api_key=key)
         listed = rest.list_user_checkpoints(limit=500).result(timeout=SECONDS).checkpoints
         assert path in [one.tinker_path for one in listed]
-        service = tinker.ServiceClient(base_url=server.url, api_key=key)
+        service = opened.enter_context(lost_client(server.url, key))
         again = service.create_training_client_from_state_with_optimizer(path).result()
         fresh = service.create_lora_training_client("base", rank=rank, seed=1).result()
         for _ in range(done):
@@ -145,12 +152,13 @@ def test_killed_at_any_moment_every_checkpoint_loads_and_runs_continue_from_it(
         step(again, rank)
         step(fresh, rank)
         assert state_of(again, rank) == pytest.approx(state_of(fresh, rank), abs=1e-5)
-        service.close("success").result()
 
 
-def test_told_to_end_it_ends_and_everyone_who_polls_is_answered(server: KilledServer):
+def test_told_to_end_it_ends_and_everyone_who_polls_is_answered(
+    server: KilledServer, opened: ExitStack
+):
     server.start()
-    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+    client = opened.enter_context(lost_client(server.url, "tml-x"))
     run = client.create_lora_training_client("base", rank=1, seed=1).result()
     model_id = run.get_info().model_id
     begun = run.forward_backward(rows(1) * 64, "cross_entropy")
@@ -180,4 +188,3 @@ def test_told_to_end_it_ends_and_everyone_who_polls_is_answered(server: KilledSe
     assert time.monotonic() - told < 15
     with pytest.raises((tinker.APIError, TimeoutError, ValueError)):
         run.forward(rows(1), "cross_entropy").result(timeout=2)
-    forget(client)
