@@ -1,8 +1,6 @@
 """Continued pretraining: every token of long documents is learned once, however they are cut."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lorakit.training.check import shown_row
 from lorakit.training.recipe import load_recipe
 from lorakit.training.setup import set_up
 from small_runs import recipe, weights
+from training.several_runs import in_two_processes
 
 WORDS = [
     "the",
@@ -196,11 +195,7 @@ def test_two_processes_give_what_one_gives(make: Any, tmp_path: Path):
         runs.append((two, None))
     listed = tmp_path / "runs.json"
     listed.write_text(json.dumps(runs))
-    script = Path(__file__).parents[1] / "training" / "several_runs.py"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    command = [sys.executable, *launcher, str(script), str(listed)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(listed)
     for packing in (False, True):
         one, two = (weights(tmp_path / f"{packing}{n}") for n in (1, 2))
         for name, tensor in one.items():

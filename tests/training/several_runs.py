@@ -2,7 +2,7 @@
 
 The JSON file lists pairs: a recipe, and the name of the run beside its own that it goes on with
 from the first checkpoint (null starts anew). What is refused becomes a line of `refused.txt`.
-Modules are imported once, before the processes part: that takes longer than most runs. That
+The processes are forks of one that has imported everything, which takes longer than most runs. That
 `torchrun` and `accelerate launch` start the same is tested by themselves.
 """
 
@@ -11,23 +11,24 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 import lorakit
+from forked import forked
 from lorakit.errors import LorakitError
 
 
 def in_two_processes(listed: Path) -> None:
     """Trains the recipes that the file `listed` has."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, __file__, str(listed)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    said = listed.with_name("errors.txt")
+    process = forked(launch, str(listed), str(said))
+    process.join(300)
+    assert process.exitcode == 0, said.read_text()
 
 
 def cut_back(finished: Path, folder: Path) -> None:
@@ -72,18 +73,17 @@ def part(rank: int, port: int, listed: str) -> None:
         os._exit(status)
 
 
-if __name__ == "__main__":
-    import transformers.trainer  # noqa: F401
-
-    import lorakit.training.setup  # noqa: F401
-
+def launch(listed: str, said: str) -> None:
+    """Starts both, and fails when one of them fails; their errors are in the file `said`."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         chosen = free.getsockname()[1]
     children = []
     for number in range(2):
         if not (child := os.fork()):
-            part(number, chosen, sys.argv[1])
+            part(number, chosen, listed)
         children.append(child)
     for _ in children:
         ended, status = os.wait()
