@@ -17,10 +17,10 @@ from torch import nn
 
 from lorakit import atomic
 from lorakit.engine.adapter_optimizer import OPTIMIZER_NAME
-from lorakit.engine.worker_threads import released_afterwards
 from lorakit.lora.checkpoint import initial_factors, whole, write_adapter
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.saving import write_card
+from lorakit.openmp import released_afterwards
 
 if TYPE_CHECKING:
     from lorakit.lora.model import LoraModel

@@ -35,7 +35,6 @@ from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
-from lorakit.engine.worker_threads import release_worker_threads
 from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.routing import BASE
@@ -43,6 +42,7 @@ from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_model
 from lorakit.models.loaded import take_into_memory
+from lorakit.openmp import release_worker_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -29,7 +29,6 @@ from lorakit.adapters.private_copy import PrivateCopy
 from lorakit.data.bounded_templates import TemplateTimeoutError
 from lorakit.engine.sampling import Ending, ending
 from lorakit.engine.scoring import label_names, without_head
-from lorakit.engine.worker_threads import released_afterwards
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
 from lorakit.lora.checkpoint import (
     initial_factors,
@@ -48,6 +47,7 @@ from lorakit.lora.parameters import set_trainable
 from lorakit.lora.vocabulary import embeddings, rows_in_adapter, split_frozen, vocabulary_size
 from lorakit.lora.wrapping import wrapped_modules
 from lorakit.models.picture_reader import pass_reader
+from lorakit.openmp import released_afterwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,7 +1,9 @@
-"""Only the thread that computes keeps OpenMP's worker threads."""
+"""OpenMP's workers: only the thread that computes keeps any; how they wait is the user's."""
 
 import ctypes
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,15 +11,19 @@ import pytest
 import torch
 
 from lorakit.engine.engine import Engine
-from lorakit.engine.worker_threads import release_worker_threads
+from lorakit.openmp import release_worker_threads, spin_briefly
 
 OPENMP = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*"))
 pytestmark = pytest.mark.skipif(not OPENMP, reason="this PyTorch has not GNU's OpenMP")
 
 
 def workers() -> int:
-    """The threads of this process that are not Python's."""
-    return len([*Path("/proc/self/task").iterdir()]) - threading.active_count()
+    """The threads of this process that are not Python's, once none is about to end."""
+    counts: list[int] = []
+    while len(set(counts[-5:])) != 1 or len(counts) < 5:
+        counts.append(len([*Path("/proc/self/task").iterdir()]) - threading.active_count())
+        time.sleep(0.02)
+    return counts[-1]
 
 
 @pytest.fixture
@@ -58,3 +64,11 @@ def test_who_starts_an_engine_or_registers_an_adapter_keeps_none(
     compute()
     engine.pool.register("shop", adapters["shop"])
     assert workers() == before
+
+
+@pytest.mark.parametrize("chosen", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}, {}])
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]):
+    monkeypatch.setattr(os, "environ", {**chosen})
+    spin_briefly()
+    assert chosen.items() <= os.environ.items()
+    assert ("GOMP_SPINCOUNT" in os.environ) is ("OMP_WAIT_POLICY" not in chosen)
