@@ -253,7 +253,8 @@ class Samplers:
             if asked.num_samples == settings.max_new_tokens == 1:  # the pass over the prompt has it
                 tickets.append(Ticket(tuple(prompt), adapter, settings))
             rivals = asked.topk_prompt_logprobs
-            scored = self.engine.score_prompt(prompt, adapter, rivals, owner, *tickets)
+            answer = next(iter(tickets), None)
+            scored = self.engine.score_prompt(prompt, adapter, rivals, owner, answer)
 
         def submit(one: Sampling) -> Ticket:
             return self.engine.submit(prompt, adapter, one, owner=owner)
