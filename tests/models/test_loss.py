@@ -1,12 +1,16 @@
 """The loss over supervised positions is cross-entropy over the whole, position by position."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lorakit.lora import LoraModel
 from lorakit.models import cross_entropy
+from lorakit.models.loaded import in_evaluation
 from lorakit.models.loss import IGNORE, SupervisedLoss, smoothed
 from models.small import SMALL
 
@@ -133,3 +137,17 @@ def test_labels_answered_in_place_are_smoothed_as_pytorch_does_it():
     targets = torch.tensor([0, 2, IGNORE, 1, 1, IGNORE, 0])
     expected = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="none")
     torch.testing.assert_close(smoothed(logits, targets, 0.2), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_that_trains_nothing_is_measured_without_a_warning(batch):
+    """Only whoever puts it into training mode is warned."""
+    model = LoraModel(build("plain"), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = SupervisedLoss(model)
+        with in_evaluation(model):
+            assert not any(module.training for module in model.modules())
+            loss(model, batch)
+    assert all(module.training for module in model.modules())
+    with pytest.warns(UserWarning, match="no parameter of this model is trainable"):
+        model.train()

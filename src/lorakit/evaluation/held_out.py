@@ -13,6 +13,7 @@ from lorakit.data.masking import sequences_of
 from lorakit.data.picture_rows import has_pictures
 from lorakit.data.too_long import WHOLE, divided
 from lorakit.errors import InputError, each
+from lorakit.models.loaded import in_evaluation
 from lorakit.objectives.batch_sums import Loss, added, as_tensors, with_sums
 from lorakit.objectives.objective import Objective
 from lorakit.objectives.registry import default_objective
@@ -226,20 +227,16 @@ def evaluating(
     """
     import torch
 
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     work = innermost()
     done = work.done
-    model.eval()
-    try:
-        with torch.no_grad():
-            for chosen in batches:
-                tensors = collate([rows[i] for i in chosen])
-                yield chosen, {name: tensor.to(device) for name, tensor in tensors.items()}
-                if counts:
-                    done += len(chosen)
-                    work.update(done)
-    finally:
-        model.train(was_training)
+    with in_evaluation(model), torch.no_grad():
+        for chosen in batches:
+            tensors = collate([rows[i] for i in chosen])
+            yield chosen, {name: tensor.to(device) for name, tensor in tensors.items()}
+            if counts:
+                done += len(chosen)
+                work.update(done)
 
 
 def longest_first(rows: Sequence[Any], size: int) -> list[list[int]]:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lorakit.models.loaded import in_evaluation
+
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -154,11 +156,8 @@ def _same(module: nn.Module, forward: Forward, width: int) -> bool:
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     random = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(1, 3, width, generator=random, device=weight.device).to(dtype)
-    was_training = module.training
-    module.eval()
     try:
-        return torch.equal(module(x), forward(x))
+        with in_evaluation(module):
+            return torch.equal(module(x), forward(x))
     except (RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        module.train(was_training)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakit.errors import listed
 from lorakit.lora.architecture import mixes_tokens, only_selects
-from lorakit.models.loaded import base_model, has_dropout
+from lorakit.models.loaded import base_model, has_dropout, in_evaluation
 from lorakit.models.row_attention import NAME, rows_apart
 
 
@@ -53,15 +53,12 @@ def take_lines(model: nn.Module) -> str | None:
     if known := _known_reason(base):
         return f"{name} {known}"
     before = base.config._attn_implementation
-    was_training = model.training
-    model.eval()
     try:
-        keeps_apart = _keeps_rows_apart(base, config.vocab_size)
+        with in_evaluation(model):
+            keeps_apart = _keeps_rows_apart(base, config.vocab_size)
         reason = None if keeps_apart else f"{name} mixes rows that lie in one line"
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{name} does not take rows in one line ({str(error).partition(chr(10))[0]})"
-    finally:
-        model.train(was_training)
     if reason:
         base.set_attn_implementation(before)
     return reason
@@ -91,10 +88,8 @@ def take_prefixes(model: nn.Module) -> bool:
         return False
     tokens = _tokens(base.config.get_text_config().vocab_size)
     prefix, ends = tokens[:6], (tokens[6:11], tokens[11:])
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation(model):
             tree = _logits(base, in_a_line([prefix, *ends], [None, 0, 0]))
             for end, found in zip(ends, tree.split([6, 5, 6], dim=1)[1:], strict=True):
                 alone = _logits(base, in_a_line([[*prefix, *end]]))
@@ -102,8 +97,6 @@ def take_prefixes(model: nn.Module) -> bool:
                     return False
     except (RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        model.train(was_training)
     return True
 
 

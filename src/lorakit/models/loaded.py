@@ -34,6 +34,28 @@ def has_dropout(model: nn.Module) -> bool:
     return any(rates) or bool(getattr(settings, "attention_dropout", None))
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block a model is in evaluation mode, in which it draws no dropout.
+
+    Afterwards it is in the mode that it was in; a `LoraModel` without trainable parameters, which
+    warns whoever puts it into training mode, does not warn here.
+    """
+    from torch import nn
+
+    from lorakit.lora.model import LoraModel
+
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        if isinstance(model, LoraModel):
+            nn.Module.train(model, was_training)
+        else:
+            model.train(was_training)
+
+
 def copy_once(model: PreTrainedModel) -> RemovableHandle | None:
     """Copies the last positions of several rows before the output layer reads them.
 

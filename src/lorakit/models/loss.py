@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.models.loaded import base_model
+from lorakit.models.loaded import base_model, in_evaluation
 
 if TYPE_CHECKING:
     import torch
@@ -345,11 +345,9 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
     factors = [1.0, *found, *(1 / s for s in found)]
     reached: list[torch.Tensor] = []
     handle = linear.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
-    was_training = model.training
-    model.eval()
     try:
         ids = torch.arange(2, 8, device=frozen.weight.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation(model):
             wanted = model(input_ids=ids, use_cache=False).logits
             if len(reached) != 1:
                 return None
@@ -358,7 +356,6 @@ def output_layer(model: nn.Module) -> OutputLayer | None:
                     return layer
     finally:
         handle.remove()
-        model.train(was_training)
     return None
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from lorakit.lora.architecture import mixes_tokens, only_selects
-from lorakit.models.loaded import base_model
+from lorakit.models.loaded import base_model, in_evaluation
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
@@ -41,15 +41,12 @@ def _answers_alike(base: Any) -> bool:
     vocabulary = base.config.get_text_config().vocab_size
     tokens = [(vocabulary // 2 + 5 * i) % vocabulary for i in range(_LONGEST)]
     rows = [tokens[:n] for n in (2, 5, 9, _LONGEST)]
-    was_training = base.training
-    base.eval()
     try:
-        together = _logits(base, rows)
-        alone = torch.cat([_logits(base, [row]) for row in rows])
+        with in_evaluation(base):
+            together = _logits(base, rows)
+            alone = torch.cat([_logits(base, [row]) for row in rows])
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
-    finally:
-        base.train(was_training)
     # Rounding is far below a thousandth in float32, and what padding changes far above.
     close = max(1e-3, 16 * torch.finfo(alone.dtype).eps)
     return float((together - alone).abs().max()) <= close * float(alone.abs().max())

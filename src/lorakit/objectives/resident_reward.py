@@ -21,6 +21,7 @@ from lorakit.errors import InputError
 from lorakit.lora.checkpoint import write_adapter
 from lorakit.lora.routing import Route
 from lorakit.models.load import most_tokens
+from lorakit.models.loaded import in_evaluation
 from lorakit.models.loss import SupervisedLoss
 
 if TYPE_CHECKING:
@@ -116,18 +117,14 @@ class ResidentReward:
         samples = [Sample(tuple(one.conversation), None, one.where) for one in asked]
         rows = [self._row(self._objective.tokenize(s, tokenizer, length)) for s in samples]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        was_training, found = model.training, [0.0] * len(rows)
-        model.eval()
-        try:
-            with torch.no_grad(), model.routing.using(Route(shared=(self.name,))):
-                for at in range(0, len(order), _AT_ONCE):
-                    chosen = order[at : at + _AT_ONCE]
-                    for i, score in zip(
-                        chosen, self._scores([rows[i] for i in chosen]), strict=True
-                    ):
-                        found[i] = score
-        finally:
-            model.train(was_training)
+        found = [0.0] * len(rows)
+        route = Route(shared=(self.name,))
+        with in_evaluation(model), torch.no_grad(), model.routing.using(route):
+            for at in range(0, len(order), _AT_ONCE):
+                chosen = order[at : at + _AT_ONCE]
+                scores = self._scores([rows[i] for i in chosen])
+                for i, score in zip(chosen, scores, strict=True):
+                    found[i] = score
         return found
 
     def _row(self, row: TokenizedRow) -> TokenizedRow:

@@ -12,6 +12,7 @@ import torch
 from lorakit.engine.sampler import Sampler
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import LorakitError
+from lorakit.models.loaded import in_evaluation
 from lorakit.objectives.rollout import AskedPrompt, FinishReason, Rollout
 from lorakit.progress import task
 
@@ -85,14 +86,9 @@ class EngineRollouts:
 @contextmanager
 def answering(model: LoraModel) -> Iterator[Route]:
     """Has a model in training answer as it is, without dropout; gives the route in force."""
-    was_training, route = model.training, model.routing.route
-    model.eval()
-    try:
-        # Compiled for training, the blocks would be compiled again for every length.
-        with torch.compiler.set_stance("force_eager"):
-            yield route
-    finally:
-        model.train(was_training)
+    # Compiled for training, the blocks would be compiled again for every length.
+    with in_evaluation(model), torch.compiler.set_stance("force_eager"):
+        yield model.routing.route
 
 
 @dataclass(frozen=True)

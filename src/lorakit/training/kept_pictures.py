@@ -33,7 +33,7 @@ from lorakit.engine.vision_boundary import Recorded, VisionBoundary
 from lorakit.errors import count
 from lorakit.lora.parts import seeing_parts
 from lorakit.lora.wrapping import wrapped_places
-from lorakit.models.loaded import base_model
+from lorakit.models.loaded import base_model, in_evaluation
 from lorakit.training.position import planned_steps, steps_per_epoch
 
 if TYPE_CHECKING:
@@ -239,9 +239,7 @@ class TrainingPictures:
         tensors = {name: x.to(device) for name, x in self._prepared(number).items()}
         if self._boundary is None:
             return looked_at(self._model, tensors)
-        was_training = self._model.training
-        self._model.eval()  # the projector's dropout is not drawn here
-        try:
+        with in_evaluation(self._model):  # the projector's dropout is not drawn here
             with self._boundary.recording() as passed:
                 wanted, _ = looked_at(self._model, tensors)
             # Behind the boundary pixels are not read, but their shapes; which is tried.
@@ -249,8 +247,6 @@ class TrainingPictures:
             for standing in (blank, tensors):
                 if self._again(tuple(passed), standing, wanted):
                     return tuple(passed), standing
-        finally:
-            self._model.train(was_training)
         return None, tensors
 
     def _again(self, passed: Recorded, tensors: dict[str, torch.Tensor], wanted: Any) -> bool:

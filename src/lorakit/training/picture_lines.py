@@ -14,7 +14,7 @@ import torch
 from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow, sequences_of
 from lorakit.data.picture_rows import has_pictures
-from lorakit.models.loaded import base_model
+from lorakit.models.loaded import base_model, in_evaluation
 from lorakit.models.row_attention import rows_apart
 
 if TYPE_CHECKING:
@@ -39,19 +39,16 @@ def why_padded(model: nn.Module, rows: Sequence[TokenizedRow]) -> str | None:
     line = [others[0] if others else row, _without_pictures(row), row]
     base: Any = base_model(model)
     name = type(base).__name__
-    was_training = model.training
-    model.eval()
     try:
-        together = _logits(model, LineCollator(), line).split([len(one) for one in line])
-        pairs = [
-            (_logits(model, Collator(0, 1), [one]), z)
-            for one, z in zip(line, together, strict=True)
-        ][1:]
+        with in_evaluation(model):
+            together = _logits(model, LineCollator(), line).split([len(one) for one in line])
+            pairs = [
+                (_logits(model, Collator(0, 1), [one]), z)
+                for one, z in zip(line, together, strict=True)
+            ][1:]
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         return f"{name} does not take pictures in one line ({reason})"
-    finally:
-        model.train(was_training)
     if all(_same(alone, behind) for alone, behind in pairs):
         return None
     return f"{name} mixes pictures of rows that lie in one line"
