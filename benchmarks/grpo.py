@@ -12,20 +12,19 @@ hardly any completion ends earlier; the reward is the share of different words.
 - trl_plain: without activation checkpointing, which is faster and larger.
 - lorakit: the engine samples from the weights that are trained.
 
-Time is Trainer's whole loop. Memory is the process' peak, with that of the largest process that it
-started and waited for (lorakit calls reward functions in one of their own).
+Time is Trainer's whole loop. Memory is the process' peak, with that of the processes that it
+started (lorakit calls reward functions in one of their own).
 """
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import FIELDS, clock_of, compare
-from benchmarks.turns import Figures, peak_memory_mb, take_turns
+from benchmarks.turns import Figures, memory_of_children, peak_memory_mb, take_turns
 
 SIDES = ("trl", "trl_plain", "lorakit")
 
@@ -54,7 +53,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         "save_strategy": "no",
         "seed": 42,
     }
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, memory_of_children() as of_children:
         folder = Path(place)
         (folder / "rewards.py").write_text(REWARDS)
         if side == "lorakit":
@@ -62,11 +61,11 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         else:
             training["gradient_checkpointing"] = side == "trl"
             logs = _with_trl(options, training, folder)
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
     completions = options.steps * options.prompts * options.generations
     return {
         "completions_per_second": completions / clock["seconds"],
-        "memory_mb": peak_memory_mb() + children,
+        "memory_mb": peak_memory_mb() + of_children(),
+        "children_mb": of_children(),
         "first_step": clock["first_step"],
         "steps": clock["steps"],
     } | logs
