@@ -14,9 +14,10 @@ from command import run_lorakit
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora import LoraModel
 from lorakit.lora.config import LoraConfig
-from lorakit.objectives.completion_rows import CompletionGroup
+from lorakit.objectives.completion_rows import PREFIX, CompletionGroup
 from lorakit.objectives.grpo import Grpo
 from lorakit.rl.rollouts import Rollouts
+from lorakit.training import trainer
 from small_runs import lines, weights
 
 ROWS = [{"prompt": f"Say {n} " * (1 + n % 3), "n": n} for n in range(12)]
@@ -96,6 +97,40 @@ def test_sampler_and_trainer_have_the_same_log_probabilities(
     gaps = logged(tmp_path / "run", "sampling/sampling_logp_difference/max")
     assert len(gaps) == 4
     assert max(gaps) <= (2e-2 if "dtype" in changes else 1e-4)
+
+
+def test_a_step_is_the_same_in_one_pass_and_in_several(
+    attentive_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Groups have a pass of their own, or are divided among several; norms round to float32."""
+    passes: list[int] = []
+    loss = Grpo.loss
+
+    def noted(self: Grpo, forward: Any, batch: Any) -> Any:
+        passes.append(len(batch[f"{PREFIX}lengths"]))
+        return loss(self, forward, batch)
+
+    monkeypatch.setattr(Grpo, "loss", noted)
+    found, largest = {}, []
+    for tokens in (1, 120, 10**6):
+        monkeypatch.setitem(trainer.PASS_TOKENS, "cpu", tokens)
+        folder, training = (
+            tmp_path / str(tokens),
+            {"max_steps": 3, "per_device_train_batch_size": 4},
+        )
+        made = recipe(attentive_folder, folder, dtype="float64", training=training)
+        made["data"] = {"eval": 0}
+        objective = settings(beta=0.1, loss_type="gspo")
+        lorakit.train(made, data=ROWS, objective=objective, quiet=True)
+        names = ("loss", "reward", "entropy", "kl", "grad_norm", "frac_reward_zero_std")
+        found[tokens] = [logged(folder, name) for name in names], weights(folder)
+        largest.append(max(passes))
+        passes.clear()
+    assert largest == [1, 2, 16]
+    curves, learned = found.pop(10**6)
+    for others, own in found.values():
+        assert others == [pytest.approx(curve, abs=1e-7) for curve in curves]
+        assert all(torch.allclose(own[k], learned[k], rtol=0, atol=1e-7) for k in learned)
 
 
 def test_a_run_that_has_stopped_within_a_rollout_resumes_to_the_same_bytes(

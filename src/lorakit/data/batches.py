@@ -25,6 +25,27 @@ def taken_from(batch: Mapping[str, "torch.Tensor"], prefix: str) -> "dict[str, t
     return {k[start:]: tensor for k, tensor in batch.items() if k.startswith(prefix)}
 
 
+def in_parts(
+    batches: "Sequence[Mapping[str, torch.Tensor]]",
+) -> "dict[str, torch.Tensor]":
+    """A batch that is learned in several passes, one after the other (`parts_of`)."""
+    first, *others = batches
+    found = dict(first)
+    for i, other in enumerate(others, 1):
+        found |= under(f"part{i}.", other)
+    return found
+
+
+def parts_of(batch: "Mapping[str, torch.Tensor]") -> "list[dict[str, torch.Tensor]]":
+    """The batches that `in_parts` has put together; the batch itself where there are none."""
+    others: list[dict[str, torch.Tensor]] = []
+    while other := taken_from(batch, f"part{len(others) + 1}."):
+        others.append(other)
+    prefixes = tuple(f"part{i}." for i in range(1, len(others) + 1))
+    own = {k: tensor for k, tensor in batch.items() if not prefixes or not k.startswith(prefixes)}
+    return [own, *others]
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
     """Pads rows on the right to one length, a multiple of `pad_to_multiple_of` tokens."""

@@ -60,6 +60,7 @@ class CompletionGroup(RowGroup):
         fresh: the weights are those that sampled it.
         learned: it is one to learn from, not one that is only scored.
         replaced: groups without signal that it was sampled in place of.
+        continues: it is a further piece of a group, of which the first one is counted.
     """
 
     number: int = -1
@@ -67,6 +68,7 @@ class CompletionGroup(RowGroup):
     fresh: bool = True
     learned: bool = True
     replaced: int = 0
+    continues: bool = False
 
     @property
     def has_gradient(self) -> bool:
@@ -121,15 +123,58 @@ def with_gradient(
     return (active, idle) if active else (idle[:1], idle[1:])
 
 
+def in_passes(groups: Sequence[CompletionGroup], tokens: int | None) -> list[list[CompletionGroup]]:
+    """These groups in order, as many together as have at most `tokens` tokens.
+
+    A group that has more is divided, but no completion is: no loss compares completions, whose
+    advantages are known.
+
+    Args:
+        tokens: None for any number.
+    """
+    if tokens is None:
+        return [[*groups]]
+    passes: list[list[CompletionGroup]] = []
+    filled = 0
+    for group in (piece for whole in groups for piece in _divided(whole, tokens)):
+        if not passes or filled + len(group) > tokens:
+            passes.append([])
+            filled = 0
+        passes[-1].append(group)
+        filled += len(group)
+    return passes
+
+
+def _divided(group: CompletionGroup, tokens: int) -> list[CompletionGroup]:
+    """The completions of a group in as few pieces of as many as have about so many tokens."""
+    size = -(-len(group.parts) // -(-len(group) // tokens))
+    if size >= len(group.parts):
+        return [group]
+    pieces = []
+    for at in range(0, len(group.parts), size):
+        own = CompletionGroup.of(*group.parts[at : at + size])
+        pieces.append(
+            replace(
+                group,
+                input_ids=own.input_ids,
+                labels=own.labels,
+                parts=own.parts,
+                continues=at > 0,
+            )
+        )
+    return pieces
+
+
 def group_tensors(groups: Sequence[CompletionGroup]) -> dict[str, torch.Tensor]:
-    """What a batch's loss and metrics need of S completions in G groups, by `rollout.NAME`.
+    """What a batch's loss and metrics need of S completions in groups, by `rollout.NAME`.
 
     `lengths` (S,) learned tokens, `sizes` (S,) all tokens, `cut_off` (S,), `rewards` (S, F),
-    `reward` (S,), `signal` and `replaced` (G,); of groups to learn also `advantages` (S,),
-    `logprobs` (n,) and `fresh` (G,).
+    `reward` (S,), `signal` and `replaced` of each of the groups; of those to learn also
+    `advantages` (S,), `logprobs` (n,) and `fresh` (S,).
     """
     import torch
 
+    counted = [group for group in groups if not group.continues]
     rows = [row for group in groups for row in group.parts if isinstance(row, CompletionRow)]
     found = {
         "lengths": torch.tensor([len(row.logprobs) for row in rows]),
@@ -137,14 +182,14 @@ def group_tensors(groups: Sequence[CompletionGroup]) -> dict[str, torch.Tensor]:
         "cut_off": torch.tensor([row.cut_off for row in rows]),
         "rewards": _floats([row.rewards for row in rows]),
         "reward": _floats([row.reward for row in rows]),
-        "signal": torch.tensor([group.signal for group in groups]),
-        "replaced": torch.tensor([group.replaced for group in groups]),
+        "signal": torch.tensor([group.signal for group in counted], dtype=torch.bool),
+        "replaced": torch.tensor([group.replaced for group in counted], dtype=torch.int64),
     }
     if all(group.learned for group in groups):
         found |= {
             "advantages": _floats([row.advantage for row in rows]),
             "logprobs": _floats([value for row in rows for value in row.logprobs]),
-            "fresh": torch.tensor([group.fresh for group in groups]),
+            "fresh": torch.tensor([group.fresh for group in groups for _ in group.parts]),
         }
     return {PREFIX + name: value for name, value in found.items()}
 

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from lorakit.data.batches import taken_from, under
+from lorakit.data.batches import in_parts, taken_from, under
 from lorakit.data.prompt_tokens import PromptRow, prompt_row
 from lorakit.data.too_long import WHOLE, Limit
 from lorakit.errors import InputError, LorakitError
@@ -32,6 +32,7 @@ from lorakit.objectives.completion_rows import (
     CompletionGroup,
     completion_row,
     group_tensors,
+    in_passes,
     with_gradient,
 )
 from lorakit.objectives.forward import BASE, Forward
@@ -260,7 +261,7 @@ class Grpo(Objective):
         """The numbers of prompts; or the tensors of completions, with what the loss needs.
 
         Groups without any gradient are not computed: they count, and are measured by what was
-        sampled.
+        sampled. The others are computed in passes of at most `pass_tokens` tokens.
         """
         import torch
 
@@ -271,7 +272,8 @@ class Grpo(Objective):
         if not all(group.learned for group in groups):
             return group_tensors(groups)
         active, idle = with_gradient(groups, everywhere=bool(self.settings.beta))
-        batch = collate(active) | group_tensors(active)
+        passes = in_passes(active, self.pass_tokens)
+        batch = in_parts([collate(own) | group_tensors(own) for own in passes])
         return batch | under(IDLE, group_tensors(idle)) if idle else batch
 
     # --- completions ------------------------------------------------------------------------
@@ -432,8 +434,7 @@ class Grpo(Objective):
         log_probs, entropies = forward.with_entropies(batch)
         lengths = batch[PREFIX + "lengths"]
         sampled = batch[PREFIX + "logprobs"].to(log_probs)
-        fresh = batch[PREFIX + "fresh"].repeat_interleave(settings.num_generations)
-        now, is_now = log_probs.detach(), fresh.repeat_interleave(lengths)
+        now, is_now = log_probs.detach(), batch[PREFIX + "fresh"].repeat_interleave(lengths)
         c = policy_gradient.Completions(
             log_probs,
             # Of the weights that sampled, rounding apart: their ratio is 1, as in TRL.

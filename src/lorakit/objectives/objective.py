@@ -148,6 +148,8 @@ class Objective:
         steps_per_generation: batches of a process whose prompts are sampled together; None for
             those of an optimizer step.
         num_iterations: how often sampled completions are learned.
+        pass_tokens: the most tokens of a batch that are computed at once, where it can be divided
+            (`data.batches.in_parts`); None for any number.
     """
 
     name: ClassVar[str]
@@ -188,6 +190,7 @@ class Objective:
     gather: Callable[[list[Any]], tuple[list[Any], int]] = staticmethod(lambda own: (own, 0))
     steps_per_generation: int | None = None
     num_iterations: int = 1
+    pass_tokens: int | None = None
 
     def __init__(self, **settings: Any) -> None:
         """Raises InputError for a setting that the objective does not have, or a wrong value."""

@@ -19,6 +19,7 @@ from statistics import mean, pstdev
 import torch
 from transformers.trainer_utils import IntervalStrategy
 
+from lorakit.data.batches import parts_of
 from lorakit.errors import LorakitError
 from lorakit.progress import track
 from lorakit.training.machine import LESS_MEMORY, memory_mb, peak_memory_mb
@@ -148,9 +149,9 @@ def _undone(trainer: LoraTrainer) -> Iterator[Callable[[Sequence[int]], None]]:
 
     def train(rows: Sequence[int]) -> None:
         [batch] = trainer.with_answers([trainer.train_dataset[list(rows)]], next(steps))
-        batch = trainer._prepare_inputs(batch)
-        loss = trainer.objective.loss(trainer.forward.calling(model), batch)
-        (loss.total / loss.count).backward()
+        for part in parts_of(trainer._prepare_inputs(batch)):
+            loss = trainer.objective.loss(trainer.forward.calling(model), part)
+            (loss.total / loss.count).backward()
         if torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
             optimizer.step()  # of length 0
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.training_args import TrainingArguments
 
-from lorakit.data.batches import count_tokens
+from lorakit.data.batches import count_tokens, parts_of
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.streaming import RowStream
 from lorakit.errors import InputError
@@ -45,6 +45,9 @@ from lorakit.training.position import planned_steps, steps_per_epoch
 from lorakit.training.schedule import over_loraplus_groups, warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, switch_on
 from lorakit.training.watch import checksums
+
+PASS_TOKENS = {"cpu": 1024, "cuda": 16_384}
+"""The tokens of a pass by device, where more are no faster and take more memory."""
 
 
 class LoraTrainer(CheckpointedTrainer):
@@ -114,6 +117,7 @@ class LoraTrainer(CheckpointedTrainer):
             args.label_smoothing_factor = smoothing
         if args.world_size > 1:
             objective.gather = self._gather
+        objective.pass_tokens = self._pass_tokens()
         self.forward = objective.forward(model, self.is_spread)
         self.start = None if self.is_spread else checksums(model)
         self.noise = EmbeddingNoise(model, args.neftune_noise_alpha)
@@ -126,6 +130,13 @@ class LoraTrainer(CheckpointedTrainer):
     def is_spread(self) -> bool:
         """Whether no process has all weights."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _pass_tokens(self) -> int | None:
+        """`Objective.pass_tokens`; several processes must take as many passes each, and DeepSpeed
+        steps after each."""
+        if self.args.world_size > 1 or self.is_spread or not isinstance(self.model, LoraModel):
+            return None
+        return PASS_TOKENS.get(next(self.model.parameters()).device.type)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; FSDP2 that is asked for is used on CPUs too."""
@@ -186,6 +197,17 @@ class LoraTrainer(CheckpointedTrainer):
         return self.lr_scheduler
 
     # --- loss -----------------------------------------------------------------------------
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Trainer's, of each part of a batch that is computed in several passes."""
+        step = super().training_step
+        losses = [step(model, part, num_items_in_batch) for part in parts_of(inputs)]
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -391,7 +413,7 @@ class LoraTrainer(CheckpointedTrainer):
         tokens = torch.zeros(5, dtype=torch.int64, device=self.args.device)
         tokens[4] = sampled
         tokens[2] = self.interrupt is not None and self.interrupt.asked
-        for batch in batches:
+        for batch in chain.from_iterable(map(parts_of, batches)):
             tokens[0] += count_tokens(batch)
             tokens[1] += self.objective.supervised(batch)
             tokens[3] += self.objective.count(batch)
