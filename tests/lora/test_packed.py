@@ -210,12 +210,12 @@ def test_memory_that_ends_while_an_adapter_is_added_leaves_the_others_right(
     assert bank.packed is not None
     empty, left = bank.packed.empty, 10**9
 
-    def scarce(*shape: int) -> torch.Tensor:
+    def scarce(*shape: int, **options: Any) -> torch.Tensor:
         nonlocal left
         left -= 1
         if left < 0:
             raise MemoryError
-        return empty(*shape)
+        return empty(*shape, **options)
 
     monkeypatch.setattr(bank.packed, "empty", scarce)
     add(bank, "n2", made[2])

@@ -24,6 +24,9 @@ from lorakit.lora.columns import Columns, Plan
 from lorakit.lora.routing import BASE, Route, Routing
 from lorakit.weight_formats import format_of
 
+FEW_TOKENS = 16
+"""So many tokens of one adapter at most are multiplied by a copy of B in A's dtype."""
+
 Base = Callable[[torch.Tensor], torch.Tensor]
 """A layer's own product of x (rows, …, d_in), with its bias: (rows, …, d_out)."""
 
@@ -52,7 +55,7 @@ class Family:
         self.sizes = [d_out for d_out, _ in shapes]
         ends = list(accumulate(self.sizes))
         self._rows = [slice(end - d, end) for end, d in zip(ends, self.sizes, strict=True)]
-        self._A = factors.empty(0, self._d_in)
+        self._A = factors.empty(0, self._d_in, dtype=factors.inner_dtype)
         """(columns, d_in)."""
         self._stack = factors.empty(ends[-1], 0 if base else self._d_in)
         """(all d_out, (d_in +) columns): the weights, if they are here, and every B."""
@@ -66,6 +69,8 @@ class Family:
         self._plan: Plan | None = None  # that of the last product, and what follows of it
         self._mixed = False
         self._of_parts: list[tuple[Columns, torch.Tensor, torch.Tensor]] = []
+        self._wide_B: list[torch.Tensor] = []
+        """B of the parts (columns, all d_out) in A's dtype, once a few tokens have needed it."""
         self._others: list[list[tuple[int, int, str]] | None] = []
         self.has_others = False
         """Whether a row of the last output may have an adapter that is not packed (`others`)."""
@@ -102,7 +107,7 @@ class Family:
             self.names[j].discard(name)
             if given is not None:
                 own = slice(j * width, j * width + given[0].shape[0])
-                A[own], B[rows, own] = given
+                A[own], B[rows, own] = given[0].to(self.dtype), given[1]
                 self.names[j].add(name)
 
     def drop(self, name: str, layer: int) -> None:
@@ -173,12 +178,14 @@ class Family:
             self._others = [None] * len(self.layers)
             named = {name for _, _, name in plan.groups}
             self.has_others = any(named - own for own in self.names)
+            self._wide_B = []
             parts = (plan.whole if mixes else plan.parts) if len(self._A) else ()
             self._of_parts = [self._factors(part, mixes) for part in parts]
         if mixes and self._of_parts:
             ((_, A, B),) = self._of_parts
-            inner = tokens @ A
+            inner = self._inner(tokens, A)
             inner.unflatten(1, (-1, len(self.layers))).masked_fill_(plan.hidden, 0)
+            inner = inner.to(self.dtype)
             if self._before:
                 return linear(torch.cat((tokens, inner), dim=1), B, self._bias)
             return self._base(x, tokens).addmm_(inner, B.T)
@@ -186,15 +193,26 @@ class Family:
             # The only adapter's columns stand beside the weights: one product reads both.
             ((part, A, _),) = self._of_parts
             B = self._stack[:, : self._before + part.end * len(self.layers)]
-            return linear(torch.cat((tokens, tokens @ A), dim=1), B, self._bias)
+            inner = self._inner(tokens, A).to(self.dtype)
+            return linear(torch.cat((tokens, inner), dim=1), B, self._bias)
         y = self._base(x, tokens)
+        if plan.rows == 1 and len(tokens) <= FEW_TOKENS and self._A.dtype != self.dtype:
+            for at, (_, A, B) in enumerate(self._of_parts):
+                if at == len(self._wide_B):
+                    self._wide_B.append(B.T.to(self._A.dtype).contiguous())
+                y.add_(self._inner(tokens, A) @ self._wide_B[at])
+            return y
         for part, A, B in self._of_parts:
             if plan.rows == 1:
-                y.addmm_(tokens @ A, B.T)
+                y.addmm_(self._inner(tokens, A).to(self.dtype), B.T)
             else:
                 own = plan.tokens(part.first, part.last, len(tokens))
-                y[own].addmm_(tokens[own] @ A, B.T)
+                y[own].addmm_(self._inner(tokens[own], A).to(self.dtype), B.T)
         return y
+
+    def _inner(self, tokens: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """`x A`, in the dtype in which A lies here."""
+        return tokens.to(A.dtype) @ A
 
     def _base(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if self.base is not None:
@@ -215,7 +233,7 @@ class Family:
             return
         columns = max(columns, 2 * there)
         # Both before either is used, as there may be no memory for the second.
-        A = self._packed.empty(columns, self._d_in)
+        A = self._packed.empty(columns, self._d_in, dtype=self._A.dtype)
         stack = self._packed.empty(len(self._stack), self._before + columns)
         A[:there] = self._A
         A[there:] = 0
@@ -270,6 +288,9 @@ class PackedFactors:
         self.alone = alone
         values = next(p for p in model.parameters() if p.is_floating_point())
         self.dtype, self.device = values.dtype, values.device
+        half = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cpu"
+        self.inner_dtype = torch.float32 if half else self.dtype
+        """Of A. A small product takes ten times as long in bfloat16 on a processor (oneDNN)."""
         self._together = {path: tuple(family) for family in families for path in family}
         self._families: dict[tuple[str, ...], Family] = {}
         """By the paths of the layers that are in it."""
@@ -397,9 +418,9 @@ class PackedFactors:
         whole = (Columns(0, len(names), 0, self.columns),)
         return Plan(len(names), tuple(groups), parts, whole, hidden)
 
-    def empty(self, *shape: int) -> torch.Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A matrix of the model's kind."""
-        return torch.empty(*shape, dtype=self.dtype, device=self.device)
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
     def _free(self, width: int) -> int:
         """Where the first gap of `width` columns begins."""
