@@ -1,15 +1,18 @@
-"""`lorakit eval`: an adapter on rows that it has not seen, beside what it has to beat.
+"""`lorakit eval`: an adapter on rows that it has not seen, beside what it has to beat; or several
+on tasks of lm-evaluation-harness.
 
 For a language model that is its bare base, for a classifier the most frequent label.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.cli.eval_rewards import evaluate_by_rewards, recorded_rewards, show_rewards
+from lorakit.cli.eval_tasks import evaluate_on_tasks, show_tasks
 from lorakit.cli.shared_options import (
     BaseOption,
     DtypeOption,
@@ -20,6 +23,7 @@ from lorakit.cli.shared_options import (
 )
 from lorakit.cli.tables import print_table
 from lorakit.console import say_all
+from lorakit.errors import listed
 from lorakit.progress import task
 
 if TYPE_CHECKING:
@@ -29,8 +33,22 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    data: Annotated[str, typer.Option(help="The rows: a file, a folder, or a hub id.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER | NAME=PATH]...", help="The adapter's folder; several with --tasks."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The rows: a file, a folder, or a hub id.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks of lm-evaluation-harness: names, patterns, YAML files, "
+            "folders. Needs pip install 'lorakit[lm-eval]'."
+        ),
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -38,7 +56,9 @@ def evaluate(
             "accuracy, f1, entity_f1 (BIO tags) and loss. Default: all."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first rows, or documents of each task.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="A JSON file for the scores and answers.")
     ] = None,
@@ -67,39 +87,105 @@ def evaluate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 42,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows at once. Default: 16, and answers as many as fit into memory, at most 64.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With tasks: worked examples in the prompt.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="With tasks: prompts are conversations."),
+    ] = False,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With tasks: a folder with more of them.")
+    ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="With tasks: --json has documents and answers.")
+    ] = False,
+    confirm_run_unsafe_code: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code", help="With tasks: run code that the model writes."
+        ),
+    ] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     fetch_images: FetchImagesOption = False,
 ) -> None:
-    """Score an adapter on rows, beside its base model.
+    """Score an adapter on rows, or adapters on benchmark tasks, beside their base model.
 
     Final answers are compared: reasoning and end tokens are removed first, from answers and
     references. A classifier is compared with always predicting the most frequent label. A reward
     model scores pairs, beside the rule that the longer answer wins, or conversations alone. With
-    rewards, mean rewards of completions are compared, with intervals.
+    rewards, mean rewards of completions are compared, with intervals. With tasks, the base and all
+    adapters answer them, and what an adapter does better or worse is told from chance.
     """
     from lorakit.adapters.manifest import read_manifest
     from lorakit.adapters.open import open_adapter
     from lorakit.data.formats import SUPERVISED
-    from lorakit.data.mixing import mix
+    from lorakit.data.mixing import Mixture, mix
     from lorakit.data.pictures import pictures_in
     from lorakit.data.splits import MEASURED
+    from lorakit.engine.adapter_names import named_adapters
     from lorakit.errors import InputError
+    from lorakit.evaluation.harness import HarnessSettings
     from lorakit.evaluation.metrics import parse_metrics
     from lorakit.lora.checkpoint import read_config
     from lorakit.models.forms import CLASSIFICATION
     from lorakit.objectives.registry import make_objective
     from lorakit.objectives.reward import Reward
 
+    options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
+    of_rows = {
+        "--data": data, "--metrics": metrics, "--columns": columns, "--rewards": rewards,
+        "--against": against,
+    }  # fmt: skip
+    of_tasks = {
+        "--num-fewshot": num_fewshot is not None, "--include-path": include_path,
+        "--apply-chat-template": apply_chat_template, "--log-samples": log_samples,
+        "--confirm-run-unsafe-code": confirm_run_unsafe_code,
+    }  # fmt: skip
+    if unread := [name for name, value in (of_rows if tasks else of_tasks).items() if value]:
+        does = "not read with" if tasks else "read only with"
+        raise InputError(f"{listed(unread)}: {does} --tasks")
+    if tasks:
+        if log_samples and json_file is None:
+            raise InputError("--log-samples writes into the file of --json, which is not given")
+        settings = HarnessSettings(
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            num_fewshot,
+            limit,
+            include_path,
+            apply_chat_template,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+        named = named_adapters(adapters or [])
+        answered = evaluate_on_tasks(named, settings, options, batch_size)
+        show_tasks(answered)
+        if json_file:
+            _write(json_file, answered.to_dict(log_samples))
+        return
+    if data is None or adapters is None or len(adapters) != 1:
+        raise InputError("give one adapter and its rows with --data, or adapters and --tasks")
+    adapter = Path(adapters[0])
     task_type = read_config(adapter).task_type
     manifest = read_manifest(adapter)
     learned = manifest.recipe["data"] if manifest else {}
     mapping = (column_names(columns) if columns else learned.get("columns")) or None
     most = learned.get("max_length", 1024)
-    options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
     allowed = fetch_images or learned.get("fetch_images", False)
-    pictures = pictures_in(learned.get("media_dir"), allowed)
+
+    def rows_of(kinds: Sequence[str], **more: Any) -> Mixture:
+        with pictures_in(learned.get("media_dir"), allowed):
+            found = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds, **more)
+        say_all(found.notices)
+        return found
+
     result: Evaluation | LabelEvaluation | RewardEvaluation
     recorded = manifest.recipe.get("objective") if manifest else None
     objective = make_objective(recorded) if recorded else None
@@ -109,17 +195,8 @@ def evaluate(
     if specs or against:
         if not specs:
             raise InputError("--against compares by rewards: name them with --rewards")
-        with pictures:
-            mixture = mix(
-                data,
-                mapping,
-                limit,
-                key="--data",
-                wanted=MEASURED,
-                kinds=("conversation", "prompt"),
-                keeps_columns=True,
-            )
-        say_all([*unread, *mixture.notices])
+        say_all(unread)
+        mixture = rows_of(("conversation", "prompt"), keeps_columns=True)
         compared = evaluate_by_rewards(
             adapter,
             against,
@@ -142,15 +219,12 @@ def evaluate(
     if isinstance(objective, Reward):
         from lorakit.evaluation.reward_evaluation import evaluate_rewards
 
-        kinds: tuple[str, ...] = (*objective.row_kinds, *SUPERVISED)
-        with pictures:
-            mixture = mix(data, mapping, limit, key="--data", wanted=MEASURED, kinds=kinds)
-        say_all(mixture.notices)
+        mixture = rows_of((*objective.row_kinds, *SUPERVISED))
         names = parse_metrics(metrics, (*objective.score_names, "loss")) if metrics else []
         opened = open_adapter(adapter, **options)
         with task("evaluating", len(mixture.samples)):
             result = evaluate_rewards(
-                opened, objective, mixture.samples, batch_size=batch_size, max_length=most
+                opened, objective, mixture.samples, batch_size=batch_size or 16, max_length=most
             )
         _show_rewards(result, names)
     elif task_type in CLASSIFICATION:
@@ -166,7 +240,7 @@ def evaluate(
         scorer = LabelScorer(tuple(opened.labels), words=task_type == "TOKEN_CLS")
         names = parse_metrics(metrics, (*scorer.metrics, "loss")) if metrics else []
         with task("evaluating", len(labelled)):
-            result = evaluate_labels(opened, labelled, batch_size=batch_size, max_length=most)
+            result = evaluate_labels(opened, labelled, batch_size=batch_size or 16, max_length=most)
         _show_labels(result, names)
     else:
         from lorakit.evaluation.evaluate import evaluate as run
@@ -178,19 +252,9 @@ def evaluate(
         kinds = objective.row_kinds if objective else SUPERVISED
         usual = "loss" if {*kinds} <= {"text", "document"} else "exact_match,bleu,rouge,loss"
         chosen = parse_metrics(usual if metrics is None else metrics)
-        with pictures:
-            mixture = mix(
-                data,
-                mapping,
-                limit,
-                key="--data",
-                wanted=MEASURED,
-                kinds=kinds,
-                sample_by=learned_by.sample_by,
-                as_learned=learned_by.as_learned,
-            )
-        say_all(mixture.notices)
-        rows = mixture.samples
+        rows = rows_of(
+            kinds, sample_by=learned_by.sample_by, as_learned=learned_by.as_learned
+        ).samples
         opened = open_adapter(adapter, **options)
         if objective and (notice := compare_with_start(opened.model, adapter, objective)):
             say_all([notice])

@@ -61,8 +61,11 @@ def generate(
         Path | None, typer.Option(help="A JSON schema (a file) that every answer follows.")
     ] = None,
     max_rows: Annotated[
-        int, typer.Option(min=1, help="The batch size: answers generated at once.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            min=1, help="The batch size. Default: as many as fit into memory, at most 64."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,

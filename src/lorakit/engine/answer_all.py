@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorakit.data.masking import TokenizedRow
 from lorakit.data.prompts import Prompt
 from lorakit.engine.engine import Engine
 from lorakit.engine.picture_prompt import prompt_row
-from lorakit.engine.requests import Ticket
+from lorakit.engine.requests import Ticket, check_prompt
 from lorakit.engine.sampling import Sampling
 from lorakit.engine.shown import shown_text
 from lorakit.errors import InputError, LorakitError
@@ -55,21 +57,27 @@ def answer_all(
         LorakitError: the model failed.
     """
     notices = Counter() if notices is None else notices
-    asked: list[tuple[Prompt, str | None, Ticket]] = []
-    for prompt in prompts:
-        for model in models:
-            try:
-                tokenizer = engine.tokenizer_of(model)
-                text = shown_text(prompt.messages, tokenizer, prompt.tools, variables, notices)
-                row = prompt_row(text, prompt.messages, tokenizer, where=prompt.where)
-                ticket = engine.submit(row.input_ids, model, sampling, row.pictures)
-                asked.append((prompt, model, ticket))
-            except InputError as error:
-                for *_, ticket in asked:
-                    ticket.cancel()
-                named = str(error).startswith(prompt.where)
-                raise InputError(str(error) if named else f"{prompt.where}: {error}") from error
-    for prompt, model, ticket in asked:
+    asked = [(prompt, model) for prompt in prompts for model in models]
+    rows: list[TokenizedRow] = []
+    for prompt, model in asked:
+        with _named(prompt):
+            tokenizer = engine.tokenizer_of(model)
+            text = shown_text(prompt.messages, tokenizer, prompt.tools, variables, notices)
+            rows.append(prompt_row(text, prompt.messages, tokenizer, where=prompt.where))
+            check_prompt(rows[-1].input_ids, engine.context_length, engine.vocabulary)
+    if not rows:
+        return
+    engine.fit_rows(max(map(len, rows)) + sampling.max_new_tokens)
+    tickets: list[Ticket] = []
+    for (prompt, model), row in zip(asked, rows, strict=True):
+        try:
+            with _named(prompt):
+                tickets.append(engine.submit(row.input_ids, model, sampling, row.pictures))
+        except InputError:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+    for (prompt, model), ticket in zip(asked, tickets, strict=True):
         pieces = list(ticket)
         last = pieces[-1]
         if last.error:
@@ -82,3 +90,13 @@ def answer_all(
             ticket.prompt_tokens,
             last.new_tokens,
         )
+
+
+@contextmanager
+def _named(prompt: Prompt) -> Iterator[None]:
+    """Has an InputError say which prompt it is of."""
+    try:
+        yield
+    except InputError as error:
+        named = str(error).startswith(prompt.where)
+        raise InputError(str(error) if named else f"{prompt.where}: {error}") from error

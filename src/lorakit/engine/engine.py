@@ -32,6 +32,7 @@ from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
 from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
+from lorakit.engine.rows_at_once import RowMemory
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
 
 POOL_BYTES = 2 << 30
 
-_Scored = tuple[Scored, Version | None, Loaded | None, Ticket | None]
+ToScore = tuple[Scored, Version | None, Loaded | None, Ticket | None]
+"""A prompt, its adapter, and a request for one token behind it, which the same pass gives."""
 
 
 class Engine:
@@ -66,7 +68,8 @@ class Engine:
         tokenizer: of a model that is given itself.
         model_name: how users call it.
         dtype: in which a named model is loaded; None for the fastest.
-        max_rows: how many answers are written at once.
+        max_rows: how many answers are written at once; None is as many as the memory holds, for
+            one user who says with `fit_rows` how long they are.
         context_length: the most tokens of prompt and answer together; None is the model's own.
         pool_bytes: how much memory adapters may take that are not in use.
         feature_bytes: how much memory kept features of pictures may take.
@@ -80,6 +83,7 @@ class Engine:
         notices: what a user should know about how this model is computed.
         vocabulary, width: its tokens, and the numbers of a hidden state.
         grammars: the forms of answers that requests ask for.
+        scorer: what scores prompts, on the thread that computes.
 
     Raises:
         InputError: a number is out of its range.
@@ -92,13 +96,13 @@ class Engine:
         model_name: str = "",
         *,
         dtype: str | None = None,
-        max_rows: int = 16,
+        max_rows: int | None = 16,
         context_length: int | None = None,
         pool_bytes: int = POOL_BYTES,
         feature_bytes: int = FEATURE_BYTES,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        if max_rows < 1:
+        if max_rows is not None and max_rows < 1:
             raise InputError(f"max_rows must be at least 1, not {max_rows}")
         if isinstance(model, str | Path):
             model_name = model_name or str(model)
@@ -107,7 +111,7 @@ class Engine:
         if tokenizer is None:
             raise InputError("a model that is not given by its name needs its tokenizer")
         model_name = model_name or str(model.config.name_or_path)
-        self.model_name, self.tokenizer, self.max_rows = model_name, tokenizer, max_rows
+        self.model_name, self.tokenizer = model_name, tokenizer
         self.notices: list[str] = []
         self.context_length = context_length_of(model, context_length)
         take_into_memory(model)  # files may change while it is served
@@ -130,9 +134,12 @@ class Engine:
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self.prefixes = PrefixCache(prefix_bytes, keeps_answers=True) if prefix_bytes else None
         kept = {"features": self._features, "prefixes": self.prefixes}
-        self._new_batch = partial(self.resident.answers, max_rows, self.context_length, **kept)
+        self._new_batch = lambda: self.resident.answers(self.max_rows, self._room, **kept)
+        self._memory = RowMemory(model, self._bank.routing, self.resident.carried)
+        self._fits, self._room = max_rows is None, self.context_length
+        self.max_rows = max_rows or self._memory.rows(self._room)
         self._batch = self._new_batch()
-        self._joined = JoinedAdapters(self._bank, max_rows)
+        self._joined = JoinedAdapters(self._bank, self.max_rows)
         self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
         self._preparing = Preparing(
@@ -141,7 +148,7 @@ class Engine:
         self.training = TrainingQueue(self.resident, self._wake)
         carried = self.resident.carried
         self._reads_together = carried.padded and not carried.why_not
-        self._scorer = Scorer(model, self._bank.routing)
+        self.scorer = Scorer(model, self._bank.routing)
         self._closing = False
         self._deadline = 0.0
         release_worker_threads()
@@ -173,9 +180,9 @@ class Engine:
             LorakitError: the engine is closed.
         """
         sampling = sampling or Sampling()
-        check_prompt(prompt, self.context_length, self.vocabulary)
-        room = self.context_length - len(prompt)
-        version, loaded = self._found(adapter)
+        check_prompt(prompt, self._room, self.vocabulary)
+        room = self._room - len(prompt)
+        version, loaded = self.found(adapter)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         form = self.grammars.form(sampling.grammar, adapter)
         ticket = Ticket(tuple(prompt), adapter, sampling, pictures, form=form)
@@ -186,6 +193,23 @@ class Engine:
             self._queue.push((ticket, version, loaded), owner, tokens)
             self._changed.notify()
         return ticket
+
+    def fit_rows(self, longest: int) -> None:
+        """Writes as many answers at once as the memory holds of so many tokens, prompts included.
+
+        Requests that come later have no room for more. Nothing changes where the number was given.
+
+        Raises:
+            LorakitError: answers are being written.
+        """
+        if self._fits:
+            self.training.call(None, partial(self._fit, min(longest, self.context_length))).result()
+
+    def _fit(self, longest: int) -> None:
+        if self._batch.rows:
+            raise LorakitError("rows cannot be made longer while answers are written")
+        self._room, self.max_rows = longest, self._memory.rows(longest)
+        self._batch = self._new_batch()
 
     def score_prompt(
         self,
@@ -209,23 +233,24 @@ class Engine:
             InputError: as `submit`.
         """
         check_prompt(prompt, self.context_length, self.vocabulary)
-        version, loaded = self._found(adapter)
+        version, loaded = self.found(adapter)
         key = BASE if version is None else version.key
         scored = Scored(key, prompt, top, goes_on=answer is not None, ranked=ranked)
         return self.training.together(
-            self._score_prompts,
+            self.score_together,
             (scored, version, loaded, answer),
             owner=owner or "prompts",
             tokens=len(prompt),
             most=self.max_rows if self._reads_together else 1,
         )
 
-    def _score_prompts(self, asked: Sequence[_Scored]) -> list[PromptScores]:
+    def score_together(self, asked: Sequence[ToScore]) -> list[PromptScores]:
+        """The scores of prompts out of one pass; for the thread that computes."""
         needed = {version.key for _, version, *_ in asked if version is not None}
         for _, version, loaded, _ in asked:
             self._bring(version, loaded, needed)
         self.resident.answering()
-        found = self._scorer.score([scored for scored, *_ in asked])
+        found = self.scorer.score([scored for scored, *_ in asked])
         for scores, (_, version, _, answer) in zip(found, asked, strict=True):
             if answer is not None and scores.next_logits is not None:
                 self._row(answer, version).answer_at_once(scores.next_logits)
@@ -266,8 +291,12 @@ class Engine:
         self._thread.join(None if wait is None else drain + wait)
         return not self._thread.is_alive()
 
-    def _found(self, adapter: str | None) -> tuple[Version | None, Loaded | None]:
-        """An adapter of the pool and its values; neither for the base."""
+    def found(self, adapter: str | None) -> tuple[Version | None, Loaded | None]:
+        """An adapter of the pool and its values; neither for the base.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
         if adapter is None:
             return None, None
         version = self.pool.version(adapter)

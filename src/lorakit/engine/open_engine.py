@@ -22,7 +22,7 @@ def open_engine(
     *,
     dtype: str | None = None,
     quantization: str | None = None,
-    max_rows: int = 16,
+    max_rows: int | None = 16,
     context_length: int | None = None,
     merged: bool = False,
     pool_bytes: int = POOL_BYTES,
@@ -77,7 +77,7 @@ def open_with(
     *,
     dtype: str | None = None,
     quantization: str | None = None,
-    max_rows: int = 16,
+    max_rows: int | None = 16,
 ) -> Engine:
     """The engine for one adapter: beside its base, or merged into it where only that is possible.
 

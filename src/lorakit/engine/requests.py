@@ -74,6 +74,7 @@ class Ticket:
         form: the form of its answer, at its beginning; None for any text.
         cached_tokens: of the prompt, that were computed for another request; known with the first
             piece.
+        tokens: of the answer, with the one that ended it; all of them with the last piece.
     """
 
     prompt: tuple[int, ...]
@@ -83,6 +84,7 @@ class Ticket:
     prepared: tuple[Prepared, ...] | None = None
     form: GrammarState | None = None
     cached_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
     cancelled: Event = field(default_factory=Event)
     _pieces: SimpleQueue[AnswerPiece] = field(default_factory=SimpleQueue)
     _lock: Lock = field(default_factory=Lock)

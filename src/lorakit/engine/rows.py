@@ -51,7 +51,7 @@ class AnswerRow:
         self.ticket, self.adapter = ticket, adapter
         self.prompt, self.pictures = ticket.prompt, ticket.pictures
         self.read = self.moved = self.branch = 0
-        self.tokens: list[int] = []
+        self.tokens = ticket.tokens
         self.finished = self.failed = False
         sampling, self._tokenizer = ticket.sampling, tokenizer
         given = sampling.end_tokens

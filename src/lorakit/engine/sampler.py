@@ -14,32 +14,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
+from lorakit.data.picture_rows import RowPictures
 from lorakit.data.samples import Sample
 from lorakit.engine.batch import Batch
-from lorakit.engine.cache import bytes_of_row
 from lorakit.engine.carried import Carried, how_carried
 from lorakit.engine.prefix_cache import prefixes_of
 from lorakit.engine.requests import Ticket, context_length_of
 from lorakit.engine.rows import AnswerRow
+from lorakit.engine.rows_at_once import FEW_ROWS, MAX_ROWS, RowMemory
 from lorakit.engine.sampling import Sampling, ending, prompt_tokens
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.joining import pack_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route, Routing
+from lorakit.models.loaded import in_evaluation
 from lorakit.objectives.forward import TEACHER
 from lorakit.progress import Task, task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_ROWS = 64
-"""Answers that are written at once."""
-FEW_ROWS = 16
-"""The same where `generate` writes them, and of conversations."""
 
 PACKS_FROM = 16
 """Tokens of an answer from which on packing factors saves more than it takes."""
@@ -80,13 +76,13 @@ def write_rows(
         work: told how many rows are finished.
     """
     given = iter([rows])
-    written = 0
+    written, begun = 0, 0.0 if work is None else work.done
 
     def next_rows(finished: Sequence[AnswerRow], idle: bool) -> Sequence[AnswerRow]:
         nonlocal written
         written += len(finished)
         if work is not None:
-            work.update(written)
+            work.update(begun + written)
         return next(given, ())
 
     write_as_they_come(batch, routing, next_rows)
@@ -115,23 +111,9 @@ class Sampler:
         with self._model.routing.using(Route()):
             return how_carried(self._base)
 
-    def _rows_at_once(self, rows: Sequence[AnswerRow]) -> int:
-        """How many rows are written at once: not more than half of the free memory holds."""
-        most, device = min(MAX_ROWS, len(rows)), self._base.device
-        if self._carried.why_not:
-            return min(most, FEW_ROWS)
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
-        size, more = self._row_bytes
-        return max(1, min(most, free // 2 // max(1, size + more * longest)))
-
     @cached_property
-    def _row_bytes(self) -> tuple[int, int]:
-        with self._model.routing.using(Route()):
-            return bytes_of_row(self._base)
+    def _memory(self) -> RowMemory:
+        return RowMemory(self._base, self._model.routing, self._carried)
 
     @cached_property
     def _families(self) -> list[list[str]]:
@@ -147,9 +129,8 @@ class Sampler:
         """
         model = self._model
         steps = max(row.ticket.sampling.max_new_tokens for row in rows)
-        sharded = any(hasattr(weight, "device_mesh") for weight in self._base.parameters())
         pays = len(shared) == 1 and steps >= PACKS_FROM and not self._carried.why_not
-        if not pays or sharded or model.packed is not None:
+        if not pays or is_sharded(model) or model.packed is not None:
             yield
             return
         try:
@@ -170,6 +151,8 @@ class Sampler:
         *,
         adapters: Sequence[str] = (),
         as_text: bool = False,
+        pictures: Sequence[RowPictures | None] = (),
+        most: int = MAX_ROWS,
     ) -> list[AnswerRow]:
         """The finished rows, in the order of the prompts.
 
@@ -178,6 +161,8 @@ class Sampler:
             route: of all rows.
             adapters: of each prompt, `BASE` for none, in the place of the route; empty for that.
             as_text: the rows' tickets get the text of the answers.
+            pictures: those in each prompt; empty where there are none.
+            most: so many are written at once, at most.
 
         Raises:
             LorakitError: the model failed.
@@ -186,11 +171,13 @@ class Sampler:
             return []
         names = adapters or [route.shared[0] if route.shared else BASE] * len(prompts)
         rows = [
-            self.row(prompt, own, name, as_text=as_text)
-            for prompt, own, name in zip(prompts, sampling, names, strict=True)
+            self.row(prompt, own, name, as_text=as_text, pictures=shown)
+            for prompt, own, name, shown in zip(
+                prompts, sampling, names, pictures or [None] * len(prompts), strict=True
+            )
         ]
         longest = max(len(row.prompt) + row.ticket.sampling.max_new_tokens for row in rows)
-        routing, most = self._model.routing, self._rows_at_once(rows)
+        routing, most = self._model.routing, self._memory.rows(longest, min(most, len(rows)))
         of_all = None if adapters else route
         prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
         kept: dict[str, Any] = {"prefixes": prefixes, "packed": lambda: self._model.packed}
@@ -203,7 +190,13 @@ class Sampler:
         return rows
 
     def row(
-        self, prompt: Sequence[int], sampling: Sampling, adapter: str, *, as_text: bool = False
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: str,
+        *,
+        as_text: bool = False,
+        pictures: RowPictures | None = None,
     ) -> AnswerRow:
         """A row to be written; other arguments as of `write`.
 
@@ -212,7 +205,8 @@ class Sampler:
         """
         room = min(sampling.max_new_tokens, self.context_length - len(prompt))
         shown = None if adapter == BASE else adapter
-        ticket = Ticket(tuple(prompt), shown, replace(sampling, max_new_tokens=room))
+        settings = replace(sampling, max_new_tokens=max(1, room))
+        ticket = Ticket(tuple(prompt), shown, settings, pictures)
         tokenizer = self._tokenizer if as_text or self.ending.text else None
         return AnswerRow(ticket, adapter, tokenizer, self.ending, self._base.device)
 
@@ -228,6 +222,19 @@ class Sampler:
         routing, most = self._model.routing, min(FEW_ROWS, most)
         batch = self._carried.batch(self._base, routing, most, longest, route)
         write_as_they_come(batch, routing, next_rows)
+
+
+@contextmanager
+def answering(model: LoraModel) -> Iterator[Route]:
+    """Has a model in training answer as it is, without dropout; gives the route in force."""
+    # Compiled for training, the blocks would be compiled again for every length.
+    with in_evaluation(model), torch.compiler.set_stance("force_eager"):
+        yield model.routing.route
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the weights are spread over machines, which must then compute in step."""
+    return any(hasattr(weight, "device_mesh") for weight in model.parameters())
 
 
 def sampled_answers(

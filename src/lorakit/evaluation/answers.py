@@ -1,6 +1,8 @@
-"""Greedy answers to many prompts, in batches.
+"""Greedy answers to many prompts.
 
-`engine.sampling` knows what ends an answer, `data.answer_form` what is reasoning in it.
+A model with adapters answers on the engine, where a row that has ended makes room for the next one;
+any other in batches that `generate` writes. `engine.sampling` knows what ends an answer,
+`data.answer_form` what is reasoning in it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from lorakit.data.masking import TokenizedRow
 from lorakit.data.samples import Sample
 from lorakit.data.seq2seq import prompt_tokens as encoder_tokens
 from lorakit.engine.picture_prompt import picture_inputs, prompt_row
+from lorakit.engine.rows_at_once import FEW_ROWS, MAX_ROWS
+from lorakit.engine.sampler import Sampler, answering, is_sharded
 from lorakit.engine.sampling import (
+    Sampling,
     end_tokens,
     generate,
     greedy_settings,
@@ -27,6 +32,7 @@ from lorakit.engine.sampling import (
     stops_at,
 )
 from lorakit.evaluation.held_out import evaluating, longest_first
+from lorakit.lora import LoraModel
 from lorakit.models.load import positions_of
 from lorakit.models.loaded import base_model
 from lorakit.models.padding import takes_left_padding
@@ -75,23 +81,26 @@ def write_answers(
     *,
     tools: Sequence[Sequence[dict[str, Any]]] = (),
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Written]:
     """The model's greedy answer to each conversation, in the order of `prompts`.
 
-    Prompts of like length share a batch, padded on the left, or prompts of one length where a
-    model's answers change behind padding. A batch runs until its longest answer ends.
+    Where `generate` writes them prompts of like length share a batch, padded on the left, or
+    prompts of one length where a model's answers change behind padding.
 
     Args:
         tools: of each conversation, those that the model is shown; none when left out.
         max_new_tokens: the most tokens of an answer, and no more than the model has room for.
-        batch_size: prompts at a time.
+        batch_size: answers that are written at once; None for as many as the memory holds, at most
+            64, and 16 where `generate` writes them.
         on_batch: called after each batch with the number of its answers.
 
     Raises:
         InputError: the chat template refuses a conversation, or `max_new_tokens` is below 1.
+        LorakitError: the model failed.
     """
+    sampling = Sampling(max_new_tokens=max_new_tokens)
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     form = answer_form(tokenizer)
     ends = frozenset(end_tokens(model, tokenizer))
@@ -101,6 +110,19 @@ def write_answers(
         prompt_row(prompt_text(p, tokenizer, own), p, tokenizer)
         for p, own in zip(prompts, shown, strict=True)
     ]
+    if isinstance(model, LoraModel) and not is_sharded(model):
+        with answering(model) as route:
+            written = Sampler(model, tokenizer).write(
+                [row.input_ids for row in rows],
+                [sampling] * len(rows),
+                route,
+                work,
+                pictures=[row.pictures for row in rows],
+                most=batch_size or MAX_ROWS,
+            )
+        if on_batch and rows:
+            on_batch(len(rows))
+        return [_read(row.tokens, tokenizer, form, ends) for row in written]
 
     def collate(rows: list[TokenizedRow]) -> dict[str, torch.Tensor]:
         input_ids, mask = pad_left([row.input_ids for row in rows], int(settings.pad_token_id))
@@ -120,7 +142,7 @@ def write_answers(
         output = generate(model, settings, stopping_criteria=stops, **batch)
         return [_read(tokens, tokenizer, form, ends) for tokens in output[:, width:].tolist()]
 
-    batches = longest_first(rows, batch_size)
+    batches = longest_first(rows, batch_size or FEW_ROWS)
     if len({len(row) for row in rows}) > 1 and not takes_left_padding(model):
         batches = [
             list(alike)
@@ -136,7 +158,7 @@ def _write_targets(
     samples: Sequence[Sample],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Written]:
     """An encoder-decoder's greedy answer to each sample; arguments as in `write_answers`."""
@@ -155,7 +177,8 @@ def _write_targets(
         lengths = (~torch.isin(output, special)).sum(1).tolist()
         return [Written(t, t, tokens=n) for t, n in zip(texts, lengths, strict=True)]
 
-    return _in_batches(model, rows, longest_first(rows, batch_size), on_batch, collate, answers)
+    batches = longest_first(rows, batch_size or FEW_ROWS)
+    return _in_batches(model, rows, batches, on_batch, collate, answers)
 
 
 def _in_batches(

@@ -16,6 +16,7 @@ from lorakit.data.answer_form import answer_form, taught_answer
 from lorakit.data.conversations import Message
 from lorakit.data.samples import Sample
 from lorakit.engine.picture_prompt import prompt_row
+from lorakit.engine.rows_at_once import FEW_ROWS
 from lorakit.engine.sampling import prompt_text
 from lorakit.errors import InputError, each
 from lorakit.errors import count as count_of
@@ -74,7 +75,7 @@ def evaluate(
     metrics: Sequence[str] = ("exact_match", "bleu", "rouge", "loss"),
     objective: Objective | None = None,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_length: int = 1024,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -85,7 +86,7 @@ def evaluate(
             loss and scores).
         objective: what the adapter has learned by; None for answers, token by token.
         max_new_tokens: the most tokens of an answer.
-        batch_size: rows at a time.
+        batch_size: rows at a time; None for 16 of the loss, and answers as in `write_answers`.
         max_length: tokens of a row that the loss is taken on.
         on_progress: called with how much of how much is done, in answers and rows.
 
@@ -134,7 +135,9 @@ def evaluate(
         answers = [one.answer for one in written]
         scores = {name: METRICS[name](answers, wanted) for name in by_answers}
         if "loss" in metrics:
-            scores |= held_out_scores(learned_by, model, tokenizer, rows, batch_size, count)
+            scores |= held_out_scores(
+                learned_by, model, tokenizer, rows, batch_size or FEW_ROWS, count
+            )
         return written, scores
 
     tuned_answers, tuned_scores = score()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lorakit.engine.sampler import Sampler
+from lorakit.engine.sampler import Sampler, answering
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import LorakitError
-from lorakit.models.loaded import in_evaluation
 from lorakit.objectives.rollout import AskedPrompt, FinishReason, Rollout
 from lorakit.progress import task
 
@@ -22,7 +18,6 @@ if TYPE_CHECKING:
     from lorakit.engine.rows import AnswerRow
     from lorakit.engine.sampling import Ending
     from lorakit.lora.model import LoraModel
-    from lorakit.lora.routing import Route
     from lorakit.objectives.objective import Objective
 
 
@@ -81,14 +76,6 @@ class EngineRollouts:
 
     def close(self) -> None:
         """As in `RolloutSource`: nothing was started."""
-
-
-@contextmanager
-def answering(model: LoraModel) -> Iterator[Route]:
-    """Has a model in training answer as it is, without dropout; gives the route in force."""
-    # Compiled for training, the blocks would be compiled again for every length.
-    with in_evaluation(model), torch.compiler.set_stance("force_eager"):
-        yield model.routing.route
 
 
 @dataclass(frozen=True)
