@@ -153,7 +153,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     broken.write_text("task: [")
     given = ["eval", adapters["one"], "--base", attentive_folder]
     for arguments, words in (
-        (["--tasks", "own_choise", "--include-path", tasks], "own_choice"),
+        (["--tasks", "own_choice", "--include-path", tmp_path / "no"], "is not a folder"),
         (["--tasks", missing], "missing"),
         (["--tasks", broken], "broken"),
         (["--tasks", tmp_path / "none.yaml"], "none.yaml"),
@@ -176,6 +176,17 @@ def test_what_cannot_be_evaluated_is_one_line(
     done = run_lorakit(tmp_path, *given, "--tasks", tasks)
     assert done.returncode == 2
     assert "pip install 'lorakit[lm-eval]'" in done.stderr
+
+
+@pytest.mark.exhaustive  # it reads all of the harness's own tasks
+def test_an_unknown_task_is_told_with_the_nearest(
+    attentive_folder: Path, adapters: dict[str, Path], tasks: Path, tmp_path: Path
+):
+    given = ["eval", adapters["one"], "--base", attentive_folder, "--include-path", tasks]
+    done = run_lorakit(tmp_path, *given, "--tasks", "own_choise")
+    assert done.returncode == 2
+    assert "own_choise" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_adapter_that_changes_nothing_is_told(

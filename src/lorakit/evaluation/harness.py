@@ -194,8 +194,9 @@ def _loaded(settings: HarnessSettings, notices: Counter[str]) -> Any:
     for folder in included:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder with tasks")
-    local = all(_is_path(name) for name in settings.tasks)
-    manager = TaskManager(include_path=included or None, include_defaults=not local)
+    manager = TaskManager(include_path=included or None, include_defaults=False)
+    if not all(_is_path(name) or name in manager.all_subtasks for name in settings.tasks):
+        manager = TaskManager(include_path=included or None)  # thousands of files, which takes time
     names: list[str] = []
     for name in settings.tasks:
         found = [name]
