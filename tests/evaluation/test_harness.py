@@ -147,7 +147,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     )  # fmt: skip
     empty = write_task(
         tasks, "empty", output_type="multiple_choice", doc_to_text="{{question}}",
-        doc_to_choice=["", "a"], doc_to_target=1, target_delimiter="",
+        doc_to_choice="{{['' if answer == 1 else 'b', 'a']}}", doc_to_target=1, target_delimiter="",
     )  # fmt: skip
     broken = far / "broken.yaml"
     broken.write_text("task: [")
