@@ -8,6 +8,7 @@ import torch
 
 import lorakit
 from lorakit import LoraConfig, get_peft_model
+from lorakit.engine import rows_at_once
 from lorakit.engine import sampler as sampler_module
 from lorakit.engine.choosing import Chooser, choose_together
 from lorakit.engine.sampler import Sampler
@@ -82,7 +83,7 @@ def test_more_answers_than_memory_has_room_for_are_written_one_after_the_other(
     settings = [drawing(seed, 8) for seed in range(3)]
     expected = [row.tokens for row in sampler.write(PROMPTS, settings, route)]
     sampler = Sampler(model, tokenizer)
-    monkeypatch.setattr(sampler_module, "bytes_of_row", lambda _: (1 << 60, 0))
+    monkeypatch.setattr(rows_at_once, "bytes_of_row", lambda _: (1 << 60, 0))
     assert [row.tokens for row in sampler.write(PROMPTS, settings, route)] == expected
 
 

@@ -134,10 +134,10 @@ class Engine:
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self.prefixes = PrefixCache(prefix_bytes, keeps_answers=True) if prefix_bytes else None
         kept = {"features": self._features, "prefixes": self.prefixes}
-        self._new_batch = lambda: self.resident.answers(self.max_rows, self._room, **kept)
         self._memory = RowMemory(model, self._bank.routing, self.resident.carried)
         self._fits, self._room = max_rows is None, self.context_length
-        self.max_rows = max_rows or self._memory.rows(self._room)
+        self.max_rows: int = max_rows or self._memory.rows(self._room)
+        self._new_batch = lambda: self.resident.answers(self.max_rows, self._room, **kept)
         self._batch = self._new_batch()
         self._joined = JoinedAdapters(self._bank, self.max_rows)
         self._queue: FairQueue[Asked] = FairQueue()
