@@ -186,6 +186,7 @@ def test_an_unknown_task_is_told_with_the_nearest(
     done = run_lorakit(tmp_path, *given, "--tasks", "own_choise")
     assert done.returncode == 2
     assert "own_choise" in done.stderr
+    assert "own_choice" in done.stderr
     assert "Traceback" not in done.stderr
 
 

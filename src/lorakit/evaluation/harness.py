@@ -205,7 +205,8 @@ def _loaded(settings: HarnessSettings, notices: Counter[str]) -> Any:
         elif not _is_path(name) and name not in manager.task_index:
             found = manager.match_tasks([name])
         if not found:
-            near = did_you_mean(name, manager.all_tasks)
+            alike = [task for task in manager.all_tasks if task[:1] == name[:1]]  # of thousands
+            near = did_you_mean(name, alike)
             raise InputError(f"--tasks: lm-evaluation-harness has no task {name!r}{near}")
         names += found
     merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
