@@ -382,7 +382,9 @@ def test_langchain_gets_structured_answers_and_calls(
     for method in ("json_schema", "function_calling"):
         made = model.with_structured_output(GetWeather, method=method, strict=True).invoke("a")
         assert isinstance(made, GetWeather)
-    bound = model.bind_tools([GetWeather], tool_choice="any", parallel_tool_calls=False)
+    bound = model.bind_tools(
+        [GetWeather], tool_choice="any", parallel_tool_calls=False, strict=True
+    )
     answer = bound.invoke("a")
     assert answer.tool_calls[0]["name"] == "GetWeather"
     parts = [part for part in bound.stream("a") if part.tool_call_chunks]
