@@ -1,13 +1,16 @@
-"""Sums of two numbers with two digits each, made from a seed, with a way to work them out.
+"""Sums of two numbers with two digits each, made from a seed, worked out column by column.
 
-The way is what a short supervised fine-tuning teaches the form of; whether the last line is right
-can be checked by anyone, which is what reinforcement learning needs.
+A short supervised fine-tuning teaches the form of the columns; whether the last number is right can
+be checked by anyone, which is what reinforcement learning needs. A small model gets a sum right
+only where it writes the columns down first, as on a scratchpad (Nye et al. 2021, arXiv:2112.00114).
 """
 
 import random
 from typing import Any
 
 from lorakit.errors import InputError
+
+SYSTEM = "Add, ones first."
 
 MARK = "####"
 """Before the final number, as in GSM8K (Cobbe et al. 2021, arXiv:2110.14168)."""
@@ -30,7 +33,20 @@ def make_sums(count: int, seed: int) -> list[dict[str, Any]]:
 def _row(a: int, b: int) -> dict[str, Any]:
     return {
         "messages": [
-            {"role": "user", "content": f"{a} + {b} = ?"},
-            {"role": "assistant", "content": f"{MARK} {a + b}"},
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"{a}+{b}"},
+            {"role": "assistant", "content": _worked(a, b)},
         ]
     }
+
+
+def _worked(a: int, b: int) -> str:
+    """The ones with their sum, the tens with the carry and theirs, and the result.
+
+    >>> _worked(47, 38)
+    '7+8=15, 4+3+1=8 #### 85'
+    """
+    ones = a % 10 + b % 10
+    tens = a // 10 + b // 10 + ones // 10
+    columns = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{ones // 10}={tens}"
+    return f"{columns} {MARK} {a + b}"

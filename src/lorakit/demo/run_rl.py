@@ -25,6 +25,7 @@ from lorakit.evaluation.answers import answer_samples
 from lorakit.folder_lock import locked_folder
 from lorakit.models.bundled import ALIAS
 from lorakit.report.preferences import wilson_interval
+from lorakit.rewards.builtin.exact_match import ExactMatch
 from lorakit.training.output import check_output
 from lorakit.training.run import train
 
@@ -114,7 +115,9 @@ def _run(
         say(f"  before  {one_line(before[i])}")
         say(f"  after   {one_line(after[i])}")
         say(f"  wanted  {wanted[i]}")
-    (low, was, high), (least, now, most) = (_share(found, wanted) for found in (before, after))
+    (low, was, high), (least, now, most) = (
+        _share(found, wanted, task.mark) for found in (before, after)
+    )
     demo = RlDemoResult(
         was,
         (low, high),
@@ -179,9 +182,10 @@ def _answers(adapter: Path, folder: Path, task: RlTask) -> list[str]:
     return [one.answer.strip() for one in written]
 
 
-def _share(found: list[str], wanted: list[str]) -> tuple[float, float, float]:
+def _share(found: list[str], wanted: list[str], mark: str | None) -> tuple[float, float, float]:
     """The share of right answers, between the ends of its interval."""
-    share = sum(one == other for one, other in zip(found, wanted, strict=True)) / len(wanted)
+    is_right = ExactMatch(after=mark)(found, reference=wanted)
+    share = sum(one or 0.0 for one in is_right) / len(wanted)
     low, high = wilson_interval(share, len(wanted))
     return low, share, high
 
