@@ -119,7 +119,7 @@ ADDITION = RlTask(
     make=make_sums,
     code=_COLUMNS,
     objective={
-        "num_generations": 8,
+        "num_generations": 4,
         "max_completion_length": 32,
         "rewards": [
             "rewards.py:right_columns",
