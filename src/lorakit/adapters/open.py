@@ -26,6 +26,7 @@ from lorakit.models.load import load_for_task, torch_dtype
 from lorakit.models.picture_reader import pass_reader
 from lorakit.models.quantization.prepare import dequantized_model
 from lorakit.models.quantization.settings import UNQUANTIZED, Quantization, as_quantization
+from lorakit.models.rounding import stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def open_adapter(
     quantization: str | Mapping[str, Any] | Quantization | None = None,
     dequantize: bool = False,
     alone: bool = False,
+    weights: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> OpenAdapter:
     """Loads the adapter in `folder` and the base model that it was trained on.
@@ -67,6 +69,7 @@ def open_adapter(
         quantization: as in `load_model`; `none` is a base that is not quantised, and None the base
             as the adapter was trained on it.
         dequantize: a quantised base is unpacked into plain weights of this dtype.
+        weights: `int8` rounds the base's to 8 bits, for inference on a CPU.
         alone: leave out the frozen adapters that it is added to.
         tell: receives the notices on base and adapter; None makes warnings of them.
 
@@ -88,6 +91,7 @@ def open_adapter(
     notices: list[str] = []
     if dequantize:
         model = dequantized_model(model, torch_dtype(dtype, str(model.device)))
+    model = stored_as(model, weights)
     if files.record and own and files.record.base_fingerprint not in (None, own):
         notices.append(other_weights(folder, name))
     tokenizer, added, other_template = fit_base(model, tokenizer, files)

@@ -18,6 +18,7 @@ from lorakit.cli.shared_options import (
     DtypeOption,
     FetchImagesOption,
     QuantizationOption,
+    WeightsOption,
     column_names,
     reward_specs,
 )
@@ -115,6 +116,7 @@ def evaluate(
     ] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    weights: WeightsOption = None,
     fetch_images: FetchImagesOption = False,
 ) -> None:
     """Score an adapter on rows, or adapters on benchmark tasks, beside their base model.
@@ -140,7 +142,12 @@ def evaluate(
     from lorakit.objectives.registry import make_objective
     from lorakit.objectives.reward import Reward
 
-    options: dict[str, Any] = {"base": base, "dtype": dtype, "quantization": quantization}
+    options: dict[str, Any] = {
+        "base": base,
+        "dtype": dtype,
+        "quantization": quantization,
+        "weights": weights,
+    }
     of_rows = {
         "--data": data, "--metrics": metrics, "--columns": columns, "--rewards": rewards,
         "--against": against,
@@ -189,9 +196,9 @@ def evaluate(
     result: Evaluation | LabelEvaluation | RewardEvaluation
     recorded = manifest.recipe.get("objective") if manifest else None
     objective = make_objective(recorded) if recorded else None
-    specs, weights, unread = recorded_rewards(recorded)
+    specs, shares, unread = recorded_rewards(recorded)
     if rewards:
-        specs, weights, unread = reward_specs(rewards), None, []
+        specs, shares, unread = reward_specs(rewards), None, []
     if specs or against:
         if not specs:
             raise InputError("--against compares by rewards: name them with --rewards")
@@ -202,7 +209,7 @@ def evaluate(
             against,
             mixture.samples,
             specs,
-            weights,
+            shares,
             options,
             number=samples,
             temperature=temperature,

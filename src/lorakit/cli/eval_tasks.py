@@ -23,7 +23,7 @@ def evaluate_on_tasks(
 
     Args:
         adapters: by name.
-        options: `base`, `dtype` and `quantization`.
+        options: `base`, `dtype`, `quantization` and `weights`.
         batch_size: answers that are written at once; None for as many as the memory holds.
 
     Raises:
@@ -44,6 +44,7 @@ def evaluate_on_tasks(
         adapters,
         dtype=options["dtype"],
         quantization=options["quantization"],
+        weights=options["weights"],
         max_rows=batch_size,
     )
     try:

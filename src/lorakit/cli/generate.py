@@ -15,6 +15,7 @@ from lorakit.cli.shared_options import (
     DtypeOption,
     FetchImagesOption,
     QuantizationOption,
+    WeightsOption,
     chat_template_kwargs,
 )
 from lorakit.console import say, say_all, say_json
@@ -68,6 +69,7 @@ def generate(
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    weights: WeightsOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,
     fetch_images: FetchImagesOption = False,
 ) -> None:
@@ -104,11 +106,17 @@ def generate(
     if len(named) == 1 and not with_base:
         ((name, folder),) = named.items()
         engine = open_with(
-            model, name, folder, dtype=dtype, quantization=quantization, max_rows=max_rows
+            model,
+            name,
+            folder,
+            dtype=dtype,
+            quantization=quantization,
+            weights=weights,
+            max_rows=max_rows,
         )
     else:
         engine = open_engine(
-            model, named, dtype=dtype, quantization=quantization, max_rows=max_rows
+            model, named, dtype=dtype, quantization=quantization, weights=weights, max_rows=max_rows
         )
     try:
         say_all(engine.notices)

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.shared_options import BaseOption, DtypeOption, QuantizationOption
+from lorakit.cli.shared_options import (
+    BaseOption,
+    DtypeOption,
+    QuantizationOption,
+    WeightsOption,
+)
 from lorakit.console import say, say_all
 from lorakit.errors import InputError
 
@@ -81,6 +86,7 @@ def serve(
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    weights: WeightsOption = None,
     max_body: Annotated[
         int | None,
         typer.Option(
@@ -261,6 +267,7 @@ def serve(
         named,
         dtype=dtype,
         quantization=quantization,
+        weights=weights,
         max_rows=max_rows,
         context_length=context_length,
         merged=merged,

@@ -23,6 +23,14 @@ QuantizationOption = Annotated[
     ),
 ]
 
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="int8 rounds the base's weights to 8 bits, which a CPU reads in half of the time.",
+    ),
+]
+
 ChatTemplateKwargsOption = Annotated[
     str | None,
     typer.Option(

@@ -14,6 +14,7 @@ from lorakit.engine.prefix_cache import PREFIX_BYTES
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_config
 from lorakit.models.load import load_model
+from lorakit.models.rounding import stored_as
 
 
 def open_engine(
@@ -25,6 +26,7 @@ def open_engine(
     max_rows: int | None = 16,
     context_length: int | None = None,
     merged: bool = False,
+    weights: str | None = None,
     pool_bytes: int = POOL_BYTES,
     prefix_bytes: int = PREFIX_BYTES,
 ) -> Engine:
@@ -34,6 +36,7 @@ def open_engine(
         model: the base; None is what the adapters were trained on.
         quantization: of the base, as in `open_adapter`.
         merged: fold the one adapter into the base, for full speed; its name is the model's then.
+        weights: `int8` rounds the base's to 8 bits, which a CPU reads in half of the time.
 
     Raises:
         InputError: there is no usable base or adapter, or the adapters are for several bases.
@@ -49,11 +52,11 @@ def open_engine(
             raise InputError(f"merged serves one adapter, not {len(adapters)}")
         ((name, folder),) = adapters.items()
         loading = {"base": model, "dtype": dtype, "quantization": quantization}
-        return _merged(name, folder, loading, options)
+        return _merged(name, folder, loading, weights, options)
     base = model or _base_of(adapters)
     stored = chosen_quantization(adapters.values(), quantization)
     loaded, tokenizer = load_model(base, dtype, quantization=stored)
-    engine = Engine(loaded, tokenizer, base, **options)
+    engine = Engine(stored_as(loaded, weights), tokenizer, base, **options)
     if stored and quantization is None:
         engine.notices.append(
             f"the base is quantised to {stored}, as it was for training: --quantization none is "
@@ -78,13 +81,19 @@ def open_with(
     dtype: str | None = None,
     quantization: str | None = None,
     max_rows: int | None = 16,
+    weights: str | None = None,
 ) -> Engine:
     """The engine for one adapter: beside its base, or merged into it where only that is possible.
 
     Raises:
         InputError: as `open_engine`.
     """
-    options: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "max_rows": max_rows}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "max_rows": max_rows,
+        "weights": weights,
+    }
     config = read_config(folder)
     require_text(folder, config)
     reason = why_not_beside(config)
@@ -100,11 +109,13 @@ def open_with(
     return engine
 
 
-def _merged(name: str, folder: Path, loading: dict[str, Any], options: dict[str, Any]) -> Engine:
+def _merged(
+    name: str, folder: Path, loading: dict[str, Any], weights: str | None, options: dict[str, Any]
+) -> Engine:
     require_text(folder, read_config(folder))
     opened = open_adapter(folder, **loading, dequantize=True)
     plain = opened.model.merge_and_unload()
-    engine = Engine(plain, opened.tokenizer, name, **options)
+    engine = Engine(stored_as(plain, weights), opened.tokenizer, name, **options)
     engine.pool.closed_because = (
         f"{name} is merged into the model, which serves nothing else: start without --merged"
     )

@@ -266,7 +266,8 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
     for name, module in base_modules(model):
         inner = unwrapped(module)
         if isinstance(inner, (nn.Linear, nn.Embedding)):
-            by_weight.setdefault(id(inner.weight), []).append(name)
+            weight = getattr(inner.weight, "shared", inner.weight)  # before it was rounded
+            by_weight.setdefault(id(weight), []).append(name)
     return {name: paths for paths in by_weight.values() if len(paths) > 1 for name in paths}
 
 

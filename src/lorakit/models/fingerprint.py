@@ -21,6 +21,9 @@ from lorakit.weight_formats import dequantized
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROUNDED = "fingerprint_before_rounding"
+"""Under this name a model has its fingerprint whose weights were rounded in memory."""
+
 _SAMPLED = 64  # values of each tensor: milliseconds for any model, and no two models agree
 
 
@@ -35,6 +38,8 @@ def fingerprint(model: nn.Module, without: Sequence[str] = ()) -> str | None:
     Args:
         without: paths of modules that are not of the base: a new head.
     """
+    if (known := vars(model).get(ROUNDED)) is not None:
+        return str(known)
     if quantized_when_loaded(model):
         return _of_its_files(model, without)
     parameters = {n: one for n, one in model.named_parameters() if not _under(n, without)}

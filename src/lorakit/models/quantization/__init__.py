@@ -9,6 +9,7 @@ from lorakit.models.quantization.bitsandbytes import EightBits, FourBits
 from lorakit.models.quantization.compressed_tensors import CompressedTensors
 from lorakit.models.quantization.fp8 import FP8, FbgemmFP8
 from lorakit.models.quantization.gptq import GPTQ
+from lorakit.models.quantization.int8_weights import Int8Weights
 from lorakit.models.quantization.modelopt import ModelOpt
 from lorakit.models.quantization.mxfp4 import MXFP4
 from lorakit.models.quantization.torchao import TorchAO
@@ -24,3 +25,4 @@ register(CompressedTensors())
 register(ModelOpt())
 register(EightBits())
 register(FourBits())
+register(Int8Weights())
