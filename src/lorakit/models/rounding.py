@@ -39,10 +39,10 @@ def round_weights(model: nn.Module) -> int:
     for module in model.modules():
         layer: Any = unwrapped(module)
         if type(layer) is nn.Linear and layer.weight.dtype in MULTIPLIED:
-            whole = layer.weight
+            whole: Any = layer.weight
             rounded = Int8Weight.of(whole)
             if users[id(whole)] > 1:
-                rounded.shared = layer._parameters["weight"]
+                rounded.shared = whole
             layer.weight = rounded
             layer.__class__ = Int8Linear
             count += 1

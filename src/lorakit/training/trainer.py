@@ -46,7 +46,7 @@ from lorakit.training.schedule import over_loraplus_groups, warm_from_first
 from lorakit.training.sharded import asks_for_fsdp, switch_on
 from lorakit.training.watch import checksums
 
-PASS_TOKENS = {"cpu": 1024, "cuda": 16_384}
+PASS_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """The tokens of a pass by device, where more are no faster and take more memory."""
 
 
