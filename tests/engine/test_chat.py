@@ -34,14 +34,14 @@ def said(session: ChatSession, text: str) -> str:
 
 
 def counted(engine: Engine, each: Callable[[int], object] = lambda _: None) -> list[None]:
-    """Grows with every forward pass of the model."""
+    """Grows with every pass of the model, which asks for the positions' angles once."""
     calls: list[None] = []
 
     def count(*_: Any) -> None:
         calls.append(None)
         each(len(calls))
 
-    engine._model.register_forward_hook(count)
+    engine._model.model.rotary_emb.register_forward_hook(count)
     return calls
 
 

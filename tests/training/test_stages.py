@@ -197,7 +197,7 @@ def test_a_reward_model_is_trained_on_top_of_an_adapter_that_writes(first: Path,
         open_engine(None, {"rm": tmp_path / "rm", "sft": first}, dtype="float32")
     ) as engine:
         [piece] = engine.submit(tokens, "rm")
-        assert piece.score == pytest.approx(expected, abs=1e-4)
+        assert piece.scores == pytest.approx((expected,), abs=1e-4)
     lorakit.merge(tmp_path / "rm", tmp_path / "merged", dtype="float64")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     with torch.no_grad():

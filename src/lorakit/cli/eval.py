@@ -119,7 +119,7 @@ def evaluate(
     weights: WeightsOption = None,
     fetch_images: FetchImagesOption = False,
 ) -> None:
-    """Score an adapter on rows, or adapters on benchmark tasks, beside their base model.
+    """Score adapters on rows or benchmark tasks, beside their base model.
 
     Final answers are compared: reasoning and end tokens are removed first, from answers and
     references. A classifier is compared with always predicting the most frequent label. A reward

@@ -152,6 +152,10 @@ CASES: dict[tuple[str, str], Case | str] = {
         ("POST", path): Case(lambda w: {"model": w.sampled, "query": "a", "documents": ["b"]})
         for path in ("/v1/rerank", "/rerank")
     },
+    **{
+        ("POST", path): Case(lambda w: {"model": w.sampled, "input": "a"})
+        for path in ("/v1/classify", "/classify")
+    },
     ("POST", "/tokenize"): Case(lambda w: {"model": w.sampled, "prompt": "a"}),
     ("POST", "/detokenize"): Case(lambda w: {"model": w.sampled, "tokens": [5]}),
     ("GET", "/v1/models"): Case(),
@@ -185,6 +189,7 @@ LISTS = {"/api/v1/sessions", "/api/v1/training_runs", "/api/v1/checkpoints", "/v
 WITHOUT_OWNER = {  # the owner's own request is refused, or answers nothing that tells
     "/api/v1/downloads/{run_id}/{kind}/{name}/{file}", "/pooling", "/api/v1/cancel_future",
     "/v1/score", "/score", "/v1/rerank", "/rerank", "/v1/embeddings", "/tokenize", "/detokenize",
+    "/v1/classify", "/classify",
 }  # fmt: skip
 
 
