@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lorakit
 from lorakit.adapters.merge import merge
 from lorakit.engine.adapter_optimizer import AdamW
 from lorakit.engine.resident import ResidentModel
+from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError, LorakitError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -137,3 +139,23 @@ def test_the_examples_learn(tmp_path: Path):
     assert loop.main(folder=str(tmp_path / "parrot")) == loop.ANSWER
     means = example("reinforce_loop").main()
     assert sum(means[-3:]) > 1.3 * sum(means[:3])
+
+
+def test_answers_are_given_as_much_time_as_passes(tiny_model: Path):
+    passes: list[float] = []
+
+    def slow(logprobs: torch.Tensor, _: Any) -> torch.Tensor:
+        time.sleep(0.3)
+        passes.append(0.3)
+        return -logprobs.sum()
+
+    with lorakit.Engine(tiny_model, dtype="float32") as engine:
+        engine.create_adapter("mine", r=2)
+        row = engine.row("mine", PROMPT, ANSWER)
+        futures = [engine.training.forward_backward("mine", [row], slow) for _ in range(12)]
+        settings = Sampling(max_new_tokens=40, end_tokens=frozenset(), logprobs=0)
+        pieces = [*engine.submit(PROMPT, None, settings)]
+        assert pieces[-1].new_tokens == 40
+        assert 0 < len(passes) < 12  # neither waits for all of the other
+        for future in futures:
+            future.result()

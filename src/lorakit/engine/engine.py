@@ -447,26 +447,29 @@ class Engine:
 
     @torch.inference_mode()
     def _answer(self) -> None:
+        turn_ends = 0.0
         while True:
             with self._changed:
-                while not (
-                    (self._queue and self._has_room())
-                    or self._batch.rows
-                    or self.training.waiting()
-                    or self._closing
-                ):
+                while self._idle() and not (self.training.waiting() or self._closing):
                     self._changed.wait()
                 done = not (self._queue or self._preparing or self._batch.rows)
                 if self._closing and (done or time.monotonic() > self._deadline):
                     return
-            if self.training.waiting():
+            if self.training.waiting() and (time.monotonic() > turn_ends or self._idle()):
+                began = time.monotonic()
                 with torch.inference_mode(False):
                     self.training.tick()
                 self.resident.answering()
+                # A pass is as long as many steps: answers are written as long as it took.
+                turn_ends = 2 * time.monotonic() - began
             self._let_go()
             self._admit()
             if self._batch.rows:
                 self._step()
+
+    def _idle(self) -> bool:
+        """Whether no answer is being written, and none can be begun."""
+        return not (self._batch.rows or (self._queue and self._has_room()))
 
     def _step(self) -> None:
         rows = list(self._batch.rows)
