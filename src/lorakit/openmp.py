@@ -52,8 +52,8 @@ def _gnu_openmp() -> list[ctypes.CDLL]:
     """GNU's library, as PyTorch and others have loaded it; other kinds have no such limit."""
     try:
         mapped = Path("/proc/self/maps").read_text("utf-8").splitlines()
-    except OSError:  # another system
+        paths = {line.split(maxsplit=5)[5] for line in mapped if "/libgomp" in line}
+        found = [ctypes.CDLL(path) for path in sorted(paths)]
+    except OSError:  # another system, or a file that was replaced meanwhile
         return []
-    paths = {line.split()[-1] for line in mapped if Path(line).name.startswith("libgomp")}
-    found = [ctypes.CDLL(path) for path in sorted(paths)]
     return [library for library in found if hasattr(library, "omp_pause_resource_all")]

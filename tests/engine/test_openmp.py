@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lorakit.engine.engine import Engine
-from lorakit.openmp import release_worker_threads, spin_briefly
+from lorakit.openmp import _gnu_openmp, release_worker_threads, spin_briefly
 
 OPENMP = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*"))
 pytestmark = pytest.mark.skipif(not OPENMP, reason="this PyTorch has not GNU's OpenMP")
@@ -72,3 +73,15 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch, chosen: di
     spin_briefly()
     assert chosen.items() <= os.environ.items()
     assert ("GOMP_SPINCOUNT" in os.environ) is ("OMP_WAIT_POLICY" not in chosen)
+
+
+def test_a_library_in_a_folder_with_a_space_is_found(tmp_path: Path):
+    (tmp_path / "a b").mkdir()
+    copied = shutil.copy(OPENMP[0], tmp_path / "a b" / "libgomp.so.9")
+    ctypes.CDLL(str(copied))
+    _gnu_openmp.cache_clear()
+    try:
+        assert str(copied) in [library._name for library in _gnu_openmp()]
+        release_worker_threads()
+    finally:
+        _gnu_openmp.cache_clear()

@@ -297,7 +297,7 @@ def _random_state() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness prints, draws bars and warns; what matters of that is said by this module."""
+    """The harness prints, draws bars and warns; what a user needs is in the result's notices."""
     names = ("lm_eval", "datasets", "evaluate")
     levels = {name: logging.getLogger(name).level for name in names}
     from tqdm import tqdm

@@ -76,4 +76,5 @@ async def classify(
 def _softmax(logits: tuple[float, ...]) -> list[float]:
     largest = max(logits)
     weights = [math.exp(value - largest) for value in logits]
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    return [weight / total for weight in weights]
