@@ -5,39 +5,23 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from typing import Annotated, Any, ClassVar
+from typing import ClassVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 
 from lorakit.server.bodies import client_of
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
-from lorakit.server.payload_parts import MAX_CHOICES, Text, TokenIds
-from lorakit.server.payloads import Pooled
+from lorakit.server.payloads import PooledTexts
 from lorakit.server.pooled_answers import pooled
 from lorakit.server.prompt_tokens import Prompts
-from lorakit.server.sampling_fields import Truncated
 
 
-class ClassifyRequest(Pooled, Truncated):
+class ClassifyRequest(PooledTexts):
     """Texts or token ids to be classified."""
 
     wants: ClassVar[str] = "labels"
-
-    input: (
-        Text
-        | TokenIds
-        | Annotated[
-            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
-        ]
-    )
-
-    def inputs(self) -> list[str | list[int]]:
-        """What is classified, one by one."""
-        given: Any = self.input
-        return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
 
 
 async def classify(

@@ -6,7 +6,7 @@ import base64
 import math
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -16,14 +16,13 @@ from lorakit.server.bodies import client_of
 from lorakit.server.errors import bad_field
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
-from lorakit.server.payload_parts import MAX_CHOICES, WHOLE, Text, TokenIds
-from lorakit.server.payloads import Pooled
+from lorakit.server.payload_parts import WHOLE
+from lorakit.server.payloads import PooledTexts
 from lorakit.server.pooled_answers import pooled
 from lorakit.server.prompt_tokens import Prompts
-from lorakit.server.sampling_fields import Truncated
 
 
-class EmbeddingRequest(Pooled, Truncated):
+class EmbeddingRequest(PooledTexts):
     """Texts or token ids to embed.
 
     `dimensions` keeps the first so many numbers, which mean something for models that were trained
@@ -32,20 +31,8 @@ class EmbeddingRequest(Pooled, Truncated):
 
     wants: ClassVar[str] = "embedding"
 
-    input: (
-        Text
-        | TokenIds
-        | Annotated[
-            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
-        ]
-    )
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
-
-    def inputs(self) -> list[str | list[int]]:
-        """What is embedded, one by one."""
-        given: Any = self.input
-        return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
 
 
 async def embed(

@@ -23,7 +23,7 @@ from lorakit.server.payload_parts import (
     Text,
     TokenIds,
 )
-from lorakit.server.sampling_fields import Ignored, SamplingFields
+from lorakit.server.sampling_fields import Ignored, SamplingFields, Truncated
 
 
 class CompletionRequest(SamplingFields):
@@ -198,6 +198,23 @@ class Pooled(Ignored):
     def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
         """Nothing is written."""
         return Sampling(max_new_tokens=max_new_tokens, embeds=self.wants == "embedding")
+
+
+class PooledTexts(Pooled, Truncated):
+    """Texts or token ids, of each of which numbers are asked for."""
+
+    input: (
+        Text
+        | TokenIds
+        | Annotated[
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+        ]
+    )
+
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one by one."""
+        given: Any = self.input
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
 
 
 class PoolingRequest(Pooled):
