@@ -10,10 +10,13 @@ import lorakit
 from lorakit import LoraConfig, get_peft_model
 from lorakit.engine import rows_at_once
 from lorakit.engine import sampler as sampler_module
+from lorakit.engine.batch import ContinuousBatch
 from lorakit.engine.choosing import Chooser, choose_together
-from lorakit.engine.sampler import Sampler
+from lorakit.engine.decode_step import DecodeStep
+from lorakit.engine.sampler import Sampler, answering
 from lorakit.engine.sampling import Sampling
-from lorakit.lora.routing import Route
+from lorakit.lora.routing import BASE, Route
+from lorakit.models.fused import fused
 
 PROMPTS = [[40, 41, 42], list(range(100, 130)), [7, 9, 7, 5]]
 
@@ -72,6 +75,66 @@ def test_a_sampled_model_has_its_own_weights_again_and_trains_on(
     changed = sampler.write(asked, settings, route)
     assert [row.tokens for row in again] == [row.tokens for row in changed]
     assert [row.tokens for row in again] != [row.tokens for row in found]
+
+
+def test_rows_of_several_adapters_are_sampled_with_the_factors_of_all_of_them_packed(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded, tokenizer = lorakit.load_model(str(base), "float32")
+    torch.manual_seed(0)
+    values: Any = {"init_lora_weights": False}
+    model: Any = get_peft_model(loaded, LoraConfig(r=3, target_modules="all-linear", **values), "a")
+    model.add_adapter("b", LoraConfig(r=5, target_modules=["v_proj", "up_proj"], **values))
+    model.add_adapter("c", LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], **values))
+    model.add_adapter("idle", LoraConfig(r=4, **values))
+    sampler, packed = Sampler(model.eval(), tokenizer), list[set[str]]()
+    steps = ContinuousBatch.step
+
+    def noted(batch: ContinuousBatch) -> None:
+        if (now := model.packed) is not None:
+            packed.append({name for name in model.adapters if name in now})
+        steps(batch)
+
+    monkeypatch.setattr(ContinuousBatch, "step", noted)
+    who = ["a", BASE, "b", "a", "c", "b"]
+    asked = [prompt for prompt in PROMPTS for _ in range(2)]
+    settings = [drawing(seed) for seed in range(6)]
+    before = [weight.stride() for weight in model.get_base_model().parameters()]
+    found = sampler.write(asked, settings, Route(), adapters=who)
+    assert packed[-1] == {"a", "b", "c"}
+    assert model.packed is None
+    assert [weight.stride() for weight in model.get_base_model().parameters()] == before
+    for name, row in zip(who, found, strict=True):
+        ids = torch.tensor([[*row.prompt, *row.tokens]])
+        with model.routing.using(Route(shared=() if name == BASE else (name,))), torch.no_grad():
+            logs = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+        own = logs.gather(1, ids[0, len(row.prompt) :, None])[:, 0]
+        told = torch.tensor([c.logprob for piece in row.ticket for c in piece.logprobs])
+        torch.testing.assert_close(told, own, rtol=0, atol=2e-5)
+    monkeypatch.setattr(sampler_module, "PACKS_FROM", 10**9)
+    plain = sampler.write(asked, settings, Route(), adapters=who)
+    assert [row.tokens for row in found] == [row.tokens for row in plain]
+
+
+def test_a_model_that_is_fused_for_training_samples_by_the_function_of_a_step(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded, tokenizer = lorakit.load_model(str(base), "float32")
+    model: Any = get_peft_model(loaded, LoraConfig(r=2, target_modules="all-linear")).train()
+    sampler, steps, call = Sampler(model, tokenizer), [0], DecodeStep.__call__
+
+    def counted(*given: Any) -> torch.Tensor:
+        steps[0] += 1
+        return call(*given)
+
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
+    with fused(model) as count:
+        assert count
+        replaced = [module for module in model.modules() if "forward" in vars(module)]
+        with answering(model) as route:
+            sampler.write(PROMPTS, [drawing(seed) for seed in range(3)], route)
+        assert [module for module in model.modules() if "forward" in vars(module)] == replaced
+    assert steps[0] >= 19
 
 
 def test_more_answers_than_memory_has_room_for_are_written_one_after_the_other(

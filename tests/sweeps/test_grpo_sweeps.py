@@ -9,6 +9,7 @@ import pytest
 
 import lorakit
 from lorakit.adapters.manifest import read_manifest
+from lorakit.engine import sampler
 from lorakit.rl.engine_rollouts import EngineRollouts
 from small_runs import lines, weights
 from sweeps.shared_sweeps import configurations, distance, runner_for, solo
@@ -72,6 +73,7 @@ def test_configurations_that_sample_together_have_the_curves_and_weights_of_thei
     runner = runner_for(values, at_once=len(sweep))
     with monkeypatch.context() as patch:
         patch.setattr(EngineRollouts, "write_each", noted)
+        patch.setattr(sampler, "PACKS_FROM", 1)
         found = runner.advance(sweep, 1.0)
     # Once for each step, and once for the held-out prompts.
     assert together == [{f"part{i}" for i in range(4)}] * 4

@@ -30,6 +30,7 @@ from lorakit.lora.joining import pack_adapter
 from lorakit.lora.model import LoraModel
 from lorakit.lora.packed import same_inputs
 from lorakit.lora.routing import BASE, Route, Routing
+from lorakit.models.fused import not_fused
 from lorakit.models.loaded import in_evaluation
 from lorakit.objectives.forward import TEACHER
 from lorakit.progress import Task, task
@@ -122,21 +123,26 @@ class Sampler:
             return same_inputs(self._base, lambda: self._base(input_ids=one))
 
     @contextmanager
-    def _packed(self, shared: Sequence[str], rows: Sequence[AnswerRow]) -> Iterator[None]:
-        """The factors of the one adapter that all rows share are packed within the block.
+    def _packed(self, names: Sequence[str], steps: int) -> Iterator[None]:
+        """The factors of the adapters that rows have are packed within the block.
 
         Where they are packed already, or that takes longer than it saves, nothing changes.
+
+        Args:
+            names: of each row's adapter; empty where no adapter or several are in force for all.
+            steps: the most tokens that a row is given.
         """
         model = self._model
-        steps = max(row.ticket.sampling.max_new_tokens for row in rows)
-        pays = len(shared) == 1 and steps >= PACKS_FROM and not self._carried.why_not
+        adapters = [name for name in dict.fromkeys(names) if name != BASE]
+        pays = bool(adapters) and steps >= PACKS_FROM and not self._carried.why_not
         if not pays or is_sharded(model) or model.packed is not None:
             yield
             return
         try:
             with torch.inference_mode(False):
-                model.pack(self._families, alone=True)
-                pack_adapter(model, shared[0])
+                model.pack(self._families, alone=len({*names}) == 1)
+                for name in adapters:
+                    pack_adapter(model, name)
             yield
         finally:
             with torch.inference_mode(False):
@@ -182,7 +188,8 @@ class Sampler:
         prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
         kept: dict[str, Any] = {"prefixes": prefixes, "packed": lambda: self._model.packed}
         batch = self._carried.batch(self._base, routing, most, longest, of_all, **kept)
-        with self._packed(() if adapters else route.shared, rows):
+        steps = max(row.ticket.sampling.max_new_tokens for row in rows)
+        with self._packed(adapters or (route.shared if len(route.shared) == 1 else ()), steps):
             write_rows(batch, rows, routing, work)
         for row in rows:
             if row.failed:
@@ -227,8 +234,9 @@ class Sampler:
 @contextmanager
 def answering(model: LoraModel) -> Iterator[Route]:
     """Has a model in training answer as it is, without dropout; gives the route in force."""
-    # Compiled for training, the blocks would be compiled again for every length.
-    with in_evaluation(model), torch.compiler.set_stance("force_eager"):
+    # Compiled for training, the blocks would be compiled again for every length; fused for it,
+    # they would not be those that one function computes for a token of each row.
+    with in_evaluation(model), torch.compiler.set_stance("force_eager"), not_fused(model):
         yield model.routing.route
 
 

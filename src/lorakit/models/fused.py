@@ -108,6 +108,25 @@ def in_use(forwards: Forwards) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
+@contextmanager
+def not_fused(model: nn.Module) -> Iterator[None]:
+    """Within this block the modules of `model` have their own forwards, which keep nothing less
+    where there is no backward pass, and which others may compute in their place.
+    """
+    taken = [
+        (module, forward)
+        for module in model.modules()
+        if getattr(forward := vars(module).get("forward"), "__module__", None) == __name__
+    ]
+    for module, _ in taken:
+        del module.forward
+    try:
+        yield
+    finally:
+        for module, forward in taken:
+            module.forward = forward
+
+
 def _norm(module: nn.Module) -> tuple[Forward, int] | None:
     """The fused forward of an RMS norm, and the width of its input."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
