@@ -1,32 +1,34 @@
 """Eight prompts, each by another adapter: lorakit's engine beside PEFT, the bare base, and HTTP.
 
 All sides have one process and the same base in bfloat16, and take turns; answers are greedy and of
-one length. `switching` is what serving many adapters is without any of this: PEFT with one request
-after the other, the adapter switched before each.
+one length, and no side keeps prompts between rounds. `switching` is what serving many adapters is
+without any of this: PEFT with one request after the other, the adapter switched before each.
 
     python -m benchmarks.serve [--tokens 64] [--rounds 5] [--adapters DIR]
+    python -m benchmarks.serve --parts peers --vllm PYTHON --llama-cpp PYTHON
 
-With `--family` the base is a small random one, most of whose layers have a window or a state; its
-prompts are longer than the window.
+The latter compares with vLLM and llama.cpp too, each in an environment of its own
+(`serve_peers.py`). With `--family` the base is a small random one, most of whose layers have a
+window or a state; its prompts are longer than the window.
 
     python -m benchmarks.serve --parts peers --family gemma3_text
 
-`prefix` is the time to the first token of 32 requests whose system prompt of 1,500 tokens is the
-same; `rows` what a model in training samples, four prompts, with more and more answers at once.
+`one` is one prompt and one adapter, in bfloat16 and 8 bits; `prefix` the time to the first token of
+32 requests whose system prompt of 1,500 tokens is the same; `forms` answers of JSON schemas beside
+answers of any text; `rows` what a model in training samples, four prompts, with more and more
+answers at once.
 """
 
 import argparse
 import asyncio
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,31 +39,29 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lorakit
-from benchmarks.combine import make
+from benchmarks.serve_common import (
+    MODEL,
+    QUESTIONS,
+    answered,
+    endless,
+    save_adapters,
+    show,
+    take_turns,
+)
+from benchmarks.serve_forms import forms
+from benchmarks.serve_peers import OtherEngine, llama_cpp_engines, vllm_engines
+from benchmarks.serve_prefix import prefix
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
-from lorakit.engine.prefix_cache import PREFIX_BYTES
-from lorakit.engine.requests import Ticket
 from lorakit.engine.sampler import Sampler
 from lorakit.engine.sampling import Ending, Sampling, pad_left, prompt_tokens
 from lorakit.lora.model import LoraModel
 from lorakit.lora.routing import Route
-from lorakit.models.bundled import ALIAS as MODEL
 from lorakit.models.names import resolve
 from lorakit.server.options import Limits, ServerOptions
 from lorakit.server.run import listen, make_server
 
-QUESTIONS = [
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "Explain photosynthesis to a child in a few sentences.",
-    "List three uses of a paperclip.",
-    "Who wrote Hamlet, and when?",
-    "Give me a recipe for pancakes with blueberries.",
-    "Translate 'good morning' into Spanish, German and Italian, please.",
-    "What is 17 times 23? Show your work.",
-]
-
+PARTS = {"peers", "http", "registered", "one", "forms", "prefix", "rows"}
 
 SIZES = {
     "hidden_size": 256,
@@ -113,22 +113,6 @@ def save_random(family: str, folder: Path) -> str:
     return str(folder)
 
 
-def save_adapters(folder: Path, base: str = MODEL) -> list[Path]:
-    """Eight random adapters of rank 16 on all linear layers, made once."""
-    return make(folder, 8, 16, base)
-
-
-@contextmanager
-def endless() -> Iterator[None]:
-    """No token ends an answer meanwhile, so that all have one length."""
-    without = Ending(frozenset())
-    with (
-        patch("lorakit.engine.engine.ending", return_value=without),
-        patch("lorakit.engine.pool.ending", return_value=without),
-    ):
-        yield
-
-
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     return dict(zip(("input_ids", "attention_mask"), pad_left(rows, 0), strict=True))
 
@@ -139,7 +123,7 @@ class Sides:
     def __init__(self, folders: Sequence[Path], tokens: int, model: str = MODEL) -> None:
         import peft
 
-        self.tokens = tokens
+        self.tokens, self.model, self.folders = tokens, model, folders
         self.names = [path.name for path in folders]
         with endless():
             self.engine = open_engine(
@@ -148,6 +132,7 @@ class Sides:
                 dtype="bfloat16",
                 max_rows=8,
                 context_length=2048,
+                prefix_bytes=0,
             )
         turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
         self.prompts = [prompt_tokens(turn, self.engine.tokenizer) for turn in turns]
@@ -162,8 +147,8 @@ class Sides:
         for plain in (self.base.eval(), self.peft.eval().get_base_model()):
             plain.generation_config = self.settings
 
-    def peers(self) -> dict[str, Callable[[], int]]:
-        return {
+    def peers(self, vllm: Mapping[str, OtherEngine]) -> dict[str, Callable[[], int]]:
+        sides: dict[str, Callable[[], int]] = {
             "the bare base's generate": self.the_bare_base,
             "PEFT, adapter_names": self.peft_adapter_names,
             "PEFT, switching": self.peft_switching,
@@ -171,6 +156,17 @@ class Sides:
             "engine, one adapter": self.engine_one_adapter,
             "engine, eight adapters": self.engine_eight_adapters,
         }
+        if vllm:
+            of_base, beside = vllm["base"], vllm["adapters"]
+            one = [self.names[0]] * 8
+            sides |= {
+                "vLLM, the base": lambda: of_base.answered(self.prompts, [None] * 8, self.tokens),
+                "vLLM, one adapter": lambda: beside.answered(self.prompts, one, self.tokens),
+                "vLLM, eight adapters": lambda: beside.answered(
+                    self.prompts, self.names, self.tokens
+                ),
+            }
+        return sides
 
     def the_bare_base(self) -> int:
         return self.base.generate(**padded(self.prompts))[:, -self.tokens :].numel()
@@ -194,27 +190,6 @@ class Sides:
 
     def engine_eight_adapters(self) -> int:
         return answered(self.engine, self.prompts, self.names, self.tokens)
-
-
-def answered(
-    engine: Engine, prompts: Sequence[Sequence[int]], names: Sequence[str | None], tokens: int
-) -> int:
-    sampling = Sampling(max_new_tokens=tokens)
-    tickets = [engine.submit(*asked, sampling) for asked in zip(prompts, names, strict=True)]
-    return sum(list(ticket)[-1].new_tokens for ticket in tickets)
-
-
-def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Median tokens a second of each; the first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, side in sides.items():
-            began = time.perf_counter()
-            rate = side() / (time.perf_counter() - began)
-            if turn:
-                found[name].append(rate)
-                print(f"{name}: {rate:.1f} tokens/s", file=sys.stderr)
-    return {name: statistics.median(rates) for name, rates in found.items()}
 
 
 def registered(
@@ -246,61 +221,6 @@ def registered(
     finally:
         for engine in engines:
             engine.close()
-
-
-def to_first_token(
-    engine: Engine, prompts: Sequence[Sequence[int]], name: str, tokens: int
-) -> list[float]:
-    """Seconds from handing in all prompts at once to the first token of each."""
-    sampling = Sampling(max_new_tokens=tokens)
-    began = time.perf_counter()
-    tickets = [engine.submit(prompt, name, sampling) for prompt in prompts]
-
-    def first(ticket: Ticket) -> float:
-        pieces = iter(ticket)
-        next(pieces)
-        seconds = time.perf_counter() - began
-        for _ in pieces:
-            pass
-        return seconds
-
-    with ThreadPoolExecutor(len(tickets)) as threads:
-        return list(threads.map(first, tickets))
-
-
-def prefix(folders: Sequence[Path], tokens: int, requests: int = 32, length: int = 1500) -> None:
-    """One system prompt for all requests, without a cache of prefixes, with it, and once more."""
-    found: dict[str, list[float]] = {}
-    computed: dict[str, float] = {}
-    for rows in (16, requests):
-        for title, most in (("off", 0), ("on", PREFIX_BYTES)):
-            with endless():
-                engine = open_engine(
-                    MODEL,
-                    {"one": folders[0]},
-                    dtype="bfloat16",
-                    max_rows=rows,
-                    context_length=2048,
-                    prefix_bytes=most,
-                )
-            with closing(engine):
-                system = (engine.tokenizer(" ".join(QUESTIONS)).input_ids * 50)[:length]
-                told = engine.tokenizer([f" {i}: {q}" for i, q in enumerate(QUESTIONS * 8)])
-                prompts = [[*system, *own] for own in told.input_ids]
-                to_first_token(engine, [prompts[-1][length:]], "one", 4)  # warms up
-                for turn in range(2 if most else 1):
-                    name = f"{rows} rows, {title}" + (", known before" if turn else "")
-                    asked = prompts[turn * requests : (turn + 1) * requests]
-                    began = time.perf_counter()
-                    found[name] = to_first_token(engine, asked, "one", tokens)
-                    computed[name] = time.perf_counter() - began
-    print(f"\n| {requests} requests | first token, mean s | last | all done, s | ratio of means |")
-    print("| --- | --- | --- | --- | --- |")
-    first = statistics.mean(next(iter(found.values())))
-    for name, seconds in found.items():
-        mean = statistics.mean(seconds)
-        whole = computed[name]
-        print(f"| {name} | {mean:.2f} | {max(seconds):.2f} | {whole:.2f} | {mean / first:.3f} |")
 
 
 def rows(folder: Path, tokens: int, rounds: int) -> None:
@@ -408,54 +328,90 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--adapters", type=Path, help="where the adapters lie, or are made")
     parser.add_argument("--family", choices=FAMILIES, help="a random base of this family")
-    parser.add_argument("--parts", default="peers,http,registered")
+    parser.add_argument(
+        "--parts", default="peers,http,registered", help=f"some of {', '.join(sorted(PARTS))}"
+    )
+    parser.add_argument("--requests", type=int, default=32, help="of prefix")
+    parser.add_argument("--vllm", type=Path, help="the interpreter of an environment with vLLM")
+    parser.add_argument("--llama-cpp", type=Path, help="of one with llama-cpp-python")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--names", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client:
         asyncio.run(be_client(args.client, args.tokens, args.names.split(",")))
         return
+    parts = args.parts.split(",")
+    if unknown := set(parts) - PARTS:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(sorted(PARTS))}")
+    if args.family and (other := set(parts) - {"peers", "http"}):
+        parser.error(f"{', '.join(other)}: not with --family")
     with tempfile.TemporaryDirectory() as temporary:
         base = save_random(args.family, Path(temporary) / "base") if args.family else MODEL
         folders = save_adapters(args.adapters or Path(temporary), base)
-        prompts: Sequence[Sequence[int]] = ()
-        if not {"peers", "http", "registered"}.isdisjoint(args.parts.split(",")):
+        if not {"peers", "http", "registered"}.isdisjoint(parts):
             sides = Sides(folders, args.tokens, base)
-            prompts = sides.prompts
-            side_by_side(sides, args)
+            side_by_side(sides, args.vllm, parts, args.rounds)
             sides.engine.close()
-        if "prefix" in args.parts and not args.family:
-            prefix(folders, args.tokens)
-        if "rows" in args.parts and not args.family:
+        if "one" in parts:
+            one_row(folders[0], args.llama_cpp, args.tokens, args.rounds)
+        if "forms" in parts:
+            forms(folders, args.tokens, args.rounds)
+        if "prefix" in parts:
+            prefix(folders, args.tokens, args.requests)
+        if "rows" in parts:
             rows(folders[0], args.tokens, args.rounds)
-        if "registered" in args.parts and not args.family:
-            show("8 rows, of", registered(folders, prompts, args.tokens))
+        if "registered" in parts:
+            show("8 rows, of", registered(folders, sides.prompts, args.tokens))
 
 
-def side_by_side(sides: Sides, args: argparse.Namespace) -> None:
+def side_by_side(sides: Sides, vllm: Path | None, parts: Sequence[str], rounds: int) -> None:
     """The engine beside its peers, and behind HTTP."""
     for notice in sides.engine.notices:
         print(notice, file=sys.stderr)
-    if "peers" in args.parts:
-        show("8 prompts, 8 adapters", take_turns(sides.peers(), args.rounds))
-    if "http" in args.parts:
+    if "peers" in parts:
+        folders = dict(zip(sides.names, sides.folders, strict=True))
+        with vllm_engines(vllm, sides.model, folders) as engines:
+            show("8 prompts, 8 adapters", take_turns(sides.peers(engines), rounds))
+    if "http" in parts:
         with served(sides.engine) as address:
-            client = Client(address, args.tokens, sides.names)
+            client = Client(address, sides.tokens, sides.names)
             over = {
                 "the engine itself": sides.engine_eight_adapters,
                 "HTTP": lambda: client.ask(False),
                 "HTTP, streamed": lambda: client.ask(True),
             }
-            show("8 requests at once", take_turns(over, args.rounds))
+            show("8 requests at once", take_turns(over, rounds))
             client.close()
 
 
-def show(title: str, rates: dict[str, float]) -> None:
-    """Prints a table, with ratios to the first side."""
-    print(f"\n| {title} | tokens/s | ratio |\n| --- | --- | --- |")
-    first = next(iter(rates.values()))
-    for name, rate in rates.items():
-        print(f"| {name} | {rate:.1f} | {rate / first:.2f} |", flush=True)
+def one_row(folder: Path, llama_cpp: Path | None, tokens: int, rounds: int) -> None:
+    """One prompt after the other with one adapter, beside llama.cpp at the same precision."""
+    name = folder.name
+    with ExitStack() as stack:
+        sides: dict[str, Callable[[], int]] = {}
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        other = stack.enter_context(llama_cpp_engines(llama_cpp, MODEL, {name: folder}, place))
+        prompts: list[list[int]] = []
+        for form, gguf, weights in (("bfloat16", "bfloat16", None), ("int8", "q8_0", "int8")):
+            with endless():
+                engine = open_engine(
+                    MODEL,
+                    {name: folder},
+                    dtype="bfloat16",
+                    max_rows=1,
+                    context_length=2048,
+                    weights=weights,
+                    prefix_bytes=0,
+                )
+            stack.callback(engine.close)
+            if not prompts:
+                turns = [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]
+                prompts += [prompt_tokens(turn, engine.tokenizer) for turn in turns]
+            names = [name] * len(prompts)
+            sides[f"engine, {form}"] = partial(answered, engine, prompts, names, tokens)
+            if other:
+                sides[f"llama.cpp, {gguf}"] = partial(other[gguf].answered, prompts, names, tokens)
+        show("1 row, 1 adapter", take_turns(sides, rounds))
 
 
 if __name__ == "__main__":

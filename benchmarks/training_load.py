@@ -20,7 +20,7 @@ from typing import Any
 from tinker import types
 
 from benchmarks.resident_memory import growth, resident_mb
-from benchmarks.serve import MODEL
+from benchmarks.serve_common import MODEL
 from benchmarks.training_service import connected, datums, in_threads, rows_of, serving
 
 RANKS = (1, 8, 32)

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
 from answered import each_alone, text, tokens
 from lorakit.engine import batch
 from lorakit.engine.engine import Engine
+from lorakit.engine.open_engine import open_engine
+from lorakit.engine.rows_at_once import FEW_ROWS, MAX_ROWS
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError, LorakitError
 from matrix import few
@@ -172,6 +175,16 @@ def test_an_engine_whose_thread_ends_leaves_nobody_waiting(
         engine.submit([5, 6])
     engine.close()
     assert not engine.alive()
+
+
+def test_as_many_rows_as_fit_are_at_least_as_many_as_usual(base: Path):
+    with open_engine(str(base), {}, max_rows=None) as engine:
+        assert engine.max_rows == MAX_ROWS  # a tiny model
+    with (
+        patch("psutil.virtual_memory", return_value=Mock(available=1)),
+        open_engine(str(base), {}, max_rows=None) as engine,
+    ):
+        assert engine.max_rows == FEW_ROWS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList
 from answered import text, tokens
 from lorakit.engine.choosing import Chooser
 from lorakit.engine.engine import Engine
+from lorakit.engine.restricting import restrict
 from lorakit.engine.sampling import Sampling
 from lorakit.engine.text import AnswerText
 from lorakit.errors import InputError
@@ -114,6 +115,28 @@ def test_log_probabilities_are_the_models_own_before_any_setting(start: Start):
         assert [t.token for t in found.top] == own.topk(3).indices.tolist()
         assert found.top[1].logprob == pytest.approx(own.topk(3).values[1].item(), abs=1e-4)
     assert "".join(p.text for p in pieces) == engine.tokenizer.decode([c.token for c in chosen])
+
+
+def test_what_may_not_come_next_is_taken_out_of_each_row_alone():
+    settings = [
+        Sampling(logit_bias=((1, 2.5), (3, -100.0))),
+        Sampling(allowed_token_ids=(0, 2)),
+        Sampling(min_tokens=3),
+        Sampling(),
+        Sampling(allowed_token_ids=(1,)),
+    ]
+    ends = [frozenset[int](), frozenset[int](), frozenset({0}), frozenset[int](), frozenset({1})]
+    logits = torch.arange(4.0).repeat(5, 1)
+    refused = restrict(logits, settings, ends, [None] * 5)
+    inf = math.inf
+    assert logits.tolist() == [
+        [0, 3.5, 2, -97],
+        [0, -inf, 2, -inf],
+        [-inf, 1, 2, 3],
+        [0, 1, 2, 3],
+        [-inf] * 4,
+    ]
+    assert [*refused] == [4]
 
 
 def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(start: Start):

@@ -157,6 +157,15 @@ def test_beginnings_are_shared_while_long_prompts_are_read_in_parts(
     assert cache.hits > cache.queries / 2
 
 
+def test_short_prompts_are_not_padded_to_long_ones():
+    model = Model("minicpm3")
+    asked = [(text(seed, length), seed) for seed, length in enumerate((90, 9, 90, 10, 11))]
+    expected = [model.write([one], 1)[0] for one in asked]
+    model.read = 0
+    assert_same(model.write(asked, 5), expected)
+    assert model.read <= 2 * 90 + 3 * 11  # and not 5 * 90
+
+
 def test_a_prompt_that_goes_on_from_an_answer_reads_what_is_new(monkeypatch: pytest.MonkeyPatch):
     for family in ("minicpm3", "mistral"):
         model, cache, first = Model(family), PrefixCache(keeps_answers=True), text(3, 20)

@@ -228,10 +228,13 @@ def test_a_form_that_cannot_be_compiled_is_refused_by_name(
 def test_a_schema_that_takes_long_to_compile_holds_up_nobody(served: Running) -> None:
     deep: dict[str, Any] = {"allOf": [*PRODUCT["allOf"], {"title": "another"}]}
     body = {"model": "shop", "messages": ASKS, "response_format": schema_format(deep)}
+    known = schema_format(PERSON)
+    text(served, response_format=known)
     with ThreadPoolExecutor(1) as threads:
         hostile = threads.submit(served.post, CHATS, body)
         began = time.monotonic()
         assert in_background(served, prompt="b")() == 200
+        text(served, response_format=known)  # compiled before
         assert time.monotonic() - began < 2
         refused(hostile.result(), 400)
 

@@ -78,8 +78,14 @@ def serve(
         bool, typer.Option("--merged", help="Merge the one adapter into the base, for full speed.")
     ] = False,
     max_rows: Annotated[
-        int, typer.Option(min=1, help="The batch size: answers generated at once.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            min=1,
+            help="The batch size: answers generated at once. Default: as many as fit into memory, "
+            "16 to 64.",
+            show_default=False,
+        ),
+    ] = None,
     context_length: Annotated[
         int | None,
         typer.Option(min=2, help="Maximum tokens of prompt and answer. Default: the model's."),

@@ -14,17 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from lorakit.engine.cache import row_cache
 from lorakit.engine.choosing import choose_together
 from lorakit.engine.picture_prompt import picture_inputs, place_pictures
 from lorakit.engine.prefix_cache import LEAST, LEAST_ALONE, Prefix, PrefixCache, common
-from lorakit.engine.rows import AnswerRow, precise, reason
+from lorakit.engine.rows import AnswerRow, precise, reason, restrict_rows
 from lorakit.errors import LorakitError
 from lorakit.lora.routing import Route, Routing
 from lorakit.models.loaded import copied_once
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from lorakit.engine.decode_step import DecodeStep
@@ -186,7 +187,10 @@ class ContinuousBatch:
                 continue
             if not known.length and any(self._begins_as(row, one) for one in rows):
                 continue  # what they have in common is known in the next forward
-            width = max(longest, len(row.prompt) - known.length)
+            own = len(row.prompt) - known.length
+            width = max(longest, own)
+            if width * (len(rows) + 1) - longest * len(rows) > own + FORWARD:
+                continue  # another forward takes less than so much padding
             positions = 0, *(len(one.prompt) for one in (*rows, row))
             fits = self._padded and self._cache.are_alike(*positions)
             if width * (len(rows) + 1) > budget or not fits:
@@ -382,16 +386,18 @@ class ContinuousBatch:
         together = [at for at in ready if rows[at].is_simple and not rows[at].is_plain]
         drawn: dict[int, tuple[int, float]] = {}
         if together:
-            own = precise(logits if len(together) == len(rows) else logits[together])
-            choosers = [rows[at].chooser for at in together]
-            drawn = dict(
-                zip(together, zip(*choose_together(own, choosers), strict=True), strict=True)
-            )
+            own = logits if len(together) == len(rows) else logits[together]
+            asking = [rows[at] for at in together]
+            places, own = _restricted(precise(own), asking)
+            if places:
+                choosers = [asking[place].chooser for place in places]
+                found = zip(*choose_together(own, choosers), strict=True)
+                drawn = dict(zip((together[place] for place in places), found, strict=True))
         for at in ready:
             row = rows[at]
             if row.is_plain:
                 row.advance(logits[at], plain[at])
-            else:
+            elif not row.finished:
                 row.advance(logits[at], *drawn.get(at, ()))
 
     def _leave(self) -> None:
@@ -421,6 +427,26 @@ class ContinuousBatch:
         if source != target:
             self._cache.move(source, target, self.rows[source].length)
             self.rows[target] = self.rows[source]
+
+
+def _restricted(logits: torch.Tensor, rows: Sequence[AnswerRow]) -> tuple[list[int], torch.Tensor]:
+    """Logits (rows, vocabulary) without what may not come next.
+
+    Returns: the numbers of the rows that go on, and their logits; those that cannot are finished.
+    """
+    places = [place for place, row in enumerate(rows) if row.is_restricted]
+    if not places:
+        return [*range(len(rows))], logits
+    changed = logits[places]  # a copy
+    refused = restrict_rows(changed, [rows[place] for place in places])
+    for number, error in refused.items():
+        rows[places[number]].refuse(error)
+    if len(places) < len(rows):
+        changed = logits.index_copy(0, torch.tensor(places, device=logits.device), changed)
+    if not refused:
+        return [*range(len(rows))], changed
+    left = [place for place, row in enumerate(rows) if not row.finished]
+    return left, changed[left]
 
 
 def _alike(row: AnswerRow, other: AnswerRow) -> bool:

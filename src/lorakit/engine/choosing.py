@@ -76,6 +76,11 @@ class Chooser:
         return 0.0 if self._generator is None else self._sampling.temperature
 
     @property
+    def asks_logs(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self._sampling.logprobs is not None
+
+    @property
     def logs_unscaled(self) -> bool:
         """Whether log-probabilities are asked for, and are not those at the temperature."""
         sampling = self._sampling
@@ -129,6 +134,8 @@ def choose_together(
     Args:
         logits: (rows, vocabulary), in float32 or float64.
     """
+    if not any(chooser.temperature or chooser.asks_logs for chooser in choosers):
+        return logits.argmax(-1).tolist(), [0.0] * len(choosers)
     own_logits = logits
     divisors = [chooser.temperature or 1.0 for chooser in choosers]
     if any(divisor != 1 for divisor in divisors):

@@ -32,7 +32,7 @@ from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
 from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
-from lorakit.engine.rows_at_once import RowMemory
+from lorakit.engine.rows_at_once import FEW_ROWS, RowMemory
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
@@ -68,8 +68,9 @@ class Engine:
         tokenizer: of a model that is given itself.
         model_name: how users call it.
         dtype: in which a named model is loaded; None for the fastest.
-        max_rows: how many answers are written at once; None is as many as the memory holds, for
-            one user who says with `fit_rows` how long they are.
+        max_rows: how many answers are written at once; None is as many as the memory holds, and 16
+            of any length at least, since memory is taken as rows come to fill it; `fit_rows` says
+            how long they are.
         context_length: the most tokens of prompt and answer together; None is the model's own.
         pool_bytes: how much memory adapters may take that are not in use.
         feature_bytes: how much memory kept features of pictures may take.
@@ -136,10 +137,10 @@ class Engine:
         kept = {"features": self._features, "prefixes": self.prefixes}
         self._memory = RowMemory(model, self._bank.routing, self.resident.carried)
         self._fits, self._room = max_rows is None, self.context_length
-        self.max_rows: int = max_rows or self._memory.rows(self._room)
+        self.max_rows: int = max_rows or max(FEW_ROWS, self._memory.rows(self._room))
         self._new_batch = lambda: self.resident.answers(self.max_rows, self._room, **kept)
         self._batch = self._new_batch()
-        self._joined = JoinedAdapters(self._bank, self.max_rows)
+        self._joined = JoinedAdapters(self._bank, min(self.max_rows, FEW_ROWS))
         self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
         self._preparing = Preparing(

@@ -105,8 +105,8 @@ class GrammarState:
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
-    def restrict(self, logits: torch.Tensor) -> None:
-        """Sets the logits (vocabulary,) of tokens that cannot come next to -Inf, in place.
+    def forbid(self, forbidden: torch.Tensor) -> None:
+        """Sets `forbidden` (vocabulary,), of bool, where a token cannot come next.
 
         Raises:
             GrammarError: none can, or the grammar is too complex from here on.
@@ -117,9 +117,9 @@ class GrammarState:
         self._require_sound()
         if not bias.any():
             raise GrammarError("no token of the vocabulary continues the answer's grammar")
-        width = min(len(bias), len(logits))
-        logits[:width].masked_fill_(bias[:width].to(logits.device) == 0, -torch.inf)
-        logits[width:] = -torch.inf
+        width = min(len(bias), len(forbidden))
+        torch.eq(bias[:width], 0, out=forbidden[:width])
+        forbidden[width:] = True
 
     def took(self, token: int) -> bool:
         """Goes on by a token; whether nothing can follow.

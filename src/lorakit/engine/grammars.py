@@ -49,7 +49,8 @@ class Grammars:
         vocabulary: int,
     ) -> None:
         self._base, self._pool, self._vocabulary = (tokenizer, ending), pool, vocabulary
-        self._lock = Lock()
+        self._lock = Lock()  # of what is known, never held for long
+        self._compiling = Lock()
         self._checker: ScriptProcess | None = None
         self._checked: OrderedDict[Grammar, str | GrammarError] = OrderedDict()
         self._matchers: OrderedDict[tuple[Grammar, Any], Any] = OrderedDict()
@@ -66,24 +67,53 @@ class Grammars:
         """
         if grammar is None:
             return None
-        tokenizer, ending = self._base
-        if adapter is not None:
-            version = self._pool.version(adapter)
-            tokenizer, ending = version.tokenizer, version.ending
+        tokenizer, ending = self._written_by(adapter)
+        if (matcher := self._known(grammar, tokenizer)) is None:
+            with self._compiling:
+                # Another thread may have compiled it meanwhile.
+                matcher = self._known(grammar, tokenizer)
+                if matcher is None:
+                    matcher = self._compiled(grammar, tokenizer, ending.tokens)
+        return GrammarState(matcher.deep_copy())
+
+    def is_compiled(self, grammar: Grammar, adapter: str | None = None) -> bool:
+        """Whether `form` has nothing to compile, so that it returns at once.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        return self._known(grammar, self._written_by(adapter)[0]) is not None
+
+    def _written_by(self, adapter: str | None) -> tuple[PreTrainedTokenizerBase, Ending]:
+        """The tokenizer of the answers, and what ends them."""
+        if adapter is None:
+            return self._base
+        version = self._pool.version(adapter)
+        return version.tokenizer, version.ending
+
+    def _known(self, grammar: Grammar, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """The matcher of a grammar that has been compiled, at once; None of others."""
         with self._lock:
-            own = self._tokenizer(tokenizer, ending.tokens)
-            definition = self._definition(grammar)
-            key = grammar, own
-            if key not in self._matchers:
-                self._matchers[key] = _matcher(own, definition)
-            self._matchers.move_to_end(key)
+            own = self._tokenizers.get(tokenizer)
+            if own is None or (grammar, own) not in self._matchers:
+                return None
+            self._matchers.move_to_end((grammar, own))
+            return self._matchers[grammar, own]
+
+    def _compiled(
+        self, grammar: Grammar, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]
+    ) -> Any:
+        own = self._tokenizer(tokenizer, ends)
+        matcher = _matcher(own, self._definition(grammar))
+        with self._lock:
+            self._matchers[grammar, own] = matcher
             while len(self._matchers) > _KEPT:
                 self._matchers.popitem(last=False)
-            return GrammarState(self._matchers[key].deep_copy())
+        return matcher
 
     def close(self) -> None:
         """Ends the process that checks grammars."""
-        with self._lock:
+        with self._compiling:
             if self._checker is not None:
                 self._checker.end()
                 self._checker = None
@@ -119,7 +149,8 @@ class Grammars:
                 self._of_content[key] = _wrapped(tokenizer, ends, self._vocabulary)
             while len(self._of_content) > _TOKENIZERS:
                 self._of_content.popitem(last=False)
-            self._tokenizers[tokenizer] = self._of_content[key]
+            with self._lock:
+                self._tokenizers[tokenizer] = self._of_content[key]
         return self._tokenizers[tokenizer]
 
 

@@ -14,6 +14,7 @@ import torch
 from lorakit.data.masking import TokenizedRow
 from lorakit.engine.choosing import Chooser
 from lorakit.engine.requests import AnswerPiece, ChosenToken, FinishReason, Ticket, TokenLogprob
+from lorakit.engine.restricting import restrict
 from lorakit.engine.sampling import Ending
 from lorakit.engine.text import AnswerText
 from lorakit.errors import InputError, LorakitError, first_line
@@ -77,7 +78,7 @@ class AnswerRow:
     @property
     def is_plain(self) -> bool:
         """Whether its next token is the likeliest one, and nothing else is asked for."""
-        asked = self.ticket.sampling.logprobs is not None or self._is_restricted
+        asked = self.ticket.sampling.logprobs is not None or self.is_restricted
         return self.chooser.is_plain and not asked
 
     @property
@@ -85,12 +86,13 @@ class AnswerRow:
         """Whether its next token can be chosen with others' (`choosing.choose_together`)."""
         sampling = self.ticket.sampling
         coldest = sampling.scaled_logprobs and self.chooser.temperature != sampling.temperature
-        simple = self.chooser.is_simple and not self._is_restricted
-        return simple and not sampling.logprobs and not coldest
+        # Log-probabilities are of logits as they are before anything is taken out of them.
+        alone = sampling.logprobs is not None if self.is_restricted else bool(sampling.logprobs)
+        return self.chooser.is_simple and not alone and not coldest
 
     @property
-    def _is_restricted(self) -> bool:
-        """Whether the logits of its next token are changed before the choice."""
+    def is_restricted(self) -> bool:
+        """Whether the logits of its next token are changed before the choice (`restricting`)."""
         sampling = self.ticket.sampling
         changed = sampling.logit_bias or sampling.allowed_token_ids or self._goes_on
         return bool(changed) or self.ticket.form is not None
@@ -99,6 +101,11 @@ class AnswerRow:
     def _goes_on(self) -> bool:
         """Whether it may not end yet."""
         return self.new_tokens < self.ticket.sampling.min_tokens
+
+    @property
+    def early_ends(self) -> frozenset[int]:
+        """Tokens that would end it, as long as it may not end yet."""
+        return self._ends if self._goes_on else frozenset()
 
     @property
     def last(self) -> int:
@@ -140,7 +147,7 @@ class AnswerRow:
                 self._logprobs.append(ChosenToken(chosen, self._read(chosen), logprob))
             self._took(chosen)
         except InputError as error:  # such as a grammar that cannot be continued
-            self._end("error", error=str(error), refused=True)
+            self.refuse(error)
         except BaseException as error:  # panics of Rust's tokenizers are no Exception
             self.fail(f"the answer could not be written: {reason(error)}")
         return self.last if self.tokens else 0
@@ -169,6 +176,10 @@ class AnswerRow:
         if not self.finished:
             self._end("error", error=error)
 
+    def refuse(self, error: InputError) -> None:
+        """Ends the answer with an error of what its request asks for."""
+        self._end("error", error=str(error), refused=True)
+
     def fail_by_logits(self) -> None:
         """Ends an answer whose logits are NaN or Inf."""
         who = "the base model" if self.ticket.adapter is None else f"'{self.ticket.adapter}'"
@@ -178,32 +189,15 @@ class AnswerRow:
         asked = self.ticket.sampling.logprobs
         # Kept before the choice, which may change the logits.
         logs = None if asked is None else self._scaled(logits).log_softmax(-1)
-        token = self.chooser.choose(self._restricted(logits) if self._is_restricted else logits)
+        if self.is_restricted:
+            logits = logits.clone()  # they may be the model's own
+            refused = restrict_rows(logits[None], [self])
+            if refused:
+                raise refused[0]
+        token = self.chooser.choose(logits)
         if logs is not None:
             self._logprobs.append(self._logprob(logs, token, asked or 0))
         return token
-
-    def _restricted(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits (vocabulary,) with -Inf for what must not come next, in memory of their own.
-
-        Raises:
-            InputError: nothing may come next.
-        """
-        logits, sampling = logits.clone(), self.ticket.sampling  # they may be the model's own
-        if sampling.logit_bias:
-            tokens, values = zip(*sampling.logit_bias, strict=True)
-            logits[list(tokens)] += torch.tensor(values, device=logits.device)
-        if sampling.allowed_token_ids:
-            allowed = torch.tensor(sampling.allowed_token_ids, device=logits.device)
-            kept = torch.full_like(logits, -torch.inf)
-            logits = kept.index_copy_(0, allowed, logits[allowed])
-        if self._goes_on and self._ends:
-            logits[list(self._ends)] = -torch.inf
-        if self.ticket.form is not None:
-            self.ticket.form.restrict(logits)
-        if not logits.max() > -torch.inf:
-            raise InputError("allowed_token_ids, min_tokens and the answer's form leave no token")
-        return logits
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         sampling = self.ticket.sampling
@@ -251,6 +245,16 @@ class AnswerRow:
 
     def _read(self, *tokens: int) -> str:
         return "" if self._tokenizer is None else str(self._tokenizer.decode(list(tokens)))
+
+
+def restrict_rows(logits: torch.Tensor, rows: Sequence[AnswerRow]) -> dict[int, InputError]:
+    """Takes out of logits (rows, vocabulary), in place, what may not come next in each row.
+
+    Returns: why nothing can come next, by the numbers of rows of which that is so.
+    """
+    sampling = [row.ticket.sampling for row in rows]
+    forms = [row.ticket.form for row in rows]
+    return restrict(logits, sampling, [row.early_ends for row in rows], forms)
 
 
 def precise(logits: torch.Tensor) -> torch.Tensor:

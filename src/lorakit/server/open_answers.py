@@ -273,8 +273,11 @@ class Desk:
 
         self._rows += rows
         try:
-            # An adapter that is not in memory is read when it is asked for, which takes a while.
+            # An adapter that is not in memory is read when it is asked for, and the grammar of one
+            # that was replaced meanwhile is compiled again: either takes a while.
             at_once = adapter is None or self.engine.pool.holds(adapter)
+            if isinstance(asked, SamplingFields) and (form := asked.form()) is not None:
+                at_once = at_once and self.engine.grammars.is_compiled(form[1], adapter)
             tickets = submit() if at_once else await asyncio.to_thread(submit)
         except BaseException as error:
             self._rows -= rows
@@ -334,6 +337,8 @@ class Desk:
         if (form := asked.form()) is None:
             return
         field, grammar = form
+        if self.engine.grammars.is_compiled(grammar, adapter):
+            return
         work = partial(self.engine.grammars.form, grammar, adapter)
         try:
             await self._grammars.run(work, len(grammar.text), owner)
