@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs each seed in a process of its own, prints a table, and last one line of JSON."""
+    """Runs each seed in a process of its own, prints a line when it ends, then a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="orders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -71,7 +71,9 @@ def main() -> None:
         results.append(one)
         ends = ["{:.2f} … {:.2f}".format(*one[f"{when}_interval"]) for when in ("before", "after")]
         shown = (f"{one['before']:.2f}", ends[0], f"{one['after']:.2f}", ends[1])
-        table.add_row(str(seed), *shown, f"{one['seconds']:.0f}")
+        row = (str(seed), *shown, f"{one['seconds']:.0f}")
+        table.add_row(*row)
+        print("seed {}: {} ({}) to {} ({}), {} s".format(*row), flush=True)
     Console().print(table)
     rises = [one["after"] - one["before"] for one in results]
     summary = {"before": statistics.mean(one["before"] for one in results)}

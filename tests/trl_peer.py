@@ -35,7 +35,7 @@ class ExactHead:
         log_probs = logs.gather(-1, labels[:, None]).squeeze(-1)
         zero = torch.zeros_like(log_probs.detach())
         squares = logits.detach().softmax(-1).square().sum(-1).log()
-        entropies = -(logs.exp() * logs).sum(-1).detach()
+        entropies = -(logs.exp() * logs).sum(-1)
         return log_probs, entropies, squares, zero, zero.bool()
 
 

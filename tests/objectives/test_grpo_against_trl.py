@@ -150,6 +150,9 @@ def of_trl(trainer: Any, settings: dict[str, Any], weights: Sequence[float]) -> 
     trainer.args.delta = values["delta"]
     trainer.args.use_bias_correction_kl = values["use_bias_correction_kl"]
     trainer.reward_weights = torch.tensor(weights)
+    trainer.top_entropy_quantile = values["top_entropy_quantile"]
+    trainer.entropy_coef = values["entropy_coef"]
+    trainer._entropy_bonus_enabled = trainer.entropy_coef != 0
     for metrics in trainer._metrics.values():
         metrics.clear()
     trainer.model.train()
@@ -223,6 +226,10 @@ CASES: dict[str, dict[str, Any]] = {
     "a group without signal": {"loss_type": "dapo"},
     "a group without signal, averaged": {},
     "each reward normalised": {"multi_objective_aggregation": "normalize_then_sum"},
+    "grpo, entropy bonus": {"entropy_coef": 0.05},
+    "a group without signal, entropy bonus": {"entropy_coef": 0.05, "loss_type": "dr_grpo"},
+    "dapo, uncertain tokens": {"loss_type": "dapo", "top_entropy_quantile": 0.3, "beta": 0.1},
+    "uncertain tokens with a bonus": {"top_entropy_quantile": 0.5, "entropy_coef": -0.02},
 }
 
 
@@ -259,7 +266,7 @@ def test_advantages_loss_gradients_and_metrics_are_trls(case: str, theirs: Any, 
     for name in names:
         if name == "frac_reward_zero_std" and "batch" in str(settings) + case:
             continue  # TRL's is of the batch then
-        if name == "entropy" and idle:
+        if name == "entropy" and idle and "entropy_coef" not in settings:
             continue  # of the group that is not computed it is estimated
         if name.startswith("clip_ratio") and case in ("gspo", "luspo"):
             continue  # TRL's is a share of completions then, and ours of tokens

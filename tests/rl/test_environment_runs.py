@@ -1,5 +1,6 @@
 """Whole runs that learn from conversations."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from test_environments import ADD, SURE, talk
 
 import lorakit
 from lorakit.errors import InputError
+from lorakit.training.reproduce import reproduce
 from small_runs import lines
 
 ROWS = [{"prompt": f"{n} + {n}?", "answer": n % 3} for n in range(16)]
@@ -94,3 +96,26 @@ def test_an_environment_that_cannot_be_used_is_one_line_before_anything_is_writt
     with pytest.raises(InputError, match=says):
         lorakit.train(recipe(folder, tmp_path / "run", **changes), data=ROWS, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_environment_is_named_and_a_record_alone_runs_none(folder: Path, tmp_path: Path):
+    (tmp_path / "env.py").write_text((folder / "env.py").read_text() + "\nimport tables\n")
+    (tmp_path / "tables.py").write_text(
+        "from pathlib import Path\nPath(__file__ + '.ran').touch()\n"
+    )
+    made = recipe(folder, tmp_path / "run", environment=f"{tmp_path}/env.py:Sums")
+    made["training"] |= {"max_steps": 1, "save_steps": 1}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    made["data"]["train"] = str(tmp_path / "rows.jsonl")
+    found = lorakit.train(made, quiet=True).manifest
+    assert found.environment.keys() == {"env.py", "tables.py"}
+    (ran := tmp_path / "tables.py.ran").unlink()
+    with pytest.raises(InputError, match=r"env\.py:Sums.*--run-rewards"):
+        reproduce(tmp_path / "run", tmp_path / "again")
+    assert not ran.exists()
+    (tmp_path / "tables.py").write_text("# nothing\n")
+    with pytest.raises(InputError, match=r"environment differ.*tables\.py"):
+        reproduce(tmp_path / "run", tmp_path / "again", run_rewards=True, quiet=True)
+    (tmp_path / "run" / "lorakit.json").unlink()
+    with pytest.raises(InputError, match=r"environment\.tables\.py"):
+        lorakit.train(made, resume=True, quiet=True)

@@ -261,6 +261,27 @@ def test_an_environment_with_steps_answers_and_rewards_each_turn(sums: Talk):
     assert (endless.reward, endless.finish_reason) == (3.0, "stop")
 
 
+def test_a_turn_reads_only_what_stands_behind_the_turn_before(sums: Talk):
+    read: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows, tokens = kwargs["input_ids"].shape
+        read.extend([rows * tokens] if tokens > 1 else [])
+
+    found = [sums.rollouts("Game", [sums.asked(n)])[0] for n in (3, 1)]  # the model is tried first
+    handle = sums.model.get_base_model().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        [again] = sums.rollouts("Game", [sums.asked(3)])
+    finally:
+        handle.remove()
+    assert again == found[0]
+    assert again.prompt is not None
+    # The token that ended a turn is read with what answers it.
+    between = again.learned.count(False)
+    assert measured(again)["turns"] == 3
+    assert sum(read) == len(again.prompt) + between + 2
+
+
 def test_functions_alone_are_tools(sums: Talk, tmp_path: Path):
     (tmp_path / "tools.py").write_text(
         'def add(a: int, b: int) -> int:\n    """Adds.\n\n    Args:\n'

@@ -237,6 +237,22 @@ def test_a_reward_that_fails_is_named_and_one_that_always_fails_ends_the_run(
         lorakit.train(made, data=ROWS, objective=settings(rewards=[never]), quiet=True)
 
 
+def test_a_run_whose_rewards_never_differ_says_so_and_fails(attentive_folder: Path, tmp_path: Path):
+    (tmp_path / "rewards.py").write_text(
+        "def one(completions, **k):\n    return [1.0] * len(completions)\n"
+    )
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    made = recipe(attentive_folder, Path("run"), data={"train": "rows.jsonl", "eval": 0})
+    made["objective"] = settings(rewards=["rewards.py:one"], num_generations=2)
+    made["training"] |= {"max_steps": 3}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    done = run_lorakit(tmp_path, "train", "recipe.yaml")
+    assert done.returncode == 1
+    warned = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "warning" in line]
+    assert [line["warning"] for line in warned] == ["groups without signal", "unchanged"]
+    assert "lorakit rewards" in warned[-1]["cure"]
+
+
 def test_the_best_by_held_out_reward_is_kept_and_stops_the_run(
     attentive_folder: Path, tmp_path: Path
 ):

@@ -10,6 +10,7 @@ import pytest
 import lorakit
 from lorakit.adapters.manifest import read_manifest
 from lorakit.engine import sampler
+from lorakit.errors import InputError
 from lorakit.rl.engine_rollouts import EngineRollouts
 from small_runs import lines, weights
 from sweeps.shared_sweeps import configurations, distance, runner_for, solo
@@ -110,3 +111,20 @@ def test_a_sweep_over_rewards_runs_from_end_to_end(attentive_folder: Path, tmp_p
     means = [row["selection"]["mean"] for row in table]  # minus the mean reward
     assert means == sorted(means)
     assert means[0] < 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "over", "says"),
+    [
+        ({"rewards": [{"adapter": "runs/reward"}]}, {"objective.beta": [0.0, 0.1]}, "runs/reward"),
+        ({}, {"objective.rewards": [["json"], [{"adapter": "runs/reward"}]]}, "lorakit train"),
+        ({"environment": "env.py:Game"}, {"objective.beta": [0.0, 0.1]}, "environment"),
+    ],
+)
+def test_what_needs_more_than_the_resident_model_is_refused_before_it_is_loaded(
+    changes: dict[str, Any], over: dict[str, Any], says: str, tmp_path: Path
+):
+    values = recipe(tmp_path / "no model", tmp_path, **changes)
+    with pytest.raises(InputError, match=says):
+        lorakit.sweep(values, over=over, quiet=True)
+    assert not (tmp_path / "base").exists()

@@ -63,7 +63,7 @@ class Manifest(BaseModel):
     `parent` is the adapter that the run started from, `stands_on` the frozen ones that its own is
     added to, and `start_eval_loss` and `start_eval_scores` are those of the start. `teacher` is the
     adapter that a distillation learned from; `rewards` what a run's rewards were, each with the
-    SHA-256 of its files.
+    SHA-256 of its files, and `environment` those of the files of environment and tools, by name.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -99,6 +99,7 @@ class Manifest(BaseModel):
     stands_on: list[FrozenRecord] = []
     teacher: FrozenRecord | None = None
     rewards: list[dict[str, Any]] = []
+    environment: dict[str, str] = {}
     labels: dict[str, Any] | None = None
     versions: dict[str, str]
     seed: int

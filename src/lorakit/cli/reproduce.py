@@ -30,7 +30,10 @@ def reproduce(
     ] = False,
     run_rewards: Annotated[
         bool,
-        typer.Option("--run-rewards", help="Run the reward functions that the record names."),
+        typer.Option(
+            "--run-rewards",
+            help="Run the reward functions, environment and tools that the record names.",
+        ),
     ] = False,
 ) -> None:
     """Repeat an adapter's recorded run, and compare the two.

@@ -20,7 +20,7 @@ from lorakit.data.picture_rows import RowPictures
 from lorakit.data.samples import Sample
 from lorakit.engine.batch import Batch
 from lorakit.engine.carried import Carried, how_carried
-from lorakit.engine.prefix_cache import prefixes_of
+from lorakit.engine.prefix_cache import PrefixCache, prefixes_of
 from lorakit.engine.requests import Ticket, context_length_of
 from lorakit.engine.rows import AnswerRow
 from lorakit.engine.rows_at_once import FEW_ROWS, MAX_ROWS, RowMemory
@@ -220,6 +220,8 @@ class Sampler:
     def write_turns(self, next_rows: NextRows, route: Route, most: int, longest: int) -> None:
         """Writes rows that follow from each other, such as the turns of conversations.
 
+        What a prompt has in common with an earlier row, its answer included, is not computed again.
+
         Args:
             next_rows: as in `write_as_they_come`; it looks itself for rows that have failed.
             route: of all rows.
@@ -227,7 +229,8 @@ class Sampler:
             longest: the most tokens of a row, with its prompt.
         """
         routing, most = self._model.routing, min(FEW_ROWS, most)
-        batch = self._carried.batch(self._base, routing, most, longest, route)
+        prefixes = PrefixCache(keeps_answers=True)
+        batch = self._carried.batch(self._base, routing, most, longest, route, prefixes=prefixes)
         write_as_they_come(batch, routing, next_rows)
 
 

@@ -22,7 +22,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     divided by `temperature`, in float32 or wider.
     Shapes: h (n, d), W (V, d), b (V,) or None, targets (n,), smoothing (n,) or None. Returns (n,),
     in float32 or wider. With smoothing e a target is (1 - e) of its class and e / V of each.
-    With `entropies` it returns the entropy (n,) of each distribution too, without gradients.
+    With `entropies` it returns the entropy (n,) of each distribution too; gradients go through it
+    with `learned`: dH/dz = p (sum p z - z), a second product with W.
     """
 
     @staticmethod
@@ -37,11 +38,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: torch.Tensor | None,
         temperature: float,
         entropies: bool,
+        learned: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = torch.empty(h.shape[0], dtype=wide, device=h.device)
         found = torch.empty_like(losses) if entropies else None
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        of_entropy = torch.empty_like(h) if learned and dh is not None else None
+
+        def through(grad: torch.Tensor, capped: torch.Tensor | None) -> torch.Tensor:
+            """The gradient of `h` by that of the logits, which it changes."""
+            if temperature != 1:
+                grad /= temperature
+            if capped is not None:
+                grad *= 1 - capped.to(wide).square_()
+            if scale != 1:
+                grad *= scale
+            return grad.to(h.dtype) @ W
+
         rows = max(1, CHUNK_ELEMENTS // W.shape[0])
         for at in range(0, h.shape[0], rows):
             logits = torch.nn.functional.linear(h[at : at + rows], W, b)
@@ -61,6 +75,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if found is not None:  # log sum exp(z) - sum p z
                 mean = (grad * logits).sum(-1, keepdim=True)
                 found[at : at + rows] = (log_sums - mean).squeeze(1)
+                if of_entropy is not None:
+                    of_entropy[at : at + rows] = through(grad * (mean - logits), capped)
             wanted = logits.gather(1, chosen).to(wide)
             certain = grad.new_ones(chosen.shape)
             if smoothing is not None:
@@ -73,24 +89,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if dh is None:
                 continue
             grad.scatter_add_(1, chosen, -certain)
-            if temperature != 1:
-                grad /= temperature
-            if capped is not None:
-                grad *= 1 - capped.to(wide).square_()
-            if scale != 1:
-                grad *= scale
-            dh[at : at + rows] = grad.to(h.dtype) @ W
-        ctx.save_for_backward(dh)
+            dh[at : at + rows] = through(grad, capped)
+        ctx.save_for_backward(dh, of_entropy)
         if found is None:
             return losses
-        ctx.mark_non_differentiable(found)
+        if of_entropy is None:
+            ctx.mark_non_differentiable(found)
         return losses, found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        (dh,) = ctx.saved_tensors
-        return dh * grad[:, None].to(dh.dtype), *(None,) * 8
+    def backward(
+        ctx: Any, grad: torch.Tensor, entropies: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        dh, of_entropy = ctx.saved_tensors
+        found = dh * grad[:, None].to(dh.dtype)
+        if of_entropy is not None and entropies is not None:
+            found += of_entropy * entropies[:, None].to(dh.dtype)
+        return found, *(None,) * 9
 
 
 def chunked_cross_entropy(
@@ -108,7 +124,7 @@ def chunked_cross_entropy(
     Shapes as in `ChunkedCrossEntropy`. Gradients reach `h` alone.
     """
     return ChunkedCrossEntropy.apply(
-        h, W, b, targets, scale, softcap, smoothing, temperature, False
+        h, W, b, targets, scale, softcap, smoothing, temperature, False, False
     )
 
 
@@ -120,9 +136,14 @@ def cross_entropy_and_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    learned: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`chunked_cross_entropy`, and the entropy (n,) of each distribution, without gradients."""
+    """`chunked_cross_entropy`, and the entropy (n,) of each distribution.
+
+    Args:
+        learned: gradients go through the entropies too.
+    """
     found: tuple[torch.Tensor, torch.Tensor] = ChunkedCrossEntropy.apply(
-        h, W, b, targets, scale, softcap, None, temperature, True
+        h, W, b, targets, scale, softcap, None, temperature, True, learned
     )
     return found

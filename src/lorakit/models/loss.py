@@ -172,10 +172,13 @@ class SupervisedLoss:
         return losses, torch.cat(found)
 
     def with_entropies(
-        self, model: nn.Module, batch: Mapping[str, torch.Tensor]
+        self, model: nn.Module, batch: Mapping[str, torch.Tensor], learned: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every supervised token as in `of_tokens`, and the entropy (n,) in nats of
-        the distribution over tokens that it is of, without gradients.
+        the distribution over tokens that it is of.
+
+        Args:
+            learned: gradients go through the entropies too.
         """
         import torch
 
@@ -192,8 +195,9 @@ class SupervisedLoss:
                 self.output.scale,
                 self.output.softcap,
                 self.temperature,
+                learned,
             )
-        with torch.no_grad():
+        with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
             logs = h.log_softmax(-1)
             entropies = -(logs.exp() * logs).sum(-1)
         return smoothed(h, targets), entropies

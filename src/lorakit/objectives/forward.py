@@ -190,15 +190,18 @@ class Forward:
         return -losses, collisions
 
     def with_entropies(
-        self, batch: Mapping[str, torch.Tensor]
+        self, batch: Mapping[str, torch.Tensor], learned: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-probability of every supervised token (n,), and the entropy (n,) in nats of the
-        distribution that it is of, without gradients; under the adapter in force.
+        distribution that it is of; under the adapter in force.
+
+        Args:
+            learned: gradients go through the entropies too; not for those that are `given`.
         """
         if self._entropies is not None and self._known and self._known[0] is batch["labels"]:
             return -self._known[1], self._entropies
         assert isinstance(self.reader, SupervisedLoss)
-        losses, entropies = self.reader.with_entropies(self.module, batch)
+        losses, entropies = self.reader.with_entropies(self.module, batch, learned)
         return -losses, entropies
 
     def log_probabilities(

@@ -21,7 +21,7 @@ from lorakit.models.load import positions_of
 from lorakit.models.loss import SupervisedLoss
 from lorakit.objectives import grpo_metrics, policy_gradient
 from lorakit.objectives.advantages import advantages
-from lorakit.objectives.batch_sums import Loss, added
+from lorakit.objectives.batch_sums import EACH, Loss, added
 from lorakit.objectives.completion_prompts import asked_prompts
 from lorakit.objectives.completion_records import CompletionLog
 from lorakit.objectives.completion_rewards import judged, no_functions, with_environment
@@ -36,11 +36,12 @@ from lorakit.objectives.completion_rows import (
     with_gradient,
 )
 from lorakit.objectives.forward import BASE, Forward
+from lorakit.objectives.grpo_loss import policy_loss
 from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.objectives.grpo_warnings import GrpoWarnings
 from lorakit.objectives.objective import Batch, Collate, Objective
 from lorakit.objectives.resident_reward import ResidentReward
-from lorakit.objectives.rollout import REFERENCE, AskedPrompt, Rollout, RowsOfBatches, Sampling
+from lorakit.objectives.rollout import AskedPrompt, Rollout, RowsOfBatches, Sampling
 from lorakit.rewards.inputs_of_rows import reward_columns
 from lorakit.rewards.rewards import Rewards
 
@@ -82,7 +83,7 @@ class Grpo(Objective):
     packable = False
     learning_rates: ClassVar[Mapping[str, float]] = {"small": 1e-4, "medium": 2e-5, "large": 1e-5}
     epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 4), (2_000, 2))
-    shown_metrics: ClassVar[Sequence[str]] = grpo_metrics.SHOWN
+    shown_metrics: ClassVar[Sequence[str] | Mapping[str, str]] = grpo_metrics.SHOWN
     Settings = GrpoSettings
     keeps_columns = True
     samples_held_out = True
@@ -145,6 +146,7 @@ class Grpo(Objective):
         s = self.settings
         in_turns = s.steps_per_generation is not None or s.num_iterations != 1
         plain = s.temperature == 1 and not in_turns and self.rollouts == "engine"
+        plain = plain and not s.learns_by_entropy
         return plain and self.reference in (None, BASE)
 
     @property
@@ -271,7 +273,8 @@ class Grpo(Objective):
             return {PROMPTS: torch.tensor(numbers)}
         if not all(group.learned for group in groups):
             return group_tensors(groups)
-        active, idle = with_gradient(groups, everywhere=bool(self.settings.beta))
+        everywhere = bool(self.settings.beta) or self.settings.learns_by_entropy
+        active, idle = with_gradient(groups, everywhere)
         passes = in_passes(active, self.pass_tokens)
         batch = in_parts([collate(own) | group_tensors(own) for own in passes])
         return batch | under(IDLE, group_tensors(idle)) if idle else batch
@@ -429,39 +432,29 @@ class Grpo(Objective):
         metrics = grpo_metrics.of_completions(batch)
         if PREFIX + "advantages" not in batch:
             return Loss(-metrics["reward.sum"].sum(), metrics["reward.count"].sum(), metrics)
-        settings = self.settings
-        kind = policy_gradient.LOSSES[settings.loss_type]
-        log_probs, entropies = forward.with_entropies(batch)
-        lengths = batch[PREFIX + "lengths"]
-        sampled = batch[PREFIX + "logprobs"].to(log_probs)
-        now, is_now = log_probs.detach(), batch[PREFIX + "fresh"].repeat_interleave(lengths)
-        c = policy_gradient.Completions(
-            log_probs,
-            # Of the weights that sampled, rounding apart: their ratio is 1, as in TRL.
-            torch.where(is_now, now, sampled),
-            lengths,
-            batch[PREFIX + "advantages"].to(log_probs),
-            settings.level,
-        )
-        losses = kind.of_tokens(c, settings)
-        if settings.off_policy_mask_threshold is not None:
-            losses = losses * policy_gradient.near_enough(c, settings.off_policy_mask_threshold)
-        if (most := settings.clip_max) is not None:
-            losses = losses * policy_gradient.truncated_ratio(now, sampled, most)
-        kl = None
-        if settings.beta:
-            reference = batch.get(REFERENCE)
-            if reference is None:
-                reference = forward.of_reference(batch, self.reference or BASE)
-            kl = policy_gradient.kl(c, reference, settings.use_bias_correction_kl)
-            losses = losses + settings.beta * kl
-        gap = (now - sampled)[is_now].abs()
-        metrics |= grpo_metrics.of_tokens(c, entropies, kl, gap, settings)
+        total, own = policy_loss(forward, batch, self.settings, self.reference, self.count(batch))
+        metrics |= own
         if idle := taken_from(batch, IDLE):
             unread = {name: torch.zeros_like(value) for name, value in metrics.items()}
             own = grpo_metrics.of_completions(idle) | grpo_metrics.of_sampled(idle)
             metrics = added(metrics, unread | own)
-        return Loss(kind.normalisation.total(losses, c), self.count(batch), metrics)
+        return Loss(total, self.count(batch), metrics)
+
+    @property
+    def needs_all_batches(self) -> bool:
+        """As in `Objective`: where entropies of one token are compared with those of others."""
+        return bool(self.settings.learns_by_entropy)
+
+    def beforehand(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]:
+        """The entropies of tokens, or how many there are, and what losses are divided by."""
+        import torch
+
+        if PREFIX + "advantages" not in batch:
+            return {}
+        count = torch.tensor(self.count(batch))
+        if self.settings.top_entropy_quantile == 1:
+            return {"count": count, "tokens": batch[PREFIX + "lengths"].sum()}
+        return {"count": count, f"{EACH}entropies": forward.with_entropies(batch)[1].detach()}
 
     def held_out(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """As in `Objective`. Raises LorakitError where no held-out completion has a reward."""

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 LEAST_NAMES = ("reward", "completions/mean_length", "completions/clipped_ratio")
 """The scores of held-out prompts, beside those of each reward."""
 
-SHOWN = ("reward", "frac_reward_zero_std", "completions/mean_length", "entropy")
+SHOWN = {
+    "reward": "reward",
+    "frac_reward_zero_std": "frac_reward_zero_std",
+    "completions/mean_length": "mean_length",
+    "entropy": "entropy",
+    "sampling/sampling_logp_difference/max": "gap",
+}
+"""What is shown while training, with its label; the gap is that of sampler and trainer, in nats."""
 
 TRAINED = (
     *("reward", "reward_std", "frac_reward_zero_std", "groups_resampled"),

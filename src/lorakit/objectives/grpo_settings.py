@@ -56,6 +56,9 @@ class GrpoSettings(Settings):
         use_bias_correction_kl: the KL is multiplied by the importance ratio.
         off_policy_mask_threshold: completions with a negative advantage from which the policy has
             moved away by more nats a token are not learned.
+        top_entropy_quantile: the share of a step's tokens, those with the highest entropies, whose
+            policy loss counts (Wang et al. 2025, arXiv:2506.01939).
+        entropy_coef: the mean entropy of these tokens, times this, is taken off the loss.
         steps_per_generation: batches of a process whose prompts are sampled together; None for
             those of an optimizer step.
         num_iterations: how often completions are learned.
@@ -103,6 +106,8 @@ class GrpoSettings(Settings):
     beta: Annotated[float, Field(ge=0)] = 0.0
     use_bias_correction_kl: bool = True
     off_policy_mask_threshold: Annotated[float, Field(gt=0)] | None = None
+    top_entropy_quantile: Annotated[float, Field(ge=0, le=1)] = 1.0
+    entropy_coef: float = 0.0
     steps_per_generation: Annotated[int, Field(ge=1)] | None = None
     num_iterations: Annotated[int, Field(ge=1, le=1000)] = 1
     dynamic_sampling: bool = False
@@ -131,6 +136,11 @@ class GrpoSettings(Settings):
     def clip_max(self) -> float | None:
         """What the truncated importance ratios to the sampler are clipped at, if there are some."""
         return self.vllm_importance_sampling_clip_max if self.rollouts == "vllm" else None
+
+    @property
+    def learns_by_entropy(self) -> bool:
+        """Whether the loss has to do with the entropies of all tokens of a step."""
+        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
 
     @property
     def converses(self) -> bool:
@@ -176,8 +186,16 @@ class GrpoSettings(Settings):
                 raise ValueError("should be a class at the top of a file, which processes import")
             return f"{file}:{value.__name__}"
         if isinstance(value, dict) and not isinstance(value.get("type"), str):
-            raise ValueError("should have a type: {type: env.py:Name}, with arguments beside it")
+            raise ValueError(
+                "should have a type: {type: env.py:Name}, with arguments beside it (for rows of "
+                "several kinds one class, whose reset chooses by a column)"
+            )
         return value
+
+    @field_validator("min_p", mode="before")
+    @classmethod
+    def _none_is_all(cls, value: Any) -> Any:
+        return 0.0 if value is None else value  # TRL's default
 
     @field_validator("scale_rewards", mode="before")
     @classmethod

@@ -124,9 +124,9 @@ class GrpoWarnings:
                 "entropy collapses",
                 f"the entropy of sampled tokens has fallen from {first:.3f} to {now:.3f} nats: all "
                 "completions of a prompt become alike, and nothing new is tried",
-                "Raise objective.epsilon_high (0.28 in DAPO) or objective.beta, lower "
-                "training.learning_rate, or raise objective.temperature; if the reward is as high "
-                "as you need it, stop here.",
+                "Raise objective.epsilon_high (0.28 in DAPO), objective.entropy_coef or "
+                "objective.beta, lower training.learning_rate, or raise objective.temperature; if "
+                "the reward is as high as you need it, stop here.",
             )
 
     def _gap(self, logs: Mapping[str, float]) -> Iterator[Found]:

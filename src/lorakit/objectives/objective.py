@@ -119,7 +119,7 @@ class Objective:
             QLoRA (Dettmers et al. 2023).
         epochs: pairs of a number of rows and the epochs that fewer rows are trained by default;
             for some thousand rows 3 as in Alpaca (Taori et al. 2023).
-        shown_metrics: what of `Loss.metrics` is shown beside the loss while training.
+        shown_metrics: of `scores`, what is shown while training; a mapping has labels.
         head: the names of the outputs of a new head, known before rows are read.
         score_names: the held-out scores that `scores` gives.
         lower_is_better: those of them that are better when they are smaller.
@@ -162,7 +162,7 @@ class Objective:
     recommended_for: ClassVar[str] = "generation"
     learning_rates: ClassVar[Mapping[str, float]] = {"small": 5e-4, "medium": 2e-4, "large": 1e-4}
     epochs: ClassVar[Sequence[tuple[int, int]]] = ((200, 5), (10_000, 3), (50_000, 2))
-    shown_metrics: ClassVar[Sequence[str]] = ()
+    shown_metrics: ClassVar[Sequence[str] | Mapping[str, str]] = ()
     too_long: ClassVar[TooLong] = "cut"
     row_settings: ClassVar[Sequence[str]] = ()
     constant_settings: ClassVar[Sequence[str]] = ()

@@ -148,6 +148,22 @@ def near_enough(c: Completions, threshold: float) -> torch.Tensor:
     return c.spread(kept.to(c.log_probs))
 
 
+def most_uncertain(entropies: torch.Tensor, of_step: torch.Tensor, share: float) -> torch.Tensor:
+    """1 for tokens (n,) whose entropy is among the highest of a step, 0 for the others
+    (Wang et al. 2025, arXiv:2506.01939); TRL's `top_entropy_quantile`.
+
+    Args:
+        of_step: the entropies of all tokens of the step.
+        share: how many of them count, in (0, 1].
+    """
+    import torch
+
+    if share == 1 or not len(of_step):
+        return torch.ones_like(entropies)
+    least = torch.quantile(of_step.float(), 1 - share)
+    return (entropies >= least.to(entropies)).to(entropies)
+
+
 def truncated_ratio(own: torch.Tensor, sampled: torch.Tensor, most: float) -> torch.Tensor:
     """min(pi / mu, most) of each token (n,), for a sampler mu whose numbers are not the trainer's.
 

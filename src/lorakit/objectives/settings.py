@@ -10,6 +10,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorakit.errors import InputError, did_you_mean, listed
 
 
+class UnknownSettingError(InputError):
+    """A setting that an objective does not have.
+
+    Args:
+        objective, name: its names.
+    """
+
+    def __init__(self, message: str, objective: str, name: str) -> None:
+        super().__init__(message)
+        self.objective, self.name = objective, name
+
+
 class Settings(BaseModel):
     """The settings of an objective that has none; others are subclasses."""
 
@@ -23,7 +35,8 @@ def checked_settings(kind: type[Chosen], objective: str, given: Mapping[str, Any
     """The settings of the kind that an objective has.
 
     Raises:
-        InputError: a setting is not one of the objective's, or has a wrong value.
+        InputError: a setting is not one of the objective's (`UnknownSettingError`), or has a wrong
+            value.
     """
     try:
         return kind(**given)
@@ -34,7 +47,8 @@ def checked_settings(kind: type[Chosen], objective: str, given: Mapping[str, Any
         if found["type"] == "extra_forbidden":
             short = next((name for name in known if key.endswith(f"_{name}")), key)
             reason = f"is not a setting of {objective}{did_you_mean(short, known)}; it has"
-            raise InputError(f"objective.{key} {reason} {listed(['type', *known])}") from error
+            line = f"objective.{key} {reason} {listed(['type', *known])}"
+            raise UnknownSettingError(line, objective, key) from error
         message = found["msg"].removeprefix("Value error, ")
         if not key:  # settings that do not fit together
             raise InputError(f"objective.{message}") from error

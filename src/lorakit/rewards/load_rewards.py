@@ -149,7 +149,10 @@ def hashes(module: ModuleType) -> dict[str, str]:
     files = {module.__file__}
     for other in list(sys.modules.values()):
         file = getattr(other, "__file__", None)
-        if file and file.endswith(".py") and Path(file).resolve().parent == folder:
+        if not isinstance(file, str) or not file.endswith(".py"):
+            continue
+        # torch.classes has the name of a file that is nowhere.
+        if Path(file).resolve().parent == folder and Path(file).is_file():
             files.add(file)
     return {
         Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -28,6 +28,9 @@ OTHER_SIGNATURES = {
     "queries": "OpenRLHF",
     "labels": "OpenRLHF",
     "reward_model": "verl",
+    "predict_str": "EasyR1",
+    "predicts": "EasyR1",
+    "reward_inputs": "EasyR1",
 }
 """Parameters of reward functions that were written for other libraries, which call them so."""
 

@@ -25,6 +25,13 @@ _TRLS = {
     "reasoning_accuracy_reward": "{type: math_verify, after: </think>}",
 }
 """TRL's names of built-in rewards, as they are called here."""
+_SWIFTS = {
+    "accuracy": "math_verify",
+    "cosine": "length",
+    "soft_overlong": "overlong",
+    "react_format": "regex",
+}
+"""ms-swift's names of them."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,28 @@ def foreign_rewards(objective: Any) -> list[str]:
     return [str(one) for one in given or () if not is_own(one)]
 
 
+def foreign_programs(objective: Any) -> list[str]:
+    """`foreign_rewards`, and the environment and tools, which are programs in the same sense."""
+    given = objective if isinstance(objective, Mapping) else {}
+    environment = given.get("environment")
+    if isinstance(environment, Mapping):
+        environment = environment.get("type", environment)
+    more = [*([environment] if environment else []), *(given.get("tools") or ())]
+    return [*foreign_rewards(objective), *map(str, more)]
+
+
 def is_own(reward: Any) -> bool:
     """Whether a recorded reward is a built-in one, or an adapter."""
     if isinstance(reward, Mapping):
         reward = reward.get("type") or next(iter(reward), None)
     return reward == ADAPTER or reward in BUILT_IN
+
+
+def adapters_in(rewards: Sequence[Any]) -> list[str]:
+    """The folders of those rewards, as a recipe has them, that are reward adapters."""
+    given = [one for one in rewards if isinstance(one, Mapping) and is_own(one)]
+    read = [_spec(one, Path()) for one in given if ADAPTER in (*one, one.get("type"))]
+    return [str(one.settings["path"]) for one in read]
 
 
 def _is_one(rewards: Any) -> bool:
@@ -155,6 +179,8 @@ def _unknown(name: str) -> InputError:
         cure = f"a function of a module is named as {module}:{attribute}"
     elif name in _TRLS:
         cure = f"TRL's is {_TRLS[name]} here, or trl.rewards:{name}"
+    elif name in _SWIFTS:
+        cure = f"ms-swift's is nearest to {_SWIFTS[name]} here"
     return InputError(
         f"rewards: there is no '{name}'{did_you_mean(name, known)}: built in are "
         f"{listed(known, 20)}; {cure}"

@@ -175,6 +175,11 @@ class Rewards:
                         f"takes {name}, as {OTHER_SIGNATURES[name]} calls reward functions: here "
                         "they are called as in TRL, with completions and the columns of the rows"
                     )
+                if name == "environments":
+                    reason = (
+                        "takes environments, which are in processes of their own here: give the "
+                        "environment a method get_reward() that returns its reward"
+                    )
                 raise InputError(
                     f"{rows}reward {reward} {reason}: the rows have {listed(columns) or 'none'}"
                 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorakit.engine.sampler import Sampler, answering
@@ -29,6 +30,7 @@ class EngineRollouts:
     """
 
     notices: Sequence[str] = ()
+    files: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

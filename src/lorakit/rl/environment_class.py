@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError, did_you_mean, first_line, listed, one_line
-from lorakit.rewards.load_rewards import RewardLoadError, load_file, load_module
+from lorakit.rewards.load_rewards import RewardLoadError, hashes, load_file, load_module
 
 _NO_TOOLS = ("reset", "step", "get_reward", "close")
 
@@ -58,6 +58,12 @@ def load(spec: str) -> Any:
 
 
 _loaded: dict[str, Any] = {}
+
+
+def loaded_files() -> dict[str, str]:
+    """SHA-256 of the files that `load` has imported, and of what they import from beside them, by
+    name."""
+    return {name: sha for module in _loaded.values() for name, sha in hashes(module).items()}
 
 
 class EnvironmentClass:
@@ -109,7 +115,8 @@ class EnvironmentClass:
 
     def description(self) -> dict[str, Any]:
         """What the process that asks has to know of it."""
-        return {"steps": self.steps, "rewards": self.rewards, "tools": self.schemas}
+        own = {"steps": self.steps, "rewards": self.rewards, "tools": self.schemas}
+        return own | {"files": loaded_files()}
 
 
 class Environment:

@@ -49,6 +49,7 @@ class EnvironmentProcess:
         steps: the environment has a method `step`, and its messages are what answers the model.
         rewards: it has a method `get_reward`.
         tools: the functions that the model is shown, as `{type: function, function: {...}}`.
+        files: SHA-256 of the user's files and of their own imports from the same folders, by name.
 
     Raises:
         InputError: it cannot be imported, or is no environment.
@@ -83,6 +84,7 @@ class EnvironmentProcess:
             raise
         self.steps, self.rewards = bool(found["steps"]), bool(found["rewards"])
         self.tools: tuple[dict[str, Any], ...] = tuple(found["tools"])
+        self.files: dict[str, str] = found["files"]
 
     def _started(self, request: bytes) -> dict[str, Any]:
         self._control.settimeout(_SECONDS_TO_START)

@@ -6,12 +6,14 @@ A source of rollouts (`sources.py`). The environments are in processes of their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorakit.data.next_turn import drops_reasoning, next_turn
 from lorakit.data.tool_calls import tool_calls_of
+from lorakit.engine.rows_at_once import FEW_ROWS
 from lorakit.engine.sampler import Sampler
 from lorakit.errors import InputError, LorakitError
 from lorakit.lora.routing import BASE
@@ -62,6 +64,11 @@ class EnvironmentRollouts:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """As in `RolloutSource`: of the environment and the tools."""
+        return self._process.files
 
     @property
     def notices(self) -> Sequence[str]:
@@ -126,8 +133,7 @@ class EnvironmentRollouts:
     ) -> None:
         """Writes conversations to their ends."""
         rows: dict[AnswerRow, Conversation] = {}
-        waiting = list(begun)
-
+        waiting, most = deque(begun), min(FEW_ROWS, max(1, len(begun)))
         name = route.shared[0] if route.shared else BASE
 
         def row(one: Conversation) -> AnswerRow:
@@ -138,8 +144,10 @@ class EnvironmentRollouts:
         def next_rows(finished: Sequence[AnswerRow], idle: bool) -> list[AnswerRow]:
             for each in finished:
                 talks.wrote(rows.pop(each), written_of(each))
-            going = [*waiting, *talks.ready(idle and not waiting)]
-            waiting.clear()
+            # Those that have begun go first, so that few have their past in memory.
+            going = talks.ready(idle and not waiting)
+            while waiting and len(rows) + len(going) < most:
+                going.append(waiting.popleft())
             work.update(sum(one.closed for one in talks.all))
             made = {row(one): one for one in going}
             rows.update(made)
@@ -147,7 +155,7 @@ class EnvironmentRollouts:
 
         longest = max((len(one.prompt) + one.asked.max_new_tokens for one in begun), default=1)
         longest = min(longest, sampler.context_length)
-        sampler.write_turns(next_rows, route, max(1, len(begun)), longest)
+        sampler.write_turns(next_rows, route, most, longest)
 
     def require(self) -> None:
         """As in `RolloutSource`: nothing is missing."""

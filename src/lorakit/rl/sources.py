@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,10 +21,14 @@ class RolloutSource(Protocol):
 
     Attributes:
         notices: lines for the user, before a run.
+        files: SHA-256 of users' files that decide what completions are, by name.
     """
 
     @property
     def notices(self) -> Sequence[str]: ...
+
+    @property
+    def files(self) -> Mapping[str, str]: ...
 
     def require(self) -> None:
         """Raises InputError where something is missing here that a run needs."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.export.vllm import read_servable, write_copy
@@ -39,6 +40,8 @@ class VllmRollouts:
     Raises:
         InputError: vLLM cannot serve adapters of the model.
     """
+
+    files: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

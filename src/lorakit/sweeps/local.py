@@ -14,6 +14,7 @@ from lorakit.engine.shared_pass import AdapterBatch, why_not_shared
 from lorakit.errors import InputError, listed
 from lorakit.lora.config import LoraConfig
 from lorakit.models.loaded import has_dropout
+from lorakit.rewards.reward_specs import adapters_in
 from lorakit.sweeps.group import advance_alone, advance_group, evaluates_itself
 from lorakit.sweeps.pass_size import PassSize, measure_pass_size
 from lorakit.sweeps.records import Progress
@@ -158,6 +159,21 @@ def why_alone(
     return evaluates_itself(recipe, args) or why_not_shared(base, config)
 
 
+def require_sweepable(recipe: Recipe) -> None:
+    """Raises InputError where a run of this recipe needs more than the resident model."""
+    objective = recipe.make_objective()
+    if objective.rollouts != "engine":
+        raise InputError(
+            "a sweep samples completions by the resident model, one turn each: objective."
+            "environment, tools and rollouts are for lorakit train"
+        )
+    if adapters := adapters_in(getattr(objective.settings, "rewards", ())):
+        raise InputError(
+            f"objective.rewards: the reward adapter {adapters[0]} lies on the base of one run, "
+            "which a sweep's configurations share: train each configuration with lorakit train"
+        )
+
+
 def _require_one_base(configurations: Sequence[Configuration]) -> None:
     """Raises InputError where a configuration needs another model or other rows."""
 
@@ -168,11 +184,7 @@ def _require_one_base(configurations: Sequence[Configuration]) -> None:
         return {"model": recipe.model, "dtype": recipe.dtype, **kept}
 
     for configuration in configurations:
-        if configuration.recipe.make_objective().rollouts != "engine":
-            raise InputError(
-                "a sweep samples completions by the resident model, one turn each: objective."
-                "environment, tools and rollouts are for lorakit train"
-            )
+        require_sweepable(configuration.recipe)
     for configuration in configurations[1:]:
         first, own = shared(configurations[0]), shared(configuration)
         if other := [key for key in first if first[key] != own[key]]:

@@ -17,7 +17,7 @@ from lorakit.progress import showing
 from lorakit.report.sweep_page import write_sweep_page
 from lorakit.sweeps.criterion import Criterion, check_objective
 from lorakit.sweeps.leaderboard import leaderboard, read_leaderboard, standings, write_leaderboard
-from lorakit.sweeps.local import LocalRunner
+from lorakit.sweeps.local import LocalRunner, require_sweepable
 from lorakit.sweeps.ranks import rank_choice
 from lorakit.sweeps.search import Runner, Search, rungs
 from lorakit.sweeps.space.configurations import Configuration, check_keys, configurations
@@ -99,7 +99,9 @@ def run_sweep(recipe: Recipe, settings: SweepSettings, *, resume: bool, say: Say
     check_keys(recipe, list(settings.over))
     sampler = sampler_of(settings, seed)
     draws = sampler.draw([], [])
-    configurations(recipe, draws, lambda changed: changed)  # wrong ones, before a model is loaded
+    require_sweepable(recipe)
+    for one in configurations(recipe, draws, lambda changed: changed):  # before a model is loaded
+        require_sweepable(one.recipe)
     with ExitStack() as held:
         held.enter_context(locked_folder(folder, partial(check_folder, folder, resume=resume), say))
         require_same(folder, recipe, settings)

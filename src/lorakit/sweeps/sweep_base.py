@@ -235,11 +235,6 @@ def load_base(recipe: Recipe, selection: float, seed: int) -> SweepBase:
     if recipe.data.streaming:
         raise InputError("lorakit sweep reads all rows first: leave data.streaming out")
     inputs = _load(recipe)
-    if inputs.objective.beside:
-        raise InputError(
-            "objective.rewards: lorakit sweep takes functions; a reward adapter lies on the base "
-            "of one run: train each configuration with lorakit train"
-        )
     parts = split(inputs.data.eval, inputs.data.eval_samples, selection, seed)
     return SweepBase(recipe, inputs, parts, seed)
 

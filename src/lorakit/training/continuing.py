@@ -47,6 +47,7 @@ _TABLE: Mapping[Change, Mapping[str, str]] = {
     _TAKES_EFFECT: {
         "": """
             dtype quantization early_stopping_patience processes template chat_template data rewards
+            environment
         """,
         "data.": "train eval max_length too_long columns limit padding_free share_prefixes packing",
         "lora.": "lora_alpha lora_dropout use_rslora alpha_pattern",
@@ -115,8 +116,8 @@ CHANGES: Mapping[str, Change] = {
     for section, names in sections.items()
     for name in names.split()
 }
-"""By key; `data`, `base`, `template`, `rewards` and `processes` decide a run too, and are no keys
-of a recipe."""
+"""By key; `data`, `base`, `template`, `rewards`, `environment` and `processes` decide a run too,
+and are no keys of a recipe."""
 
 _WITHOUT_STEPS = {"lora.lora_alpha", "lora.use_rslora", "lora.alpha_pattern", "dtype"}
 """What changes the adapter, or its scores, with no step to come."""
@@ -134,7 +135,8 @@ _SPLIT = {"data", "data.train", "data.limit", "data.columns"}
 """What changes which rows are held out, where a share of them is."""
 
 _EVALUATION = _SPLIT | {"data.eval", "data.max_length", "data.too_long", "template"}
-_EVALUATION |= {"training.metric_for_best_model", "training.greater_is_better", "eval", "rewards"}
+_EVALUATION |= {"training.metric_for_best_model", "training.greater_is_better", "eval"}
+_EVALUATION |= {"rewards", "environment"}
 """What makes held-out losses before and after incomparable."""
 
 _BATCHES = _SPLIT | {"data.max_length", "data.too_long", "data.padding_free", "data.packing"}

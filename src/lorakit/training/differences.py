@@ -37,6 +37,7 @@ def run_identity(
     parent: str | None = None,
     teacher: str | None = None,
     rewards: Sequence[Mapping[str, Any]] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """All that decides a run's numbers, as plain JSON types.
 
@@ -48,6 +49,7 @@ def run_identity(
         parent, teacher: the digests of the adapters that it starts from and learns from; None
             without one.
         rewards: `Objective.reward_facts`, of which the hashes of files count.
+        environment: SHA-256 of the files of an environment and of tools, by name.
     """
     values = {
         "recipe": {key: value for key, value in recipe.items() if key != "output_dir"},
@@ -59,6 +61,7 @@ def run_identity(
         "parent": parent,
         "teacher": teacher,
         "rewards": {one["name"]: one["sha256"] for one in rewards},
+        "environment": dict(environment or {}),
     }
     return _as_json(values)
 
@@ -66,7 +69,7 @@ def run_identity(
 def run_differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """Where two runs' identities differ."""
     before, now = _as_json(before), _as_json(now)
-    for key in ("base", "template", "rewards"):  # an older record has none
+    for key in ("base", "template", "rewards", "environment"):  # an older record has none
         if before.get(key) is None:
             before[key] = now.get(key)
     overlook_moves(before, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,14 @@ def require_data(expected: list[dict[str, Any]], data: list[dict[str, Any]]) -> 
         raise InputError(f"the data differ from those of the run: {listed(lines, 4)}")
 
 
+def require_environment(expected: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Raises InputError unless the files of environment and tools are those `expected`."""
+    if changed := [name for name in expected if expected[name] != files.get(name)]:
+        raise InputError(
+            f"these files of the environment differ from those of the run: {listed(changed)}"
+        )
+
+
 def require_rewards(expected: list[dict[str, Any]], rewards: list[dict[str, Any]]) -> None:
     """Raises InputError unless the files of the rewards are those that are `expected`."""
     before, now = ({one["name"]: one["sha256"] for one in facts} for facts in (expected, rewards))
@@ -127,6 +135,7 @@ def same_run(manifest: Manifest, now: dict[str, Any]) -> bool:
         parent=manifest.parent.sha256 if manifest.parent else None,
         teacher=manifest.teacher.sha256 if manifest.teacher else None,
         rewards=manifest.rewards,
+        environment=manifest.environment,
     )
     return not run_differences(before, now)
 

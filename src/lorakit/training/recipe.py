@@ -32,6 +32,7 @@ from lorakit.data.too_long import TooLong
 from lorakit.errors import InputError
 from lorakit.models.quantization.settings import Quantization, as_quantization
 from lorakit.objectives.registry import default_objective, make_objective
+from lorakit.objectives.settings import UnknownSettingError
 from lorakit.training.arguments import ARGUMENTS, refusal
 from lorakit.training.effects import check_recipe
 from lorakit.training.evaluation_recipe import EvaluationRecipe, GenerateSettings
@@ -259,7 +260,7 @@ class Recipe(_Strict):
         """A name alone is an objective with its default settings; all of them are recorded."""
         if not isinstance(value, (str, Mapping)):
             return value
-        return make_objective(value).to_dict()
+        return named_objective(value).to_dict()
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -364,6 +365,17 @@ class Recipe(_Strict):
         if unset:
             absent["data"] = unset
         return self.model_dump(mode="json", exclude=absent)
+
+
+def named_objective(settings: str | Mapping[str, Any]) -> Objective:
+    """`make_objective`; where it lacks a setting, the error says what a recipe has for it."""
+    try:
+        return make_objective(settings)
+    except UnknownSettingError as error:
+        if not (hint := key_hint(error.name, ())):
+            raise
+        line = f"objective.{error.name} is not a setting of {error.objective}{hint}"
+        raise InputError(line) from error
 
 
 def _of_config(lora: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,19 +162,23 @@ class Recorder(TrainerCallback):
         self.lines.append(line)
 
 
+Metrics = Sequence[str] | Mapping[str, str]
+
+
 class ProgressBar(TrainerCallback):
     """Shows step, loss, held-out loss, supervised tokens per second, and the time left.
 
     Without a terminal each logged step is a plain line.
 
     Args:
-        metrics: what is logged beside the loss and shown too.
+        metrics: what is logged beside the loss and shown too; by name its label, or names alone.
     """
 
-    def __init__(self, counts: Counts, console: Console, metrics: Sequence[str] = ()) -> None:
+    def __init__(self, counts: Counts, console: Console, metrics: Metrics = ()) -> None:
         self.counts, self.console = counts, console
         self._shown = ExitStack()
         self._task: Task | None = None
+        self._labels = dict(metrics) if isinstance(metrics, Mapping) else {}
         self._losses: dict[str, str] = dict.fromkeys(("loss", *metrics, "eval_loss"), "")
         self._began_with = Counts()
 
@@ -193,7 +197,8 @@ class ProgressBar(TrainerCallback):
         """Takes over the newest losses; without a bar, prints them."""
         found = {name: value for name, value in (logs or {}).items() if name in self._losses}
         for name, value in found.items():
-            self._losses[name] = f"{name.removesuffix('_loss')} {value:.4f}"
+            label = self._labels.get(name, name.removesuffix("_loss"))
+            self._losses[name] = f"{label} {value:.4f}"
         if not self._task or not found:
             return
         self._task.update(state.global_step, status=self._status())

@@ -18,7 +18,7 @@ from lorakit.data.template_clock import Rendering, draws_at_random
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_adapter
 from lorakit.models.template_files import digest, read_templates
-from lorakit.rewards.reward_specs import foreign_rewards
+from lorakit.rewards.reward_specs import foreign_programs
 from lorakit.training.continuing import takes_effect
 from lorakit.training.differences import moved
 from lorakit.training.recipe import load_recipe
@@ -75,10 +75,11 @@ def reproduce(
         data: where the recorded sources of rows lie now, in their order, if they have moved.
         start: an adapter to start from in place of the recorded one, such as its repetition; None
             is the recorded one, which must be as it was.
-        run_rewards: reward functions of files and modules that the record names may be run.
+        run_rewards: reward functions, environment and tools of files and modules that the record
+            names may be run.
 
     Raises:
-        InputError: the folder has no record, it names rewards that may not be run, or the data are
+        InputError: the folder has no record, it names programs that may not be run, or the data are
             not those that were learned.
         LorakitError: training failed.
     """
@@ -93,9 +94,9 @@ def reproduce(
             f"{adapter} was resumed with another recipe or other data after step "
             f"{changed[0]['step']}: no single recipe reproduces it"
         )
-    if (foreign := foreign_rewards(before.recipe.get("objective"))) and not run_rewards:
+    if (foreign := foreign_programs(before.recipe.get("objective"))) and not run_rewards:
         raise InputError(
-            f"{adapter}: its record names reward functions, which are somebody's program: "
+            f"{adapter}: its record names files or modules that would be run: "
             f"{listed(foreign)}. Look at them, and allow them with --run-rewards"
         )
     _, old = read_adapter(adapter)
@@ -115,6 +116,7 @@ def reproduce(
         quiet=quiet,
         expected_data=before.data,
         expected_rewards=before.rewards,
+        expected_environment=before.environment,
         rendering=rendering,
     ).manifest
     _, new = read_adapter(output_dir)

@@ -34,7 +34,7 @@ from lorakit.models.loss import SupervisedLoss
 from lorakit.models.template_files import write_templates
 from lorakit.objectives.forward import bare
 from lorakit.objectives.objective import Objective
-from lorakit.objectives.registry import make_objective, registered
+from lorakit.objectives.registry import registered
 from lorakit.progress import showing
 from lorakit.report.run_page import write_report
 from lorakit.training.checkpoints import Found, newest_whole
@@ -51,13 +51,14 @@ from lorakit.training.output import (
     claim_output,
     rendering_of,
     require_data,
+    require_environment,
     require_rewards,
     require_unchanged,
     same_run,
 )
 from lorakit.training.position import planned_steps
 from lorakit.training.processes import join, require_same_view
-from lorakit.training.recipe import Recipe, load_recipe
+from lorakit.training.recipe import Recipe, load_recipe, named_objective
 from lorakit.training.recorder import ProgressBar, Recorder, StepLines
 from lorakit.training.run_record import (
     HeldOutScores,
@@ -96,6 +97,7 @@ def train(
     accept_changes: bool = False,
     expected_data: list[dict[str, Any]] | None = None,
     expected_rewards: list[dict[str, Any]] | None = None,
+    expected_environment: Mapping[str, str] | None = None,
     rendering: Rendering | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -112,8 +114,8 @@ def train(
         resume: resume from the last checkpoint in `output_dir`, when there is one.
         accept_changes: with `resume`, resume although recipe or data are not those of the run so
             far; what changed is recorded.
-        expected_data, expected_rewards: what the data and the files of rewards must be, as
-            `Manifest` has them.
+        expected_data, expected_rewards, expected_environment: what the data and the files of
+            rewards, environment and tools must be, as `Manifest` has them.
         rendering: how rows are to become text; None is as the tokenizer has it, now.
         quiet: show nothing.
 
@@ -127,7 +129,7 @@ def train(
         if data is not None:
             changes += held.enter_context(rows_from_python(data)).items()
         if isinstance(objective, Mapping):  # whose settings may be functions
-            objective = make_objective(objective)
+            objective = named_objective(objective)
         own = objective if isinstance(objective, Objective) else None
         if objective is not None:
             changes.append(("objective", registered(own).to_dict() if own else objective))
@@ -155,6 +157,8 @@ def train(
             require_data(expected_data, setup.data_facts)
         if expected_rewards is not None:
             require_rewards(expected_rewards, setup.inputs.objective.reward_facts)
+        if expected_environment is not None:
+            require_environment(expected_environment, setup.environment_files)
         return _train(setup, console, main, resume, accept_changes, callbacks)
 
 

@@ -83,6 +83,7 @@ def manifest_of(
         stands_on=list(start.frozen) if start else [],
         teacher=setup.inputs.teacher,
         rewards=setup.inputs.objective.reward_facts,
+        environment=setup.environment_files,
         labels=labels.to_dict() if labels else None,
         versions=versions(),
         seed=setup.recipe.training.seed,

@@ -110,7 +110,13 @@ class Setup:
             parent=start.record.sha256 if start else None,
             teacher=teacher.sha256 if teacher else None,
             rewards=self.inputs.objective.reward_facts,
+            environment=self.environment_files,
         )
+
+    @property
+    def environment_files(self) -> dict[str, str]:
+        """SHA-256 of the files of an environment and of tools, by name."""
+        return {} if self.source is None else dict(self.source.files)
 
     @property
     def data_facts(self) -> list[dict[str, Any]]:

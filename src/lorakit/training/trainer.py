@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.training_args import TrainingArguments
 
-from lorakit.data.batches import count_tokens, parts_of
+from lorakit.data.batches import count_tokens, in_parts, parts_of
 from lorakit.data.masking import TokenizedRow
 from lorakit.data.streaming import RowStream
 from lorakit.errors import InputError
@@ -251,7 +251,7 @@ class LoraTrainer(CheckpointedTrainer):
         self.model.eval()
         self._averaged()
         before: dict[str, torch.Tensor] = {}
-        if self.objective.needs_all_batches:
+        if self.objective.needs_all_batches and not self.objective.samples_held_out:
             before = self._over_held_out(self.objective.beforehand)
 
         def loss(forward: Forward, batch: Batch) -> Mapping[str, torch.Tensor]:
@@ -434,10 +434,12 @@ class LoraTrainer(CheckpointedTrainer):
         self, batches: Sequence[dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
         """Batches of an optimizer step with the sums that each needs of all of them."""
+        parts = [parts_of(batch) for batch in batches]
         self.model.eval()  # nothing is drawn, so that a run resumes to the same numbers
-        sums = self._over_processes(self._measured(self.objective.beforehand, batches))
+        every = [*chain.from_iterable(parts)]
+        sums = self._over_processes(self._measured(self.objective.beforehand, every))
         self.model.train()
-        return [with_sums(batch, sums) for batch in batches]
+        return [in_parts([with_sums(part, sums) for part in own]) for own in parts]
 
     def with_answers(
         self, batches: list[dict[str, torch.Tensor]], step: int | None = None

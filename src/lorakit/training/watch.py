@@ -194,6 +194,10 @@ def unchanged_modules(start: Mapping[str, int], model: nn.Module) -> tuple[list[
     return [module for module, changed in moved.items() if not changed], len(moved)
 
 
+_NO_SIGNAL = "frac_reward_zero_std"
+"""Of the log: the share of groups of completions whose rewards are all equal."""
+
+
 def warn_of_unchanged(
     start: Mapping[str, int], model: nn.Module, step: int, lines: StepLines
 ) -> Iterator[str]:
@@ -206,7 +210,17 @@ def warn_of_unchanged(
     modules, total = unchanged_modules(start, model)
     if not modules:
         return
-    if len(modules) == total:
+    shares = [line[_NO_SIGNAL] for line in lines.read() if _NO_SIGNAL in line]
+    if len(modules) == total and shares and min(shares) == 1:
+        warned = Warned(
+            step,
+            "unchanged",
+            f"the adapter is unchanged after {step} steps: in every group all completions had the "
+            "same reward, so nothing was learned",
+            "Look at completions and their rewards with lorakit rewards: give part of the reward "
+            "for parts of the answer, train on some answers first, or take other prompts.",
+        )
+    elif len(modules) == total:
         warned = Warned(
             step,
             "unchanged",
