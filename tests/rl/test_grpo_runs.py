@@ -121,6 +121,7 @@ def test_a_step_is_the_same_in_one_pass_and_in_several(
         made = recipe(attentive_folder, folder, dtype="float64", training=training)
         made["data"] = {"eval": 0}
         objective = settings(beta=0.1, loss_type="gspo")
+        objective |= {"entropy_coef": 0.05, "top_entropy_quantile": 0.6}
         lorakit.train(made, data=ROWS, objective=objective, quiet=True)
         names = ("loss", "reward", "entropy", "kl", "grad_norm", "frac_reward_zero_std")
         found[tokens] = [logged(folder, name) for name in names], weights(folder)
@@ -249,7 +250,7 @@ def test_a_run_whose_rewards_never_differ_says_so_and_fails(attentive_folder: Pa
     done = run_lorakit(tmp_path, "train", "recipe.yaml")
     assert done.returncode == 1
     warned = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "warning" in line]
-    assert [line["warning"] for line in warned] == ["groups without signal", "unchanged"]
+    assert {"groups without signal", "unchanged"} <= {line["warning"] for line in warned}
     assert "lorakit rewards" in warned[-1]["cure"]
 
 

@@ -13,7 +13,7 @@ from lorakit.data.batches import Collator, LineCollator
 from lorakit.data.masking import TokenizedRow
 from lorakit.engine.resident import ResidentModel
 from lorakit.engine.shared_pass import AdapterBatch, side_by_side
-from lorakit.lora.routing import BASE
+from lorakit.lora.routing import BASE, Route
 from lorakit.models.lines import take_lines, take_prefixes
 from lorakit.models.loss import IGNORE, SupervisedLoss
 from lorakit.objectives.grpo import Grpo
@@ -79,8 +79,10 @@ def test_mixed_adapters_temperature_and_top_p_leave_no_gap(
             told += one.logprobs
         batches.append(AdapterBatch(name, collate(rows)))
     whole, route = side_by_side(batches, PAD)
-    reader = SupervisedLoss(resident.model, temperature=TEMPERATURE)
     resident.model.eval()
+    with resident.model.routing.using(Route()):  # sampling leaves that of its rows behind
+        reader = SupervisedLoss(resident.model, temperature=TEMPERATURE)
+        untempered = SupervisedLoss(resident.model)
     with resident.model.routing.using(route), torch.no_grad():
         own = -reader.of_tokens(resident.model, whole)
     gap = (own - torch.tensor(told)).abs()
@@ -88,6 +90,6 @@ def test_mixed_adapters_temperature_and_top_p_leave_no_gap(
     assert gap.max() <= 1e-4
     # Of another adapter, or at another temperature, they would be others.
     with resident.model.routing.using(route), torch.no_grad():
-        plain = -SupervisedLoss(resident.model).of_tokens(resident.model, whole)
+        plain = -untempered.of_tokens(resident.model, whole)
     assert (plain - own).abs().max() > 0.1
     assert [o.tokens for o in of_each["long"]] != [o.tokens for o in of_each["short"]]

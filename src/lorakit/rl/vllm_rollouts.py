@@ -54,6 +54,7 @@ class VllmRollouts:
         self._folder = TemporaryDirectory(prefix="lorakit-vllm-")
         self._loads, self._loaded = 0, ""
         self._options: VllmServerOptions | None = None
+        self._log: Path | None = None
         if model is None:
             raise InputError("rollouts vllm is for lorakit train: use rollouts engine here")
         if self._settings.vllm_server_base_url is None:
@@ -111,7 +112,11 @@ class VllmRollouts:
         settings = self._settings
         if self._options is None:
             return VllmServer(settings.vllm_server_base_url, settings.vllm_server_timeout)
-        return VllmServer.started(self._options, Path(self._folder.name) / "vllm.log")
+        # Beside the folder that goes with the run, as who reads why vLLM failed needs it.
+        log = Path(f"{self._folder.name}.log")
+        server = VllmServer.started(self._options, log)
+        self._log = log
+        return server
 
     def _started_with(self, model: LoraModel) -> VllmServerOptions:
         settings, config = self._settings, _config(model)
@@ -159,6 +164,8 @@ class VllmRollouts:
         """Ends the server, if it was started here."""
         if self._server is not None:
             self._server.close()
+        if self._log is not None:
+            self._log.unlink(missing_ok=True)
         self._folder.cleanup()
 
 
