@@ -217,6 +217,12 @@ class AdapterPool:
         with self._lock:
             return self._versions.get(name) in self._loaded
 
+    def let_go(self, name: str) -> None:
+        """Frees the memory of an adapter, which is read again when it is asked for."""
+        with self._lock:
+            if (version := self._versions.get(name)) is not None:
+                self._loaded.pop(version, None)
+
     def version(self, name: str) -> Version:
         """The version in force of the adapter `name`.
 

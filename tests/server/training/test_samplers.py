@@ -179,3 +179,24 @@ def test_answers_under_way_keep_their_weights_while_others_come_and_go(
         theirs = other.save_weights_and_get_sampling_client().result()
         theirs.sample(PROMPT, 1, short).result()
     assert all(one.result(timeout=60).sequences[0].tokens == wanted for one in begun)
+
+
+def test_an_older_snapshot_of_a_run_leaves_the_memory_and_is_read_again_when_asked(
+    client: Any, service: Running
+):
+    run = client.create_lora_training_client("base", rank=2, seed=3).result()
+    step(run)
+    first = run.save_weights_and_get_sampling_client().result()
+    before = first.compute_logprobs(PROMPT).result()
+    step(run)
+    second = run.save_weights_and_get_sampling_client().result()
+    snapshots = [i for i in service.engine.pool.infos() if i.name.startswith(session_of(run))]
+    assert [info.loaded for info in snapshots[-2:]] == [False, True]
+    assert second.compute_logprobs(PROMPT).result() != before
+    assert first.compute_logprobs(PROMPT).result() == before
+
+
+def session_of(run: Any) -> str:
+    """What the names of a run's snapshots begin with."""
+    model_id: str = run.get_info().model_id
+    return f"{model_id.partition(':')[0]}:sample:"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from mmap import ACCESS_COPY, mmap
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -44,9 +44,11 @@ class FullRows(CacheLayerMixin):
         shape = self._rows, like.shape[1], self._length, like.shape[3]
         if like.device.type != "cpu":
             return like.new_zeros(shape)
-        # NumPy's zeros are pages that the system gives when rows come to fill them.
-        zeros = np.zeros(math.prod(shape) * like.dtype.itemsize, np.uint8)
-        return torch.from_numpy(zeros).view(like.dtype).view(shape)
+        # Zeros that the system gives page by page when rows come to fill them. Those of malloc may
+        # be memory that was used before, which is then filled with zeros as a whole.
+        size = math.prod(shape) * like.dtype.itemsize
+        zeros = mmap(-1, size, access=ACCESS_COPY)  # private, and of no file
+        return torch.frombuffer(zeros, dtype=like.dtype).view(shape)
 
     def _seen(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Keeps `new` (rows, heads, tokens, d), and returns it behind what the rows had."""

@@ -58,6 +58,7 @@ class _Weights:
     owner: str
     folder: Path
     size: int
+    run_id: str
     changes: int = -1  # of the run when they were taken
 
 
@@ -103,9 +104,16 @@ class Samplers:
 
     # --- weights that only sessions have ---------------------------------------------------
 
-    async def add(self, sampler_id: str, owner: str, folder: Path) -> None:
-        """A sampler of the weights in a `new_folder`."""
-        self._snapshots[sampler_id] = await self._registered(sampler_id, owner, folder)
+    async def add(self, sampler_id: str, run: LiveRun, folder: Path) -> None:
+        """A sampler of a run's weights in a `new_folder`.
+
+        The run's older ones leave the memory; whoever samples from them has them read again.
+        """
+        owner, weights = run.record.owner, await self._registered(sampler_id, run, folder)
+        for name, older in self._snapshots.items():
+            if older.run_id == weights.run_id:
+                self.engine.pool.let_go(name)
+        self._snapshots[sampler_id] = weights
         self._samplers[sampler_id] = Sampler(sampler_id, owner, sampler_id)
         own = [name for name, weights in self._snapshots.items() if weights.owner == owner]
         for name in own[:-_SNAPSHOTS]:
@@ -120,7 +128,7 @@ class Samplers:
         """Has everyone who samples from a live run sample from the weights in a `new_folder`."""
         name = live_name(run.record.run_id)
         async with self._publishing:  # what the engine has last is what is kept
-            weights = await self._registered(name, run.record.owner, folder)
+            weights = await self._registered(name, run, folder)
             if (old := self._live.get(name)) is not None:
                 self._remove_files(old)
             self._live[name] = replace(weights, changes=changes)
@@ -136,9 +144,9 @@ class Samplers:
         if (weights := self._live.pop(name, None)) is not None:
             self._drop(name, weights)
 
-    async def _registered(self, name: str, owner: str, folder: Path) -> _Weights:
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        weights = _Weights(owner, folder, size)
+    async def _registered(self, name: str, run: LiveRun, folder: Path) -> _Weights:
+        owner, size = run.record.owner, sum(file.stat().st_size for file in folder.iterdir())
+        weights = _Weights(owner, folder, size, run.record.run_id)
         try:
             while not self._quotas.disk.has_room(owner, size):
                 own = [n for n, w in self._snapshots.items() if w.owner == owner]

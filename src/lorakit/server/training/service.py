@@ -356,7 +356,7 @@ class TrainingService:
             await self.samplers.publish(run, folder, changes)
             self.samplers.follow(sampler_id, run)
         else:
-            await self.samplers.add(sampler_id, run.record.owner, folder)
+            await self.samplers.add(sampler_id, run, folder)
         try:
             self.sessions.find(session_id, Caller(run.record.owner)).samplers.append(sampler_id)
         except InputError:  # it has ended meanwhile
