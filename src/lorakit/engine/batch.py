@@ -375,14 +375,16 @@ class ContinuousBatch:
 
     def _choose(self, rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
         """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
-        largest, likeliest = logits.max(-1)  # NaN wherever a row has one
+        largest = logits.amax(-1)  # NaN wherever a row has one
         ready: list[int] = []
         for at, (row, value) in enumerate(zip(rows, largest.tolist(), strict=True)):
             if not math.isfinite(value):
                 row.fail_by_logits()
             elif row.read == len(row.prompt):
                 ready.append(at)
-        plain = likeliest.tolist()
+        plain: list[int] = []
+        if any(rows[at].is_plain for at in ready):
+            plain = logits.max(-1).indices.tolist()
         together = [at for at in ready if rows[at].is_simple and not rows[at].is_plain]
         drawn: dict[int, tuple[int, float]] = {}
         if together:

@@ -129,7 +129,8 @@ def choose_together(
     """The next tokens of rows that are simple, and the log-probabilities that these ask for.
 
     A row takes the first token up to which probabilities add up to more than its random number.
-    Sums are in float64, those of blocks first, as adding up a whole vocabulary takes longer.
+    Blocks are added up first, as adding up a whole vocabulary takes longer; over them sums are in
+    float64.
 
     Args:
         logits: (rows, vocabulary), in float32 or float64.
@@ -140,14 +141,18 @@ def choose_together(
     divisors = [chooser.temperature or 1.0 for chooser in choosers]
     if any(divisor != 1 for divisor in divisors):
         logits = logits / torch.tensor(divisors, dtype=logits.dtype, device=logits.device)[:, None]
-    largest, tokens = logits.max(-1, keepdim=True)
+    largest = logits.amax(-1, keepdim=True)
     weights = (logits - largest).exp_()
-    padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _BLOCK))
-    blocks = padded.unflatten(1, (-1, _BLOCK))
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    if rest := -weights.shape[1] % _BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, rest))
+    blocks = weights.unflatten(1, (-1, _BLOCK))
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     total = ends[:, -1:]
-    drawing = [i for i, chooser in enumerate(choosers) if chooser.temperature]
-    if drawing:
+    tokens = torch.empty(len(choosers), 1, dtype=torch.int64, device=logits.device)
+    if coldest := [i for i, chooser in enumerate(choosers) if not chooser.temperature]:
+        own = torch.tensor(coldest, device=logits.device)
+        tokens[own] = logits[own].max(-1, keepdim=True).indices
+    if drawing := [i for i, chooser in enumerate(choosers) if chooser.temperature]:
         numbers = [choosers[i].uniform() for i in drawing]
         own = torch.tensor(drawing, device=logits.device)
         aim = total[own] * torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
