@@ -12,8 +12,8 @@ hardly any completion ends earlier; the reward is the share of different words.
 - trl_plain: without activation checkpointing, which is faster and larger.
 - lorakit: the engine samples from the weights that are trained.
 
-Time is Trainer's whole loop. Memory is the process' peak, with that of the processes that it
-started (lorakit calls reward functions in one of their own).
+Time is Trainer's whole loop, and that of a step behind the first. Memory is the process' peak, with
+that of the processes that it started (lorakit calls reward functions in one of their own).
 """
 
 import argparse
@@ -66,7 +66,7 @@ def measure(side: str, options: argparse.Namespace) -> Figures:
         "completions_per_second": completions / clock["seconds"],
         "memory_mb": peak_memory_mb() + of_children(),
         "children_mb": of_children(),
-        "first_step": clock["first_step"],
+        "later_step": clock.get("later_step", clock["seconds"]),
         "steps": clock["steps"],
     } | logs
 
@@ -180,6 +180,7 @@ def main() -> None:
     title = f"{options.prompts} prompts of {options.generations} completions, {options.dtype}"
     columns = {
         "completions/s": "completions_per_second",
+        "s a later step": "later_step",
         "MB": "memory_mb",
         "reward": "reward",
         "tokens": "length",

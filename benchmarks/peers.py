@@ -134,9 +134,11 @@ def warmed(trainer: Any) -> Any:
 
 
 def clock_of(trainer: Any) -> dict[str, float]:
-    """Takes the time of Trainer's loop, and of the first step since the process began."""
+    """Takes the time of Trainer's loop, of the first step since the process began, and of a later
+    step in the mean."""
     clock = {"steps": 0.0}
     train, step = trainer._inner_training_loop, trainer.training_step
+    log, ends = trainer._maybe_log_save_evaluate, dict[int, float]()
 
     def timed_train(self: Any, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
@@ -144,6 +146,8 @@ def clock_of(trainer: Any) -> dict[str, float]:
         synchronize()
         clock["seconds"] = time.perf_counter() - began
         clock["steps"] = self.state.global_step
+        if len(ends) > 1:
+            clock["later_step"] = (max(ends.values()) - min(ends.values())) / (len(ends) - 1)
         return output
 
     def timed_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +156,13 @@ def clock_of(trainer: Any) -> dict[str, float]:
         clock.setdefault("first_step", time.time() - psutil.Process().create_time())
         return output
 
+    def timed_log(self: Any, *args: Any, **kwargs: Any) -> Any:
+        synchronize()
+        ends.setdefault(self.state.global_step, time.perf_counter())
+        return log(self, *args, **kwargs)
+
     trainer._inner_training_loop, trainer.training_step = timed_train, timed_step
+    trainer._maybe_log_save_evaluate = timed_log
     return clock
 
 
