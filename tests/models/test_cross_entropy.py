@@ -24,8 +24,9 @@ def test_it_is_cross_entropy_for_every_size_of_chunk(
     wanted = F.cross_entropy(logits, targets, reduction="none")
     weights = torch.randn(7).double()  # positions may count differently
     (gradient,) = torch.autograd.grad(wanted, h, weights)
-    for rows in (1, 3, 7):
+    for rows, few in ((1, 1), (3, 2), (7, 2), (7, 9)):
         monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * 11)
+        monkeypatch.setattr(cross_entropy, "CACHED_ELEMENTS", few * 11)
         found = chunked_cross_entropy(h, W, b, targets, scale, softcap)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
         (own,) = torch.autograd.grad(found, h, weights)

@@ -12,7 +12,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 2**23
-"""Logits held at a time: 32 MB in float32, large enough for full speed of the products."""
+"""Logits held at a time, where all that is made of them lies beside them: 32 MB in float32."""
+
+CACHED_ELEMENTS = 2**18
+"""Those that become a loss and gradients at a time on a CPU, so that its caches hold them."""
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,55 +44,68 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         learned: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(h.dtype, torch.float32)
-        losses = torch.empty(h.shape[0], dtype=wide, device=h.device)
+        losses = torch.empty(len(h), dtype=wide, device=h.device)
         found = torch.empty_like(losses) if entropies else None
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         of_entropy = torch.empty_like(h) if learned and dh is not None else None
 
         def through(grad: torch.Tensor, capped: torch.Tensor | None) -> torch.Tensor:
-            """The gradient of `h` by that of the logits, which it changes."""
+            """The gradient of `h W^T + b` by that of the logits, which it changes."""
             if temperature != 1:
                 grad /= temperature
             if capped is not None:
                 grad *= 1 - capped.to(wide).square_()
             if scale != 1:
                 grad *= scale
-            return grad.to(h.dtype) @ W
+            return grad
 
-        rows = max(1, CHUNK_ELEMENTS // W.shape[0])
-        for at in range(0, h.shape[0], rows):
-            logits = torch.nn.functional.linear(h[at : at + rows], W, b)
-            if scale != 1:
-                logits = logits * scale
-            capped = None
-            if softcap is not None:
-                capped = torch.tanh(logits / softcap)
-                logits = capped * softcap
-            if temperature != 1:
-                logits = logits.to(wide) / temperature
-            chosen = targets[at : at + rows, None]
-            # -log p = log sum exp(z) - z, whose first term is max z - log max p: with softmax the
-            # gradient is there too, in half the time of a log-softmax and its exponential.
-            grad = torch.softmax(logits, dim=-1, dtype=wide)
-            log_sums = logits.amax(-1, keepdim=True).to(wide) - grad.amax(-1, keepdim=True).log_()
-            if found is not None:  # log sum exp(z) - sum p z
-                mean = (grad * logits).sum(-1, keepdim=True)
-                found[at : at + rows] = (log_sums - mean).squeeze(1)
-                if of_entropy is not None:
-                    of_entropy[at : at + rows] = through(grad * (mean - logits), capped)
-            wanted = logits.gather(1, chosen).to(wide)
-            certain = grad.new_ones(chosen.shape)
-            if smoothing is not None:
-                even = smoothing[at : at + rows, None]
-                certain -= even
-                mean = logits.mean(-1, keepdim=True, dtype=wide)
-                wanted = certain * wanted + even * mean
-                grad -= even / logits.shape[1]
-            losses[at : at + rows] = (log_sums - wanted).squeeze(1)
-            if dh is None:
-                continue
-            grad.scatter_add_(1, chosen, -certain)
-            dh[at : at + rows] = through(grad, capped)
+        n, held, cached = len(h), CHUNK_ELEMENTS, CHUNK_ELEMENTS
+        if h.device.type == "cpu":  # nothing as large lies beside the logits, in their own dtype
+            held, cached = held * 8 // h.element_size(), CACHED_ELEMENTS
+        most, few = max(1, held // W.shape[0]), max(1, cached // W.shape[0])
+        # Chunks of one size, as each reads all of W: none for a few rows that are left.
+        rows = -(-n // -(-n // most)) if n else 1
+        for at in range(0, n, rows):
+            chunk = torch.nn.functional.linear(h[at : at + rows], W, b)
+            spread = None if of_entropy is None else torch.empty_like(chunk)
+            for first in range(0, len(chunk), few):
+                computed = chunk[first : first + few]
+                own = slice(at + first, at + first + len(computed))
+                logits = computed if scale == 1 else computed * scale
+                capped = None
+                if softcap is not None:
+                    capped = torch.tanh(logits / softcap)
+                    logits = capped * softcap
+                if temperature != 1:
+                    logits = logits.to(wide) / temperature
+                chosen = targets[own, None]
+                # -log p = log sum exp(z) - z, whose first term is max z - log max p: with softmax
+                # the gradient is there too, in half the time of a log-softmax and its exponential.
+                grad = torch.softmax(logits, dim=-1, dtype=wide)
+                largest = logits.amax(-1, keepdim=True).to(wide)
+                log_sums = largest - grad.amax(-1, keepdim=True).log_()
+                if found is not None:  # log sum exp(z) - sum p z
+                    mean = (grad * logits).sum(-1, keepdim=True)
+                    found[own] = (log_sums - mean).squeeze(1)
+                    if spread is not None:
+                        spread[first : first + few] = through(grad * (mean - logits), capped)
+                wanted = logits.gather(1, chosen).to(wide)
+                certain = grad.new_ones(chosen.shape)
+                if smoothing is not None:
+                    even = smoothing[own, None]
+                    certain -= even
+                    mean = logits.mean(-1, keepdim=True, dtype=wide)
+                    wanted = certain * wanted + even * mean
+                    grad -= even / logits.shape[1]
+                losses[own] = (log_sums - wanted).squeeze(1)
+                if dh is not None:
+                    grad.scatter_add_(1, chosen, -certain)
+                    # Of these logits nothing else is needed from here on.
+                    computed.copy_(through(grad, capped))
+            if dh is not None:
+                dh[at : at + rows] = chunk.to(h.dtype) @ W
+            if of_entropy is not None and spread is not None:
+                of_entropy[at : at + rows] = spread.to(h.dtype) @ W
         ctx.save_for_backward(dh, of_entropy)
         if found is None:
             return losses

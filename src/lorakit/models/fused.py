@@ -35,16 +35,21 @@ class RMSNorm(torch.autograd.Function):
         wide = x.to(torch.float32)
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, scale, w)
-        return w * (wide * scale).to(x.dtype)
+        return w * _scaled(wide, scale, own=x.dtype != wide.dtype).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, w = ctx.saved_tensors
         G = (grad * w).to(scale.dtype)
-        n = x.to(scale.dtype) * scale
-        dx = torch.addcmul(G, n, (G * n).mean(-1, keepdim=True), value=-1).mul_(scale)
+        n = _scaled(x.to(scale.dtype), scale, own=x.dtype != scale.dtype)
+        dx = G.addcmul_(n, (G * n).mean(-1, keepdim=True), value=-1).mul_(scale)
         return dx.to(x.dtype), None, None
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor, own: bool) -> torch.Tensor:
+    """x times scale, in the place of x where nobody else has it."""
+    return x.mul_(scale) if own else x * scale
 
 
 class SwiGLU(torch.autograd.Function):
