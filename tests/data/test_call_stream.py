@@ -120,3 +120,24 @@ def test_literals_of_python_and_of_json_are_both_read() -> None:
     assert call.arguments == {"a": 1, "b": "é😀", "c": None, "d": [True, False, {"k": None}]}
     assert other.arguments == {}
     assert tool_calls_of(family_tokenizer("glm45")).form == BY_NAME["key and value tags"]
+
+
+NOT_CLOSED = {  # the closing tag of a value is missing
+    "xml functions": "<tool_call>\n<function=add>\n<parameter=a>\n1\n<parameter=b>\nx\n"
+    "<parameter=y>\n</function> z\n</parameter>\n<parameter=c>\nnull\n</function>\n</tool_call>",
+    "key and value tags": "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1\n"
+    "<arg_key>b</arg_key>\n<arg_value>x\n<parameter=y>\n</function> z</arg_value>\n"
+    "<arg_key>c</arg_key>\n<arg_value>null\n</tool_call>",
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 10_000])
+@pytest.mark.parametrize("name", NOT_CLOSED)
+def test_a_value_that_is_not_closed_ends_where_the_next_one_begins(name: str, size: int) -> None:
+    form, text = BY_NAME[name], NOT_CLOSED[name]
+    arguments = {"a": 1, "b": "x\n<parameter=y>\n</function> z", "c": None}
+    [call] = form.read(text, TOOLS)
+    assert (call.name, call.arguments) == ("add", arguments)
+    pieces = streamed(form, text, size)
+    assert json.loads("".join(piece.arguments for piece in pieces)) == arguments
+    assert pieces[-1].ended

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import regex
+
 from lorakit.data.call_values import ANYTHING, Expected, Tools, properties_of, value
 
 
@@ -58,17 +60,46 @@ def json_calls(begin: str) -> MakeReader:
     return lambda tools: _JsonCalls(pattern, tools)
 
 
-def tagged_calls(begin: str, parameter: str, close: str, end: str) -> MakeReader:
-    """A reader of calls whose arguments stand between tags, as plain text.
+@dataclass(frozen=True)
+class TaggedForm:
+    """Calls whose arguments stand between tags, as plain text.
 
-    Args:
+    Attributes:
         begin: an expression for a call up to its arguments, with the group `name`.
         parameter: for what stands before a value, with the group `key`.
         close: the tag behind a value; a line's end that it begins with may be missing.
         end: the tag behind the last one.
+        following: for what ends a value whose closing tag is missing: the next parameter, with its
+            name in the group `key` where it has one there, or the call's end.
     """
-    patterns = re.compile(begin), re.compile(parameter, re.DOTALL)
-    return lambda tools: _TaggedCalls(*patterns, close, end, tools)
+
+    begin: str
+    parameter: str
+    close: str
+    end: str
+    following: str
+
+    def __call__(self, tools: Tools) -> CallReader:
+        """A reader of such calls of these functions."""
+        return _TaggedCalls(self, tools, _names(tools))
+
+    def read(self, text: str, tools: Tools, *, closed: bool = True) -> list[tuple[str, str]]:
+        """Name and arguments, as JSON, of the calls in a text, of whatever functions.
+
+        Args:
+            closed: whether the last one must have its end.
+        """
+        reader = _TaggedCalls(self, tools, None)
+        pieces = reader.add(text)
+        if not closed and reader.is_between:
+            pieces += reader.add(self.end)
+        names, written, ended = dict[int, str](), dict[int, str](), set[int]()
+        for piece in pieces:
+            names.setdefault(piece.index, piece.name)
+            written[piece.index] = written.get(piece.index, "") + piece.arguments
+            if piece.ended:
+                ended.add(piece.index)
+        return [(name, written[index]) for index, name in names.items() if index in ended]
 
 
 class _JsonCalls:
@@ -122,23 +153,23 @@ class _JsonCalls:
 
 
 class _TaggedCalls:
-    def __init__(
-        self,
-        begin: re.Pattern[str],
-        parameter: re.Pattern[str],
-        close: str,
-        end: str,
-        tools: Tools,
-    ) -> None:
-        self._begin, self._parameter, self._end = begin, parameter, end
-        self._close, self._line = close.lstrip("\n"), close.startswith("\n")
-        self._tools, self._names = tools, _names(tools)
+    def __init__(self, form: TaggedForm, tools: Tools, names: set[str] | None) -> None:
+        self._begin, self._end = re.compile(form.begin), form.end
+        self._parameter = re.compile(form.parameter, re.DOTALL)
+        self._following = regex.compile(form.following)  # which knows what may still become one
+        self._close, self._line = form.close.lstrip("\n"), form.close.startswith("\n")
+        self._tools, self._names = tools, names
         self.rest = ""
         self._index, self._lost = -1, False
         self._kinds: dict[str, Expected] | None = None  # of the call that is open
         self._value: Expected | None = None  # of the value that is open
-        self._given = 0  # arguments of the call
+        self._given: set[str] = set()  # names of the call's arguments
         self._begun = False  # whether some of a text was given out
+
+    @property
+    def is_between(self) -> bool:
+        """Whether a call is open, and none of its values."""
+        return self._kinds is not None and self._value is None
 
     def add(self, text: str) -> list[CallPiece]:
         self.rest += text
@@ -156,10 +187,10 @@ class _TaggedCalls:
         if (found := self._begin.search(self.rest)) is None:
             return None
         name = found["name"].strip()
-        if name not in self._names:
+        if self._names is not None and name not in self._names:
             self._lost = True
             return None
-        self._kinds, self._given = properties_of(name, self._tools), 0
+        self._kinds, self._given = properties_of(name, self._tools), set()
         self._index, self.rest = self._index + 1, self.rest[found.end() :]
         return CallPiece(self._index, name, "{")
 
@@ -168,8 +199,9 @@ class _TaggedCalls:
         if found is not None and not 0 <= end < found.start():
             key = found["key"].strip()
             self._value, self._begun = kinds.get(key, ANYTHING), False
-            self.rest, self._given = self.rest[found.end() :], self._given + 1
-            comma = ", " if self._given > 1 else ""
+            comma = ", " if self._given else ""
+            self.rest = self.rest[found.end() :]
+            self._given.add(key)
             return CallPiece(self._index, arguments=f"{comma}{_quoted(key)}: ")
         if end < 0:
             return None
@@ -177,10 +209,10 @@ class _TaggedCalls:
         return CallPiece(self._index, arguments="}", ended=True)
 
     def _in_value(self, wanted: Expected) -> CallPiece | None:
-        at = self.rest.find(self._close)
+        at, behind = self._end_of_value()
         if at >= 0:
-            text = self.rest[:at].removesuffix("\n" if self._line else "")
-            self.rest, self._value = self.rest[at + len(self._close) :], None
+            text = self.rest[:at]
+            self.rest, self._value = self.rest[behind:], None
             if wanted.is_text:
                 opening = "" if self._begun else '"'
                 return CallPiece(self._index, arguments=opening + _inside(text) + '"')
@@ -192,15 +224,30 @@ class _TaggedCalls:
         text, self.rest = self.rest[:sure], self.rest[sure:]
         return CallPiece(self._index, arguments=opening + _inside(text))
 
+    def _end_of_value(self) -> tuple[int, int]:
+        """Where the open value ends, and where the text behind it begins; -1 for not yet."""
+        at, kinds = self.rest.find(self._close), self._kinds or {}
+        for found in self._following.finditer(self.rest):
+            key = (found.groupdict().get("key") or "").strip()
+            if 0 <= at < found.start():
+                break
+            # A line of the value that only looks like a parameter names none of the function's.
+            if not key or (key not in self._given and (not kinds or key in kinds)):
+                return found.start(), found.start()
+        if at < 0:
+            return -1, -1
+        text = self.rest[:at].removesuffix("\n" if self._line else "")
+        return len(text), at + len(self._close)
+
     def _sure(self) -> int:
         """How many characters are of the value, whatever follows."""
         text = self.rest
+        ends = [m.start() for m in self._following.finditer(text, partial=True) if m.partial]
         for start in (f"\n{self._close}", self._close)[not self._line :]:
             longest = min(len(text), len(start) - 1)
             found = next((n for n in range(longest, 0, -1) if text.endswith(start[:n])), 0)
-            if found:
-                return len(text) - found
-        return len(text)
+            ends.append(len(text) - found)
+        return min(ends)
 
 
 def _names(tools: Tools) -> set[str]:

@@ -42,12 +42,6 @@ def properties_of(name: str, tools: Tools) -> dict[str, Expected]:
     return {key: expected(value, schema) for key, value in (given or {}).items()}
 
 
-def typed(name: str, pairs: Sequence[tuple[str, str]], tools: Tools) -> dict[str, Any]:
-    """Arguments that were written as text, with the types of the function's schema."""
-    known = properties_of(name, tools)
-    return {key.strip(): value(text, known.get(key.strip(), ANYTHING)) for key, text in pairs}
-
-
 def value(text: str, wanted: Expected) -> Any:
     """What a text stands for: itself where it must be a string, else its JSON, if it is some."""
     if wanted.is_text or text in wanted.texts:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data import strict_json
 from lorakit.data.answer_form import AnswerForm, answer_form
-from lorakit.data.call_stream import MakeReader, json_calls, tagged_calls
-from lorakit.data.call_values import Tools, literal, typed
+from lorakit.data.call_stream import MakeReader, TaggedForm, json_calls
+from lorakit.data.call_values import Tools, literal
 from lorakit.data.conversations import Message
 from lorakit.data.spans import find_answers
 from lorakit.errors import InputError
@@ -197,29 +197,34 @@ def _hermes(text: str, tools: Tools) -> list[Call]:
     return [_named(strict_json.parse(b)) for b in _blocks(text, "<tool_call>", "</tool_call>")]
 
 
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_XML_FUNCTIONS = TaggedForm(
+    r"<function=(?P<name>[^>\n]+)>",
+    r"<parameter=(?P<key>[^>\n]+)>(?:\n|(?=[^\n]))",
+    "\n</parameter>",
+    "</function>",
+    r"\n<parameter=(?P<key>[^>\n]+)>|\n?</function>\s*</tool_call>",
+)
 
 
 def _xml_functions(text: str, tools: Tools) -> list[Call]:
     """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`."""
-    calls = []
-    for name, body in re.findall(r"<function=([^>\n]+)>(.*?)</function>", text, re.DOTALL):
-        calls.append(Call(name.strip(), typed(name.strip(), _PARAMETER.findall(body), tools)))
-    return calls
+    found = _XML_FUNCTIONS.read(text, tools)
+    return [Call(name, strict_json.parse(arguments)) for name, arguments in found]
 
 
-_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_KEYS_AND_VALUES = TaggedForm(
+    r"<tool_call>\s*(?P<name>[\w.-]+)(?=\s*<arg_key>|\s*</tool_call>)",
+    r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>",
+    "</arg_value>",
+    "</tool_call>",
+    r"\n?<arg_key>|\n?</tool_call>",
+)
 
 
 def _key_value_tags(text: str, tools: Tools) -> list[Call]:
     """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>` (GLM)."""
-    calls = []
-    for block in _blocks(text, "<tool_call>", "</tool_call>"):
-        name = block.partition("<arg_key>")[0].strip()
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError("a call needs a name")
-        calls.append(Call(name, typed(name, _PAIR.findall(block), tools)))
-    return calls
+    found = _KEYS_AND_VALUES.read(text, tools, closed=False)
+    return [Call(name, strict_json.parse(arguments)) for name, arguments in found]
 
 
 _LLAMA = r'\A\s*(?:<\|python_tag\|>\s*)?(?=\{\s*"(?:name|type)")'
@@ -298,23 +303,13 @@ FORMS = (
         "xml functions",
         re.compile(r"(?:<tool_call>\s*)?<function="),
         _xml_functions,
-        tagged_calls(
-            r"<function=(?P<name>[^>\n]+)>",
-            r"<parameter=(?P<key>[^>\n]+)>(?:\n|(?=[^\n]))",
-            "\n</parameter>",
-            "</function>",
-        ),
+        _XML_FUNCTIONS,
     ),
     CallForm(
         "key and value tags",
         re.compile(r"<tool_call>"),
         _key_value_tags,
-        tagged_calls(
-            r"<tool_call>\s*(?P<name>[\w.-]+)(?=\s*<arg_key>|\s*</tool_call>)",
-            r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>",
-            "</arg_value>",
-            "</tool_call>",
-        ),
+        _KEYS_AND_VALUES,
     ),
     CallForm("mistral", re.compile(r"\[TOOL_CALLS\]\s*(?=\[|\{)"), _json_list, _OBJECTS),
     CallForm(
