@@ -43,7 +43,7 @@ class Running:
 def running(
     base: Path, adapters: Mapping[str, Path], options: ServerOptions, max_rows: int
 ) -> Iterator[Running]:
-    engine = open_engine(str(base), adapters, dtype="float32", max_rows=max_rows)
+    engine = open_engine(str(base), adapters, dtype="float32", max_rows=max_rows, embeds=True)
     try:
         with serving(engine, options) as server:
             yield server

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from command import run_lorakit
 from harness_tasks import write_task, write_tasks
+from lorakit.cli.eval_tasks import evaluate_on_tasks
 from lorakit.engine.open_engine import open_engine
 from lorakit.evaluation.harness import (
     HarnessEvaluation,
@@ -18,6 +20,7 @@ from lorakit.evaluation.harness import (
     change,
     evaluate_tasks,
 )
+from lorakit.evaluation.harness_index import HarnessIndex
 from random_adapters import make_adapter
 
 
@@ -178,7 +181,61 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert "pip install 'lorakit[lm-eval]'" in done.stderr
 
 
-@pytest.mark.exhaustive  # it reads all of the harness's own tasks
+def test_adapters_that_change_the_base_are_merged_and_asked_after_the_others(
+    attentive_folder: Path, adapters: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    alone = make_adapter(attentive_folder, tmp_path / "alone", 7, bias="lora_only")
+    settings = HarnessSettings([str(tasks)])
+    options = {"base": str(attentive_folder), "dtype": "float32", "quantization": None}
+    found = evaluate_on_tasks(
+        {"alone": alone, "one": adapters["one"]}, settings, {**options, "weights": None}, 4
+    )
+    assert found.models["alone"] == str(alone)
+    wanted = by_peer(attentive_folder, alone, settings)
+    for one in found.metrics:
+        assert {*one.scores} == {"base", "one", "alone"}
+        key = f"{one.metric},none"
+        if key in wanted["results"][one.task]:
+            assert one.scores["alone"].value == pytest.approx(
+                wanted["results"][one.task][key], abs=1e-4
+            )
+
+
+def test_names_groups_and_tags_are_found_without_parsing_all_files(tmp_path: Path) -> None:
+    for name, text in {
+        "a/plain": "task: plain_one\noutput_type: x\n",
+        "a/base": "tag: shared\noutput_type: x\n",
+        "a/with_base": 'include: base.yaml\ntask: "quoted.two"  # said\n',
+        "b/listed": "tag:\n  - shared\n  - other\ntask: three\n",
+        "b/inline": "'task': \"four\"\n\"tag\": ['other', more]\n",
+        "b/group": "group: all_of_it\ntask:\n  - group: inner\n    task: [three]\n  - shared\n",
+        "b/class": "task: five\ngroup: none\nclass: !function x.Y\n",
+        "b/nothing": "doc_to_text: a\n",
+        "b/broken": "task: [",
+    }.items():
+        file = tmp_path / f"{name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    index = HarnessIndex(tmp_path)
+    full = TaskManager(include_path=tmp_path, include_defaults=False)
+    assert {*index.files} == {*full.all_tasks}
+    assert index.matching("*o*") == [name for name in full.all_tasks if "o" in name]
+    for name in full.all_tags:
+        found: dict[str, Any] = {}
+        index.add([name], found)
+        assert found[name].tags == full.task_index[name].tags
+    found = {}
+    index.add(["all_of_it"], found)
+    assert {*found} >= {"all_of_it", "three", "shared", "quoted.two"}
+    assert "plain_one" not in found
+
+
+@pytest.mark.exhaustive  # the harness reads all of its own tasks
+def test_the_harness_own_tasks_are_found_as_it_finds_them() -> None:
+    index, full = HarnessIndex(), TaskManager()
+    assert {*index.files} == {*full.all_tasks}
+
+
 def test_an_unknown_task_is_told_with_the_nearest(
     attentive_folder: Path, adapters: dict[str, Path], tasks: Path, tmp_path: Path
 ):

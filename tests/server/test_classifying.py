@@ -76,9 +76,9 @@ def test_each_model_is_asked_for_what_it_gives(
     assert server.complete().status_code == 200
 
 
-def test_an_encoder_is_not_served_and_is_told_its_use(tmp_path: Path) -> None:
+def test_an_encoder_is_not_trained_by_the_service_and_is_told_its_use(tmp_path: Path) -> None:
     folder = save_tiny_encoder(tmp_path / "encoder")
-    done = run_lorakit(tmp_path, "serve", "--model", folder)
+    done = run_lorakit(tmp_path, "serve", "--model", folder, "--training")
     assert done.returncode == 2
     assert "is an encoder (bert)" in done.stderr
     assert "SEQ_CLS" in done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from lorakit.cli.tables import print_table
 from lorakit.console import say, say_all
 
 if TYPE_CHECKING:
+    from lorakit.engine.engine import Engine
     from lorakit.evaluation.harness import HarnessEvaluation, HarnessSettings, TaskMetric
 
 
@@ -29,7 +30,7 @@ def evaluate_on_tasks(
     Raises:
         InputError: as `evaluate_tasks` and `open_engine`, or a name cannot be used.
     """
-    from lorakit.engine.open_engine import open_engine
+    from lorakit.engine.open_engine import open_beside
     from lorakit.errors import InputError
     from lorakit.evaluation.harness import BASE_NAME, evaluate_tasks, require_lm_eval
 
@@ -39,19 +40,29 @@ def evaluate_on_tasks(
             f"an adapter cannot be called {BASE_NAME} beside the base: give it another name, as in "
             f"tuned={adapters[BASE_NAME]}"
         )
-    engine = open_engine(
-        options["base"],
-        adapters,
-        dtype=options["dtype"],
-        quantization=options["quantization"],
-        weights=options["weights"],
-        max_rows=batch_size,
-    )
+    how = {name: options[name] for name in ("dtype", "quantization", "weights")}
+    engine, alone = open_beside(options["base"], adapters, **how, max_rows=batch_size)
     try:
         say_all(engine.notices)
-        return evaluate_tasks(engine, adapters, settings)
+        beside = {name: path for name, path in adapters.items() if name not in alone}
+        merged = _merged(options["base"], {name: adapters[name] for name in alone}, how, batch_size)
+        return evaluate_tasks(engine, beside, settings, merged)
     finally:
         engine.close()
+
+
+def _merged(
+    base: str | None, adapters: Mapping[str, Path], how: Mapping[str, Any], max_rows: int | None
+) -> Iterator[tuple[str, Path, Engine]]:
+    """Each of these adapters in a base of its own, which is let go of before the next."""
+    from lorakit.engine.open_engine import open_engine
+
+    for name, path in adapters.items():
+        engine = open_engine(base, {name: path}, merged=True, max_rows=max_rows, **how)
+        try:
+            yield name, path, engine
+        finally:
+            engine.close()
 
 
 def show_tasks(result: HarnessEvaluation) -> None:

@@ -15,6 +15,7 @@ from lorakit.cli.shared_options import (
     DtypeOption,
     FetchImagesOption,
     QuantizationOption,
+    SpeculativeConfigOption,
     WeightsOption,
     chat_template_kwargs,
 )
@@ -70,6 +71,7 @@ def generate(
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     weights: WeightsOption = None,
+    speculative_config: SpeculativeConfigOption = None,
     template_kwargs: ChatTemplateKwargsOption = None,
     fetch_images: FetchImagesOption = False,
 ) -> None:
@@ -85,11 +87,13 @@ def generate(
     from lorakit.engine.grammar import Grammar
     from lorakit.engine.open_engine import open_engine, open_with
     from lorakit.engine.sampling import Sampling
+    from lorakit.engine.speculation import NgramSpeculation
     from lorakit.errors import InputError
 
     named = named_adapters(adapters or [])
     if not named and model is None:
         raise InputError("nothing to answer with: give adapters' folders, or --model")
+    speculation = NgramSpeculation.from_json(speculative_config) if speculative_config else None
     grammar = None if schema is None else Grammar.from_file(schema)
     sampling = Sampling(
         temperature,
@@ -113,10 +117,17 @@ def generate(
             quantization=quantization,
             weights=weights,
             max_rows=max_rows,
+            speculation=speculation,
         )
     else:
         engine = open_engine(
-            model, named, dtype=dtype, quantization=quantization, weights=weights, max_rows=max_rows
+            model,
+            named,
+            dtype=dtype,
+            quantization=quantization,
+            weights=weights,
+            max_rows=max_rows,
+            speculation=speculation,
         )
     try:
         say_all(engine.notices)

@@ -11,6 +11,7 @@ from lorakit.cli.shared_options import (
     BaseOption,
     DtypeOption,
     QuantizationOption,
+    SpeculativeConfigOption,
     WeightsOption,
 )
 from lorakit.console import say, say_all
@@ -93,6 +94,7 @@ def serve(
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     weights: WeightsOption = None,
+    speculative_config: SpeculativeConfigOption = None,
     max_body: Annotated[
         int | None,
         typer.Option(
@@ -232,9 +234,11 @@ def serve(
             f"lorakit serve needs {error.name}: pip install 'lorakit[serve]'"
         ) from error
     from lorakit.engine.open_engine import open_engine
+    from lorakit.engine.speculation import NgramSpeculation
     from lorakit.models.picture_reader import reader_of
 
     # Refused before a model is loaded.
+    speculation = NgramSpeculation.from_json(speculative_config) if speculative_config else None
     keys = [ApiKey(value) for value in api_key or ()]
     keys += read_keys(api_keys) if api_keys is not None else []
     server_options = ServerOptions(
@@ -278,6 +282,8 @@ def serve(
         context_length=context_length,
         merged=merged,
         prefix_bytes=prefix_cache_mb << 20 if enable_prefix_caching else 0,
+        embeds=not training,
+        speculation=speculation,
     )
     pictured = reader_of(opened.tokenizer) is not None and max_images > 0
     if training or (pictured and max_body is None):

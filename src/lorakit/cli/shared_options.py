@@ -31,6 +31,16 @@ WeightsOption = Annotated[
     ),
 ]
 
+SpeculativeConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative-config",
+        metavar="JSON",
+        help="Draft answers from their prompts, as vLLM's "
+        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}.',
+    ),
+]
+
 ChatTemplateKwargsOption = Annotated[
     str | None,
     typer.Option(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from lorakit.engine.decode_step import DecodeStep
     from lorakit.engine.picture_features import PictureFeatures
+    from lorakit.engine.speculation import Drafts
     from lorakit.lora.packed import PackedFactors
 
 _Inputs = Callable[[int, Sequence[AnswerRow]], dict[str, Any]]
@@ -76,6 +77,7 @@ class ContinuousBatch:
         prefixes: beginnings of prompts that are known; None keeps none.
         step: computes newest tokens in the model's place, of rows that it serves.
         packed: for that.
+        drafts: what answers may go on with, verified several tokens a step; None drafts nothing.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class ContinuousBatch:
         prefixes: PrefixCache | None = None,
         step: DecodeStep | None = None,
         packed: PackedNow = lambda: None,
+        drafts: Drafts | None = None,
     ) -> None:
         self.rows: list[AnswerRow] = []
         self._model: Any = model
@@ -103,6 +106,8 @@ class ContinuousBatch:
         self._least = LEAST if self._cache.reads_rests else LEAST_ALONE
         # The beginning of a prompt is the same in another one, and the rest can be read behind it.
         self._shares_parts = in_parts and not self._cache.turns_with_length
+        reads_drafts = self._cache.reads_rests and not self._cache.turns_with_length
+        self.drafts = drafts if reads_drafts else None
         self._keeps_answers = prefixes is not None and prefixes.keeps_answers
         self._last: dict[AnswerRow, torch.Tensor] = {}  # logits of prompts that were just read
 
@@ -288,12 +293,42 @@ class ContinuousBatch:
 
     def _write(self) -> None:
         rows = self.rows[: self._writing]
+        if self.drafts is not None and rows and self._verify(rows, self.drafts):
+            return
         if self._cache.are_alike(*(row.length for row in rows)):
             if rows:
                 self._forward(0, rows, self._newest)
             return
         for at, row in enumerate(rows):
             self._forward(at, [row], self._newest)
+
+    def _verify(self, rows: Sequence[AnswerRow], drafts: Drafts) -> bool:
+        """Has rows choose tokens as far as their drafts are right, out of one forward.
+
+        Returns: whether it was done; else they are to write one token each.
+        """
+        drafted = [] if any(row.moved for row in rows) else drafts.of(rows, FORWARD)
+        if not any(drafted):
+            return False
+        rests = [[row.last, *draft] for row, draft in zip(rows, drafted, strict=True)]
+        starts, device = [row.length for row in rows], self._model.device
+        try:
+            given = self._cache.rests_of_prompts(0, rests, starts, device)
+            shape = tuple(given["input_ids"].shape)
+            self._routing.route = self._route or Route.of_rows([r.adapter for r in rows], shape)
+            with copied_once(self._model):
+                logits = self._model(**given, logits_to_keep=shape[1]).logits
+        except Exception:  # tried without drafts, which tells whose failure it is
+            return False
+        for row, draft, own in zip(rows, drafted, logits, strict=True):
+            accepted = 0
+            for expected, logits_of in zip([*draft, None], own[-len(draft) - 1 :], strict=True):
+                self._choose([row], logits_of[None])
+                accepted += row.last == expected and not row.failed
+                if row.finished or row.last != expected:
+                    break
+            drafts.judge(row, len(draft), accepted)
+        return True
 
     def _forward(self, first: int, rows: Sequence[AnswerRow], inputs: _Inputs) -> None:
         """Computes the rows in the places from `first` on; those with whole prompts write a token.
@@ -409,7 +444,7 @@ class ContinuousBatch:
             if row.ticket.cancelled.is_set():
                 row.finish("cancelled")
             if row.failed:  # what it computed may be NaN or Inf
-                self._cache.clear(at, row.length + 1)
+                self._cache.clear(at, row.length + 1 + (0 if self.drafts is None else FORWARD))
             elif row.finished and self._keeps_answers and row.tokens:
                 self._keep(at)
             if row.finished:

@@ -17,6 +17,7 @@ from lorakit.engine.pictures_apart import PicturesApart, tells_pictures_apart
 from lorakit.engine.plain_batch import PlainBatch
 from lorakit.errors import first_line
 from lorakit.lora.routing import Route, Routing
+from lorakit.models.loaded import writes_text
 from lorakit.models.state_updates import take_over
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lorakit.engine.picture_features import PictureFeatures
     from lorakit.engine.prefix_cache import PrefixCache
     from lorakit.engine.rows import AnswerRow
+    from lorakit.engine.speculation import Drafts
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _NARROW = 4
@@ -61,6 +63,7 @@ class Carried:
         features: PictureFeatures | None = None,
         prefixes: PrefixCache | None = None,
         packed: PackedNow = lambda: None,
+        drafts: Drafts | None = None,
     ) -> Batch:
         """An empty batch of answers; arguments as in `ContinuousBatch`."""
         if self.why_not:
@@ -68,7 +71,7 @@ class Carried:
         ways = self.in_parts, self.padded
         stepped = self.step, packed
         batch = ContinuousBatch(
-            model, routing, most, length, route, *ways, features, prefixes, *stepped
+            model, routing, most, length, route, *ways, features, prefixes, *stepped, drafts=drafts
         )
         if not tells_pictures_apart(model):
             return batch
@@ -86,6 +89,8 @@ def how_carried(model: PreTrainedModel) -> Carried:
 
     Where that is right, its mixers compute by `state_updates` from here on when they answer.
     """
+    if not writes_text(model):
+        return Carried("it writes no text")
     if model.config.is_encoder_decoder:
         return Carried("it has an encoder")
     if argument(model) is None:

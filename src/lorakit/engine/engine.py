@@ -25,7 +25,7 @@ from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
-from lorakit.engine.pooled import pooled
+from lorakit.engine.pooled import Embedder, scored
 from lorakit.engine.prefix_cache import PREFIX_BYTES, PrefixCache
 from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
@@ -34,6 +34,7 @@ from lorakit.engine.resident import ResidentModel, Sample
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.rows_at_once import FEW_ROWS, RowMemory
 from lorakit.engine.sampling import Sampling, ending
+from lorakit.engine.speculation import Drafts, NgramSpeculation
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
 from lorakit.engine.training_queue import TrainingQueue
 from lorakit.errors import InputError, LorakitError, listed
@@ -42,7 +43,8 @@ from lorakit.lora.routing import BASE
 from lorakit.lora.vocabulary import vocabulary_size
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_model
-from lorakit.models.loaded import take_into_memory
+from lorakit.models.loaded import take_into_memory, writes_text
+from lorakit.models.sentence_pooling import LAST_TOKEN, MEAN, Pooling
 from lorakit.openmp import release_worker_threads
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Engine:
 
     Args:
         model: a causal language model, which is the engine's from here on; or its name or folder.
+            An encoder is served too: it gives embeddings alone.
         tokenizer: of a model that is given itself.
         model_name: how users call it.
         dtype: in which a named model is loaded; None for the fastest.
@@ -75,14 +78,19 @@ class Engine:
         pool_bytes: how much memory adapters may take that are not in use.
         feature_bytes: how much memory kept features of pictures may take.
         prefix_bytes: how much memory beginnings of prompts may take that are kept; 0 keeps none.
+        pooling: how its embeddings are made; None is the last token of a causal model, of length 1,
+            and the mean of an encoder's.
+        speculation: has answers drafted from their prompts; None writes a token a step.
 
     Attributes:
         pool: the adapters that are registered.
         resident: the base, with those of them that answer now, and those that are trained.
         training: where operations on the latter are handed in.
         prefixes: beginnings of prompts that are kept, if any are.
+        drafts: of answers, if there are any.
         notices: what a user should know about how this model is computed.
-        vocabulary, width: its tokens, and the numbers of a hidden state.
+        writes: whether the model writes text; else it gives embeddings alone.
+        vocabulary, width: its tokens, and the numbers of an embedding.
         grammars: the forms of answers that requests ask for.
         scorer: what scores prompts, on the thread that computes.
 
@@ -102,6 +110,8 @@ class Engine:
         pool_bytes: int = POOL_BYTES,
         feature_bytes: int = FEATURE_BYTES,
         prefix_bytes: int = PREFIX_BYTES,
+        pooling: Pooling | None = None,
+        speculation: NgramSpeculation | None = None,
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise InputError(f"max_rows must be at least 1, not {max_rows}")
@@ -114,7 +124,12 @@ class Engine:
         model_name = model_name or str(model.config.name_or_path)
         self.model_name, self.tokenizer = model_name, tokenizer
         self.notices: list[str] = []
-        self.context_length = context_length_of(model, context_length)
+        self.writes = writes_text(model)
+        self.pooling = pooling or (LAST_TOKEN if self.writes else MEAN)
+        if self.pooling.notice:
+            self.notices.append(f"{model_name}: {self.pooling.notice}")
+        longest = None if self.writes else self.pooling.longest
+        self.context_length = context_length_of(model, context_length, longest)
         take_into_memory(model)  # files may change while it is served
         self._model = model.eval()
         self._ending = ending(model, tokenizer)
@@ -123,24 +138,28 @@ class Engine:
         self.resident = ResidentModel(model, pad, stays_wrapped=True)
         self.resident.pack()
         self._bank = self.resident.model
-        if self.resident.carried.why_not:
+        if self.resident.carried.why_not and self.writes:
             self.notices.append(
                 f"{model_name} is computed by transformers' generate "
                 f"({self.resident.carried.why_not}): answers that begin together are written "
                 "together, later ones wait for them"
             )
         self.vocabulary = vocabulary_size(model)
-        self.width = int(model.config.get_text_config().hidden_size)
+        self.width = self.pooling.width(int(model.config.get_text_config().hidden_size))
         self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self.vocabulary)
         self._features = picture_features(model, self._bank.routing, feature_bytes)
         self.prefixes = PrefixCache(prefix_bytes, keeps_answers=True) if prefix_bytes else None
-        kept = {"features": self._features, "prefixes": self.prefixes}
+        self.drafts = Drafts(speculation) if speculation else None
+        kept = {"features": self._features, "prefixes": self.prefixes, "drafts": self.drafts}
         self._memory = RowMemory(model, self._bank.routing, self.resident.carried)
-        self._fits, self._room = max_rows is None, self.context_length
+        self._fits, self._room = max_rows is None, self.longest_prompt + 1
         self.max_rows: int = max_rows or max(FEW_ROWS, self._memory.rows(self._room))
         self._new_batch = lambda: self.resident.answers(self.max_rows, self._room, **kept)
         self._batch = self._new_batch()
+        if speculation and getattr(self._batch, "drafts", None) is None:
+            self.notices.append(f"{model_name} reads no drafts, so speculative_config does nothing")
         self._joined = JoinedAdapters(self._bank, min(self.max_rows, FEW_ROWS))
+        self._embedder = Embedder(model, self._bank.routing, self.pooling, pad, self._bring)
         self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
         self._preparing = Preparing(
@@ -184,6 +203,8 @@ class Engine:
         check_prompt(prompt, self._room, self.vocabulary)
         room = self._room - len(prompt)
         version, loaded = self.found(adapter)
+        if not (sampling.embeds or self.writes_with(version)):
+            raise InputError(f"{adapter or self.model_name} gives embeddings and writes no text")
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         form = self.grammars.form(sampling.grammar, adapter)
         ticket = Ticket(tuple(prompt), adapter, sampling, pictures, form=form)
@@ -235,6 +256,8 @@ class Engine:
         """
         check_prompt(prompt, self.context_length, self.vocabulary)
         version, loaded = self.found(adapter)
+        if not self.writes_with(version):
+            raise InputError(f"{adapter or self.model_name} gives embeddings and no probabilities")
         key = BASE if version is None else version.key
         scored = Scored(key, prompt, top, goes_on=answer is not None, ranked=ranked)
         return self.training.together(
@@ -256,6 +279,15 @@ class Engine:
             if answer is not None and scores.next_logits is not None:
                 self._row(answer, version).answer_at_once(scores.next_logits)
         return found
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens of a prompt: where text is written, one of an answer must fit too."""
+        return self.context_length - self.writes
+
+    def writes_with(self, version: Version | None) -> bool:
+        """Whether an adapter, or the base, writes text; a reward model's answer is a score."""
+        return self.writes and not (version is not None and version.info.embeds)
 
     def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template that the adapter was trained with.
@@ -493,6 +525,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Lets waiting requests join, in their order, and scores those of reward models."""
+        embedded: list[Asked] = []
         for _ in range(self.max_rows):
             if not (self._queue and self._has_room()):
                 break
@@ -500,15 +533,19 @@ class Engine:
                 ticket, version, loaded = asked = self._queue.pop()
             if self._preparing.takes(asked, BASE if version is None else version.key):
                 continue
+            if ticket.sampling.embeds:
+                embedded.append(asked)
+                continue
             try:
                 self._bring(version, loaded)
                 head = None if loaded is None else loaded.head
-                if ticket.sampling.embeds or head is not None:
-                    ticket.put(pooled(self._model, self._bank.routing, ticket, version, head))
+                if version is not None and head is not None:
+                    ticket.put(scored(self._model, self._bank.routing, ticket, version, head))
                 else:
                     self._batch.add(self._row(ticket, version))
             except BaseException as error:
                 ticket.put(AnswerPiece(finish_reason="error", error=reason(error)))
+        self._embedder.answer(embedded)
 
     def _has_room(self) -> bool:
         """Whether another request may join, beside those whose pictures are being decoded."""

@@ -11,10 +11,13 @@ from lorakit.adapters.open import chosen_quantization, open_adapter
 from lorakit.engine.engine import POOL_BYTES, Engine
 from lorakit.engine.pool import AloneError, require_text, why_not_beside
 from lorakit.engine.prefix_cache import PREFIX_BYTES
+from lorakit.engine.speculation import NgramSpeculation
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_config
-from lorakit.models.load import load_model
+from lorakit.models.load import gives_embeddings, load_embedder, load_model
+from lorakit.models.names import resolve
 from lorakit.models.rounding import stored_as
+from lorakit.models.sentence_pooling import read_pooling
 
 
 def open_engine(
@@ -29,6 +32,8 @@ def open_engine(
     weights: str | None = None,
     pool_bytes: int = POOL_BYTES,
     prefix_bytes: int = PREFIX_BYTES,
+    embeds: bool = False,
+    speculation: NgramSpeculation | None = None,
 ) -> Engine:
     """Loads the base model and registers the adapters, by the names that they are served under.
 
@@ -37,6 +42,8 @@ def open_engine(
         quantization: of the base, as in `open_adapter`.
         merged: fold the one adapter into the base, for full speed; its name is the model's then.
         weights: `int8` rounds the base's to 8 bits, which a CPU reads in half of the time.
+        embeds: whether a model will do that gives embeddings alone.
+        speculation: as of `Engine`.
 
     Raises:
         InputError: there is no usable base or adapter, or the adapters are for several bases.
@@ -46,6 +53,7 @@ def open_engine(
         "context_length": context_length,
         "pool_bytes": pool_bytes,
         "prefix_bytes": prefix_bytes,
+        "speculation": speculation,
     }
     if merged:
         if len(adapters) != 1:
@@ -55,7 +63,9 @@ def open_engine(
         return _merged(name, folder, loading, weights, options)
     base = model or _base_of(adapters)
     stored = chosen_quantization(adapters.values(), quantization)
-    loaded, tokenizer = load_model(base, dtype, quantization=stored)
+    load = load_embedder if embeds and gives_embeddings(base) else load_model
+    loaded, tokenizer = load(base, dtype, quantization=stored)
+    options["pooling"] = read_pooling(resolve(base).path)
     engine = Engine(stored_as(loaded, weights), tokenizer, base, **options)
     if stored and quantization is None:
         engine.notices.append(
@@ -73,6 +83,38 @@ def open_engine(
     return engine
 
 
+def open_beside(
+    model: str | None, adapters: Mapping[str, Path], **options: Any
+) -> tuple[Engine, dict[str, str]]:
+    """An engine with those adapters that can stand beside each other.
+
+    Args:
+        options: as in `open_engine`.
+
+    Returns: it, and why each of the others cannot, by its name; a notice says so too.
+
+    Raises:
+        InputError: as `open_engine`.
+    """
+    alone = {name: why for name, path in adapters.items() if (why := _why_alone(path))}
+    while True:
+        beside = {name: path for name, path in adapters.items() if name not in alone}
+        try:
+            engine = open_engine(model or _base_of(adapters), beside, **options)
+        except AloneError as error:
+            alone |= {name: error.reason for name, path in beside.items() if path == error.folder}
+            continue
+        for name, why in alone.items():
+            engine.notices.append(f"{name} {why}, so it is merged into a base of its own")
+        return engine, alone
+
+
+def _why_alone(folder: Path) -> str:
+    config = read_config(folder)
+    require_text(folder, config)
+    return why_not_beside(config)
+
+
 def open_with(
     model: str | None,
     name: str,
@@ -82,6 +124,7 @@ def open_with(
     quantization: str | None = None,
     max_rows: int | None = 16,
     weights: str | None = None,
+    speculation: NgramSpeculation | None = None,
 ) -> Engine:
     """The engine for one adapter: beside its base, or merged into it where only that is possible.
 
@@ -93,6 +136,7 @@ def open_with(
         "quantization": quantization,
         "max_rows": max_rows,
         "weights": weights,
+        "speculation": speculation,
     }
     config = read_config(folder)
     require_text(folder, config)

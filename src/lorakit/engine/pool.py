@@ -46,6 +46,7 @@ from lorakit.lora.model import LoraModel
 from lorakit.lora.parameters import set_trainable
 from lorakit.lora.vocabulary import embeddings, rows_in_adapter, split_frozen, vocabulary_size
 from lorakit.lora.wrapping import wrapped_modules
+from lorakit.models.loaded import writes_text
 from lorakit.models.picture_reader import pass_reader
 from lorakit.openmp import released_afterwards
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TRIAL = "trial"
+_EMBEDS = "FEATURE_EXTRACTION"
 
 _LEAST_LIMIT = 1 << 30
 """Bytes that a file of weights may have, however small the base is."""
@@ -70,6 +72,7 @@ class AdapterInfo:
         notice: what its user should know; mostly empty.
         scores: it is a reward model, which scores sequences and writes none.
         labels: of a classifier, which writes none either; empty for others.
+        embeds: it is for FEATURE_EXTRACTION, and gives embeddings alone.
         owner: whose it is alone; empty where it is everyone's.
     """
 
@@ -83,6 +86,7 @@ class AdapterInfo:
     notice: str = ""
     scores: bool = False
     labels: tuple[str, ...] = ()
+    embeds: bool = False
     owner: str = ""
 
 
@@ -182,6 +186,7 @@ class AdapterPool:
             notice=notice,
             scores=outputs == 1,
             labels=label_names(record, outputs) if outputs > 1 else (),
+            embeds=loaded.config.task_type == _EMBEDS,
             owner=owner,
         )
         with self._lock:
@@ -319,7 +324,8 @@ class AdapterPool:
             InputError: it does not fit the base, or cannot stand beside others.
         """
         config, tensors, head = without_head(*read_adapter(folder))
-        require_text(folder, config)
+        if config.task_type != _EMBEDS:
+            require_text(folder, config, writes=writes_text(self._model))
         if reason := why_not_beside(config):
             raise AloneError(folder, reason)
         base = structure_of(self._model)
@@ -379,7 +385,7 @@ class AloneError(InputError):
             f"{folder} {reason}, which cannot be served beside other adapters: merge it with "
             "lorakit merge and serve the result, or serve it alone with --merged"
         )
-        self.reason = reason
+        self.folder, self.reason = folder, reason
 
 
 def structure_of(model: nn.Module, _known: dict[int, Any] | None = None) -> Any:
@@ -398,8 +404,19 @@ def structure_of(model: nn.Module, _known: dict[int, Any] | None = None) -> Any:
     return known[id(model)]
 
 
-def require_text(folder: Path, config: LoraConfig) -> None:
-    """Raises InputError for an adapter of a model that does not write text."""
+def require_text(folder: Path, config: LoraConfig, *, writes: bool = True) -> None:
+    """Raises InputError for an adapter of a model that does not write text.
+
+    Args:
+        writes: whether the base does; else the adapter must not be for one that does either.
+    """
+    if not writes and config.task_type is not None:
+        raise InputError(
+            f"{folder} is for {config.task_type}, and the base gives embeddings alone, with "
+            f"adapters for {_EMBEDS}: use it by lorakit eval or PEFT"
+        )
+    if config.task_type == _EMBEDS:
+        raise InputError(f"{folder} gives embeddings and writes no text: ask it by lorakit serve")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise InputError(
             f"{folder} is for {config.task_type} and cannot answer with text: score it with "

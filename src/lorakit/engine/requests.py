@@ -6,6 +6,7 @@ The engine's thread puts pieces in; one listener takes them out, a thread or a c
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -16,6 +17,8 @@ from lorakit.data.picture_rows import RowPictures
 from lorakit.engine.grammar import GrammarState
 from lorakit.engine.sampling import Sampling
 from lorakit.errors import InputError
+from lorakit.models.load import positions_of
+from lorakit.models.loaded import writes_text
 
 if TYPE_CHECKING:
     from lorakit.engine.picture_prompt import Prepared
@@ -160,13 +163,18 @@ def check_prompt(prompt: Sequence[int], context_length: int, vocabulary: int) ->
         raise InputError(f"the prompt's tokens must be from 0 to {vocabulary - 1}")
 
 
-def context_length_of(model: Any, wanted: int | None = None) -> int:
+def context_length_of(model: Any, wanted: int | None = None, longest: int | None = None) -> int:
     """The most tokens a row may have.
+
+    Args:
+        longest: what is taken where nothing is wanted, unless the model has fewer positions.
 
     Raises:
         InputError: the model reads fewer than wanted.
     """
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not writes_text(model):  # RoBERTa counts positions from 2
+        own = positions_of(model)
     if wanted is not None and (wanted < 2 or (own and wanted > own)):
         raise InputError(f"context_length must be from 2 to {own or 'any number'}, not {wanted}")
-    return wanted or own or 2048
+    return wanted or min(longest or own or 2048, own or sys.maxsize)

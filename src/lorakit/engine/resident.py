@@ -390,7 +390,8 @@ class ResidentModel:
         A row's adapter is one of this model, packed (`pack`) or not.
 
         Args:
-            kept: `features` and `prefixes` of `Carried.batch`, under adapters that are not trained.
+            kept: `features`, `prefixes` and `drafts` of `Carried.batch`, under adapters that are
+                not trained.
         """
         kept["packed"] = lambda: self.model.packed
         return self.carried.batch(self.base, self.model.routing, rows, length, **kept)

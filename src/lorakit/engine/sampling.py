@@ -230,7 +230,8 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> 
 
 
 def _end_tokens(model: Any, *others: Any) -> list[int]:
-    own = getattr(model.generation_config, "eos_token_id", None)
+    settings = getattr(model, "generation_config", None)  # which an encoder lacks
+    own = getattr(settings, "eos_token_id", None)
     ends = [own] if isinstance(own, int) else list(own or [])
     return list(dict.fromkeys([*ends, *(one for one in others if isinstance(one, int))]))
 

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line
+from lorakit.evaluation.harness_index import HarnessIndex, members_of
 
 if TYPE_CHECKING:
     from lorakit.engine.engine import Engine
@@ -130,12 +131,17 @@ def require_lm_eval() -> None:
 
 
 def evaluate_tasks(
-    engine: Engine, adapters: Mapping[str, Path], settings: HarnessSettings
+    engine: Engine,
+    adapters: Mapping[str, Path],
+    settings: HarnessSettings,
+    alone: Iterable[tuple[str, Path, Engine]] = (),
 ) -> HarnessEvaluation:
     """Scores the engine's base and its adapters on tasks.
 
     Args:
         engine: with the adapters in its pool, by their names.
+        alone: adapters that are merged into a base of their own, by name, and the engine of each;
+            they are asked one after the other.
 
     Raises:
         InputError: there is no such task, its data are not there, or it cannot be asked.
@@ -159,6 +165,11 @@ def evaluate_tasks(
             peers.append(EngineLM(engine, model, peers=peers, notices=notices, **options))
             models[name] = peers[-1]
         results = {name: _evaluated(loaded, lm, settings, state) for name, lm in models.items()}
+        adapters = dict(adapters)
+        for name, path, merged in alone:
+            lm = EngineLM(merged, None, notices=notices, **options)
+            results[name] = _evaluated(loaded, lm, settings, state)
+            adapters[name] = path
     samples = {name: result["samples"] for name, result in results.items()}
     said = [f"{text} ({n:,} times)" if n > 1 else text for text, n in notices.items()]
     for name in adapters:
@@ -195,20 +206,24 @@ def _loaded(settings: HarnessSettings, notices: Counter[str]) -> Any:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder with tasks")
     manager = TaskManager(include_path=included or None, include_defaults=False)
-    if not all(_is_path(name) or name in manager.all_subtasks for name in settings.tasks):
-        manager = TaskManager(include_path=included or None)  # thousands of files, which takes time
+    own, builtin = manager.all_tasks, HarnessIndex()
     names: list[str] = []
     for name in settings.tasks:
         found = [name]
         if Path(name).is_dir():
             found = TaskManager(include_path=Path(name), include_defaults=False).all_subtasks
-        elif not _is_path(name) and name not in manager.task_index:
-            found = manager.match_tasks([name])
+        elif not _is_path(name) and name not in own:
+            found = list(dict.fromkeys([*manager.match_tasks([name]), *builtin.matching(name)]))
         if not found:
-            alike = [task for task in manager.all_tasks if task[:1] == name[:1]]  # of thousands
+            alike = [task for task in (*own, *builtin.files) if task[:1] == name[:1]]  # of many
             near = did_you_mean(name, alike)
             raise InputError(f"--tasks: lm-evaluation-harness has no task {name!r}{near}")
         names += found
+    groups = [entry.cfg for entry in manager.task_index.values() if entry.kind.name == "GROUP"]
+    members = [one for config in groups if config for one in members_of(config.get("task"))]
+    wanted = [name for name in (*names, *members) if name not in own]
+    if any(not _is_path(name) for name in wanted):
+        builtin.add(wanted, manager.task_index)
     merged: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in dict.fromkeys(names):
         try:

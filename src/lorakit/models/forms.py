@@ -10,8 +10,9 @@ FORMS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
-"""transformers' class for each of PEFT's task types that lorakit trains."""
+"""transformers' class for each of PEFT's task types; FEATURE_EXTRACTION is served, not trained."""
 
 CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -31,6 +32,18 @@ def is_encoder(config: Any) -> bool:
 
     masked = type(config) in AutoModelForMaskedLM._model_mapping
     return masked and not (config.is_encoder_decoder or getattr(config, "is_decoder", False))
+
+
+def is_bare(config: Any) -> bool:
+    """Whether a model's files were written by its body alone, without a head."""
+    from transformers import AutoModel
+
+    try:
+        body: Any = AutoModel._model_mapping[type(config)]
+    except KeyError:
+        return False
+    bodies = body if isinstance(body, tuple) else (body,)
+    return any(name in (config.architectures or ()) for name in (b.__name__ for b in bodies))
 
 
 def label_options(labels: Sequence[str]) -> dict[str, Any]:

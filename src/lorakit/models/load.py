@@ -21,6 +21,7 @@ from lorakit.models.forms import (
     CLASSIFICATION,
     FORMS,
     causal_form,
+    is_bare,
     is_encoder,
     label_options,
 )
@@ -31,6 +32,7 @@ from lorakit.models.picture_reader import PictureReader, give_reader, picture_re
 from lorakit.models.quantization.from_files import from_files, require_known
 from lorakit.models.quantization.prepare import keep_exact
 from lorakit.models.quantization.settings import Quantization, as_quantization, loading_options
+from lorakit.models.sentence_pooling import is_embedding_model
 from lorakit.models.skeleton import kept_whole, stored_quantization
 from lorakit.progress import task
 
@@ -74,6 +76,48 @@ def load_model(
         InputError: the name leads nowhere, or what lies there cannot be loaded.
     """
     loaded = load_for_task("CAUSAL_LM", name, dtype, device=device, quantization=quantization)
+    return loaded.model, loaded.tokenizer
+
+
+def gives_embeddings(name: str) -> bool:
+    """Whether `name` is a model that embeds texts and writes none.
+
+    That is an encoder, or a body without a head that sentence-transformers has made.
+
+    Raises:
+        InputError: the name leads nowhere, or its configuration cannot be read.
+    """
+    source = resolve(str(name))
+    if source.layout.packing:
+        return False
+    config = source.layout.config()
+    if config.is_encoder_decoder:
+        return False
+    return is_encoder(config) or (is_embedding_model(source.path) and is_bare(config))
+
+
+def load_embedder(
+    name: str,
+    dtype: str | torch.dtype | None = None,
+    *,
+    quantization: str | Mapping[str, Any] | Quantization | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The body of the model `name`, which gives hidden states, and its tokenizer.
+
+    Raises:
+        InputError: as in `load_model`, or the files are a classifier's or lack weights.
+    """
+    kind = next(iter(resolve(str(name)).layout.config().architectures or ()), "")
+    if kind.endswith("Classification"):
+        raise InputError(
+            f"model: {name} is a classifier ({kind}), which gives no embeddings: give the encoder "
+            "that it was made from, or use it by lorakit eval or transformers"
+        )
+    loaded = load_for_task("FEATURE_EXTRACTION", name, dtype, quantization=quantization)
+    if missing := [path for path in loaded.new_modules if not path.startswith("pooler")]:
+        raise InputError(
+            f"model: {name} lacks {listed(missing, 3)} in its files: copy or fetch the model again"
+        )
     return loaded.model, loaded.tokenizer
 
 
@@ -189,7 +233,7 @@ def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping
         raise InputError(
             f"model: {name} is an encoder ({config.model_type}), which writes no text: give a "
             "causal language model, or train it with lora.task_type SEQ_CLS or TOKEN_CLS and use "
-            "it by lorakit eval or PEFT (lorakit serve embeds texts with causal models)"
+            "it by lorakit eval or PEFT (lorakit serve gives its embeddings)"
         )
     form = FORMS["CAUSAL_LM"] if config is None else causal_form(config)
     model, info = from_files(layout, form, dtype=dtype, **options)

@@ -25,6 +25,12 @@ def base_model(model: nn.Module) -> Any:
     return get_base_model() if callable(get_base_model) else model
 
 
+def writes_text(model: nn.Module) -> bool:
+    """Whether `model` has a head that gives the next token; an encoder or a bare body has none."""
+    can_generate = getattr(base_model(model), "can_generate", None)
+    return bool(can_generate()) if callable(can_generate) else True
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether anything of `model` draws dropout in training."""
     from torch import nn

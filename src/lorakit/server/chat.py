@@ -40,6 +40,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     """
     caller = caller_of(request)
     adapter = await desk.adapter(asked.model, caller)
+    desk.require_kind(adapter, asked)
     deadline = desk.deadline()
     desk.require_room(asked.choices)
     check_choice(asked)

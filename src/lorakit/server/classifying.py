@@ -14,7 +14,7 @@ from lorakit.server.bodies import client_of
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payloads import PooledTexts
-from lorakit.server.pooled_answers import pooled
+from lorakit.server.pooled_answers import at_once, pooled
 from lorakit.server.prompt_tokens import Prompts
 
 
@@ -36,9 +36,9 @@ async def classify(
     deadline, texts = desk.deadline(), asked.inputs()
     desk.require_kind(adapter, asked)
     labels = desk.engine.pool.version(adapter).info.labels if adapter is not None else ()
-    desk.require_room(len(texts))
+    desk.require_room(min(len(texts), at_once(desk)))
     work = prompts.of_texts(adapter, texts, client_of(request), "input", cut=asked)
-    made, answers = await pooled(request, asked, adapter, work, desk, deadline)
+    made, usage = await pooled(request, asked, adapter, work, desk, deadline)
     data = []
     for number, one in enumerate(made):
         probs = _softmax(one.scores)
@@ -52,7 +52,7 @@ async def classify(
             "created": int(time.time()),
             "model": asked.model,
             "data": data,
-            "usage": answers.usage,
+            "usage": usage,
         }
     )
 

@@ -41,6 +41,7 @@ async def complete(
     """
     caller = caller_of(request)
     adapter = await desk.adapter(asked.model, caller)
+    desk.require_kind(adapter, asked)
     deadline, texts = desk.deadline(), asked.prompts()
     desk.require_room(len(texts) * asked.choices)
     special = asked.add_special_tokens is not False

@@ -308,7 +308,11 @@ class Desk:
         """Refuses answers of a reward model or classifier, scores and labels of another."""
         wants = asked.wants if isinstance(asked, Pooled) else "text"
         info = None if adapter is None else self.engine.pool.version(adapter).info
-        if info is not None and info.scores:
+        if self.embeds_only(adapter):
+            does = "embedding"
+            where = f"gives embeddings and no {wants}: ask it at /v1/embeddings, /v1/score or "
+            where += "/v1/rerank"
+        elif info is not None and info.scores:
             does, where = "scores", "is a reward model: ask it at /pooling, /v1/score or /v1/rerank"
         elif info is not None and info.labels:
             does, where = (
@@ -319,6 +323,11 @@ class Desk:
             does, where = "text", f"writes text and gives no {wants}"
         if wants not in (does, "embedding"):
             raise bad_field(f"{asked.model} {where}", "model")
+
+    def embeds_only(self, adapter: str | None) -> bool:
+        """Whether an adapter, or the base, gives embeddings and nothing else."""
+        version = None if adapter is None else self.engine.pool.version(adapter)
+        return not self.engine.writes_with(version)
 
     def _check_tokens(self, asked: SamplingFields) -> None:
         """Refuses tokens that the model does not have."""
@@ -351,6 +360,8 @@ class Desk:
         Raises:
             ApiError: 400, more than the context holds were asked for.
         """
+        if isinstance(asked, Pooled):
+            return 1
         context, wanted, field = self.engine.context_length, asked.token_limit, asked.limit_field
         left = context - len(prompt)
         if field is not None and wanted is not None and wanted > left:

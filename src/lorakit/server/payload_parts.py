@@ -11,6 +11,7 @@ from lorakit.errors import did_you_mean
 from lorakit.server.errors import UNKNOWN_FIELD
 
 MAX_CHOICES = 128
+MAX_INPUTS = 2048  # texts that are embedded or classified, as OpenAI has it
 MAX_LOGPROBS = 20
 MAX_ITEMS = 4096
 MAX_FIELDS = 100

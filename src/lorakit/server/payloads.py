@@ -14,6 +14,7 @@ from lorakit.engine.sampling import Sampling
 from lorakit.server.messages import ChatMessage, NamedTool, Tool
 from lorakit.server.payload_parts import (
     MAX_CHOICES,
+    MAX_INPUTS,
     MAX_LOGPROBS,
     WHOLE,
     Items,
@@ -200,6 +201,12 @@ class Pooled(Ignored):
         return Sampling(max_new_tokens=max_new_tokens, embeds=self.wants == "embedding")
 
 
+class Embedded(Pooled):
+    """What asks for embeddings."""
+
+    wants: ClassVar[str] = "embedding"
+
+
 class PooledTexts(Pooled, Truncated):
     """Texts or token ids, of each of which numbers are asked for."""
 
@@ -207,7 +214,7 @@ class PooledTexts(Pooled, Truncated):
         Text
         | TokenIds
         | Annotated[
-            list[Text | TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
+            list[Text | TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
         ]
     )
 

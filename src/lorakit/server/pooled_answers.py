@@ -9,8 +9,17 @@ from fastapi import Request
 
 from lorakit.server.event_streams import while_wanted
 from lorakit.server.keys import caller_of
-from lorakit.server.open_answers import Answer, Desk, OpenAnswers
+from lorakit.server.open_answers import Answer, Desk
 from lorakit.server.payloads import Pooled
+from lorakit.server.replies import Usage
+
+_AT_ONCE = 64
+"""Prompts of a request that are handed in together, so that a large one leaves room for others."""
+
+
+def at_once(desk: Desk) -> int:
+    """How many prompts of a request are handed in together."""
+    return min(_AT_ONCE, desk.engine.max_rows + desk.limits.waiting)
 
 
 async def pooled(
@@ -20,8 +29,8 @@ async def pooled(
     reading: Coroutine[Any, Any, list[list[int]]],
     desk: Desk,
     deadline: float,
-) -> tuple[list[Answer], OpenAnswers]:
-    """The answer to each prompt, and all of them, for their counts.
+) -> tuple[list[Answer], Usage]:
+    """The answer to each prompt, and the counts of all of them.
 
     Args:
         reading: gives the prompts' tokens.
@@ -31,9 +40,20 @@ async def pooled(
         ApiError, InputError: there is none.
     """
     tokens = await while_wanted(request, reading, deadline, desk.late())
-    owner = caller_of(request).owner
-    answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=owner)
-    try:
-        return await while_wanted(request, answers.whole()), answers
-    finally:
-        answers.close()
+    owner, size = caller_of(request).owner, at_once(desk)
+    made: list[Answer] = []
+    for first in range(0, len(tokens), size):
+        part = tokens[first : first + size]
+        answers = await desk.hand_in(part, adapter, asked, deadline, owner=owner)
+        try:
+            made += await while_wanted(request, answers.whole())
+        finally:
+            answers.close()
+    total = sum(map(len, tokens))
+    usage: Usage = {
+        "prompt_tokens": total,
+        "completion_tokens": 0,
+        "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    return made, usage

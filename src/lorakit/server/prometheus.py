@@ -57,6 +57,15 @@ class Metrics:
                 lambda: kept.hits if kept else 0,
             ),
         }
+        if (drafts := engine.drafts) is not None:
+            counts["lorakit_spec_decode_draft_tokens"] = (
+                "Tokens of drafts.",
+                lambda: drafts.proposed,
+            )
+            counts["lorakit_spec_decode_accepted_tokens"] = (
+                "Tokens of drafts that were right.",
+                lambda: drafts.accepted,
+            )
         registry.register(_Counts(counts))
         gauges = {
             "lorakit_prefix_cache_bytes": (

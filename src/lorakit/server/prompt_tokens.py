@@ -159,10 +159,14 @@ class Prompts:
         tokenizer = self._engine.tokenizer_of(adapter)
         size, most, made = len(tokenizer), self._read_at_most(cut), []
         for prompt in prompts:
+            ends: list[int] = []
             if isinstance(prompt, str):
+                if self._engine.pooling.lower_case:
+                    prompt = prompt.lower()
                 work = partial(tokens_within, prompt, tokenizer, most, add_special_tokens=special)
                 prompt = await self._in_turn(work, len(prompt), client, field)
-            prompt = self._cut(prompt, cut, field)
+                ends = _closing(prompt, tokenizer) if special else []
+            prompt = self._cut(prompt, cut, field, ends)
             if (highest := max(prompt, default=0)) >= size:
                 raise bad_field(f"{field}: {highest} is not a token id; there are {size}", field)
             made.append(prompt)
@@ -173,16 +177,29 @@ class Prompts:
         shortened = cut is not None and cut.truncate_prompt_tokens is not None
         return sys.maxsize // 16 if shortened else self._limit
 
-    def _cut(self, tokens: list[int], cut: Truncated | None, field: str) -> list[int]:
-        """The last tokens, as many as `truncate_prompt_tokens` says.
+    def _cut(
+        self,
+        tokens: list[int],
+        cut: Truncated | None,
+        field: str,
+        ends: Sequence[int] = (),
+    ) -> list[int]:
+        """The last tokens, as many as `truncate_prompt_tokens` says; an embedding model's first.
+
+        Args:
+            ends: special tokens behind the text, which stay where the first are kept.
 
         Raises:
             ApiError: 400, there are more than the context has room for.
         """
         if cut is not None and (kept := cut.truncate_prompt_tokens) is not None:
             if kept < 0:
-                kept = self._engine.context_length - max(1, cut.asked_for)
-            tokens = tokens[-max(kept, 1) :]
+                kept = min(self._limit, self._engine.context_length - cut.asked_for)
+            kept = max(kept, 1)
+            if self._engine.writes:
+                tokens = tokens[-kept:]
+            elif len(tokens) > kept:
+                tokens = [*tokens[: max(0, kept - len(ends))], *ends][:kept]
         if len(tokens) > self._limit:
             raise self._too_long(TooManyTokensError(len(tokens), self._limit, True), field)
         return tokens
@@ -228,7 +245,7 @@ class Prompts:
 
     @property
     def _limit(self) -> int:
-        return self._engine.context_length - 1  # one token of an answer must fit
+        return self._engine.longest_prompt
 
     async def _in_turn(
         self, work: Callable[[], list[int]], characters: int, client: str, param: str
@@ -246,6 +263,15 @@ class Prompts:
             param,
             code="context_length_exceeded",
         )
+
+
+def _closing(tokens: Sequence[int], tokenizer: Any) -> list[int]:
+    """The special tokens that stand behind a text."""
+    special = set(tokenizer.all_special_ids)
+    at = len(tokens)
+    while at > 1 and tokens[at - 1] in special:
+        at -= 1
+    return list(tokens[at:])
 
 
 def _reading(tokenizer: Any, *, with_tools: bool) -> _Reading:

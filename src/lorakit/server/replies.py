@@ -307,7 +307,7 @@ class Ranked(TypedDict):
     """A document, where it stood, and what it was given."""
 
     index: int
-    document: Document
+    document: NotRequired[Document]
     relevance_score: float
 
 

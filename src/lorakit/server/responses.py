@@ -84,6 +84,7 @@ async def respond_to(
     before = conversations.find(caller.owner, asked.previous_response_id)
     chat = asked.chat(before)
     adapter = await desk.adapter(asked.model, caller)
+    desk.require_kind(adapter, chat)
     deadline = desk.deadline()
     desk.require_room(1)
     check_choice(chat)
