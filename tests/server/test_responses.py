@@ -10,6 +10,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from lorakit.server.errors import ApiError
+from lorakit.server.responses import Conversations
 from served import Running
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
@@ -117,3 +119,20 @@ def test_what_cannot_be_done_is_refused(asked: tuple[OpenAI, Any]) -> None:
     for more in wrong:
         with pytest.raises(openai.BadRequestError):
             client.responses.create(**{"input": "a", **fields, **more})
+
+
+def test_the_oldest_conversations_leave_and_are_found_by_their_owner_alone() -> None:
+    kept = Conversations()
+    for number in range(1025):
+        kept.keep("ada", str(number), [{"n": number}])
+    assert kept.find("ada", "1024") == [{"n": 1024}]
+    for owner, ident in (("ada", "0"), ("bob", "1024")):
+        with pytest.raises(ApiError) as refused:
+            kept.find(owner, ident)
+        assert refused.value.status_code == 404
+    large = [{"text": "a" * (17 << 20)}]
+    kept.keep("ada", "large", large)
+    kept.keep("ada", "larger", large)  # 32 MiB at most
+    assert kept.find("ada", "larger") == large
+    with pytest.raises(ApiError):
+        kept.find("ada", "large")
