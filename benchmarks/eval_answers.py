@@ -4,7 +4,7 @@ The adapter is trained on some rows first, if it is not there, so that it ends i
 `--before` another checkout's command takes turns with this one's; with `--batch-sizes` so many rows
 at once are tried, 0 for what the command takes by itself.
 
-    python -m benchmarks.eval_answers --train e2e_train.csv --valid e2e_valid.csv --limit 100
+    python -m benchmarks.eval_answers --train e2e_train.csv --valid e2e_valid.csv
         [--before CHECKOUT] [--batch-sizes 0,16,32] [--adapter DIR]
 """
 
@@ -56,7 +56,10 @@ def answered(
     with tempfile.TemporaryDirectory() as place:
         result = Path(place) / "result.json"
         command = [sys.executable, "-m", "lorakit", "eval", str(adapter), "--data", str(args.valid)]
-        command += ["--metrics", "exact_match", "--limit", str(args.limit), "--json", str(result)]
+        command += ["--metrics", "exact_match", "--json", str(result)]
+        if args.limit:
+            command += ["--limit", str(args.limit)]
+        command += ["--columns", ",".join(f"{name}={own}" for name, own in COLUMNS.items())]
         command += ["--max-new-tokens", str(args.max_new_tokens), "--dtype", "bfloat16"]
         if rows:
             command += ["--batch-size", str(rows)]
@@ -74,7 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=100, help="rows of --valid")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=100,
+        help="rows of --valid, of which one prompt may have several",
+    )
     parser.add_argument("--train-rows", type=int, default=320)
     parser.add_argument("--adapter", type=Path, help="where the adapter lies, or is trained")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -94,7 +102,7 @@ def main() -> None:
             for side, (rows, source) in sides.items():
                 found[side].append(answered(adapter, args, rows, source))
                 print(f"{side}: {found[side][-1]}", file=sys.stderr)
-    print(f"\n| {args.limit} rows | seconds | tokens/s | ratio |\n| --- | --- | --- | --- |")
+    print(f"\n| {args.valid.name} | seconds | tokens/s | ratio |\n| --- | --- | --- | --- |")
     rates = {
         side: statistics.median(one["tokens"] / one["seconds"] for one in runs)
         for side, runs in found.items()

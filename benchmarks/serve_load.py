@@ -9,7 +9,8 @@ that is told to come back (429) waits as its next try does, so that its time cou
 
 With `--before` the server of another checkout has the same load in turn with this one's: plain
 requests, which both know, and last the mix on this one alone. Equal load is the same clients, each
-with one request at a time, and the same requests in the same order.
+with one request at a time, and the same requests in the same order. They begin one after the other
+within the first tenth of the time.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.resident_memory import growth, resident_mb
 from benchmarks.serve_common import MODEL, QUESTIONS, save_adapters
@@ -98,9 +100,11 @@ def request(chance: random.Random, mix: Sequence[str]) -> dict[str, Any]:
 
 
 async def be_client(
-    client: httpx.AsyncClient, seed: int, mix: Sequence[str], end: float, seen: Seen
+    client: httpx.AsyncClient, seed: int, mix: Sequence[str], begin: float, end: float, seen: Seen
 ) -> None:
+    """Asks until the end, one request after the other."""
     chance = random.Random(seed)
+    await asyncio.sleep(begin - time.monotonic())
     while time.monotonic() < end:
         body, asked = request(chance, mix), time.monotonic()
         leaves_after = chance.randrange(10) if chance.random() < 0.2 else None
@@ -127,10 +131,10 @@ async def stream(
     async with client.stream("POST", "/v1/chat/completions", json=body, headers=KEYS) as reply:
         if reply.status_code != 200:
             told = await reply.aread()
-            if reply.status_code != 429 and len(seen.errors) < 5:
-                seen.errors.append(told.decode(errors="replace")[:300])
             # The guest comes and goes, so that it is not there is no error.
             known = reply.status_code == 404 and body["model"] == "guest"
+            if not known and reply.status_code != 429 and len(seen.errors) < 5:
+                seen.errors.append(told.decode(errors="replace")[:300])
             return "404 (guest)" if known else str(reply.status_code)
         async for line in reply.aiter_lines():
             if line.startswith('data: {"error"'):
@@ -180,11 +184,13 @@ async def watch(process: int, end: float, seen: Seen) -> None:
 async def load(
     address: str, process: int, folders: list[Path], mix: Sequence[str], args: argparse.Namespace
 ) -> Seen:
-    seen, end = Seen(), time.monotonic() + 60 * args.minutes
+    seen, began, seconds = Seen(), time.monotonic(), 60 * args.minutes
+    begins = [began + seconds / 10 * number / args.clients for number in range(args.clients)]
+    end = began + seconds
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         await asyncio.gather(
-            *(be_client(client, seed, mix, end, seen) for seed in range(args.clients)),
+            *(be_client(client, seed, mix, at, end, seen) for seed, at in enumerate(begins)),
             load_and_unload(client, folders, end, seen),
             watch(process, end, seen),
         )
@@ -216,7 +222,10 @@ def under_load(
         assert server.stdout
         address = re.search(r"at (http\S+)", server.stdout.readline())
         assert address
+        process = psutil.Process(server.pid)
+        before = sum(process.cpu_times()[:2])
         seen = asyncio.run(load(address[1], server.pid, folders, mix, args))
+        used = sum(process.cpu_times()[:2]) - before
         server.send_signal(signal.SIGTERM)
         code = server.wait()
     failed = sum(count for end, count in seen.ends.items() if end.startswith("5") or "err" in end)
@@ -224,7 +233,13 @@ def under_load(
     for error in seen.errors:
         print(f"  {error}")
     print(f"{seen.tokens} pieces, {seen.tokens / args.minutes / 60:.0f} a second")
-    figures = {"failed": float(failed), "pieces_per_second": seen.tokens / args.minutes / 60}
+    answers = max(1, len(seen.first))
+    print(f"{answers} answers, {used / answers:.2f} s of CPU time each")
+    figures = {
+        "failed": float(failed),
+        "pieces_per_second": seen.tokens / args.minutes / 60,
+        "cpu_seconds_an_answer": used / answers,
+    }
     for name, times in (("first token", seen.first), ("between tokens", seen.between)):
         cuts = statistics.quantiles(times, n=100)
         mean = statistics.mean(times)
@@ -276,13 +291,14 @@ def main() -> None:
         for side, runs in found.items()
         if runs
     }
-    print(f"\n| {args.clients} clients | first token, p50 s | p99 s | ratio of p99 | pieces/s |")
-    print("| --- | --- | --- | --- | --- |")
+    columns = "first token, p50 s | p99 s | ratio of p99 | pieces/s | CPU s an answer"
+    print(f"\n| {args.clients} clients | {columns} |")
+    print("| --- | --- | --- | --- | --- | --- |")
     first = middle["before"]["first_token_p99"]
     for side, figures in middle.items():
         p50, p99 = figures["first_token_p50"], figures["first_token_p99"]
-        rate = figures["pieces_per_second"]
-        print(f"| {side} | {p50:.2f} | {p99:.2f} | {p99 / first:.2f} | {rate:.0f} |")
+        rate, each = figures["pieces_per_second"], figures["cpu_seconds_an_answer"]
+        print(f"| {side} | {p50:.2f} | {p99:.2f} | {p99 / first:.2f} | {rate:.0f} | {each:.2f} |")
     print(json.dumps(middle))
 
 
