@@ -121,7 +121,6 @@ def test_a_step_is_the_same_in_one_pass_and_in_several(
         made = recipe(attentive_folder, folder, dtype="float64", training=training)
         made["data"] = {"eval": 0}
         objective = settings(beta=0.1, loss_type="gspo")
-        objective |= {"entropy_coef": 0.05, "top_entropy_quantile": 0.6}
         lorakit.train(made, data=ROWS, objective=objective, quiet=True)
         names = ("loss", "reward", "entropy", "kl", "grad_norm", "frac_reward_zero_std")
         found[tokens] = [logged(folder, name) for name in names], weights(folder)
