@@ -1,7 +1,7 @@
 """What users of other servers have reported, asked here by the clients that they used.
 
 vLLM: 5734, 9693, 11363, 12376, 17393, 19419, 36947, 43244, 47901, 52011; SGLang: 8417, 9696;
-llama.cpp: 4492, 19051, 24097; litellm: 19174, 14937, 29156; LM Studio: 261;
+LoRAX: 392, 643; llama.cpp: 4492, 19051, 24097; litellm: 19174, 14937, 29156; LM Studio: 261;
 lm-format-enforcer: 94.
 """
 
@@ -180,6 +180,21 @@ def test_a_schema_with_free_properties_is_followed(served: Running) -> None:
             jsonschema.validate(json.loads(choice["message"]["content"]), FREE)
 
 
+def test_a_schema_beside_json_object_is_followed(served: Running) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"today": {"type": "string", "format": "date"}, "n": {"enum": [1, "b"]}},
+        "required": ["today", "n"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_object", "schema": schema}
+    asked = {"model": "shop", "messages": ASKS, "response_format": form, "max_tokens": 400}
+    choice = served.post(CHATS, asked).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    checker = jsonschema.FormatChecker()
+    jsonschema.validate(json.loads(choice["message"]["content"]), schema, format_checker=checker)
+
+
 def test_any_json_ends_by_itself(served: Running) -> None:
     asked = {"model": "shop", "messages": ASKS, "structured_outputs": {"json": {}}}
     found = served.post(CHATS, {**asked, "max_tokens": 400, "seed": 1}).json()["choices"][0]
@@ -189,7 +204,7 @@ def test_any_json_ends_by_itself(served: Running) -> None:
 
 BAD_FORMS: list[dict[str, Any]] = [
     {"guided_json": {"type": "string", "pattern": "^hi there\\!(?=x)$"}},
-    {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+    {"response_format": {"type": "text", "schema": {"type": "object"}}},
     {"guided_grammar": 'root ::= "a" | rout'},
     {"guided_grammar": "\\route"},
     {"guided_regex": "(a"},

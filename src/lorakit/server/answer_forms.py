@@ -31,22 +31,30 @@ class JsonSchema(Replayed):
 
 
 class ResponseFormat(Payload):
-    """The form of an answer: any text, any JSON object, or JSON of a schema."""
+    """The form of an answer: any text, any JSON object, or JSON of a schema.
+
+    `schema` beside `json_object` is how llama.cpp and LoRAX have a schema.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema goes with the type json_schema")
+        if self.schema_ is not None and self.type != "json_object":
+            raise ValueError("schema goes with the type json_object; json_schema has its own")
         return self
 
     def grammar(self) -> Grammar | None:
         """The grammar of such answers; None for any text."""
         if self.type == "text":
             return None
-        return Grammar.of_schema(_OBJECT if self.json_schema is None else self.json_schema.schema_)
+        if self.json_schema is not None:
+            return Grammar.of_schema(self.json_schema.schema_)
+        return Grammar.of_schema(_OBJECT if self.schema_ is None else self.schema_)
 
 
 class StructuredOutputs(Payload):
