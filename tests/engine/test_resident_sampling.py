@@ -11,7 +11,8 @@ from answered import alone, tokens
 from lorakit import LoraConfig
 from lorakit.engine.adapter_optimizer import AdamW
 from lorakit.engine.engine import Engine
-from lorakit.engine.resident import ResidentModel, Sample
+from lorakit.engine.resident import ResidentModel
+from lorakit.engine.sampled import Sampled
 from lorakit.engine.sampling import Sampling
 from lorakit.engine.token_losses import AdapterRow
 from lorakit.errors import InputError
@@ -43,7 +44,7 @@ def train(model: ResidentModel, steps: int) -> None:
             model.optim_step(name, AdamW(learning_rate=2e-2))
 
 
-def check(model: ResidentModel, base: Path, folder: Path, max_rows: int) -> list[Sample]:
+def check(model: ResidentModel, base: Path, folder: Path, max_rows: int) -> list[Sampled]:
     """Samples, which are what `generate` writes with what `save` writes now."""
     for name in CONFIGS:
         model.save(name, folder / name)

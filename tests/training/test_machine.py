@@ -10,7 +10,7 @@ from lorakit.training import machine
 
 FAULTS = """
 import resource, torch
-from lorakit.training.machine import keep_freed_memory
+from lorakit.training.machine import keep_freed_memory, return_freed_memory
 def use():
     for _ in range(20):
         torch.empty(2**24).fill_(1)  # 64 MB
@@ -21,7 +21,15 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 returned = faults()
 assert keep_freed_memory()
-print(faults(), returned)
+kept = faults()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+below = torch.ones(2**24)
+above = torch.ones(2**10)  # so that what is below cannot go by itself
+del below
+there = resident()
+return_freed_memory()
+print(kept, returned, there - resident())
 """
 
 
@@ -33,11 +41,12 @@ def glibc() -> bool:
 
 
 @pytest.mark.skipif(not glibc(), reason="another C library")
-def test_freed_memory_is_used_again_without_page_faults():
+def test_freed_memory_is_used_again_without_page_faults_until_it_is_returned():
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     printed = subprocess.check_output([sys.executable, "-c", FAULTS], env=env)
-    kept, returned = map(int, printed.split())
+    kept, returned, given_back = map(int, printed.split())
     assert kept < returned / 10
+    assert given_back > 2**25
 
 
 def test_memory_is_left_alone_where_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch):

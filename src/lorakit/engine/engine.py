@@ -30,9 +30,10 @@ from lorakit.engine.prefix_cache import PREFIX_BYTES, PrefixCache
 from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
 from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
-from lorakit.engine.resident import ResidentModel, Sample
+from lorakit.engine.resident import ResidentModel
 from lorakit.engine.rows import AnswerRow, reason
 from lorakit.engine.rows_at_once import FEW_ROWS, RowMemory
+from lorakit.engine.sampled import Sampled
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.speculation import Drafts, NgramSpeculation
 from lorakit.engine.token_losses import AdapterRow, PassResult, TokenLoss, answer_row
@@ -421,7 +422,7 @@ class Engine:
 
     def sample(
         self, prompts: Sequence[Sequence[int]], adapter: str | None = None, **settings: Any
-    ) -> list[Sample]:
+    ) -> list[Sampled]:
         """Answers to prompts by an adapter as it is now.
 
         Args:

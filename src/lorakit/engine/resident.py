@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from lorakit.engine.adapter_optimizer import (
 from lorakit.engine.batch import Batch
 from lorakit.engine.carried import Carried, how_carried
 from lorakit.engine.prefix_cache import prefixes_of
-from lorakit.engine.requests import FinishReason, Ticket, check_prompt, context_length_of
-from lorakit.engine.rows import AnswerRow
+from lorakit.engine.requests import check_prompt, context_length_of
+from lorakit.engine.sampled import Sampled, rows_to_sample, sampled
 from lorakit.engine.sampler import write_rows
 from lorakit.engine.sampling import Ending, Sampling, end_tokens
 from lorakit.engine.shared_pass import AdapterBatch, all_targets, side_by_side, why_not_shared
@@ -44,7 +43,7 @@ from lorakit.engine.token_losses import (
     row_passes,
     targets_of,
 )
-from lorakit.errors import InputError, LorakitError, did_you_mean, listed
+from lorakit.errors import InputError, did_you_mean, listed
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.joining import pack_adapter, unpack_adapter
 from lorakit.lora.model import LoraModel
@@ -56,21 +55,6 @@ from lorakit.models.fused import fused_forwards, in_use
 from lorakit.models.lines import Lines
 from lorakit.models.loaded import has_dropout
 from lorakit.models.loss import SupervisedLoss
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer.
-
-    Attributes:
-        tokens: with the one that ended it, if one did.
-        logprobs: of each token, in nats, before any sampling setting.
-        finish_reason: `stop` at an end token, `length` at `max_new_tokens`.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
 
 
 class ResidentModel:
@@ -419,7 +403,7 @@ class ResidentModel:
         *,
         ends: Collection[int] | None = None,
         max_rows: int = 16,
-    ) -> list[Sample]:
+    ) -> list[Sampled]:
         """Answers to prompts, each by its own adapter as it is now; as many at once as have room.
 
         Args:
@@ -436,33 +420,24 @@ class ResidentModel:
                 settings have stop texts or a grammar, which need a tokenizer.
             LorakitError: the model failed.
         """
-        sampling = replace(sampling or Sampling(), logprobs=0)
         if len(prompts) != len(adapters):
             raise InputError(f"{len(prompts)} prompts need as many adapters, not {len(adapters)}")
-        if sampling.stop or sampling.grammar is not None:
-            raise InputError("stop texts and grammars need a tokenizer: use ends, tokens")
-        if not prompts:
-            return []
         context, vocabulary = context_length_of(self.base), vocabulary_size(self.base)
         for name, prompt in zip(adapters, prompts, strict=True):
             self._require(name)
             check_prompt(prompt, context, vocabulary)
         own = Ending(frozenset(end_tokens(self.base) if ends is None else ends))
-        rows: list[AnswerRow] = []
-        for number, (name, prompt) in enumerate(zip(adapters, prompts, strict=True)):
-            seed = None if sampling.seed is None else sampling.seed + number
-            room = min(sampling.max_new_tokens, context - len(prompt))
-            settings = replace(sampling, seed=seed, max_new_tokens=room)
-            ticket = Ticket(tuple(prompt), None if name == BASE else name, settings)
-            rows.append(AnswerRow(ticket, name, None, own, self.device))
+        rows = rows_to_sample(prompts, adapters, sampling or Sampling(), own, context, self.device)
+        if not rows:
+            return []
         tickets = [row.ticket for row in rows]
         longest = max(len(t.prompt) + t.sampling.max_new_tokens for t in tickets)
         self._train(False)
         self.pack(name for name in dict.fromkeys(adapters) if name != BASE)
         prefixes = prefixes_of([(row.adapter, row.prompt) for row in rows])
-        batch = self.answers(min(max_rows, len(tickets)), longest, prefixes=prefixes)
+        batch = self.answers(min(max_rows, len(rows)), longest, prefixes=prefixes)
         write_rows(batch, rows, self.model.routing)
-        return [_sample(ticket) for ticket in tickets]
+        return [sampled(row) for row in rows]
 
     # --- inside ---------------------------------------------------------------------------
 
@@ -502,13 +477,3 @@ class ResidentModel:
         if name != BASE and name not in self.adapters:
             near = did_you_mean(name, self.adapters)
             raise InputError(f"there is no adapter {name}{near}: {listed(self.adapters) or 'none'}")
-
-
-def _sample(ticket: Ticket) -> Sample:
-    pieces = list(ticket)
-    if pieces[-1].error:
-        raise LorakitError(pieces[-1].error)
-    chosen = [token for piece in pieces for token in piece.logprobs]
-    reason = pieces[-1].finish_reason
-    assert reason is not None
-    return Sample([one.token for one in chosen], [one.logprob for one in chosen], reason)

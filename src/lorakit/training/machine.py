@@ -106,3 +106,13 @@ def keep_freed_memory() -> bool:
     return kept and bool(
         mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BLOCK - 1) and mallopt(_M_ARENA_MAX, 1)
     )
+
+
+def return_freed_memory() -> None:
+    """Gives the system what `keep_freed_memory` has kept, wherever it lies; it is kept again then.
+
+    Where blocks of all sizes come and go for hours, what is free between them grows.
+    """
+    trim = None if sys.platform == "win32" else getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -40,6 +40,7 @@ from lorakit.server.training.samplers import Samplers
 from lorakit.server.training.saving import Saving
 from lorakit.server.training.tenants import LiveRun, Session, Sessions
 from lorakit.server.training.wire import PassRequest, write_pass
+from lorakit.training.machine import return_freed_memory
 
 _SESSION_SECONDS = 3600.0
 _TIDY_SECONDS = 60.0
@@ -129,8 +130,8 @@ class TrainingService:
         return self.engine.training.call(run.adapter, removed, owner=run.record.owner)
 
     async def tidy(self) -> None:
-        """Finishes sessions whose client has not been heard of for an hour, and removes expired
-        checkpoints; at most once a minute, whenever a client is heard of.
+        """Finishes sessions whose client has not been heard of for an hour, removes expired
+        checkpoints, and gives freed memory back; at most once a minute, when a client is heard of.
         """
         if time.monotonic() - self._tidied < _TIDY_SECONDS:
             return
@@ -139,6 +140,7 @@ class TrainingService:
             self.finish_session(session.session_id, Caller(session.owner))
         for checkpoint in await asyncio.to_thread(lambda: [*self.store.expired()]):
             await self.delete(checkpoint)
+        await asyncio.to_thread(return_freed_memory)
 
     # --- runs -------------------------------------------------------------------------------
 
