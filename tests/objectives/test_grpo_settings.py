@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.errors import InputError
 from lorakit.objectives.grpo_settings import GrpoSettings
-from lorakit.training.recipe import named_objective
+from lorakit.training.recipe import load_recipe, named_objective
 
 trl = pytest.importorskip("trl")
 
@@ -38,6 +38,24 @@ def test_the_others_are_refused_with_what_to_do(name: str):
     assert any(word in line for word in (": use ", ": leave it out: ")), line
 
 
-def test_none_in_the_place_of_a_number_is_the_default_where_trl_has_it_so():
-    given: dict[str, Any] = {"min_p": None, "rewards": ["exact_match"]}
-    assert named_objective({"type": "grpo", **given}).settings.min_p == 0.0
+def test_none_and_minus_one_in_the_place_of_a_number_are_all_as_trl_and_vllm_have_it():
+    given: dict[str, Any] = {"type": "grpo", "min_p": None, "rewards": ["exact_match"]}
+    for value in (None, -1, 0):
+        settings = named_objective({**given, "top_k": value}).settings
+        assert (settings.min_p, settings.top_k) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"training": {"num_generations": 8}}, "use objective.num_generations"),
+        ({"num_generations": 8}, "use objective.num_generations"),
+        ({"objective": {"type": "grpo", "loss_type": "rloo"}}, "advantage_estimator"),
+        ({"objective": {"type": "grpo", "learning_rate": 1e-6}}, "use training.learning_rate"),
+        ({"objective": {"type": "grpo", "max_prompt_length": 9}}, "use data.max_length"),
+    ],
+)
+def test_a_setting_in_another_place_is_told_where_it_belongs(values: dict[str, Any], says: str):
+    recipe = {"model": "m", "data": {"train": "rows.jsonl"}, "output_dir": "run", **values}
+    with pytest.raises(InputError, match=says):
+        load_recipe(recipe)

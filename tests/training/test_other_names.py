@@ -8,6 +8,7 @@ import pytest
 from lorakit.cli.main import main
 from lorakit.errors import InputError, nearest, slips
 from lorakit.lora.config import LoraConfig
+from lorakit.objectives.grpo_settings import GrpoSettings
 from lorakit.training.arguments import ARGUMENTS
 from lorakit.training.recipe import DataRecipe, Recipe, TrainingRecipe, load_recipe
 from lorakit.training.recipe_errors import OTHER_NAMES
@@ -19,6 +20,7 @@ KEYS = {
     *(f"lora.{field.name}" for field in dataclasses.fields(LoraConfig)),
     *(f"training.{name}" for name in TrainingRecipe.model_fields),
     *(f"training.{name}" for name, own in ARGUMENTS.items() if own.treatment == "honoured"),
+    *(f"objective.{name}" for name in GrpoSettings.model_fields),
 }
 
 

@@ -192,10 +192,11 @@ class GrpoSettings(Settings):
             )
         return value
 
-    @field_validator("min_p", mode="before")
+    @field_validator("min_p", "top_k", mode="before")
     @classmethod
     def _none_is_all(cls, value: Any) -> Any:
-        return 0.0 if value is None else value  # TRL's default
+        every = value is None or (isinstance(value, int) and value == -1)  # as TRL and vLLM have it
+        return 0 if every else value
 
     @field_validator("scale_rewards", mode="before")
     @classmethod
@@ -206,7 +207,10 @@ class GrpoSettings(Settings):
     @classmethod
     def _known_loss(cls, value: str) -> str:
         if value not in LOSSES:
-            raise ValueError(f"should be one of {', '.join(LOSSES)}{did_you_mean(value, LOSSES)}")
+            near = did_you_mean(value, LOSSES)
+            if value.startswith(("rloo", "reinforce")):
+                near = f" (advantage_estimator is {', '.join(ESTIMATORS)})"
+            raise ValueError(f"should be one of {', '.join(LOSSES)}{near}")
         return value
 
     @field_validator("advantage_estimator")

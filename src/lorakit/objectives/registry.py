@@ -94,6 +94,12 @@ def make_objective(settings: str | Mapping[str, Any]) -> Objective:
     return objective_class(name)(**values)
 
 
+def with_setting(name: str) -> list[str]:
+    """The objectives that have a setting of this name."""
+    known = (*_BUILT_IN, *_registered)
+    return [one for one in known if name in objective_class(one).Settings.model_fields]
+
+
 def default_objective(task_type: str) -> Objective:
     """What is learned with a model of this form (PEFT's task type) where a recipe does not say.
 

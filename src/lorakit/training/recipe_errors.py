@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from lorakit.errors import did_you_mean, listed
+from lorakit.objectives.registry import with_setting
 from lorakit.training.arguments import ARGUMENTS
 
 OTHER_NAMES: Mapping[str, str] = tomllib.loads(
@@ -125,4 +126,6 @@ def _elsewhere(name: str) -> str | None:
         if argument.treatment == "honoured":
             return f"use training.{name}"
         return f"{'use' if argument.treatment == 'reserved' else 'leave it out:'} {argument.note}"
+    if objectives := with_setting(name):
+        return f"use objective.{name} (of objective {listed(objectives)})"
     return None
