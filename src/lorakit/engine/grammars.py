@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from contextlib import suppress
 from threading import Lock
 from typing import IO, TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -75,6 +76,15 @@ class Grammars:
                 if matcher is None:
                     matcher = self._compiled(grammar, tokenizer, ending.tokens)
         return GrammarState(matcher.deep_copy())
+
+    def prepare(self) -> None:
+        """Reads the base's tokenizer now, for which other threads stand still about a second.
+
+        Where answers can have no form nothing happens: requests for them are told why.
+        """
+        tokenizer, ending = self._base
+        with self._compiling, suppress(InputError):
+            self._tokenizer(tokenizer, ending.tokens)
 
     def is_compiled(self, grammar: Grammar, adapter: str | None = None) -> bool:
         """Whether `form` has nothing to compile, so that it returns at once.

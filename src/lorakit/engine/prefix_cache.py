@@ -21,8 +21,9 @@ Tensors = list[list[torch.Tensor]]
 
 PREFIX_BYTES = 512 << 20
 
-LEAST = 32
-"""Tokens that a shared beginning has at least; fewer are computed as quickly as they are copied."""
+LEAST = 16
+"""Tokens that a shared beginning has at least, as many as what templates write before a first
+message; copying fewer saves little."""
 LEAST_ALONE = 256
 """The same where the rest of a prompt is read alone, and whole prompts could be read together."""
 

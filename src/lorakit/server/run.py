@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 _LAST_WORDS = 2.0  # seconds in which answers that were cut off are told so
 _SECONDS_TO_END = 5.0  # for what is to be ended after the last answer
 _LONGEST_HEAD = 64 * 1024
+_SWITCH_SECONDS = 5e-4
+"""For how long a thread of Python keeps another one waiting. The one that computes gives the lock
+away in each of a step's few hundred operations, and would get it back only after 5 ms each while
+replies are written or an adapter is read."""
 _IDLE_SECONDS = 30  # longer than clients keep connections (httpx 5), so that these close them first
 
 
@@ -53,6 +58,8 @@ def run(
     """
     try:
         with listen(options.host, options.port) as sock:
+            engine.grammars.prepare()
+            sys.setswitchinterval(_SWITCH_SECONDS)
             server = make_server(engine, options, started)
             if exits:
                 server.on_signal = _exit_after
