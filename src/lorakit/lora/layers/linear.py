@@ -86,10 +86,8 @@ class LoraLinear(LoraLayer):
         return d_out, d_in
 
     def _create(self, name: str, r: int, bias: bool, **placement: Any) -> None:
-        # skip_init: `_initialize` fills them, and a second filling would cost time and draws.
-        skip = nn.utils.skip_init
-        self.lora_A[name] = skip(nn.Linear, self.in_features, r, bias=False, **placement)
-        self.lora_B[name] = skip(nn.Linear, r, self.out_features, bias=bias, **placement)
+        self.lora_A[name] = _unfilled(self.in_features, r, False, **placement)
+        self.lora_B[name] = _unfilled(r, self.out_features, bias, **placement)
 
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T if self.fan_in_fan_out else weight
@@ -213,3 +211,19 @@ class LoraLinear(LoraLayer):
         """Whether the base is `x W^T + b` in x's dtype and nothing else."""
         base = self.base_layer
         return type(base) is nn.Linear and not self.fan_in_fan_out and x.dtype == base.weight.dtype
+
+
+def _unfilled(d_in: int, d_out: int, bias: bool, **placement: Any) -> nn.Linear:
+    """A linear layer with any values: `_initialize` fills them.
+
+    As `nn.utils.skip_init` gives, which inspects signatures and fills values on the meta device
+    first: for the layers of a small model that takes as long as all the rest of a new adapter.
+    """
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = d_in, d_out
+    layer.weight = nn.Parameter(torch.empty(d_out, d_in, **placement))
+    layer.register_parameter(
+        "bias", nn.Parameter(torch.empty(d_out, **placement)) if bias else None
+    )
+    return layer
