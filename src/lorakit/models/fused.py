@@ -119,9 +119,9 @@ def not_fused(model: nn.Module) -> Iterator[None]:
     where there is no backward pass, and which others may compute in their place.
     """
     taken = [
-        (module, forward)
+        (module, vars(module)["forward"])
         for module in model.modules()
-        if getattr(forward := vars(module).get("forward"), "__module__", None) == __name__
+        if getattr(vars(module).get("forward"), "__module__", None) == __name__
     ]
     for module, _ in taken:
         del module.forward
