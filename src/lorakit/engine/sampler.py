@@ -140,7 +140,8 @@ class Sampler:
             return
         try:
             with torch.inference_mode(False):
-                model.pack(self._families, alone=len({*names}) == 1)
+                ranks = sum(model.peft_config[name].r for name in adapters)
+                model.pack(self._families, alone=len({*names}) == 1, room=ranks)
                 for name in adapters:
                     pack_adapter(model, name)
             yield

@@ -131,7 +131,9 @@ def _wrap_as(model: nn.Module, part: AdapterPart, routing: Routing) -> WrappedMo
     return wrap(model, path, LoraTiedHead.nesting, partial(kind, embedding=embedding))
 
 
-def pack(self: Any, families: Iterable[Sequence[str]] = (), alone: bool = False) -> None:
+def pack(
+    self: Any, families: Iterable[Sequence[str]] = (), alone: bool = False, room: int = 0
+) -> None:
     """Prepares a `LoraModel` for inference with many adapters.
 
     Where their values change, what follows of them is forgotten by `unpack_adapter`.
@@ -139,9 +141,10 @@ def pack(self: Any, families: Iterable[Sequence[str]] = (), alone: bool = False)
     Args:
         families: the paths of layers that get the same input (`packed.same_inputs`).
         alone: no more than one adapter will be packed.
+        room: the sum of the ranks that will be packed, where it is known.
     """
     self.routing.frozen = True
-    self.packed = PackedFactors(self.get_base_model(), families, alone)
+    self.packed = PackedFactors(self.get_base_model(), families, alone, room)
 
 
 def unpack(self: Any) -> None:

@@ -231,7 +231,7 @@ class Family:
         there = len(self._A)
         if columns <= there:
             return
-        columns = max(columns, 2 * there)
+        columns = max(columns, 2 * there, self._packed.room * len(self.layers))
         # Both before either is used, as there may be no memory for the second.
         A = self._packed.empty(columns, self._d_in, dtype=self._A.dtype)
         stack = self._packed.empty(len(self._stack), self._before + columns)
@@ -280,12 +280,18 @@ class PackedFactors:
             share products.
         alone: there is never more than one adapter. Its product is that of the weights then, which
             rounds otherwise than the form for any place among others.
+        room: for so many columns there is room from the first adapter on; for more it is made as
+            they come.
     """
 
     def __init__(
-        self, model: nn.Module, families: Iterable[Sequence[str]] = (), alone: bool = False
+        self,
+        model: nn.Module,
+        families: Iterable[Sequence[str]] = (),
+        alone: bool = False,
+        room: int = 0,
     ) -> None:
-        self.alone = alone
+        self.alone, self.room = alone, room
         values = next(p for p in model.parameters() if p.is_floating_point())
         self.dtype, self.device = values.dtype, values.device
         half = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cpu"
