@@ -118,6 +118,10 @@ class Family:
             self.names[layer].discard(name)
             self._plan = self._x = None
 
+    def factors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (columns, d_in) of all layers, and B (d_out, columns) of this one, as they lie here."""
+        return self._A, self._stack[self._rows[layer], self._before :]
+
     def output(self, x: torch.Tensor, layer: int, routing: Routing) -> torch.Tensor | None:
         """What the layer makes of x (rows, …, d_in), with the packed adapters: (rows, …, d_out).
 

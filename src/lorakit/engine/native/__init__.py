@@ -1,0 +1,1 @@
+"""C++ for decoding on a CPU, compiled on the machine where it runs."""

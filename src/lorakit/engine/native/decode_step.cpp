@@ -1,0 +1,392 @@
+// One token of each row through a Llama-shaped model; native_step.py says what goes in.
+//
+// All threads go through the whole step together: what depends on other threads' work stands
+// behind the barrier that ends each `omp for`. Numbers between products are floats.
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8 };
+
+}  // namespace
+
+extern "C" {
+
+// A linear layer, number `place` of the `family` that gets the same input.
+struct Linear {
+  int64_t kind;
+  const void* w;  // (d_out, d_in), rows `stride` numbers apart
+  int64_t stride, d_in, d_out;
+  const bf16* scales;   // of the integers, (d_out,)
+  const void* bias;     // (d_out,) or null
+  const float* a;       // (columns of all adapters, d_in), or null
+  const void* b;        // (d_out, columns), rows `b_stride` numbers apart
+  int64_t b_stride, family, place;
+};
+
+struct Layer {
+  Linear qkv[3], out, gate_up[2], down;
+  const void *before, *after, *q_norm, *k_norm;
+  float before_eps, after_eps, q_eps, k_eps;
+};
+
+struct Model {
+  int64_t kind;  // of norms, biases, B, keys and values
+  int64_t layers, width, d, heads, kv_heads, inner;
+  float scale, norm_eps;
+  const Layer* layer;
+  const void* norm;
+  Linear head;
+};
+
+// Neighbouring columns [begin, begin + width) of an adapter, in units of a family's layers.
+struct Adapter {
+  int64_t begin, width;
+};
+
+struct Rows {
+  int64_t rows, threads;
+  const void* embedded;      // (rows, width)
+  const float *cos, *sin;    // (rows, d)
+  const int64_t* lengths;    // (rows,), before this token
+  void* const* keys;         // of each layer (rows, kv_heads, room, d)
+  void* const* values;
+  int64_t room;
+  int64_t adapters;
+  const Adapter* adapter;
+  const int64_t* of_row;     // (rows,), which adapter; -1 for none
+  void* logits;              // (rows, vocabulary)
+};
+
+}  // extern "C"
+
+namespace {
+
+const bool tiles = ask_for_tiles();
+
+// e^x to within 2 units in the last place (Cephes' polynomial); NaN stays NaN.
+v16 exponential(v16 x) {
+  const v16 zero = {};
+  const v16 low = zero - 87.3f, high = zero + 88.3f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const v16 magic = zero + 12582912.f;  // adding it rounds to a whole number
+  const v16 shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  v16 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.f;
+  return y * (v16)(((i16)shifted - (i16)magic + 127) << 23);
+}
+
+// What a product gets: rows of floats, and for tiles in bfloat16.
+struct Input {
+  std::vector<float> x;
+  std::vector<bf16> tiled;
+  int64_t k = 0;
+  bool in_tiles = false;
+
+  void shape(int64_t rows, int64_t width, bool wanted) {
+    k = width;
+    in_tiles = wanted && k % 32 == 0;
+    if (x.size() < size_t(rows * k)) x.resize(rows * k);
+    size_t room = (rows + 15) / 16 * 16 * k;
+    if (in_tiles && tiled.size() < room) tiled.resize(room);
+  }
+  float* row(int64_t r) { return x.data() + r * k; }
+  const float* row(int64_t r) const { return x.data() + r * k; }
+  void lay(int64_t r) {  // once row r is complete
+    if (in_tiles) lay_in_tiles(row(r), r, k, tiled.data());
+  }
+};
+
+// Of the thread that asks for steps; it grows as needed, and stays.
+struct Workspace {
+  std::vector<float> h, y, inner, scores;
+  Input input, attended, activated;
+};
+thread_local Workspace workspace;
+
+template <class T> struct Step {
+  const Model& model;
+  const Rows& rows;
+  Workspace& own;
+  int64_t widest;   // numbers of a row of `own.y`
+  int64_t rank;     // the largest, a multiple of 16: numbers of a row and layer of `own.inner`
+
+  const T* at(const void* p, int64_t i = 0) const { return static_cast<const T*>(p) + i; }
+
+  // w x / sqrt(mean(x²) + eps)
+  void normalize(const float* x, const void* w, float eps, int64_t n, float* y) const {
+    v16 by_16 = {};
+    for (int64_t i = 0; i + 16 <= n; i += 16) by_16 += load16(x + i) * load16(x + i);
+    float squares = sum(by_16);
+    for (int64_t i = n / 16 * 16; i < n; i++) squares += x[i] * x[i];
+    const float scale = 1 / std::sqrt(squares / n + eps);
+    for (int64_t i = 0; i < n; i++) y[i] = to_float(*at(w, i)) * (x[i] * scale);
+  }
+
+  void normalize_rows(const void* w, float eps) const {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows.rows; r++) {
+      normalize(own.h.data() + r * model.width, w, eps, model.width, own.input.row(r));
+      own.input.lay(r);
+    }
+  }
+
+  // x A of each row's own adapter, for layers with one input.
+  void inner_products(const Linear* layers, int count, const Input& input) const {
+    bool any = false;
+    for (int j = 0; j < count; j++) any |= layers[j].a != nullptr;
+    if (!any || !rows.adapters) return;
+    const int64_t chunks = rank / 16, each = rows.adapters * chunks;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < count * each; task++) {
+      const Linear& l = layers[task / each];
+      const int64_t number = task % each / chunks, c = task % chunks * 16;
+      const Adapter& adapter = rows.adapter[number];
+      if (!l.a || c >= adapter.width) continue;
+      const float* a = l.a + (l.family * adapter.begin + l.place * adapter.width + c) * l.d_in;
+      for (int64_t r = 0; r < rows.rows; r++) {
+        if (rows.of_row[r] != number) continue;
+        v16 found = dots<16, 1>(a, l.d_in, adapter.width - 1 - c, input.row(r), 0, l.d_in);
+        std::memcpy(inner(r, task / each) + c, &found, sizeof found);
+      }
+    }
+  }
+
+  float* inner(int64_t r, int64_t layer) const { return own.inner.data() + (r * 3 + layer) * rank; }
+
+  void base_block(const Linear& l, int64_t o, int64_t n, const Input& input, float* y) const {
+    const int64_t k = l.d_in, count = rows.rows;
+    const bool by_tiles = input.in_tiles && n == BLOCK;
+    if (l.kind == INT8) {
+      const int8_t* w = static_cast<const int8_t*>(l.w) + o * l.stride;
+      if (by_tiles && count > 2) {
+        thread_local std::vector<bf16> wide;
+        wide.resize(BLOCK * k);
+        widen(w, l.stride, k, wide.data());
+        multiply_tiles(wide.data(), k, input.tiled.data(), count, k, y);
+      } else {
+        multiply(w, l.stride, n, input.x.data(), count, k, y);
+      }
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < n; i++) y[r * BLOCK + i] *= to_float(l.scales[o + i]);
+    } else if (l.kind == BFLOAT16) {
+      const bf16* w = static_cast<const bf16*>(l.w) + o * l.stride;
+      if (by_tiles)
+        multiply_tiles(w, l.stride, input.tiled.data(), count, k, y);
+      else
+        multiply(w, l.stride, n, input.x.data(), count, k, y);
+    } else {
+      multiply(static_cast<const float*>(l.w) + o * l.stride, l.stride, n, input.x.data(), count, k, y);
+    }
+  }
+
+  // x Wᵀ + bias + (x A) Bᵀ of layers with one input; `store(layer, row, output, 16 or fewer, y)`.
+  template <class Store>
+  void multiply_by(const Linear* layers, int count, const Input& input, Store store) const {
+    int64_t blocks[4] = {0};
+    for (int j = 0; j < count; j++) blocks[j + 1] = blocks[j] + (layers[j].d_out + BLOCK - 1) / BLOCK;
+    // Long runs are read faster, short ones are shared out more evenly.
+    const int64_t run = std::max<int64_t>(1, blocks[count] / (8 * rows.threads));
+#pragma omp for schedule(dynamic, run)
+    for (int64_t task = 0; task < blocks[count]; task++) {
+      thread_local std::vector<float> room;
+      room.resize(rows.rows * BLOCK);
+      float* y = room.data();
+      int j = 0;
+      while (task >= blocks[j + 1]) j++;
+      const Linear& l = layers[j];
+      const int64_t o = (task - blocks[j]) * BLOCK, n = std::min<int64_t>(BLOCK, l.d_out - o);
+      base_block(l, o, n, input, y);
+      for (int64_t r = 0; r < rows.rows; r++) {
+        float* found = y + r * BLOCK;
+        if (l.bias)
+          for (int64_t i = 0; i < n; i++) found[i] += to_float(*at(l.bias, o + i));
+        const int64_t a = rows.adapters && l.a ? rows.of_row[r] : -1;
+        if (a >= 0) {
+          const Adapter& own_a = rows.adapter[a];
+          const T* b = at(l.b, o * l.b_stride + l.family * own_a.begin + l.place * own_a.width);
+          const float* x = inner(r, j);
+          for (int64_t i = 0; i < n; i += 16) {
+            const v16 more = dots<16, 1>(b + i * l.b_stride, l.b_stride, n - 1 - i, x, 0, own_a.width);
+            for (int64_t e = 0; e < std::min<int64_t>(16, n - i); e++) found[i + e] += more[e];
+          }
+        }
+        store(j, r, o, n, found);
+      }
+    }
+  }
+
+  void product_to_y(const Linear* layers, int count, const Input& input) const {
+    int64_t begins[3] = {0};
+    for (int j = 1; j < count; j++) begins[j] = begins[j - 1] + layers[j - 1].d_out;
+    inner_products(layers, count, input);
+    multiply_by(layers, count, input, [&](int j, int64_t r, int64_t o, int64_t n, const float* y) {
+      std::memcpy(own.y.data() + r * widest + begins[j] + o, y, n * sizeof(float));
+    });
+  }
+
+  void product_to_h(const Linear& l, const Input& input) const {
+    inner_products(&l, 1, input);
+    multiply_by(&l, 1, input, [&](int, int64_t r, int64_t o, int64_t n, const float* y) {
+      float* h = own.h.data() + r * model.width + o;
+      for (int64_t i = 0; i < n; i++) h[i] += y[i];
+    });
+  }
+
+  // Rotates one head in place, after its norm if it has one.
+  void turn(float* x, int64_t r, const void* norm, float eps) const {
+    const int64_t d = model.d, half = d / 2;
+    if (norm) normalize(x, norm, eps, d, x);
+    const float *cos = rows.cos + r * d, *sin = rows.sin + r * d;
+    for (int64_t i = 0; i < half; i++) {
+      const float a = x[i], b = x[i + half];
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+  }
+
+  // Queries that share keys: softmax(q Kᵀ scale) V, after this token's key and value are kept.
+  void attend(int64_t number, int64_t r, int64_t g) const {
+    const Layer& layer = model.layer[number];
+    const int64_t d = model.d, share = model.heads / model.kv_heads, seen = rows.lengths[r] + 1;
+    float* y = own.y.data() + r * widest;
+    float* k = y + (model.heads + g) * d;
+    const float* v = y + (model.heads + model.kv_heads + g) * d;
+    const int64_t place = (r * model.kv_heads + g) * rows.room * d;
+    T* keys = static_cast<T*>(rows.keys[number]) + place;
+    T* values = static_cast<T*>(rows.values[number]) + place;
+    turn(k, r, layer.k_norm, layer.k_eps);
+    round_all(k, d, keys + (seen - 1) * d);
+    round_all(v, d, values + (seen - 1) * d);
+    const int64_t padded = (seen + 15) / 16 * 16;
+    thread_local std::vector<float> room;
+    if (room.size() < size_t(padded)) room.resize(padded + 1024);
+    float* p = room.data();
+    for (int64_t head = g * share; head < (g + 1) * share; head++) {
+      float* q = y + head * d;
+      turn(q, r, layer.q_norm, layer.q_eps);
+      v16 most = v16{} - std::numeric_limits<float>::max();
+      for (int64_t t = 0; t < seen; t += 16) {
+        const v16 s = dots<16, 1>(keys + t * d, d, seen - 1 - t, q, 0, d) * model.scale;
+        std::memcpy(p + t, &s, sizeof s);
+        most = s > most ? s : most;
+      }
+      float largest = most[0];
+      for (int i = 1; i < 16; i++) largest = std::max(largest, most[i]);
+      v16 total = {};
+      for (int64_t t = 0; t < seen; t += 16) {
+        v16 e = exponential(load16(p + t) - largest);
+        for (int64_t i = seen - t; i < 16; i++) e[i] = 0;
+        std::memcpy(p + t, &e, sizeof e);
+        total += e;
+      }
+      const float weight = 1 / sum(total);
+      float* found = own.attended.row(r) + head * d;
+      int64_t i = 0;
+      for (; i + 64 <= d; i += 64) weigh<4>(values + i, p, seen, weight, found + i);
+      for (; i < d; i += 16) weigh<1>(values + i, p, seen, weight, found + i);
+    }
+  }
+
+  template <int C>
+  void weigh(const T* values, const float* p, int64_t seen, float weight, float* found) const {
+    v16 acc[C] = {};
+    for (int64_t t = 0; t < seen; t++)
+      for (int c = 0; c < C; c++) acc[c] += p[t] * load16(values + t * model.d + 16 * c);
+    for (int c = 0; c < C; c++) {
+      acc[c] *= weight;
+      std::memcpy(found + 16 * c, acc + c, sizeof(v16));
+    }
+  }
+
+  void attend_rows(int64_t number) const {
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < rows.rows * model.kv_heads; task++)
+      attend(number, task / model.kv_heads, task % model.kv_heads);
+    if (!own.attended.in_tiles) return;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows.rows; r++) own.attended.lay(r);
+  }
+
+  // silu(gate) up
+  void activate_rows() const {
+    const int64_t n = model.inner;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows.rows; r++) {
+      const float *gate = own.y.data() + r * widest, *up = gate + n;
+      float* found = own.activated.row(r);
+      int64_t i = 0;
+      for (; i + 16 <= n; i += 16) {
+        const v16 x = load16(gate + i), y = x / (1.f + exponential(-x)) * load16(up + i);
+        std::memcpy(found + i, &y, sizeof y);
+      }
+      for (; i < n; i++) found[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+      own.activated.lay(r);
+    }
+  }
+
+  void run() const {
+    if (tiles) begin_tiles();
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows.rows; r++)
+      for (int64_t i = 0; i < model.width; i++)
+        own.h[r * model.width + i] = to_float(*at(rows.embedded, r * model.width + i));
+    for (int64_t number = 0; number < model.layers; number++) {
+      const Layer& layer = model.layer[number];
+      normalize_rows(layer.before, layer.before_eps);
+      product_to_y(layer.qkv, 3, own.input);
+      attend_rows(number);
+      product_to_h(layer.out, own.attended);
+      normalize_rows(layer.after, layer.after_eps);
+      product_to_y(layer.gate_up, 2, own.input);
+      activate_rows();
+      product_to_h(layer.down, own.activated);
+    }
+    normalize_rows(model.norm, model.norm_eps);
+    inner_products(&model.head, 1, own.input);
+    T* logits = static_cast<T*>(rows.logits);
+    multiply_by(&model.head, 1, own.input, [&](int, int64_t r, int64_t o, int64_t n, const float* y) {
+      round_all(y, n, logits + r * model.head.d_out + o);
+    });
+    if (tiles) end_tiles();
+  }
+};
+
+template <class T> void compute(const Model& model, const Rows& rows) {
+  Workspace& own = workspace;
+  const int64_t n = rows.rows, turned = (model.heads + 2 * model.kv_heads) * model.d;
+  const int64_t widest = std::max(turned, 2 * model.inner);
+  int64_t rank = 0;
+  for (int64_t i = 0; i < rows.adapters; i++) rank = std::max(rank, rows.adapter[i].width);
+  rank = (rank + 15) / 16 * 16;
+  const bool by_tiles = tiles && sizeof(T) == 2;
+  own.input.shape(n, model.width, by_tiles);
+  own.attended.shape(n, model.heads * model.d, by_tiles);
+  own.activated.shape(n, model.inner, by_tiles);
+  own.h.resize(n * model.width);
+  own.y.resize(n * widest);
+  own.inner.resize(n * 3 * rank);
+  const Step<T> step{model, rows, own, widest, rank};
+#pragma omp parallel num_threads(rows.threads)
+  step.run();
+}
+
+}  // namespace
+
+extern "C" void decode_step(const Model* model, const Rows* rows) {
+  if (model->kind == BFLOAT16)
+    compute<bf16>(*model, *rows);
+  else
+    compute<float>(*model, *rows);
+}

@@ -1,0 +1,153 @@
+"""The decoding step in C++, beside the one by PyTorch."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lorakit.engine.cache import row_cache
+from lorakit.engine.native.library import library
+from lorakit.engine.resident import ResidentModel
+from lorakit.lora import LoraConfig
+from lorakit.lora.routing import BASE, Route
+from lorakit.models.rounding import round_weights
+from matrix import few
+
+SIZES = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+MODELS: dict[str, PreTrainedConfig] = {
+    "tiles fit": LlamaConfig(
+        **SIZES, hidden_size=64, intermediate_size=96, vocab_size=160, tie_word_embeddings=True
+    ),
+    "no size is round, biases": LlamaConfig(
+        **SIZES,
+        hidden_size=40,
+        head_dim=16,
+        intermediate_size=70,
+        vocab_size=101,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "qwen2": Qwen2Config(**SIZES, hidden_size=64, intermediate_size=96, vocab_size=99),
+    "qwen3": Qwen3Config(
+        **SIZES, hidden_size=48, head_dim=80, intermediate_size=64, vocab_size=130
+    ),
+}
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS: dict[str, list[str]] = {
+    "the base": [BASE],
+    "an adapter": ["wide"] * 3,
+    "several": ["odd", BASE, "wide", "odd", "wide"],
+    "more than a tile": ["wide", "odd", BASE] * 13,
+}
+
+
+def resident_of(config: PreTrainedConfig, dtype: torch.dtype, int8: bool = False) -> ResidentModel:
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for parameter in base.parameters():  # biases and norms are zeros and ones at first
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    if int8:
+        round_weights(base)
+    resident = ResidentModel(base, stays_wrapped=True)
+    resident.pack()
+    for seed, (name, rank) in enumerate({"odd": 3, "wide": 19}.items()):
+        resident.create(name, LoraConfig(r=rank, target_modules=TARGETS), seed)
+        for tensor in resident.trained(name).values():
+            tensor.data.normal_(std=0.1)
+    resident.pack(["odd", "wide"])
+    return resident
+
+
+def both_ways(resident: ResidentModel, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of three steps (3, rows, vocabulary), in C++ and by PyTorch."""
+    if library().functions(wait=True) is None:
+        pytest.skip(library().why_not)
+    step, packed, base = resident.carried.step, resident.model.packed, resident.base
+    assert step is not None
+    assert step.native is not None
+    route = Route.of_rows(names, (len(names), 1))
+    resident.model.routing.route = route
+    prompts = [[5 + i, 6, 7, 8, 9, 10][: 1 + i % 6] for i in range(len(names))]
+    native, found = step.native, []
+    with torch.inference_mode():
+        for own in (native, None):
+            step.native = own
+            cache = row_cache(base, rows=len(names), length=40)
+            forward: Any = base
+            for row, prompt in enumerate(prompts):  # alone, so that they are the same among others
+                forward(**cache.whole_prompts(row, [prompt], base.device))
+            logits = []
+            for i in range(25):  # past the 16 keys that are read at a time
+                lengths = [len(prompt) + i for prompt in prompts]
+                given = cache.newest_tokens([11 + i] * len(names), lengths, base.device)
+                assert step.serves(route, packed)
+                logits.append(step(cache, given, route, packed).clone())
+            found.append(torch.stack([logits[0], logits[1], logits[-1]]))
+    assert step.native is None
+    step.native = native
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("names", few(ROWS, "several"))
+@pytest.mark.parametrize("config", few(MODELS, "tiles fit", "no size is round, biases"))
+def test_float32_is_pytorchs_step_to_rounding(config: PreTrainedConfig, names: list[str]):
+    found, expected = both_ways(resident_of(config, torch.float32), names)
+    assert not torch.equal(found, expected)  # it is another function
+    assert torch.allclose(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("names", few(ROWS, "several", "more than a tile"))
+@pytest.mark.parametrize("config", few(MODELS, "tiles fit", "qwen3"))
+def test_bfloat16_is_pytorchs_step_to_rounding(config: PreTrainedConfig, names: list[str]):
+    found, expected = both_ways(resident_of(config, torch.bfloat16), names)
+    off = (found.float() - expected.float()).norm() / expected.float().norm()
+    assert off < 0.02
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("names", few(ROWS, "several", "the base"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_of_8_bits_are_multiplied_as_they_are(dtype: torch.dtype, names: list[str]):
+    found, expected = both_ways(resident_of(MODELS["tiles fit"], dtype, int8=True), names)
+    off = (found.float() - expected.float()).norm() / expected.float().norm()
+    assert off < (0.02 if dtype == torch.bfloat16 else 0.005)  # PyTorch rounds what it unpacks
+
+
+def test_a_row_depends_on_no_other_row():
+    resident = resident_of(MODELS["tiles fit"], torch.bfloat16)
+    several, _ = both_ways(resident, ["wide", "odd", BASE, "wide"])
+    alone, _ = both_ways(resident, ["wide"])
+    assert torch.equal(several[1:, 0], alone[1:, 0])  # the first step may have been PyTorch's
+
+
+def test_what_is_nan_in_one_row_stays_in_it():
+    resident = resident_of(MODELS["tiles fit"], torch.bfloat16)
+    for tensor in resident.trained("odd").values():
+        tensor.data.fill_(torch.nan)
+    resident.model.packed.remove("odd")
+    resident.pack(["odd"])
+    found, _ = both_ways(resident, ["wide", "odd", BASE])
+    assert found.isfinite().all(-1).tolist() == [[True, False, True]] * 3
+
+
+def test_a_result_that_is_not_pytorchs_is_left_out():
+    resident = resident_of(MODELS["tiles fit"], torch.float32)
+    _, expected = both_ways(resident, [BASE])
+    step = resident.carried.step
+    assert step is not None
+    step._judge(expected[0], expected[0])
+    assert step.native is not None
+    step._judge(expected[0].roll(1, -1), expected[0])
+    assert step.native is None
