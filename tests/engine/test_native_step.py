@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from lorakit.engine.cache import row_cache
-from lorakit.engine.native.library import library
+from lorakit.engine.native.library import Library, library
 from lorakit.engine.resident import ResidentModel
 from lorakit.lora import LoraConfig
 from lorakit.lora.routing import BASE, Route
@@ -151,3 +151,16 @@ def test_a_result_that_is_not_pytorchs_is_left_out():
     assert step.native is not None
     step._judge(expected[0].roll(1, -1), expected[0])
     assert step.native is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"CXX": "false"}, {"CXX": "no-such-compiler"}, {"LORAKIT_NATIVE": "0"}]
+)
+def test_without_a_compiler_there_is_a_reason_and_no_function(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    found = Library()
+    assert found.functions(wait=True) is None
+    assert found.why_not

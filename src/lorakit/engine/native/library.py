@@ -49,7 +49,7 @@ class Library:
         try:
             self._loaded = ctypes.CDLL(str(_compiled()))
         except subprocess.CalledProcessError as error:
-            self.why_not = f"the C++ compiler failed: {error.stderr.strip().splitlines()[-1:]}"
+            self.why_not = f"the C++ compiler failed: {first_line(LorakitError(error.stderr))}"
         except (OSError, LorakitError, subprocess.SubprocessError) as error:
             self.why_not = first_line(error)
 
