@@ -77,8 +77,7 @@ def both_ways(resident: ResidentModel, names: list[str]) -> tuple[torch.Tensor, 
     step, packed, base = resident.carried.step, resident.model.packed, resident.base
     assert step is not None
     assert step.native is not None
-    route = Route.of_rows(names, (len(names), 1))
-    resident.model.routing.route = route
+    route, routing = Route.of_rows(names, (len(names), 1)), resident.model.routing
     prompts = [[5 + i, 6, 7, 8, 9, 10][: 1 + i % 6] for i in range(len(names))]
     native, found = step.native, []
     with torch.inference_mode():
@@ -87,7 +86,9 @@ def both_ways(resident: ResidentModel, names: list[str]) -> tuple[torch.Tensor, 
             cache = row_cache(base, rows=len(names), length=40)
             forward: Any = base
             for row, prompt in enumerate(prompts):  # alone, so that they are the same among others
+                routing.route = Route.of_rows([names[row]])
                 forward(**cache.whole_prompts(row, [prompt], base.device))
+            routing.route = route
             logits = []
             for i in range(25):  # past the 16 keys that are read at a time
                 lengths = [len(prompt) + i for prompt in prompts]

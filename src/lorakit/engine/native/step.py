@@ -203,7 +203,7 @@ class NativeStep:
                 )
                 found = ranges.index((part.begin, part.end))
                 of_row[span] = [found] * len(of_row[span])
-            adapters = (_Adapter * len(ranges))(*((a, b - a) for a, b in ranges))
+            adapters = (_Adapter * len(ranges))(*(_Adapter(a, b - a) for a, b in ranges))
             self._plan, self._of_rows = plan, (key, adapters, (c_int64 * rows)(*of_row))
         return self._of_rows[1], self._of_rows[2]
 
