@@ -82,8 +82,12 @@ def main() -> None:
     if library().functions(wait=True) is None:
         parser.error(library().why_not)
     resident = made(args.rank, args.weights)
-    linear = (m.weight for m in resident.base.modules() if isinstance(m, torch.nn.Linear))
-    size = sum(weight.nbytes for weight in {id(weight): weight for weight in linear}.values())
+    linear = [
+        module.weight
+        for name, module in resident.base.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+    ]
+    size = sum(weight.nbytes for weight in linear)
     lies = torch.ones(size // 4, dtype=torch.int32)
     read = statistics.median(milliseconds(lies.max) for _ in range(5))
     print(f"reading {size / 1e6:.0f} MB: {read:.1f} ms, {torch.get_num_threads()} threads\n")
