@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=WEIGHTS)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    if library().functions(wait=True) is None:
+    if library().functions is None:
         parser.error(library().why_not)
     resident = made(args.rank, args.weights)
     linear = [

@@ -72,7 +72,7 @@ def resident_of(config: PreTrainedConfig, dtype: torch.dtype, int8: bool = False
 
 def both_ways(resident: ResidentModel, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of three steps (3, rows, vocabulary), in C++ and by PyTorch."""
-    if library().functions(wait=True) is None:
+    if library().functions is None:
         pytest.skip(library().why_not)
     step, packed, base = resident.carried.step, resident.model.packed, resident.base
     assert step is not None
@@ -163,5 +163,5 @@ def test_without_a_compiler_there_is_a_reason_and_no_function(
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     found = Library()
-    assert found.functions(wait=True) is None
+    assert found.functions is None
     assert found.why_not

@@ -194,6 +194,7 @@ def _proved_step(model: PreTrainedModel, expected: _Expected) -> DecodeStep | No
         if not cache.own_mask or not step.serves(Route(), None):
             return None
         forward(**cache.whole_prompts(0, [one[:8], other[:2]], model.device))
+        # Its first step proves the one in C++, so that answers are computed by one of both alone.
         step(cache, cache.newest_tokens([one[8], other[2]], [8, 2], model.device))
         found = step(cache, cache.newest_tokens([one[9], other[3]], [9, 3], model.device))
     except Exception:  # it has other modules, or they take something else

@@ -145,6 +145,10 @@ class Engine:
                 f"({self.resident.carried.why_not}): answers that begin together are written "
                 "together, later ones wait for them"
             )
+        step = self.resident.carried.step
+        if step is not None and step.native is not None and step.native.why_not:
+            why = step.native.why_not
+            self.notices.append(f"tokens are computed by PyTorch, at about half the speed: {why}")
         self.vocabulary = vocabulary_size(model)
         self.width = self.pooling.width(int(model.config.get_text_config().hidden_size))
         self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self.vocabulary)

@@ -1,9 +1,9 @@
 """Compiles `decode_step.cpp` for the processor at hand, once, and loads it.
 
 The library lies in `LORAKIT_HOME/native`, by a hash of the source and of what the compiler knows of
-the processor. It is made in a thread of its own: nobody waits for it, and where there is no
-compiler (`CXX`, else g++), or it fails, everything is computed by PyTorch. `LORAKIT_NATIVE=0`
-leaves it out.
+the processor. The first process that needs it waits some seconds for it, so that the same request
+has the same answer from the first token on. Where there is no compiler (`CXX`, else g++), or it
+fails, everything is computed by PyTorch. `LORAKIT_NATIVE=0` leaves it out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -27,27 +26,18 @@ _FLAGS += ["-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno"]
 
 
 class Library:
-    """The compiled functions, as soon as they are there.
+    """The compiled functions, which are made if they are not there yet.
 
     Attributes:
-        why_not: why there are none; empty while they are made, and once they are there.
+        functions: None where there are none.
+        why_not: why there are none.
     """
 
     def __init__(self) -> None:
+        self.functions: ctypes.CDLL | None = None
         self.why_not = ""
-        self._loaded: ctypes.CDLL | None = None
-        self._thread = threading.Thread(target=self._make, name="compiling", daemon=False)
-        self._thread.start()
-
-    def functions(self, wait: bool = False) -> ctypes.CDLL | None:
-        """The functions; None where there are none, or none yet unless it may `wait`."""
-        if wait:
-            self._thread.join()
-        return self._loaded
-
-    def _make(self) -> None:
         try:
-            self._loaded = ctypes.CDLL(str(_compiled()))
+            self.functions = ctypes.CDLL(str(_compiled()))
         except subprocess.CalledProcessError as error:
             self.why_not = f"the C++ compiler failed: {first_line(LorakitError(error.stderr))}"
         except (OSError, LorakitError, subprocess.SubprocessError) as error:
@@ -56,7 +46,7 @@ class Library:
 
 @cache
 def library() -> Library:
-    """The process's only one; the first call begins to compile."""
+    """The process's only one."""
     return Library()
 
 

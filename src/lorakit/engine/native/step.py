@@ -94,6 +94,9 @@ class NativeStep:
     Args:
         shape: the model's.
 
+    Attributes:
+        why_not: why PyTorch computes each step all the same; empty where it need not.
+
     Raises:
         ValueError: it is not.
     """
@@ -126,7 +129,7 @@ class NativeStep:
         self._model: _Model | None = None
         self._plan: Plan | None = None
         self._of_rows: tuple[Any, ...] = ()
-        library()
+        self.why_not = library().why_not
 
     def _is_plain(self, layer: Any) -> bool:
         weight = layer.weight
@@ -157,7 +160,7 @@ class NativeStep:
             h: the embedded tokens (rows, width).
             turns: cosines and sines (rows, 1, d) of their positions.
         """
-        compiled = library().functions()
+        compiled = library().functions
         layers: Sequence[Any] = cache.layers
         ready = compiled and h.dtype == self.dtype and all(own.is_initialized for own in layers)
         if not ready or not all(own.keys.dtype == self.dtype for own in layers):
