@@ -191,6 +191,6 @@ def test_as_many_rows_as_fit_are_at_least_as_many_as_usual(base: Path):
 def test_memory_of_idle_places_is_not_taken(start: Start, dtype: str):
     engine = start(dtype=dtype, max_rows=64)
     assert text(engine.submit(prompt(1, 9), "shop", Sampling(max_new_tokens=3)))
-    keys = engine._batch._cache.layers[0].keys  # type: ignore[attr-defined]
+    keys = engine._answers.batch._cache.layers[0].keys  # type: ignore[attr-defined]
     assert keys.shape[0] == 64
     assert keys[1:].count_nonzero() == 0

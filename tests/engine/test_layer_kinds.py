@@ -83,7 +83,7 @@ def test_padding_of_prompts_that_are_read_together_becomes_no_part_of_a_state(
 ):
     engine, expected = opened(family, tmp_path, lora_bias=True)  # it answers zeros too
     with closing(engine):
-        assert engine._batch._padded  # type: ignore[attr-defined]
+        assert engine._answers.batch._padded  # type: ignore[attr-defined]
         tickets = [engine.submit(ids, name, GREEDY) for ids, name in ASKED]
         assert [tokens(ticket) for ticket in tickets] == expected
 
@@ -92,7 +92,7 @@ def test_layers_with_a_window_keep_no_more_than_it_holds(tmp_path: Path):
     engine, _ = opened("gemma3_text", tmp_path)
     with closing(engine):
         tokens(engine.submit(ASKED[4][0], None, GREEDY))
-        kept = [layer.keys.shape[2] for layer in engine._batch._cache.layers]  # type: ignore[attr-defined]
+        kept = [layer.keys.shape[2] for layer in engine._answers.batch._cache.layers]  # type: ignore[attr-defined]
     assert kept == [WINDOW, 128] * 2
 
 

@@ -324,4 +324,4 @@ def test_windows_that_hold_all_that_a_row_may_have_are_as_full_attention(
             ticket = engine.submit(prompt, None, GREEDY)
             assert tokens(ticket) == alone(tmp_path, None, prompt, 12, [257])
         assert ticket.cached_tokens == 70
-        assert not engine._batch._cache.needs_snapshots  # type: ignore[attr-defined]
+        assert not engine._answers.batch._cache.needs_snapshots  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ def test_eval_scores_an_adapter_on_rows_beside_its_base(kind: str, make: Any, tm
         ),
         ({"type": "dpo", "discopop_tau": 0.1}, "loss_type discopop alone"),
         ({"type": "dpo", "f_alpha_divergence_coef": 2}, "f_divergence_type=alpha_divergence"),
-        ({"type": "orpo", "orpo_beta": 0.1}, "did you mean 'beta'"),
+        ({"type": "orpo", "orpo_beta": 0.1}, "use beta"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(objective: dict[str, Any], named: str, make: Any):

@@ -64,8 +64,8 @@ def counted(engine: Engine, folder: Path) -> list[int]:
     asked = [(None, (str(folder / "shown" / "grey-1.png"),))]
     if tells_pictures_apart(engine.resident.base):
         answers(engine, asked)
-        assert engine._features is not None
-        engine._features.kept.clear()
+        assert engine._answers.features is not None
+        engine._answers.features.kept.clear()
     inner.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
@@ -126,11 +126,11 @@ def test_what_is_kept_is_bounded(folder: Path) -> None:
     pictures = [str(file) for file in sorted((folder / "shown").iterdir())]
     with engine_of(folder) as engine:
         answers(engine, [(None, (pictures[0],))])
-        features = engine._features
+        features = engine._answers.features
         assert features is not None
         most = features.kept.bytes * 2
     with engine_of(folder, feature_bytes=most) as engine:
-        calls, features = counted(engine, folder), engine._features
+        calls, features = counted(engine, folder), engine._answers.features
         assert features is not None
         for one in pictures:
             answers(engine, [(None, (one,))])

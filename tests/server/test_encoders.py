@@ -118,9 +118,9 @@ def test_one_pass_computes_rows_of_different_adapters(
     engine, asked = server.engine, []
     for name, text in zip((None, "news", "mail"), TEXTS, strict=True):
         version, loaded = engine.found(name)
-        engine.training.call(None, lambda v=version, x=loaded: engine._bring(v, x)).result()  # type: ignore[misc]
+        engine.training.call(None, lambda v=version, x=loaded: engine._answers.bring(v, x)).result()  # type: ignore[misc]
         asked.append((engine.tokenizer(text)["input_ids"], version.key if version else "__base__"))
-    work = lambda: engine._embedder.embeddings(*zip(*asked, strict=True))  # noqa: E731
+    work = lambda: engine._answers.embedder.embeddings(*zip(*asked, strict=True))  # noqa: E731
     with torch.no_grad():
         found = engine.training.call(None, work).result()
     for vector, name, text in zip(found, (None, "news", "mail"), TEXTS, strict=True):

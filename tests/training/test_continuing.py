@@ -91,6 +91,7 @@ def test_every_recipe_key_is_placed_and_nothing_else_is():
     }
     assert not keys - set(CHANGES)
     beside = {"data", "base", "template", "processes", "parent", "teacher", "rewards", "lora.parts"}
+    beside |= {"environment"}
     older = {f"training.{name}" for name in honoured - installed}
     assert not set(CHANGES) - keys - beside - older
     assert change_of("training.newer_than_this").effect == "refused"
@@ -152,8 +153,8 @@ SHOWN_ELSEWHERE = {
     # which weights are left: see test_run.py and test_interrupt.py
     *("early_stopping_patience", "training.metric_for_best_model", "training.greater_is_better"),
     *("training.eval_strategy", "training.eval_steps", "training.eval_delay"),
-    # of the loss: their tests are their own
-    "training.label_smoothing_factor",
+    # of the loss, and of the environment's files: their tests are their own
+    *("training.label_smoothing_factor", "environment"),
     # the same numbers, computed elsewhere or otherwise, but for their rounding
     *("quantization", "data.share_prefixes", "processes", "training.fsdp", "training.fsdp_config"),
     *("training.tf32", "training.use_cpu", "training.full_determinism"),

@@ -47,6 +47,11 @@ class DecodeStep:
         with suppress(ValueError):
             self.native = NativeStep(self._shape)
 
+    @property
+    def why_not_native(self) -> str:
+        """Why PyTorch computes what C++ could; empty where it need not."""
+        return "" if self.native is None else self.native.why_not
+
     def serves(self, route: Route, packed: PackedFactors | None) -> bool:
         """Whether it computes rows with this route: adapters whose factors are all packed."""
         names = {*(route.rows or route.shared)} - {BASE}

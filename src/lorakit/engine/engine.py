@@ -8,7 +8,7 @@ and its own settings. The model and its adapters are `resident.py`'s, how rows a
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -19,20 +19,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorakit.engine.adapter_optimizer import AdamW
-from lorakit.engine.fair_share import FairQueue
+from lorakit.engine.answering import Answering
 from lorakit.engine.grammars import Grammars
-from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
 from lorakit.engine.pool import AdapterPool, Loaded, Version
-from lorakit.engine.pooled import Embedder, scored
 from lorakit.engine.prefix_cache import PREFIX_BYTES, PrefixCache
-from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
-from lorakit.engine.requests import AnswerPiece, Ticket, check_prompt, context_length_of
+from lorakit.engine.requests import Ticket, check_prompt, context_length_of
 from lorakit.engine.resident import ResidentModel
-from lorakit.engine.rows import AnswerRow, reason
-from lorakit.engine.rows_at_once import FEW_ROWS, RowMemory
 from lorakit.engine.sampled import Sampled
 from lorakit.engine.sampling import Sampling, ending
 from lorakit.engine.speculation import Drafts, NgramSpeculation
@@ -139,43 +134,38 @@ class Engine:
         self.resident = ResidentModel(model, pad, stays_wrapped=True)
         self.resident.pack()
         self._bank = self.resident.model
-        if self.resident.carried.why_not and self.writes:
+        carried = self.resident.carried
+        if carried.why_not and self.writes:
             self.notices.append(
-                f"{model_name} is computed by transformers' generate "
-                f"({self.resident.carried.why_not}): answers that begin together are written "
-                "together, later ones wait for them"
+                f"{model_name} is computed by transformers' generate ({carried.why_not}): answers "
+                "that begin together are written together, later ones wait for them"
             )
-        step = self.resident.carried.step
-        if step is not None and step.native is not None and step.native.why_not:
-            why = step.native.why_not
+        if carried.step is not None and (why := carried.step.why_not_native):
             self.notices.append(f"tokens are computed by PyTorch, at about half the speed: {why}")
         self.vocabulary = vocabulary_size(model)
         self.width = self.pooling.width(int(model.config.get_text_config().hidden_size))
         self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self.vocabulary)
-        self._features = picture_features(model, self._bank.routing, feature_bytes)
         self.prefixes = PrefixCache(prefix_bytes, keeps_answers=True) if prefix_bytes else None
         self.drafts = Drafts(speculation) if speculation else None
-        kept = {"features": self._features, "prefixes": self.prefixes, "drafts": self.drafts}
-        self._memory = RowMemory(model, self._bank.routing, self.resident.carried)
-        self._fits, self._room = max_rows is None, self.longest_prompt + 1
-        self.max_rows: int = max_rows or max(FEW_ROWS, self._memory.rows(self._room))
-        self._new_batch = lambda: self.resident.answers(self.max_rows, self._room, **kept)
-        self._batch = self._new_batch()
-        if speculation and getattr(self._batch, "drafts", None) is None:
-            self.notices.append(f"{model_name} reads no drafts, so speculative_config does nothing")
-        self._joined = JoinedAdapters(self._bank, min(self.max_rows, FEW_ROWS))
-        self._embedder = Embedder(model, self._bank.routing, self.pooling, pad, self._bring)
-        self._queue: FairQueue[Asked] = FairQueue()
         self._changed = Condition()
-        self._preparing = Preparing(
-            self._features, lambda asked: self._queue.push_first(asked), self._changed
+        self._answers = Answering(
+            self.resident,
+            tokenizer,
+            self._ending,
+            max_rows=max_rows,
+            room=self.longest_prompt + 1,
+            pooling=self.pooling,
+            features=picture_features(model, self._bank.routing, feature_bytes),
+            prefixes=self.prefixes,
+            drafts=self.drafts,
+            changed=self._changed,
         )
+        if speculation and getattr(self._answers.batch, "drafts", None) is None:
+            self.notices.append(f"{model_name} reads no drafts, so speculative_config does nothing")
         self.training = TrainingQueue(self.resident, self._wake)
-        carried = self.resident.carried
         self._reads_together = carried.padded and not carried.why_not
         self.scorer = Scorer(model, self._bank.routing)
-        self._closing = False
-        self._deadline = 0.0
+        self._closing, self._deadline = False, 0.0
         release_worker_threads()
         self._thread = Thread(target=self._work, name="lorakit-engine", daemon=True)
         self._thread.start()
@@ -205,8 +195,8 @@ class Engine:
             LorakitError: the engine is closed.
         """
         sampling = sampling or Sampling()
-        check_prompt(prompt, self._room, self.vocabulary)
-        room = self._room - len(prompt)
+        check_prompt(prompt, self._answers.room, self.vocabulary)
+        room = self._answers.room - len(prompt)
         version, loaded = self.found(adapter)
         if not (sampling.embeds or self.writes_with(version)):
             raise InputError(f"{adapter or self.model_name} gives embeddings and writes no text")
@@ -217,7 +207,7 @@ class Engine:
             if self._closing:
                 raise LorakitError("the engine is closed and takes no more requests")
             tokens = len(prompt) + sampling.max_new_tokens
-            self._queue.push((ticket, version, loaded), owner, tokens)
+            self._answers.queue.push((ticket, version, loaded), owner, tokens)
             self._changed.notify()
         return ticket
 
@@ -229,14 +219,14 @@ class Engine:
         Raises:
             LorakitError: answers are being written.
         """
-        if self._fits:
-            self.training.call(None, partial(self._fit, min(longest, self.context_length))).result()
+        if self._answers.fits:
+            longest = min(longest, self.context_length)
+            self.training.call(None, partial(self._answers.fit, longest)).result()
 
-    def _fit(self, longest: int) -> None:
-        if self._batch.rows:
-            raise LorakitError("rows cannot be made longer while answers are written")
-        self._room, self.max_rows = longest, self._memory.rows(longest)
-        self._batch = self._new_batch()
+    @property
+    def max_rows(self) -> int:
+        """How many answers are written at once."""
+        return self._answers.max_rows
 
     def score_prompt(
         self,
@@ -277,12 +267,12 @@ class Engine:
         """The scores of prompts out of one pass; for the thread that computes."""
         needed = {version.key for _, version, *_ in asked if version is not None}
         for _, version, loaded, _ in asked:
-            self._bring(version, loaded, needed)
+            self._answers.bring(version, loaded, needed)
         self.resident.answering()
         found = self.scorer.score([scored for scored, *_ in asked])
         for scores, (_, version, _, answer) in zip(found, asked, strict=True):
             if answer is not None and scores.next_logits is not None:
-                self._row(answer, version).answer_at_once(scores.next_logits)
+                self._answers.row(answer, version).answer_at_once(scores.next_logits)
         return found
 
     @property
@@ -304,11 +294,11 @@ class Engine:
 
     def waiting(self) -> int:
         """How many requests wait for room, or for their pictures to be decoded."""
-        return len(self._queue) + len(self._preparing)
+        return self._answers.waiting()
 
     def running(self) -> int:
         """How many answers are being written."""
-        return len(self._batch.rows)
+        return len(self._answers.batch.rows)
 
     def alive(self) -> bool:
         """Whether it still answers."""
@@ -488,96 +478,23 @@ class Engine:
         turn_ends = 0.0
         while True:
             with self._changed:
-                while self._idle() and not (self.training.waiting() or self._closing):
+                while self._answers.idle() and not (self.training.waiting() or self._closing):
                     self._changed.wait()
-                done = not (self._queue or self._preparing or self._batch.rows)
+                done = not self._answers.under_way()
                 if self._closing and (done or time.monotonic() > self._deadline):
                     return
-            if self.training.waiting() and (time.monotonic() > turn_ends or self._idle()):
+            if self.training.waiting() and (time.monotonic() > turn_ends or self._answers.idle()):
                 began = time.monotonic()
                 with torch.inference_mode(False):
                     self.training.tick()
                 self.resident.answering()
                 # A pass is as long as many steps: answers are written as long as it took.
                 turn_ends = 2 * time.monotonic() - began
-            self._let_go()
-            self._admit()
-            if self._batch.rows:
-                self._step()
-
-    def _idle(self) -> bool:
-        """Whether no answer is being written, and none can be begun."""
-        return not (self._batch.rows or (self._queue and self._has_room()))
-
-    def _step(self) -> None:
-        rows = list(self._batch.rows)
-        try:
-            self._batch.step()
-        except BaseException as error:
-            # The batch ends rows that fail by themselves: this is beyond any one of them.
-            for row in rows:
-                row.fail(f"the model failed while answering: {reason(error)}")
-            self._batch = self._new_batch()
-
-    def _let_go(self) -> None:
-        """Ends requests that were cancelled while they waited, so that they take no room there."""
-        with self._changed:
-            left = {t for t, _, _ in self._queue.items() if t.cancelled.is_set()}
-            if left:
-                self._queue.keep(lambda waiting: waiting[0] not in left)
-        for ticket in left:
-            ticket.put(AnswerPiece(finish_reason="cancelled"))
-
-    def _admit(self) -> None:
-        """Lets waiting requests join, in their order, and scores those of reward models."""
-        embedded: list[Asked] = []
-        for _ in range(self.max_rows):
-            if not (self._queue and self._has_room()):
-                break
-            with self._changed:
-                ticket, version, loaded = asked = self._queue.pop()
-            if self._preparing.takes(asked, BASE if version is None else version.key):
-                continue
-            if ticket.sampling.embeds:
-                embedded.append(asked)
-                continue
-            try:
-                self._bring(version, loaded)
-                head = None if loaded is None else loaded.head
-                if version is not None and head is not None:
-                    ticket.put(scored(self._model, self._bank.routing, ticket, version, head))
-                else:
-                    self._batch.add(self._row(ticket, version))
-            except BaseException as error:
-                ticket.put(AnswerPiece(finish_reason="error", error=reason(error)))
-        self._embedder.answer(embedded)
-
-    def _has_room(self) -> bool:
-        """Whether another request may join, beside those whose pictures are being decoded."""
-        taken = len(self._batch.rows) + len(self._preparing)
-        return taken < self.max_rows and self._batch.has_room()
-
-    def _row(self, ticket: Ticket, version: Version | None) -> AnswerRow:
-        if version is None:
-            return AnswerRow(ticket, BASE, self.tokenizer, self._ending, self._model.device)
-        return AnswerRow(ticket, version.key, version.tokenizer, version.ending, self._model.device)
-
-    def _bring(
-        self, version: Version | None, loaded: Loaded | None, needed: Collection[str] = ()
-    ) -> None:
-        """Has an adapter in the bank, with those `needed` and those of answers under way."""
-        if version is not None and loaded is not None:
-            in_use = {row.adapter for row in self._batch.rows} | set(needed)
-            self._joined.bring(version.key, loaded, in_use)
+            self._answers.advance()
 
     def _end_all(self) -> None:
         with self._changed:
             self._closing = True
-            left = [*self._queue.items(), *self._preparing.close()]
-            self._queue.keep(lambda waiting: False)
         self.training.close()
         self.grammars.close()
-        for row in self._batch.rows:
-            row.finish("cancelled")
-        for ticket, _, _ in left:
-            ticket.put(AnswerPiece(finish_reason="cancelled"))
+        self._answers.close()

@@ -119,6 +119,7 @@ def _tasks(config: PreTrainedConfig) -> list[str]:
     import transformers
 
     forms = FORMS | {"CAUSAL_LM": causal_form(config)}
+    del forms["FEATURE_EXTRACTION"]  # served, not trained
     return [
         task
         for task, form in forms.items()

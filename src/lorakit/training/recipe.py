@@ -8,6 +8,7 @@ nothing reads is an error. Names under `lora` are PEFT's, under `training` those
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_type_hints
@@ -374,6 +375,8 @@ def named_objective(settings: str | Mapping[str, Any]) -> Objective:
     except UnknownSettingError as error:
         if not (hint := key_hint(error.name, ())):
             raise
+        if own := re.fullmatch(r": use objective \(its setting (.*)\)", hint):
+            hint = f": use {own[1]}"
         line = f"objective.{error.name} is not a setting of {error.objective}{hint}"
         raise InputError(line) from error
 
