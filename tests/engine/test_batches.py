@@ -169,7 +169,7 @@ def test_an_engine_whose_thread_ends_leaves_nobody_waiting(
 ):
     engine = start(max_rows=1)
     tickets = [engine.submit(prompt(i, 5), None, Sampling(max_new_tokens=500)) for i in range(3)]
-    monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+    monkeypatch.setattr(engine._answers, "advance", lambda: 1 / 0)
     assert [list(ticket)[-1].finish_reason for ticket in tickets] == ["cancelled"] * 3
     with pytest.raises(LorakitError, match="closed"):
         engine.submit([5, 6])
