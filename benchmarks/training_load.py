@@ -37,7 +37,7 @@ class Seen:
 
 
 def be_client(model: str, address: str, number: int, end: float, seen: Seen) -> None:
-    """Trains steps of 4 rows of 64 tokens, and samples after every fourth."""
+    """Trains steps of 4 rows of 64 tokens, and samples after the first and every fourth then."""
     chance = random.Random(number)
     greedy = number % 8 == 7
     with connected(address, f"tml-{number}") as service:
@@ -55,7 +55,7 @@ def be_client(model: str, address: str, number: int, end: float, seen: Seen) -> 
                 note(seen, "trained", loss)
                 seen.trained[number] += 64 * len(batch) * (time.monotonic() < end)
             note(seen, "step", step)
-            if turn % 4 == 0 and time.monotonic() < end:
+            if turn % 4 == 1 and time.monotonic() < end:
                 sample(run, chance, number, seen)
 
 
