@@ -1,7 +1,9 @@
 """A server that runs in a thread, for tests, over any base and adapters."""
 
+import faulthandler
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +72,9 @@ def serving(engine: Engine, options: ServerOptions) -> Iterator[Running]:
             yield Running(server, engine, addresses[0])
         finally:
             server.should_exit = True
-            thread.join(60)
+            thread.join(120)
+            if thread.is_alive():
+                faulthandler.dump_traceback(sys.__stderr__)  # what it waits for
     assert not thread.is_alive()
 
 
