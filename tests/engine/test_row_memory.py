@@ -1,6 +1,5 @@
 """Rows take memory as they fill, also in a process that keeps freed memory for tensors to come."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from forked import forked
 from lorakit.engine.row_layers.full import FullRows
-from lorakit.training.machine import keep_freed_memory
+from lorakit.training.machine import keep_freed_memory, used_memory_mb
 
 ROWS, LENGTH, HEADS, D = 4, 2048, 4, 512
 
@@ -28,16 +27,12 @@ def grow(found: str) -> None:
     layer: Any = FullRows(ROWS, LENGTH)
     ones = torch.ones(ROWS, HEADS, 8, D)
     full = [torch.ones(ROWS * HEADS * LENGTH * D) for _ in range(2)]
-    before = resident()
+    before = used_memory_mb()
     full.clear()
     layer.place.prompts = [8] * ROWS
     layer.update(ones, ones)
-    full += [torch.ones(ROWS * HEADS * LENGTH * D) for _ in range(2)]
+    # Somewhat smaller, as small blocks have come to lie between.
+    full += [torch.ones(ROWS * HEADS * LENGTH * D * 3 // 4) for _ in range(2)]
     assert bool((layer.keys[:, :, :8] == 1).all())
     assert not layer.keys[:, :, 8:16].any()
-    Path(found).write_text(str(resident() - before))
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    Path(found).write_text(str(round(1e6 * (used_memory_mb() - before))))

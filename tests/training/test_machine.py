@@ -10,7 +10,7 @@ from lorakit.training import machine
 
 FAULTS = """
 import resource, torch
-from lorakit.training.machine import keep_freed_memory, return_freed_memory
+from lorakit.training.machine import keep_freed_memory, return_freed_memory, used_memory_mb
 def use():
     for _ in range(20):
         torch.empty(2**24).fill_(1)  # 64 MB
@@ -22,14 +22,12 @@ def faults():
 returned = faults()
 assert keep_freed_memory()
 kept = faults()
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 below = torch.ones(2**24)
 above = torch.ones(2**10)  # so that what is below cannot go by itself
 del below
-there = resident()
+there = used_memory_mb()
 return_freed_memory()
-print(kept, returned, there - resident())
+print(kept, returned, round(1e6 * (there - used_memory_mb())))
 """
 
 

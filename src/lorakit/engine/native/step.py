@@ -128,7 +128,8 @@ class NativeStep:
         self._places: tuple[int, ...] = ()
         self._model: _Model | None = None
         self._plan: Plan | None = None
-        self._of_rows: tuple[Any, ...] = ()
+        self._ranges: Any = ()
+        self._of_row: Any = ()
         self.why_not = library().why_not
 
     def _is_plain(self, layer: Any) -> bool:
@@ -145,7 +146,7 @@ class NativeStep:
 
     def forget(self) -> None:
         """Has factors looked up anew, as they may have moved."""
-        self._places, self._plan = (), None
+        self._places, self._plan, self._of_row = (), None, ()
 
     def __call__(
         self,
@@ -195,20 +196,19 @@ class NativeStep:
 
     def _adapters(self, plan: Plan | None, rows: int) -> tuple[Any, Any]:
         """The columns of the adapters, and which of these each row has."""
-        key = (rows,)
-        if plan is not self._plan or not self._of_rows or self._of_rows[0] != key:
+        if plan is not self._plan or len(self._of_row) != rows:
             parts = () if plan is None else plan.parts
             ranges = sorted({(part.begin, part.end) for part in parts})
             of_row = [-1] * rows
             for part in parts:
-                span = (
-                    slice(None) if plan is None or plan.rows == 1 else slice(part.first, part.last)
-                )
+                # One adapter for all rows has no first and last.
+                span = slice(None) if plan and plan.rows == 1 else slice(part.first, part.last)
                 found = ranges.index((part.begin, part.end))
                 of_row[span] = [found] * len(of_row[span])
-            adapters = (_Adapter * len(ranges))(*(_Adapter(a, b - a) for a, b in ranges))
-            self._plan, self._of_rows = plan, (key, adapters, (c_int64 * rows)(*of_row))
-        return self._of_rows[1], self._of_rows[2]
+            self._plan = plan
+            self._ranges = (_Adapter * len(ranges))(*(_Adapter(a, b - a) for a, b in ranges))
+            self._of_row = (c_int64 * rows)(*of_row)
+        return self._ranges, self._of_row
 
     def _described(self) -> _Model | None:
         """Where everything lies; None where a weight is of another kind than it was."""
