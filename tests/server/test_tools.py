@@ -197,16 +197,23 @@ def test_reasoning_stands_beside_the_content(chat: Callable[..., Any], stream: b
     assert plain["message"]["content"] == " a thought <think>"
 
 
-def test_a_call_that_is_cut_off_says_length(chat: Callable[..., Any]) -> None:
-    named = {"type": "function", "function": {"name": "get_weather"}}
-    fields: Any = {"tools": TOOLS, "tool_choice": named, "max_tokens": 56}
-    answer = choice(chat("qwen3", **fields))
-    assert answer["finish_reason"] == "length"
-    assert "tool_calls" not in answer["message"]
-    begun = choice(chat("qwen3", **fields, stream=True))
-    assert begun["finish_reason"] == "length"
-    [call] = begun["message"]["tool_calls"]  # it was sent before it was cut
-    assert call["function"]["arguments"].startswith("{")
+def test_calls_that_are_cut_off_say_length_and_are_the_same_streamed_and_whole(
+    chat: Callable[..., Any],
+) -> None:
+    fields: Any = {"tools": TOOLS, "guided_choice": [f"{ONE}\n{ONE}"]}
+    for tokens in range(56, 146, 9):
+        whole, streamed = (
+            choice(chat("qwen3", **fields, max_tokens=tokens, stream=stream))
+            for stream in (False, True)
+        )
+        assert whole["finish_reason"] == streamed["finish_reason"] == "length"
+        for answer in (whole, streamed):
+            for call in answer["message"]["tool_calls"]:
+                assert len(call.pop("id")) == 9
+        assert whole["message"]["tool_calls"] == streamed["message"]["tool_calls"]
+        assert (whole["message"]["content"] or "") == streamed["message"]["content"]
+    first, _ = (call["function"]["arguments"] for call in whole["message"]["tool_calls"])
+    assert json.loads(first) == {"city": "Cork"}
 
 
 def test_arguments_are_streamed_while_they_are_written(chat: Callable[..., Any]) -> None:

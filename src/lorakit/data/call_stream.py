@@ -45,19 +45,25 @@ class CallReader(Protocol):
         """What is sure now that `text` has come."""
         ...
 
+    def end(self) -> list[CallPiece]:
+        """What is sure besides once nothing more comes."""
+        ...
+
 
 MakeReader = Callable[[Tools], CallReader]
 
 
-def json_calls(begin: str) -> MakeReader:
+def json_calls(begin: str, mark: str) -> MakeReader:
     """A reader of calls whose arguments are JSON objects.
 
     Args:
         begin: an expression for a call up to its arguments, with the group `name`, or `quoted` for
             a name in quotes.
+        mark: for what every call has once before its arguments, those too that `begin` does not
+            match; the first of these ends the reading.
     """
-    pattern = re.compile(begin + r"\s*(?=\{)")
-    return lambda tools: _JsonCalls(pattern, tools)
+    pattern, marks = re.compile(begin + r"\s*(?=\{)"), re.compile(mark)
+    return lambda tools: _JsonCalls(pattern, marks, tools)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class TaggedForm:
         end: the tag behind the last one.
         following: for what ends a value whose closing tag is missing: the next parameter, with its
             name in the group `key` where it has one there, or the call's end.
+        closed: whether the last call must have its end.
     """
 
     begin: str
@@ -78,21 +85,16 @@ class TaggedForm:
     close: str
     end: str
     following: str
+    closed: bool = True
 
     def __call__(self, tools: Tools) -> CallReader:
         """A reader of such calls of these functions."""
         return _TaggedCalls(self, tools, _names(tools))
 
-    def read(self, text: str, tools: Tools, *, closed: bool = True) -> list[tuple[str, str]]:
-        """Name and arguments, as JSON, of the calls in a text, of whatever functions.
-
-        Args:
-            closed: whether the last one must have its end.
-        """
+    def read(self, text: str, tools: Tools) -> list[tuple[str, str]]:
+        """Name and arguments, as JSON, of the calls in a text, of whatever functions."""
         reader = _TaggedCalls(self, tools, None)
-        pieces = reader.add(text)
-        if not closed and reader.is_between:
-            pieces += reader.add(self.end)
+        pieces = [*reader.add(text), *reader.end()]
         names, written, ended = dict[int, str](), dict[int, str](), set[int]()
         for piece in pieces:
             names.setdefault(piece.index, piece.name)
@@ -103,8 +105,8 @@ class TaggedForm:
 
 
 class _JsonCalls:
-    def __init__(self, begin: re.Pattern[str], tools: Tools) -> None:
-        self._begin, self._names = begin, _names(tools)
+    def __init__(self, begin: re.Pattern[str], mark: re.Pattern[str], tools: Tools) -> None:
+        self._begin, self._mark, self._names = begin, mark, _names(tools)
         self.rest = ""
         self._index, self._inside, self._lost = -1, False, False
         self._depth, self._quoted, self._escaped = 0, False, False
@@ -119,16 +121,18 @@ class _JsonCalls:
             found = self._begin.search(self.rest)
             if found is None:
                 break
-            groups = found.groupdict()
-            quoted = groups.get("quoted")
-            name = json.loads(quoted) if quoted else (groups.get("name") or "").strip()
-            if name not in self._names:
+            name = _name(found)
+            skipped = len(self._mark.findall(self.rest, 0, found.end())) > 1
+            if skipped or name not in self._names:
                 self._lost = True
                 break
             self._index, self._inside = self._index + 1, True
             self.rest = self.rest[found.end() :]
             pieces.append(CallPiece(self._index, name))
         return pieces
+
+    def end(self) -> list[CallPiece]:
+        return []
 
     def _argument(self) -> CallPiece:
         """The arguments as far as they have come, or to their end."""
@@ -154,7 +158,7 @@ class _JsonCalls:
 
 class _TaggedCalls:
     def __init__(self, form: TaggedForm, tools: Tools, names: set[str] | None) -> None:
-        self._begin, self._end = re.compile(form.begin), form.end
+        self._begin, self._end, self._closed = re.compile(form.begin), form.end, form.closed
         self._parameter = re.compile(form.parameter, re.DOTALL)
         self._following = regex.compile(form.following)  # which knows what may still become one
         self._close, self._line = form.close.lstrip("\n"), form.close.startswith("\n")
@@ -166,17 +170,16 @@ class _TaggedCalls:
         self._given: set[str] = set()  # names of the call's arguments
         self._begun = False  # whether some of a text was given out
 
-    @property
-    def is_between(self) -> bool:
-        """Whether a call is open, and none of its values."""
-        return self._kinds is not None and self._value is None
-
     def add(self, text: str) -> list[CallPiece]:
         self.rest += text
         pieces: list[CallPiece] = []
         while not self._lost and (found := self._step()) is not None:
             pieces.append(found)
         return pieces
+
+    def end(self) -> list[CallPiece]:
+        between = self._kinds is not None and self._value is None
+        return self.add(self._end) if between and not self._closed else []
 
     def _step(self) -> CallPiece | None:
         """Reads on; None where more text is needed."""
@@ -248,6 +251,17 @@ class _TaggedCalls:
             found = next((n for n in range(longest, 0, -1) if text.endswith(start[:n])), 0)
             ends.append(len(text) - found)
         return min(ends)
+
+
+def _name(found: re.Match[str]) -> str | None:
+    """The name of a call; None where its quotes hold no JSON."""
+    groups = found.groupdict()
+    if not (quoted := groups.get("quoted")):
+        return (groups.get("name") or "").strip()
+    try:
+        return str(json.loads(quoted))
+    except ValueError:
+        return None
 
 
 def _names(tools: Tools) -> set[str]:

@@ -218,12 +218,13 @@ _KEYS_AND_VALUES = TaggedForm(
     "</arg_value>",
     "</tool_call>",
     r"\n?<arg_key>|\n?</tool_call>",
+    closed=False,
 )
 
 
 def _key_value_tags(text: str, tools: Tools) -> list[Call]:
     """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>` (GLM)."""
-    found = _KEYS_AND_VALUES.read(text, tools, closed=False)
+    found = _KEYS_AND_VALUES.read(text, tools)
     return [Call(name, strict_json.parse(arguments)) for name, arguments in found]
 
 
@@ -295,7 +296,10 @@ def _python_list(text: str, tools: Tools) -> list[Call]:
 
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
-_OBJECTS = json_calls(rf'"name"\s*:\s*(?P<quoted>{_STRING})\s*,\s*"(?:arguments|parameters)"\s*:')
+_OBJECTS = json_calls(
+    rf'"name"\s*:\s*(?P<quoted>{_STRING})\s*,\s*"(?:arguments|parameters)"\s*:',
+    r'"name"\s*:',
+)
 
 FORMS = (
     CallForm("hermes", re.compile(r"<tool_call>"), _hermes, _OBJECTS),
@@ -316,13 +320,17 @@ FORMS = (
         "mistral names",
         re.compile(r"\[TOOL_CALLS\]"),
         _mistral_names,
-        json_calls(r"\[TOOL_CALLS\](?P<name>[^\[\]{}]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]"),
+        json_calls(
+            r"\[TOOL_CALLS\](?P<name>[^\[\]{}]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]", r"\[TOOL_CALLS\]"
+        ),
     ),
     CallForm(
         "deepseek",
         re.compile(f"<｜tool▁calls▁begin｜>|{_BEGIN}"),
         _deepseek,
-        json_calls(f"{_BEGIN}(?:\\w*{_SEP}(?=[^{{]))?(?P<name>[^<\n{{]+?)(?:\n```json\n|{_SEP})"),
+        json_calls(
+            f"{_BEGIN}(?:\\w*{_SEP}(?=[^{{]))?(?P<name>[^<\n{{]+?)(?:\n```json\n|{_SEP})", _BEGIN
+        ),
     ),
     CallForm("json list", re.compile(r"<\|?tool_call\|?>"), _json_list, _OBJECTS),
     CallForm("llama", re.compile(_LLAMA), _json_objects, _OBJECTS),

@@ -56,10 +56,7 @@ async def chat(request: Request, asked: ChatRequest, desk: Desk, prompts: Prompt
     answers = await desk.hand_in(*given, owner=caller.owner)
     tools, most = asked.shown_tools(), 1 if asked.parallel_tool_calls is False else None
     special = asked.skip_special_tokens is False
-    parts = [
-        MessageParts(reads, tools, most, streamed=bool(asked.stream), special=special)
-        for _ in range(len(answers))
-    ]
+    parts = [MessageParts(reads, tools, most, special=special) for _ in range(len(answers))]
 
     def logprobs(tokens: Iterable[ChosenToken]) -> ChatLogprobs | None:
         return None if asked.rivals is None else _logprobs(tokens)

@@ -1,8 +1,8 @@
 """An answer's text taken apart while it comes: reasoning, content, and calls of functions.
 
-Text that may be the beginning of a mark is held back until that is known. A call that cannot be
-read stays text, so that nothing of an answer is lost; in a stream, its arguments come as they are
-written, and a call that has begun is one.
+Text that may be the beginning of a mark is held back until that is known. A call whose name and
+first brace are written is one, with the arguments as far as they were written, and what is no call
+stays text. A message is the same whether it comes at once or piece by piece.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ class MessageParts:
         reads: the marks of the model's chat template.
         tools: the functions that the prompt showed; without any, nothing is a call.
         most: so many calls are kept.
-        streamed: whether the arguments of a call are given out as they come.
         special: whether the names of special tokens stay in the text.
 
     Attributes:
@@ -80,12 +79,11 @@ class MessageParts:
         tools: list[dict[str, Any]],
         most: int | None = None,
         *,
-        streamed: bool = False,
         special: bool = False,
     ) -> None:
         self._reads, self._tools, self._most, self._special = reads, tools, most, special
         self._form = reads.form if tools else None
-        make = self._form.reader if self._form is not None and streamed else None
+        make = None if self._form is None else self._form.reader
         self._reader = None if make is None else make(tools)
         self._seen = 0  # characters of the calls that the reader has
         self._held = ""
@@ -109,7 +107,7 @@ class MessageParts:
         if self._at_start:
             return self._begin(parts, final)
         if self._in_calls:
-            self._read_calls(parts)
+            self._read_calls(parts, final)
             if final:
                 self._call(parts)
             return False
@@ -118,8 +116,8 @@ class MessageParts:
     def _think(self, parts: Parts, final: bool) -> bool:
         before, found, rest = self._held.partition(self._closing)
         if not found and not final:
-            keep = _overlap(before, self._closing)
-            before, rest = before[: len(before) - keep], before[len(before) - keep :]
+            sure = len(before[: len(before) - _overlap(before, self._closing)].rstrip())
+            before, rest = before[:sure], before[sure:]
         if not self._said:
             before = before.lstrip()
         if found:
@@ -146,8 +144,11 @@ class MessageParts:
     def _say(self, parts: Parts, final: bool) -> bool:
         text = self._held.lstrip() if self._thought and not self._said else self._held
         if self._form is not None:
-            if (found := self._form.opening.search(text)) is not None:
-                content, self._held = text[: found.start()], text[found.start() :]
+            # Behind content that was given out is no beginning of an answer (`\A`).
+            behind = "." if self._said else ""
+            if (found := self._form.opening.search(behind + text, len(behind))) is not None:
+                at = found.start() - len(behind)
+                content, self._held = text[:at], text[at:]
                 self._in_calls = True
                 self._add(parts, content.rstrip())
                 return True
@@ -174,18 +175,18 @@ class MessageParts:
         found = _BEGINS.search(tail)
         return 0 if found is None else len(tail) - found.start()
 
-    def _read_calls(self, parts: Parts) -> None:
-        """Gives out what is sure of the calls, in a stream."""
+    def _read_calls(self, parts: Parts, final: bool) -> None:
+        """Gives out what is sure of the calls."""
         if self._reader is None:
             return
         text, self._seen = self._held[self._seen :], len(self._held)
-        for piece in self._reader.add(text):
+        for piece in (*self._reader.add(text), *(self._reader.end() if final else ())):
             if self._most is None or piece.index < self._most:
                 self._give(parts, piece)
 
-    def _give(self, parts: Parts, piece: CallPiece, ident: str = "") -> None:
+    def _give(self, parts: Parts, piece: CallPiece) -> None:
         if piece.name:
-            made = ident or "".join(secrets.choice(_LETTERS) for _ in range(9))  # Mistral's form
+            made = "".join(secrets.choice(_LETTERS) for _ in range(9))  # Mistral's form
             parts.calls.append(CallPart(piece.index, made, piece.name))
             self.called += 1
         elif not parts.calls or parts.calls[-1].index != piece.index:
@@ -200,7 +201,7 @@ class MessageParts:
         except (ValueError, SyntaxError, RecursionError):
             calls = []
         if not calls and self._form is not None and self.called and self._reader is not None:
-            # What was given out stays; behind it may be the beginning of another call.
+            # Behind the calls that were begun may be the beginning of another one.
             found = self._form.opening.search(self._reader.rest)
             text = "" if found is None else self._reader.rest[found.start() :]
         if not calls:
@@ -209,7 +210,7 @@ class MessageParts:
         for index, call in enumerate(calls[: self._most]):
             if index >= self.called:
                 arguments = json.dumps(call.arguments, ensure_ascii=False)
-                self._give(parts, CallPiece(index, call.name, arguments, ended=True), call.id)
+                self._give(parts, CallPiece(index, call.name, arguments, ended=True))
 
     def _plain(self, text: str) -> str:
         return text if self._special else self._reads.answers.special.sub("", text)

@@ -94,7 +94,7 @@ async def respond_to(
     given = [prompt.input_ids], adapter, chat, deadline, prompt.pictures
     answers = await desk.hand_in(*given, owner=caller.owner)
     most = 1 if asked.parallel_tool_calls is False else None
-    parts = MessageParts(reads, chat.shown_tools(), most, streamed=bool(asked.stream))
+    parts = MessageParts(reads, chat.shown_tools(), most)
     written = _Written(asked, chat, parts)
 
     def ended() -> None:
