@@ -139,9 +139,10 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
             for field in sorted(set(values) & set(case.body)):
                 known = st.sampled_from(values[field])
                 case.body[field] = data.draw(st.one_of(known, known, st.just(case.body[field])))
+            plain = data.draw(st.booleans())  # whatever was asked before, or the draws are flaky
             if path in CHUNKS:
                 case.body["stream"] = len(statuses) % 2 == 0
-            if case.body.get("stream") or data.draw(st.booleans()):
+            if plain or case.body.get("stream"):
                 case.body = {k: v for k, v in case.body.items() if k not in DEPENDENT}
         reply = case.call(base_url=fuzzed.url, headers={"Authorization": "Bearer admin"})
         statuses.append(reply.status_code)
