@@ -1,5 +1,11 @@
 """The decoding step in C++, beside the one by PyTorch."""
 
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +171,65 @@ def test_without_a_compiler_there_is_a_reason_and_no_function(
     found = Library()
     assert found.functions is None
     assert found.why_not
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """g++ behind a script, given as a command with an argument; returns where runs are noted."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    notes = tmp_path / "notes"
+    script = tmp_path / "cache g++"
+    script.write_text(f'echo "$@" >> {notes}; shift; exec g++ "$@"')
+    monkeypatch.setenv("CXX", f"sh '{script}' --launched")
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    return notes
+
+
+def compiled(notes: Path) -> int:
+    """How often the source was compiled."""
+    return sum(" -c " in line for line in notes.read_text().splitlines())
+
+
+ASK = """import torch
+from lorakit.engine.native.library import library
+library().functions.decode_step"""
+"""For processes of their own, as one never loads a library of the same path twice."""
+
+
+def loads() -> None:
+    subprocess.run([sys.executable, "-c", ASK], check=True)
+
+
+def test_it_is_compiled_once_and_again_where_the_file_is_damaged(compiler: Path, tmp_path: Path):
+    loads()
+    loads()
+    assert compiled(compiler) == 1
+    [made] = (tmp_path / "home" / "native").iterdir()
+    made.write_bytes(made.read_bytes()[:100])
+    loads()
+    assert compiled(compiler) == 2
+    assert made.stat().st_size > 1000
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_library_is_read_from_a_folder_that_cannot_be_written_to(compiler: Path, tmp_path: Path):
+    loads()
+    folder = tmp_path / "home" / "native"
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        loads()
+    finally:
+        folder.chmod(stat.S_IRWXU)
+    assert compiled(compiler) == 1
+
+
+def test_processes_that_compile_at_once_and_one_that_is_killed_leave_it_whole(compiler: Path):
+    killed = subprocess.Popen([sys.executable, "-c", ASK], start_new_session=True)
+    while not (compiler.exists() and compiled(compiler)):
+        assert killed.poll() is None
+    os.killpg(killed.pid, 9)
+    killed.wait()
+    others = [subprocess.Popen([sys.executable, "-c", ASK]) for _ in range(2)]
+    assert [one.wait() for one in others] == [0, 0]
+    loads()
