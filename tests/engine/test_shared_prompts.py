@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,27 @@ def test_a_new_version_of_an_adapter_knows_nothing_of_the_old_one(
     ticket = engine.submit(prompt, "shop", GREEDY)
     assert tokens(ticket) == alone(base, other, prompt, 12, [257]) != old
     assert ticket.cached_tokens == 0
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_salt_shares_beginnings_with_its_own_requests_alone(
+    start: Start, base: Path, adapters: dict[str, Path], together: bool
+):
+    engine, prompt = start(), text(2, 60)
+    expected = alone(base, adapters["shop"], prompt, 12, [257])
+    salts = ["", "a", "b", "a", ""]
+    tickets = []
+    for salt in salts:
+        tickets.append(engine.submit(prompt, "shop", replace(GREEDY, cache_salt=salt)))
+        if not together:
+            assert tokens(tickets[-1]) == expected
+    if together:
+        assert [tokens(ticket) for ticket in tickets] == [expected] * 5
+    assert [ticket.cached_tokens for ticket in tickets] == [0, 0, 0, 60, 60]
+    longer = [*prompt, *text(3, 9)]
+    tickets = [engine.submit(longer, "shop", replace(GREEDY, cache_salt=s)) for s in ("b", "c")]
+    assert tokens(tickets[0]) == tokens(tickets[1])
+    assert [ticket.cached_tokens for ticket in tickets] == [60, 0]
 
 
 def test_answers_are_those_of_an_engine_without_a_cache(start: Start):

@@ -251,3 +251,31 @@ def test_a_grammar_that_cannot_go_on_is_the_requests_fault(served: Running) -> N
     streamed = served.post(TEXTS, {**body, "stream": True})
     error = json.loads(streamed.text.split("\n\n")[-3].removeprefix("data: "))["error"]
     assert error["type"] == "invalid_request_error"
+
+
+BOXED = {
+    "type": "object",
+    "properties": {"a": {}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+ENDLESS: list[dict[str, Any]] = [{}, BOXED, {"type": "array", "maxItems": 2}, {"type": "integer"}]
+
+
+@pytest.mark.parametrize("schema", ENDLESS, ids=range(len(ENDLESS)))
+def test_a_number_ends_though_the_model_likes_nothing_but_digits(
+    served: Running, schema: dict[str, Any]
+) -> None:
+    tokenizer: Any = served.engine.tokenizer
+    liked = {str(tokenizer.convert_tokens_to_ids(one)): 100 for one in "123456789"}
+    made = text(served, guided_json=schema, logit_bias=liked, temperature=0, max_tokens=2000)
+    json.loads(made)
+    assert max(len(digits) for digits in re.findall(r"\d+", made)) == 128
+
+
+def test_numbers_that_a_schema_asks_for_and_digits_in_texts_may_be_long(served: Running) -> None:
+    number, digits = 7 * 10**199, "8" * 200
+    schema = {"enum": [{"number": number, "text": f'\\"{digits}'}]}
+    made = json.loads(text(served, guided_json=schema, max_tokens=900))
+    assert made["number"] == pytest.approx(number)  # llguidance reads a float
+    assert made["text"] == f'\\"{digits}'

@@ -78,6 +78,23 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(served: Running) -> None:
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in parts)
 
 
+def test_each_event_has_the_counts_so_far_where_they_are_wanted(served: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked: dict[str, Any] = {"model": "shop", "max_tokens": 6, "n": 2, "stream": True}
+    asked |= {"stream_options": options, "ignore_eos": True}
+    for path, prompt in (
+        ("chat/completions", {"messages": HELLO}),
+        ("completions", {"prompt": "a"}),
+    ):
+        lines = served.post(f"/v1/{path}", {**asked, **prompt}).text.splitlines()
+        usages = [json.loads(line[6:])["usage"] for line in lines if line.startswith("data: {")]
+        counts = [usage["completion_tokens"] for usage in usages]
+        assert counts[-2:] == [12, 12]
+        assert counts == sorted(counts)
+        assert len({*counts}) > 3
+        assert len({usage["prompt_tokens"] for usage in usages}) == 1
+
+
 def test_a_stream_is_events_that_end_with_done(served: Running) -> None:
     body = {"model": "shop", "messages": HELLO, "max_tokens": 3, "stream": True}
     with served.http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -268,6 +285,8 @@ def test_tokens_that_were_computed_for_earlier_requests_are_told(served: Running
     assert asked(first, model="shop") == [size, size, size]
     assert asked(first + "more", model="shop") == [size, size + 4, size]
     assert asked(first, model="poet") == [0, size, 0]
+    assert asked(first, model="shop", cache_salt="secret") == [0, size, 0]
+    assert asked(first, model="shop", cache_salt="secret") == [size, size, size]
     # Answers to one prompt read it once, and it counts as computed.
     several = first.upper()
     assert asked(several, model="shop", n=3) == [0, 3 * size, 2 * size]

@@ -213,12 +213,12 @@ class ContinuousBatch:
         if self._prefixes is None or row.pictures is not None:
             return Prefix()
         snapshots = self._cache.needs_snapshots
-        found = self._prefixes.find(row.adapter, row.prompt, self._least, snapshots)
+        found = self._prefixes.find(row.past, row.prompt, self._least, snapshots)
         return found if self._shares_parts or found.logits is not None else Prefix()
 
     def _begins_as(self, row: AnswerRow, other: AnswerRow) -> bool:
         """Whether one of two rows need not compute what their prompts begin with."""
-        if self._prefixes is None or not self._shares_parts or row.adapter != other.adapter:
+        if self._prefixes is None or not self._shares_parts or row.past != other.past:
             return False
         alike = common(row.prompt, other.prompt)
         return alike >= self._least and (self._cache.reads_rests or alike == len(other.prompt))
@@ -234,7 +234,7 @@ class ContinuousBatch:
             return 0
         found = [known.branch] if known.branch else []
         for other in self.rows[self._writing :]:
-            if other is not row and other.adapter == row.adapter and not other.pictures:
+            if other is not row and other.past == row.past and not other.pictures:
                 alike = common(row.prompt, other.prompt)
                 if known.length + self._least <= alike < len(row.prompt):
                     found.append(alike)
@@ -257,7 +257,7 @@ class ContinuousBatch:
         """Keeps what the row in a place has read, for prompts that begin with it."""
         row = self.rows[at]
         if self._prefixes is not None and row.pictures is None:
-            self._prefixes.add(row.adapter, row.seen, self._cache, at, logits)
+            self._prefixes.add(row.past, row.seen, self._cache, at, logits)
 
     def _share(self, at: int, logits: torch.Tensor) -> None:
         """Has rows that wait with the same prompt go on from what the row in a place has read.
@@ -487,6 +487,6 @@ def _restricted(logits: torch.Tensor, rows: Sequence[AnswerRow]) -> tuple[list[i
 
 
 def _alike(row: AnswerRow, other: AnswerRow) -> bool:
-    """Whether two rows have the same prompt, read by the same adapter."""
-    same = row.adapter == other.adapter and row.pictures is other.pictures
+    """Whether two rows have the same prompt, and may share what they have read of it."""
+    same = row.past == other.past and row.pictures is other.pictures
     return same and row.prompt == other.prompt

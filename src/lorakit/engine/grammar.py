@@ -22,6 +22,10 @@ GrammarKind = Literal["json", "regex", "choice", "grammar", "lark"]
 MAX_TEXT = 256 * 1024
 """Characters of a grammar."""
 
+MAX_DIGITS = 128
+"""Digits of a JSON number in a row, before and behind the point: a model that likes digits would
+go on with one for ever, which a schema allows."""
+
 
 class GrammarError(InputError):
     """A grammar that cannot be compiled, or takes too long or too much memory for that."""
@@ -100,10 +104,13 @@ class GrammarState:
 
     Args:
         matcher: llguidance's, at its beginning.
+        tokenizer: llguidance's too, of an answer in JSON; None for other forms.
     """
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, tokenizer: Any = None) -> None:
+        self._matcher, self._tokenizer = matcher, tokenizer
+        self._digits = 0  # in a row, outside of texts
+        self._in_text = self._escaped = False
 
     def forbid(self, forbidden: torch.Tensor) -> None:
         """Sets `forbidden` (vocabulary,), of bool, where a token cannot come next.
@@ -120,6 +127,12 @@ class GrammarState:
         width = min(len(bias), len(forbidden))
         torch.eq(bias[:width], 0, out=forbidden[:width])
         forbidden[width:] = True
+        if self._digits >= MAX_DIGITS:
+            allowed = forbidden.logical_not().nonzero()[:, 0].tolist()
+            begins = (self._tokenizer.decode_bytes([token])[:1] for token in allowed)
+            more = [token for token, first in zip(allowed, begins, strict=True) if first.isdigit()]
+            if len(more) < len(allowed):  # else the number is one that the schema asks for
+                forbidden[more] = True
 
     def took(self, token: int) -> bool:
         """Goes on by a token; whether nothing can follow.
@@ -129,7 +142,18 @@ class GrammarState:
         """
         self._matcher.consume_token(token)
         self._require_sound()
+        if self._tokenizer is not None:
+            self._follow(self._tokenizer.decode_bytes([token]))
         return bool(self._matcher.is_stopped())
+
+    def _follow(self, text: bytes) -> None:
+        for byte in text:
+            if self._in_text:
+                self._in_text = self._escaped or byte != ord('"')
+                self._escaped = byte == ord("\\") and not self._escaped
+            else:
+                self._in_text = byte == ord('"')
+                self._digits = self._digits + 1 if ord("0") <= byte <= ord("9") else 0
 
     def _require_sound(self) -> None:
         if self._matcher.is_error():

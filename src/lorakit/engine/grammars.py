@@ -75,7 +75,8 @@ class Grammars:
                 matcher = self._known(grammar, tokenizer)
                 if matcher is None:
                     matcher = self._compiled(grammar, tokenizer, ending.tokens)
-        return GrammarState(matcher.deep_copy())
+        own = self._tokenizers[tokenizer] if grammar.kind == "json" else None
+        return GrammarState(matcher.deep_copy(), own)
 
     def prepare(self) -> None:
         """Reads the base's tokenizer now, for which other threads stand still about a second.

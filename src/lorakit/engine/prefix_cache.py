@@ -75,7 +75,8 @@ class Prefix:
 class PrefixCache:
     """Beginnings of the prompts of one model.
 
-    An adapter's name stands for values that do not change: whoever changes them calls `forget`.
+    An adapter's name, and the salt of a request behind it, stand for values that do not change:
+    whoever changes them calls `forget`.
 
     Args:
         limit: how many bytes it may take.

@@ -31,6 +31,7 @@ class AnswerRow:
 
     Attributes:
         adapter: its adapter's name in the bank, or `"__base__"`.
+        past: whose past its prompt may begin with: that of rows with the same text here.
         pictures: those that stand in its prompt.
         read: how many tokens of the prompt the model has seen.
         branch: at how many of them reading stops once, as other prompts begin with these; else 0.
@@ -50,6 +51,8 @@ class AnswerRow:
         device: torch.device,
     ) -> None:
         self.ticket, self.adapter = ticket, adapter
+        salt = ticket.sampling.cache_salt
+        self.past = f"{adapter} {salt}" if salt else adapter
         self.prompt, self.pictures = ticket.prompt, ticket.pictures
         self.read = self.moved = self.branch = 0
         self.tokens = ticket.tokens

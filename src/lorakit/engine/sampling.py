@@ -88,6 +88,7 @@ class Sampling:
         embeds: the prompt's embedding is wanted, and no answer.
         logit_bias: what is added to the logits of tokens, as pairs of a token and a number.
         special_tokens: whether the names of special tokens stand in the answer's text.
+        cache_salt: what of the past is kept is for requests with the same text alone (vLLM's).
 
     Raises:
         InputError: a value is out of its range.
@@ -115,6 +116,7 @@ class Sampling:
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     allowed_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -99,13 +99,17 @@ async def respond(
         kept = made if best is None else best(made)
         choices = [whole(number, answer) for number, answer in enumerate(kept)]
         return JSONResponse(reply(kind.whole, choices, usage=answers.usage, **(more or {})))
-    usage = {"usage": None} if asked.include_usage else {}
+
+    def chunk(choice: Any) -> dict[str, Any]:
+        if not asked.include_usage:
+            return reply(kind.piece, [choice])
+        so_far = answers.usage if asked.continuous_usage else None
+        return reply(kind.piece, [choice], usage=so_far)
+
     events = _events(
         answers,
-        (reply(kind.piece, [opening(i)], **usage) for i in range(len(answers)) if opening),
-        lambda number, some: [
-            reply(kind.piece, [piece], **usage) for piece in pieces(number, some)
-        ],
+        (chunk(opening(i)) for i in range(len(answers)) if opening),
+        lambda number, some: [chunk(piece) for piece in pieces(number, some)],
         (lambda: reply(kind.piece, [], usage=answers.usage)) if asked.include_usage else None,
     )
     return EventStream(answers, events)

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from lorakit.server.errors import bad_field, in_words
 from lorakit.server.payload_parts import WHOLE, Items, Payload, Replayed, Text
 from lorakit.server.payloads import ChatRequest
-from lorakit.server.sampling_fields import Ignored
+from lorakit.server.sampling_fields import CacheSalt, Ignored
 
 
 class TextItemPart(Replayed):
@@ -154,6 +154,7 @@ class ResponsesRequest(Ignored):
     reasoning: None = None
     include: Annotated[list[Any], Field(max_length=0)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: CacheSalt | None = None
 
     def messages(self) -> list[dict[str, Any]]:
         """The items as the messages of a chat; calls and reasoning join the answer they are of."""
@@ -195,6 +196,7 @@ class ResponsesRequest(Ignored):
             "max_completion_tokens": self.max_output_tokens,
             "parallel_tool_calls": self.parallel_tool_calls,
             "chat_template_kwargs": self.chat_template_kwargs,
+            "cache_salt": self.cache_salt,
             "stream": self.stream,
         }
         body |= {

@@ -29,6 +29,16 @@ Token = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+CacheSalt = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=256,
+        description="Beginnings of prompts are shared with requests of the same salt alone.",
+    ),
+]
+
+
 class Ignored(Payload):
     """Fields that keep accounts or caches, or have the one value that changes no answer here."""
 
@@ -66,9 +76,10 @@ class Truncated(Payload):
 
 
 class StreamOptions(Payload):
-    """`include_usage` sends the counts of tokens in a last event."""
+    """`include_usage` sends the counts of tokens in a last event, vLLM's other field in each."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -110,6 +121,7 @@ class SamplingFields(Ignored, FormFields, Truncated):
     allowed_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=2**18, fail_fast=True)] | None
     ) = Field(None, description="No other tokens are chosen.")
+    cache_salt: CacheSalt | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = Field(
         None, description="The log-probabilities of the prompt's tokens and of so many rivals."
     )
@@ -127,6 +139,8 @@ class SamplingFields(Ignored, FormFields, Truncated):
     def _check_streaming(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true; leave it out")
+        if self.continuous_usage and not self.include_usage:
+            raise ValueError("stream_options: continuous_usage_stats goes with include_usage: true")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs is not streamed: leave stream or it out")
         return self
@@ -155,6 +169,11 @@ class SamplingFields(Ignored, FormFields, Truncated):
     def include_usage(self) -> bool:
         """Whether a stream ends with the counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each event of a stream has the counts so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def asked_for(self) -> int:
@@ -200,4 +219,5 @@ class SamplingFields(Ignored, FormFields, Truncated):
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            cache_salt=self.cache_salt or "",
         )
