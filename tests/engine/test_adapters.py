@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
@@ -45,6 +47,38 @@ def test_a_new_version_is_published_while_those_who_have_the_old_one_finish_on_i
     assert tokens(new) == alone(base, adapters["poet"], PROMPT, 12, [257]) != old[:12]
     assert (first.version, second.version) == (1, 2)
     assert (first.rank, second.rank) == (4, 3)
+
+
+def test_weights_are_laid_out_anew_in_parts_beside_answers_that_are_written(
+    start: Start, base: Path, adapters: dict[str, Path]
+):
+    engine, model = start(), AutoModelForCausalLM.from_pretrained(base)
+    layers = [layer for layer in engine._model.modules() if type(layer) is nn.Linear]
+    steps: list[tuple[int, ...]] = []
+
+    def note(*_: Any) -> None:
+        steps.append(tuple(layer.weight.data_ptr() for layer in layers))
+
+    engine._model.get_input_embeddings().register_forward_pre_hook(note)
+    running = iter(engine.submit(PROMPT, None, Sampling(max_new_tokens=150, logprobs=0)))
+    first = next(running)
+    joining = {name: engine.submit(PROMPT, name, GREEDY) for name in ("shop", "few", "mixed")}
+    for name, ticket in joining.items():
+        assert tokens(ticket) == alone(base, adapters[name], PROMPT, 12, [257])
+    written = [chosen.token for piece in (first, *running) for chosen in piece.logprobs]
+    assert written == alone(base, None, PROMPT, 150, [257])
+    moved = [
+        sum(
+            layer.weight.nbytes
+            for layer, old, new in zip(layers, before, after, strict=True)
+            if old != new
+        )
+        for before, after in pairwise(steps)
+    ]
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(moved) > size / 4
+    assert max(moved) <= size / 16 + 3 * max(layer.weight.nbytes for layer in layers)
+    assert sum(map(bool, moved)) > 4
 
 
 def test_who_has_an_adapter_that_is_unregistered_finishes(

@@ -135,6 +135,7 @@ class Answering:
     def _admit(self) -> None:
         """Lets waiting requests join, in their order, and scores those of reward models."""
         embedded: list[Asked] = []
+        self._joined.begin_step()
         for _ in range(self.max_rows):
             if not (self.queue and self._has_room()):
                 break
@@ -146,6 +147,10 @@ class Answering:
                 embedded.append(asked)
                 continue
             try:
+                if self.batch.rows and not self._brings_on(version, loaded):
+                    with self._changed:
+                        self.queue.push_first(asked)
+                    break
                 self.bring(version, loaded)
                 head = None if loaded is None else loaded.head
                 if version is not None and head is not None:
@@ -174,6 +179,16 @@ class Answering:
         if version is not None and loaded is not None:
             in_use = {row.adapter for row in self.batch.rows} | set(needed)
             self._joined.bring(version.key, loaded, in_use)
+
+    def _brings_on(self, version: Version | None, loaded: Loaded | None) -> bool:
+        """Goes on with `bring` beside answers, which are to have their next tokens soon.
+
+        Returns: whether the adapter is in the bank.
+        """
+        if version is None or loaded is None:
+            return True
+        in_use = {row.adapter for row in self.batch.rows}
+        return self._joined.bring_on(version.key, loaded, in_use)
 
     def close(self) -> None:
         """Ends all answers and requests, once no more are pushed."""

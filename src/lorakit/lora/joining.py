@@ -184,6 +184,17 @@ def add_packed(
     self.peft_config[adapter_name] = config
 
 
+def packed_paths(parts: Iterable[AdapterPart]) -> list[str]:
+    """The paths of the layers whose factors `add_packed` packs."""
+    return [
+        part.path
+        for part in parts
+        if part.kind in _PACKED
+        and "lora_magnitude_vector" not in part.values
+        and part.values["lora_B"].bias is None
+    ]
+
+
 def pack_adapter(self: Any, adapter_name: str) -> None:
     """Packs the factors of an adapter of a packed `LoraModel` as they are now."""
     self.packed.put(adapter_name, _packable(self.get_base_model()))

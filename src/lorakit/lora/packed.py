@@ -12,7 +12,7 @@ Whatever is not laid out here (DoRA, a bias, other kinds of layers) the layers c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -95,7 +95,7 @@ class Family:
         n = len(self.layers)
         if not len(self._A) and all(given is None for given in factors):
             return
-        self._grow(room * n)
+        self.grow(room * n)
         A = self._A[begin * n : (begin + width) * n]
         B = self._stack[:, self._before + begin * n : self._before + (begin + width) * n]
         full = all(given is not None and given[0].shape[0] == width for given in factors)
@@ -230,11 +230,14 @@ class Family:
         of_B = slice(0 if mixes else self._before + begin, self._before + end)
         return part, self._A[begin:end].T, self._stack[:, of_B]
 
-    def _grow(self, columns: int) -> None:
-        """Makes room for so many columns; at least twice what there was, so that it is rare."""
+    def grow(self, columns: int) -> int:
+        """Makes room for so many columns; at least twice what there was, so that it is rare.
+
+        Returns: how many bytes it laid out anew, weights among them.
+        """
         there = len(self._A)
         if columns <= there:
-            return
+            return 0
         columns = max(columns, 2 * there, self._packed.room * len(self.layers))
         # Both before either is used, as there may be no memory for the second.
         A = self._packed.empty(columns, self._d_in, dtype=self._A.dtype)
@@ -244,8 +247,9 @@ class Family:
         stack[:, : self._stack.shape[1]] = self._stack
         stack[:, self._stack.shape[1] :] = 0
         self._A, self._stack = A, stack
-        self._plan = None
+        self._plan = self._x = None
         self._give_weights()
+        return A.nbytes + stack.nbytes
 
     def release(self) -> None:
         """Gives the layers weights and biases of their own again, one layer after the other."""
@@ -339,6 +343,24 @@ class PackedFactors:
             if there.isdisjoint(paths) and all(map(self._is_fusible, layers)):
                 self._make(tuple(paths), None)
         self._count()
+
+    @torch.no_grad()
+    def make_room(self, paths: Collection[str], rank: int) -> Iterator[int]:
+        """Makes the room that `put` needs for an adapter of layers at `paths`, family by family.
+
+        What lies here is the same after each of them, and routes may be computed in between.
+
+        Yields: how many bytes were laid out anew.
+        """
+        columns = max(self.columns, self._free(rank) + rank)
+        there = {path: own for own in self._families for path in own}
+        families = (there.get(path) or self._together.get(path, (path,)) for path in paths)
+        for own in dict.fromkeys(families):
+            if own not in self._families and {*own} <= {*paths}:
+                self.hold([own])
+            if own in self._families and (size := self._families[own].grow(columns * len(own))):
+                self._count()
+                yield size
 
     def columns_of(self, name: str) -> tuple[int, int]:
         """Where the columns of adapter `name` begin and end."""
