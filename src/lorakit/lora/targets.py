@@ -151,7 +151,9 @@ def resolve_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for wanted in config.modules_to_save or []:
         # PEFT's files name every head that a task's models may have.
         optional = wanted in _HEADS.get(config.task_type or "", ())
-        found += _matching(wanted, names, "modules_to_save", "" if optional else "module")
+        # To PEFT `classifier` is DistilBERT's `pre_classifier` too, as its name ends so.
+        own = [name for name in names if name.endswith(wanted)]
+        found += own or _matching(wanted, names, "modules_to_save", "" if optional else "module")
     return list(dict.fromkeys(found))
 
 
