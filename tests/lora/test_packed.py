@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit
 from families import make_gpt2, make_llama, make_tied
-from lorakit.engine.pool import structure_of
+from lorakit.engine.adapter_reader import structure_of
 from lorakit.errors import InputError
 from lorakit.lora import LoraModel
 from lorakit.lora.checkpoint import load_tensors

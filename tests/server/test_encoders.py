@@ -120,7 +120,7 @@ def test_one_pass_computes_rows_of_different_adapters(
         version, loaded = engine.found(name)
         engine.training.call(None, lambda v=version, x=loaded: engine._answers.bring(v, x)).result()  # type: ignore[misc]
         asked.append((engine.tokenizer(text)["input_ids"], version.key if version else "__base__"))
-    work = lambda: engine._answers.embedder.embeddings(*zip(*asked, strict=True))  # noqa: E731
+    work = lambda: engine._answers.pooler.embeddings(*zip(*asked, strict=True))  # noqa: E731
     with torch.no_grad():
         found = engine.training.call(None, work).result()
     for vector, name, text in zip(found, (None, "news", "mail"), TEXTS, strict=True):
@@ -240,13 +240,18 @@ def test_modules_that_are_not_computed_are_refused(encoder_base: Path, tmp_path:
     classifier = {**json.loads((base / "config.json").read_text())}
     classifier["architectures"] = ["BertForSequenceClassification"]
     (base / "config.json").write_text(json.dumps(classifier))
-    with pytest.raises(InputError, match="classifier"):
+    with pytest.raises(InputError, match="lacks classifier"):
+        open_engine(str(base), {}, embeds=True)
+    classifier["architectures"] = ["BertForTokenClassification"]
+    (base / "config.json").write_text(json.dumps(classifier))
+    with pytest.raises(InputError, match="is a classifier"):
         open_engine(str(base), {}, embeds=True)
     adapter = embed_adapter(encoder_base, tmp_path / "adapter", 1)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
-    with pytest.raises(InputError, match="SEQ_CLS"):
-        open_engine(str(encoder_base), {"a": adapter}, embeds=True)
+    for task in ("SEQ_CLS", "TOKEN_CLS"):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
+        with pytest.raises(InputError, match=task):
+            open_engine(str(encoder_base), {"a": adapter}, embeds=True)
 
 
 def test_a_body_without_a_head_and_its_adapters_are_served(base: Path, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ OF_PATH: dict[str, dict[str, tuple[Any, ...]]] = {
     "/v1/responses": {"input": ("hello",), "stream": (False,), "text": (None,)},
     "/tokenize": {"prompt": ("hello",), "messages": (None,), "tools": (None,)},
     "/detokenize": {"tokens": ([1, 2],)},
-    **{path: {"model": ("reward",)} for path in ("/v1/score", "/score", "/v1/rerank", "/rerank")},
+    **{path: {"model": ("reward",)} for path in ("/v1/score", "/score")},
+    **{path: {"model": ("reward",)} for path in ("/v1/rerank", "/rerank", "/v2/rerank")},
     **{path: {"model": ("mood",), "input": ("a",)} for path in ("/classify", "/v1/classify")},
 }
 """The same for the fields of one route."""
@@ -43,7 +44,9 @@ DEPENDENT = (
     *("stream_options", "top_logprobs", "best_of", "max_tokens", "logit_bias", "dimensions"),
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"),
     *("guided_choice", "tools", "tool_choice", "parallel_tool_calls", "add_special_tokens"),
-    *("text_1", "text_2", "previous_response_id", "temperature", "top_p"),
+    *("previous_response_id", "temperature", "top_p"),
+    *("data_1", "data_2", "queries", "items", "truncation_side", "max_tokens_per_doc"),
+    *("max_tokens_per_query",),
     *("min_tokens", "stop_token_ids", "allowed_token_ids", "prompt_logprobs"),
     *("truncate_prompt_tokens", "add_generation_prompt", "continue_final_message"),
 )
@@ -68,6 +71,7 @@ ROUTES = [
     ("POST", "/score", 5),
     ("POST", "/v1/rerank", 20),
     ("POST", "/rerank", 5),
+    ("POST", "/v2/rerank", 5),
     ("POST", "/classify", 20),
     ("POST", "/v1/classify", 5),
     ("POST", "/tokenize", 20),
@@ -133,6 +137,8 @@ def test_whatever_is_asked_gets_an_answer_of_the_described_form(
         if not wrong and isinstance(case.body, dict):
             if path == "/pooling":  # one of them
                 case.body = {"messages": None, "input": "hello", **case.body}
+            if path.endswith("/score"):
+                case.body = {**case.body, "text_1": "a", "text_2": ["b", "c"], "documents": None}
             if path == "/tokenize":
                 case.body = {"messages": None, "prompt": "hello", **case.body}
             values = KNOWN | OF_PATH.get(path, {})

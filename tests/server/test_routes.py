@@ -24,7 +24,7 @@ LEVELS = {
     "/v1/responses": Level.API_KEY,
     "/v1/embeddings": Level.API_KEY,
     "/pooling": Level.API_KEY,
-    **dict.fromkeys(("/v1/score", "/score", "/v1/rerank", "/rerank"), Level.API_KEY),
+    **dict.fromkeys(("/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank"), Level.API_KEY),
     **dict.fromkeys(("/tokenize", "/detokenize"), Level.API_KEY),
     **dict.fromkeys(("/classify", "/v1/classify"), Level.API_KEY),
     "/v1/models": Level.API_KEY,

@@ -9,12 +9,13 @@ from collections.abc import Collection
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
+from lorakit.engine.adapter_reader import Loaded
 from lorakit.engine.batch import Batch
 from lorakit.engine.fair_share import FairQueue
 from lorakit.engine.joined_adapters import JoinedAdapters
 from lorakit.engine.picture_features import PictureFeatures
-from lorakit.engine.pool import Loaded, Version
-from lorakit.engine.pooled import Embedder, scored
+from lorakit.engine.pool import Version
+from lorakit.engine.pooled import Pooler, scored
 from lorakit.engine.prefix_cache import PrefixCache
 from lorakit.engine.preparing import Asked, Preparing
 from lorakit.engine.requests import AnswerPiece, Ticket
@@ -25,6 +26,8 @@ from lorakit.engine.sampling import Ending
 from lorakit.engine.speculation import Drafts
 from lorakit.errors import LorakitError
 from lorakit.lora.routing import BASE
+from lorakit.models.classifier_form import SequenceHead
+from lorakit.models.loaded import writes_text
 from lorakit.models.sentence_pooling import Pooling
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Answering:
         max_rows: how many are written at once; None is as many as the memory holds.
         room: the most tokens of a prompt with its answer.
         pooling: how embeddings are made.
+        head: the base's own, of a classifier.
         features, prefixes, drafts: as of `Carried.batch`.
         changed: held where the queue is pushed to, and notified when pictures are prepared.
 
@@ -56,6 +60,7 @@ class Answering:
         max_rows: int | None,
         room: int,
         pooling: Pooling,
+        head: SequenceHead | None,
         features: PictureFeatures | None,
         prefixes: PrefixCache | None,
         drafts: Drafts | None,
@@ -74,9 +79,9 @@ class Answering:
         }
         self.batch = self._new_batch()
         self._joined = JoinedAdapters(self._bank, min(self.max_rows, FEW_ROWS))
-        self.embedder = Embedder(
-            self._base, self._bank.routing, pooling, resident.pad_token_id, self.bring
-        )
+        typed = not writes_text(self._base) and "token_type_ids" in tokenizer.model_input_names
+        pad, routing = resident.pad_token_id, self._bank.routing
+        self.pooler = Pooler(self._base, routing, pooling, head, pad, typed, self.bring)
         self.queue: FairQueue[Asked] = FairQueue()
         self._preparing = Preparing(features, lambda asked: self.queue.push_first(asked), changed)
 
@@ -134,7 +139,7 @@ class Answering:
 
     def _admit(self) -> None:
         """Lets waiting requests join, in their order, and scores those of reward models."""
-        embedded: list[Asked] = []
+        pooled: list[Asked] = []
         self._joined.begin_step()
         for _ in range(self.max_rows):
             if not (self.queue and self._has_room()):
@@ -143,8 +148,8 @@ class Answering:
                 ticket, version, loaded = asked = self.queue.pop()
             if self._preparing.takes(asked, BASE if version is None else version.key):
                 continue
-            if ticket.sampling.embeds:
-                embedded.append(asked)
+            if self.pooler.takes(ticket, loaded):
+                pooled.append(asked)
                 continue
             try:
                 if self.batch.rows and not self._brings_on(version, loaded):
@@ -159,7 +164,7 @@ class Answering:
                     self.batch.add(self.row(ticket, version))
             except BaseException as error:
                 ticket.put(AnswerPiece(finish_reason="error", error=reason(error)))
-        self.embedder.answer(embedded)
+        self.pooler.answer(pooled)
 
     def _has_room(self) -> bool:
         """Whether another request may join, beside those whose pictures are being decoded."""

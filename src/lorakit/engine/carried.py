@@ -53,6 +53,18 @@ class Carried:
     padded: bool = True
     step: DecodeStep | None = None
 
+    def notices(self, name: str) -> list[str]:
+        """What a user should know of how the model `name` writes."""
+        found = []
+        if self.why_not:
+            found.append(
+                f"{name} is computed by transformers' generate ({self.why_not}): answers that "
+                "begin together are written together, later ones wait for them"
+            )
+        if self.step is not None and (why := self.step.why_not_native):
+            found.append(f"tokens are computed by PyTorch, at about half the speed: {why}")
+        return found
+
     def batch(
         self,
         model: PreTrainedModel,

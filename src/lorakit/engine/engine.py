@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorakit.engine.adapter_optimizer import AdamW
+from lorakit.engine.adapter_reader import Loaded
 from lorakit.engine.answering import Answering
 from lorakit.engine.grammars import Grammars
+from lorakit.engine.outputs import EMBEDDING, Outputs, of_base
 from lorakit.engine.picture_features import FEATURE_BYTES, picture_features
 from lorakit.engine.policy_losses import policy_loss, require_inputs
-from lorakit.engine.pool import AdapterPool, Loaded, Version
+from lorakit.engine.pool import AdapterPool, Version
 from lorakit.engine.prefix_cache import PREFIX_BYTES, PrefixCache
 from lorakit.engine.prompt_scores import PromptScores, Scored, Scorer
 from lorakit.engine.requests import Ticket, check_prompt, context_length_of
@@ -37,6 +39,7 @@ from lorakit.errors import InputError, LorakitError, listed
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.routing import BASE
 from lorakit.lora.vocabulary import vocabulary_size
+from lorakit.models.classifier_form import ClassifierForm
 from lorakit.models.fingerprint import fingerprint
 from lorakit.models.load import load_model
 from lorakit.models.loaded import take_into_memory, writes_text
@@ -63,7 +66,7 @@ class Engine:
 
     Args:
         model: a causal language model, which is the engine's from here on; or its name or folder.
-            An encoder is served too: it gives embeddings alone.
+            An encoder, or another body without a head, gives embeddings, scores and labels.
         tokenizer: of a model that is given itself.
         model_name: how users call it.
         dtype: in which a named model is loaded; None for the fastest.
@@ -76,6 +79,7 @@ class Engine:
         prefix_bytes: how much memory beginnings of prompts may take that are kept; 0 keeps none.
         pooling: how its embeddings are made; None is the last token of a causal model, of length 1,
             and the mean of an encoder's.
+        form: the model's form for sequence classification, where adapters may be for that.
         speculation: has answers drafted from their prompts; None writes a token a step.
 
     Attributes:
@@ -85,7 +89,7 @@ class Engine:
         prefixes: beginnings of prompts that are kept, if any are.
         drafts: of answers, if there are any.
         notices: what a user should know about how this model is computed.
-        writes: whether the model writes text; else it gives embeddings alone.
+        writes, base_outputs: whether the model writes text, and what it gives without an adapter.
         vocabulary, width: its tokens, and the numbers of an embedding.
         grammars: the forms of answers that requests ask for.
         scorer: what scores prompts, on the thread that computes.
@@ -107,6 +111,7 @@ class Engine:
         feature_bytes: int = FEATURE_BYTES,
         prefix_bytes: int = PREFIX_BYTES,
         pooling: Pooling | None = None,
+        form: ClassifierForm | None = None,
         speculation: NgramSpeculation | None = None,
     ) -> None:
         if max_rows is not None and max_rows < 1:
@@ -121,27 +126,22 @@ class Engine:
         self.model_name, self.tokenizer = model_name, tokenizer
         self.notices: list[str] = []
         self.writes = writes_text(model)
+        self.base_outputs, head = of_base(model, form)
         self.pooling = pooling or (LAST_TOKEN if self.writes else MEAN)
-        if self.pooling.notice:
+        if self.pooling.notice and self.base_outputs == EMBEDDING:
             self.notices.append(f"{model_name}: {self.pooling.notice}")
         longest = None if self.writes else self.pooling.longest
         self.context_length = context_length_of(model, context_length, longest)
         take_into_memory(model)  # files may change while it is served
         self._model = model.eval()
         self._ending = ending(model, tokenizer)
-        self.pool = AdapterPool(model, tokenizer, model_name, fingerprint(model), pool_bytes)
+        self.pool = AdapterPool(model, tokenizer, model_name, fingerprint(model), pool_bytes, form)
         pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.resident = ResidentModel(model, pad, stays_wrapped=True)
         self.resident.pack()
         self._bank = self.resident.model
         carried = self.resident.carried
-        if carried.why_not and self.writes:
-            self.notices.append(
-                f"{model_name} is computed by transformers' generate ({carried.why_not}): answers "
-                "that begin together are written together, later ones wait for them"
-            )
-        if carried.step is not None and (why := carried.step.why_not_native):
-            self.notices.append(f"tokens are computed by PyTorch, at about half the speed: {why}")
+        self.notices += carried.notices(model_name) if self.writes else []
         self.vocabulary = vocabulary_size(model)
         self.width = self.pooling.width(int(model.config.get_text_config().hidden_size))
         self.grammars = Grammars(self.tokenizer, self._ending, self.pool, self.vocabulary)
@@ -155,6 +155,7 @@ class Engine:
             max_rows=max_rows,
             room=self.longest_prompt + 1,
             pooling=self.pooling,
+            head=head,
             features=picture_features(model, self._bank.routing, feature_bytes),
             prefixes=self.prefixes,
             drafts=self.drafts,
@@ -179,6 +180,7 @@ class Engine:
         sampling: Sampling | None = None,
         pictures: RowPictures | None = None,
         owner: str = "",
+        types: Sequence[int] = (),
     ) -> Ticket:
         """Hands in a request, from any thread. An adapter that is not in memory is read here.
 
@@ -186,7 +188,7 @@ class Engine:
             prompt: the tokens to be answered.
             adapter: a name in the pool; None is the base. A reward model's only piece is a score.
             sampling: None is greedy. `max_new_tokens` is cut to what the context has room for.
-            pictures: those in the prompt.
+            pictures, types: those in the prompt; which text of a pair each token is of.
             owner: whose it is: where several wait, the one with the fewest tokens so far is next.
 
         Raises:
@@ -198,11 +200,11 @@ class Engine:
         check_prompt(prompt, self._answers.room, self.vocabulary)
         room = self._answers.room - len(prompt)
         version, loaded = self.found(adapter)
-        if not (sampling.embeds or self.writes_with(version)):
+        if not sampling.embeds and self.outputs(adapter).kind == "embedding":
             raise InputError(f"{adapter or self.model_name} gives embeddings and writes no text")
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         form = self.grammars.form(sampling.grammar, adapter)
-        ticket = Ticket(tuple(prompt), adapter, sampling, pictures, form=form)
+        ticket = Ticket(tuple(prompt), adapter, sampling, pictures, types=tuple(types), form=form)
         with self._changed:
             if self._closing:
                 raise LorakitError("the engine is closed and takes no more requests")
@@ -251,8 +253,8 @@ class Engine:
         """
         check_prompt(prompt, self.context_length, self.vocabulary)
         version, loaded = self.found(adapter)
-        if not self.writes_with(version):
-            raise InputError(f"{adapter or self.model_name} gives embeddings and no probabilities")
+        if not self.writes or self.outputs(adapter).kind == "embedding":
+            raise InputError(f"{adapter or self.model_name} gives no probabilities of tokens")
         key = BASE if version is None else version.key
         scored = Scored(key, prompt, top, goes_on=answer is not None, ranked=ranked)
         return self.training.together(
@@ -280,16 +282,12 @@ class Engine:
         """The most tokens of a prompt: where text is written, one of an answer must fit too."""
         return self.context_length - self.writes
 
-    def writes_with(self, version: Version | None) -> bool:
-        """Whether an adapter, or the base, writes text; a reward model's answer is a score."""
-        return self.writes and not (version is not None and version.info.embeds)
+    def outputs(self, adapter: str | None) -> Outputs:
+        """What the adapter gives, or the base (None); InputError if there is no such adapter."""
+        return self.base_outputs if adapter is None else self.pool.version(adapter).info.outputs
 
     def tokenizer_of(self, adapter: str | None) -> PreTrainedTokenizerBase:
-        """The tokenizer with the chat template that the adapter was trained with.
-
-        Raises:
-            InputError: there is no such adapter.
-        """
+        """The tokenizer with the adapter's chat template; InputError if there is no such one."""
         return self.tokenizer if adapter is None else self.pool.version(adapter).tokenizer
 
     def waiting(self) -> int:

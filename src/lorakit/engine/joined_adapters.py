@@ -15,7 +15,7 @@ from lorakit.lora.joining import packed_paths
 from lorakit.lora.routing import Route
 
 if TYPE_CHECKING:
-    from lorakit.engine.pool import Loaded
+    from lorakit.engine.adapter_reader import Loaded
     from lorakit.lora.model import LoraModel
 
 PARTS = 16

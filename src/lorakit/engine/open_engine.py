@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter_files import read_files
 from lorakit.adapters.open import chosen_quantization, open_adapter
+from lorakit.engine.adapter_reader import AloneError, require_text, why_not_beside
 from lorakit.engine.engine import POOL_BYTES, Engine
-from lorakit.engine.pool import AloneError, require_text, why_not_beside
 from lorakit.engine.prefix_cache import PREFIX_BYTES
 from lorakit.engine.speculation import NgramSpeculation
 from lorakit.errors import InputError, listed
 from lorakit.lora.checkpoint import read_config
-from lorakit.models.load import gives_embeddings, load_embedder, load_model
+from lorakit.models.classifier_form import ClassifierForm
+from lorakit.models.load import (
+    gives_embeddings,
+    is_classifier,
+    load_classifier,
+    load_embedder,
+    load_model,
+)
 from lorakit.models.names import resolve
 from lorakit.models.rounding import stored_as
-from lorakit.models.sentence_pooling import read_pooling
+from lorakit.models.sentence_pooling import MEAN, read_pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNLIMITED = 1e9
+"""transformers has larger numbers for tokenizers that do not say how long a text may be."""
 
 
 def open_engine(
@@ -42,7 +56,7 @@ def open_engine(
         quantization: of the base, as in `open_adapter`.
         merged: fold the one adapter into the base, for full speed; its name is the model's then.
         weights: `int8` rounds the base's to 8 bits, which a CPU reads in half of the time.
-        embeds: whether a model will do that gives embeddings alone.
+        embeds: whether a model will do that writes nothing, and gives numbers alone.
         speculation: as of `Engine`.
 
     Raises:
@@ -63,9 +77,16 @@ def open_engine(
         return _merged(name, folder, loading, weights, options)
     base = model or _base_of(adapters)
     stored = chosen_quantization(adapters.values(), quantization)
-    load = load_embedder if embeds and gives_embeddings(base) else load_model
+    classifies = embeds and is_classifier(base)
+    gives_numbers = classifies or (embeds and gives_embeddings(base))
+    load = load_classifier if classifies else load_embedder if gives_numbers else load_model
     loaded, tokenizer = load(base, dtype, quantization=stored)
-    options["pooling"] = read_pooling(resolve(base).path)
+    path = resolve(base).path
+    if gives_numbers:
+        options["form"] = ClassifierForm(path, int(tokenizer.pad_token_id), classifies)
+    options["pooling"] = replace(MEAN, longest=_most(tokenizer))
+    if not classifies:
+        options["pooling"] = read_pooling(path)
     engine = Engine(stored_as(loaded, weights), tokenizer, base, **options)
     if stored and quantization is None:
         engine.notices.append(
@@ -164,6 +185,12 @@ def _merged(
         f"{name} is merged into the model, which serves nothing else: start without --merged"
     )
     return engine
+
+
+def _most(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens that a classifier's tokenizer was made for, if it says so."""
+    own = tokenizer.model_max_length
+    return int(own) if 2 < own < _UNLIMITED else None
 
 
 def _base_of(adapters: Mapping[str, Path]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -18,43 +18,22 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from lorakit.adapters.adapter_tokenizer import own_tokenizer, require_same_pipeline
 from lorakit.adapters.chat_template import use_template
-from lorakit.adapters.derived import origin, other_weights
 from lorakit.adapters.joined import NotJoinableError, joined_copy
 from lorakit.adapters.private_copy import PrivateCopy
 from lorakit.data.bounded_templates import TemplateTimeoutError
+from lorakit.engine.adapter_reader import AdapterReader, AloneError, Loaded, structure_of
+from lorakit.engine.outputs import TEXT, Outputs
 from lorakit.engine.sampling import Ending, ending
-from lorakit.engine.scoring import label_names, without_head
 from lorakit.errors import InputError, LorakitError, did_you_mean, first_line, listed
-from lorakit.lora.checkpoint import (
-    initial_factors,
-    load_initial,
-    load_tensors,
-    read_adapter,
-    read_initial,
-    same_values,
-)
-from lorakit.lora.config import LoraConfig
-from lorakit.lora.fitting import fitted
-from lorakit.lora.joining import AdapterPart, parts_of
-from lorakit.lora.layers import LoraLayer, LoraLinear, LoraQuantizedLinear
-from lorakit.lora.model import LoraModel
-from lorakit.lora.parameters import set_trainable
-from lorakit.lora.vocabulary import embeddings, rows_in_adapter, split_frozen, vocabulary_size
-from lorakit.lora.wrapping import wrapped_modules
-from lorakit.models.loaded import writes_text
+from lorakit.lora.vocabulary import vocabulary_size
+from lorakit.models.classifier_form import ClassifierForm
 from lorakit.models.picture_reader import pass_reader
 from lorakit.openmp import released_afterwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_TRIAL = "trial"
-_EMBEDS = "FEATURE_EXTRACTION"
 
 _LEAST_LIMIT = 1 << 30
 """Bytes that a file of weights may have, however small the base is."""
@@ -70,9 +49,7 @@ class AdapterInfo:
         version: how often the name has been registered.
         loaded: whether it is in memory now.
         notice: what its user should know; mostly empty.
-        scores: it is a reward model, which scores sequences and writes none.
-        labels: of a classifier, which writes none either; empty for others.
-        embeds: it is for FEATURE_EXTRACTION, and gives embeddings alone.
+        outputs: what it gives: text, or numbers.
         owner: whose it is alone; empty where it is everyone's.
     """
 
@@ -84,30 +61,8 @@ class AdapterInfo:
     version: int = 1
     loaded: bool = True
     notice: str = ""
-    scores: bool = False
-    labels: tuple[str, ...] = ()
-    embeds: bool = False
+    outputs: Outputs = TEXT
     owner: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """An adapter in memory.
-
-    Attributes:
-        config: for the base at hand.
-        parts: all that it has beside the base's modules, as the engine's bank takes it over.
-        rank: the largest of its modules'; where the adapter started from other factors than zero,
-            these are part of it (twice the rank).
-        size: of its values, in bytes.
-        head: of a reward model (1, d), or of a classifier (labels, d).
-    """
-
-    config: LoraConfig
-    parts: list[AdapterPart] = field(repr=False)
-    rank: int
-    size: int
-    head: torch.Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +85,7 @@ class AdapterPool:
         base_model: its name.
         fingerprint: of its weights, to notice an adapter of others; None where it is not known.
         limit: how many bytes of adapters may stay in memory.
+        form: the base in its form for sequence classification, where adapters may be for that.
     """
 
     def __init__(
@@ -139,10 +95,12 @@ class AdapterPool:
         base_model: str,
         fingerprint: str | None,
         limit: int,
+        form: ClassifierForm | None = None,
     ) -> None:
         self._model: Any = structure_of(model)  # as others wrap modules of the model itself
+        self._reader = AdapterReader(self._model, base_model, fingerprint, form)
         self._tokenizer, self._base_model = tokenizer, base_model
-        self._fingerprint, self._limit = fingerprint, limit
+        self._limit = limit
         self._versions: dict[str, Version] = {}
         self._registered: dict[str, int] = {}
         self._keys = count()
@@ -170,13 +128,11 @@ class AdapterPool:
             raise InputError(f"an adapter cannot be named {name!r}: that is the base's own name")
         path = Path(folder)
         with self._copy(path, root) as copied:
-            loaded = self._load(copied.folder)
+            loaded = self._reader.read(copied.folder)
             tokenizer, other_template = self._tokenizer_of(copied.folder)
-            notices = [self._other_weights(copied.folder, loaded.config), other_template]
+            notices = [self._reader.notice(copied.folder, loaded), other_template]
             notice = copied.said("; ".join(filter(None, notices)))
             own = ending(self._model, tokenizer)
-            outputs = 0 if loaded.head is None else len(loaded.head)
-            record = origin(copied.folder, loaded.config).labels if outputs > 1 else None
         info = AdapterInfo(
             name,
             path if root is None else root.absolute() / path,
@@ -184,9 +140,7 @@ class AdapterPool:
             rank=loaded.rank,
             size=loaded.size,
             notice=notice,
-            scores=outputs == 1,
-            labels=label_names(record, outputs) if outputs > 1 else (),
-            embeds=loaded.config.task_type == _EMBEDS,
+            outputs=loaded.outputs,
             owner=owner,
         )
         with self._lock:
@@ -262,7 +216,7 @@ class AdapterPool:
             with self._copy(info.folder, version.root) as copied:
                 if copied.digest != version.digest:
                     raise changed
-                loaded = self._load(copied.folder)
+                loaded = self._reader.read(copied.folder)
         except InputError as error:
             raise changed from error
         with self._lock:
@@ -316,120 +270,3 @@ class AdapterPool:
         tokenizer: PreTrainedTokenizerBase = own or copy.copy(self._tokenizer)
         present: Any = self._tokenizer.chat_template
         return tokenizer, use_template(tokenizer, folder, self._base_model, present)
-
-    def _load(self, folder: Path) -> Loaded:
-        """The adapter in `folder`, in memory of its own: tried on a model of the base's structure.
-
-        Raises:
-            InputError: it does not fit the base, or cannot stand beside others.
-        """
-        config, tensors, head = without_head(*read_adapter(folder))
-        if config.task_type != _EMBEDS:
-            require_text(folder, config, writes=writes_text(self._model))
-        if reason := why_not_beside(config):
-            raise AloneError(folder, reason)
-        base = structure_of(self._model)
-        try:
-            config, found, initial = fitted(base, config, tensors, read_initial(folder), folder)
-            self._require_vocabulary(folder, config, found)
-            dora = config.use_dora
-            trial = LoraModel(base, config, _TRIAL, autocast_adapter_dtype=dora, initialize=False)
-            own = trial.adapter_tensors(_TRIAL)
-            found, frozen = split_frozen(base, found, own)
-            for (path, name), copied in frozen.items():
-                if not same_values(copied, getattr(self._model.get_submodule(path), name)):
-                    raise AloneError(folder, f"brings weights of the base's own ({path})")
-            load_tensors(own, found, folder)
-            load_initial(base, _TRIAL, initial, config, folder)
-        except AloneError:
-            raise
-        except InputError as error:
-            why = str(error).removeprefix(f"{folder} ")
-            why = why if why == str(error) else f"it {why}"
-            raise InputError(f"{folder} does not fit {self._base_model}: {why}") from error
-        set_trainable(own.values(), False)
-        values = own | initial_factors(trial.get_base_model(), _TRIAL)
-        for key, tensor in values.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise InputError(f"{folder}: {key} holds values that {tensor.dtype} cannot hold")
-        layers = [layer for _, layer in wrapped_modules(base) if isinstance(layer, LoraLayer)]
-        for layer in layers:
-            if type(layer) in (LoraLinear, LoraQuantizedLinear) and layer.r:
-                layer.fold_scaling(_TRIAL)  # once, and not whenever it joins the model
-        rank = max((len(layer.factors(_TRIAL)[0]) for layer in layers if layer.r), default=0)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in values.values())
-        return Loaded(config, parts_of(base, _TRIAL), rank, size, head)
-
-    def _require_vocabulary(
-        self, folder: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Raises AloneError for an adapter that has another number of tokens than the base."""
-        for path, module in embeddings(self._model).items():
-            own: Any = module.weight
-            rows = rows_in_adapter(config, tensors, path, len(own))
-            if rows is not None and rows != len(own):
-                raise AloneError(folder, f"is for {rows} tokens (the base has {len(own)})")
-
-    def _other_weights(self, folder: Path, config: LoraConfig) -> str:
-        expected = origin(folder, config).base_fingerprint
-        if None in (expected, self._fingerprint) or expected == self._fingerprint:
-            return ""
-        return other_weights(folder, self._base_model)
-
-
-class AloneError(InputError):
-    """An adapter that changes the base itself, so that it cannot stand beside others."""
-
-    def __init__(self, folder: Path, reason: str) -> None:
-        super().__init__(
-            f"{folder} {reason}, which cannot be served beside other adapters: merge it with "
-            "lorakit merge and serve the result, or serve it alone with --merged"
-        )
-        self.folder, self.reason = folder, reason
-
-
-def structure_of(model: nn.Module, _known: dict[int, Any] | None = None) -> Any:
-    """The modules of `model` once more, around the same parameters and buffers.
-
-    Wrapping them, or giving them other parameters, leaves the model as it is.
-    """
-    known = {} if _known is None else _known
-    if id(model) not in known:
-        known[id(model)] = twin = copy.copy(model)
-        twin._parameters, twin._buffers = dict(model._parameters), dict(model._buffers)
-        twin._modules = {
-            name: None if child is None else structure_of(child, known)
-            for name, child in model._modules.items()
-        }
-    return known[id(model)]
-
-
-def require_text(folder: Path, config: LoraConfig, *, writes: bool = True) -> None:
-    """Raises InputError for an adapter of a model that does not write text.
-
-    Args:
-        writes: whether the base does; else the adapter must not be for one that does either.
-    """
-    if not writes and config.task_type is not None:
-        raise InputError(
-            f"{folder} is for {config.task_type}, and the base gives embeddings alone, with "
-            f"adapters for {_EMBEDS}: use it by lorakit eval or PEFT"
-        )
-    if config.task_type == _EMBEDS:
-        raise InputError(f"{folder} gives embeddings and writes no text: ask it by lorakit serve")
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise InputError(
-            f"{folder} is for {config.task_type} and cannot answer with text: score it with "
-            "lorakit eval"
-        )
-
-
-def why_not_beside(config: LoraConfig) -> str:
-    """Why the adapter cannot stand beside others, as it changes the base; empty where it can."""
-    if config.init.kind.changes_base:
-        return "is for the base as LoftQ quantised it"
-    if config.bias != "none":
-        return "trains the base's biases"
-    if config.layer_replication:
-        return "repeats layers of the base (layer_replication)"
-    return ""

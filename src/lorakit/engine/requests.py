@@ -74,6 +74,8 @@ class Ticket:
 
     Attributes:
         prepared: its pictures as the model is given them, until their features are computed.
+        types: of the prompt's tokens (`token_type_ids`), where the tokenizer tells a pair's texts
+            apart; else empty.
         form: the form of its answer, at its beginning; None for any text.
         cached_tokens: of the prompt, that were computed for another request; known with the first
             piece.
@@ -85,6 +87,7 @@ class Ticket:
     sampling: Sampling
     pictures: RowPictures | None = None
     prepared: tuple[Prepared, ...] | None = None
+    types: tuple[int, ...] = ()
     form: GrammarState | None = None
     cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)

@@ -121,6 +121,43 @@ def load_embedder(
     return loaded.model, loaded.tokenizer
 
 
+def is_classifier(name: str) -> bool:
+    """Whether the files of `name` are those of a model for sequence classification.
+
+    Raises:
+        InputError: the name leads nowhere, or what lies there is one with a decoder.
+    """
+    source = resolve(str(name))
+    if source.layout.packing:
+        return False
+    config = source.layout.config()
+    kind = next(iter(config.architectures or ()), "")
+    found = kind.endswith("ForSequenceClassification")
+    if found and config.is_encoder_decoder:
+        raise InputError(
+            f"model: {name} is a classifier with a decoder ({kind}), which is not served: use "
+            "transformers"
+        )
+    return found
+
+
+def load_classifier(
+    name: str,
+    dtype: str | torch.dtype | None = None,
+    *,
+    quantization: str | Mapping[str, Any] | Quantization | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The body of the classifier `name`, without its head (`ClassifierForm`), and its tokenizer.
+
+    Raises:
+        InputError: as in `load_model`.
+    """
+    loaded = load_for_task("SEQ_CLS", name, dtype, quantization=quantization)
+    body: Any = loaded.model.base_model
+    body.config._name_or_path = str(name)
+    return body, loaded.tokenizer
+
+
 def load_for_task(
     task_type: str,
     name: str,
@@ -233,7 +270,7 @@ def _load_causal(layout: Layout, name: str, dtype: torch.dtype, options: Mapping
         raise InputError(
             f"model: {name} is an encoder ({config.model_type}), which writes no text: give a "
             "causal language model, or train it with lora.task_type SEQ_CLS or TOKEN_CLS and use "
-            "it by lorakit eval or PEFT (lorakit serve gives its embeddings)"
+            "it by lorakit eval or PEFT (lorakit serve gives its embeddings, and labels and scores)"
         )
     form = FORMS["CAUSAL_LM"] if config is None else causal_form(config)
     model, info = from_files(layout, form, dtype=dtype, **options)

@@ -137,7 +137,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
         dependencies=needs(Level.API_KEY),
     )
     async def pooling(request: Request, asked: PoolingRequest) -> Response:
-        """What a reward model gives to texts or to a conversation."""
+        """What a model without text of its own gives to texts or to a conversation."""
         return await pool(request, asked, desk, prompts)
 
     @app.post(
@@ -171,10 +171,10 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
             dependencies=needs(Level.API_KEY),
         )
         async def scores(request: Request, asked: ScoreRequest) -> Response:
-            """What a reward model gives to answers."""
+            """How well texts go with others."""
             return await score(request, asked, desk, prompts)
 
-    for path in ("/v1/rerank", "/rerank"):
+    for path in ("/v1/rerank", "/rerank", "/v2/rerank"):
 
         @app.post(
             path,
@@ -183,7 +183,7 @@ def create_app(engine: Engine, options: ServerOptions) -> tuple[FastAPI, Desk]:
             dependencies=needs(Level.API_KEY),
         )
         async def reranked(request: Request, asked: RerankRequest) -> Response:
-            """Documents, sorted by what a reward model gives to them."""
+            """Documents, sorted by how well they go with a query."""
             return await rerank(request, asked, desk, prompts)
 
     @app.post(

@@ -236,6 +236,7 @@ class Desk:
         deadline: float,
         pictures: RowPictures | None = None,
         owner: str = "",
+        types: Sequence[Sequence[int]] = (),
     ) -> OpenAnswers:
         """Hands `asked.choices` requests a prompt to the engine.
 
@@ -243,6 +244,7 @@ class Desk:
             deadline: of `deadline()`, when the request came.
             pictures: those in the prompt, which is the only one then.
             owner: whose it is.
+            types: of each prompt's tokens, where a pair's texts are told apart.
 
         Raises:
             ApiError: 400 when a prompt does not fit the context or the model does not do what is
@@ -260,11 +262,12 @@ class Desk:
         def submit() -> list[Ticket]:
             tickets: list[Ticket] = []
             try:
-                for prompt, limit in zip(prompts, limits, strict=True):
+                for at, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+                    own = types[at] if types else ()
                     for choice in range(asked.choices):
                         sampling = asked.sampling(limit, choice)
                         submit = self.engine.submit
-                        tickets.append(submit(prompt, adapter, sampling, pictures, owner))
+                        tickets.append(submit(prompt, adapter, sampling, pictures, owner, own))
             except BaseException:
                 for ticket in tickets:
                     ticket.cancel()
@@ -305,29 +308,29 @@ class Desk:
             answers.cut(self._stopped)
 
     def require_kind(self, adapter: str | None, asked: SamplingFields | Pooled) -> None:
-        """Refuses answers of a reward model or classifier, scores and labels of another."""
+        """Refuses what a model does not give with this adapter, and says what it gives."""
         wants = asked.wants if isinstance(asked, Pooled) else "text"
-        info = None if adapter is None else self.engine.pool.version(adapter).info
-        if self.embeds_only(adapter):
-            does = "embedding"
-            where = f"gives embeddings and no {wants}: ask it at /v1/embeddings, /v1/score or "
-            where += "/v1/rerank"
-        elif info is not None and info.scores:
-            does, where = "scores", "is a reward model: ask it at /pooling, /v1/score or /v1/rerank"
-        elif info is not None and info.labels:
-            does, where = (
-                "labels",
-                "is a classifier: ask it at /classify",
-            )
-        else:
-            does, where = "text", f"writes text and gives no {wants}"
-        if wants not in (does, "embedding"):
-            raise bad_field(f"{asked.model} {where}", "model")
+        gives = self.engine.outputs(adapter)
+        # Whoever has hidden states gives embeddings; a classifier's own are made for its head.
+        embeds = self.engine.base_outputs.kind in ("text", "embedding")
+        if wants == gives.kind or (wants == "embedding" and embeds):
+            return
+        if wants == "labels" and gives.labels:  # one label is one too
+            return
+        says = {
+            "embedding": f"gives embeddings and no {wants}: ask it at /v1/embeddings, /v1/score or "
+            "/v1/rerank",
+            "scores": "is a reward model: ask it at /pooling, /v1/score or /v1/rerank",
+            "labels": "is a classifier: ask it at /classify",
+            "text": f"writes text and gives no {wants}",
+        }[gives.kind]
+        if gives.kind == "scores" and gives.pairs:
+            says = "is a cross-encoder: ask it at /v1/score, /v1/rerank or /classify"
+        raise bad_field(f"{asked.model} {says}", "model")
 
     def embeds_only(self, adapter: str | None) -> bool:
         """Whether an adapter, or the base, gives embeddings and nothing else."""
-        version = None if adapter is None else self.engine.pool.version(adapter)
-        return not self.engine.writes_with(version)
+        return self.engine.outputs(adapter).kind == "embedding"
 
     def _check_tokens(self, asked: SamplingFields) -> None:
         """Refuses tokens that the model does not have."""

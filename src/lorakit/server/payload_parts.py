@@ -38,8 +38,13 @@ NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
 _ELSEWHERE = {
     "enable_thinking": ": give it in chat_template_kwargs",
     "extra_body": ": its fields stand beside the others in the JSON",
+    "raw_scores": ": give use_activation: false",
+    "texts": ": give documents",
+    "return_text": ": give return_documents",
+    "truncate": ": give truncate_prompt_tokens, -1 for as many as the model reads",
+    "truncation_direction": ": give truncation_side",
 }
-"""Fields that clients put into the wrong place."""
+"""Fields that clients put into the wrong place, or call as another server does."""
 
 
 class Payload(BaseModel):

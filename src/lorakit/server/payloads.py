@@ -24,7 +24,13 @@ from lorakit.server.payload_parts import (
     Text,
     TokenIds,
 )
-from lorakit.server.sampling_fields import Ignored, SamplingFields, Truncated
+from lorakit.server.sampling_fields import (
+    CacheSalt,
+    Cutting,
+    Ignored,
+    SamplingFields,
+    Truncated,
+)
 
 
 class CompletionRequest(SamplingFields):
@@ -195,6 +201,7 @@ class Pooled(Ignored):
     wants: ClassVar[str] = "scores"
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
+    cache_salt: CacheSalt | None = Field(None, description="Nothing is kept of these prompts.")
 
     def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
         """Nothing is written."""
@@ -205,6 +212,16 @@ class Embedded(Pooled):
     """What asks for embeddings."""
 
     wants: ClassVar[str] = "embedding"
+
+
+class Classified(Pooled, Cutting):
+    """What asks for what a classifier's head gives."""
+
+    use_activation: bool | None = Field(
+        None,
+        description="Whether logits become probabilities or what else the model has for them; "
+        "false gives the logits. True by default.",
+    )
 
 
 class PooledTexts(Pooled, Truncated):
@@ -252,6 +269,10 @@ class PoolingRequest(Pooled):
         """What is scored, one by one: texts, tokens, the messages of a conversation."""
         if self.messages is not None:
             return [[message.for_template() for message in self.messages]]
+        return [*self.texts()]
+
+    def texts(self) -> list[str | list[int]]:
+        """The texts and tokens, of a request without a conversation."""
         given: Any = self.input
         return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
 

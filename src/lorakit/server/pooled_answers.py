@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request
 
+from lorakit.engine.pair_tokens import Encoded
 from lorakit.server.event_streams import while_wanted
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Answer, Desk
@@ -26,7 +27,7 @@ async def pooled(
     request: Request,
     asked: Pooled,
     adapter: str | None,
-    reading: Coroutine[Any, Any, list[list[int]]],
+    reading: Coroutine[Any, Any, Sequence[list[int] | Encoded]],
     desk: Desk,
     deadline: float,
 ) -> tuple[list[Answer], Usage]:
@@ -39,17 +40,20 @@ async def pooled(
     Raises:
         ApiError, InputError: there is none.
     """
-    tokens = await while_wanted(request, reading, deadline, desk.late())
+    read = await while_wanted(request, reading, deadline, desk.late())
+    texts = [one if isinstance(one, Encoded) else Encoded(one) for one in read]
     owner, size = caller_of(request).owner, at_once(desk)
     made: list[Answer] = []
-    for first in range(0, len(tokens), size):
-        part = tokens[first : first + size]
-        answers = await desk.hand_in(part, adapter, asked, deadline, owner=owner)
+    for first in range(0, len(texts), size):
+        part = texts[first : first + size]
+        types = [one.types for one in part]
+        tokens = [one.tokens for one in part]
+        answers = await desk.hand_in(tokens, adapter, asked, deadline, owner=owner, types=types)
         try:
             made += await while_wanted(request, answers.whole())
         finally:
             answers.close()
-    total = sum(map(len, tokens))
+    total = sum(len(one.tokens) for one in texts)
     usage: Usage = {
         "prompt_tokens": total,
         "completion_tokens": 0,

@@ -1,19 +1,22 @@
-"""`POST /pooling`, as vLLM has it: a reward model's scores, or an embedding model's vectors."""
+"""`POST /pooling`, as vLLM has it: a score of a text or conversation, or a text's embedding."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from lorakit.engine.outputs import Outputs
+from lorakit.engine.pair_tokens import Encoded
 from lorakit.server.bodies import client_of
 from lorakit.server.errors import bad_field
 from lorakit.server.keys import caller_of
-from lorakit.server.open_answers import Desk
-from lorakit.server.payloads import Embedded, Pooled, PoolingRequest
+from lorakit.server.open_answers import Answer, Desk
+from lorakit.server.payloads import Classified, Embedded, Pooled, PoolingRequest
 from lorakit.server.pooled_answers import at_once, pooled
 from lorakit.server.prompt_tokens import Prompts
 
@@ -27,17 +30,24 @@ async def pool(request: Request, asked: PoolingRequest, desk: Desk, prompts: Pro
     adapter = await desk.adapter(asked.model, caller_of(request))
     deadline, texts = desk.deadline(), asked.inputs()
     desk.require_room(min(len(texts), at_once(desk)))
-    if desk.embeds_only(adapter):
-        if asked.messages is not None:
-            raise bad_field(f"messages: {asked.model} embeds texts: give input", "messages")
-        how: Pooled = Embedded.model_construct(model=asked.model)
-        given: list[Any] = texts
-        work = prompts.of_texts(adapter, given, client_of(request), "input")
+    gives, client = desk.engine.outputs(adapter), client_of(request)
+    if (gives.kind == "embedding" or gives.pairs) and asked.messages is not None:
+        raise bad_field(f"messages: {asked.model} reads texts: give input", "messages")
+    how: Pooled = asked
+    work: Coroutine[Any, Any, Sequence[list[int] | Encoded]]
+    if gives.kind == "embedding":
+        how = Embedded.model_construct(model=asked.model)
+        work = prompts.of_texts(adapter, asked.texts(), client, "input")
+    elif gives.pairs:
+        desk.require_kind(adapter, asked)
+        given = [(one,) if isinstance(one, str) else one for one in asked.texts()]
+        whole = Classified.model_construct(model=asked.model)
+        work = prompts.of_classified(adapter, given, client, "input", whole)
     else:
-        how, work = asked, prompts.of_scored(adapter, texts, client_of(request))
+        work = prompts.of_scored(adapter, texts, client)
     made, usage = await pooled(request, how, adapter, work, desk, deadline)
     data = [
-        {"index": number, "object": "pooling", "data": [*(one.embedding or one.scores)]}
+        {"index": number, "object": "pooling", "data": _numbers(one, gives)}
         for number, one in enumerate(made)
     ]
     return JSONResponse(
@@ -50,3 +60,7 @@ async def pool(request: Request, asked: PoolingRequest, desk: Desk, prompts: Pro
             "usage": usage,
         }
     )
+
+
+def _numbers(one: Answer, gives: Outputs) -> list[float]:
+    return [*one.embedding] if one.embedding is not None else gives.activation(one.scores)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from lorakit.data.answer_form import answer_form
@@ -24,6 +24,7 @@ from lorakit.data.tool_calls import ToolCalls, tool_calls_of
 from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
 from lorakit.engine.call_layout import CallLayout, call_layout
 from lorakit.engine.engine import Engine
+from lorakit.engine.pair_tokens import Cut, Encoded, Side, encoded
 from lorakit.engine.picture_prompt import prompt_row
 from lorakit.engine.scoring import scored_tokens
 from lorakit.engine.shown import NotShownError, shown_text
@@ -33,10 +34,11 @@ from lorakit.server.errors import ApiError, bad_field, in_words
 from lorakit.server.fair_turns import Turns
 from lorakit.server.images import Images, broken, places_of, without_pictures
 from lorakit.server.payloads import ChatRequest
-from lorakit.server.sampling_fields import Truncated
+from lorakit.server.sampling_fields import Cutting, Truncated
 from lorakit.server.tool_choice import wanted_form
 
 _Reading = tuple[ToolCalls, CallLayout | None]
+Made = TypeVar("Made")
 
 
 class Prompts:
@@ -204,6 +206,45 @@ class Prompts:
             raise self._too_long(TooManyTokensError(len(tokens), self._limit, True), field)
         return tokens
 
+    async def of_classified(
+        self,
+        adapter: str | None,
+        given: Sequence[tuple[str, ...] | list[int]],
+        client: str,
+        field: str,
+        cut: Cutting,
+        each: tuple[int | None, ...] = (),
+    ) -> list[Encoded]:
+        """The tokens of texts, of pairs of texts, and of lists of tokens.
+
+        A causal model reads the last token, so that the beginning of a long text is cut off; of
+        others it is the end that the tokenizer cuts off.
+
+        Args:
+            field: where they stand in the request.
+            each: the most tokens of each text of a pair, alone.
+
+        Raises:
+            ApiError: 400, as `of_texts`.
+            InputError: a text cannot be read, or there is no room for it.
+        """
+        tokenizer, made = self._engine.tokenizer_of(adapter), []
+        whole = cut.truncate_prompt_tokens
+        side: Side | None = cut.truncation_side or ("left" if self._engine.writes else None)
+        how = Cut(self._limit if whole == -1 else whole, each, side)
+        for one in given:
+            if isinstance(one, list):
+                if how.whole is not None and cut.truncation_side is not None:
+                    left = cut.truncation_side == "left"
+                    one = one[-how.whole :] if left else one[: how.whole]
+                [tokens] = await self.of_texts(adapter, [one], client, field, cut=cut)
+                made.append(Encoded(tokens))
+                continue
+            texts = [text.lower() for text in one] if self._engine.pooling.lower_case else one
+            work = partial(encoded, texts, tokenizer, self._limit, how)
+            made.append(await self._in_turn(work, sum(map(len, texts)), client, field, cuts=True))
+        return made
+
     async def of_scored(
         self,
         adapter: str | None,
@@ -248,18 +289,23 @@ class Prompts:
         return self._engine.longest_prompt
 
     async def _in_turn(
-        self, work: Callable[[], list[int]], characters: int, client: str, param: str
-    ) -> list[int]:
+        self,
+        work: Callable[[], Made],
+        characters: int,
+        client: str,
+        param: str,
+        cuts: bool = False,
+    ) -> Made:
         try:
             return await self._turns.run(work, characters, client)
         except TooManyTokensError as error:
-            raise self._too_long(error, param) from error
+            raise self._too_long(error, param, cuts) from error
 
-    def _too_long(self, error: TooManyTokensError, param: str) -> ApiError:
+    def _too_long(self, error: TooManyTokensError, param: str, cuts: bool = False) -> ApiError:
         amount = f"{error.tokens}" if error.counted else f"more than {error.tokens}"
         return bad_field(
             f"the model's context is {self._engine.context_length} tokens, and the prompt alone "
-            f"has {amount}: shorten the prompt",
+            f"has {amount}: shorten the prompt{', or give truncate_prompt_tokens' * cuts}",
             param,
             code="context_length_exceeded",
         )

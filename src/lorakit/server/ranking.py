@@ -1,8 +1,10 @@
-"""`POST /v1/score` and `POST /v1/rerank`, in vLLM's forms: texts are compared.
+"""`POST /v1/score` and `POST /v1/rerank`, in vLLM's, Jina's and Cohere's forms: texts are compared.
 
-A reward model scores a conversation, so the first text is what a user says and the second the
-answer to it, in the chat template that it was trained with. Scores are its own, of any size. An
-embedding model (a bi-encoder) reads each text by itself, and a score is the cosine of two vectors.
+A cross-encoder reads a query and a document as one pair of its tokenizer's, and its one label is
+the score. A reward model scores a conversation, so the first text is what a user says and the
+second the answer to it, in the chat template that it was trained with; scores are its own, of any
+size. An embedding model (a bi-encoder) reads each text by itself, and a score is the cosine of two
+vectors.
 """
 
 from __future__ import annotations
@@ -11,59 +13,108 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
+from lorakit.engine.pair_tokens import Encoded
 from lorakit.server.bodies import client_of
+from lorakit.server.classifying import activated
 from lorakit.server.errors import bad_field
 from lorakit.server.keys import caller_of
 from lorakit.server.open_answers import Desk
 from lorakit.server.payload_parts import MAX_INPUTS, WHOLE, Payload, Text
-from lorakit.server.payloads import Embedded, Pooled
+from lorakit.server.payloads import Classified, Embedded
 from lorakit.server.pooled_answers import at_once, pooled
 from lorakit.server.prompt_tokens import Prompts
 from lorakit.server.replies import Usage
-from lorakit.server.sampling_fields import Truncated
+from lorakit.server.sampling_fields import Cutting
 
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+Most = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
+
+_BOTH = (
+    ("text_1", "text_2"),
+    ("data_1", "data_2"),
+    ("queries", "documents"),
+    ("queries", "items"),
+)
 
 
-class ScoreRequest(Pooled, Truncated):
-    """Texts that are answered, and answers; one text goes with every answer."""
+class Compared(Classified):
+    """What asks how well texts go with others.
 
-    text_1: Text | Texts
-    text_2: Text | Texts
+    `max_tokens_per_doc` and `max_tokens_per_query` are Cohere's and vLLM's: the most tokens that
+    are read of each text, the special ones not counted.
+    """
+
+    texts_field: ClassVar[str] = "text_2"
+
+    max_tokens_per_query: Most | None = None
+    max_tokens_per_doc: Most | None = None
+
+    @property
+    def each(self) -> tuple[int | None, int | None]:
+        """The most tokens of a query and of a document; 0 is any number, as vLLM has it."""
+        return self.max_tokens_per_query or None, self.max_tokens_per_doc or None
+
+
+class ScoreRequest(Compared):
+    """Texts that are answered, and answers; one text goes with every answer.
+
+    vLLM has several names for the two: `text_1` and `text_2`, `data_1` and `data_2`, `queries` and
+    `documents` or `items`.
+    """
+
+    text_1: str | Texts | None = None
+    text_2: str | Texts | None = None
+    data_1: str | Texts | None = None
+    data_2: str | Texts | None = None
+    queries: str | Texts | None = None
+    documents: str | Texts | None = None
+    items: str | Texts | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> ScoreRequest:
-        first, second = _listed(self.text_1), _listed(self.text_2)
+        first, second = self._both()
         if len(first) not in (1, len(second)):
+            one, other = next(names for names in _BOTH if set(names) <= self.model_fields_set)
             raise ValueError(
-                f"text_1 has {len(first)} texts and text_2 {len(second)}: give as many"
+                f"{one} has {len(first)} texts and {other} {len(second)}: give as many, or one"
             )
         return self
 
     def pairs(self) -> list[tuple[str, str]]:
         """What is scored, one by one."""
-        first, second = _listed(self.text_1), _listed(self.text_2)
+        first, second = self._both()
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+
+    def _both(self) -> tuple[list[str], list[str]]:
+        names = {name for both in _BOTH for name in both}
+        given = {name: own for name in names if (own := getattr(self, name)) is not None}
+        for one, other in _BOTH:
+            if given.keys() == {one, other}:
+                return _listed(given[one]), _listed(given[other])
+        told = ", ".join(" and ".join(both) for both in _BOTH)
+        raise ValueError(f"give two fields of texts: {told}")
 
 
 class GivenDocument(Payload):
     """A document as Jina's and Cohere's clients send it."""
 
-    text: Text
+    text: str
 
 
-class RerankRequest(Pooled, Truncated):
+class RerankRequest(Compared):
     """A query, and documents to be sorted by how well they answer it."""
+
+    texts_field: ClassVar[str] = "documents"
 
     query: Text
     documents: Annotated[
-        list[Text | GivenDocument], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
+        list[str | GivenDocument], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
     ]
     top_n: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = 0
     return_documents: bool | None = True
@@ -121,7 +172,7 @@ async def rerank(request: Request, asked: RerankRequest, desk: Desk, prompts: Pr
 
 async def _scores(
     request: Request,
-    asked: ScoreRequest | RerankRequest,
+    asked: Compared,
     pairs: list[tuple[str, str]],
     desk: Desk,
     prompts: Prompts,
@@ -129,24 +180,57 @@ async def _scores(
     adapter = await desk.adapter(asked.model, caller_of(request))
     deadline = desk.deadline()
     desk.require_room(min(len(pairs), at_once(desk)))
-    if desk.embeds_only(adapter):
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        reading = prompts.of_texts(adapter, texts, client_of(request), "text", cut=asked)
-        how = Embedded.model_construct(model=asked.model)
-        vectors, usage = await pooled(request, how, adapter, reading, desk, deadline)
-        of = {t: one.embedding or () for t, one in zip(texts, vectors, strict=True)}
-        return [_cosine(of[first], of[second]) for first, second in pairs], usage
-    if asked.truncate_prompt_tokens is not None:
-        what = "truncate_prompt_tokens is for embedding models: a conversation is scored whole"
-        raise bad_field(what, "truncate_prompt_tokens")
+    client, gives = client_of(request), desk.engine.outputs(adapter)
+    if gives.kind == "embedding":
+        return await _cosines(request, asked, pairs, desk, prompts, deadline)
+    desk.require_kind(adapter, asked)
+    if gives.pairs:
+        work = prompts.of_classified(
+            adapter, [*pairs], client, asked.texts_field, asked, asked.each
+        )
+        made, usage = await pooled(request, asked, adapter, work, desk, deadline)
+        return [activated(one.scores, gives, asked)[0] for one in made], usage
+    for name in (*Cutting.model_fields, "max_tokens_per_query", "max_tokens_per_doc"):
+        if getattr(asked, name):
+            raise bad_field(
+                f"{name} is not for reward models: a conversation is scored whole", name
+            )
     given: list[Any] = [
         [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
         for first, second in pairs
     ]
-    desk.require_kind(adapter, asked)
-    work = prompts.of_scored(adapter, given, client_of(request))
-    made, usage = await pooled(request, asked, adapter, work, desk, deadline)
+    talks = prompts.of_scored(adapter, given, client)
+    made, usage = await pooled(request, asked, adapter, talks, desk, deadline)
     return [one.scores[0] for one in made], usage
+
+
+async def _cosines(
+    request: Request,
+    asked: Compared,
+    pairs: list[tuple[str, str]],
+    desk: Desk,
+    prompts: Prompts,
+    deadline: float,
+) -> tuple[list[float], Usage]:
+    """By an embedding model: each text is read once, alone."""
+    adapter = await desk.adapter(asked.model, caller_of(request))
+    if asked.use_activation is not None:
+        what = "use_activation is for cross-encoders: a cosine has no activation"
+        raise bad_field(what, "use_activation")
+    keys = list(dict.fromkeys(key for pair in pairs for key in zip(pair, asked.each, strict=True)))
+
+    async def reading() -> list[Encoded]:
+        read: list[Encoded] = []
+        for text, most in keys:
+            where = client_of(request), asked.texts_field
+            read += await prompts.of_classified(adapter, [(text,)], *where, asked, (most,))
+        return read
+
+    how = Embedded.model_construct(model=asked.model)
+    vectors, usage = await pooled(request, how, adapter, reading(), desk, deadline)
+    found = {key: one.embedding or () for key, one in zip(keys, vectors, strict=True)}
+    scores = [_cosine(*(found[key] for key in zip(p, asked.each, strict=True))) for p in pairs]
+    return scores, usage
 
 
 def _cosine(one: Sequence[float], other: Sequence[float]) -> float:

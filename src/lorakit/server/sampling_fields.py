@@ -75,6 +75,16 @@ class Truncated(Payload):
         return 0
 
 
+class Cutting(Truncated):
+    """The same for what is classified and scored, whose special tokens stay where they are."""
+
+    truncation_side: Literal["left", "right"] | None = Field(
+        None,
+        description="Which end truncate_prompt_tokens cuts off; by default the tokenizer's own, "
+        "and the left one of causal models.",
+    )
+
+
 class StreamOptions(Payload):
     """`include_usage` sends the counts of tokens in a last event, vLLM's other field in each."""
 

@@ -150,7 +150,7 @@ CASES: dict[tuple[str, str], Case | str] = {
     },
     **{
         ("POST", path): Case(lambda w: {"model": w.sampled, "query": "a", "documents": ["b"]})
-        for path in ("/v1/rerank", "/rerank")
+        for path in ("/v1/rerank", "/rerank", "/v2/rerank")
     },
     **{
         ("POST", path): Case(lambda w: {"model": w.sampled, "input": "a"})
@@ -188,8 +188,8 @@ LISTS = {"/api/v1/sessions", "/api/v1/training_runs", "/api/v1/checkpoints", "/v
          "/api/v1/billing/usage/checkpoints/current", "/metrics", "/training/state"}  # fmt: skip
 WITHOUT_OWNER = {  # the owner's own request is refused, or answers nothing that tells
     "/api/v1/downloads/{run_id}/{kind}/{name}/{file}", "/pooling", "/api/v1/cancel_future",
-    "/v1/score", "/score", "/v1/rerank", "/rerank", "/v1/embeddings", "/tokenize", "/detokenize",
-    "/v1/classify", "/classify",
+    "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank", "/v1/embeddings",
+    "/tokenize", "/detokenize", "/v1/classify", "/classify",
 }  # fmt: skip
 
 
