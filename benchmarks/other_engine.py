@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 Answers = Callable[[list[list[int]], list[str | None], int], int]
 
@@ -62,17 +63,21 @@ def vllm(settings: dict[str, Any]) -> Answers:
 
 def llama_cpp(settings: dict[str, Any]) -> Answers:
     """llama.cpp by llama-cpp-python: one row at a time, and one adapter, which is always on."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_cpp
 
     adapters = settings["adapters"]
-    model = Llama(
-        settings["model"],
-        lora_path=next(iter(adapters.values()), None),
-        n_ctx=2048,
-        n_threads=settings["threads"],
-        n_threads_batch=settings["threads"],
-        verbose=False,
-    )
+    parameters = llama_cpp.llama_model_default_params()
+    # With weights of 8 bits repacked for AMX, an adapter ends the process (llama-cpp-python 0.3).
+    parameters.use_extra_bufts = not adapters
+    with patch.object(llama_cpp, "llama_model_default_params", return_value=parameters):
+        model = Llama(
+            settings["model"],
+            lora_path=next(iter(adapters.values()), None),
+            n_ctx=2048,
+            n_threads=settings["threads"],
+            n_threads_batch=settings["threads"],
+            verbose=False,
+        )
 
     def answers(prompts: list[list[int]], names: list[str | None], tokens: int) -> int:
         assert all((name is not None) == bool(adapters) for name in names)
