@@ -16,8 +16,11 @@ from urllib.parse import quote
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
+from lorakit.server.errors import install
 from lorakit.server.options import ServerOptions
 from matrix import few
 from random_adapters import make_adapter
@@ -128,6 +131,19 @@ def test_running_answers_finish_on_the_adapter_that_they_began_with(
     assert open_shelf.engine.running() == 1, "the answer was over too early to prove anything"
     parts += [chunk.choices[0].text for chunk in stream]
     assert "".join(parts) == whole
+
+
+def test_an_adapter_that_went_since_it_was_looked_up_is_not_found(open_shelf: Running) -> None:
+    app = FastAPI()
+    install(app)
+
+    @app.get("/chat")
+    def uses_it_late() -> str:
+        assert unload(open_shelf, "shop").status_code == 200
+        return str(open_shelf.engine.tokenizer_of("shop"))
+
+    error = refused(TestClient(app).get("/chat"), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
 def test_what_is_not_loaded_cannot_be_unloaded(open_shelf: Running) -> None:

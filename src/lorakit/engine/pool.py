@@ -39,6 +39,10 @@ _LEAST_LIMIT = 1 << 30
 """Bytes that a file of weights may have, however small the base is."""
 
 
+class UnknownModelError(InputError):
+    """No adapter has the name that was asked for, or none any more."""
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """A registered adapter.
@@ -186,13 +190,13 @@ class AdapterPool:
         """The version in force of the adapter `name`.
 
         Raises:
-            InputError: there is none.
+            UnknownModelError: there is none.
         """
         with self._lock:
             found = self._versions.get(name)
             names = [n for n, v in self._versions.items() if not v.info.owner]
         if found is None:
-            raise InputError(
+            raise UnknownModelError(
                 f"there is no model {name!r}{did_you_mean(name, names)}; there are: "
                 f"{listed([self._base_model, *names])}"
             )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lorakit.engine.adapter_names import check_name, composed
 from lorakit.engine.engine import Engine
+from lorakit.engine.pool import UnknownModelError
 from lorakit.errors import InputError
 from lorakit.models.picture_reader import reader_of
-from lorakit.server.errors import ApiError, bad_field
+from lorakit.server.errors import ApiError, bad_field, no_model
 from lorakit.server.keys import Caller
 from lorakit.server.payloads import LoadAdapterRequest, UnloadAdapterRequest
 from lorakit.server.replies import ModelCard, ModelList
@@ -139,7 +140,7 @@ def adapter_named(engine: Engine, model: str, caller: Caller | None = None) -> s
     try:
         info = engine.pool.version(name).info
         if caller is not None and not caller.sees(info.owner):
-            raise InputError(f"there is no model {name!r}")
-    except InputError as error:
-        raise ApiError(404, str(error), code="model_not_found", param="model") from error
+            raise UnknownModelError(f"there is no model {name!r}")
+    except UnknownModelError as error:
+        raise no_model(error) from error
     return name

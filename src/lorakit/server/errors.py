@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from lorakit.engine.pool import UnknownModelError
 from lorakit.errors import InputError, LorakitError, one_line
 
 _TYPES = {
@@ -77,6 +78,11 @@ def bad_field(message: str, param: str | None = None, code: str | None = None) -
     return ApiError(400, message, code=code, param=param)
 
 
+def no_model(error: InputError) -> ApiError:
+    """404, for a model that is not there."""
+    return ApiError(404, str(error), code="model_not_found", param="model")
+
+
 def install(app: FastAPI) -> None:
     """Has `app` answer every error in OpenAI's form."""
 
@@ -92,6 +98,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         return error_response(_of_validation(error))
+
+    @app.exception_handler(
+        UnknownModelError
+    )  # also where an adapter was unloaded since it was looked up
+    async def unknown(_: Request, error: UnknownModelError) -> JSONResponse:
+        return error_response(no_model(error))
 
     @app.exception_handler(InputError)
     async def refused(_: Request, error: InputError) -> JSONResponse:

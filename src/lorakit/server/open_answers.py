@@ -17,7 +17,6 @@ from lorakit.data.picture_rows import RowPictures
 from lorakit.engine.engine import Engine
 from lorakit.engine.grammar import GrammarError
 from lorakit.engine.requests import AnswerPiece, ChosenToken, Ticket
-from lorakit.errors import InputError
 from lorakit.server.adapters import adapter_named
 from lorakit.server.errors import ApiError, bad_field
 from lorakit.server.fair_turns import Turns
@@ -248,7 +247,8 @@ class Desk:
 
         Raises:
             ApiError: 400 when a prompt does not fit the context or the model does not do what is
-                asked, 404 when the adapter was unloaded meanwhile, 429 when too much waits.
+                asked, 429 when too much waits.
+            UnknownModelError: the adapter was unloaded meanwhile.
             InputError: the engine refuses one.
         """
         self.require_kind(adapter, asked)
@@ -282,10 +282,8 @@ class Desk:
             if isinstance(asked, SamplingFields) and (form := asked.form()) is not None:
                 at_once = at_once and self.engine.grammars.is_compiled(form[1], adapter)
             tickets = submit() if at_once else await asyncio.to_thread(submit)
-        except BaseException as error:
+        except BaseException:
             self._rows -= rows
-            if isinstance(error, InputError) and adapter is not None:
-                adapter_named(self.engine, adapter)  # it may have been unloaded meanwhile
             raise
         tokens = sum(map(len, prompts))
         self.metrics.prompt_tokens.inc(tokens)

@@ -26,7 +26,7 @@ from lorakit.engine.token_losses import AdapterRow
 from lorakit.errors import InputError
 from lorakit.folder_lock import locked_folder
 from lorakit.lora.vocabulary import vocabulary_size
-from lorakit.server.errors import ApiError
+from lorakit.server.errors import no_model
 from lorakit.server.keys import Caller
 from lorakit.server.options import TrainingLimits
 from lorakit.server.training import messages as m
@@ -384,7 +384,7 @@ class TrainingService:
                     changes = await self._saving.snapshot(run, folder)
                 await self.samplers.publish(run, folder, changes)
         except InputError as error:
-            raise ApiError(404, str(error), code="model_not_found", param="model") from error
+            raise no_model(error) from error
 
     async def load(self, asked: m.LoadWeights, caller: Caller) -> dict[str, Any]:
         """Loads saved weights, into a new run or one that there is."""
