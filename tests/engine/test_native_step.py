@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from lorakit.engine.cache import row_cache
+from lorakit.engine.decode_step import DecodeStep
 from lorakit.engine.native.library import Library, library
 from lorakit.engine.resident import ResidentModel
+from lorakit.engine.sampling import Sampling
 from lorakit.lora import LoraConfig
 from lorakit.lora.routing import BASE, Route
 from lorakit.models.rounding import round_weights
@@ -130,6 +132,101 @@ def test_weights_of_8_bits_are_multiplied_as_they_are(dtype: torch.dtype, names:
     found, expected = both_ways(resident_of(MODELS["tiles fit"], dtype, int8=True), names)
     off = (found.float() - expected.float()).norm() / expected.float().norm()
     assert off < (0.02 if dtype == torch.bfloat16 else 0.005)  # PyTorch rounds what it unpacks
+
+
+def read_both_ways(resident: ResidentModel, names: list[str]) -> list[tuple[torch.Tensor, ...]]:
+    """What C++ makes of prompts that are read in three parts, and what the model's own forward
+    does: the logits of each part (rows, vocabulary), and the keys. The first place stays empty.
+    """
+    if library().functions is None:
+        pytest.skip(library().why_not)
+    step, packed, base = resident.carried.step, resident.model.packed, resident.base
+    assert step is not None
+    prompts = [[(7 * row + i) % 90 for i in range(3 + 5 * row % 17)] for row in range(len(names))]
+    starts = [len(prompt) + 3 for prompt in prompts]
+    forward, device = base, base.device
+
+    def by_cpp(given: dict[str, Any], own: list[str]) -> torch.Tensor | None:
+        route = Route.of_rows(own, tuple(given["input_ids"].shape))
+        assert step.serves(route, packed)
+        return step.of_prompts(cache, given, route, packed)
+
+    def by_model(given: dict[str, Any], own: list[str]) -> torch.Tensor:
+        resident.model.routing.route = Route.of_rows(own, tuple(given["input_ids"].shape))
+        return forward(**given, logits_to_keep=1).logits[:, -1]
+
+    found = []
+    for read in (by_cpp, by_model):
+        cache = row_cache(base, rows=1 + len(names), length=60)
+        with torch.inference_mode():
+            logits = [read(cache.whole_prompts(1, prompts, device), names)]
+            for row, name in enumerate(names, 1):
+                part = cache.part_of_row(row, [3, 1, 4], len(prompts[row - 1]), device)
+                logits.append(read(part, [name]))
+            rests = [[20 + row] * (1 + row % 7) for row in range(len(names))]
+            logits.append(read(cache.rests_of_prompts(1, rests, starts, device), names))
+            keys = [layer.keys[1:, :, : min(starts)] for layer in cache.layers]
+        found.append((*logits, *keys))
+    return found
+
+
+@pytest.mark.parametrize("names", few(ROWS, "several"))
+@pytest.mark.parametrize("config", few(MODELS, "tiles fit", "no size is round, biases"))
+def test_prompts_and_their_parts_are_read_as_by_the_model(
+    config: PreTrainedConfig, names: list[str]
+):
+    by_cpp, by_model = read_both_ways(resident_of(config, torch.float32), names)
+    assert not torch.equal(by_cpp[0], by_model[0])  # it is another function
+    for found, expected in zip(by_cpp, by_model, strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("names", few(ROWS, "several"))
+def test_prompts_in_bfloat16_are_read_as_by_the_model(names: list[str], int8: bool):
+    resident = resident_of(MODELS["tiles fit"], torch.bfloat16, int8)
+    for found, expected in zip(*read_both_ways(resident, names), strict=True):
+        off = (found.float() - expected.float()).norm() / expected.float().norm()
+        assert off < 0.02
+
+
+def test_prompts_of_any_short_length_are_read_in_one_step_and_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if library().functions is None:
+        pytest.skip(library().why_not)
+    resident, names = resident_of(MODELS["tiles fit"], torch.bfloat16), ["wide", "odd", BASE]
+    prompts = [[5, 6, 7], [*range(20, 50)], [*range(9)]]
+    read: list[int] = []
+    call = DecodeStep.of_prompts
+
+    def answers(numbers: range) -> list[list[int]]:
+        drawn = Sampling(1.0, max_new_tokens=8, seed=3 + numbers[0])
+        asked = [prompts[i] for i in numbers], [names[i] for i in numbers]
+        return [one.tokens for one in resident.sample(*asked, drawn, ends=())]
+
+    alone = [answers(range(i, i + 1))[0] for i in range(3)]
+
+    def noted(*given: Any) -> torch.Tensor | None:
+        found = call(*given)
+        assert found is not None
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(DecodeStep, "of_prompts", noted)
+    assert answers(range(3)) == alone
+    assert read == [3]
+
+
+def test_a_long_prompt_is_left_to_the_model():
+    resident = resident_of(MODELS["tiles fit"], torch.float32)
+    step, base = resident.carried.step, resident.base
+    if library().functions is None:
+        pytest.skip(library().why_not)
+    assert step is not None
+    cache = row_cache(base, rows=1, length=60)
+    given = cache.whole_prompts(0, [[5] * (step.longest_prompt + 1)], base.device)
+    assert step.of_prompts(cache, given) is None
 
 
 def test_a_row_depends_on_no_other_row():

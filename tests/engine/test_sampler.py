@@ -116,6 +116,27 @@ def test_rows_of_several_adapters_are_sampled_with_the_factors_of_all_of_them_pa
     assert [row.tokens for row in found] == [row.tokens for row in plain]
 
 
+def test_the_base_of_an_adapter_that_is_off_is_written_by_the_function_of_a_step(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded, tokenizer = lorakit.load_model(str(base), "float32")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model: Any = get_peft_model(loaded, config).eval()
+    sampler, steps, call = Sampler(model, tokenizer), [0], DecodeStep.__call__
+    settings = [drawing(seed) for seed in range(3)]
+    of_base = sampler.write(PROMPTS, settings, Route())
+
+    def counted(*given: Any) -> torch.Tensor:
+        steps[0] += 1
+        return call(*given)
+
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
+    with model.disable_adapter(), answering(model) as route:
+        found = sampler.write(PROMPTS, settings, route)
+    assert steps[0] >= 19
+    assert [row.tokens for row in found] == [row.tokens for row in of_base]
+
+
 def test_a_model_that_is_fused_for_training_samples_by_the_function_of_a_step(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ):

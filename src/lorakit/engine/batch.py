@@ -9,7 +9,6 @@ that fail alone too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lorakit.engine.cache import row_cache
-from lorakit.engine.choosing import choose_together
+from lorakit.engine.next_tokens import choose_next
 from lorakit.engine.picture_prompt import picture_inputs, place_pictures
 from lorakit.engine.prefix_cache import LEAST, LEAST_ALONE, Prefix, PrefixCache, common
-from lorakit.engine.rows import AnswerRow, precise, reason, restrict_rows
+from lorakit.engine.rows import AnswerRow, reason
 from lorakit.errors import LorakitError
 from lorakit.lora.routing import Route, Routing
 from lorakit.models.loaded import copied_once
@@ -166,7 +165,7 @@ class ContinuousBatch:
         if row.read == row.branch and not row.failed:
             self._keep(first)
             row.branch = 0
-        return max(FORWARD, len(rows) * width)
+        return max(FORWARD, sum(one.read - starts[one] for one in rows))
 
     def _next_prompts(self, budget: int) -> list[AnswerRow]:
         """The rows that are read next, which have the first places behind those that write.
@@ -180,7 +179,8 @@ class ContinuousBatch:
         known = self._known(lead)
         lead.branch = self._branch(lead, known)
         rows, prefixes = [lead], [known]
-        longest = len(lead.prompt) - known.length
+        longest = total = len(lead.prompt) - known.length
+        is_step = self._is_step(lead, longest)
         alone = lead.pictures is not None or known.logits is not None or lead.branch
         for row in () if alone else self.rows[first + 1 :]:
             if row.read or row.pictures is not None or any(_alike(row, one) for one in rows):
@@ -193,20 +193,28 @@ class ContinuousBatch:
             if not known.length and any(self._begins_as(row, one) for one in rows):
                 continue  # what they have in common is known in the next forward
             own = len(row.prompt) - known.length
+            if self._is_step(row, own) != is_step:  # it is computed as it would be alone
+                continue
             width = max(longest, own)
-            if width * (len(rows) + 1) - longest * len(rows) > own + FORWARD:
+            if not is_step and width * (len(rows) + 1) - longest * len(rows) > own + FORWARD:
                 continue  # another forward takes less than so much padding
             positions = 0, *(len(one.prompt) for one in (*rows, row))
             fits = self._padded and self._cache.are_alike(*positions)
-            if width * (len(rows) + 1) > budget or not fits:
+            if (total + own if is_step else width * (len(rows) + 1)) > budget or not fits:
                 break
-            longest = width
+            longest, total = width, total + own
             rows.append(row)
             prefixes.append(known)
         for at, (row, known) in enumerate(zip(rows, prefixes, strict=True), first):
             self._swap(self.rows.index(row), at)
             self._begin(at, known)
         return rows
+
+    def _is_step(self, row: AnswerRow, tokens: int) -> bool:
+        """Whether `DecodeStep` reads so many tokens of a row's prompt: it computes no padding."""
+        if self._step is None or tokens > self._step.longest_prompt:
+            return False
+        return self._step.serves(self._route or Route.of_rows([row.adapter]), self._packed())
 
     def _known(self, row: AnswerRow) -> Prefix:
         """What is known of a row's prompt."""
@@ -251,7 +259,7 @@ class ContinuousBatch:
             row.read = row.ticket.cached_tokens = known.length
         if known.logits is not None:
             self._last[row] = known.logits
-            self._choose([row], known.logits[None].clone())
+            choose_next([row], known.logits[None].clone())
 
     def _keep(self, at: int, logits: torch.Tensor | None = None) -> None:
         """Keeps what the row in a place has read, for prompts that begin with it."""
@@ -278,7 +286,7 @@ class ContinuousBatch:
             other.ticket.cached_tokens = len(row.prompt)
             if self._prefixes is not None:
                 self._prefixes.count(len(row.prompt), len(row.prompt))
-            self._choose([other], logits[None].clone())
+            choose_next([other], logits[None].clone())
 
     def _swap(self, one: int, other: int) -> None:
         """Exchanges two rows, of which one has read nothing."""
@@ -323,7 +331,7 @@ class ContinuousBatch:
         for row, draft, own in zip(rows, drafted, logits, strict=True):
             accepted = 0
             for expected, logits_of in zip([*draft, None], own[-len(draft) - 1 :], strict=True):
-                self._choose([row], logits_of[None])
+                choose_next([row], logits_of[None])
                 accepted += row.last == expected and not row.failed
                 if row.finished or row.last != expected:
                     break
@@ -348,7 +356,7 @@ class ContinuousBatch:
             for row, own in zip(rows, logits, strict=True):
                 if not row.tokens and row.read == len(row.prompt):
                     self._last[row] = own.clone()  # as choosing may change them
-            self._choose(rows, logits)
+            choose_next(rows, logits)
             return
         if len(rows) == 1:
             rows[0].fail(f"the model failed while answering: {failure}")
@@ -358,10 +366,15 @@ class ContinuousBatch:
 
     def _logits(self, given: dict[str, Any]) -> torch.Tensor:
         """The logits (rows, vocabulary) of the rows' last tokens."""
-        if self._step is not None and self._cache.layers[0].place.lengths is not None:
-            route, packed = self._routing.route, self._packed()
-            if self._routing.enabled and self._step.serves(route, packed):
+        # Where adapters are off, all rows have the base.
+        route = self._routing.route if self._routing.enabled else Route()
+        if self._step is not None and self._step.serves(route, packed := self._packed()):
+            if self._cache.layers[0].place.lengths is not None:
                 return self._step(self._cache, given, route, packed)
+            if given.keys() == self._cache.arguments:  # there are no pictures
+                found = self._step.of_prompts(self._cache, given, route, packed)
+                if found is not None:
+                    return found
         with copied_once(self._model):
             logits: torch.Tensor = self._model(**given, logits_to_keep=1).logits[:, -1]
         return logits
@@ -408,35 +421,6 @@ class ContinuousBatch:
         moved = [row.moved for row in rows]
         return self._cache.newest_tokens(tokens, lengths, device, moved)
 
-    def _choose(self, rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
-        """Has rows choose by their logits (rows, vocabulary); what is NaN or Inf ends the row."""
-        largest = logits.amax(-1)  # NaN wherever a row has one
-        ready: list[int] = []
-        for at, (row, value) in enumerate(zip(rows, largest.tolist(), strict=True)):
-            if not math.isfinite(value):
-                row.fail_by_logits()
-            elif row.read == len(row.prompt):
-                ready.append(at)
-        plain: list[int] = []
-        if any(rows[at].is_plain for at in ready):
-            plain = logits.max(-1).indices.tolist()
-        together = [at for at in ready if rows[at].is_simple and not rows[at].is_plain]
-        drawn: dict[int, tuple[int, float]] = {}
-        if together:
-            own = logits if len(together) == len(rows) else logits[together]
-            asking = [rows[at] for at in together]
-            places, own = _restricted(precise(own), asking)
-            if places:
-                choosers = [asking[place].chooser for place in places]
-                found = zip(*choose_together(own, choosers), strict=True)
-                drawn = dict(zip((together[place] for place in places), found, strict=True))
-        for at in ready:
-            row = rows[at]
-            if row.is_plain:
-                row.advance(logits[at], plain[at])
-            elif not row.finished:
-                row.advance(logits[at], *drawn.get(at, ()))
-
     def _leave(self) -> None:
         """Lets go of rows that are finished; those that stay close the gaps."""
         for at in reversed(range(len(self.rows))):
@@ -464,26 +448,6 @@ class ContinuousBatch:
         if source != target:
             self._cache.move(source, target, self.rows[source].length)
             self.rows[target] = self.rows[source]
-
-
-def _restricted(logits: torch.Tensor, rows: Sequence[AnswerRow]) -> tuple[list[int], torch.Tensor]:
-    """Logits (rows, vocabulary) without what may not come next.
-
-    Returns: the numbers of the rows that go on, and their logits; those that cannot are finished.
-    """
-    places = [place for place, row in enumerate(rows) if row.is_restricted]
-    if not places:
-        return [*range(len(rows))], logits
-    changed = logits[places]  # a copy
-    refused = restrict_rows(changed, [rows[place] for place in places])
-    for number, error in refused.items():
-        rows[places[number]].refuse(error)
-    if len(places) < len(rows):
-        changed = logits.index_copy(0, torch.tensor(places, device=logits.device), changed)
-    if not refused:
-        return [*range(len(rows))], changed
-    left = [place for place, row in enumerate(rows) if not row.finished]
-    return left, changed[left]
 
 
 def _alike(row: AnswerRow, other: AnswerRow) -> bool:

@@ -35,6 +35,7 @@ class RowCache(Cache):
         reads_rests: whether `rests_of_prompts` can be asked for.
         own_mask: its layers have nothing but causal attention, by a mask that is made here.
         turns_with_length: how keys are rotated depends on how long their row is.
+        arguments: the names of the model's arguments that it gives.
 
     Raises:
         ValueError: a layer of the model keeps something that is not known here.
@@ -44,6 +45,7 @@ class RowCache(Cache):
         layers = row_layers(model.config, rows, length)
         Cache.__init__(self, layers=layers)
         self._name = argument(model) or ""
+        self.arguments = {"input_ids", "position_ids", "attention_mask", self._name, "use_cache"}
         config = model.config.get_text_config()
         tuned = getattr(config, "attn_temperature_tuning", None)
         self._step = int(config.floor_scale) if tuned else 0

@@ -211,10 +211,28 @@ def _proved_step(model: PreTrainedModel, expected: _Expected) -> DecodeStep | No
         found = step(cache, cache.newest_tokens([one[9], other[3]], [9, 3], model.device))
     except Exception:  # it has other modules, or they take something else
         return None
+    if not _close(model, found, expected):
+        return None
+    step.prove_prompts(lambda: _reads_prompts(model, step, expected))
+    return step
+
+
+def _reads_prompts(model: PreTrainedModel, step: DecodeStep, expected: _Expected) -> bool:
+    """Whether `DecodeStep.of_prompts` gives what the model gives, of prompts and their rests."""
+    one, other = expected.rows
+    cache = row_cache(model, rows=2, length=16)
+    step.of_prompts(cache, cache.whole_prompts(0, [one[:6], other[:2]], model.device))
+    step.of_prompts(cache, cache.part_of_row(0, one[6:8], 6, model.device))
+    rests = cache.rests_of_prompts(0, [one[8:], other[2:]], [8, 2], model.device)
+    found = step.of_prompts(cache, rests)
+    return found is not None and _close(model, found, expected)
+
+
+def _close(model: PreTrainedModel, found: torch.Tensor, expected: _Expected) -> bool:
+    """Whether logits of the rows' last tokens are what is expected of them, to rounding."""
     off = (found.float() - expected.logits).norm() / expected.logits.norm()
     close = off.item() <= 16 * torch.finfo(model.dtype).eps or model.dtype.itemsize > 2
-    wrong = _difference(model, found, expected.logits, expected.rounding)
-    return step if close and not wrong else None
+    return close and not _difference(model, found, expected.logits, expected.rounding)
 
 
 @torch.inference_mode()

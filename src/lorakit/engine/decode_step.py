@@ -1,14 +1,16 @@
-"""One token of each row, by one function in the place of a Llama-shaped model's modules.
+"""New tokens of each row, by one function in the place of a Llama-shaped model's modules.
 
 A step of a small model is a few hundred small operations, and what transformers' modules do between
 them takes as long as the products. Here a layer is four products (queries, keys and values in one,
 gate and up in one; with their adapters, `lora/packed.py`), attention over a `RowCache`, and what
-lies between. Where a C++ compiler is found, all of it is one call (`native/`). Which models have
+lies between. Where a C++ compiler is found, all of it is one call (`native/`), which reads short
+prompts too. Which models have
 this shape is told by their modules, and then tried against the model's own forward (`carried.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lorakit.engine.cache import RowCache
 from lorakit.engine.decoder_shape import DecoderLayer, DecoderShape
-from lorakit.engine.native.step import NativeStep
+from lorakit.engine.native.step import NativeStep, Tokens
+from lorakit.engine.row_layers.place import Place
 from lorakit.lora.columns import Plan
 from lorakit.lora.joining import is_packed
 from lorakit.lora.packed import PackedFactors
@@ -32,6 +35,7 @@ class DecodeStep:
 
     Attributes:
         native: computes it in C++ where it can; None where the model has something else.
+        longest_prompt: so many tokens of a prompt at most are read here: 0 for newest tokens alone.
 
     Raises:
         ValueError: it has other modules.
@@ -43,6 +47,7 @@ class DecodeStep:
         self._found: tuple[PackedFactors | None, int] | None = None  # whose factors are looked up
         self._packed_names: dict[str, bool] = {}
         self.native: NativeStep | None = None
+        self.longest_prompt = 0
         self._is_proved = False
         with suppress(ValueError):
             self.native = NativeStep(self._shape)
@@ -92,13 +97,42 @@ class DecodeStep:
         h = self._shape.embed(ids[:, 0])
         plan = None if packed is None else packed.plan(route or Route(), h)
         cos, sin = self._shape.rotary(h, inputs["position_ids"])
-        found = None if self.native is None else self.native(cache, h, (cos, sin), plan)
+        found = None
+        lengths = _place(cache).lengths
+        if self.native is not None and lengths is not None:
+            found = self.native(cache, Tokens.newest(lengths), h, (cos, sin), plan)
         if found is not None and self._is_proved:
             return found
         logits = self._by_torch(cache, h, (cos, sin), inputs["attention_mask"], plan)
         if found is not None:
             self._judge(found, logits)
         return logits
+
+    def of_prompts(
+        self,
+        cache: RowCache,
+        inputs: dict[str, Any],
+        route: Route | None = None,
+        packed: PackedFactors | None = None,
+    ) -> torch.Tensor | None:
+        """The logits (rows, vocabulary) of the last tokens of prompts, or of parts of them; None
+        where the model is to compute them. Arguments as in `__call__`, of the cache's other ways.
+        """
+        ids, place = inputs["input_ids"], _place(cache)
+        counts = place.prompts or [ids.shape[1]]
+        if self.native is None or not self._is_proved or max(counts) > self.native.longest:
+            return None
+        starts = place.starts or [place.start] * len(counts)
+        own = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(counts)[:, None]
+        h = self._shape.embed(ids[own])
+        plan = None if packed is None else packed.plan(route or Route(), ids[..., None])
+        turns = self._shape.rotary(h, inputs["position_ids"].expand_as(ids)[own][:, None])
+        return self.native(cache, Tokens.several(place.row, counts, starts), h, turns, plan)
+
+    def prove_prompts(self, is_right: Callable[[], bool]) -> None:
+        """Has prompts be read here where `is_right` says that `of_prompts` is."""
+        if self.native is not None and self._is_proved and is_right():
+            self.longest_prompt = self.native.longest
 
     def _judge(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         """Compares the first step in C++ with PyTorch's; one that differs is left out from here on.
@@ -130,6 +164,11 @@ class DecodeStep:
         for layer, kept in zip(self._shape.layers, cache.layers, strict=True):
             h = _through(layer, h, cos, sin, mask, kept, plan)
         return self._shape.head(self._shape.norm(h), plan)
+
+
+def _place(cache: RowCache) -> Place:
+    place: Place = cache.layers[0].place
+    return place
 
 
 def _through(

@@ -1,4 +1,4 @@
-// One token of each row through a Llama-shaped model; native_step.py says what goes in.
+// Some tokens of each row through a Llama-shaped model; step.py says what goes in.
 //
 // All threads go through the whole step together: what depends on other threads' work stands
 // behind the barrier that ends each `omp for`. Numbers between products are floats.
@@ -49,18 +49,21 @@ struct Adapter {
   int64_t begin, width;
 };
 
-struct Rows {
-  int64_t rows, threads;
-  const void* embedded;      // (rows, width)
-  const float *cos, *sin;    // (rows, d)
-  const int64_t* lengths;    // (rows,), before this token
+struct Tokens {
+  int64_t tokens, threads;
+  const void* embedded;      // (tokens, width)
+  const float *cos, *sin;    // (tokens, d)
+  const int64_t* rows;       // (tokens,), whose they are
+  const int64_t* lengths;    // (tokens,), what their rows have before them
   void* const* keys;         // of each layer (rows, kv_heads, room, d)
   void* const* values;
   int64_t room;
   int64_t adapters;
   const Adapter* adapter;
-  const int64_t* of_row;     // (rows,), which adapter; -1 for none
-  void* logits;              // (rows, vocabulary)
+  const int64_t* adapter_of; // (tokens,), which adapter; -1 for none
+  int64_t asked;             // tokens whose logits are
+  const int64_t* which;      // (asked,)
+  void* logits;              // (asked, vocabulary)
 };
 
 }  // extern "C"
@@ -115,14 +118,21 @@ struct Workspace {
 };
 thread_local Workspace workspace;
 
+// The tokens of a product: those of `which`, or the first ones.
+struct Span {
+  int64_t count;
+  const int64_t* which = nullptr;
+};
+
 template <class T> struct Step {
   const Model& model;
-  const Rows& rows;
+  const Tokens& given;
   Workspace& own;
-  int64_t widest;   // numbers of a row of `own.y`
-  int64_t rank;     // the largest, a multiple of 16: numbers of a row and layer of `own.inner`
+  int64_t widest;   // numbers of a token in `own.y`
+  int64_t rank;     // the largest, a multiple of 16: numbers of a token and layer in `own.inner`
 
   const T* at(const void* p, int64_t i = 0) const { return static_cast<const T*>(p) + i; }
+  float* y(int64_t t) const { return own.y.data() + t * widest; }
 
   // w x / sqrt(mean(x²) + eps)
   void normalize(const float* x, const void* w, float eps, int64_t n, float* y) const {
@@ -134,39 +144,47 @@ template <class T> struct Step {
     for (int64_t i = 0; i < n; i++) y[i] = to_float(*at(w, i)) * (x[i] * scale);
   }
 
-  void normalize_rows(const void* w, float eps) const {
+  // Of `count` tokens: those of `which`, or the first ones.
+  void normalize_all(const void* w, float eps, int64_t count, const int64_t* which = nullptr) const {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows.rows; r++) {
-      normalize(own.h.data() + r * model.width, w, eps, model.width, own.input.row(r));
-      own.input.lay(r);
+    for (int64_t t = 0; t < count; t++) {
+      const float* h = own.h.data() + (which ? which[t] : t) * model.width;
+      normalize(h, w, eps, model.width, own.input.row(t));
+      own.input.lay(t);
     }
   }
 
-  // x A of each row's own adapter, for layers with one input.
-  void inner_products(const Linear* layers, int count, const Input& input) const {
+  // x A of each token's own adapter, for layers with one input.
+  void inner_products(const Linear* layers, int count, const Input& input, const Span& span) const {
     bool any = false;
     for (int j = 0; j < count; j++) any |= layers[j].a != nullptr;
-    if (!any || !rows.adapters) return;
-    const int64_t chunks = rank / 16, each = rows.adapters * chunks;
+    if (!any || !given.adapters) return;
+    const int64_t chunks = rank / 16, each = given.adapters * chunks;
+    const int64_t parts = (span.count + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < count * each; task++) {
-      const Linear& l = layers[task / each];
-      const int64_t number = task % each / chunks, c = task % chunks * 16;
-      const Adapter& adapter = rows.adapter[number];
+    for (int64_t task = 0; task < count * each * parts; task++) {
+      const int64_t layer = task / parts / each, from = task % parts * BLOCK;
+      const Linear& l = layers[layer];
+      const int64_t number = task / parts % each / chunks, c = task / parts % chunks * 16;
+      const Adapter& adapter = given.adapter[number];
       if (!l.a || c >= adapter.width) continue;
       const float* a = l.a + (l.family * adapter.begin + l.place * adapter.width + c) * l.d_in;
-      for (int64_t r = 0; r < rows.rows; r++) {
-        if (rows.of_row[r] != number) continue;
-        v16 found = dots<16, 1>(a, l.d_in, adapter.width - 1 - c, input.row(r), 0, l.d_in);
-        std::memcpy(inner(r, task / each) + c, &found, sizeof found);
+      for (int64_t t = from; t < std::min(from + BLOCK, span.count); t++) {
+        if (adapter_of(span, t) != number) continue;
+        v16 found = dots<16, 1>(a, l.d_in, adapter.width - 1 - c, input.row(t), 0, l.d_in);
+        std::memcpy(inner(t, layer) + c, &found, sizeof found);
       }
     }
   }
 
-  float* inner(int64_t r, int64_t layer) const { return own.inner.data() + (r * 3 + layer) * rank; }
+  float* inner(int64_t t, int64_t layer) const { return own.inner.data() + (t * 3 + layer) * rank; }
 
-  void base_block(const Linear& l, int64_t o, int64_t n, const Input& input, float* y) const {
-    const int64_t k = l.d_in, count = rows.rows;
+  int64_t adapter_of(const Span& span, int64_t t) const {
+    return given.adapter_of[span.which ? span.which[t] : t];
+  }
+
+  void base_block(const Linear& l, int64_t o, int64_t n, const Input& input, int64_t count, float* y) const {
+    const int64_t k = l.d_in;
     const bool by_tiles = input.in_tiles && n == BLOCK;
     if (l.kind == INT8) {
       const int8_t* w = static_cast<const int8_t*>(l.w) + o * l.stride;
@@ -178,8 +196,8 @@ template <class T> struct Step {
       } else {
         multiply(w, l.stride, n, input.x.data(), count, k, y);
       }
-      for (int64_t r = 0; r < count; r++)
-        for (int64_t i = 0; i < n; i++) y[r * BLOCK + i] *= to_float(l.scales[o + i]);
+      for (int64_t t = 0; t < count; t++)
+        for (int64_t i = 0; i < n; i++) y[t * BLOCK + i] *= to_float(l.scales[o + i]);
     } else if (l.kind == BFLOAT16) {
       const bf16* w = static_cast<const bf16*>(l.w) + o * l.stride;
       if (by_tiles)
@@ -191,38 +209,38 @@ template <class T> struct Step {
     }
   }
 
-  // x Wᵀ + bias + (x A) Bᵀ of layers with one input; `store(layer, row, output, 16 or fewer, y)`.
+  // x Wᵀ + bias + (x A) Bᵀ of layers with one input; `store(layer, token, output, 16 or fewer, y)`.
   template <class Store>
-  void multiply_by(const Linear* layers, int count, const Input& input, Store store) const {
+  void multiply_by(const Linear* layers, int count, const Input& input, const Span& span, Store store) const {
     int64_t blocks[4] = {0};
     for (int j = 0; j < count; j++) blocks[j + 1] = blocks[j] + (layers[j].d_out + BLOCK - 1) / BLOCK;
     // Long runs are read faster, short ones are shared out more evenly.
-    const int64_t run = std::max<int64_t>(1, blocks[count] / (8 * rows.threads));
+    const int64_t run = std::max<int64_t>(1, blocks[count] / (8 * given.threads));
 #pragma omp for schedule(dynamic, run)
     for (int64_t task = 0; task < blocks[count]; task++) {
       thread_local std::vector<float> room;
-      room.resize(rows.rows * BLOCK);
+      room.resize(span.count * BLOCK);
       float* y = room.data();
       int j = 0;
       while (task >= blocks[j + 1]) j++;
       const Linear& l = layers[j];
       const int64_t o = (task - blocks[j]) * BLOCK, n = std::min<int64_t>(BLOCK, l.d_out - o);
-      base_block(l, o, n, input, y);
-      for (int64_t r = 0; r < rows.rows; r++) {
-        float* found = y + r * BLOCK;
+      base_block(l, o, n, input, span.count, y);
+      for (int64_t t = 0; t < span.count; t++) {
+        float* found = y + t * BLOCK;
         if (l.bias)
           for (int64_t i = 0; i < n; i++) found[i] += to_float(*at(l.bias, o + i));
-        const int64_t a = rows.adapters && l.a ? rows.of_row[r] : -1;
+        const int64_t a = given.adapters && l.a ? adapter_of(span, t) : -1;
         if (a >= 0) {
-          const Adapter& own_a = rows.adapter[a];
+          const Adapter& own_a = given.adapter[a];
           const T* b = at(l.b, o * l.b_stride + l.family * own_a.begin + l.place * own_a.width);
-          const float* x = inner(r, j);
+          const float* x = inner(t, j);
           for (int64_t i = 0; i < n; i += 16) {
             const v16 more = dots<16, 1>(b + i * l.b_stride, l.b_stride, n - 1 - i, x, 0, own_a.width);
             for (int64_t e = 0; e < std::min<int64_t>(16, n - i); e++) found[i + e] += more[e];
           }
         }
-        store(j, r, o, n, found);
+        store(j, t, o, n, found);
       }
     }
   }
@@ -230,25 +248,27 @@ template <class T> struct Step {
   void product_to_y(const Linear* layers, int count, const Input& input) const {
     int64_t begins[3] = {0};
     for (int j = 1; j < count; j++) begins[j] = begins[j - 1] + layers[j - 1].d_out;
-    inner_products(layers, count, input);
-    multiply_by(layers, count, input, [&](int j, int64_t r, int64_t o, int64_t n, const float* y) {
-      std::memcpy(own.y.data() + r * widest + begins[j] + o, y, n * sizeof(float));
+    const Span all{given.tokens};
+    inner_products(layers, count, input, all);
+    multiply_by(layers, count, input, all, [&](int j, int64_t t, int64_t o, int64_t n, const float* found) {
+      std::memcpy(y(t) + begins[j] + o, found, n * sizeof(float));
     });
   }
 
   void product_to_h(const Linear& l, const Input& input) const {
-    inner_products(&l, 1, input);
-    multiply_by(&l, 1, input, [&](int, int64_t r, int64_t o, int64_t n, const float* y) {
-      float* h = own.h.data() + r * model.width + o;
-      for (int64_t i = 0; i < n; i++) h[i] += y[i];
+    const Span all{given.tokens};
+    inner_products(&l, 1, input, all);
+    multiply_by(&l, 1, input, all, [&](int, int64_t t, int64_t o, int64_t n, const float* found) {
+      float* h = own.h.data() + t * model.width + o;
+      for (int64_t i = 0; i < n; i++) h[i] += found[i];
     });
   }
 
   // Rotates one head in place, after its norm if it has one.
-  void turn(float* x, int64_t r, const void* norm, float eps) const {
+  void turn(float* x, int64_t t, const void* norm, float eps) const {
     const int64_t d = model.d, half = d / 2;
     if (norm) normalize(x, norm, eps, d, x);
-    const float *cos = rows.cos + r * d, *sin = rows.sin + r * d;
+    const float *cos = given.cos + t * d, *sin = given.sin + t * d;
     for (int64_t i = 0; i < half; i++) {
       const float a = x[i], b = x[i + half];
       x[i] = a * cos[i] - b * sin[i];
@@ -256,43 +276,49 @@ template <class T> struct Step {
     }
   }
 
-  // Queries that share keys: softmax(q Kᵀ scale) V, after this token's key and value are kept.
-  void attend(int64_t number, int64_t r, int64_t g) const {
+  T* kept(void* const* layers, int64_t number, int64_t t, int64_t g) const {
+    return static_cast<T*>(layers[number]) + (given.rows[t] * model.kv_heads + g) * given.room * model.d;
+  }
+
+  // Keeps a token's key and value, of the heads of group g.
+  void keep(int64_t number, int64_t t, int64_t g) const {
     const Layer& layer = model.layer[number];
-    const int64_t d = model.d, share = model.heads / model.kv_heads, seen = rows.lengths[r] + 1;
-    float* y = own.y.data() + r * widest;
-    float* k = y + (model.heads + g) * d;
-    const float* v = y + (model.heads + model.kv_heads + g) * d;
-    const int64_t place = (r * model.kv_heads + g) * rows.room * d;
-    T* keys = static_cast<T*>(rows.keys[number]) + place;
-    T* values = static_cast<T*>(rows.values[number]) + place;
-    turn(k, r, layer.k_norm, layer.k_eps);
-    round_all(k, d, keys + (seen - 1) * d);
-    round_all(v, d, values + (seen - 1) * d);
+    const int64_t d = model.d, at = given.lengths[t] * d;
+    float* k = y(t) + (model.heads + g) * d;
+    turn(k, t, layer.k_norm, layer.k_eps);
+    round_all(k, d, kept(given.keys, number, t, g) + at);
+    round_all(k + model.kv_heads * d, d, kept(given.values, number, t, g) + at);
+  }
+
+  // Queries that share keys: softmax(q Kᵀ scale) V.
+  void attend(int64_t number, int64_t t, int64_t g) const {
+    const Layer& layer = model.layer[number];
+    const int64_t d = model.d, share = model.heads / model.kv_heads, seen = given.lengths[t] + 1;
+    const T *keys = kept(given.keys, number, t, g), *values = kept(given.values, number, t, g);
     const int64_t padded = (seen + 15) / 16 * 16;
     thread_local std::vector<float> room;
     if (room.size() < size_t(padded)) room.resize(padded + 1024);
     float* p = room.data();
     for (int64_t head = g * share; head < (g + 1) * share; head++) {
-      float* q = y + head * d;
-      turn(q, r, layer.q_norm, layer.q_eps);
+      float* q = y(t) + head * d;
+      turn(q, t, layer.q_norm, layer.q_eps);
       v16 most = v16{} - std::numeric_limits<float>::max();
-      for (int64_t t = 0; t < seen; t += 16) {
-        const v16 s = dots<16, 1>(keys + t * d, d, seen - 1 - t, q, 0, d) * model.scale;
-        std::memcpy(p + t, &s, sizeof s);
+      for (int64_t i = 0; i < seen; i += 16) {
+        const v16 s = dots<16, 1>(keys + i * d, d, seen - 1 - i, q, 0, d) * model.scale;
+        std::memcpy(p + i, &s, sizeof s);
         most = s > most ? s : most;
       }
       float largest = most[0];
       for (int i = 1; i < 16; i++) largest = std::max(largest, most[i]);
       v16 total = {};
-      for (int64_t t = 0; t < seen; t += 16) {
-        v16 e = exponential(load16(p + t) - largest);
-        for (int64_t i = seen - t; i < 16; i++) e[i] = 0;
-        std::memcpy(p + t, &e, sizeof e);
+      for (int64_t i = 0; i < seen; i += 16) {
+        v16 e = exponential(load16(p + i) - largest);
+        for (int64_t j = seen - i; j < 16; j++) e[j] = 0;
+        std::memcpy(p + i, &e, sizeof e);
         total += e;
       }
       const float weight = 1 / sum(total);
-      float* found = own.attended.row(r) + head * d;
+      float* found = own.attended.row(t) + head * d;
       int64_t i = 0;
       for (; i + 64 <= d; i += 64) weigh<4>(values + i, p, seen, weight, found + i);
       for (; i < d; i += 16) weigh<1>(values + i, p, seen, weight, found + i);
@@ -302,73 +328,76 @@ template <class T> struct Step {
   template <int C>
   void weigh(const T* values, const float* p, int64_t seen, float weight, float* found) const {
     v16 acc[C] = {};
-    for (int64_t t = 0; t < seen; t++)
-      for (int c = 0; c < C; c++) acc[c] += p[t] * load16(values + t * model.d + 16 * c);
+    for (int64_t i = 0; i < seen; i++)
+      for (int c = 0; c < C; c++) acc[c] += p[i] * load16(values + i * model.d + 16 * c);
     for (int c = 0; c < C; c++) {
       acc[c] *= weight;
       std::memcpy(found + 16 * c, acc + c, sizeof(v16));
     }
   }
 
-  void attend_rows(int64_t number) const {
+  void attend_all(int64_t number) const {
+    const int64_t groups = model.kv_heads, tasks = given.tokens * groups;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; task++) keep(number, task / groups, task % groups);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < rows.rows * model.kv_heads; task++)
-      attend(number, task / model.kv_heads, task % model.kv_heads);
+    for (int64_t task = 0; task < tasks; task++) attend(number, task / groups, task % groups);
     if (!own.attended.in_tiles) return;
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows.rows; r++) own.attended.lay(r);
+    for (int64_t t = 0; t < given.tokens; t++) own.attended.lay(t);
   }
 
   // silu(gate) up
-  void activate_rows() const {
+  void activate_all() const {
     const int64_t n = model.inner;
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows.rows; r++) {
-      const float *gate = own.y.data() + r * widest, *up = gate + n;
-      float* found = own.activated.row(r);
+    for (int64_t t = 0; t < given.tokens; t++) {
+      const float *gate = y(t), *up = gate + n;
+      float* found = own.activated.row(t);
       int64_t i = 0;
       for (; i + 16 <= n; i += 16) {
-        const v16 x = load16(gate + i), y = x / (1.f + exponential(-x)) * load16(up + i);
-        std::memcpy(found + i, &y, sizeof y);
+        const v16 x = load16(gate + i), both = x / (1.f + exponential(-x)) * load16(up + i);
+        std::memcpy(found + i, &both, sizeof both);
       }
       for (; i < n; i++) found[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
-      own.activated.lay(r);
+      own.activated.lay(t);
     }
   }
 
   void run() const {
     if (tiles) begin_tiles();
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows.rows; r++)
+    for (int64_t t = 0; t < given.tokens; t++)
       for (int64_t i = 0; i < model.width; i++)
-        own.h[r * model.width + i] = to_float(*at(rows.embedded, r * model.width + i));
+        own.h[t * model.width + i] = to_float(*at(given.embedded, t * model.width + i));
     for (int64_t number = 0; number < model.layers; number++) {
       const Layer& layer = model.layer[number];
-      normalize_rows(layer.before, layer.before_eps);
+      normalize_all(layer.before, layer.before_eps, given.tokens);
       product_to_y(layer.qkv, 3, own.input);
-      attend_rows(number);
+      attend_all(number);
       product_to_h(layer.out, own.attended);
-      normalize_rows(layer.after, layer.after_eps);
+      normalize_all(layer.after, layer.after_eps, given.tokens);
       product_to_y(layer.gate_up, 2, own.input);
-      activate_rows();
+      activate_all();
       product_to_h(layer.down, own.activated);
     }
-    normalize_rows(model.norm, model.norm_eps);
-    inner_products(&model.head, 1, own.input);
-    T* logits = static_cast<T*>(rows.logits);
-    multiply_by(&model.head, 1, own.input, [&](int, int64_t r, int64_t o, int64_t n, const float* y) {
-      round_all(y, n, logits + r * model.head.d_out + o);
+    const Span asked{given.asked, given.which};
+    normalize_all(model.norm, model.norm_eps, asked.count, asked.which);
+    inner_products(&model.head, 1, own.input, asked);
+    T* logits = static_cast<T*>(given.logits);
+    multiply_by(&model.head, 1, own.input, asked, [&](int, int64_t t, int64_t o, int64_t n, const float* found) {
+      round_all(found, n, logits + t * model.head.d_out + o);
     });
     if (tiles) end_tiles();
   }
 };
 
-template <class T> void compute(const Model& model, const Rows& rows) {
+template <class T> void compute(const Model& model, const Tokens& given) {
   Workspace& own = workspace;
-  const int64_t n = rows.rows, turned = (model.heads + 2 * model.kv_heads) * model.d;
+  const int64_t n = given.tokens, turned = (model.heads + 2 * model.kv_heads) * model.d;
   const int64_t widest = std::max(turned, 2 * model.inner);
   int64_t rank = 0;
-  for (int64_t i = 0; i < rows.adapters; i++) rank = std::max(rank, rows.adapter[i].width);
+  for (int64_t i = 0; i < given.adapters; i++) rank = std::max(rank, given.adapter[i].width);
   rank = (rank + 15) / 16 * 16;
   const bool by_tiles = tiles && sizeof(T) == 2;
   own.input.shape(n, model.width, by_tiles);
@@ -377,16 +406,19 @@ template <class T> void compute(const Model& model, const Rows& rows) {
   own.h.resize(n * model.width);
   own.y.resize(n * widest);
   own.inner.resize(n * 3 * rank);
-  const Step<T> step{model, rows, own, widest, rank};
-#pragma omp parallel num_threads(rows.threads)
+  const Step<T> step{model, given, own, widest, rank};
+#pragma omp parallel num_threads(given.threads)
   step.run();
 }
 
 }  // namespace
 
-extern "C" void decode_step(const Model* model, const Rows* rows) {
+extern "C" void decode_step(const Model* model, const Tokens* given) {
   if (model->kind == BFLOAT16)
-    compute<bf16>(*model, *rows);
+    compute<bf16>(*model, *given);
   else
-    compute<float>(*model, *rows);
+    compute<float>(*model, *given);
 }
+
+// Whether products of bfloat16 are computed by AMX's tiles.
+extern "C" int64_t has_tiles() { return tiles; }

@@ -2,14 +2,17 @@
 
 A step of a small model reads its weights once, and that is nearly all that it should take: all
 layers are one parallel region, no Python runs between them, and weights are read as they lie in
-the modules. Models in bfloat16 and float32, with weights of that dtype or `--weights int8`; every
-other one, and every row that needs more, is computed by PyTorch.
+the modules. A short prompt is a step with several tokens of a row. Models in bfloat16 and float32,
+with weights of that dtype or `--weights int8`; every other one, and every row that needs more, is
+computed by PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p, pointer
+from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from lorakit.lora.columns import Plan
 from lorakit.lora.packed import Family
 from lorakit.models.quantization.int8_linear import Int8Linear
 from lorakit.weight_formats import format_of
+
+_LONGEST, _LONGEST_BY_TILES = 32, 256
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -70,22 +75,57 @@ class _Adapter(Structure):
     _fields_ = (("begin", c_int64), ("width", c_int64))
 
 
-class _Rows(Structure):
+class _Tokens(Structure):
     _fields_ = (
-        ("rows", c_int64),
+        ("tokens", c_int64),
         ("threads", c_int64),
         ("embedded", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("rows", c_void_p),
         ("lengths", c_void_p),
         ("keys", POINTER(c_void_p)),
         ("values", POINTER(c_void_p)),
         ("room", c_int64),
         ("adapters", c_int64),
         ("adapter", POINTER(_Adapter)),
-        ("of_row", POINTER(c_int64)),
+        ("adapter_of", POINTER(c_int64)),
+        ("asked", c_int64),
+        ("which", c_void_p),
         ("logits", c_void_p),
     )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens a step computes, row after row.
+
+    Attributes:
+        rows: (tokens,), in whose place of the cache each goes.
+        lengths: (tokens,), how many tokens its row has before it.
+        last: (rows,), the last token of each row, whose logits are asked for.
+        counts: how many tokens each row has.
+    """
+
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    last: torch.Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def newest(cls, lengths: torch.Tensor) -> Tokens:
+        """One of each row, behind its `lengths` (rows,)."""
+        rows = torch.arange(len(lengths))
+        return cls(rows, lengths, rows, (1,) * len(lengths))
+
+    @classmethod
+    def several(cls, first: int, counts: Sequence[int], starts: Sequence[int]) -> Tokens:
+        """So many of each row from `first` on, from these positions on."""
+        several = torch.tensor(counts)
+        rows = torch.arange(first, first + len(counts)).repeat_interleave(several)
+        ends = several.cumsum(0)
+        begins = (torch.tensor(starts) - ends + several).repeat_interleave(several)
+        return cls(rows, torch.arange(len(rows)) + begins, ends - 1, tuple(counts))
 
 
 class NativeStep:
@@ -96,6 +136,7 @@ class NativeStep:
 
     Attributes:
         why_not: why PyTorch computes each step all the same; empty where it need not.
+        longest: so many tokens of a row at most: more are computed faster by PyTorch.
 
     Raises:
         ValueError: it is not.
@@ -128,9 +169,12 @@ class NativeStep:
         self._places: tuple[int, ...] = ()
         self._model: _Model | None = None
         self._plan: Plan | None = None
+        self._counts: tuple[int, ...] = ()
         self._ranges: Any = ()
-        self._of_row: Any = ()
-        self.why_not = library().why_not
+        self._adapter_of: Any = ()
+        self.why_not, compiled = library().why_not, library().functions
+        by_tiles = compiled is not None and self.dtype == torch.bfloat16 and compiled.has_tiles()
+        self.longest = _LONGEST_BY_TILES if by_tiles else _LONGEST
 
     def _is_plain(self, layer: Any) -> bool:
         weight = layer.weight
@@ -146,11 +190,12 @@ class NativeStep:
 
     def forget(self) -> None:
         """Has factors looked up anew, as they may have moved."""
-        self._places, self._plan, self._of_row = (), None, ()
+        self._places, self._plan, self._counts = (), None, ()
 
     def __call__(
         self,
         cache: RowCache,
+        tokens: Tokens,
         h: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor],
         plan: Plan | None,
@@ -158,57 +203,68 @@ class NativeStep:
         """The logits (rows, vocabulary), or None where PyTorch is to compute this step.
 
         Args:
-            h: the embedded tokens (rows, width).
-            turns: cosines and sines (rows, 1, d) of their positions.
+            h: the embedded tokens (tokens, width).
+            turns: cosines and sines (tokens, 1, d) of their positions.
         """
         compiled = library().functions
+        if not compiled or h.dtype != self.dtype:
+            return None
         layers: Sequence[Any] = cache.layers
-        ready = compiled and h.dtype == self.dtype and all(own.is_initialized for own in layers)
-        if not ready or not all(own.keys.dtype == self.dtype for own in layers):
+        for own in layers:
+            if not own.is_initialized:
+                like = h.new_empty(1, self._kv_heads, 1, self._d)
+                own.lazy_initialization(like, like)
+        if not all(own.keys.dtype == self.dtype for own in layers):
             return None
         model = self._described()
         if model is None:
             return None
-        rows = len(h)
-        lengths: torch.Tensor = layers[0].place.lengths
         cos, sin = (turn.float().contiguous() for turn in turns)
-        adapters, of_row = self._adapters(plan, rows)
-        logits = h.new_empty(rows, model.head.d_out)
+        adapters, adapter_of = self._adapters(plan, tokens.counts)
+        logits = h.new_empty(len(tokens.counts), model.head.d_out)
         h = h.contiguous()
-        asked = _Rows(
-            rows=rows,
+        asked = _Tokens(
+            tokens=len(h),
             threads=torch.get_num_threads(),
             embedded=h.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            lengths=lengths.data_ptr(),
+            rows=tokens.rows.data_ptr(),
+            lengths=tokens.lengths.data_ptr(),
             keys=_pointers(own.keys for own in layers),
             values=_pointers(own.values for own in layers),
             room=layers[0].keys.shape[2],
             adapters=len(adapters),
             adapter=adapters,
-            of_row=of_row,
+            adapter_of=adapter_of,
+            asked=len(tokens.last),
+            which=tokens.last.data_ptr(),
             logits=logits.data_ptr(),
         )
         assert compiled is not None
         compiled.decode_step(pointer(model), pointer(asked))
         return logits
 
-    def _adapters(self, plan: Plan | None, rows: int) -> tuple[Any, Any]:
-        """The columns of the adapters, and which of these each row has."""
-        if plan is not self._plan or len(self._of_row) != rows:
+    def _adapters(self, plan: Plan | None, counts: tuple[int, ...]) -> tuple[Any, Any]:
+        """The columns of the adapters, and which of these each token has.
+
+        Args:
+            counts: how many tokens each row has.
+        """
+        if plan is not self._plan or counts != self._counts:
             parts = () if plan is None else plan.parts
             ranges = sorted({(part.begin, part.end) for part in parts})
-            of_row = [-1] * rows
+            of_row = [-1] * len(counts)
             for part in parts:
                 # One adapter for all rows has no first and last.
                 span = slice(None) if plan and plan.rows == 1 else slice(part.first, part.last)
                 found = ranges.index((part.begin, part.end))
                 of_row[span] = [found] * len(of_row[span])
-            self._plan = plan
+            self._plan, self._counts = plan, counts
             self._ranges = (_Adapter * len(ranges))(*(_Adapter(a, b - a) for a, b in ranges))
-            self._of_row = (c_int64 * rows)(*of_row)
-        return self._ranges, self._of_row
+            of_tokens = chain.from_iterable(map(repeat, of_row, counts))
+            self._adapter_of = (c_int64 * sum(counts))(*of_tokens)
+        return self._ranges, self._adapter_of
 
     def _described(self) -> _Model | None:
         """Where everything lies; None where a weight is of another kind than it was."""
