@@ -27,6 +27,30 @@ def spin_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
+def ask_for_what_there_is() -> None:
+    """Has PyTorch ask for no more threads than it gets, if it is not loaded yet.
+
+    oneDNN divides a product in bfloat16 among the threads that it asks for, and leaves out the
+    parts of those that do not come: what is returned is wrong, or NaN, without a word. They do not
+    come where OMP_DYNAMIC, OMP_THREAD_LIMIT or OMP_MAX_ACTIVE_LEVELS says so.
+    """
+    if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
+        os.environ["OMP_DYNAMIC"] = "false"  # without it as many come as are asked for
+    limits = [_number("OMP_THREAD_LIMIT")]
+    if (levels := _number("OMP_MAX_ACTIVE_LEVELS")) is not None:
+        limits.append(1 if levels < 1 else None)
+    if limit := min((one for one in limits if one), default=0):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        asked = _number("OMP_NUM_THREADS") or cores or os.cpu_count() or 1
+        os.environ["OMP_NUM_THREADS"] = str(min(asked, limit))
+
+
+def _number(name: str) -> int | None:
+    """A variable's number, of several the first; None where it has none."""
+    text = os.environ.get(name, "").partition(",")[0].strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
 def release_worker_threads() -> None:
     """Ends the worker threads of the calling thread; its next parallel region starts new ones.
 

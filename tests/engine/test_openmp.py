@@ -3,6 +3,8 @@
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,12 @@ import pytest
 import torch
 
 from lorakit.engine.engine import Engine
-from lorakit.openmp import _gnu_openmp, release_worker_threads, spin_briefly
+from lorakit.openmp import (
+    _gnu_openmp,
+    ask_for_what_there_is,
+    release_worker_threads,
+    spin_briefly,
+)
 
 OPENMP = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*"))
 pytestmark = pytest.mark.skipif(not OPENMP, reason="this PyTorch has not GNU's OpenMP")
@@ -73,6 +80,39 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch, chosen: di
     spin_briefly()
     assert chosen.items() <= os.environ.items()
     assert ("GOMP_SPINCOUNT" in os.environ) is ("OMP_WAIT_POLICY" not in chosen)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({"OMP_THREAD_LIMIT": "3", "OMP_NUM_THREADS": "8"}, "3"),
+        ({"OMP_THREAD_LIMIT": "30", "OMP_NUM_THREADS": "8,2"}, "8"),
+        ({"OMP_MAX_ACTIVE_LEVELS": "0", "OMP_NUM_THREADS": "8"}, "1"),
+        ({"OMP_MAX_ACTIVE_LEVELS": "2", "OMP_NUM_THREADS": "8"}, "8"),
+        ({"OMP_THREAD_LIMIT": "1"}, "1"),
+        ({"OMP_THREAD_LIMIT": "many"}, None),
+        ({}, None),
+    ],
+)
+def test_no_more_threads_are_asked_for_than_there_may_be(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], threads: str | None
+):
+    monkeypatch.setattr(os, "environ", {**given})
+    ask_for_what_there_is()
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize("setting", ["OMP_DYNAMIC=true", "OMP_THREAD_LIMIT=1"])
+def test_products_in_bfloat16_are_right_with_fewer_threads_than_cores(setting: str):
+    code = """from lorakit.openmp import ask_for_what_there_is
+ask_for_what_there_is()
+import torch
+x, w = torch.randn(64, 512), torch.randn(512, 512)
+found = x.bfloat16() @ w.bfloat16()
+assert (found - x @ w).norm() < 0.02 * (x @ w).norm(), (found - x @ w).norm()"""
+    name, value = setting.split("=")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", name: value}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_a_library_in_a_folder_with_a_space_is_found(tmp_path: Path):

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from lorakit.console import say, settle_streams
 from lorakit.errors import BASE_OPTION, InputError, LorakitError, one_line
 from lorakit.models import remote_code
-from lorakit.openmp import spin_briefly
+from lorakit.openmp import ask_for_what_there_is, spin_briefly
 from lorakit.progress import showing
 from lorakit.version import __version__
 
@@ -170,6 +170,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     spin_briefly()
+    ask_for_what_there_is()
     warnings.formatwarning = _as_notice
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
