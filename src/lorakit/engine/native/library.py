@@ -44,7 +44,8 @@ class Library:
         try:
             self.functions = _loaded()
         except subprocess.CalledProcessError as error:
-            self.why_not = f"the C++ compiler failed: {first_line(LorakitError(error.stderr))}"
+            said = error.stderr.strip() or f"{error.cmd[0]} ended with {error.returncode}"
+            self.why_not = f"the C++ compiler failed: {first_line(LorakitError(said))}"
         except (OSError, LorakitError, subprocess.SubprocessError) as error:
             self.why_not = first_line(error)
 
