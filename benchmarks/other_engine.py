@@ -12,6 +12,8 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -92,12 +94,31 @@ def llama_cpp(settings: dict[str, Any]) -> Answers:
     return answers
 
 
+def lorakit(settings: dict[str, Any]) -> Answers:
+    """lorakit's engine, as `lorakit serve` opens it."""
+    from benchmarks.serve_common import answered, endless
+    from lorakit.engine.open_engine import open_engine
+
+    with endless():
+        engine = open_engine(
+            settings["model"],
+            {name: Path(folder) for name, folder in settings["adapters"].items()},
+            dtype="bfloat16",
+            max_rows=settings["rows"],
+            context_length=2048,
+            weights=settings["weights"],
+            prefix_bytes=0,
+        )
+    return partial(answered, engine)
+
+
 def main() -> None:
     """Answers until stdin ends. What an engine prints goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     settings = json.loads(sys.argv[1])
-    answers = {"vllm": vllm, "llama_cpp": llama_cpp}[settings["engine"]](settings)
+    engines = {"vllm": vllm, "llama_cpp": llama_cpp, "lorakit": lorakit}
+    answers = engines[settings["engine"]](settings)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -1,8 +1,8 @@
 """Eight prompts, each by another adapter: lorakit's engine beside PEFT, the bare base, and HTTP.
 
-All sides have one process and the same base in bfloat16, and take turns; answers are greedy and of
-one length, and no side keeps prompts between rounds. `switching` is what serving many adapters is
-without any of this: PEFT with one request after the other, the adapter switched before each.
+All sides have the same base in bfloat16 and take turns; answers are greedy and of one length, and
+no side keeps prompts between rounds. `switching` is what serving many adapters is without any of
+this: PEFT with one request after the other, the adapter switched before each.
 
     python -m benchmarks.serve [--tokens 64] [--rounds 5] [--adapters DIR]
     python -m benchmarks.serve --parts peers --vllm PYTHON --llama-cpp PYTHON
@@ -49,7 +49,12 @@ from benchmarks.serve_common import (
     take_turns,
 )
 from benchmarks.serve_forms import forms
-from benchmarks.serve_peers import OtherEngine, llama_cpp_engines, vllm_engines
+from benchmarks.serve_peers import (
+    OtherEngine,
+    llama_cpp_engines,
+    lorakit_engine,
+    vllm_engines,
+)
 from benchmarks.serve_prefix import prefix
 from lorakit.engine.engine import Engine
 from lorakit.engine.open_engine import open_engine
@@ -147,24 +152,27 @@ class Sides:
         for plain in (self.base.eval(), self.peft.eval().get_base_model()):
             plain.generation_config = self.settings
 
-    def peers(self, vllm: Mapping[str, OtherEngine]) -> dict[str, Callable[[], int]]:
+    def peers(
+        self, own: OtherEngine, vllm: Mapping[str, OtherEngine]
+    ) -> dict[str, Callable[[], int]]:
+        one = [self.names[0]] * 8
+
+        def asked(engine: OtherEngine, names: Sequence[str | None]) -> Callable[[], int]:
+            return partial(engine.answered, self.prompts, names, self.tokens)
+
         sides: dict[str, Callable[[], int]] = {
             "the bare base's generate": self.the_bare_base,
             "PEFT, adapter_names": self.peft_adapter_names,
             "PEFT, switching": self.peft_switching,
-            "engine, the base": self.engine_base,
-            "engine, one adapter": self.engine_one_adapter,
-            "engine, eight adapters": self.engine_eight_adapters,
+            "engine, the base": asked(own, [None] * 8),
+            "engine, one adapter": asked(own, one),
+            "engine, eight adapters": asked(own, self.names),
         }
         if vllm:
-            of_base, beside = vllm["base"], vllm["adapters"]
-            one = [self.names[0]] * 8
             sides |= {
-                "vLLM, the base": lambda: of_base.answered(self.prompts, [None] * 8, self.tokens),
-                "vLLM, one adapter": lambda: beside.answered(self.prompts, one, self.tokens),
-                "vLLM, eight adapters": lambda: beside.answered(
-                    self.prompts, self.names, self.tokens
-                ),
+                "vLLM, the base": asked(vllm["base"], [None] * 8),
+                "vLLM, one adapter": asked(vllm["adapters"], one),
+                "vLLM, eight adapters": asked(vllm["adapters"], self.names),
             }
         return sides
 
@@ -181,12 +189,6 @@ class Sides:
             self.peft.set_adapter(name)
             written += self.peft.generate(**padded([prompt]))[:, -self.tokens :].numel()
         return written
-
-    def engine_base(self) -> int:
-        return answered(self.engine, self.prompts, [None] * 8, self.tokens)
-
-    def engine_one_adapter(self) -> int:
-        return answered(self.engine, self.prompts, [self.names[0]] * 8, self.tokens)
 
     def engine_eight_adapters(self) -> int:
         return answered(self.engine, self.prompts, self.names, self.tokens)
@@ -370,8 +372,11 @@ def side_by_side(sides: Sides, vllm: Path | None, parts: Sequence[str], rounds: 
         print(notice, file=sys.stderr)
     if "peers" in parts:
         folders = dict(zip(sides.names, sides.folders, strict=True))
-        with vllm_engines(vllm, sides.model, folders) as engines:
-            show("8 prompts, 8 adapters", take_turns(sides.peers(engines), rounds))
+        with (
+            lorakit_engine(sides.model, folders, rows=8) as own,
+            vllm_engines(vllm, sides.model, folders) as others,
+        ):
+            show("8 prompts, 8 adapters", take_turns(sides.peers(own, others), rounds))
     if "http" in parts:
         with served(sides.engine) as address:
             client = Client(address, sides.tokens, sides.names)
@@ -387,30 +392,21 @@ def side_by_side(sides: Sides, vllm: Path | None, parts: Sequence[str], rounds: 
 def one_row(folder: Path, llama_cpp: Path | None, tokens: int, rounds: int) -> None:
     """One prompt after the other with one adapter, beside llama.cpp at the same precision."""
     name = folder.name
+    tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL).path)
+    turns = [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]
+    prompts = [prompt_tokens(turn, tokenizer) for turn in turns]
     with ExitStack() as stack:
-        sides: dict[str, Callable[[], int]] = {}
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        other = stack.enter_context(llama_cpp_engines(llama_cpp, MODEL, {name: folder}, place))
-        prompts: list[list[int]] = []
+        folders = {name: folder}
+        other = stack.enter_context(llama_cpp_engines(llama_cpp, MODEL, folders, place))
+        sides: dict[str, Callable[[], int]] = {}
         for form, gguf, weights in (("bfloat16", "bfloat16", None), ("int8", "q8_0", "int8")):
-            with endless():
-                engine = open_engine(
-                    MODEL,
-                    {name: folder},
-                    dtype="bfloat16",
-                    max_rows=1,
-                    context_length=2048,
-                    weights=weights,
-                    prefix_bytes=0,
-                )
-            stack.callback(engine.close)
-            if not prompts:
-                turns = [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]
-                prompts += [prompt_tokens(turn, engine.tokenizer) for turn in turns]
-            names = [name] * len(prompts)
-            sides[f"engine, {form}"] = partial(answered, engine, prompts, names, tokens)
+            own = stack.enter_context(lorakit_engine(MODEL, folders, 1, weights))
+            engines = {f"engine, {form}": own}
             if other:
-                sides[f"llama.cpp, {gguf}"] = partial(other[gguf].answered, prompts, names, tokens)
+                engines[f"llama.cpp, {gguf}"] = other[gguf]
+            for title, engine in engines.items():
+                sides[title] = partial(engine.answered, prompts, [name] * len(prompts), tokens)
         show("1 row, 1 adapter", take_turns(sides, rounds))
 
 

