@@ -1,7 +1,7 @@
 """A decoding step of the bundled model: in C++ and by PyTorch, beside reading the weights once.
 
 Both sides have one process and take turns; each step adds a token to each row, behind prompts of 37
-to 44 tokens.
+to 44 tokens. Reading these prompts is compared too.
 
     python -m benchmarks.decode [--rows 1 8 32] [--rank 16] [--weights int8] [--rounds 20]
 """
@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,13 +52,11 @@ def step_times(resident: ResidentModel, names: list[str], rounds: int) -> dict[s
     """Milliseconds of each round's step by each side."""
     step, packed, base = resident.carried.step, resident.model.packed, resident.base
     assert step is not None
-    count, native, forward = len(names), step.native, base
-    route = Route.of_rows(names, (count, 1))
-    resident.model.routing.route = route
+    count, native = len(names), step.native
     cache = row_cache(base, rows=count, length=64 + rounds)
-    prompts = [list(range(5, 42 + i % 8)) for i in range(count)]
-    whole: Any = forward
-    whole(**cache.whole_prompts(0, prompts, base.device), logits_to_keep=1)
+    prompts = prompts_of(count)
+    by_model(resident, names, cache.whole_prompts(0, prompts, base.device))
+    route = Route.of_rows(names, (count, 1))
     found: dict[str, list[float]] = {"C++": [], "PyTorch": []}
     for turn in range(rounds + 2):  # the first two warm up, and compare
         lengths = [len(prompt) + turn for prompt in prompts]
@@ -69,6 +68,39 @@ def step_times(resident: ResidentModel, names: list[str], rounds: int) -> dict[s
             if turn > 1:
                 times.append(spent)
     step.native = native
+    return found
+
+
+def prompts_of(rows: int) -> list[list[int]]:
+    return [list(range(5, 42 + i % 8)) for i in range(rows)]
+
+
+def by_model(resident: ResidentModel, names: list[str], given: dict[str, Any]) -> None:
+    """Prompts by the model's own modules."""
+    resident.model.routing.route = Route.of_rows(names, tuple(given["input_ids"].shape))
+    forward: Any = resident.base
+    forward(**given, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def prompt_times(resident: ResidentModel, names: list[str], rounds: int) -> dict[str, list[float]]:
+    """As `step_times`, of reading the prompts."""
+    step, packed, base = resident.carried.step, resident.model.packed, resident.base
+    assert step is not None
+    prompts = prompts_of(len(names))
+    cache = row_cache(base, rows=len(names), length=64)
+    found: dict[str, list[float]] = {"C++": [], "PyTorch": []}
+    for turn in range(rounds + 2):
+        for side, times in found.items():
+            given = cache.whole_prompts(0, prompts, base.device)
+            route = Route.of_rows(names, tuple(given["input_ids"].shape))
+            assert step.serves(route, packed)
+            if side == "C++":
+                spent = milliseconds(partial(step.of_prompts, cache, given, route, packed))
+            else:
+                spent = milliseconds(partial(by_model, resident, names, given))
+            if turn > 1:
+                times.append(spent)
     return found
 
 
@@ -101,12 +133,13 @@ def main() -> None:
         ):
             if rows == 1 and title.startswith(str(ADAPTERS)):
                 continue
-            times = step_times(resident, names, args.rounds)
-            slow, fast = (statistics.median(times[side]) for side in ("PyTorch", "C++"))
-            label = f"{rows}, {title}"
-            ratios[label] = round(slow / fast, 2)
-            least = min(times["C++"])
-            print(f"| {label} | {slow:.1f} | {fast:.1f} ({least:.1f}) | {slow / fast:.2f} |")
+            for kind, measure in ((title, step_times), (f"{title}, prompts", prompt_times)):
+                times = measure(resident, names, args.rounds)
+                slow, fast = (statistics.median(times[side]) for side in ("PyTorch", "C++"))
+                label = f"{rows}, {kind}"
+                ratios[label] = round(slow / fast, 2)
+                least = min(times["C++"])
+                print(f"| {label} | {slow:.1f} | {fast:.1f} ({least:.1f}) | {slow / fast:.2f} |")
     print(json.dumps({"threads": torch.get_num_threads(), "ratios": ratios}))
 
 
