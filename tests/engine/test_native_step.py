@@ -207,8 +207,8 @@ def test_prompts_of_any_short_length_are_read_in_one_step_and_as_each_alone(
 
     alone = [answers(range(i, i + 1))[0] for i in range(3)]
 
-    def noted(*given: Any) -> torch.Tensor | None:
-        found = call(*given)
+    def noted(*given: Any, **asked: Any) -> torch.Tensor | None:
+        found = call(*given, **asked)
         assert found is not None
         read.append(len(found))
         return found
@@ -216,6 +216,63 @@ def test_prompts_of_any_short_length_are_read_in_one_step_and_as_each_alone(
     monkeypatch.setattr(DecodeStep, "of_prompts", noted)
     assert answers(range(3)) == alone
     assert read == [3]
+
+
+def test_every_token_of_a_draft_is_judged_as_by_the_model():
+    resident = resident_of(MODELS["tiles fit"], torch.float32)
+    step, packed, base = resident.carried.step, resident.model.packed, resident.base
+    if library().functions is None:
+        pytest.skip(library().why_not)
+    assert step is not None
+    names, drafts, found = ["wide", BASE, "odd"], [[3, 1, 4, 1], [5], [9, 2]], []
+    forward: Any = base
+    for in_cpp in (True, False):
+        cache = row_cache(base, rows=3, length=20)
+        with torch.inference_mode():
+            resident.model.routing.route = Route.of_rows(names, (3, 5))
+            forward(**cache.whole_prompts(0, [[7, 8, 9], [6], [5, 4, 3, 2, 1]], base.device))
+            given = cache.rests_of_prompts(0, drafts, [3, 1, 5], base.device)
+            route = resident.model.routing.route = Route.of_rows(names, (3, 4))
+            assert step.serves(route, packed)
+            if in_cpp:
+                found.append(step.of_prompts(cache, given, route, packed, every=True))
+            else:
+                logits = forward(**given).logits
+                each = zip(logits, drafts, strict=True)
+                found.append(torch.cat([own[-len(draft) :] for own, draft in each]))
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_that_are_read_together_are_to_the_bit_those_one_after_the_other(
+    dtype: torch.dtype,
+):
+    resident = resident_of(MODELS["tiles fit"], dtype)
+    step, packed, base = resident.carried.step, resident.model.packed, resident.base
+    if library().functions is None:
+        pytest.skip(library().why_not)
+    assert step is not None
+    route, rests, starts = Route.of_rows(["wide", "odd"]), [[3, 1, 4], [1, 5, 9]], [4, 2]
+    found = []
+    for together in (True, False):
+        cache = row_cache(base, rows=2, length=20)
+        with torch.inference_mode():
+            assert step.serves(route, packed)
+            given = cache.whole_prompts(0, [[7, 8, 9, 2], [6, 3]], base.device)
+            step.of_prompts(cache, given, route, packed)
+            if together:
+                given = cache.rests_of_prompts(0, rests, starts, base.device)
+                logits = step.of_prompts(cache, given, route, packed, every=True)
+                assert logits is not None
+                found.append(logits.view(2, 3, -1))
+                continue
+            each = []
+            for i, tokens in enumerate(zip(*rests, strict=True)):
+                lengths = [start + i for start in starts]
+                given = cache.newest_tokens(tokens, lengths, base.device)
+                each.append(step(cache, given, route, packed))
+            found.append(torch.stack(each, 1))
+    assert torch.equal(*found)
 
 
 def test_a_long_prompt_is_left_to_the_model():

@@ -324,13 +324,13 @@ class ContinuousBatch:
             given = self._cache.rests_of_prompts(0, rests, starts, device)
             shape = tuple(given["input_ids"].shape)
             self._routing.route = self._route or Route.of_rows([r.adapter for r in rows], shape)
-            with copied_once(self._model):
-                logits = self._model(**given, logits_to_keep=shape[1]).logits
+            logits = self._logits(given, every=True)
         except Exception:  # tried without drafts, which tells whose failure it is
             return False
-        for row, draft, own in zip(rows, drafted, logits, strict=True):
+        counts = [len(rest) for rest in rests]
+        for row, draft, own in zip(rows, drafted, logits.split(counts), strict=True):
             accepted = 0
-            for expected, logits_of in zip([*draft, None], own[-len(draft) - 1 :], strict=True):
+            for expected, logits_of in zip([*draft, None], own, strict=True):
                 choose_next([row], logits_of[None])
                 accepted += row.last == expected and not row.failed
                 if row.finished or row.last != expected:
@@ -364,20 +364,28 @@ class ContinuousBatch:
         for at, row in enumerate(rows, first):
             self._forward(at, [row], inputs)
 
-    def _logits(self, given: dict[str, Any]) -> torch.Tensor:
-        """The logits (rows, vocabulary) of the rows' last tokens."""
+    def _logits(self, given: dict[str, Any], every: bool = False) -> torch.Tensor:
+        """The logits (rows, vocabulary) of the rows' last tokens.
+
+        Args:
+            every: of all tokens (tokens, vocabulary), row after row, of `rests_of_prompts`.
+        """
         # Where adapters are off, all rows have the base.
         route = self._routing.route if self._routing.enabled else Route()
+        place = self._cache.layers[0].place
         if self._step is not None and self._step.serves(route, packed := self._packed()):
-            if self._cache.layers[0].place.lengths is not None:
+            if place.lengths is not None:
                 return self._step(self._cache, given, route, packed)
             if given.keys() == self._cache.arguments:  # there are no pictures
-                found = self._step.of_prompts(self._cache, given, route, packed)
+                found = self._step.of_prompts(self._cache, given, route, packed, every=every)
                 if found is not None:
                     return found
         with copied_once(self._model):
-            logits: torch.Tensor = self._model(**given, logits_to_keep=1).logits[:, -1]
-        return logits
+            kept = max(place.prompts) if every else 1
+            logits: torch.Tensor = self._model(**given, logits_to_keep=kept).logits
+        if every:
+            return torch.cat([own[-n:] for own, n in zip(logits, place.prompts, strict=True)])
+        return logits[:, -1]
 
     def _whole(self, first: int, rows: Sequence[AnswerRow]) -> dict[str, Any]:
         prompts = [row.prompt for row in rows]

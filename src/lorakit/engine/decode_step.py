@@ -114,9 +114,14 @@ class DecodeStep:
         inputs: dict[str, Any],
         route: Route | None = None,
         packed: PackedFactors | None = None,
+        *,
+        every: bool = False,
     ) -> torch.Tensor | None:
         """The logits (rows, vocabulary) of the last tokens of prompts, or of parts of them; None
         where the model is to compute them. Arguments as in `__call__`, of the cache's other ways.
+
+        Args:
+            every: of all tokens (tokens, vocabulary), row after row.
         """
         ids, place = inputs["input_ids"], _place(cache)
         counts = place.prompts or [ids.shape[1]]
@@ -127,7 +132,8 @@ class DecodeStep:
         h = self._shape.embed(ids[own])
         plan = None if packed is None else packed.plan(route or Route(), ids[..., None])
         turns = self._shape.rotary(h, inputs["position_ids"].expand_as(ids)[own][:, None])
-        return self.native(cache, Tokens.several(place.row, counts, starts), h, turns, plan)
+        tokens = Tokens.several(place.row, counts, starts, every)
+        return self.native(cache, tokens, h, turns, plan)
 
     def prove_prompts(self, is_right: Callable[[], bool]) -> None:
         """Has prompts be read here where `is_right` says that `of_prompts` is."""

@@ -103,13 +103,13 @@ class Tokens:
     Attributes:
         rows: (tokens,), in whose place of the cache each goes.
         lengths: (tokens,), how many tokens its row has before it.
-        last: (rows,), the last token of each row, whose logits are asked for.
+        asked: the tokens whose logits are asked for, the last of each row (rows,) or all of them.
         counts: how many tokens each row has.
     """
 
     rows: torch.Tensor
     lengths: torch.Tensor
-    last: torch.Tensor
+    asked: torch.Tensor
     counts: tuple[int, ...]
 
     @classmethod
@@ -119,13 +119,16 @@ class Tokens:
         return cls(rows, lengths, rows, (1,) * len(lengths))
 
     @classmethod
-    def several(cls, first: int, counts: Sequence[int], starts: Sequence[int]) -> Tokens:
-        """So many of each row from `first` on, from these positions on."""
+    def several(
+        cls, first: int, counts: Sequence[int], starts: Sequence[int], every: bool = False
+    ) -> Tokens:
+        """So many of each row from `first` on, from these positions on; `every` one is asked."""
         several = torch.tensor(counts)
         rows = torch.arange(first, first + len(counts)).repeat_interleave(several)
         ends = several.cumsum(0)
         begins = (torch.tensor(starts) - ends + several).repeat_interleave(several)
-        return cls(rows, torch.arange(len(rows)) + begins, ends - 1, tuple(counts))
+        numbers = torch.arange(len(rows))
+        return cls(rows, numbers + begins, numbers if every else ends - 1, tuple(counts))
 
 
 class NativeStep:
@@ -200,7 +203,7 @@ class NativeStep:
         turns: tuple[torch.Tensor, torch.Tensor],
         plan: Plan | None,
     ) -> torch.Tensor | None:
-        """The logits (rows, vocabulary), or None where PyTorch is to compute this step.
+        """The logits (asked, vocabulary), or None where PyTorch is to compute this step.
 
         Args:
             h: the embedded tokens (tokens, width).
@@ -221,7 +224,7 @@ class NativeStep:
             return None
         cos, sin = (turn.float().contiguous() for turn in turns)
         adapters, adapter_of = self._adapters(plan, tokens.counts)
-        logits = h.new_empty(len(tokens.counts), model.head.d_out)
+        logits = h.new_empty(len(tokens.asked), model.head.d_out)
         h = h.contiguous()
         asked = _Tokens(
             tokens=len(h),
@@ -237,8 +240,8 @@ class NativeStep:
             adapters=len(adapters),
             adapter=adapters,
             adapter_of=adapter_of,
-            asked=len(tokens.last),
-            which=tokens.last.data_ptr(),
+            asked=len(tokens.asked),
+            which=tokens.asked.data_ptr(),
             logits=logits.data_ptr(),
         )
         assert compiled is not None
