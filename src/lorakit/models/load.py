@@ -155,6 +155,8 @@ def load_classifier(
     loaded = load_for_task("SEQ_CLS", name, dtype, quantization=quantization)
     body: Any = loaded.model.base_model
     body.config._name_or_path = str(name)
+    if (quantizer := getattr(loaded.model, "hf_quantizer", None)) is not None:
+        body.hf_quantizer = quantizer
     return body, loaded.tokenizer
 
 

@@ -145,7 +145,8 @@ def kept_whole(path: Path, task_type: str, labels: Sequence[str]) -> list[str]:
 
     model = skeleton(path, task_type, labels=labels)
     names = file_names(model, all_tensors(layout_of(path).shards()))
-    kept = {name for name, child in model.named_children() if child is not model.base_model}
+    heads = () if model.base_model is model else model.named_children()  # a bare body has none
+    kept = {name for name, child in heads if child is not model.base_model}
     if not names.converted:
         own = (name for name, _ in model.named_parameters())
         kept |= {name.rpartition(".")[0] for name in own if name not in names.stored}
