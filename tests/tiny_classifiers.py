@@ -41,6 +41,7 @@ _SMALL: dict[str, dict[str, Any]] = {
         "pooler_hidden_size": 32,
     },
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "longformer": {"attention_window": [4, 4], "max_position_embeddings": 66},
     "fnet": {"type_vocab_size": 2},
     "convbert": {"embedding_size": 32, "conv_kernel_size": 3},
     "llama": {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3},

@@ -335,6 +335,9 @@ def test_what_a_head_lacks_is_told(tmp_path: Path) -> None:
         num_labels=1,
         sentence_transformers={"activation_fn": "torch.nn.modules.activation.GELU"},
     )
+    long = save_classifier(tmp_path / "long", "longformer", num_labels=2)
+    with pytest.raises(InputError, match="global_attention_mask"):
+        open_engine(str(long), {}, embeds=True)
     with pytest.raises(InputError, match="GELU"):
         open_engine(str(one), {}, embeds=True)
 
@@ -363,6 +366,27 @@ def test_what_lorakit_trains_on_an_encoder_is_served_with_its_labels(
                 expected = opened.model(**given).logits[0].softmax(-1)
             assert one["probs"] == pytest.approx(expected.tolist(), abs=1e-5)
             assert one["label"] == opened.labels[int(expected.argmax())]
+
+
+def test_classifiers_that_are_trained_on_a_quantised_encoder_are_served_on_one(
+    encoder_base: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    written = [{"text": f"row {n}", "label": f"{n % 2}"} for n in range(12)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in written))
+    values = recipe(encoder_base, rows, tmp_path / "run", max_steps=2)
+    values["lora"]["task_type"], values["quantization"] = "SEQ_CLS", "nf4"
+    folder = Path(lorakit.train(values, quiet=True).output_dir)
+    opened = open_adapter(folder, dtype="float32")
+    with running(encoder_base, {"two": folder}, ServerOptions(port=0), max_rows=4) as server:
+        kinds = {type(module).__name__ for module in server.engine.resident.base.modules()}
+        assert "Linear4bit" in kinds
+        assert not server.engine.pool.version("two").info.notice
+        found = asked(server, "/classify", model="two", input=TEXTS)["data"]
+        for one, text in zip(found, TEXTS, strict=True):
+            with torch.no_grad():
+                logits = opened.model(**opened.tokenizer(text, return_tensors="pt")).logits[0]
+            assert one["probs"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
 
 
 def test_the_real_encoder_classifies_with_adapters(tmp_path: Path) -> None:

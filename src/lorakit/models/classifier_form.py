@@ -63,8 +63,19 @@ class _GivenBody(nn.Module):
 
     given: Any = None
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def forward(self, *_: Any, **named: Any) -> Any:
+        """What was given, whatever a body is asked.
+
+        Raises:
+            _AskedError: nothing was given.
+        """
+        if self.given is None:
+            raise _AskedError(n for n, value in named.items() if isinstance(value, torch.Tensor))
         return self.given
+
+
+class _AskedError(Exception):
+    """What a body is given by name."""
 
 
 class ClassifierForm:
@@ -182,6 +193,9 @@ class ClassifierForm:
             if child is not None and getattr(own, name, None) is None:
                 body._modules[name] = None
         setattr(model, self.prefix, body)
+        model.config._name_or_path = body.config._name_or_path
+        if (quantizer := getattr(body, "hf_quantizer", None)) is not None:
+            model.hf_quantizer = quantizer
         for name, blank in [(n, p) for n, p in model.named_parameters() if n in self.head]:
             value = self._values.get(name)
             if value is None or value.shape != blank.shape:
@@ -212,8 +226,22 @@ class ClassifierForm:
             )
 
     def apart(self, model: Any, labels: tuple[str, ...]) -> SequenceHead:
-        """The head of a model that `over` has made; the model has no body then."""
+        """The head of a model that `over` has made; the model has no body then.
+
+        Raises:
+            InputError: the class has its body compute something of its own, as Longformer's has it
+                attend globally to the first token.
+        """
+        device = next(model.parameters()).device
         setattr(model, self.prefix, _GivenBody())
+        try:
+            model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device))
+        except _AskedError as asked:
+            if own := sorted({*asked.args[0]} - {"input_ids", "attention_mask", "token_type_ids"}):
+                raise InputError(
+                    f"model: {type(model).__name__} gives its body {listed(own)} of its own, which "
+                    "is not served here: use transformers"
+                ) from asked
         return SequenceHead(model, labels)
 
     def own_head(self, body: Any) -> SequenceHead:
