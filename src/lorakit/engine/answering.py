@@ -148,14 +148,14 @@ class Answering:
                 ticket, version, loaded = asked = self.queue.pop()
             if self._preparing.takes(asked, BASE if version is None else version.key):
                 continue
-            if self.pooler.takes(ticket, loaded):
-                pooled.append(asked)
-                continue
             try:
                 if self.batch.rows and not self._brings_on(version, loaded):
                     with self._changed:
                         self.queue.push_first(asked)
                     break
+                if self.pooler.takes(ticket, loaded):
+                    pooled.append(asked)
+                    continue
                 self.bring(version, loaded)
                 head = None if loaded is None else loaded.head
                 if version is not None and head is not None:
