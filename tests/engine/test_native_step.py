@@ -25,7 +25,7 @@ from lorakit.engine.resident import ResidentModel
 from lorakit.engine.sampling import Sampling
 from lorakit.lora import LoraConfig
 from lorakit.lora.routing import BASE, Route
-from lorakit.models.rounding import round_weights
+from lorakit.models.rounding import WEIGHTS, stored_as
 from matrix import few
 
 SIZES = {
@@ -37,6 +37,9 @@ SIZES = {
 MODELS: dict[str, PreTrainedConfig] = {
     "tiles fit": LlamaConfig(
         **SIZES, hidden_size=64, intermediate_size=96, vocab_size=160, tie_word_embeddings=True
+    ),
+    "blocks fit": LlamaConfig(
+        **SIZES, hidden_size=128, intermediate_size=192, vocab_size=160, mlp_bias=True
     ),
     "no size is round, biases": LlamaConfig(
         **SIZES,
@@ -61,14 +64,14 @@ ROWS: dict[str, list[str]] = {
 }
 
 
-def resident_of(config: PreTrainedConfig, dtype: torch.dtype, int8: bool = False) -> ResidentModel:
+def resident_of(
+    config: PreTrainedConfig, dtype: torch.dtype, weights: str | None = None
+) -> ResidentModel:
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for parameter in base.parameters():  # biases and norms are zeros and ones at first
         parameter.data += 0.05 * torch.randn_like(parameter)
-    if int8:
-        round_weights(base)
-    resident = ResidentModel(base, stays_wrapped=True)
+    resident = ResidentModel(stored_as(base, weights), stays_wrapped=True)
     resident.pack()
     for seed, (name, rank) in enumerate({"odd": 3, "wide": 19}.items()):
         resident.create(name, LoraConfig(r=rank, target_modules=TARGETS), seed)
@@ -126,10 +129,13 @@ def test_bfloat16_is_pytorchs_step_to_rounding(config: PreTrainedConfig, names: 
     assert not torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("names", few(ROWS, "several", "the base"))
+@pytest.mark.parametrize("names", few(ROWS, "several", "the base", "more than a tile"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weights_of_8_bits_are_multiplied_as_they_are(dtype: torch.dtype, names: list[str]):
-    found, expected = both_ways(resident_of(MODELS["tiles fit"], dtype, int8=True), names)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rounded_weights_are_multiplied_as_they_are(
+    weights: str, dtype: torch.dtype, names: list[str]
+):
+    found, expected = both_ways(resident_of(MODELS["blocks fit"], dtype, weights), names)
     off = (found.float() - expected.float()).norm() / expected.float().norm()
     assert off < (0.02 if dtype == torch.bfloat16 else 0.005)  # PyTorch rounds what it unpacks
 
@@ -181,10 +187,10 @@ def test_prompts_and_their_parts_are_read_as_by_the_model(
         assert torch.allclose(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("weights", [None, *WEIGHTS])
 @pytest.mark.parametrize("names", few(ROWS, "several"))
-def test_prompts_in_bfloat16_are_read_as_by_the_model(names: list[str], int8: bool):
-    resident = resident_of(MODELS["tiles fit"], torch.bfloat16, int8)
+def test_prompts_in_bfloat16_are_read_as_by_the_model(names: list[str], weights: str | None):
+    resident = resident_of(MODELS["blocks fit"], torch.bfloat16, weights)
     for found, expected in zip(*read_both_ways(resident, names), strict=True):
         off = (found.float() - expected.float()).norm() / expected.float().norm()
         assert off < 0.02
@@ -286,10 +292,13 @@ def test_a_long_prompt_is_left_to_the_model():
     assert step.of_prompts(cache, given) is None
 
 
-def test_a_row_depends_on_no_other_row():
-    resident = resident_of(MODELS["tiles fit"], torch.bfloat16)
-    several, _ = both_ways(resident, ["wide", "odd", BASE, "wide"])
-    alone, _ = both_ways(resident, ["wide"])
+@pytest.mark.parametrize(
+    ("weights", "names"), [(None, ["wide", "odd", BASE, "wide"]), ("int4", ["wide", "odd"])]
+)
+def test_a_row_depends_on_no_other_row(weights: str | None, names: list[str]):
+    resident = resident_of(MODELS["blocks fit"], torch.bfloat16, weights)
+    several, _ = both_ways(resident, names)
+    alone, _ = both_ways(resident, names[:1])
     assert torch.equal(several[1:, 0], alone[1:, 0])  # the first step may have been PyTorch's
 
 

@@ -69,7 +69,7 @@ def open_adapter(
         quantization: as in `load_model`; `none` is a base that is not quantised, and None the base
             as the adapter was trained on it.
         dequantize: a quantised base is unpacked into plain weights of this dtype.
-        weights: `int8` rounds the base's to 8 bits, for inference on a CPU.
+        weights: `int8` or `int4` rounds the base's to 8 or 4 bits, for inference on a CPU.
         alone: leave out the frozen adapters that it is added to.
         tell: receives the notices on base and adapter; None makes warnings of them.
 

@@ -27,7 +27,7 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="int8 rounds the base's weights to 8 bits, which a CPU reads in half of the time.",
+        help="int8 or int4: rounds the base's weights to 8 or 4 bits, which a CPU reads faster.",
     ),
 ]
 

@@ -55,7 +55,7 @@ def open_engine(
         model: the base; None is what the adapters were trained on.
         quantization: of the base, as in `open_adapter`.
         merged: fold the one adapter into the base, for full speed; its name is the model's then.
-        weights: `int8` rounds the base's to 8 bits, which a CPU reads in half of the time.
+        weights: `int8` or `int4` rounds the base's to 8 or 4 bits, which a CPU reads faster.
         embeds: whether a model will do that writes nothing, and gives numbers alone.
         speculation: as of `Engine`.
 

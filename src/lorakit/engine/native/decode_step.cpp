@@ -7,11 +7,12 @@
 #include <limits>
 #include <vector>
 
+#include "four_bits.h"
 #include "products.h"
 
 namespace {
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, INT8 };
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4 };
 
 }  // namespace
 
@@ -20,9 +21,9 @@ extern "C" {
 // A linear layer, number `place` of the `family` that gets the same input.
 struct Linear {
   int64_t kind;
-  const void* w;  // (d_out, d_in), rows `stride` numbers apart
+  const void* w;  // (d_out, d_in), rows `stride` numbers apart; of 4 bits as four_bits.h says
   int64_t stride, d_in, d_out;
-  const bf16* scales;   // of the integers, (d_out,)
+  const bf16* scales;   // of integers of 8 bits (d_out,), of 4 bits (d_in / GROUP, d_out, 2)
   const void* bias;     // (d_out,) or null
   const float* a;       // (columns of all adapters, d_in), or null
   const void* b;        // (d_out, columns), rows `b_stride` numbers apart
@@ -90,10 +91,10 @@ v16 exponential(v16 x) {
   return y * (v16)(((i16)shifted - (i16)magic + 127) << 23);
 }
 
-// What a product gets: rows of floats, and for tiles in bfloat16.
+// What a product gets: rows of floats, and for tiles in bfloat16, as rows and as columns.
 struct Input {
   std::vector<float> x;
-  std::vector<bf16> tiled;
+  std::vector<bf16> rounded, tiled;
   int64_t k = 0;
   bool in_tiles = false;
 
@@ -102,12 +103,17 @@ struct Input {
     in_tiles = wanted && k % 32 == 0;
     if (x.size() < size_t(rows * k)) x.resize(rows * k);
     size_t room = (rows + 15) / 16 * 16 * k;
-    if (in_tiles && tiled.size() < room) tiled.resize(room);
+    if (in_tiles && tiled.size() < room) {
+      rounded.resize(room);
+      tiled.resize(room);
+    }
   }
   float* row(int64_t r) { return x.data() + r * k; }
   const float* row(int64_t r) const { return x.data() + r * k; }
   void lay(int64_t r) {  // once row r is complete
-    if (in_tiles) lay_in_tiles(row(r), r, k, tiled.data());
+    if (!in_tiles) return;
+    round_all(row(r), k, rounded.data() + r * k);
+    lay_in_tiles(rounded.data() + r * k, r, k, tiled.data());
   }
 };
 
@@ -183,10 +189,21 @@ template <class T> struct Step {
     return given.adapter_of[span.which ? span.which[t] : t];
   }
 
+  // Of `count` tokens, for n outputs from o on; rows of y are as long as a block is.
   void base_block(const Linear& l, int64_t o, int64_t n, const Input& input, int64_t count, float* y) const {
     const int64_t k = l.d_in;
     const bool by_tiles = input.in_tiles && n == BLOCK;
-    if (l.kind == INT8) {
+    if (l.kind == INT4) {
+      const FourBits own = {static_cast<const uint8_t*>(l.w) + o * k / 2, l.scales + 2 * o, 2 * l.d_out, k};
+      if (input.in_tiles && count > 4) {
+        thread_local std::vector<bf16> wide;
+        wide.resize(FOUR_BITS_BLOCK * k);
+        own.widen(wide.data());
+        multiply_columns(wide.data(), input.rounded.data(), count, k, y);
+      } else {
+        own.multiply(input.x.data(), count, y);
+      }
+    } else if (l.kind == INT8) {
       const int8_t* w = static_cast<const int8_t*>(l.w) + o * l.stride;
       if (by_tiles && count > 2) {
         thread_local std::vector<bf16> wide;
@@ -212,22 +229,25 @@ template <class T> struct Step {
   // x Wᵀ + bias + (x A) Bᵀ of layers with one input; `store(layer, token, output, 16 or fewer, y)`.
   template <class Store>
   void multiply_by(const Linear* layers, int count, const Input& input, const Span& span, Store store) const {
-    int64_t blocks[4] = {0};
-    for (int j = 0; j < count; j++) blocks[j + 1] = blocks[j] + (layers[j].d_out + BLOCK - 1) / BLOCK;
+    int64_t blocks[4] = {0}, sizes[3];
+    for (int j = 0; j < count; j++) {
+      sizes[j] = layers[j].kind == INT4 ? FOUR_BITS_BLOCK : BLOCK;
+      blocks[j + 1] = blocks[j] + (layers[j].d_out + sizes[j] - 1) / sizes[j];
+    }
     // Long runs are read faster, short ones are shared out more evenly.
     const int64_t run = std::max<int64_t>(1, blocks[count] / (8 * given.threads));
 #pragma omp for schedule(dynamic, run)
     for (int64_t task = 0; task < blocks[count]; task++) {
       thread_local std::vector<float> room;
-      room.resize(span.count * BLOCK);
+      room.resize((span.count + 15) / 16 * 16 * FOUR_BITS_BLOCK);
       float* y = room.data();
       int j = 0;
       while (task >= blocks[j + 1]) j++;
       const Linear& l = layers[j];
-      const int64_t o = (task - blocks[j]) * BLOCK, n = std::min<int64_t>(BLOCK, l.d_out - o);
+      const int64_t o = (task - blocks[j]) * sizes[j], n = std::min<int64_t>(sizes[j], l.d_out - o);
       base_block(l, o, n, input, span.count, y);
       for (int64_t t = 0; t < span.count; t++) {
-        float* found = y + t * BLOCK;
+        float* found = y + t * sizes[j];
         if (l.bias)
           for (int64_t i = 0; i < n; i++) found[i] += to_float(*at(l.bias, o + i));
         const int64_t a = given.adapters && l.a ? adapter_of(span, t) : -1;

@@ -25,7 +25,8 @@ from lorakit.atomic import replacing_file
 from lorakit.errors import LorakitError, first_line
 from lorakit.models.bundled import home, usable_folder
 
-_SOURCES = [Path(__file__).parent / name for name in ("decode_step.cpp", "products.h")]
+_NAMES = ("decode_step.cpp", "products.h", "four_bits.h")
+_SOURCES = [Path(__file__).parent / name for name in _NAMES]
 _FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native"]  # as fast as -O3
 _FLAGS += ["-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno"]
 

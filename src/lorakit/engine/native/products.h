@@ -9,7 +9,7 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define HAS_TILES 1
@@ -156,13 +156,9 @@ void multiply(const W* w, int64_t stride, int64_t outputs, const float* x, int64
 }
 
 // Row r of numbers as a column of tiles: [r / 16][k / 32][k % 32 / 2][r % 16][k % 2].
-inline void lay_in_tiles(const float* x, int64_t r, int64_t k, bf16* tiled) {
+inline void lay_in_tiles(const bf16* x, int64_t r, int64_t k, bf16* tiled) {
   bf16* to = tiled + r / 16 * 16 * k + r % 16 * 2;
-  for (int64_t i = 0; i < k; i += 32) {
-    bf16 own[32];
-    round_all(x + i, 32, own);
-    for (int pair = 0; pair < 16; pair++, to += 32) std::memcpy(to, own + 2 * pair, 4);
-  }
+  for (int64_t i = 0; i < k; i += 2, to += 32) std::memcpy(to, x + i, 4);
 }
 
 #ifdef HAS_TILES

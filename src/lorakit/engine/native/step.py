@@ -3,8 +3,8 @@
 A step of a small model reads its weights once, and that is nearly all that it should take: all
 layers are one parallel region, no Python runs between them, and weights are read as they lie in
 the modules. A short prompt is a step with several tokens of a row. Models in bfloat16 and float32,
-with weights of that dtype or `--weights int8`; every other one, and every row that needs more, is
-computed by PyTorch.
+with weights of that dtype or as `--weights` rounds them; every other one, and every row that needs
+more, is computed by PyTorch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lorakit.engine.decoder_shape import DecoderShape, Norm, Products
 from lorakit.engine.native.library import library
 from lorakit.lora.columns import Plan
 from lorakit.lora.packed import Family
-from lorakit.models.quantization.int8_linear import Int8Linear
+from lorakit.models.quantization.rounded_linear import RoundedLinear, RoundedWeight
 from lorakit.weight_formats import format_of
 
 _LONGEST, _LONGEST_BY_TILES = 32, 256
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_KINDS: dict[object, int] = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}
 
 
 class _Linear(Structure):
@@ -183,7 +183,7 @@ class NativeStep:
         weight = layer.weight
         own = type(layer) is nn.Linear and format_of(weight) is None and weight.dtype == self.dtype
         return (
-            (own or type(layer) is Int8Linear)
+            (own or type(layer) is RoundedLinear)
             and weight.device.type == "cpu"
             and weight.stride(1) == 1
             and (layer.bias is None or layer.bias.dtype == self.dtype)
@@ -318,15 +318,16 @@ def _linears(products: Products) -> list[_Linear]:
 
 def _linear(layer: Any, family: Family | None, place: int) -> _Linear:
     weight = layer.weight
+    is_rounded = isinstance(weight, RoundedWeight)
     made = _Linear(
-        kind=_KINDS[weight.dtype],
+        kind=_KINDS[weight.form if is_rounded else weight.dtype],
         w=weight.data_ptr(),
         stride=weight.stride(0),
         d_in=layer.in_features,
         d_out=layer.out_features,
         family=1,
     )
-    if weight.dtype == torch.int8:
+    if is_rounded:
         made.scales = weight.scales.data_ptr()
     if layer.bias is not None:
         made.bias = layer.bias.data_ptr()

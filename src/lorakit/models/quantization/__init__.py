@@ -9,9 +9,9 @@ from lorakit.models.quantization.bitsandbytes import EightBits, FourBits
 from lorakit.models.quantization.compressed_tensors import CompressedTensors
 from lorakit.models.quantization.fp8 import FP8, FbgemmFP8
 from lorakit.models.quantization.gptq import GPTQ
-from lorakit.models.quantization.int8_weights import Int8Weights
 from lorakit.models.quantization.modelopt import ModelOpt
 from lorakit.models.quantization.mxfp4 import MXFP4
+from lorakit.models.quantization.rounded_weights import RoundedWeights
 from lorakit.models.quantization.torchao import TorchAO
 from lorakit.weight_formats import register
 
@@ -25,4 +25,5 @@ register(CompressedTensors())
 register(ModelOpt())
 register(EightBits())
 register(FourBits())
-register(Int8Weights())
+register(RoundedWeights("int8"))
+register(RoundedWeights("int4"))
