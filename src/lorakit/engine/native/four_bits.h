@@ -38,8 +38,9 @@ struct FourBits {
     v16 step[4], middle[4];
   };
 
-  Scales scales_of(int64_t group) const {
+  inline Scales scales_of(int64_t group) const {
     Scales found;
+#pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
       const u16 both = load<u16>(scales + group * stride + 32 * c);
       found.step[c] = (v16)(both << 16);
@@ -52,6 +53,7 @@ struct FourBits {
   inline void column(int64_t i, const Scales& own, v16* found) const {
     const u16 one = load_bytes(w + 32 * i), other = load_bytes(w + 32 * i + 16);
     const v16 q[4] = {lower_bits(one), lower_bits(other), lower_bits(one >> 4), lower_bits(other >> 4)};
+#pragma GCC unroll 4
     for (int c = 0; c < 4; c++) found[c] = q[c] * own.step[c] + own.middle[c];
   }
 
@@ -68,6 +70,7 @@ struct FourBits {
           for (int c = 0; c < 4; c++) acc[r][c] += weights[c] * x[r * k + i];
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) std::memcpy(y + r * FOUR_BITS_BLOCK, acc[r], sizeof acc[r]);
   }
 
@@ -95,6 +98,7 @@ inline void FourBits::widen(bf16* wide) const {
       v16 one[4], next[4];
       column(group * GROUP + 2 * pair, own, one);
       column(group * GROUP + 2 * pair + 1, own, next);
+#pragma GCC unroll 4
       for (int c = 0; c < 4; c++) {
         const __m512bh both = _mm512_cvtne2ps_pbh((__m512)next[c], (__m512)one[c]);
         const __m512i found = _mm512_permutexvar_epi16((__m512i)beside, (__m512i)both);
