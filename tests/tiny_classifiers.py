@@ -44,16 +44,50 @@ _SMALL: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": [4, 4], "max_position_embeddings": 66},
     "fnet": {"type_vocab_size": 2},
     "convbert": {"embedding_size": 32, "conv_kernel_size": 3},
+    "albert": {"embedding_size": 32},
+    "camembert": {"type_vocab_size": 1, "max_position_embeddings": 65},
+    "deberta": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "type_vocab_size": 2,
+        "pooler_hidden_size": 32,
+    },
+    "electra": {"embedding_size": 32},
+    "eurobert": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mpnet": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
+    "roformer": {"embedding_size": 32, "type_vocab_size": 2},
+    "squeezebert": {"embedding_size": 32},
+    "xlm-roberta": {"type_vocab_size": 1, "max_position_embeddings": 65},
     "llama": {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3},
 }
+
+
+_TYPED = (
+    "bert",
+    "albert",
+    "convbert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "fnet",
+    "rembert",
+    "roformer",
+    "squeezebert",
+    "xlnet",
+)
 
 
 def classifier_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A token a letter, in BERT's form with token types, or in RoBERTa's without."""
     tokenizer = letter_tokenizer()
-    if kind in ("roberta", "modernbert", "distilbert", "llama"):
+    if kind not in _TYPED:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    if kind == "roberta":
+    if "roberta" in kind or kind == "camembert":
         single, pair = (text.replace("<s>", "[CLS]").replace("</s>", "[SEP]") for text in ROBERTA)
         ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from openai import BadRequestError
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 import lorakit
 from lorakit.adapters.open import open_adapter
@@ -26,7 +26,13 @@ from lorakit.server.options import ServerOptions
 from served import Running, refused, running
 from small_runs import recipe
 from tiny import letter_tokenizer, make_attentive, save_tiny_encoder
-from tiny_classifiers import classifier_adapter, logits_of, save_classifier, small_config
+from tiny_classifiers import (
+    classifier_adapter,
+    classifier_tokenizer,
+    logits_of,
+    save_classifier,
+    small_config,
+)
 
 TEXTS = ["a cat, 1", "the quick brown fox.", "b"]
 QUERY, DOCUMENTS = "which cat", ["a cat, 1", "the quick brown fox.", "b", "cats and 2 dogs"]
@@ -256,7 +262,19 @@ CHECKPOINTS: list[tuple[str, int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "labels", "fields", "how"), CHECKPOINTS)
+MORE = (
+    *("albert", "camembert", "deberta", "electra", "eurobert", "gemma2", "gpt2", "mpnet", "opt"),
+    *("qwen3", "rembert", "roformer", "squeezebert", "xlm-roberta"),
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "fields", "how"),
+    [
+        *CHECKPOINTS,
+        *(pytest.param(kind, 2, {}, "softmax", marks=pytest.mark.exhaustive) for kind in MORE),
+    ],
+)
 def test_a_checkpoint_that_is_a_classifier_is_served_with_transformers_numbers(
     tmp_path: Path, kind: str, labels: int, fields: dict[str, Any], how: str
 ) -> None:
@@ -315,6 +333,27 @@ def test_adapters_stand_on_classifiers_and_bring_heads_of_their_own(
                 logits = logits_of(base, text, adapter=folders[name], labels=labels)
                 wanted = logits.softmax(-1) if labels > 1 else logits.sigmoid()
                 assert one["probs"] == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("modernbert", ("Wqkv",)), ("roberta", ("query",)), ("distilbert", ("q_lin",))],
+)
+def test_a_head_has_what_the_files_of_a_masked_language_model_hold_of_it(
+    tmp_path: Path, kind: str, target: tuple[str, ...]
+) -> None:
+    """As ModernBERT's `head`, which PEFT does not save."""
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(small_config(kind))
+    make_attentive(model)
+    model.save_pretrained(base := tmp_path / "base")
+    classifier_tokenizer(kind).save_pretrained(base)
+    adapter = classifier_adapter(base, tmp_path / "adapter", 3, 1, target)
+    with running(base, {"mood": adapter}, ServerOptions(port=0), max_rows=4) as server:
+        found = asked(server, "/classify", model="mood", input=TEXTS)["data"]
+        for one, text in zip(found, TEXTS, strict=True):
+            expected = logits_of(base, text, adapter=adapter, labels=3).softmax(-1)
+            assert one["probs"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_what_a_head_lacks_is_told(tmp_path: Path) -> None:
