@@ -39,7 +39,7 @@ class Int4Weight(RoundedWeight):
 
     form = "int4"
     in_a_byte = 2
-    few_tokens = 32
+    few_tokens = 96
 
     @staticmethod
     def fits(W: torch.Tensor) -> bool:
