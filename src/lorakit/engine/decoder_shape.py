@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.functional import silu
 
 from lorakit.lora.columns import Plan
+from lorakit.lora.layer_family import Family
 from lorakit.lora.layers import unwrapped
-from lorakit.lora.packed import Family
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

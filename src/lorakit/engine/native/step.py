@@ -23,7 +23,7 @@ from lorakit.engine.cache import RowCache
 from lorakit.engine.decoder_shape import DecoderShape, Norm, Products
 from lorakit.engine.native.library import library
 from lorakit.lora.columns import Plan
-from lorakit.lora.packed import Family
+from lorakit.lora.layer_family import Family
 from lorakit.models.quantization.rounded_linear import RoundedLinear, RoundedWeight
 from lorakit.weight_formats import format_of
 

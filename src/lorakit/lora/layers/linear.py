@@ -10,8 +10,8 @@ from torch import nn
 from lorakit.lora.architecture import is_conv1d
 from lorakit.lora.config import LoraConfig
 from lorakit.lora.kernels import Weight, lora_linear
+from lorakit.lora.layer_family import Family
 from lorakit.lora.layers.layer import LoraLayer
-from lorakit.lora.packed import Family
 from lorakit.lora.routing import Route, Routing
 from lorakit.lora.spans import Span, lora_spans
 

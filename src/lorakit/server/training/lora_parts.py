@@ -7,7 +7,7 @@ from typing import Any
 from lorakit.errors import InputError
 from lorakit.lora.architecture import output_head
 from lorakit.lora.config import LoraConfig
-from lorakit.lora.packed import linear_shape
+from lorakit.lora.layer_family import linear_shape
 from lorakit.lora.targets import resolve_targets
 from lorakit.server.training import messages as m
 
