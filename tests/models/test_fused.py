@@ -85,7 +85,7 @@ def test_afterwards_the_model_is_as_it_was():
 
 
 def test_norms_that_are_trained_and_modules_that_are_watched_are_left_alone():
-    model = adapted(LlamaForCausalLM(LlamaConfig(**SMALL)), modules_to_save=["norm"])
+    model = adapted(LlamaForCausalLM(LlamaConfig(**SMALL)), modules_to_save=["model.norm"])
     layer = model.get_base_model().model.layers[0]
     layer.mlp.register_forward_hook(lambda *_: None)
     layer.input_layernorm.weight.requires_grad_(True)
