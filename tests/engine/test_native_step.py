@@ -281,6 +281,19 @@ def test_tokens_that_are_read_together_are_to_the_bit_those_one_after_the_other(
     assert torch.equal(*found)
 
 
+def test_prompts_that_are_not_read_right_are_left_to_the_model():
+    resident = resident_of(MODELS["tiles fit"], torch.float32)
+    step, base = resident.carried.step, resident.base
+    if library().functions is None:
+        pytest.skip(library().why_not)
+    assert step is not None
+    cache = row_cache(base, rows=1, length=20)
+    given = cache.whole_prompts(0, [[5, 6]], base.device)
+    step.prove_prompts(lambda: step.of_prompts(cache, given) is None)
+    assert step.longest_prompt == 0
+    assert step.of_prompts(cache, given) is None
+
+
 def test_a_long_prompt_is_left_to_the_model():
     resident = resident_of(MODELS["tiles fit"], torch.float32)
     step, base = resident.carried.step, resident.base

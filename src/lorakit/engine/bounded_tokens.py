@@ -6,6 +6,8 @@ how long the text is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorakit.errors import InputError, first_line
@@ -13,7 +15,7 @@ from lorakit.errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHARACTERS_A_TOKEN = 8
+CHARACTERS_A_TOKEN = 8
 """More than tokens have on average in the text of any language or program."""
 _LEAST = 4096
 
@@ -32,6 +34,20 @@ class TooManyTokensError(InputError):
         super().__init__(f"the text has {amount} tokens, and at most {limit} are read: shorten it")
 
 
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """Within this block, whatever a tokenizer fails with is an InputError."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # panics of Rust's tokenizers are no Exception
+        kind = type(error).__name__
+        raise InputError(
+            f"the tokenizer cannot read this text: {kind}: {first_line(error)}"
+        ) from error
+
+
 def tokens_within(
     text: str, tokenizer: PreTrainedTokenizerBase, limit: int, add_special_tokens: bool = False
 ) -> list[int]:
@@ -46,18 +62,11 @@ def tokens_within(
     """
 
     def tokens(part: str) -> list[int]:
-        try:
+        with tokenizing():
             made = tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # panics of Rust's tokenizers are no Exception
-            kind = type(error).__name__
-            raise InputError(
-                f"the tokenizer cannot read this text: {kind}: {first_line(error)}"
-            ) from error
         return list(made["input_ids"])
 
-    size = max(limit * _CHARACTERS_A_TOKEN, _LEAST)
+    size = max(limit * CHARACTERS_A_TOKEN, _LEAST)
     if len(text) > size:
         sure, counted = limit + limit // 2 + 64, 0
         for start in range(0, len(text), size):

@@ -125,7 +125,7 @@ class DecodeStep:
         """
         ids, place = inputs["input_ids"], _place(cache)
         counts = place.prompts or [ids.shape[1]]
-        if self.native is None or not self._is_proved or max(counts) > self.native.longest:
+        if self.native is None or max(counts) > self.longest_prompt:
             return None
         starts = place.starts or [place.start] * len(counts)
         own = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(counts)[:, None]
@@ -136,9 +136,11 @@ class DecodeStep:
         return self.native(cache, tokens, h, turns, plan)
 
     def prove_prompts(self, is_right: Callable[[], bool]) -> None:
-        """Has prompts be read here where `is_right` says that `of_prompts` is."""
-        if self.native is not None and self._is_proved and is_right():
+        """Has prompts be read here from now on, unless `is_right` says that `of_prompts` is not."""
+        if self.native is not None and self._is_proved:
             self.longest_prompt = self.native.longest
+            if not is_right():
+                self.longest_prompt = 0
 
     def _judge(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         """Compares the first step in C++ with PyTorch's; one that differs is left out from here on.

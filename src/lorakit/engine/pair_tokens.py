@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.engine.bounded_tokens import TooManyTokensError, tokens_within
-from lorakit.errors import InputError, first_line
+from lorakit.engine.bounded_tokens import (
+    CHARACTERS_A_TOKEN,
+    TooManyTokensError,
+    tokenizing,
+    tokens_within,
+)
+from lorakit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["left", "right"]
-
-_CHARACTERS_A_TOKEN = 8  # as in `bounded_tokens`
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def encoded(
         TooManyTokensError: there are more, when they are cut.
         InputError: the tokenizer cannot read a text, or there is no room for one.
     """
-    if cut.whole is None and sum(map(len, texts)) > limit * _CHARACTERS_A_TOKEN:
+    if cut.whole is None and sum(map(len, texts)) > limit * CHARACTERS_A_TOKEN:
         for text, most in zip(texts, cut.each or (None,) * len(texts), strict=True):
             if most is None:
                 tokens_within(text, tokenizer, limit)
@@ -67,7 +70,7 @@ def encoded(
             f"truncate_prompt_tokens is {cut.whole}, and {special} tokens are special ones: leave "
             "room for text"
         )
-    try:
+    with tokenizing():
         found = _in_parts(texts, tokenizer, special, cut) if any(cut.each) else None
         if found is None:
             with _cutting_at(tokenizer, cut.side):
@@ -78,13 +81,6 @@ def encoded(
                     verbose=False,
                 )
             found = Encoded(list(made["input_ids"]), tuple(made.get("token_type_ids") or ()))
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # panics of Rust's tokenizers are no Exception
-        kind = type(error).__name__
-        raise InputError(
-            f"the tokenizer cannot read this text: {kind}: {first_line(error)}"
-        ) from error
     if len(found.tokens) > limit:
         raise TooManyTokensError(len(found.tokens), limit, counted=True)
     return found
