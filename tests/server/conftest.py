@@ -1,4 +1,4 @@
-"""A real server in a thread, over a tiny base whose answers never end by themselves."""
+"""A real server in a thread, over a tiny base whose greedy answers never end by themselves."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Serve = Callable[..., Running]
 
 @pytest.fixture(scope="session")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights scaled up, a long context, and no way to its end token."""
+    """The tiny model with weights scaled up and a long context; its greedy answers never end."""
     folder = tmp_path_factory.mktemp("served") / "base"
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model.config.max_position_embeddings = 4096
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     make_attentive(model)
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] = 0
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # another token is always likelier
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

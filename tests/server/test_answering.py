@@ -234,9 +234,10 @@ def test_messages_in_all_their_forms_reach_the_template(served: Running) -> None
 
 
 def test_an_earlier_answer_can_be_sent_back_as_the_client_has_it(served: Running) -> None:
-    first = served.openai.chat.completions.create(model="shop", messages=HELLO, max_tokens=4)
+    asked: dict[str, Any] = {"model": "shop", "max_tokens": 4, "temperature": 0}
+    first = served.openai.chat.completions.create(messages=HELLO, **asked)
     again: list[Any] = [*HELLO, first.choices[0].message, *HELLO]
-    second = served.openai.chat.completions.create(model="shop", messages=again, max_tokens=4)
+    second = served.openai.chat.completions.create(messages=again, **asked)
     assert second.choices[0].finish_reason == "length"
 
 
