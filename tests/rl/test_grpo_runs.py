@@ -99,10 +99,23 @@ def test_sampler_and_trainer_have_the_same_log_probabilities(
     assert max(gaps) <= (2e-2 if "dtype" in changes else 1e-4)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param({"beta": 0.1, "loss_type": "gspo"}, id="gspo"),
+        pytest.param({"entropy_coef": 0.01, "top_entropy_quantile": 0.5}, id="entropy"),
+    ],
+)
 def test_a_step_is_the_same_in_one_pass_and_in_several(
-    attentive_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attentive_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objective: dict[str, Any],
 ):
-    """Groups have a pass of their own, or are divided among several; norms round to float32."""
+    """Groups have a pass of their own, or are divided among several; norms round to float32.
+
+    A step of SGD is as long as its gradient, which AdamW would hide.
+    """
     passes: list[int] = []
     loss = Grpo.loss
 
@@ -116,12 +129,11 @@ def test_a_step_is_the_same_in_one_pass_and_in_several(
         monkeypatch.setitem(trainer.PASS_TOKENS, "cpu", tokens)
         folder, training = (
             tmp_path / str(tokens),
-            {"max_steps": 3, "per_device_train_batch_size": 4},
+            {"max_steps": 3, "per_device_train_batch_size": 4, "optim": "sgd"},
         )
         made = recipe(attentive_folder, folder, dtype="float64", training=training)
         made["data"] = {"eval": 0}
-        objective = settings(beta=0.1, loss_type="gspo")
-        lorakit.train(made, data=ROWS, objective=objective, quiet=True)
+        lorakit.train(made, data=ROWS, objective=settings(**objective), quiet=True)
         names = ("loss", "reward", "entropy", "kl", "grad_norm", "frac_reward_zero_std")
         found[tokens] = [logged(folder, name) for name in names], weights(folder)
         largest.append(max(passes))
