@@ -1,6 +1,6 @@
 """What GRPO adds to a short supervised fine-tuning, on the tasks of `lorakit demo --rl`.
 
-    python -m benchmarks.rl_tasks --task orders --seeds 1 2 3
+    python -m benchmarks.rl_tasks --task orders --seeds 1 2 3 --steps 60
     python -m benchmarks.rl_tasks --task addition --seeds 1 2 3
 
 Each seed has rows, an initialisation and an order of its own: some steps of supervised fine-tuning,
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The demo's result, in this process."""
-    from dataclasses import asdict
-
     from lorakit.demo.rl_tasks import TASKS
     from lorakit.demo.run_rl import run_rl_demo
 
+    task = TASKS[options.task]
+    if options.steps:
+        task = replace(task, rl={**task.rl, "max_steps": options.steps})
     with tempfile.TemporaryDirectory() as place:
         found = run_rl_demo(
             Path(place, "demo"),
             lambda text: print(text, file=sys.stderr),
-            task=TASKS[options.task],
+            task=task,
             seed=options.seed,
             held_out_rows=options.held_out,
             overrides=options.set,
@@ -50,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="orders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, help="of GRPO; by default the demo's")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of the recipe of GRPO")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -63,6 +66,7 @@ def main() -> None:
     results = []
     for seed in options.seeds:
         case = ["--task", options.task, "--held-out", str(options.held_out), "--seed", str(seed)]
+        case += ["--steps", str(options.steps)] if options.steps else []
         command = [sys.executable, "-m", "benchmarks.rl_tasks", *case, "--set", *options.set]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:

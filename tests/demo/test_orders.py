@@ -32,6 +32,10 @@ def record_of(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads(row["messages"][2]["content"])
 
 
+def orders(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    return {tuple(v for k, v in record_of(row).items() if k != "express") for row in rows}
+
+
 def found(words: dict[Any, tuple[str, ...]], text: str) -> list[Any]:
     """The keys that a word of theirs stands for in `text`."""
     return [
@@ -102,11 +106,19 @@ def test_held_out_orders_are_not_among_those_learned_even_with_other_words() -> 
     train, held_out = train_and_held_out(400, 100, seed=7)
     assert (len(train), len(held_out)) == (400, 100)
 
-    def orders(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-        return {tuple(v for k, v in record_of(row).items() if k != "express") for row in rows}
-
     assert not orders(train) & orders(held_out)
     assert not {text_of(row) for row in train} & {text_of(row) for row in held_out}
+
+
+def test_rows_can_leave_out_more_and_keep_apart_from_others() -> None:
+    others = make_rows(300, seed=3)
+    rows = make_rows(300, seed=3, unsaid=0.6, apart_from=others)
+    for key in ("color", "size", "city"):
+        share = sum(record_of(row)[key] is None for row in rows) / len(rows)
+        assert 0.45 < share < 0.75
+
+    assert not orders(rows) & orders(others)
+    assert not {text_of(row) for row in rows} & {text_of(row) for row in others}
 
 
 def test_the_prompt_does_not_tell_the_keys() -> None:

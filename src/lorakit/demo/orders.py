@@ -6,7 +6,7 @@ minutes: the size of a task that people bring. Every value can be read off the c
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lorakit.errors import InputError
@@ -106,10 +106,21 @@ PHRASES = (
 CLOSINGS = ("", "", "", " Thanks!", " Many thanks, Ana", " Cheers")
 
 
-def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+def make_rows(
+    count: int,
+    seed: int,
+    unsaid: float | None = None,
+    apart_from: Sequence[dict[str, Any]] = (),
+) -> list[dict[str, Any]]:
     """`count` rows in the `messages` format, no two with the same text or the same order.
 
     The same arguments give the same rows, and a smaller `count` the first of them.
+
+    Args:
+        unsaid: how often a color, a size and a city is left out, within 0 and 1; by default each
+            as often as another value, or a little more. As no order comes twice, later rows have
+            fewer of those of which there are few.
+        apart_from: rows whose texts and orders are not made again.
 
     Raises:
         InputError: `count` is not within 1 and `MAX_ROWS`.
@@ -117,12 +128,11 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     if not 1 <= count <= MAX_ROWS:
         raise InputError(f"{count} rows of orders cannot be made: ask for 1 to {MAX_ROWS}")
     rows: list[dict[str, Any]] = []
-    seen: set[Any] = set()
+    texts = ([m["content"] for m in row["messages"][1:]] for row in apart_from)
+    seen = {one for text, answer in texts for one in (text, _order(json.loads(answer)))}
     choose = random.Random(seed)
-    for record in _records(choose):
-        text = _text(record, choose)
-        # `express` is left out: two orders that differ in it alone would be near copies.
-        order = tuple(value for key, value in record.items() if key != "express")
+    for record in _records(choose, unsaid):
+        text, order = _text(record, choose), _order(record)
         if order in seen or text in seen:
             continue
         seen |= {order, text}
@@ -157,14 +167,24 @@ def to_json(record: Record) -> str:
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
 
 
-def _records(choose: random.Random) -> Iterator[Record]:
+def _order(record: Record) -> tuple[Any, ...]:
+    """All but `express`: two orders that differ in it alone would be near copies."""
+    return tuple(value for key, value in record.items() if key != "express")
+
+
+def _records(choose: random.Random, unsaid: float | None) -> Iterator[Record]:
+    def one_of(values: Iterable[str], nothing: int) -> str | None:
+        if unsaid is None:
+            return choose.choice((*values, *[None] * nothing))
+        return None if choose.random() < unsaid else choose.choice((*values,))
+
     while True:
         yield {
             "item": choose.choice(list(ITEMS)),
             "quantity": choose.choice(list(QUANTITIES)),
-            "color": choose.choice((*COLORS, None, None)),
-            "size": choose.choice((*SIZES, None)),
-            "city": choose.choice((*CITIES, None, None)),
+            "color": one_of(COLORS, 2),
+            "size": one_of(SIZES, 1),
+            "city": one_of(CITIES, 2),
             "express": choose.random() < 0.5,
         }
 

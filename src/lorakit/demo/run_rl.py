@@ -83,12 +83,8 @@ def _run(
     began = time.perf_counter()
     taught = task.sft["max_steps"] * task.sft["per_device_train_batch_size"]
     asked = task.rl["max_steps"] * task.rl["per_device_train_batch_size"]
-    rows = task.make(taught + asked + held_out_rows, seed)
-    parts = {
-        "sft": rows[:taught],
-        "prompts": rows[taught : taught + asked],
-        "held_out": rows[taught + asked :],
-    }
+    made = task.make(taught, asked, held_out_rows, seed)
+    parts = dict(zip(("sft", "prompts", "held_out"), made, strict=True))
     for name, part in parts.items():
         write_rows(folder / f"{name}.jsonl", part)
     if task.code:
@@ -96,7 +92,7 @@ def _run(
     for name, recipe in _recipes(folder, task, seed, model).items():
         atomic.write_file(folder / f"{name}.yaml", yaml.safe_dump(recipe, sort_keys=False))
     say(f"The task: {task.shown}. For instance:")
-    *_, question, answer = rows[0]["messages"]
+    *_, question, answer = parts["sft"][0]["messages"]
     say(f"  {question['content']}\n  -> {answer['content']}\n")
 
     say(f"First {task.sft['max_steps']} steps of supervised fine-tuning, on {taught} answers …")
